@@ -1,0 +1,206 @@
+"""Keeper: the small process that a launcher starts for each rank, and the parent of its stage.
+
+    python -m pipeserve.launch.keeper --control HOST:PORT                    (RANK, WORLD_SIZE set)
+    torchrun --nproc-per-node 2 -m pipeserve.launch.keeper --control HOST:PORT
+
+torchrun and its kind end every rank when one dies, so what they see is this process, which loads no
+torch and cannot run out of memory. It starts the stage when the driver says so, with a parent-death
+signal, reports how the stage ended, and ends when the driver says so or is gone.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from pipeserve import control
+from pipeserve.control import StartStage, Stop
+
+_HEARTBEAT_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Keeper:
+    """Starts, watches and ends one stage process."""
+
+    def __init__(self, endpoint: str, rank: int, world_size: int, join_timeout_s: float) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.join_timeout_s = join_timeout_s
+        self.stage: subprocess.Popen | None = None
+        self.stage_exited: int | None = None  # a pidfd: readable once the stage has ended
+        self.context = zmq.Context()
+        self.driver = self.context.socket(zmq.DEALER)
+        self.driver.identity = control.keeper_identity(rank)
+        self.driver.set_hwm(0)
+        self.driver.linger = 2000
+        # A driver whose machine vanished closes no connection; ZeroMQ's own heartbeats notice.
+        self.driver.heartbeat_ivl = 2000
+        self.driver.heartbeat_timeout = 20_000
+        self.connection = self.driver.get_monitor_socket(
+            zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
+        )
+        self.driver.connect(endpoint)
+        self.endpoint = endpoint
+
+    def run(self) -> int:
+        """Until the driver says stop (0), or is gone or cannot be reached (1)."""
+        self._tell(self._hello())
+        deadline = time.monotonic() + self.join_timeout_s
+        is_connected = False
+        poller = zmq.Poller()
+        poller.register(self.driver, zmq.POLLIN)
+        poller.register(self.connection, zmq.POLLIN)
+        try:
+            while True:
+                ready = dict(poller.poll(int(_HEARTBEAT_S * 1000)))
+                if self.connection in ready:
+                    is_connected = self._connection_is_up()
+                    if not is_connected:
+                        return 1
+                if not is_connected and time.monotonic() > deadline:
+                    print(
+                        f"error: keeper of rank {self.rank}: no driver at {self.endpoint} within "
+                        f"{self.join_timeout_s:g} s; start it with --launcher external",
+                        file=sys.stderr,
+                    )
+                    return 1
+                if self.stage_exited in ready:
+                    poller.unregister(self.stage_exited)
+                    self._report_exit()
+                if self.driver in ready:
+                    match control.decode_for_keeper(self.driver.recv()):
+                        case StartStage() as job:
+                            self._start(job)
+                            poller.register(self.stage_exited, zmq.POLLIN)
+                        case Stop():
+                            return 0
+                self._tell(control.Heartbeat(self.rank))
+        finally:
+            self._end_stage()
+            self.context.destroy()
+
+    def _hello(self) -> control.KeeperHello:
+        return control.KeeperHello(
+            rank=self.rank,
+            world_size=self.world_size,
+            host=socket.gethostname(),
+            address=_address_towards(self.endpoint),
+            pid=os.getpid(),
+        )
+
+    def _start(self, job: StartStage) -> None:
+        cpus, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), *_local_place(self.rank))
+        self.stage = subprocess.Popen(
+            [sys.executable, "-m", "pipeserve.worker"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "RANK": str(self.rank), "OMP_NUM_THREADS": str(num_threads)},
+            preexec_fn=functools.partial(_before_stage, os.getpid(), cpus),
+        )
+        self.stage_exited = os.pidfd_open(self.stage.pid)
+        with contextlib.suppress(BrokenPipeError):  # it ended at once: the pidfd tells
+            self.stage.stdin.write(control.encode(job))
+            self.stage.stdin.close()
+
+    def _report_exit(self) -> None:
+        code = self.stage.wait()
+        os.close(self.stage_exited)
+        self.stage_exited = None
+        self._tell(control.StageExited(self.rank, self.stage.pid, code))
+
+    def _end_stage(self) -> None:
+        """A stage has nothing to save, so it is killed and not asked."""
+        if self.stage is not None and self.stage.poll() is None:
+            self.stage.kill()
+            self.stage.wait()
+
+    def _connection_is_up(self) -> bool:
+        event = parse_monitor_message(self.connection.recv_multipart())["event"]
+        return event == zmq.EVENT_CONNECTED
+
+    def _tell(self, message: control.ToDriver) -> None:
+        self.driver.send(control.encode(message))
+
+
+def stage_cpus(
+    available: list[int], local_rank: int, local_world_size: int
+) -> tuple[list[int], int]:
+    """The cores that one of `local_world_size` stages on this machine gets, and its threads.
+
+    Shares are equal and disjoint. With more stages than cores there is nothing to pin: each stage
+    may run on any core, with one thread.
+    """
+    share = len(available) // local_world_size
+    if share == 0:
+        return available, 1
+    return available[local_rank * share : (local_rank + 1) * share], share
+
+
+def _local_place(rank: int) -> tuple[int, int]:
+    """This rank's number among those of its machine, and how many they are."""
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_RANK", rank)), int(local_world_size)
+
+
+def _address_towards(endpoint: str) -> str:
+    """The address of the interface that leads to `endpoint` (tcp://HOST:PORT); sends nothing."""
+    host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))
+        return probe.getsockname()[0]
+
+
+def _before_stage(keeper_pid: int, cpus: list[int]) -> None:
+    """In the child, before it becomes the stage: take its cores; end when the keeper ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != keeper_pid:  # it ended before the line above
+        os._exit(1)
+    os.sched_setaffinity(0, cpus)
+
+
+def _end_on_signal(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeserve.launch.keeper", description=__doc__)
+    parser.add_argument(
+        "--control",
+        default=os.environ.get("PIPESERVE_CONTROL"),
+        help="HOST:PORT of the driver (default: $PIPESERVE_CONTROL)",
+    )
+    parser.add_argument("--rank", type=int, default=os.environ.get("RANK"))
+    parser.add_argument("--world-size", type=int, default=os.environ.get("WORLD_SIZE"))
+    parser.add_argument(
+        "--join-timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long to look for the driver (default: 120)",
+    )
+    arguments = parser.parse_args()
+    for name in ("control", "rank", "world_size"):
+        if getattr(arguments, name) is None:
+            parser.error(f"--{name.replace('_', '-')} is needed where the launcher does not set it")
+    signal.signal(signal.SIGTERM, _end_on_signal)
+    signal.signal(signal.SIGINT, _end_on_signal)
+    keeper = Keeper(
+        f"tcp://{arguments.control}",
+        int(arguments.rank),
+        int(arguments.world_size),
+        arguments.join_timeout,
+    )
+    sys.exit(keeper.run())
+
+
+if __name__ == "__main__":
+    main()

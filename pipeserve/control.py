@@ -1,0 +1,262 @@
+"""What driver, keepers and stages say to each other: one fixed msgspec schema, array-encoded.
+
+All of it travels over one ROUTER socket of the driver; each keeper and each stage is a DEALER whose
+identity names it (`keeper_identity`, `stage_identity`). A request is registered once, with prompt
+and outputs so far; after that a step names only its new positions and new blocks. Never PUB, whose
+drops become hangs: ROUTER_MANDATORY raises instead.
+
+Activations and sampled tokens do not pass here: see links.py.
+"""
+
+import array
+from collections.abc import Mapping
+
+import msgspec
+
+from pipeserve.core.nouns import (
+    Microbatch,
+    Request,
+    RequestId,
+    StepResult,
+    TokenLogprobs,
+)
+
+
+class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True):
+    """Base of all messages: a msgpack array whose first element is the message's name."""
+
+
+# ---- driver -> keeper ---------------------------------------------------------------------------
+
+
+class StartStage(_Message):
+    """Start this rank's stage process. The keeper passes it on to the stage unread."""
+
+    stage: int
+    num_stages: int
+    model_folder: str
+    first_layer: int
+    stop_layer: int
+    has_embedding: bool
+    has_head: bool
+    dtype: str
+    attention: str
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    control: str
+    """Endpoint of the driver, to which the stage connects its own control socket."""
+    host: str
+    """Address on which this stage listens for its neighbours."""
+    traceback: bool
+    """Print the traceback of an unexpected error to stderr, too."""
+
+
+class Stop(_Message):
+    """End the stage and yourself."""
+
+
+# ---- keeper -> driver ---------------------------------------------------------------------------
+
+
+class KeeperHello(_Message):
+    rank: int
+    world_size: int
+    host: str
+    address: str
+    """Of this machine, as the driver's machine can reach it: the stage's links listen there."""
+    pid: int
+
+
+class Heartbeat(_Message):
+    rank: int
+
+
+class StageExited(_Message):
+    rank: int
+    pid: int
+    exit_code: int
+    """As `subprocess.Popen.returncode`: negative for a signal."""
+
+
+# ---- driver -> stage ----------------------------------------------------------------------------
+
+
+class Connect(_Message):
+    """Addresses of the links that this stage sends on. Empty: it has no such link."""
+
+    next_stage: str
+    first_stage: str
+
+
+class Registration(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A request that starts, or starts again: everything a stage needs to know of it."""
+
+    request_id: int
+    token_ids: bytes
+    """Prompt and outputs so far: int32, native order."""
+    num_prompt_tokens: int
+    blocks: list[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    min_tokens: int
+    stop_ids: list[int]
+    logprobs: int | None
+
+
+class StepChunk(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """`Chunk`, on the wire."""
+
+    request_id: int
+    start: int
+    stop: int
+    new_blocks: tuple[int, ...]
+    token_from: int | None
+    num_logits: int
+
+
+class Step(_Message):
+    """One microbatch: the same bytes go to every stage."""
+
+    index: int
+    released: tuple[int, ...]
+    admitted: list[Registration]
+    chunks: list[StepChunk]
+
+
+class ReportMemory(_Message):
+    """Ask for `Memory`."""
+
+
+# ---- stage -> driver ----------------------------------------------------------------------------
+
+
+class StageReady(_Message):
+    """Weights are loaded; the stage listens for its neighbours."""
+
+    stage: int
+    rank: int
+    pid: int
+    host: str
+    activations_at: str
+    """Endpoint for the previous stage; empty on the first stage."""
+    tokens_at: str
+    """Endpoint for the last stage's tokens; empty but on the first of several stages."""
+    baseline_bytes: int
+    """Resident memory of the interpreter with torch, before the model."""
+    weight_bytes: int
+    kv_bytes: int
+    cpus: list[int]
+
+
+class Connected(_Message):
+    stage: int
+
+
+class Sampled(_Message):
+    """The last stage's answer to a step."""
+
+    index: int
+    tokens: list[int]
+    logprobs: list[tuple[float, list[tuple[int, float]]] | None]
+    """Parallel to `tokens`, or empty: (of the sampled token, the most likely ones)."""
+
+
+class Timing(_Message):
+    """When a stage computed a microbatch: CLOCK_MONOTONIC seconds of the stage's machine."""
+
+    stage: int
+    index: int
+    num_tokens: int
+    start_s: float
+    end_s: float
+    cpu_s: float
+
+
+class Memory(_Message):
+    stage: int
+    peak_bytes: int
+
+
+class StageFailed(_Message):
+    """The last word of a stage that cannot go on."""
+
+    stage: int
+    reason: str
+    is_user_error: bool
+
+
+ToKeeper = StartStage | Stop
+ToStage = Connect | Step | ReportMemory
+ToDriver = (
+    KeeperHello
+    | Heartbeat
+    | StageExited
+    | StageReady
+    | Connected
+    | Sampled
+    | Timing
+    | Memory
+    | StageFailed
+)
+
+encode = msgspec.msgpack.Encoder().encode
+decode_for_keeper = msgspec.msgpack.Decoder(ToKeeper).decode
+decode_for_stage = msgspec.msgpack.Decoder(ToStage).decode
+decode_for_driver = msgspec.msgpack.Decoder(ToDriver).decode
+
+
+def keeper_identity(rank: int) -> bytes:
+    return b"keeper-%d" % rank
+
+
+def stage_identity(rank: int) -> bytes:
+    return b"stage-%d" % rank
+
+
+def pack_tokens(token_ids: tuple[int, ...]) -> bytes:
+    return array.array("i", token_ids).tobytes()
+
+
+def unpack_tokens(packed: bytes) -> list[int]:
+    return array.array("i", packed).tolist()
+
+
+def step_message(microbatch: Microbatch, requests: Mapping[RequestId, Request]) -> Step:
+    """The wire form of `microbatch`; `requests` holds those that it admits."""
+    admitted = []
+    for admission in microbatch.admitted:
+        request = requests[admission.request_id]
+        params = request.params
+        assert params.seed is not None, "the driver gives every request a seed"
+        admitted.append(
+            Registration(
+                request_id=request.id,
+                token_ids=pack_tokens(admission.token_ids),
+                num_prompt_tokens=admission.num_prompt_tokens,
+                blocks=list(admission.blocks),
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                seed=params.seed,
+                min_tokens=params.min_tokens,
+                stop_ids=sorted(request.stop_ids),
+                logprobs=params.logprobs,
+            )
+        )
+    chunks = [
+        StepChunk(c.request_id, c.start, c.stop, c.new_blocks, c.token_from, c.num_logits)
+        for c in microbatch.chunks
+    ]
+    return Step(microbatch.index, microbatch.released, admitted, chunks)
+
+
+def step_result(sampled: Sampled) -> StepResult:
+    """The core's form of what the last stage sent."""
+    logprobs = tuple(
+        None if entry is None else TokenLogprobs(entry[0], dict(entry[1]))
+        for entry in sampled.logprobs
+    )
+    return StepResult(sampled.index, tuple(sampled.tokens), logprobs)

@@ -1,0 +1,1 @@
+"""The decisions, pure: no torch, no I/O, no clock, no logging."""

@@ -1,0 +1,175 @@
+"""The paged KV cache as ids: which block holds what, who shares it, which may be reused.
+
+No tensor is here. A block may be freed, reused or shared as soon as the microbatch that frees or
+fills it is *planned*, because every stage runs every microbatch in index order.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+from pipeserve.core.nouns import BlockId
+
+KEY_BYTES = 16
+
+
+def extend_keys(keys: list[bytes], token_ids: Sequence[int], block_size: int, salt: str) -> None:
+    """Appends to `keys` the prefix key of each full block of `token_ids` that has none yet.
+
+    The key of a block is a digest of all tokens from the start of the sequence to the block's end,
+    chained block by block. Not Python's `hash`: two prompts that collide would read each other's
+    KV. The salt has its own hash personalisation, so that no salt can imitate a chain.
+    """
+    parent = keys[-1] if keys else _digest(salt.encode(), person=b"salt")
+    for start in range(len(keys) * block_size, len(token_ids) - block_size + 1, block_size):
+        parent = _digest(parent + array("q", token_ids[start : start + block_size]).tobytes())
+        keys.append(parent)
+
+
+def _digest(data: bytes, person: bytes = b"") -> bytes:
+    return blake2b(data, digest_size=KEY_BYTES, person=person).digest()
+
+
+class BlockPool:
+    """Hands out block ids, counts who holds each, and remembers the content of full ones.
+
+    A block that nobody holds is free; if its content is cached it keeps it, and gives it up, least
+    recently used first, only when no other block is free.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Every block is free again and no content is remembered (the stages lost their KV)."""
+        self._free = [BlockId(block) for block in reversed(range(self.num_blocks))]
+        self._holders = [0] * self.num_blocks
+        self._cached: dict[bytes, BlockId] = {}
+        self._key_of: dict[BlockId, bytes] = {}
+        self._idle: OrderedDict[BlockId, None] = OrderedDict()  # cached, held by nobody; LRU first
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can give: the empty ones and the cached ones nobody holds."""
+        return len(self._free) + len(self._idle)
+
+    def match(self, keys: Iterable[bytes]) -> list[BlockId]:
+        """The blocks that hold the longest cached prefix of `keys`. Takes none of them."""
+        blocks = []
+        for key in keys:
+            block = self._cached.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def num_idle(self, blocks: Iterable[BlockId]) -> int:
+        """How many of these cached blocks count as free now, and would not once they are shared."""
+        return sum(not self._holders[block] for block in blocks)
+
+    def num_freed(self, blocks: Iterable[BlockId]) -> int:
+        """How many blocks come free when these are released, one holder for each mention."""
+        mentions: dict[BlockId, int] = {}
+        for block in blocks:
+            mentions[block] = mentions.get(block, 0) + 1
+        return sum(self._holders[block] == count for block, count in mentions.items())
+
+    def share(self, blocks: Iterable[BlockId]) -> None:
+        """One more holder for each of these cached blocks."""
+        for block in blocks:
+            if not self._holders[block]:
+                del self._idle[block]
+            self._holders[block] += 1
+
+    def allocate(self, count: int) -> list[BlockId]:
+        """`count` blocks of one holder each. The caller has checked `num_free`."""
+        assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
+        blocks = []
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._evict()
+            self._holders[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def _evict(self) -> BlockId:
+        block, _ = self._idle.popitem(last=False)
+        del self._cached[self._key_of.pop(block)]
+        return block
+
+    def publish(self, block: BlockId, key: bytes) -> None:
+        """Makes a held, full block findable. Does nothing when equal content is cached already."""
+        if key not in self._cached:
+            self._cached[key] = block
+            self._key_of[block] = key
+
+    def release(self, blocks: Sequence[BlockId]) -> None:
+        """One holder fewer for each; `blocks` in position order.
+
+        The last positions go first into the LRU order: a prefix without its end is still of use,
+        an end without its prefix is not.
+        """
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            assert self._holders[block] >= 0, f"block {block} released twice"
+            if self._holders[block]:
+                continue
+            if block in self._key_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+
+
+class BlockTable:
+    """The blocks of one request, in position order: position p lies in `blocks[p // size]`."""
+
+    __slots__ = ("_num_published", "_pool", "blocks")
+
+    def __init__(self, pool: BlockPool):
+        self._pool = pool
+        self._num_published = 0
+        self.blocks: list[BlockId] = []
+
+    @property
+    def num_slots(self) -> int:
+        """Positions that the blocks have room for."""
+        return len(self.blocks) * self._pool.block_size
+
+    def num_missing(self, num_positions: int) -> int:
+        """Blocks still to be added so that `num_positions` positions have room."""
+        return max(0, -(-num_positions // self._pool.block_size) - len(self.blocks))
+
+    def share(self, prefix: Sequence[BlockId]) -> None:
+        """Starts the table with cached blocks."""
+        assert not self.blocks, "a prefix is shared into an empty table"
+        self._pool.share(prefix)
+        self.blocks.extend(prefix)
+        self._num_published = len(prefix)
+
+    def grow(self, num_positions: int) -> tuple[BlockId, ...]:
+        """Makes room for `num_positions` positions; the new blocks. The caller checked the pool."""
+        missing = self.num_missing(num_positions)
+        if not missing:
+            return ()
+        new = self._pool.allocate(missing)
+        self.blocks.extend(new)
+        return tuple(new)
+
+    def publish(self, keys: Sequence[bytes], num_planned: int) -> None:
+        """Makes findable each block whose tokens are known (it has a key) and whose KV is planned."""
+        full = min(len(keys), num_planned // self._pool.block_size)
+        for position in range(self._num_published, full):
+            self._pool.publish(self.blocks[position], keys[position])
+        self._num_published = max(self._num_published, full)
+
+    def clear(self) -> None:
+        """Gives every block back."""
+        self._pool.release(self.blocks)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the blocks without giving them back: the pool was reset."""
+        self.blocks = []
+        self._num_published = 0

@@ -1,0 +1,185 @@
+"""The nouns that every part of pipeserve meets at. Frozen, pure, no torch.
+
+A `Request` is what the user asked. The engine cuts it into `Chunk`s, packs chunks into
+`Microbatch`es, each of which crosses every stage once, in index order; the last stage answers each
+with a `StepResult`. `PipelinePlan` says which stage holds which layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NewType
+
+RequestId = NewType("RequestId", int)
+BlockId = NewType("BlockId", int)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are drawn. Names and defaults are vLLM's."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    """Stop ids are not sampled, and stop strings not looked for, before this many output tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this share."""
+    seed: int | None = None
+    """None: the driver draws one when the request is added."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many of the most likely tokens to report at each position (0: the sampled one alone)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked. Progress (positions, blocks, outputs) is the engine's private record."""
+
+    id: RequestId
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+    """Ids that end the request: `params.stop_token_ids`, and eos unless `params.ignore_eos`."""
+    cache_salt: str = ""
+    """Prefix blocks are shared only between requests with the same salt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The positions `[start, stop)` of one request that run in one microbatch.
+
+    A decode is a chunk of length 1; there is no other kind.
+    """
+
+    request_id: RequestId
+    start: int
+    """First position computed: as many positions are in the KV cache before this chunk."""
+    stop: int
+    new_blocks: tuple[BlockId, ...]
+    """Appended to the request's block table, in order, before this chunk runs."""
+    token_from: int | None = None
+    """Index of the microbatch that samples the token at `start`, while it is still on its way."""
+    num_logits: int = 0
+    """Trailing positions whose logits are wanted: 0 for a middle chunk, 1 to sample."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request that starts, or starts again after preemption, with the microbatch that carries it.
+
+    Carries prompt **and** outputs so far, so that a stage needs nothing that came earlier.
+    """
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    """Prompt and outputs so far."""
+    num_prompt_tokens: int
+    blocks: tuple[BlockId, ...]
+    """Blocks already filled: the cached prefix that this request shares."""
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """One unit of work that crosses every stage once. Made by the engine, never edited."""
+
+    index: int
+    """Strictly increasing; also the order of execution on every stage and link."""
+    chunks: tuple[Chunk, ...]
+    admitted: tuple[Admission, ...] = ()
+    """Requests whose first chunk since admission is in this microbatch."""
+    released: tuple[RequestId, ...] = ()
+    """Requests (finished or preempted) that no later microbatch names, unless it admits them."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.stop - chunk.start for chunk in self.chunks)
+
+    @property
+    def samples(self) -> bool:
+        """False when no chunk samples: such a microbatch sends no token feedback."""
+        return any(chunk.num_logits for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural log, raw logits, before temperature) at one sampled position."""
+
+    sampled: float
+    top: Mapping[int, float] = field(default_factory=dict)
+    """The most likely token ids at this position, most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the last stage sampled for one microbatch."""
+
+    index: int
+    tokens: tuple[int, ...]
+    """One token for each chunk with `num_logits > 0`, in the microbatch's order."""
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """Parallel to `tokens`, or empty when no request of the microbatch asked for any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One token that became known, or the end of a request, or both."""
+
+    request_id: RequestId
+    token: int | None
+    finish_reason: str | None = None
+    """None while it goes on; "stop", "length", or what `finish` was called with."""
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why `Engine.plan` made no microbatch."""
+
+    reason: str
+    """"no_requests" | "window" | "kv" | "token"."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """The layers `[first_layer, stop_layer)` of one stage, and what else it holds."""
+
+    stage: int
+    first_layer: int
+    stop_layer: int
+    has_embedding: bool
+    has_head: bool
+    ranks: tuple[int, ...]
+    """One rank for each tensor-parallel shard."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.stop_layer - self.first_layer
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePlan:
+    """All stages of one pipeline, and how many microbatches may be outstanding."""
+
+    stages: tuple[StagePlan, ...]
+    window: int
+    """Microbatches that may be outstanding, the one planned ahead not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Predicted seconds of one microbatch on each stage, in stage order."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def bottleneck(self) -> float:
+        return max(self.seconds)

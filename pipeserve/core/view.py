@@ -1,0 +1,161 @@
+"""What a policy sees (`View`) and what it answers (`Draft`). Both immutable.
+
+A policy is one file in `core/policies/`: it looks at the view and says which requests run how many
+positions in the next microbatch. The engine checks the draft and does the rest: positions, blocks,
+token feedback, the prefix cache.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from pipeserve.core.nouns import Microbatch, RequestId, StageCost
+from pipeserve.errors import ConfigError
+
+
+class PolicyError(RuntimeError):
+    """A policy drafted what may not be: a bug in the policy, not a mistake of the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the engine may hand out. Raises ConfigError for a limit below 1."""
+
+    num_blocks: int
+    """KV blocks of a stage; the same ids on every stage."""
+    block_size: int
+    """Positions in a block."""
+    max_num_seqs: int
+    """Requests running at a time: admitted, and neither finished nor preempted."""
+    max_num_batched_tokens: int
+    """Positions in one microbatch, decodes included. A hard limit: stages size buffers by it."""
+    max_model_len: int
+    """Tokens of one request, prompt and output."""
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.max_model_len < 2:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}: it must be at least 2, "
+                "a prompt token and an output token"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What a policy may use. Published policies keep their published traits."""
+
+    plans_ahead: bool
+    """One microbatch beyond the window, and decodes whose token is still on its way."""
+    chunk_pipelining: bool
+    """A prompt's next chunk may follow while its earlier chunks are still in the pipe."""
+    one_in_flight: bool
+    """A request is in at most one outstanding microbatch."""
+
+
+class RequestView(NamedTuple):
+    """One request, as far as a policy needs it. A new one is made whenever the request changes."""
+
+    id: RequestId
+    arrived: float
+    """The `now` of `Engine.add`."""
+    num_known: int
+    """Prompt and output tokens whose ids are known."""
+    num_planned: int
+    """Positions in the KV cache once everything outstanding has run; also the next to plan."""
+    num_slots: int
+    """Positions that its blocks have room for."""
+    num_outstanding: int
+    """Outstanding microbatches that name it. A waiting request is admissible when this is 0."""
+    token_from: int | None
+    """Microbatch that samples the token of its next decode, while that is on its way."""
+
+    @property
+    def num_unplanned(self) -> int:
+        """Of a waiting or prefilling request: known tokens whose KV is not planned yet."""
+        return self.num_known - self.num_planned
+
+
+class Prefix(NamedTuple):
+    """What the prefix cache holds of a waiting request."""
+
+    num_tokens: int
+    num_blocks: int
+    num_idle: int
+    """Blocks of these that count as free now and no longer would after the admission."""
+
+
+class Outstanding(NamedTuple):
+    """A microbatch that was planned and has not completed."""
+
+    index: int
+    num_decodes: int
+    num_prefill_tokens: int
+    cost: StageCost | None
+    """None where the engine was given no cost model."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The engine's state during one `compose`. The mappings are read-only and ordered."""
+
+    limits: Limits
+    window: int
+    """Microbatches that may be outstanding, the one planned ahead not counted."""
+    waiting: Mapping[RequestId, RequestView]
+    """By arrival; preempted requests are in front."""
+    running: Mapping[RequestId, RequestView]
+    """By admission: under a first-come policy the last one arrived last."""
+    decodes: Mapping[RequestId, RequestView]
+    """Running requests that may decode now, the one that waited longest first."""
+    prefills: Mapping[RequestId, RequestView]
+    """Running requests whose next prefill chunk may be planned now, by admission."""
+    num_decoding: int
+    """Running requests past their prefill with a decode still to plan, plannable now or not."""
+    prefill_backlog: int
+    """Known tokens of waiting and prefilling requests that are not planned, cached or not."""
+    free_blocks: int
+    outstanding: tuple[Outstanding, ...]
+    prefix: Callable[[RequestId], Prefix]
+    """What the cache holds of a waiting request."""
+    freed_by: Callable[[Collection[RequestId]], int]
+    """Blocks that come free when all of these running requests are preempted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What the next microbatch shall hold. Applied in this order: preempt, admit, chunks."""
+
+    chunks: Mapping[RequestId, int] = field(default_factory=dict)
+    """Positions to run of each request, in the microbatch's order; 1 for a decode."""
+    admit: Mapping[RequestId, int] = field(default_factory=dict)
+    """Waiting requests to start, each with the positions to reserve blocks for (at least its
+    chunk); each needs a chunk too."""
+    preempt: tuple[RequestId, ...] = ()
+    """Running requests whose KV is given up and recomputed later."""
+    wait: str = "token"
+    """Why there are no chunks: "kv" when a waiting request did not fit, else "token"."""
+
+
+class Policy(Protocol):
+    """Decides what runs next. Keeps no state that the view does not give it."""
+
+    name: str
+    traits: Traits
+
+    def compose(self, view: View, now: float) -> Draft:
+        """The next microbatch; a draft without chunks when nothing should run now."""
+        ...
+
+
+class CostModel(Protocol):
+    """Predicts a microbatch's time on each stage, and learns from what stages observe."""
+
+    def predict(self, microbatch: Microbatch) -> StageCost: ...
+
+    def observe(self, index: int, stage: int, seconds: float) -> None:
+        """A stage's own compute time; an index that it never predicted, or forgot, is fine."""
+        ...

@@ -1,0 +1,237 @@
+"""The driver: runs the engine on real stages. It alone decides; stages replay.
+
+A microbatch's way: `engine.plan` -> one `Step` message to every stage -> stage 0 .. P-1 -> sampled
+ids to stage 0 and here -> `engine.complete` -> the caller.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeserve import control
+from pipeserve.configs import RunConfig
+from pipeserve.core.engine import Engine, Limits
+from pipeserve.core.nouns import Microbatch, Output, PipelinePlan, Request, RequestId, Wait
+from pipeserve.core.partition import split_layers
+from pipeserve.core.policies import get_policy
+from pipeserve.core.spans import Span
+from pipeserve.fleet import Fleet
+from pipeserve.kv_budget import num_kv_blocks
+from pipeserve.stages.config import ModelConfig
+from pipeserve.stages.sources import resolve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInfo:
+    """Where one stage runs and what it holds. Memory in bytes."""
+
+    stage: int
+    rank: int
+    host: str
+    pid: int
+    cpus: tuple[int, ...]
+    num_layers: int
+    weight_bytes: int
+    kv_bytes: int
+    baseline_bytes: int
+    """The interpreter with torch, before the model."""
+    peak_bytes: int | None = None
+    """The most that was resident at once; None until `Driver.refresh_memory`."""
+
+
+class Driver:
+    """One pipeline, ready to take requests. Single-threaded: nothing happens but in its methods.
+
+    Raises ConfigError (nothing was started, or a stage refused its input) and StageError (a process
+    could not start or died); after either, `close` has been called.
+    """
+
+    def __init__(
+        self, config: RunConfig, on_progress: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.config = config
+        self.model_folder: Path = resolve(config.model)
+        self.model_config = ModelConfig.from_folder(self.model_folder)
+        self.dtype = self.model_config.resolve_dtype(config.dtype)
+        self.max_model_len = _max_model_len(config, self.model_config)
+        self.plan = _plan_pipeline(config, self.model_config)
+        num_blocks = num_kv_blocks(
+            config, self.model_config, self.plan, self.dtype, self.max_model_len
+        )
+        self.engine = Engine(
+            self.plan,
+            get_policy(config.policy),
+            Limits(
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=self.max_model_len,
+                enable_prefix_caching=config.enable_prefix_caching,
+            ),
+        )
+        self.spans: list[Span] = []
+        self._requests: dict[RequestId, Request] = {}
+        self.fleet = Fleet(len(self.plan.stages), config.launcher, config.control)
+        try:
+            self.fleet.wait_for_keepers(on_progress)
+            on_progress("loading weights")
+            ready = self.fleet.start_stages(self._jobs(num_blocks))
+        except BaseException:
+            self.fleet.close()
+            raise
+        self.stages = tuple(
+            StageInfo(
+                stage=stage.stage,
+                rank=stage.rank,
+                host=self.fleet.keepers[stage.rank].host,
+                pid=stage.pid,
+                cpus=tuple(stage.cpus),
+                num_layers=plan.num_layers,
+                weight_bytes=stage.weight_bytes,
+                kv_bytes=stage.kv_bytes,
+                baseline_bytes=stage.baseline_bytes,
+            )
+            for stage, plan in zip(ready, self.plan.stages, strict=True)
+        )
+
+    def _jobs(self, num_blocks: int) -> list[control.StartStage]:
+        return [
+            control.StartStage(
+                stage=stage.stage,
+                num_stages=len(self.plan.stages),
+                model_folder=str(self.model_folder),
+                first_layer=stage.first_layer,
+                stop_layer=stage.stop_layer,
+                has_embedding=stage.has_embedding,
+                has_head=stage.has_head,
+                dtype=self.dtype,
+                attention=self.config.attention,
+                num_blocks=num_blocks,
+                block_size=self.config.block_size,
+                max_model_len=self.max_model_len,
+                control=f"tcp://{self.fleet.address}",
+                host=self.fleet.keepers[stage.ranks[0]].address,
+                traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
+            )
+            for stage in self.plan.stages
+        ]
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request; `request.params.seed` must be set. Raises CapacityError."""
+        self.engine.add(request, time.monotonic())
+        self._requests[request.id] = request
+
+    def finish(self, request_id: RequestId, reason: str) -> None:
+        """End a request now (abort, stop string). Unknown and finished ids are ignored."""
+        self.engine.finish(request_id, reason, time.monotonic())
+        self._requests.pop(request_id, None)
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.engine.num_unfinished
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    def poll(self, timeout_s: float) -> list[Output]:
+        """Plan what can be planned, then take what the stages said; waits at most `timeout_s`.
+
+        Returns what became known, in order; may be empty. Raises StageError when a stage died.
+        """
+        self._plan_all()
+        outputs: list[Output] = []
+        for message in self.fleet.receive(timeout_s):
+            match message:
+                case control.Sampled():
+                    result = control.step_result(message)
+                    outputs += self.engine.complete(result, time.monotonic())
+                case control.Timing():
+                    self._observe(message)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._requests.pop(output.request_id, None)
+        self._plan_all()
+        return outputs
+
+    def _plan_all(self) -> None:
+        """Fill the window."""
+        while True:
+            planned = self.engine.plan(time.monotonic())
+            if isinstance(planned, Wait):
+                return
+            self._dispatch(planned)
+
+    def _dispatch(self, microbatch: Microbatch) -> None:
+        self.fleet.broadcast(control.step_message(microbatch, self._requests))
+
+    def _observe(self, timing: control.Timing) -> None:
+        self.spans.append(
+            Span(
+                stage=timing.stage,
+                index=timing.index,
+                num_tokens=timing.num_tokens,
+                start_s=timing.start_s,
+                end_s=timing.end_s,
+                cpu_s=timing.cpu_s,
+            )
+        )
+        self.engine.observe(timing.index, timing.stage, timing.end_s - timing.start_s)
+
+    # ---- the rest -------------------------------------------------------------------------------
+
+    def refresh_memory(self) -> None:
+        """Bring `stages[i].peak_bytes` up to date. Only while no request is unfinished."""
+        self.stages = tuple(
+            replace(stage, peak_bytes=memory.peak_bytes)
+            for stage, memory in zip(self.stages, self.fleet.gather_memory(), strict=True)
+        )
+
+    def close(self) -> None:
+        """End every process. Safe to call twice."""
+        self.fleet.close()
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _max_model_len(config: RunConfig, model_config: ModelConfig) -> int:
+    longest = model_config.max_position_embeddings
+    if config.max_model_len is None:
+        return longest
+    if config.max_model_len > longest:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} is over the {longest} positions that "
+            f"{config.model} was trained to; give at most {longest}"
+        )
+    return config.max_model_len
+
+
+def _plan_pipeline(config: RunConfig, model_config: ModelConfig) -> PipelinePlan:
+    """The layer split that the user listed, or the one that evens out predicted work."""
+    if config.pipeline_layers is not None:
+        return split_explicitly(
+            model_config.num_layers, config.pipeline_parallel_size, config.pipeline_layers
+        )
+    return split_layers(
+        model_config.num_layers,
+        config.pipeline_parallel_size,
+        head_cost=_head_cost(config, model_config),
+    )
+
+
+def _head_cost(config: RunConfig, model_config: ModelConfig) -> float:
+    """The head's work, in layers, in a microbatch whose every sixteenth token samples.
+
+    Both are matrix products: about (rows + 8) x parameters, where 8 rows cost as much as reading
+    the weights does (measured with bf16 on one core; bench/linears.py).
+    """
+    tokens = config.max_num_batched_tokens
+    head = (tokens / 16 + 8) * model_config.num_head_parameters
+    return head / ((tokens + 8) * model_config.num_layer_parameters)

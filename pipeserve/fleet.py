@@ -1,0 +1,244 @@
+"""The processes of one pipeline as the driver sees them: keepers, stages, and one socket to all.
+
+Keepers are started here (`spawn`) or by torchrun and its kind (`external`); after that the two are
+the same. A stage that fails or dies becomes one `StageError` that says which and why, raised from
+whatever the driver was doing. `close` leaves no process behind.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import zmq
+
+from pipeserve import control
+from pipeserve.errors import ConfigError, StageError
+
+_JOIN_TIMEOUT_S = 120.0
+_KEEPER_SILENCE_S = 30.0
+_LAST_WORD_S = 2.0
+_CLOSE_S = 5.0
+
+
+class Fleet:
+    """P keepers, each with one stage. Single-threaded: nothing happens but inside its methods."""
+
+    def __init__(self, num_ranks: int, launcher: str, address: str | None) -> None:
+        """Bind the control socket; with `launcher="spawn"`, start the keepers.
+
+        Raises ConfigError when `address` (HOST:PORT) is malformed or busy.
+        """
+        self.num_ranks = num_ranks
+        self.keepers: dict[int, control.KeeperHello] = {}
+        self._last_heard: dict[int, float] = {}
+        self._exited: control.StageExited | None = None
+        self._processes: list[subprocess.Popen] = []
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.set_hwm(0)
+        self._socket.linger = 1000
+        self._socket.router_mandatory = True  # an unroutable message raises and is never dropped
+        try:
+            self.address = self._bind(address)
+            if launcher == "spawn":
+                self._processes = [self._spawn_keeper(rank) for rank in range(num_ranks)]
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- starting -------------------------------------------------------------------------------
+
+    def _bind(self, address: str | None) -> str:
+        if address is None:
+            return f"127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ConfigError(f"--control {address!r} is not HOST:PORT, such as 127.0.0.1:29600")
+        try:
+            self._socket.bind(f"tcp://{address}")
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"--control {address}: {error.strerror}; choose another port, "
+                "or leave --control out to take any free one"
+            ) from None
+        return address
+
+    def _spawn_keeper(self, rank: int) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipeserve.launch.keeper", "--control", self.address],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self.num_ranks),
+                "LOCAL_WORLD_SIZE": str(self.num_ranks),
+            },
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the driver, which ends the rest in order
+        )
+
+    def wait_for_keepers(self, on_progress: Callable[[str], None]) -> None:
+        """Until every rank's keeper has said hello. Raises StageError when one does not."""
+        deadline = time.monotonic() + _JOIN_TIMEOUT_S
+        while len(self.keepers) < self.num_ranks:
+            on_progress(f"waiting for keepers: {len(self.keepers)} of {self.num_ranks} joined")
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(self.num_ranks)) - set(self.keepers))
+                raise StageError(
+                    f"no keeper of rank {missing} joined {self.address} within "
+                    f"{_JOIN_TIMEOUT_S:g} s; start them with "
+                    f"torchrun -m pipeserve.launch.keeper --control {self.address}"
+                )
+            self.receive(0.5)
+
+    def start_stages(self, jobs: list[control.StartStage]) -> list[control.StageReady]:
+        """Start each rank's stage, connect neighbours; returns when all can take a step."""
+        for rank, job in enumerate(jobs):
+            self._send(control.keeper_identity(rank), control.encode(job))
+        ready = self._gather(control.StageReady)
+        for stage in range(self.num_ranks):
+            is_last = stage == self.num_ranks - 1
+            links = control.Connect(
+                next_stage="" if is_last else ready[stage + 1].activations_at,
+                first_stage=ready[0].tokens_at if is_last else "",
+            )
+            self._send(control.stage_identity(stage), control.encode(links))
+        self._gather(control.Connected)
+        return ready
+
+    def _gather(self, kind: type) -> list:
+        """One message of `kind` from every stage, in stage order."""
+        by_stage: dict[int, object] = {}
+        while len(by_stage) < self.num_ranks:
+            for message in self.receive(1.0):
+                if isinstance(message, kind):
+                    by_stage[message.stage] = message
+        return [by_stage[stage] for stage in range(self.num_ranks)]
+
+    # ---- running --------------------------------------------------------------------------------
+
+    def broadcast(self, message: control.ToStage) -> None:
+        """The same bytes to every stage."""
+        encoded = control.encode(message)
+        for stage in range(self.num_ranks):
+            self._send(control.stage_identity(stage), encoded)
+
+    def gather_memory(self) -> list[control.Memory]:
+        """Ask every stage for its peak memory. Only while no microbatch is outstanding."""
+        self.broadcast(control.ReportMemory())
+        return self._gather(control.Memory)
+
+    def receive(self, timeout_s: float) -> list[control.ToDriver]:
+        """What stages said, waiting at most `timeout_s` for the first of it.
+
+        Raises StageError (ConfigError, when its input was at fault) when a stage or a keeper ended.
+        """
+        messages = []
+        if self._socket.poll(int(timeout_s * 1000)):
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    _, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+                    self._note(control.decode_for_driver(payload), messages)
+        self._check_keepers()
+        return messages
+
+    def _note(self, message: control.ToDriver, messages: list[control.ToDriver]) -> None:
+        """Deal with what concerns processes; put the rest into `messages`."""
+        match message:
+            case control.Heartbeat():
+                self._last_heard[message.rank] = time.monotonic()
+            case control.KeeperHello():
+                self._welcome(message)
+            case control.StageFailed():
+                error = ConfigError if message.is_user_error else StageError
+                raise error(f"stage {message.stage}: {message.reason}")
+            case control.StageExited():
+                self._report_exit(message)
+            case _:
+                messages.append(message)
+
+    def _welcome(self, hello: control.KeeperHello) -> None:
+        if hello.world_size != self.num_ranks:
+            raise ConfigError(
+                f"the launcher started {hello.world_size} keepers, the pipeline has "
+                f"{self.num_ranks} stages; make --pipeline-parallel-size equal to it"
+            )
+        self.keepers[hello.rank] = hello
+        self._last_heard[hello.rank] = time.monotonic()
+
+    def _report_exit(self, exited: control.StageExited) -> None:
+        """Raise for a stage that ended, with its own last word if that is still on its way."""
+        if self._exited is not None:
+            return
+        self._exited = exited
+        deadline = time.monotonic() + _LAST_WORD_S
+        while exited.exit_code > 0 and time.monotonic() < deadline:
+            self.receive(0.1)
+        raise StageError(
+            f"stage {exited.rank} (pid {exited.pid} on {self.keepers[exited.rank].host}) died: "
+            f"{_describe_exit(exited.exit_code)}"
+        )
+
+    def _check_keepers(self) -> None:
+        for rank, process in enumerate(self._processes):
+            if process.poll() is not None:
+                raise StageError(
+                    f"the keeper of stage {rank} ended: {_describe_exit(process.returncode)}"
+                )
+        for rank, heard in self._last_heard.items():
+            if time.monotonic() - heard > _KEEPER_SILENCE_S:
+                raise StageError(
+                    f"nothing heard from the keeper of stage {rank} on {self.keepers[rank].host} "
+                    f"for {_KEEPER_SILENCE_S:g} s; is the machine up?"
+                )
+
+    def _send(self, identity: bytes, payload: bytes) -> None:
+        try:
+            self._socket.send_multipart([identity, payload])
+        except zmq.ZMQError as error:
+            deadline = time.monotonic() + _LAST_WORD_S
+            while time.monotonic() < deadline:
+                self.receive(0.1)  # raises when it learns why
+            raise StageError(f"{identity.decode()} cannot be reached: {error.strerror}") from None
+
+    # ---- ending ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End every keeper and stage. Safe to call twice, and from a half-made fleet."""
+        for rank in self.keepers:
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send_multipart(
+                    [control.keeper_identity(rank), control.encode(control.Stop())]
+                )
+        self.keepers = {}
+        for process in self._processes:
+            process.terminate()  # for a keeper that has not said hello yet
+        for process in self._processes:
+            _end_keeper(process)
+        self._processes = []
+        self._context.destroy()
+
+
+def _end_keeper(process: subprocess.Popen) -> None:
+    """Give it time to end its stage. Killing it ends the stage too, by the parent-death signal."""
+    try:
+        process.wait(_CLOSE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    if -code == signal.SIGKILL:
+        return (
+            f"killed by {name}, often the kernel when memory runs out; "
+            "use more stages or a smaller --kv-cache-memory-bytes"
+        )
+    return f"killed by {name}"

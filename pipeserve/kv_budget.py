@@ -1,0 +1,40 @@
+"""How many KV blocks the pool gets: the same number on every stage, so the scarcest stage decides."""
+
+from pathlib import Path
+
+from pipeserve.configs import RunConfig
+from pipeserve.core.nouns import PipelinePlan
+from pipeserve.errors import ConfigError
+
+_DEFAULT_BYTES = 1 << 30  # a stage, where the user says nothing
+_SHARE_OF_AVAILABLE = 0.5  # of this machine's free memory, for all stages together
+
+
+def num_kv_blocks(
+    config: RunConfig, plan: PipelinePlan, kv_bytes_per_token_per_layer: int, max_model_len: int
+) -> int:
+    """Blocks of `config.block_size` tokens. Raises ConfigError when not even one fits.
+
+    `num_gpu_blocks_override` is taken as it is. Otherwise a stage's `kv_cache_memory_bytes` over
+    what one block of its layers takes, and no more than `max_num_seqs` requests of full length use.
+    """
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    most_layers = max(stage.num_layers for stage in plan.stages)
+    block_bytes = config.block_size * most_layers * kv_bytes_per_token_per_layer
+    budget = config.kv_cache_memory_bytes or _default_bytes(len(plan.stages))
+    if budget < block_bytes:
+        raise ConfigError(
+            f"--kv-cache-memory-bytes {budget} holds no block of {config.block_size} tokens on a "
+            f"stage of {most_layers} layers; give at least {block_bytes}"
+        )
+    blocks_of_longest = -(-max_model_len // config.block_size)
+    return min(budget // block_bytes, config.max_num_seqs * blocks_of_longest)
+
+
+def _default_bytes(num_stages: int) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+            return min(_DEFAULT_BYTES, int(available * _SHARE_OF_AVAILABLE) // num_stages)
+    return _DEFAULT_BYTES

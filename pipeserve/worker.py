@@ -1,0 +1,287 @@
+"""One stage process: a single loop that waits for what the next microbatch needs, then computes it.
+
+    python -m pipeserve.worker < job        (started by the keeper; the job is a StartStage message)
+
+The next microbatch, strictly by index, needs its plan (control), its activations (from the previous
+stage) and, on the first stage, the tokens that are still on their way (from the last stage). All of
+them are polled together, so nothing can block the stage but its own computing. No thread of ours
+runs beside it.
+"""
+
+import gc
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+
+import torch
+import zmq
+
+from pipeserve import control, links
+from pipeserve.control import Connect, ReportMemory, StartStage, Step
+from pipeserve.errors import PipeserveError
+from pipeserve.memory import peak_bytes, resident_bytes
+from pipeserve.sequences import Sequence, Sequences
+from pipeserve.stages.config import ModelConfig
+from pipeserve.stages.inputs import StageInputs, build_inputs
+from pipeserve.stages.kv import KVCache
+from pipeserve.stages.sampling import SampleRow, sample
+from pipeserve.stages.weights import load_stage
+
+
+class StageWorker:
+    """Replays the driver's steps on this stage's layers. Decides nothing."""
+
+    def __init__(
+        self, job: StartStage, rank: int, context: zmq.Context, driver: zmq.Socket, baseline: int
+    ) -> None:
+        self.job = job
+        self.is_first = job.stage == 0
+        self.is_last = job.stage == job.num_stages - 1
+        self.context = context
+        self.driver = driver
+        self.poller = zmq.Poller()
+        self.poller.register(driver, zmq.POLLIN)
+        self.plans: deque[Step] = deque()
+        self.activations: deque[list[zmq.Frame]] = deque()
+        self.sequences = Sequences()
+        self.tokens_until = -1  # the newest microbatch whose sampled tokens are known here
+        self._load_model()
+        self._listen()
+        self._report_ready(rank, baseline)
+
+    def _load_model(self) -> None:
+        job = self.job
+        self.config = ModelConfig.from_folder(job.model_folder)
+        self.dtype = getattr(torch, job.dtype)
+        self.model = load_stage(
+            job.model_folder,
+            self.config,
+            first_layer=job.first_layer,
+            stop_layer=job.stop_layer,
+            has_embedding=job.has_embedding,
+            has_head=job.has_head,
+            dtype=self.dtype,
+            attention=job.attention,
+        )
+        self.kv = KVCache(
+            self.config,
+            num_layers=job.stop_layer - job.first_layer,
+            num_blocks=job.num_blocks,
+            block_size=job.block_size,
+            dtype=self.dtype,
+        )
+
+    def _listen(self) -> None:
+        """Open the receiving ends of this stage's links."""
+        self.activation_source = self.token_source = None
+        self.activations_at = self.tokens_at = ""
+        if not self.is_first:
+            self.activation_source, self.activations_at = links.listen(self.context, self.job.host)
+            self.poller.register(self.activation_source, zmq.POLLIN)
+        elif not self.is_last:
+            self.token_source, self.tokens_at = links.listen(self.context, self.job.host)
+            self.poller.register(self.token_source, zmq.POLLIN)
+
+    def _report_ready(self, rank: int, baseline: int) -> None:
+        self._tell(
+            control.StageReady(
+                stage=self.job.stage,
+                rank=rank,
+                pid=os.getpid(),
+                host=self.job.host,
+                activations_at=self.activations_at,
+                tokens_at=self.tokens_at,
+                baseline_bytes=baseline,
+                weight_bytes=self.model.num_bytes,
+                kv_bytes=self.kv.num_bytes,
+                cpus=sorted(os.sched_getaffinity(0)),
+            )
+        )
+
+    def run(self) -> None:
+        """Microbatch after microbatch, until the keeper ends this process."""
+        while True:
+            self._wait_for_next()
+            self._compute(self.plans.popleft())
+
+    # ---- waiting --------------------------------------------------------------------------------
+
+    def _wait_for_next(self) -> None:
+        self._receive(block=False)
+        while not self._is_ready():
+            self._receive(block=True)
+
+    def _is_ready(self) -> bool:
+        """Whether plan, activations and tokens of the next microbatch are all here."""
+        if not self.plans:
+            return False
+        if not self.is_first:
+            return bool(self.activations)
+        return all(
+            chunk.token_from is None or chunk.token_from <= self.tokens_until
+            for chunk in self.plans[0].chunks
+        )
+
+    def _receive(self, block: bool) -> None:
+        """Take everything that has arrived; with `block`, wait until something has."""
+        for socket, _ in self.poller.poll(None if block else 0):
+            while True:
+                try:
+                    frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    break
+                if socket is self.driver:
+                    self._obey(control.decode_for_stage(frames[-1].buffer))
+                elif socket is self.activation_source:
+                    self.activations.append(frames)
+                else:
+                    self._take_tokens(*links.receive_tokens(frames[0].bytes))
+
+    def _obey(self, message: control.ToStage) -> None:
+        match message:
+            case Step():
+                self.plans.append(message)
+            case Connect():
+                self.next_stage = self.first_stage = None
+                if message.next_stage:
+                    self.next_stage = links.connect(self.context, message.next_stage)
+                if message.first_stage:
+                    self.first_stage = links.connect(self.context, message.first_stage)
+                self._tell(control.Connected(self.job.stage))
+            case ReportMemory():
+                self._tell(control.Memory(self.job.stage, peak_bytes()))
+
+    def _take_tokens(self, index: int, tokens: list[int]) -> None:
+        self.sequences.take_tokens(index, tokens)
+        self.tokens_until = index
+
+    # ---- computing ------------------------------------------------------------------------------
+
+    def _compute(self, step: Step) -> None:
+        start_s, start_cpu_s = time.monotonic(), time.thread_time()
+        sequences = self.sequences.apply(step)
+        if self.is_first:
+            self.sequences.await_tokens(step, sequences)
+        inputs = self._build_inputs(step, sequences)
+        output = self.model(self._stage_input(step, inputs), inputs, self.kv)
+        if self.is_last:
+            self._answer(step, sequences, output)
+        else:
+            links.send_tensor(self.next_stage, step.index, output)
+        end_s, end_cpu_s = time.monotonic(), time.thread_time()
+        self._tell(
+            control.Timing(
+                self.job.stage,
+                step.index,
+                inputs.num_tokens,
+                start_s,
+                end_s,
+                end_cpu_s - start_cpu_s,
+            )
+        )
+
+    def _build_inputs(self, step: Step, sequences: list[Sequence]) -> StageInputs:
+        return build_inputs(
+            [
+                (chunk.start, chunk.stop, sequence.block_table, chunk.num_logits)
+                for chunk, sequence in zip(step.chunks, sequences, strict=True)
+            ],
+            self.job.block_size,
+            token_ids=[s.token_ids for s in sequences] if self.is_first else None,
+        )
+
+    def _stage_input(self, step: Step, inputs: StageInputs) -> torch.Tensor:
+        if self.is_first:
+            return inputs.token_ids_T
+        frames = self.activations.popleft()
+        shape = (inputs.num_tokens, self.config.hidden_size)
+        return links.receive_tensor(frames, step.index, shape, self.dtype)
+
+    def _answer(self, step: Step, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        """Sample; ids go to the first stage before anything else, for it may be waiting."""
+        rows = [
+            _sample_row(sequence, chunk.stop)
+            for chunk, sequence in zip(step.chunks, sequences, strict=True)
+            if chunk.num_logits
+        ]
+        sampled = sample(logits, rows) if rows else []
+        tokens = [token for token, _, _ in sampled]
+        if rows and self.is_first:
+            self._take_tokens(step.index, tokens)
+        elif rows:
+            links.send_tokens(self.first_stage, step.index, tokens)
+        wants_logprobs = any(row.num_logprobs is not None for row in rows)
+        logprobs = (
+            [None if chosen is None else (chosen, list(top)) for _, chosen, top in sampled]
+            if wants_logprobs
+            else []
+        )
+        self._tell(control.Sampled(step.index, tokens, logprobs))
+
+    def _tell(self, message: control.ToDriver) -> None:
+        self.driver.send(control.encode(message))
+
+
+def _sample_row(sequence: Sequence, position: int) -> SampleRow:
+    """How to draw the token at `position`; a function of the request and the position alone."""
+    registration = sequence.registration
+    output_index = position - registration.num_prompt_tokens
+    return SampleRow(
+        temperature=registration.temperature,
+        top_k=registration.top_k,
+        top_p=registration.top_p,
+        seed=registration.seed,
+        output_index=output_index,
+        banned_ids=tuple(registration.stop_ids) if output_index < registration.min_tokens else (),
+        num_logprobs=registration.logprobs,
+    )
+
+
+def _connect_to_driver(context: zmq.Context, endpoint: str, rank: int) -> zmq.Socket:
+    socket = context.socket(zmq.DEALER)
+    socket.identity = control.stage_identity(rank)
+    socket.set_hwm(0)
+    socket.linger = 2000  # ms; the last word, why the stage ended, has to reach the driver
+    socket.connect(endpoint)
+    return socket
+
+
+def _reason(error: Exception) -> str:
+    """One line for the user: what happened and, where it is known, the remedy."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, PipeserveError):
+        return text
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        return f"out of memory ({text}); use more stages or a smaller --kv-cache-memory-bytes"
+    return f"{type(error).__name__}: {text} (PIPESERVE_TRACEBACK=1 prints where)"
+
+
+def main() -> None:
+    """Run the stage whose job comes on standard input; on failure, tell the driver and exit 1."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    baseline = resident_bytes()
+    job = control.decode_for_keeper(sys.stdin.buffer.read())
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    context = zmq.Context()
+    driver = _connect_to_driver(context, job.control, rank)
+    try:
+        with torch.inference_mode():
+            worker = StageWorker(job, rank, context, driver, baseline)
+            gc.collect()
+            gc.freeze()
+            worker.run()
+    except Exception as error:
+        if job.traceback:
+            traceback.print_exc()
+        failed = control.StageFailed(job.stage, _reason(error), isinstance(error, PipeserveError))
+        driver.send(control.encode(failed))
+        context.destroy()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The paged KV pool of one stage.
+
+Suffixes: L layers of the stage, K kv heads, B blocks, P positions in a block, H head size.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeserve.stages.config import ModelConfig
+
+
+class KVCache:
+    """K and V of every block, for each layer of this stage. Block ids are the engine's.
+
+    Heads come before blocks, so that gathering a request's blocks gives each head one contiguous
+    [positions, H] matrix, which is what matrix products want.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (num_layers, config.num_kv_heads, num_blocks, block_size, config.head_dim)
+        # Written once now, so that the memory is really there and not found missing while serving.
+        self.keys_LKBPH = torch.empty(shape, dtype=dtype).zero_()
+        self.values_LKBPH = torch.empty(shape, dtype=dtype).zero_()
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(keys, values) of the stage's own layer number `layer`, each [K, B, P, H]."""
+        return self.keys_LKBPH[layer], self.values_LKBPH[layer]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys_LKBPH.nbytes + self.values_LKBPH.nbytes

@@ -36,6 +36,9 @@ class Keeper:
         self.rank = rank
         self.world_size = world_size
         self.join_timeout_s = join_timeout_s
+        self.deadline = time.monotonic() + join_timeout_s
+        self.is_connected = False
+        self.exit_code: int | None = None
         self.stage: subprocess.Popen | None = None
         self.stage_exited: int | None = None  # a pidfd: readable once the stage has ended
         self.context = zmq.Context()
@@ -51,43 +54,51 @@ class Keeper:
         )
         self.driver.connect(endpoint)
         self.endpoint = endpoint
+        self.poller = zmq.Poller()
+        self.poller.register(self.driver, zmq.POLLIN)
+        self.poller.register(self.connection, zmq.POLLIN)
 
     def run(self) -> int:
         """Until the driver says stop (0), or is gone or cannot be reached (1)."""
         self._tell(self._hello())
-        deadline = time.monotonic() + self.join_timeout_s
-        is_connected = False
-        poller = zmq.Poller()
-        poller.register(self.driver, zmq.POLLIN)
-        poller.register(self.connection, zmq.POLLIN)
         try:
-            while True:
-                ready = dict(poller.poll(int(_HEARTBEAT_S * 1000)))
-                if self.connection in ready:
-                    is_connected = self._connection_is_up()
-                    if not is_connected:
-                        return 1
-                if not is_connected and time.monotonic() > deadline:
-                    print(
-                        f"error: keeper of rank {self.rank}: no driver at {self.endpoint} within "
-                        f"{self.join_timeout_s:g} s; start it with --launcher external",
-                        file=sys.stderr,
-                    )
-                    return 1
-                if self.stage_exited in ready:
-                    poller.unregister(self.stage_exited)
-                    self._report_exit()
+            while self.exit_code is None:
+                ready = dict(self.poller.poll(int(_HEARTBEAT_S * 1000)))
+                # One thing a turn, what the driver said before that it went.
                 if self.driver in ready:
-                    match control.decode_for_keeper(self.driver.recv()):
-                        case StartStage() as job:
-                            self._start(job)
-                            poller.register(self.stage_exited, zmq.POLLIN)
-                        case Stop():
-                            return 0
+                    self._obey(control.decode_for_keeper(self.driver.recv()))
+                elif self.stage_exited in ready:
+                    self._report_exit()
+                elif self.connection in ready:
+                    self._note_connection()
+                elif not self.is_connected and time.monotonic() > self.deadline:
+                    self._give_up()
                 self._tell(control.Heartbeat(self.rank))
         finally:
             self._end_stage()
             self.context.destroy()
+        return self.exit_code
+
+    def _obey(self, message: control.ToKeeper) -> None:
+        match message:
+            case StartStage():
+                self._start(message)
+            case Stop():
+                self.exit_code = 0
+
+    def _note_connection(self) -> None:
+        event = parse_monitor_message(self.connection.recv_multipart())["event"]
+        self.is_connected = event == zmq.EVENT_CONNECTED
+        if not self.is_connected:  # the driver is gone
+            self.exit_code = 1
+
+    def _give_up(self) -> None:
+        print(
+            f"error: keeper of rank {self.rank}: no driver at {self.endpoint} within "
+            f"{self.join_timeout_s:g} s; start it with --launcher external",
+            file=sys.stderr,
+        )
+        self.exit_code = 1
 
     def _hello(self) -> control.KeeperHello:
         return control.KeeperHello(
@@ -107,12 +118,14 @@ class Keeper:
             preexec_fn=functools.partial(_before_stage, os.getpid(), cpus),
         )
         self.stage_exited = os.pidfd_open(self.stage.pid)
+        self.poller.register(self.stage_exited, zmq.POLLIN)
         with contextlib.suppress(BrokenPipeError):  # it ended at once: the pidfd tells
             self.stage.stdin.write(control.encode(job))
             self.stage.stdin.close()
 
     def _report_exit(self) -> None:
         code = self.stage.wait()
+        self.poller.unregister(self.stage_exited)
         os.close(self.stage_exited)
         self.stage_exited = None
         self._tell(control.StageExited(self.rank, self.stage.pid, code))
@@ -122,10 +135,6 @@ class Keeper:
         if self.stage is not None and self.stage.poll() is None:
             self.stage.kill()
             self.stage.wait()
-
-    def _connection_is_up(self) -> bool:
-        event = parse_monitor_message(self.connection.recv_multipart())["event"]
-        return event == zmq.EVENT_CONNECTED
 
     def _tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message))

@@ -14,9 +14,10 @@ from pipeserve import control
 from pipeserve.configs import RunConfig
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch, Output, PipelinePlan, Request, RequestId, Wait
-from pipeserve.core.partition import split_layers
+from pipeserve.core.partition import split_explicitly, split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.spans import Span
+from pipeserve.errors import ConfigError
 from pipeserve.fleet import Fleet
 from pipeserve.kv_budget import num_kv_blocks
 from pipeserve.stages.config import ModelConfig
@@ -58,7 +59,10 @@ class Driver:
         self.max_model_len = _max_model_len(config, self.model_config)
         self.plan = _plan_pipeline(config, self.model_config)
         num_blocks = num_kv_blocks(
-            config, self.model_config, self.plan, self.dtype, self.max_model_len
+            config,
+            self.plan,
+            self.model_config.kv_bytes_per_token_per_layer(self.dtype),
+            self.max_model_len,
         )
         self.engine = Engine(
             self.plan,

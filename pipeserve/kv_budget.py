@@ -1,4 +1,4 @@
-"""How many KV blocks the pool gets: the same number on every stage, so the scarcest stage decides."""
+"""How many KV blocks the pool gets: one number for all stages, so the scarcest stage decides."""
 
 from pathlib import Path
 

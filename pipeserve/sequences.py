@@ -39,6 +39,19 @@ class Sequences:
             sequence.block_table.extend(chunk.new_blocks)
         return sequences
 
+    def has_tokens_for(self, step: Step) -> bool:
+        """Whether every id that `step` embeds is known (first stage), before it is applied.
+
+        Not only a chunk with `token_from` may have to wait: the driver may know a token, and plan
+        on it, before the last stage's message with that token has got here.
+        """
+        admitted = {registration.request_id for registration in step.admitted}
+        return all(
+            chunk.request_id in admitted
+            or len(self._by_id[chunk.request_id].token_ids) >= chunk.stop
+            for chunk in step.chunks
+        )
+
     def await_tokens(self, step: Step, sequences: list[Sequence]) -> None:
         """Note whose tokens microbatch `step` will bring back (first stage)."""
         sampling = [s for s, c in zip(sequences, step.chunks, strict=True) if c.num_logits]

@@ -47,7 +47,6 @@ class StageWorker:
         self.plans: deque[Step] = deque()
         self.activations: deque[list[zmq.Frame]] = deque()
         self.sequences = Sequences()
-        self.tokens_until = -1  # the newest microbatch whose sampled tokens are known here
         self._load_model()
         self._listen()
         self._report_ready(rank, baseline)
@@ -95,7 +94,7 @@ class StageWorker:
                 activations_at=self.activations_at,
                 tokens_at=self.tokens_at,
                 baseline_bytes=baseline,
-                weight_bytes=self.model.num_bytes,
+                weight_bytes=self.model.num_parameters * self.dtype.itemsize,
                 kv_bytes=self.kv.num_bytes,
                 cpus=sorted(os.sched_getaffinity(0)),
             )
@@ -120,10 +119,7 @@ class StageWorker:
             return False
         if not self.is_first:
             return bool(self.activations)
-        return all(
-            chunk.token_from is None or chunk.token_from <= self.tokens_until
-            for chunk in self.plans[0].chunks
-        )
+        return self.sequences.has_tokens_for(self.plans[0])
 
     def _receive(self, block: bool) -> None:
         """Take everything that has arrived; with `block`, wait until something has."""
@@ -138,7 +134,7 @@ class StageWorker:
                 elif socket is self.activation_source:
                     self.activations.append(frames)
                 else:
-                    self._take_tokens(*links.receive_tokens(frames[0].bytes))
+                    self.sequences.take_tokens(*links.receive_tokens(frames[0].bytes))
 
     def _obey(self, message: control.ToStage) -> None:
         match message:
@@ -153,10 +149,6 @@ class StageWorker:
                 self._tell(control.Connected(self.job.stage))
             case ReportMemory():
                 self._tell(control.Memory(self.job.stage, peak_bytes()))
-
-    def _take_tokens(self, index: int, tokens: list[int]) -> None:
-        self.sequences.take_tokens(index, tokens)
-        self.tokens_until = index
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -210,7 +202,7 @@ class StageWorker:
         sampled = sample(logits, rows) if rows else []
         tokens = [token for token, _, _ in sampled]
         if rows and self.is_first:
-            self._take_tokens(step.index, tokens)
+            self.sequences.take_tokens(step.index, tokens)
         elif rows:
             links.send_tokens(self.first_stage, step.index, tokens)
         wants_logprobs = any(row.num_logprobs is not None for row in rows)

@@ -1,8 +1,8 @@
 """Causal attention of a microbatch over the paged KV pool. One signature, two implementations.
 
-`prepare(inputs)` does once what all layers share; calling the object writes the microbatch's K and V
-into the pool and then attends, so a chunk may read blocks that an earlier chunk of the same
-microbatch fills.
+`prepare` does once what all layers share; calling the object writes the microbatch's K and V into
+the pool and then attends, so a chunk may read blocks that an earlier chunk of the same microbatch
+fills.
 
 Suffixes: T tokens, N query heads, K kv heads, G = N / K, H head size, C context positions,
 D single-query chunks in a group, B blocks, P positions in a block.
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.inputs import StageInputs
+from pipeserve.stages.kv import KVCache
 
 PoolLayer = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [K, B, P, H]."""
 
 
 class Attention(Protocol):
-    def prepare(self, inputs: StageInputs) -> object:
+    def prepare(self, inputs: StageInputs, kv: KVCache) -> object:
         """What every layer of this microbatch shares."""
         ...
 
@@ -50,7 +51,7 @@ def _write(k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, slots_T: Tensor) -> No
 class ReferenceAttention:
     """Position by position as the definition reads, in float32. For tests."""
 
-    def prepare(self, inputs: StageInputs) -> StageInputs:
+    def prepare(self, inputs: StageInputs, kv: KVCache) -> StageInputs:
         return inputs
 
     def __call__(
@@ -80,8 +81,8 @@ class _Decodes:
     """Chunks of one query whose contexts are of like length, padded to the longest."""
 
     rows_D: Tensor
-    blocks: Tensor
-    """int64, block tables one after the other, each padded to the longest with block 0."""
+    pool_rows: Tensor
+    """Of the block tables one after the other, each padded to the longest with block 0."""
     bias_D1C: Tensor
     """float32: 0 where the query sees the position, -inf behind its end."""
 
@@ -93,7 +94,7 @@ class _Prefill:
     start_row: int
     query_len: int
     context_len: int
-    blocks: Tensor
+    pool_rows: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +113,9 @@ class BlockedAttention:
     """
 
     query_block = 64
-    """Queries taken at once: small enough to skip what causality hides, large enough to multiply."""
+    """Queries taken at once: few enough to skip what causality hides, enough to multiply well."""
 
-    def prepare(self, inputs: StageInputs) -> _Plan:
+    def prepare(self, inputs: StageInputs, kv: KVCache) -> _Plan:
         singles, prefills = [], []
         row = 0
         for query_len, context_len, blocks in zip(
@@ -123,10 +124,9 @@ class BlockedAttention:
             if query_len == 1:
                 singles.append((row, context_len, blocks))
             else:
-                prefills.append(_Prefill(row, query_len, context_len, blocks))
+                prefills.append(_Prefill(row, query_len, context_len, kv.rows_of(blocks)))
             row += query_len
-        block_size = inputs.block_size
-        groups = tuple(_group(group, block_size) for group in _of_like_length(singles))
+        groups = tuple(_group(group, kv) for group in _of_like_length(singles))
         return _Plan(inputs.slots_T, groups, tuple(prefills))
 
     def __call__(
@@ -148,9 +148,9 @@ class BlockedAttention:
         self, q_TKGH: Tensor, pool: PoolLayer, prefill: _Prefill, out_TKGH: Tensor
     ) -> None:
         """Queries a block at a time, each over the keys that its last query sees."""
-        k_KCH, v_KCH = (side.index_select(1, prefill.blocks).flatten(1, 2) for side in pool)
         q_KGTH = q_TKGH.permute(1, 2, 0, 3)
         num_kv_heads, group, num_queries, head_dim = q_KGTH.shape
+        k_KCH, v_KCH = _gather(pool, prefill.pool_rows, (num_kv_heads, -1, head_dim))
         prefix = prefill.context_len - num_queries
         for start in range(0, num_queries, self.query_block):
             stop = min(start + self.query_block, num_queries)
@@ -170,13 +170,19 @@ def _decode(q_DKGH: Tensor, pool: PoolLayer, decodes: _Decodes) -> Tensor:
     """All decodes of a group in two batched products. Returns [D, K, G, H]."""
     num_decodes, num_kv_heads, group, head_dim = q_DKGH.shape
     flat = (num_kv_heads * num_decodes, -1, head_dim)
-    k, v = (side.index_select(1, decodes.blocks).view(flat) for side in pool)
+    k, v = _gather(pool, decodes.pool_rows, flat)
     q = q_DKGH.transpose(0, 1).reshape(flat)
     scores = torch.bmm(q, k.transpose(1, 2)).float()
     scores.view(num_kv_heads, num_decodes, group, -1).add_(decodes.bias_D1C)
     weights = torch.softmax(scores, -1).to(v.dtype)
     out = torch.bmm(weights, v)
     return out.view(num_kv_heads, num_decodes, group, head_dim).transpose(0, 1)
+
+
+def _gather(pool: PoolLayer, rows: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """K and V of the blocks behind `rows`, as `shape`. Along dim 0 this copies whole blocks."""
+    keys, values = (side.flatten(2).flatten(0, 1).index_select(0, rows) for side in pool)
+    return keys.view(shape), values.view(shape)
 
 
 def _of_like_length(singles: list[tuple[int, int, Tensor]]) -> list[list[tuple[int, int, Tensor]]]:
@@ -190,10 +196,10 @@ def _of_like_length(singles: list[tuple[int, int, Tensor]]) -> list[list[tuple[i
     return groups
 
 
-def _group(singles: list[tuple[int, int, Tensor]], block_size: int) -> _Decodes:
+def _group(singles: list[tuple[int, int, Tensor]], kv: KVCache) -> _Decodes:
     rows, contexts, tables = zip(*singles, strict=True)
     blocks_DB = torch.nn.utils.rnn.pad_sequence(list(tables), batch_first=True)
-    positions_C = torch.arange(blocks_DB.shape[1] * block_size)
+    positions_C = torch.arange(blocks_DB.shape[1] * kv.block_size)
     is_behind_DC = positions_C >= torch.tensor(contexts)[:, None]
     bias_DC = torch.zeros(is_behind_DC.shape).masked_fill_(is_behind_DC, -torch.inf)
-    return _Decodes(torch.tensor(rows), blocks_DB.flatten(), bias_DC[:, None])
+    return _Decodes(torch.tensor(rows), kv.rows_of(blocks_DB.flatten()), bias_DC[:, None])

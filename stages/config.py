@@ -137,7 +137,7 @@ def _dtype(raw: Mapping[str, Any], folder: Path) -> str:
 
 
 def _eos(raw: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
-    """generation_config.json knows every id that ends a chat turn; config.json often one of them."""
+    """generation_config.json knows every id that ends a turn; config.json often only one."""
     generation = folder / "generation_config.json"
     eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
     if eos is None:

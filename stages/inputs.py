@@ -32,7 +32,6 @@ class StageInputs:
     """int64 block ids that hold each chunk's context, in order; the last may be partly filled."""
     logit_rows_R: Tensor
     """int64 rows along T whose logits are wanted."""
-    block_size: int
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +64,6 @@ def build_inputs(
         context_lens=tuple(stop for _, stop, _, _ in spans),
         block_tables=tuple(tables),
         logit_rows_R=torch.tensor(rows, dtype=torch.int64),
-        block_size=block_size,
     )
 
 

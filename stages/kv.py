@@ -25,6 +25,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
     ) -> None:
+        self.block_size = block_size
         shape = (num_layers, config.num_kv_heads, num_blocks, block_size, config.head_dim)
         # Written once now, so that the memory is really there and not found missing while serving.
         self.keys_LKBPH = torch.empty(shape, dtype=dtype).zero_()
@@ -33,6 +34,11 @@ class KVCache:
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of the stage's own layer number `layer`, each [K, B, P, H]."""
         return self.keys_LKBPH[layer], self.values_LKBPH[layer]
+
+    def rows_of(self, blocks: Tensor) -> Tensor:
+        """Where `blocks` [N] of each head lie when K and B are one axis: int64 [K * N], by head."""
+        _, num_kv_heads, num_blocks, _, _ = self.keys_LKBPH.shape
+        return (torch.arange(num_kv_heads)[:, None] * num_blocks + blocks).flatten()
 
     @property
     def num_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is set once and, where that is faster, kept in oneDNN's own layout."""
+"""A linear layer whose weight is set once and, where that is faster, kept in oneDNN's layout."""
 
 import torch
 import torch.nn.functional as F

@@ -126,7 +126,7 @@ class LlamaStage(nn.Module):
         """
         x_TD = x if self.embedding is None else self.embedding(x)
         rotation = make_rotation(inputs.positions_T, self.frequencies_h, x_TD.dtype)
-        plan = self.attention.prepare(inputs)
+        plan = self.attention.prepare(inputs, kv)
         for number, layer in enumerate(self.layers):
             x_TD = layer(x_TD, rotation, kv.layer(number), plan)
         if self.head is None:

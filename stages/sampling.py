@@ -14,7 +14,7 @@ from torch import Tensor
 _MASK = (1 << 64) - 1
 
 Sampled = tuple[int, float | None, list[tuple[int, float]]]
-"""(token, its log-probability, the most likely (token, log-probability)); None and [] unless asked."""
+"""(token, its log-probability, the likeliest (token, log-probability)); None, [] unless asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -174,4 +174,4 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600, which other users of a shared cache cannot read
+        file.chmod(0o644)  # safetensors writes 0600: useless in a shared cache

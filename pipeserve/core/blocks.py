@@ -158,7 +158,7 @@ class BlockTable:
         return tuple(new)
 
     def publish(self, keys: Sequence[bytes], num_planned: int) -> None:
-        """Makes findable each block whose tokens are known (it has a key) and whose KV is planned."""
+        """Makes findable each block whose ids are known (it has a key) and whose KV is planned."""
         full = min(len(keys), num_planned // self._pool.block_size)
         for position in range(self._num_published, full):
             self._pool.publish(self.blocks[position], keys[position])

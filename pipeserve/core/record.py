@@ -114,6 +114,7 @@ class Queues:
     def __init__(self, traits: Traits):
         self._traits = traits
         self._max_on_way = MAX_ON_WAY if traits.plans_ahead else 1
+        self._chunks_follow = traits.chunk_pipelining and not traits.one_in_flight
         self._waiting: OrderedDict[RequestId, RequestView] = OrderedDict()
         self._running: dict[RequestId, RequestView] = {}
         self._decodes: dict[RequestId, RequestView] = {}
@@ -134,7 +135,7 @@ class Queues:
             self._count(record, is_decoding=False, backlog=len(record.tokens))
         elif record.prefilling:
             self._running[request_id] = view
-            free = not record.outstanding or self._traits.chunk_pipelining
+            free = not record.outstanding or self._chunks_follow
             self._set(self._prefills, view, free)
             self._count(record, is_decoding=False, backlog=len(record.tokens) - record.planned)
         else:

@@ -53,7 +53,7 @@ class Traits:
     chunk_pipelining: bool
     """A prompt's next chunk may follow while its earlier chunks are still in the pipe."""
     one_in_flight: bool
-    """A request is in at most one outstanding microbatch."""
+    """A request is in at most one outstanding microbatch, whatever the other traits allow."""
 
 
 class RequestView(NamedTuple):

@@ -1,0 +1,88 @@
+"""Recipes: YAML files whose keys are RunConfig's fields. Shipped ones are named by their stem."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeserve.configs.run_config import RunConfig
+from pipeserve.errors import ConfigError
+
+_FOLDER = Path(__file__).parent
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that are shipped."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str) -> dict[str, Any]:
+    """The keys and values of a shipped recipe (by name) or of a YAML file (by path).
+
+    Keys may be spelt with `-` or `_`. Raises ConfigError: no such recipe, not readable, not a
+    mapping, unknown key.
+    """
+    path = _find(name_or_file)
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise ConfigError(f"{path}{line}: not YAML: {problem}") from None
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{path}: a recipe is `key: value` lines, such as `model: smollm2-135m`")
+    recipe = {str(key).replace("-", "_"): value for key, value in recipe.items()}
+    try:
+        check_keys(recipe, [item.name for item in fields(RunConfig)])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return recipe
+
+
+def make_config(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig of `recipe`'s values with those of `overrides` in their place.
+
+    Does not modify either. `pipeline_layers` may be "16,14" or a list. Raises ConfigError.
+    """
+    values = {**recipe, **overrides}
+    check_keys(values, [item.name for item in fields(RunConfig)])
+    if values.get("model") is None:
+        raise ConfigError("no model: give MODEL (a folder or an alias), or a recipe that names one")
+    values["model"] = str(values["model"])
+    if "pipeline_layers" in values:
+        values["pipeline_layers"] = _parse_layers(values["pipeline_layers"])
+    return RunConfig(**values)
+
+
+def check_keys(values: Mapping[str, Any], known: list[str]) -> None:
+    """Raise ConfigError for a key that is not in `known`, naming the nearest that is."""
+    for key in values:
+        if key not in known:
+            nearest = get_close_matches(key, known, n=1, cutoff=0.5)
+            remedy = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown key {key!r}; {remedy}")
+
+
+def _find(name_or_file: str) -> Path:
+    path = Path(name_or_file)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    if name_or_file in recipe_names():
+        return _FOLDER / f"{name_or_file}.yaml"
+    nearest = get_close_matches(name_or_file, recipe_names(), n=1)
+    remedy = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(recipe_names())}"
+    raise ConfigError(f"no recipe {name_or_file!r}; {remedy} A file is named with its .yaml")
+
+
+def _parse_layers(layers: Any) -> Any:
+    """ "16,14" or [16, 14] as (16, 14); what is neither is left for RunConfig to refuse."""
+    if isinstance(layers, str):
+        parts = [part.strip() for part in layers.split(",")]
+        return tuple(int(part) for part in parts) if all(map(str.isdigit, parts)) else layers
+    return tuple(layers) if isinstance(layers, list) else layers

@@ -1,0 +1,144 @@
+"""`RunConfig`: everything that one run is told. Field names are the flags and the Python keywords.
+
+Each field's metadata documents it (`help`), and names its short flag and its choices where it has
+them; `pipeserve.launch.flags` makes the command line from that, so nothing is said twice. A value
+of the wrong type or out of range is a ConfigError here, before any process starts. What depends on
+the model (too many stages for its layers, a context longer than its own) is found by the driver.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+from pipeserve.errors import ConfigError
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run. Raises ConfigError (field, value, limit, remedy) for what cannot be right."""
+
+    model: str = field(metadata={"help": "Folder of a checkpoint, or an alias (smollm2-135m)."})
+
+    pipeline_parallel_size: int = _option(
+        1, "Number of stages that the layers are split into.", short="-pp", least=1
+    )
+    tensor_parallel_size: int = _option(
+        1, "Ranks that share each stage's layers; only 1 so far.", short="-tp", least=1
+    )
+    pipeline_layers: tuple[int, ...] | None = _option(
+        None, "Layers of each stage, such as 16,14; by default split to even out the work."
+    )
+    dtype: str = _option(
+        "auto",
+        "Type of weights and activations; auto is the checkpoint's.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = _option(
+        "auto", "Where stages compute; auto is cpu so far.", choices=("auto", "cpu")
+    )
+    attention: str = _option(
+        "auto", "Attention kernel; auto is the fastest.", choices=("auto", "reference", "cpu")
+    )
+    max_model_len: int | None = _option(
+        None, "Longest prompt + output, in tokens; by default the model's own.", least=2
+    )
+    max_num_seqs: int = _option(256, "Most requests that run at the same time.", least=1)
+    max_num_batched_tokens: int = _option(
+        512, "Most tokens in one microbatch, decodes and prefill chunks together.", least=1
+    )
+    policy: str = _option("uniform", "Scheduling policy.")
+    block_size: int = _option(16, "Tokens in one KV block.", least=1)
+    kv_cache_memory_bytes: int | None = _option(
+        None, "Bytes of the KV pool of each stage; by default from free memory.", least=1
+    )
+    num_gpu_blocks_override: int | None = _option(
+        None, "Exact number of KV blocks, instead of a number of bytes.", least=1
+    )
+    enable_prefix_caching: bool = _option(True, "Share KV blocks of equal prompt beginnings.")
+    seed: int = _option(
+        0, "From which requests that name no seed of their own get theirs.", least=0
+    )
+    launcher: str = _option(
+        "spawn",
+        "spawn starts the keepers here; external waits for those of torchrun or others.",
+        choices=("spawn", "external"),
+    )
+    control: str | None = _option(
+        None, "HOST:PORT that keepers join; by default a free port of this machine."
+    )
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(RunConfig)
+        for item in fields(self):
+            _check_field(item.name, getattr(self, item.name), hints[item.name], item.metadata)
+        if not self.model:
+            raise ConfigError("model is empty; give a checkpoint folder or an alias")
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}, only 1 works so far; "
+                "split the model with pipeline_parallel_size instead"
+            )
+        if self.num_gpu_blocks_override is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                "kv_cache_memory_bytes and num_gpu_blocks_override both size the KV pool; give one"
+            )
+        self._check_layers()
+        self._check_control()
+
+    def _check_layers(self) -> None:
+        layers = self.pipeline_layers
+        if layers is None:
+            return
+        if len(layers) != self.pipeline_parallel_size:
+            raise ConfigError(
+                f"pipeline_layers lists {len(layers)} stages, pipeline_parallel_size is "
+                f"{self.pipeline_parallel_size}; make them equal"
+            )
+        if min(layers) < 0:
+            raise ConfigError(f"pipeline_layers has {min(layers)}; a stage holds 0 layers or more")
+
+    def _check_control(self) -> None:
+        if self.control is None:
+            if self.launcher == "external":
+                raise ConfigError(
+                    "launcher is external, but control is not set; give the HOST:PORT that the "
+                    "keepers are started with"
+                )
+            return
+        host, _, port = self.control.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ConfigError(
+                f"control is {self.control!r}, not HOST:PORT with a port of 1 to 65535; "
+                "give one such as 127.0.0.1:29600"
+            )
+
+
+def _check_field(name: str, value: Any, hint: Any, metadata: Any) -> None:
+    """Type, choices and least value of one field."""
+    if value is None and type(None) in get_args(hint):
+        return
+    if not _has_type(value, hint):
+        raise ConfigError(f"{name} is {value!r}, must be {_type_name(hint)}")
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
+    least = metadata.get("least")
+    if least is not None and value < least:
+        raise ConfigError(f"{name} is {value}, must be at least {least}")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if hint in (tuple[int, ...], tuple[int, ...] | None):
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
+    # `type is`, not isinstance: True is no number of stages.
+    return type(value) in (get_args(hint) or (hint,))
+
+
+def _type_name(hint: Any) -> str:
+    if hint == tuple[int, ...] | None:
+        return "whole numbers, such as 16,14"
+    plain = next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
+    return {int: "a whole number", str: "text", bool: "true or false"}[plain]

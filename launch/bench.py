@@ -1,0 +1,224 @@
+"""`pipeserve bench`: a workload through a driver that runs already, greedy and with `ignore_eos`.
+
+`docs/bench.md` says what is measured and documents the keys of `--json`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.spans import Span
+from pipeserve.errors import ConfigError
+from pipeserve.launch.workload import Workload
+from pipeserve.profiling.summary import (
+    RequestRecord,
+    Summary,
+    busy_shares,
+    cpu_shares,
+    summarize,
+    window,
+)
+from pipeserve.profiling.workloads import (
+    WorkItem,
+    check_fits,
+    random_items,
+)
+
+if TYPE_CHECKING:
+    from pipeserve.driver import Driver
+
+_POLL_S = 0.5
+_WARMUP_REQUESTS = 8
+_WARMUP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One pass over the workload."""
+
+    summary: Summary
+    busy: list[float]
+    cpu: list[float]
+
+
+# ---- running ----------------------------------------------------------------------------------
+
+
+def bench(
+    driver: "Driver", encode: Callable[[str], Sequence[int]], workload: Workload, repeat: int
+) -> dict[str, Any]:
+    """Warm up, run the workload `repeat` times, and report the run of median duration.
+
+    Returns the object that `--json` writes (docs/bench.md). `encode` makes ids of text prompts.
+    Raises ConfigError for a request over the context, CapacityError for one over the KV pool, and
+    StageError.
+    """
+    vocab_size = driver.model_config.vocab_size
+    items = [
+        replace(item, prompt=tuple(encode(item.prompt))) if isinstance(item.prompt, str) else item
+        for item in workload.with_ids(vocab_size)
+    ]
+    for index, item in enumerate(items):
+        check_fits(index, len(item.prompt), item.max_tokens, driver.max_model_len)
+        if any(not 0 <= token < vocab_size for token in item.prompt):
+            raise ConfigError(
+                f"request {index} of the workload has ids outside 0 to {vocab_size - 1}, "
+                "the model's vocabulary; make it with this model's tokenizer"
+            )
+    ids = map(RequestId, count())
+    # A salt for each pass: no run finds its prompts in the prefix cache because an earlier one ran.
+    replay(driver, _warmup_items(items, vocab_size), "warm-up", ids)
+    runs = [_run(driver, items, f"run {number}", ids) for number in range(repeat)]
+    driver.refresh_memory()
+    return _report(driver, workload, runs)
+
+
+def replay(
+    driver: "Driver", items: Sequence[WorkItem], salt: str, ids: Iterator[RequestId]
+) -> list[RequestRecord]:
+    """Submit each item when it is due, and note when each token became known, until all ended."""
+    start_s = time.monotonic()
+    numbered = [(next(ids), item) for item in items]
+    due = deque(sorted(numbered, key=lambda pair: pair[1].arrival_s))
+    requests = dict(numbered)
+    token_times_s: dict[RequestId, list[float]] = {request_id: [] for request_id in requests}
+    while due or driver.num_unfinished:
+        timeout_s = _POLL_S
+        while due:
+            timeout_s = due[0][1].arrival_s - (time.monotonic() - start_s)
+            if timeout_s > 0:
+                break
+            driver.add(_request(*due.popleft(), salt))
+        outputs = driver.poll(min(max(timeout_s, 0.0), _POLL_S))
+        now_s = time.monotonic()
+        for output in outputs:
+            if output.token is not None:
+                token_times_s[output.request_id].append(now_s)
+    return [
+        RequestRecord(
+            num_prompt_tokens=len(item.prompt),
+            arrival_s=start_s + item.arrival_s,
+            token_times_s=tuple(token_times_s[request_id]),
+        )
+        for request_id, item in requests.items()
+    ]
+
+
+def _request(request_id: RequestId, item: WorkItem, salt: str) -> Request:
+    params = SamplingParams(temperature=0, max_tokens=item.max_tokens, ignore_eos=True, seed=0)
+    return Request(id=request_id, prompt=tuple(item.prompt), params=params, cache_salt=salt)
+
+
+def _warmup_items(items: Sequence[WorkItem], vocab_size: int) -> list[WorkItem]:
+    """A few requests of the workload's own prompt lengths, of other tokens."""
+    rng = Random("warm-up")
+    lengths = [
+        (len(item.prompt), min(item.max_tokens, _WARMUP_TOKENS))
+        for item in items[:_WARMUP_REQUESTS]
+    ]
+    return random_items(lengths, 1, vocab_size, rng)
+
+
+def _run(driver: "Driver", items: Sequence[WorkItem], salt: str, ids: Iterator[RequestId]) -> Run:
+    driver.spans.clear()
+    records = replay(driver, items, salt, ids)
+    spans = _all_spans(driver)
+    between = window(records)
+    return Run(
+        summary=summarize(records),
+        busy=busy_shares(spans, len(driver.stages), *between),
+        cpu=cpu_shares(spans, len(driver.stages), *between),
+    )
+
+
+def _all_spans(driver: "Driver") -> list[Span]:
+    """The run's spans, those too that were still on their way when the last token came."""
+    known = -1
+    while len(driver.spans) > known:
+        known = len(driver.spans)
+        driver.poll(0.05)
+    return list(driver.spans)
+
+
+# ---- reporting --------------------------------------------------------------------------------
+
+
+def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, Any]:
+    by_duration = sorted(runs, key=lambda run: run.summary.seconds)
+    median = by_duration[(len(runs) - 1) // 2]
+    stages = [
+        {
+            "busy": busy,
+            "idle_by_cause": {"unattributed": 1 - busy},
+            "cpu": cpu,
+            "layers": info.num_layers,
+            "weight_bytes": info.weight_bytes,
+            "kv_bytes": info.kv_bytes,
+            "baseline_bytes": info.baseline_bytes,
+            "peak_bytes": info.peak_bytes,
+        }
+        for info, busy, cpu in zip(driver.stages, median.busy, median.cpu, strict=True)
+    ]
+    return {
+        **asdict(median.summary),
+        "stages": stages,
+        "policy": driver.config.policy,
+        "workload": workload.name,
+        "run_seconds": [run.summary.seconds for run in runs],
+        "config": asdict(driver.config),
+    }
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The report as tables: the run, its stages, their memory."""
+    console.print(_run_table(report))
+    console.print(_stage_table(report["stages"]))
+    console.print(_memory_table(report["stages"]))
+
+
+def _run_table(report: dict[str, Any]) -> Table:
+    table = Table(title=f"{report['workload']}, policy {report['policy']}", show_header=False)
+    table.add_row("requests", f"{report['requests']:,}")
+    table.add_row(
+        "tokens", f"{report['prompt_tokens']:,} prompt + {report['output_tokens']:,} output"
+    )
+    table.add_row("seconds", f"{report['seconds']:.2f}")
+    if len(report["run_seconds"]) > 1:
+        table.add_row("of runs", " ".join(f"{run:.2f}" for run in report["run_seconds"]))
+    table.add_row("total tokens/s", f"{report['total_tokens_per_s']:,.1f}")
+    table.add_row("output tokens/s", f"{report['output_tokens_per_s']:,.1f}")
+    for name, key in (("TTFT", "ttft_s"), ("TBT", "tbt_s")):
+        if report[key] is not None:
+            numbers = " / ".join(f"{seconds * 1000:,.1f}" for seconds in report[key].values())
+            table.add_row(f"{name} p50 / p90 / p99", f"{numbers} ms")
+    return table
+
+
+def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="stages, shares of the time")
+    for name in ("stage", "layers", "busy", "cpu", "idle"):
+        table.add_column(name, justify="right")
+    for number, stage in enumerate(stages):
+        shares = (stage["busy"], stage["cpu"], 1 - stage["busy"])
+        table.add_row(str(number), str(stage["layers"]), *(f"{share:.0%}" for share in shares))
+    return table
+
+
+def _memory_table(stages: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="memory in MiB; bare is the interpreter with torch")
+    for name in ("stage", "weights", "KV", "bare", "sum", "peak", "peak/sum"):
+        table.add_column(name, justify="right")
+    for number, stage in enumerate(stages):
+        parts = [stage[key] for key in ("weight_bytes", "kv_bytes", "baseline_bytes")]
+        total, peak = sum(parts), stage["peak_bytes"]
+        sizes = (f"{size / 2**20:,.0f}" for size in (*parts, total, peak))
+        table.add_row(str(number), *sizes, f"{peak / total:.2f}")
+    return table

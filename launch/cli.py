@@ -1,0 +1,213 @@
+"""The `pipeserve` command: verbs, flags, errors of one line, exit codes.
+
+Alone sees both the runtime and the profiler, and hands one to the other. Exit codes: 0 done, 1 the
+run failed, 2 the arguments or the config are wrong, 130 interrupted.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import pipeserve
+from pipeserve.configs import RunConfig, load_recipe, make_config
+from pipeserve.core.nouns import SamplingParams
+from pipeserve.errors import ConfigError, PipeserveError
+from pipeserve.launch.flags import given, run_flags, sampling_flags, with_flags
+
+if TYPE_CHECKING:
+    from pipeserve.driver import Driver
+
+# typer may carry its own copy of click, so its classes are reached through what typer exports.
+UsageError = typer.BadParameter.__base__
+
+app = typer.Typer(
+    help="Serve one large language model over several devices as a pipeline.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Checkpoint folder or alias (smollm2-135m).", show_default=False),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option("--config", help="Recipe, by name or as a YAML file.", show_default=False),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code; errors meant for users are one line on stderr."""
+    command = typer.main.get_command(app)
+    try:
+        return command.main(arguments, prog_name="pipeserve", standalone_mode=False) or 0
+    except UsageError as error:
+        return _fail(_name_nearest(error.format_message()), 2)
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except PipeserveError as error:
+        return _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):  # newer typer returns 130 by itself
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output is gone; python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(pipeserve.__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+@with_flags(*sampling_flags(), *run_flags())
+def generate(
+    model: Model = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt.", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of prompts, token ids or messages.", show_default=False),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="JSONL to write results to.", show_default=False)
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
+    ] = False,
+    print_text: Annotated[
+        bool, typer.Option("--print", help="Print prompts and texts instead of JSON.")
+    ] = False,
+    config: Recipe = None,
+    **flags: Any,
+) -> int:
+    """Complete one prompt, or every line of a JSONL file, and write results as they end."""
+    from pipeserve.launch import generate as verb
+    from pipeserve.launch.jsonl import ResultFile
+    from pipeserve.params import params_from
+
+    run_config = _run_config(model, config, flags)
+    params = params_from(given(SamplingParams, flags, without="seed"), SamplingParams())
+    if (prompt is None) == (prompts is None):
+        raise ConfigError("give one of --prompt TEXT and --prompts FILE.jsonl")
+    if prompts is None:
+        lines = [verb.one_prompt(prompt, params, chat)]
+    else:
+        lines = verb.read_prompts(prompts, params, chat)
+    if output is not None and print_text:
+        raise ConfigError("--output and --print each take the results; give one")
+    if output is not None:
+        with ResultFile(output, overwrite) as results:
+            return _generate(run_config, lines, results.write)
+    if prompts is not None:
+        write = verb.print_text if print_text else verb.print_json
+        return _generate(run_config, lines, write)
+    with open_driver(run_config) as driver:
+        from pipeserve.llm import LLM
+
+        return verb.stream_text(LLM.on(driver), lines[0])
+
+
+def _generate(
+    run_config: RunConfig, lines: Sequence[Any], write: Callable[[dict[str, Any]], None]
+) -> int:
+    from pipeserve.launch.generate import write_results
+    from pipeserve.llm import LLM
+    from pipeserve.profiling.summary import busy_shares
+
+    with open_driver(run_config) as driver:
+
+        def busy(start_s: float, stop_s: float) -> list[float]:
+            return busy_shares(driver.spans, len(driver.stages), start_s, stop_s)
+
+        return write_results(LLM.on(driver), lines, write, busy)
+
+
+@app.command()
+@with_flags(*run_flags())
+def bench(
+    model: Model = None,
+    workload: Annotated[
+        str, typer.Option(help="JSONL of requests, CSV trace, or sharegpt, arxiv, azure-conv.")
+    ] = "sharegpt",
+    num_prompts: Annotated[
+        int | None, typer.Option(help="Requests; all of a file, 64 of a distribution.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Divide the lengths of a trace by this.")] = 1.0,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second (Poisson); by default all at once.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(help="Runs; the median one is reported.", min=1)] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here, too.")
+    ] = None,
+    config: Recipe = None,
+    **flags: Any,
+) -> int:
+    """Measure throughput, TTFT, TBT, and each stage's busy share and memory on a workload."""
+    from rich.console import Console
+
+    from pipeserve.launch import bench as verb
+    from pipeserve.launch.jsonl import check_writable
+    from pipeserve.launch.workload import read_workload
+    from pipeserve.tokenizer import Tokenizer
+
+    run_config = _run_config(model, config, flags)
+    work = read_workload(workload, num_prompts, scale, rate, run_config.seed)
+    if json_file is not None:
+        check_writable(json_file)
+    with open_driver(run_config) as driver:
+        report = verb.bench(driver, Tokenizer(driver.model_folder).encode, work, repeat)
+    verb.print_report(report, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def open_driver(run_config: RunConfig) -> "Driver":
+    """Start the stages, saying on a terminal's stderr what is being waited for."""
+    from rich.console import Console
+
+    from pipeserve.driver import Driver
+
+    with Console(stderr=True).status("starting stages") as status:
+        return Driver(run_config, on_progress=status.update)
+
+
+def _run_config(model: str | None, recipe: str | None, flags: dict[str, Any]) -> RunConfig:
+    overrides = given(RunConfig, flags)
+    if model is not None:
+        overrides["model"] = model
+    return make_config(load_recipe(recipe) if recipe is not None else {}, overrides)
+
+
+def _name_nearest(message: str) -> str:
+    """For an unknown verb, name the nearest; for an unknown flag, typer does that itself."""
+    if not message.startswith("No such command") or "Did you mean" in message:
+        return message
+    verbs = [command.callback.__name__ for command in app.registered_commands]
+    nearest = get_close_matches(message.split("'")[1], verbs, n=1, cutoff=0.5)
+    return f"{message} Did you mean {nearest[0]!r}?" if nearest else f"{message} Verbs: {verbs}"
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""`pipeserve generate`: one prompt, or a JSONL file of them, through an `LLM` that runs already."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pipeserve.completion import Completion, Delta, completed
+from pipeserve.configs.recipes import check_keys
+from pipeserve.core.nouns import SamplingParams
+from pipeserve.errors import ConfigError, PipeserveError, StageError
+from pipeserve.launch.jsonl import read_objects
+from pipeserve.params import PARAM_NAMES, params_from
+
+if TYPE_CHECKING:
+    from pipeserve.llm import LLM, Prompt
+
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLine:
+    """One prompt of the input."""
+
+    index: int
+    """Line number in the file, from 0."""
+    shown: dict[str, Any]
+    """The key and value that the result repeats."""
+    prompt: "Prompt"
+    params: SamplingParams
+
+
+def read_prompts(path: Path, defaults: SamplingParams, chat: bool) -> list[PromptLine]:
+    """The prompts of a JSONL file, each with `defaults` but for what its line says.
+
+    A line is {"prompt": text | "prompt_token_ids": [...] | "messages": [...]} and any field of
+    SamplingParams. Raises ConfigError (FILE:LINE) for a line that is not.
+    """
+    prompts = []
+    for index, line in read_objects(path):
+        try:
+            prompts.append(_parse_line(index, line, defaults, chat))
+        except ConfigError as error:
+            raise ConfigError(f"{path}:{index + 1}: {error}") from None
+    return prompts
+
+
+def one_prompt(text: str, params: SamplingParams, chat: bool) -> PromptLine:
+    """What `--prompt` gives."""
+    return PromptLine(
+        index=0, shown={"prompt": text}, prompt=_as_chat(text) if chat else text, params=params
+    )
+
+
+def stream_text(llm: "LLM", line: PromptLine) -> int:
+    """Write the text of one prompt to stdout as it comes. Returns the exit code."""
+    with closing(llm.stream(line.prompt, line.params)) as deltas:
+        for delta in deltas:
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def write_results(
+    llm: "LLM",
+    lines: Sequence[PromptLine],
+    write: Callable[[dict[str, Any]], None],
+    busy: Callable[[float, float], list[float]],
+) -> int:
+    """Run all `lines`, and `write` each result as it ends, with a progress bar on stderr.
+
+    A prompt that cannot run gets a result with "error", and the others go on. Returns the exit
+    code: 0, or 1 if there was any such. `busy` gives each stage's busy share between two times.
+    Raises StageError, which then says how many results were written.
+    """
+    errors: list[PipeserveError] = []
+
+    def on_error(place: int, error: PipeserveError) -> None:
+        errors.append(error)
+        write({"index": lines[place].index, **lines[place].shown, "error": str(error)})
+
+    num_tokens = num_done = 0
+    start_s = time.monotonic()
+    with _Progress(len(lines)) as progress:
+        deltas = llm.stream(
+            [line.prompt for line in lines], [line.params for line in lines], on_error=on_error
+        )
+        try:
+            with closing(deltas):
+                for place, completion in completed(progress.counted(deltas)):
+                    write(_result(lines[place], completion))
+                    num_done += 1
+                    num_tokens += len(completion.token_ids)
+        except StageError as error:
+            message = f"{error}; {num_done} of {len(lines)} prompts are done and written"
+            raise StageError(message) from None
+    seconds = time.monotonic() - start_s
+    shares = " ".join(f"{share:.0%}" for share in busy(start_s, start_s + seconds))
+    print(
+        f"{num_done} prompts, {num_tokens} output tokens in {seconds:.2f} s: "
+        f"{num_tokens / seconds:.1f} tokens/s; stages busy {shares}",
+        file=sys.stderr,
+    )
+    if errors:
+        print(
+            f"error: {len(errors)} of {len(lines)} prompts could not run, the first: {errors[0]}",
+            file=sys.stderr,
+        )
+    return 1 if errors else 0
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One line of JSON, flushed."""
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def print_text(result: dict[str, Any]) -> None:
+    """A result as people read it: the prompt, and what came back."""
+    prompt = next(result[key] for key in _PROMPT_KEYS if key in result)
+    answer = result["text"] if "text" in result else f"error: {result['error']}"
+    print(f"[{result['index']}] {prompt}\n    {answer.strip()}\n", flush=True)
+
+
+class _Progress:
+    """The bar on stderr: prompts done, output tokens a second. Nothing where no one looks."""
+
+    def __init__(self, num_prompts: int) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("prompts"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.0f} tokens/s"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=num_prompts, rate=0.0)
+        self._num_tokens = 0
+        self._start_s = time.monotonic()
+
+    def counted(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
+        """`deltas`, shown on the way."""
+        for delta in deltas:
+            self._num_tokens += len(delta.token_ids)
+            rate = self._num_tokens / (time.monotonic() - self._start_s)
+            self._progress.update(self._task, advance=delta.finish_reason is not None, rate=rate)
+            yield delta
+
+    def __enter__(self) -> "_Progress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+
+def _parse_line(
+    index: int, line: dict[str, Any], defaults: SamplingParams, chat: bool
+) -> PromptLine:
+    check_keys(line, [*_PROMPT_KEYS, *PARAM_NAMES])
+    keys = [key for key in _PROMPT_KEYS if key in line]
+    if len(keys) != 1:
+        found = " and ".join(keys) or "none of them"
+        raise ConfigError(f"a line has one of {', '.join(_PROMPT_KEYS)}; this one has {found}")
+    key = keys[0]
+    prompt = _check_prompt(key, line[key])
+    return PromptLine(
+        index=index,
+        shown={key: line[key]},
+        prompt=_as_chat(prompt) if chat and key == "prompt" else prompt,
+        params=params_from({name: line[name] for name in PARAM_NAMES if name in line}, defaults),
+    )
+
+
+def _check_prompt(key: str, value: Any) -> Any:
+    if key == "prompt":
+        if not isinstance(value, str):
+            raise ConfigError(f"prompt is {value!r}, must be text")
+        return value
+    kind, what = (int, "token ids") if key == "prompt_token_ids" else (dict, "objects")
+    if not isinstance(value, list) or any(type(part) is not kind for part in value):
+        raise ConfigError(f"{key} is {value!r}, must be a list of {what}")
+    return value
+
+
+def _as_chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _result(line: PromptLine, completion: Completion) -> dict[str, Any]:
+    result = {
+        "index": line.index,
+        **line.shown,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "num_prompt_tokens": len(completion.prompt_token_ids),
+    }
+    if completion.logprobs is not None:
+        result["logprobs"] = [
+            {"sampled": entry.sampled, "top": dict(entry.top)} for entry in completion.logprobs
+        ]
+    return result

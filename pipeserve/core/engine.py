@@ -1,0 +1,375 @@
+"""The engine: which positions of which request run next, and what came of them. Sans-I/O.
+
+It starts nothing, sends nothing and knows no clock: a host calls `plan`, carries each microbatch
+through the stages, and calls `complete`. The driver does so with real stages, the simulator on
+virtual time, the tests by hand; the same calls in the same order give the same microbatches.
+
+It rests on one guarantee: every stage runs every microbatch, strictly by index. Hence a block may
+be freed, reused or shared as soon as the microbatch that frees or fills it is planned, and what is
+outstanding is never recalled: it runs out, and its result is taken or dropped.
+"""
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import repeat
+
+from pipeserve.core.blocks import BlockPool
+from pipeserve.core.nouns import (
+    Admission,
+    Chunk,
+    Microbatch,
+    Output,
+    PipelinePlan,
+    Request,
+    RequestId,
+    StepResult,
+    TokenLogprobs,
+    Wait,
+)
+from pipeserve.core.record import Queues, Record, longest
+from pipeserve.core.view import (
+    CostModel,
+    Draft,
+    Limits,
+    Outstanding,
+    Policy,
+    PolicyError,
+    Prefix,
+    View,
+)
+from pipeserve.errors import CapacityError
+
+__all__ = ["Engine", "Limits", "Stats"]
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counted since the engine was made."""
+
+    preemptions: int = 0
+    wasted_decodes: int = 0
+    """Sampled tokens that were dropped because their request had ended."""
+    cached_prefix_tokens: int = 0
+    """Positions that the prefix cache saved from being computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    microbatch: Microbatch
+    records: tuple[Record, ...]
+    """Parallel to the chunks. Records, not ids: an id may be used again after its request ended."""
+    summary: Outstanding
+
+
+class Engine:
+    """Requests in, microbatches out, in index order. Not thread-safe: one host calls it."""
+
+    def __init__(
+        self, plan: PipelinePlan, policy: Policy, limits: Limits, cost: CostModel | None = None
+    ):
+        self.policy = policy
+        self.limits = limits
+        self.stats = Stats()
+        self._pipeline = plan
+        self._window = plan.window + policy.traits.plans_ahead
+        self._cost = cost
+        self._pool = BlockPool(limits.num_blocks, limits.block_size)
+        self._records: dict[RequestId, Record] = {}
+        self._queues = Queues(policy.traits)
+        self._in_flight: deque[_InFlight] = deque()
+        self._released: list[RequestId] = []
+        self._num_added = 0
+        self._next_index = 0
+
+    # ---- what a host may ask --------------------------------------------------------------------
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._records)
+
+    @property
+    def outstanding(self) -> tuple[int, ...]:
+        """Indices of the microbatches that were planned and have not completed, in order."""
+        return tuple(flight.microbatch.index for flight in self._in_flight)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished or a microbatch outstanding."""
+        return bool(self._records or self._in_flight)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """KV blocks that no request holds; cached ones among them."""
+        return self._pool.num_free
+
+    # ---- what a host may do ---------------------------------------------------------------------
+
+    def add(self, request: Request, now: float) -> None:
+        """Queues a request.
+
+        Raises CapacityError when it could never run, ValueError when its id is in use.
+        """
+        if request.id in self._records:
+            raise ValueError(f"request id {request.id} is in use")
+        self._check_fits(request)
+        record = Record(request, self._num_added, now, self.limits, self._pool)
+        self._num_added += 1
+        self._records[request.id] = record
+        self._queues.file(record)
+
+    def finish(self, request_id: RequestId, reason: str, now: float) -> Output | None:
+        """Ends a request now (abort, stop string); None when it has ended already or never was.
+
+        What is outstanding of it runs out and is dropped.
+        """
+        record = self._records.get(request_id)
+        if record is None:
+            return None
+        self._end(record)
+        return Output(request_id, None, reason)
+
+    def plan(self, now: float) -> Microbatch | Wait:
+        """The next microbatch, or why there is none. Raises PolicyError when a draft is wrong."""
+        if not self._records:
+            return Wait("no_requests")
+        if len(self._in_flight) >= self._window:
+            return Wait("window")
+        while True:
+            draft = self.policy.compose(self._view(), now)
+            for request_id in draft.preempt:
+                self._preempt(request_id)
+            if draft.chunks:
+                return self._apply(draft)
+            if draft.admit:
+                raise self._wrong(f"admits {list(draft.admit)} but gives them no chunk")
+            if not draft.preempt:
+                break  # otherwise blocks came free: ask again
+        if not self._in_flight:
+            raise self._wrong("plans nothing, although nothing is outstanding that could change it")
+        return Wait(draft.wait)
+
+    def complete(self, result: StepResult, now: float) -> list[Output]:
+        """Takes what the last stage sampled for the oldest outstanding microbatch.
+
+        Raises ValueError for any other index, or for a wrong number of tokens.
+        """
+        flight = self._oldest(result)
+        sampled = zip(result.tokens, result.logprobs or repeat(None), strict=False)
+        outputs = []
+        for chunk, record in zip(flight.microbatch.chunks, flight.records, strict=True):
+            record.outstanding -= 1
+            token, logprobs = next(sampled) if chunk.num_logits else (None, None)
+            if record.finished:
+                self.stats.wasted_decodes += token is not None
+                continue
+            if token is not None:
+                outputs.append(self._take(record, token, logprobs))
+            if not record.finished:
+                self._queues.file(record)
+        return outputs
+
+    def observe(self, index: int, stage: int, seconds: float) -> None:
+        """A stage's own compute time of a microbatch, for the cost model; late or never is fine."""
+        if self._cost is not None:
+            self._cost.observe(index, stage, seconds)
+
+    def lost(self, now: float) -> None:
+        """A fault: all outstanding is void, and the stages forgot every request and all KV.
+
+        Each request computes its KV again and goes on from its last known token. Indices go on.
+        """
+        self._in_flight.clear()
+        self._released.clear()
+        self._pool.reset()
+        for record in sorted(self._records.values(), key=lambda record: -record.number):
+            record.outstanding = 0
+            record.on_way.clear()
+            record.table.forget()
+            record.rewind()
+            self._queues.to_front(record)
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    def _check_fits(self, request: Request) -> None:
+        num_prompt, limits = len(request.prompt), self.limits
+        if num_prompt == 0:
+            raise CapacityError(f"the prompt of request {request.id} is empty: give it a token")
+        if request.params.max_tokens < 1:
+            raise CapacityError(f"max_tokens is {request.params.max_tokens}: ask for at least 1")
+        if num_prompt >= limits.max_model_len:
+            raise CapacityError(
+                f"the prompt has {num_prompt} tokens and the context {limits.max_model_len}, one "
+                "of them for the output: shorten the prompt or raise max_model_len"
+            )
+        positions = longest(request, limits) - 1  # the last token's KV is never computed
+        if positions > limits.num_blocks * limits.block_size:
+            raise CapacityError(
+                f"the request can reach {positions} positions and the KV cache holds "
+                f"{limits.num_blocks * limits.block_size}: lower max_tokens or give the KV cache "
+                "more memory"
+            )
+
+    def _take(self, record: Record, token: int, logprobs: TokenLogprobs | None) -> Output:
+        """A token became known; it may end the request."""
+        record.append(token)
+        reason = None
+        if (
+            token in record.request.stop_ids
+            and record.num_outputs > record.request.params.min_tokens
+        ):
+            reason = "stop"
+        elif len(record.tokens) == record.limit:
+            reason = "length"
+        if reason is not None:
+            self._end(record)
+        return Output(record.request.id, token, reason, logprobs)
+
+    def _end(self, record: Record) -> None:
+        record.finished = True
+        self._queues.drop(record)
+        self._give_up_kv(record)
+        del self._records[record.request.id]
+
+    def _preempt(self, request_id: RequestId) -> None:
+        record = self._records.get(request_id)
+        if record is None or not record.running:
+            raise self._wrong(f"preempts request {request_id}, which does not run")
+        self._give_up_kv(record)
+        record.rewind()
+        self._queues.to_front(record)
+        self.stats.preemptions += 1
+
+    def _give_up_kv(self, record: Record) -> None:
+        """Frees the blocks, and lets the stages forget the request if they know it."""
+        if record.running:
+            record.table.clear()
+            self._released.append(record.request.id)
+
+    # ---- planning -------------------------------------------------------------------------------
+
+    def _view(self) -> View:
+        queues = self._queues
+        return View(
+            limits=self.limits,
+            window=self._pipeline.window,
+            waiting=queues.waiting,
+            running=queues.running,
+            decodes=queues.decodes,
+            prefills=queues.prefills,
+            num_decoding=queues.num_decoding,
+            prefill_backlog=queues.prefill_backlog,
+            free_blocks=self._pool.num_free,
+            outstanding=tuple(flight.summary for flight in self._in_flight),
+            prefix=self._prefix,
+            freed_by=self._freed_by,
+        )
+
+    def _prefix(self, request_id: RequestId) -> Prefix:
+        blocks = self._pool.match(self._records[request_id].matchable_keys)
+        num_tokens = len(blocks) * self.limits.block_size
+        return Prefix(num_tokens, len(blocks), self._pool.num_idle(blocks))
+
+    def _freed_by(self, request_ids: Collection[RequestId]) -> int:
+        tables = (self._records[request_id].table for request_id in request_ids)
+        return self._pool.num_freed(block for table in tables for block in table.blocks)
+
+    def _apply(self, draft: Draft) -> Microbatch:
+        """Makes the microbatch. Prefixes are shared before any block of this draft is published:
+        its own prompts are not there yet when its chunks run."""
+        num_tokens = sum(draft.chunks.values())
+        if num_tokens > self.limits.max_num_batched_tokens:
+            raise self._wrong(
+                f"drafts {num_tokens} tokens, over the {self.limits.max_num_batched_tokens} "
+                "of a microbatch"
+            )
+        admitted = tuple(self._admit(request_id, draft) for request_id in draft.admit)
+        records = tuple(self._plannable(*item) for item in draft.chunks.items())
+        num_decodes = sum(not record.prefilling for record in records)
+        chunks = tuple(
+            self._chunk(record, num_tokens, draft.admit.get(record.request.id, 0))
+            for record, num_tokens in zip(records, draft.chunks.values(), strict=True)
+        )
+        microbatch = Microbatch(self._next_index, chunks, admitted, tuple(self._released))
+        self._next_index += 1
+        self._released.clear()
+        cost = self._cost.predict(microbatch) if self._cost is not None else None
+        summary = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
+        self._in_flight.append(_InFlight(microbatch, records, summary))
+        return microbatch
+
+    def _admit(self, request_id: RequestId, draft: Draft) -> Admission:
+        view = self._queues.waiting.get(request_id)
+        if view is None or view.num_outstanding:
+            raise self._wrong(
+                f"admits request {request_id}, which is not waiting or still runs out"
+            )
+        if len(self._queues.running) == self.limits.max_num_seqs:
+            raise self._wrong(f"runs more than max_num_seqs = {self.limits.max_num_seqs} requests")
+        if request_id not in draft.chunks:
+            raise self._wrong(f"admits request {request_id} but gives it no chunk")
+        record = self._records[request_id]
+        record.table.share(self._pool.match(record.matchable_keys))
+        record.planned = record.table.num_slots
+        self.stats.cached_prefix_tokens += record.planned
+        self._queues.admit(record)
+        tokens, num_prompt = tuple(record.tokens), len(record.request.prompt)
+        return Admission(request_id, tokens, num_prompt, tuple(record.table.blocks))
+
+    def _plannable(self, request_id: RequestId, num_tokens: int) -> Record:
+        """The record of a chunk that the rules and the policy's own traits allow."""
+        if request_id in self._queues.decodes:
+            most = 1
+        elif request_id in self._queues.prefills:
+            most = self._queues.prefills[request_id].num_unplanned
+        else:
+            raise self._wrong(
+                f"runs request {request_id}, which does not run or, by the policy's traits, has to "
+                "wait for what is outstanding"
+            )
+        if not 1 <= num_tokens <= most:
+            raise self._wrong(f"runs {num_tokens} positions of request {request_id}, not 1..{most}")
+        return self._records[request_id]
+
+    def _chunk(self, record: Record, num_tokens: int, num_reserved: int) -> Chunk:
+        """Plans the next positions of a request: blocks, feedback, and its new place in queues."""
+        start = record.planned
+        stop = start + num_tokens
+        positions = max(stop, num_reserved)
+        new_blocks: tuple = ()
+        if positions > record.table.num_slots:
+            missing = record.table.num_missing(positions)
+            if missing > self._pool.num_free:
+                raise self._wrong(f"needs {missing} blocks, {self._pool.num_free} are free")
+            new_blocks = record.table.grow(positions)
+        token_from = record.on_way[-1] if record.on_way else None
+        samples = stop == record.num_tokens
+        record.planned = stop
+        record.outstanding += 1
+        if samples:
+            record.prefilling = False
+            record.on_way.append(self._next_index)
+        if num_tokens > 1 or stop % self.limits.block_size == 0:
+            record.table.publish(record.keys, stop)
+        self._queues.planned(record)
+        return Chunk(record.request.id, start, stop, new_blocks, token_from, int(samples))
+
+    # ---- completing -----------------------------------------------------------------------------
+
+    def _oldest(self, result: StepResult) -> _InFlight:
+        """Takes the microbatch that the result is of from the outstanding ones."""
+        if not self._in_flight or self._in_flight[0].microbatch.index != result.index:
+            raise ValueError(
+                f"result of microbatch {result.index}, but outstanding are {self.outstanding}: "
+                "results are taken in index order"
+            )
+        expected = sum(chunk.num_logits > 0 for chunk in self._in_flight[0].microbatch.chunks)
+        if len(result.tokens) != expected or len(result.logprobs) not in (0, expected):
+            raise ValueError(
+                f"microbatch {result.index} samples {expected} tokens, the result has "
+                f"{len(result.tokens)} and {len(result.logprobs)} logprobs"
+            )
+        return self._in_flight.popleft()
+
+    def _wrong(self, what: str) -> PolicyError:
+        return PolicyError(f"policy {self.policy.name} {what}")

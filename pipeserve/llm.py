@@ -1,0 +1,203 @@
+"""`LLM`: the Python API. Text in and out around one driver.
+
+    with LLM("smollm2-135m", pipeline_parallel_size=2) as llm:
+        completions = llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=16))
+
+A prompt is text, a list of token ids, or a conversation (a list of dicts of `role` and `content`).
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeserve.completion import Completion, Delta, Generation, completed
+from pipeserve.configs import make_config
+from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.driver import Driver
+from pipeserve.errors import ConfigError, PipeserveError
+from pipeserve.params import check_params, seeded
+from pipeserve.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+OnError = Callable[[int, PipeserveError], None]
+
+_POLL_S = 0.5  # how long one wait lasts while nothing becomes known; no token waits for it
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of `stream`: its requests that still run, and deltas not yet handed out."""
+
+    running: dict[RequestId, Generation] = field(default_factory=dict)
+    inbox: deque[Delta] = field(default_factory=deque)
+
+
+class LLM:
+    """One model over its pipeline, for offline use. Single-threaded, like its driver."""
+
+    def __init__(self, model: str, **keywords: Any) -> None:
+        """Start the stages; returns when all are ready. Keywords are RunConfig's fields.
+
+        Raises ConfigError (unknown keyword, wrong value, wrong model) and StageError.
+        """
+        self._serve(Driver(make_config({}, {"model": model, **keywords})))
+
+    @classmethod
+    def on(cls, driver: Driver) -> "LLM":
+        """An LLM on a driver that runs already, and that `close` closes."""
+        llm = cls.__new__(cls)
+        llm._serve(driver)
+        return llm
+
+    def _serve(self, driver: Driver) -> None:
+        self.driver = driver
+        self.tokenizer = Tokenizer(driver.model_folder)
+        self._calls: dict[RequestId, _Call] = {}
+        self._num_requests = 0
+
+    # ---- what users call ------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """The completions of one or many prompts, in the order of the prompts.
+
+        `sampling_params` is one for all or one for each. All or nothing: an empty or too long
+        prompt is a CapacityError that names its index, and nothing of the call is run. Raises
+        ConfigError for wrong parameters, StageError when a stage dies.
+        """
+        done = dict(completed(self.stream(prompts, sampling_params)))
+        return [done[index] for index in range(len(done))]
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """`generate` for one or many conversations, through the model's own chat template."""
+        return self.generate(messages, sampling_params)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_error: OnError | None = None,
+    ) -> Iterator[Delta]:
+        """Deltas of all prompts as they come; several streams may be read in turn.
+
+        Nothing is submitted before the first delta is asked for. A prompt that cannot run raises,
+        as in `generate`; or is told to `on_error(index, error)` and left out, where that is given.
+        A stream that is closed or dropped half-way ends its requests.
+        """
+        call = _Call()
+        if not self._calls:
+            self.driver.spans.clear()
+        try:
+            self._submit(call, prompts, sampling_params, on_error)
+            while call.inbox or call.running:
+                while call.inbox:
+                    yield call.inbox.popleft()
+                if call.running:
+                    self._poll()
+        finally:
+            self._abandon(call)
+
+    def close(self) -> None:
+        """End every process of the pipeline. Safe to call twice."""
+        self.driver.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- submitting -----------------------------------------------------------------------------
+
+    def _submit(self, call: _Call, prompts: Any, params: Any, on_error: OnError | None) -> None:
+        prompts = _as_prompts(prompts)
+        pairs = zip(prompts, _as_params(params, len(prompts)), strict=True)
+        for index, (prompt, own) in enumerate(pairs):
+            number, self._num_requests = self._num_requests, self._num_requests + 1
+            try:
+                request = self._request(number, prompt, own)
+                self.driver.add(request)
+            except PipeserveError as error:
+                if on_error is None:
+                    raise type(error)(f"prompt {index}: {error}") from None
+                on_error(index, error)
+                continue
+            call.running[request.id] = Generation(index, request, self.tokenizer)
+            self._calls[request.id] = call
+
+    def _request(self, number: int, prompt: Prompt, params: SamplingParams) -> Request:
+        params = check_params(params, self.driver.model_config.vocab_size)
+        if params.stop and not self.tokenizer.exists:
+            raise ConfigError(
+                f"stop is {params.stop!r}, but {self.driver.model_folder} has no tokenizer; "
+                "use stop_token_ids"
+            )
+        eos = () if params.ignore_eos else self.driver.model_config.eos_token_ids
+        return Request(
+            id=RequestId(number),
+            prompt=tuple(self._encode(prompt)),
+            params=seeded(params, self.driver.config.seed, number),
+            stop_ids=frozenset((*params.stop_token_ids, *eos)),
+        )
+
+    def _encode(self, prompt: Prompt) -> Sequence[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if prompt and all(isinstance(part, dict) for part in prompt):
+            return self.tokenizer.encode_chat(prompt)
+        vocab_size = self.driver.model_config.vocab_size
+        for token in prompt:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"{token!r} is no token id; this model's are 0 to {vocab_size - 1}"
+                )
+        return prompt
+
+    # ---- running --------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        """Let the driver work, and put what became known into the inbox of its call."""
+        for output in self.driver.poll(_POLL_S):
+            call = self._calls.get(output.request_id)
+            if call is None:
+                continue  # of a request that a stop string ended within this very batch
+            delta = call.running[output.request_id].take(output)
+            call.inbox.append(delta)
+            if delta.finish_reason is not None:
+                del call.running[output.request_id], self._calls[output.request_id]
+                if output.finish_reason is None:
+                    self.driver.finish(output.request_id, delta.finish_reason)
+
+    def _abandon(self, call: _Call) -> None:
+        for request_id in call.running:
+            del self._calls[request_id]
+            with contextlib.suppress(PipeserveError):  # a dead stage was reported already
+                self.driver.finish(request_id, "abort")
+
+
+def _as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or many, as many. A list of numbers or of dicts is one prompt."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
+        return [prompts]
+    return list(prompts)
+
+
+def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
+    """One for all prompts or one for each, as one for each."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise ConfigError(
+            f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one for each"
+        )
+    return list(params)

@@ -1,0 +1,143 @@
+"""A Driver without stages, and small tokenizers, for tests of what users touch.
+
+The fake gives each request one token at each poll: the next of what `reply(prompt)` says, or else
+a pure function of the prompt and the position.
+"""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pipeserve.configs import RunConfig
+from pipeserve.core.nouns import Output, TokenLogprobs
+from pipeserve.core.spans import Span
+from pipeserve.errors import CapacityError, StageError
+
+EOS = 256
+VOCAB_SIZE = 258
+_CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def byte_tokenizer(folder: Path, chat_template: str | None = _CHAT) -> Path:
+    """A tokenizer whose id n is the byte n, and 256 is eos: characters span tokens."""
+    vocab = {letter: number for number, letter in _gpt2_bytes()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+    return folder
+
+
+def _gpt2_bytes():
+    """GPT-2's reversible table: printable Latin-1 stands for itself, the others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    yield from ((byte, chr(byte)) for byte in printable)
+    yield from ((byte, chr(256 + place)) for place, byte in enumerate(others))
+
+
+class FakeDriver:
+    """As pipeserve.driver.Driver, of two stages, without processes."""
+
+    def __init__(
+        self, folder: Path, *, reply=None, max_model_len=64, dies_at_poll=None, seed=0
+    ) -> None:
+        self.config = RunConfig(model=str(folder), pipeline_parallel_size=2, seed=seed)
+        self.model_folder = folder
+        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+        self.max_model_len = max_model_len
+        self.spans = []
+        self.added, self.finished, self.closed = [], [], False
+        self.num_polls = 0
+        self._dies_at_poll = dies_at_poll
+        self._reply = reply or (lambda prompt: [])
+        self._running = {}
+        self.stages = tuple(
+            SimpleNamespace(
+                stage=stage, num_layers=2 - stage, weight_bytes=1000, kv_bytes=500,
+                baseline_bytes=2000, peak_bytes=None,
+            )
+            for stage in range(2)
+        )  # fmt: skip
+
+    def add(self, request):
+        if not request.prompt:
+            raise CapacityError("the prompt is empty")
+        if len(request.prompt) >= self.max_model_len:
+            raise CapacityError(
+                f"{len(request.prompt)} tokens, the context is {self.max_model_len}"
+            )
+        self.added.append(request)
+        self._running[request.id] = (request, iter(self._tokens(request)))
+
+    def finish(self, request_id, reason):
+        self.finished.append((request_id, reason))
+        self._running.pop(request_id, None)
+
+    @property
+    def num_unfinished(self):
+        return len(self._running)
+
+    def poll(self, timeout_s):
+        self.num_polls += 1
+        if self.num_polls == self._dies_at_poll:
+            raise StageError("stage 1 (pid 7) died: killed by SIGKILL")
+        if not self._running:
+            return []
+        now_s = time.monotonic()
+        for stage in range(2):
+            self.spans.append(
+                Span(stage=stage, index=self.num_polls, num_tokens=1, start_s=now_s,
+                     end_s=now_s + 1e-6, cpu_s=1e-6)
+            )  # fmt: skip
+        outputs = []
+        for request, tokens in list(self._running.values()):
+            output = next(tokens)
+            outputs.append(output)
+            if output.finish_reason is not None:
+                del self._running[request.id]
+        return outputs
+
+    def _tokens(self, request):
+        known = dict(enumerate(self._reply(request.prompt)))
+        for place in range(request.params.max_tokens):
+            token = known.get(place, 97 + (sum(request.prompt) + place) % 26)
+            reason = None
+            if token in request.stop_ids:
+                reason = "stop"
+            elif place == request.params.max_tokens - 1:
+                reason = "length"
+            logprobs = None
+            if request.params.logprobs is not None:
+                logprobs = TokenLogprobs(sampled=-0.5, top={token: -0.5})
+            yield Output(request.id, token, reason, logprobs)
+            if reason is not None:
+                return
+
+    def refresh_memory(self):
+        self.stages = tuple(
+            SimpleNamespace(**{**vars(stage), "peak_bytes": 3600}) for stage in self.stages
+        )
+
+    def close(self):
+        self.closed = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def write_jsonl(path: Path, *lines) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

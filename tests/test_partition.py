@@ -1,0 +1,92 @@
+"""How layers are split into stages."""
+
+from itertools import combinations
+
+import pytest
+
+from pipeserve.core.partition import split_explicitly, split_layers
+from pipeserve.errors import ConfigError
+
+
+def counts(plan):
+    return [stage.num_layers for stage in plan.stages]
+
+
+def bottleneck(split, embedding_cost, head_cost):
+    loads = list(split)
+    loads[0] += embedding_cost
+    loads[-1] += head_cost
+    return max(loads)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages"),
+    [(layers, stages) for layers in (1, 2, 5, 9, 12) for stages in range(1, min(layers, 5) + 1)],
+)
+@pytest.mark.parametrize(("embedding", "head"), [(0, 0), (0, 1.7), (0.4, 2.0), (3.0, 0), (0, 30)])
+def test_no_split_has_a_faster_slowest_stage(num_layers, num_stages, embedding, head):
+    every_cut = combinations(range(1, num_layers), num_stages - 1)
+    best = min(
+        bottleneck(
+            [b - a for a, b in zip((0, *cut), (*cut, num_layers), strict=True)], embedding, head
+        )
+        for cut in every_cut
+    )
+    split = counts(split_layers(num_layers, num_stages, embedding, head))
+    assert bottleneck(split, embedding, head) == pytest.approx(best)
+    assert min(split) >= 1
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "head_cost", "expected"),
+    [
+        (30, 2, 0.0, [15, 15]),
+        (30, 4, 0.0, [8, 8, 7, 7]),
+        (30, 2, 4.0, [17, 13]),
+        (7, 2, 0.0, [4, 3]),
+        (3, 3, 9.0, [1, 1, 1]),
+        (126, 8, 0.0, [16, 16, 16, 16, 16, 16, 15, 15]),
+    ],
+)
+def test_known_splits(num_layers, num_stages, head_cost, expected):
+    assert counts(split_layers(num_layers, num_stages, head_cost=head_cost)) == expected
+
+
+def test_a_plan_is_whole():
+    plan = split_layers(10, 4)
+    assert plan.window == 4
+    assert [stage.stage for stage in plan.stages] == [0, 1, 2, 3]
+    assert [stage.ranks for stage in plan.stages] == [(0,), (1,), (2,), (3,)]
+    assert [stage.has_embedding for stage in plan.stages] == [True, False, False, False]
+    assert [stage.has_head for stage in plan.stages] == [False, False, False, True]
+    borders = [(stage.first_layer, stage.stop_layer) for stage in plan.stages]
+    assert borders == [(0, 3), (3, 6), (6, 8), (8, 10)]
+
+
+def test_one_stage_has_both_ends():
+    (stage,) = split_layers(3, 1).stages
+    assert stage.has_embedding and stage.has_head
+
+
+def test_a_listed_split_is_taken_as_it_is_even_with_empty_stages():
+    plan = split_explicitly(6, 3, [0, 6, 0])
+    assert counts(plan) == [0, 6, 0]
+    assert plan.window == 3
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (lambda: split_layers(4, 5), "5 pipeline stages are more than the model's 4 layers"),
+        (lambda: split_layers(4, 0), "0 pipeline stages: use at least 1"),
+        (lambda: split_explicitly(4, 2, [2, 3]), "adds up to 5 layers, the model has 4"),
+        (lambda: split_explicitly(4, 2, [4]), "is for 1 stages, not 2"),
+        (lambda: split_explicitly(4, 2, [5, -1]), "has a negative number"),
+        (lambda: split_explicitly(4, 0, []), "0 pipeline stages: use at least 1"),
+    ],
+)
+def test_an_impossible_split_is_one_clear_line(split, message):
+    with pytest.raises(ConfigError) as caught:
+        split()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

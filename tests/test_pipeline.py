@@ -1,0 +1,217 @@
+"""The whole runtime: real processes, real links, tokens equal to transformers'.
+
+Everything here is float32, where equal tokens are promised.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pipeserve
+from pipeserve import SamplingParams
+from pipeserve.errors import ConfigError, StageError
+
+from checkpoints import greedy_tokens, random_prompts, tiny_llama  # isort: skip
+
+MAX_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny random Llama of 4 layers, its prompts, and what transformers answers, greedily."""
+    folder = tiny_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
+    prompts = random_prompts(folder, lengths=(1, 3, 17, 16, 40, 9, 33, 5))
+    return folder, prompts, [greedy_tokens(folder, p, MAX_TOKENS) for p in prompts]
+
+
+def _generate(folder, prompts, max_tokens=MAX_TOKENS, **options):
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    with pipeserve.LLM(folder, dtype="float32", **options) as llm:
+        completions = llm.generate(prompts, params)
+        return [list(c.token_ids) for c in completions], llm.driver.engine.stats
+
+
+@pytest.mark.parametrize(
+    ("stages", "layers"),
+    [(1, None), (2, None), (3, [1, 2, 1]), (4, None), (2, [1, 3]), (3, [2, 0, 2])],
+)
+def test_greedy_tokens_are_those_of_transformers(model, stages, layers):
+    folder, prompts, expected = model
+    got, _ = _generate(folder, prompts, pipeline_parallel_size=stages, pipeline_layers=layers)
+    assert got == expected
+
+
+@pytest.mark.parametrize("policy", ["uniform", "sarathi_serve"])
+@pytest.mark.parametrize("budget", [1, 7, 64])
+def test_tokens_do_not_depend_on_the_budget(model, budget, policy):
+    folder, prompts, expected = model
+    got, _ = _generate(
+        folder, prompts, pipeline_parallel_size=2, max_num_batched_tokens=budget, policy=policy
+    )
+    assert got == expected
+
+
+def test_tokens_survive_preemption(model):
+    folder, prompts, expected = model
+    got, stats = _generate(
+        folder,
+        prompts,
+        pipeline_parallel_size=3,
+        block_size=4,
+        num_gpu_blocks_override=20,
+        enable_prefix_caching=False,
+    )
+    assert stats.preemptions > 0
+    assert got == expected
+
+
+def test_tokens_do_not_depend_on_cached_prefixes(model):
+    folder, prompts, _ = model
+    shared = prompts[4]
+    family = [shared + prompt for prompt in prompts] + [shared, shared]
+    expected = [greedy_tokens(folder, p, MAX_TOKENS) for p in family]
+    got, stats = _generate(folder, family, pipeline_parallel_size=2, block_size=4, max_num_seqs=3)
+    assert stats.cached_prefix_tokens > len(shared)
+    assert got == expected
+
+
+def test_smollm2_says_what_transformers_says():
+    from pipeserve.stages.sources import resolve
+
+    try:
+        folder = resolve("smollm2-135m")
+    except ConfigError as error:
+        pytest.skip(f"smollm2-135m cannot be had here: {error}")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["The capital of France is", "Once upon a time", "def add(a, b):"]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    expected = [greedy_tokens(folder, p, 16) for p in prompts]
+    for stages, layers in ((2, None), (3, [15, 10, 5])):
+        got, _ = _generate(
+            folder, prompts, 16, pipeline_parallel_size=stages, pipeline_layers=layers
+        )
+        assert got == expected
+
+
+def test_a_drawn_token_depends_on_its_request_alone(model):
+    folder, prompts, _ = model
+    params = [SamplingParams(max_tokens=10, seed=i, ignore_eos=True, top_p=0.9) for i in range(8)]
+    with pipeserve.LLM(folder, dtype="float32", pipeline_parallel_size=2) as llm:
+        alone = [
+            llm.generate([prompt], [p])[0].token_ids
+            for prompt, p in zip(prompts, params, strict=True)
+        ]
+        together = [c.token_ids for c in llm.generate(prompts, params)]
+    with pipeserve.LLM(
+        folder,
+        dtype="float32",
+        pipeline_parallel_size=2,
+        block_size=4,
+        num_gpu_blocks_override=14,
+        enable_prefix_caching=False,
+    ) as llm:
+        preempted = [c.token_ids for c in llm.generate(prompts, params)]
+        assert llm.driver.engine.stats.preemptions > 0
+    assert together == alone
+    assert preempted == alone
+    assert len(set(map(tuple, alone))) > 1
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+
+def _is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _wait_until_gone(pids, seconds=20):
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if _is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"processes left behind: {left}"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_stage_is_one_error_and_leaves_nothing_behind(model, victim):
+    folder, prompts, _ = model
+    llm = pipeserve.LLM(folder, dtype="float32", pipeline_parallel_size=2)
+    pids = [stage.pid for stage in llm.driver.stages]
+    pids += [keeper.pid for keeper in llm.driver.fleet.keepers.values()]
+    os.kill(pids[victim], signal.SIGKILL)
+    with pytest.raises(StageError, match=f"stage {victim} .*died: killed by SIGKILL") as caught:
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))
+    assert "\n" not in str(caught.value)
+    llm.close()
+    _wait_until_gone(pids)
+
+
+def test_a_killed_driver_leaves_nothing_behind(model):
+    folder, _, _ = model
+    script = (
+        "import pipeserve, sys, time\n"
+        f"llm = pipeserve.LLM({str(folder)!r}, dtype='float32', pipeline_parallel_size=2)\n"
+        "pids = [s.pid for s in llm.driver.stages]\n"
+        "pids += [k.pid for k in llm.driver.fleet.keepers.values()]\n"
+        "print(*pids, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        assert len(pids) == 4
+        assert all(_is_running(pid) for pid in pids)
+    finally:
+        driver.kill()
+        driver.communicate()
+    _wait_until_gone(pids)
+
+
+def test_torchrun_starts_the_same_keepers(model, tmp_path):
+    folder, prompts, expected = model
+    port = _free_port()
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--master-port", str(_free_port()),
+         "-m", "pipeserve.launch.keeper", "--control", f"127.0.0.1:{port}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        got, _ = _generate(
+            folder,
+            prompts,
+            pipeline_parallel_size=2,
+            launcher="external",
+            control=f"127.0.0.1:{port}",
+        )
+        assert got == expected
+        assert torchrun.wait(timeout=60) == 0
+    finally:
+        torchrun.terminate()
+        torchrun.wait(timeout=30)
+
+
+def test_a_busy_control_port_is_refused_at_once(model):
+    folder, _, _ = model
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--control 127.0.0.1:{port}"):
+            pipeserve.LLM(folder, control=f"127.0.0.1:{port}", launcher="external")
+
+
+def _free_port():
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

@@ -15,6 +15,7 @@ import argparse
 import random
 import statistics
 import time
+from collections import deque
 
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch, Request, RequestId, SamplingParams, StepResult
@@ -42,7 +43,8 @@ class Load:
         plan = split_layers(num_stages, num_stages)
         self.engine = Engine(plan, get_policy(policy), limits)
         self.random = random.Random(0)
-        self.flying: list[Microbatch] = []
+        self.flying: deque[Microbatch] = deque()
+        self.started: set[RequestId] = set()
         self.next_id = 0
         for _ in range(num_running):
             self.add()
@@ -66,16 +68,19 @@ class Load:
         self.flying.append(planned)
         return planned
 
-    def complete(self) -> None:
-        microbatch = self.flying.pop(0)
+    def complete(self) -> float:
+        """Completes the oldest microbatch with invented tokens; microseconds of the call."""
+        microbatch = self.flying.popleft()
         sampled = sum(chunk.num_logits for chunk in microbatch.chunks)
         tokens = tuple(self.random.randrange(50_000) for _ in range(sampled))
         result = StepResult(microbatch.index, tokens)
-        self.complete_us = timed_us(lambda: self.engine.complete(result, 0.0))[0]
+        elapsed, outputs = timed_us(lambda: self.engine.complete(result, 0.0))
+        self.started.update(output.request_id for output in outputs)
+        return elapsed
 
     def warm_up(self) -> None:
-        """Until every prompt is prefilled and the window is full."""
-        while any(mb.chunks[0].num_tokens > 1 for mb in self.flying) or not self.flying:
+        """Until every request has a token and the window is full."""
+        while len(self.started) < self.next_id:
             while self.plan():
                 pass
             self.complete()
@@ -97,8 +102,7 @@ def measure(policy: str, num_running: int, num_stages: int, num_microbatches: in
     for step in range(num_microbatches):
         if step % 4 == 0:
             load.replace_one()
-        load.complete()
-        complete_us.append(load.complete_us)
+        complete_us.append(load.complete())
         elapsed, microbatch = timed_us(load.plan)
         if microbatch is None:
             continue  # nothing plannable: a few requests on many stages

@@ -35,6 +35,7 @@ class Fleet:
         self.num_ranks = num_ranks
         self.keepers: dict[int, control.KeeperHello] = {}
         self._last_heard: dict[int, float] = {}
+        self._unread: list[control.ToDriver] = []
         self._exited: control.StageExited | None = None
         self._processes: list[subprocess.Popen] = []
         self._context = zmq.Context()
@@ -111,12 +112,16 @@ class Fleet:
         return ready
 
     def _gather(self, kind: type) -> list:
-        """One message of `kind` from every stage, in stage order."""
+        """One message of `kind` from every stage, in stage order; others are kept for `receive`."""
         by_stage: dict[int, object] = {}
+        others: list[control.ToDriver] = []
         while len(by_stage) < self.num_ranks:
             for message in self.receive(1.0):
                 if isinstance(message, kind):
                     by_stage[message.stage] = message
+                else:
+                    others.append(message)
+        self._unread = others
         return [by_stage[stage] for stage in range(self.num_ranks)]
 
     # ---- running --------------------------------------------------------------------------------
@@ -137,8 +142,8 @@ class Fleet:
 
         Raises StageError (ConfigError, when its input was at fault) when a stage or a keeper ended.
         """
-        messages = []
-        if self._socket.poll(int(timeout_s * 1000)):
+        messages, self._unread = self._unread, []
+        if self._socket.poll(0 if messages else int(timeout_s * 1000)):
             with contextlib.suppress(zmq.Again):
                 while True:
                     _, payload = self._socket.recv_multipart(zmq.NOBLOCK)

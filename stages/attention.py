@@ -4,19 +4,28 @@
 the pool and then attends, so a chunk may read blocks that an earlier chunk of the same microbatch
 fills.
 
-Suffixes: T tokens, N query heads, K kv heads, G = N / K, H head size, C context positions,
-D single-query chunks in a group, B blocks, P positions in a block.
+Suffixes: T rows (the microbatch's tokens, then rows of padding), N query heads, K kv heads,
+G = N / K, H head size, C context positions, D single-query chunks in a group, B blocks,
+P positions in a block.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.inputs import StageInputs
 from pipeserve.stages.kv import KVCache
+
+_QUERY_BLOCK = 64  # few enough to skip what causality hides, enough to multiply well
+_CONTEXT_UNIT = 64
+_DECODE_UNIT = 4
+_LATER = torch.ones(_QUERY_BLOCK, _QUERY_BLOCK + _CONTEXT_UNIT, dtype=torch.bool).triu_(1)
+"""Whether position j after a query block's first query comes after its query i: [i, j]."""
 
 PoolLayer = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [K, B, P, H]."""
@@ -30,7 +39,8 @@ class Attention(Protocol):
     def __call__(
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, plan: object
     ) -> Tensor:
-        """Writes k and v into `pool`; returns [T, N, H]. Scales by 1/sqrt(H)."""
+        """Writes k and v into `pool`; returns [T, N, H]. Scales by 1/sqrt(H). Rows of padding are
+        not written, and what is returned for them is of no use."""
         ...
 
 
@@ -45,7 +55,15 @@ def make_attention(name: str) -> Attention:
 
 def _write(k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, slots_T: Tensor) -> None:
     for new_TKH, pool_KBPH in zip((k_TKH, v_TKH), pool, strict=True):
-        pool_KBPH.flatten(1, 2).index_copy_(1, slots_T, new_TKH.transpose(0, 1))
+        new_KTH = new_TKH[: len(slots_T)].transpose(0, 1)
+        pool_KBPH.flatten(1, 2).index_copy_(1, slots_T, new_KTH)
+
+
+def _clear(pool: PoolLayer, blocks: Tensor) -> None:
+    """What an earlier owner left behind: a weight of 0 does not silence its NaN or infinity."""
+    if len(blocks):
+        for side_KBPH in pool:
+            side_KBPH.index_fill_(1, blocks, 0)
 
 
 class ReferenceAttention:
@@ -58,15 +76,13 @@ class ReferenceAttention:
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, plan: StageInputs
     ) -> Tensor:
         _write(k_TKH, v_TKH, pool, plan.slots_T)
-        out_TNH = torch.empty_like(q_TNH)
+        out_TNH = torch.zeros_like(q_TNH)
         group = q_TNH.shape[1] // k_TKH.shape[1]
         row = 0
         for query_len, context_len, blocks in zip(
             plan.query_lens, plan.context_lens, plan.block_tables, strict=True
         ):
-            k_CKH, v_CKH = (
-                side[:, blocks].flatten(1, 2).transpose(0, 1).float() for side in pool
-            )
+            k_CKH, v_CKH = (side[:, blocks].flatten(1, 2).transpose(0, 1).float() for side in pool)
             for seen in range(context_len - query_len + 1, context_len + 1):
                 for head in range(q_TNH.shape[1]):
                     keys, values = k_CKH[:seen, head // group], v_CKH[:seen, head // group]
@@ -77,12 +93,21 @@ class ReferenceAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class _Single:
+    """A chunk of one query."""
+
+    row: int
+    context_len: int
+    blocks: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Decodes:
     """Chunks of one query whose contexts are of like length, padded to the longest."""
 
     rows_D: Tensor
     pool_rows: Tensor
-    """Of the block tables one after the other, each padded to the longest with block 0."""
+    """Of the block tables one after the other, each padded to the longest (`_pad_blocks`)."""
     bias_D1C: Tensor
     """float32: 0 where the query sees the position, -inf behind its end."""
 
@@ -100,6 +125,8 @@ class _Prefill:
 @dataclass(frozen=True, slots=True)
 class _Plan:
     slots_T: Tensor
+    begun_blocks: Tensor
+    """Blocks that this microbatch begins and leaves partly filled."""
     decodes: tuple[_Decodes, ...]
     prefills: tuple[_Prefill, ...]
 
@@ -110,60 +137,67 @@ class BlockedAttention:
     Measured on one core against scaled_dot_product_attention, 9 heads of 64 over 3 kv heads
     (bench/stage.py has the whole stage): a 480-token prompt 3.5 ms (bf16) and 4.4 (fp32) against
     7.3 and 6.6; 16 decodes over 304 positions 0.4 and 0.7 against 0.9 and 0.9.
+
+    Every product has one of few shapes, because oneDNN compiles a kernel for each: about 1 ms and
+    0.7 MB a shape. So queries are padded to blocks of 64, contexts to multiples of 64 positions and
+    single queries to multiples of 4.
     """
 
-    query_block = 64
-    """Queries taken at once: few enough to skip what causality hides, enough to multiply well."""
-
     def prepare(self, inputs: StageInputs, kv: KVCache) -> _Plan:
-        singles, prefills = [], []
+        singles, prefills, begun = [], [], []
         row = 0
         for query_len, context_len, blocks in zip(
             inputs.query_lens, inputs.context_lens, inputs.block_tables, strict=True
         ):
             if query_len == 1:
-                singles.append((row, context_len, blocks))
+                singles.append(_Single(row, context_len, blocks))
             else:
-                prefills.append(_Prefill(row, query_len, context_len, kv.rows_of(blocks)))
+                pool_rows = kv.rows_of(_pad_blocks([blocks], kv.block_size)[0])
+                prefills.append(_Prefill(row, query_len, context_len, pool_rows))
             row += query_len
+            if 0 < context_len % kv.block_size <= query_len:
+                begun.append(int(blocks[-1]))
         groups = tuple(_group(group, kv) for group in _of_like_length(singles))
-        return _Plan(inputs.slots_T, groups, tuple(prefills))
+        begun_blocks = torch.tensor(begun, dtype=torch.int64)
+        return _Plan(inputs.slots_T, begun_blocks, groups, tuple(prefills))
 
     def __call__(
         self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, plan: _Plan
     ) -> Tensor:
+        _clear(pool, plan.begun_blocks)
         _write(k_TKH, v_TKH, pool, plan.slots_T)
         num_tokens, num_heads, head_dim = q_TNH.shape
         num_kv_heads = k_TKH.shape[1]
         q_TKGH = (q_TNH * head_dim**-0.5).view(num_tokens, num_kv_heads, -1, head_dim)
-        out_TKGH = torch.empty_like(q_TKGH)
+        out_TKGH = torch.zeros_like(q_TKGH)
         for decodes in plan.decodes:
             out_TKGH[decodes.rows_D] = _decode(q_TKGH[decodes.rows_D], pool, decodes)
         for prefill in plan.prefills:
             rows = slice(prefill.start_row, prefill.start_row + prefill.query_len)
-            self._prefill(q_TKGH[rows], pool, prefill, out_TKGH[rows])
+            out_TKGH[rows] = _prefill(q_TKGH[rows], pool, prefill)
         return out_TKGH.view(num_tokens, num_heads, head_dim)
 
-    def _prefill(
-        self, q_TKGH: Tensor, pool: PoolLayer, prefill: _Prefill, out_TKGH: Tensor
-    ) -> None:
-        """Queries a block at a time, each over the keys that its last query sees."""
-        q_KGTH = q_TKGH.permute(1, 2, 0, 3)
-        num_kv_heads, group, num_queries, head_dim = q_KGTH.shape
-        k_KCH, v_KCH = _gather(pool, prefill.pool_rows, (num_kv_heads, -1, head_dim))
-        prefix = prefill.context_len - num_queries
-        for start in range(0, num_queries, self.query_block):
-            stop = min(start + self.query_block, num_queries)
-            size, seen = stop - start, prefix + stop
-            q = q_KGTH[:, :, start:stop].reshape(num_kv_heads, group * size, head_dim)
-            scores = torch.bmm(q, k_KCH[:, :seen].transpose(1, 2)).float()
-            hidden = torch.ones(size, size, dtype=torch.bool).triu_(1)
-            scores.view(num_kv_heads, group, size, seen)[..., -size:].masked_fill_(
-                hidden, -torch.inf
-            )
-            weights = torch.softmax(scores, -1).to(v_KCH.dtype)
-            out = torch.bmm(weights, v_KCH[:, :seen])
-            out_TKGH[start:stop] = out.view(num_kv_heads, group, size, head_dim).permute(2, 0, 1, 3)
+
+def _prefill(q_TKGH: Tensor, pool: PoolLayer, prefill: _Prefill) -> Tensor:
+    """Queries a block at a time, each block over the keys that its last query sees."""
+    num_queries, num_kv_heads, group, head_dim = q_TKGH.shape
+    num_padded = _round_up(num_queries, _QUERY_BLOCK)
+    q_KGTH = F.pad(q_TKGH.permute(1, 2, 0, 3), (0, 0, 0, num_padded - num_queries))
+    k_KCH, v_KCH = _gather(pool, prefill.pool_rows, (num_kv_heads, -1, head_dim))
+    out_KGTH = torch.empty_like(q_KGTH)
+    prefix = prefill.context_len - num_queries
+    for start in range(0, num_padded, _QUERY_BLOCK):
+        rows = slice(start, start + _QUERY_BLOCK)
+        seen = min(_round_up(prefix + rows.stop, _CONTEXT_UNIT), k_KCH.shape[1])
+        q = q_KGTH[:, :, rows].reshape(num_kv_heads, -1, head_dim)
+        scores = torch.bmm(q, k_KCH[:, :seen].transpose(1, 2)).float()
+        own = seen - (prefix + start)  # positions from the block's first query on
+        scores.view(num_kv_heads, group, _QUERY_BLOCK, seen)[..., -own:].masked_fill_(
+            _LATER[:, :own], -torch.inf
+        )
+        out = torch.bmm(torch.softmax(scores, -1).to(v_KCH.dtype), v_KCH[:, :seen])
+        out_KGTH[:, :, rows] = out.view(num_kv_heads, group, _QUERY_BLOCK, head_dim)
+    return out_KGTH[:, :, :num_queries].permute(2, 0, 1, 3)
 
 
 def _decode(q_DKGH: Tensor, pool: PoolLayer, decodes: _Decodes) -> Tensor:
@@ -185,21 +219,41 @@ def _gather(pool: PoolLayer, rows: Tensor, shape: tuple[int, int, int]) -> tuple
     return keys.view(shape), values.view(shape)
 
 
-def _of_like_length(singles: list[tuple[int, int, Tensor]]) -> list[list[tuple[int, int, Tensor]]]:
+def _of_like_length(singles: list[_Single]) -> list[list[_Single]]:
     """Groups in which no context is under half of the longest, so padding at most doubles work."""
-    groups: list[list[tuple[int, int, Tensor]]] = []
-    for single in sorted(singles, key=lambda s: -len(s[2])):
-        if groups and 2 * len(single[2]) > len(groups[-1][0][2]):
+    groups: list[list[_Single]] = []
+    for single in sorted(singles, key=lambda s: -len(s.blocks)):
+        if groups and 2 * len(single.blocks) > len(groups[-1][0].blocks):
             groups[-1].append(single)
         else:
             groups.append([single])
     return groups
 
 
-def _group(singles: list[tuple[int, int, Tensor]], kv: KVCache) -> _Decodes:
-    rows, contexts, tables = zip(*singles, strict=True)
-    blocks_DB = torch.nn.utils.rnn.pad_sequence(list(tables), batch_first=True)
+def _group(singles: list[_Single], kv: KVCache) -> _Decodes:
+    """The last one stands in for what is missing to a multiple: the same result, written again."""
+    singles = singles + singles[-1:] * (-len(singles) % _DECODE_UNIT)
+    blocks_DB = _pad_blocks([single.blocks for single in singles], kv.block_size)
     positions_C = torch.arange(blocks_DB.shape[1] * kv.block_size)
-    is_behind_DC = positions_C >= torch.tensor(contexts)[:, None]
+    contexts_D1 = torch.tensor([single.context_len for single in singles])[:, None]
+    is_behind_DC = positions_C >= contexts_D1
     bias_DC = torch.zeros(is_behind_DC.shape).masked_fill_(is_behind_DC, -torch.inf)
-    return _Decodes(torch.tensor(rows), kv.rows_of(blocks_DB.flatten()), bias_DC[:, None])
+    return _Decodes(
+        rows_D=torch.tensor([single.row for single in singles]),
+        pool_rows=kv.rows_of(blocks_DB.flatten()),
+        bias_D1C=bias_DC[:, None],
+    )
+
+
+def _pad_blocks(tables: list[Tensor], block_size: int) -> Tensor:
+    """[len(tables), B], each filled up with its own first block.
+
+    So no other request's numbers are ever read: the mask gives them a weight of 0, which would not
+    silence a NaN.
+    """
+    width = _round_up(max(map(len, tables)), max(1, _CONTEXT_UNIT // block_size))
+    return torch.stack([torch.cat((t, t[:1].expand(width - len(t)))) for t in tables])
+
+
+def _round_up(number: int, unit: int) -> int:
+    return math.ceil(number / unit) * unit

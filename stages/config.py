@@ -10,7 +10,12 @@ from pipeserve.errors import ConfigError
 
 SUPPORTED = ("LlamaForCausalLM",)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_ROPE_TYPES = ("default", "linear", "llama3")
+_ROPE_FACTORS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""What each type of rope cannot do without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +69,9 @@ class ModelConfig:
         try:
             return cls(**_llama_fields(raw, Path(folder)), architecture=architecture)
         except KeyError as error:
-            raise ConfigError(f"{folder}/config.json has no {error.args[0]!r}") from None
+            raise ConfigError(
+                f"{folder}/config.json has no {error.args[0]!r}; fetch it again with its checkpoint"
+            ) from None
 
     def resolve_dtype(self, wanted: str) -> str:
         """`wanted`, or the checkpoint's own for "auto"."""
@@ -115,24 +122,26 @@ def _rope(raw: Mapping[str, Any], folder: Path) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5), `rope_theta` with `rope_scaling`."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_TYPES:
+    if kind not in _ROPE_FACTORS:
         raise ConfigError(
-            f"{folder}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}"
+            f"{folder}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_FACTORS)}"
         )
     return RopeConfig(
         theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
         kind=kind,
-        factor=rope.get("factor", 1.0),
-        low_freq_factor=rope.get("low_freq_factor", 1.0),
-        high_freq_factor=rope.get("high_freq_factor", 1.0),
-        original_max_position_embeddings=rope.get("original_max_position_embeddings", 0),
+        original_max_position_embeddings=rope.get(
+            "original_max_position_embeddings", raw["max_position_embeddings"]
+        ),
+        **{name: rope[name] for name in _ROPE_FACTORS[kind]},
     )
 
 
 def _dtype(raw: Mapping[str, Any], folder: Path) -> str:
     dtype = raw.get("dtype", raw.get("torch_dtype")) or "float32"
     if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"{folder}: dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        raise ConfigError(
+            f"{folder}: dtype {dtype!r} is not supported; supported: {', '.join(DTYPE_BYTES)}"
+        )
     return dtype
 
 
@@ -153,7 +162,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing; give a Hugging Face model folder") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read: {error}; fetch it again") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a JSON object")
+        raise ConfigError(f"{path} is not a JSON object; fetch it again")
     return content

@@ -3,8 +3,9 @@
 All state comes by argument: several microbatches are in flight, so nothing here remembers one. No
 rank, no transport, no timer. Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Suffixes: T tokens of the microbatch, D hidden size, N query heads, K kv heads, H head size,
-F intermediate size, R rows whose logits are wanted, V vocabulary.
+Suffixes: T tokens of the microbatch (inside a stage, with padding rows behind them), D hidden
+size, N query heads, K kv heads, H head size, F intermediate size, R rows whose logits are wanted,
+V vocabulary.
 """
 
 import math
@@ -110,9 +111,7 @@ class LlamaStage(nn.Module):
         self.first_layer = first_layer
         self.attention = make_attention(attention)
         self.frequencies_h = rope_frequencies(config.rope, config.head_dim)
-        self.embedding = (
-            Embedding(config.vocab_size, config.hidden_size) if has_embedding else None
-        )
+        self.embedding = Embedding(config.vocab_size, config.hidden_size) if has_embedding else None
         self.layers = nn.ModuleList(
             LlamaLayer(config, self.attention) for _ in range(first_layer, stop_layer)
         )
@@ -124,14 +123,15 @@ class LlamaStage(nn.Module):
 
         Writes the microbatch's K and V into `kv`; does not modify `x`.
         """
-        x_TD = x if self.embedding is None else self.embedding(x)
-        rotation = make_rotation(inputs.positions_T, self.frequencies_h, x_TD.dtype)
+        x_TD = pad_rows(x if self.embedding is None else self.embedding(x))
+        rotation = make_rotation(pad_rows(inputs.positions_T), self.frequencies_h, x_TD.dtype)
         plan = self.attention.prepare(inputs, kv)
         for number, layer in enumerate(self.layers):
             x_TD = layer(x_TD, rotation, kv.layer(number), plan)
         if self.head is None:
-            return x_TD
-        return self.head(self.norm(x_TD[inputs.logit_rows_R])).float()
+            return x_TD[: inputs.num_tokens]
+        wanted_RD = pad_rows(x_TD[inputs.logit_rows_R])
+        return self.head(self.norm(wanted_RD))[: len(inputs.logit_rows_R)].float()
 
     @property
     def num_parameters(self) -> int:
@@ -160,6 +160,17 @@ class LlamaStage(nn.Module):
             yield self.norm, ("model.norm",), False
             tied = config.tie_word_embeddings
             yield self.head, ("model.embed_tokens" if tied else "lm_head",), False
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """`x` with rows of zeros behind it, up to one of few numbers of rows.
+
+    oneDNN compiles a kernel for each shape that it meets: about 0.5 ms and 0.7 MB each, four
+    shapes a layer (bench/linears.py).
+    """
+    num_rows = len(x)
+    missing = -num_rows % (8 if num_rows <= 64 else 16)
+    return x if missing == 0 else torch.cat((x, x.new_zeros(missing, *x.shape[1:])))
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

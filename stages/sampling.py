@@ -70,8 +70,9 @@ def _choose(logits_V: Tensor, row: SampleRow) -> int:
     if row.temperature == 0:
         return int(logits_V.argmax())
     # Double precision: at a small temperature float32 would overflow, and a cumulative sum over a
-    # whole vocabulary loses digits.
-    scaled_V = logits_V.double() / row.temperature
+    # whole vocabulary loses digits. The likeliest token is at 0, so that nothing overflows at all.
+    wide_V = logits_V.double()
+    scaled_V = (wide_V - wide_V.max()) / row.temperature
     ids = None
     if 0 < row.top_k < len(scaled_V):
         scaled_V, ids = scaled_V.topk(row.top_k)
@@ -84,7 +85,8 @@ def _choose(logits_V: Tensor, row: SampleRow) -> int:
         probabilities = probabilities.masked_fill(before >= max(row.top_p, 1e-300), 0.0)
     cumulative = probabilities.cumsum(-1)
     draw = uniform_draw(row.seed, row.output_index) * cumulative[-1]
-    place = int(torch.searchsorted(cumulative, draw, right=True))
+    # NaN logits have no place: they give their own request a wrong token, not the stage an error.
+    place = min(int(torch.searchsorted(cumulative, draw, right=True)), len(cumulative) - 1)
     return place if ids is None else int(ids[place])
 
 

@@ -49,12 +49,12 @@ def resolve(model: str) -> Path:
 
     Raises `ConfigError` if `model` is neither, or if the alias cannot be fetched or converted.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return Path(path)
     if model in ALIASES:
         return _cached(model, ALIASES[model])
-    if folder.exists():
+    if os.path.exists(path):
         raise ConfigError(f"{model} is a file; give the folder that holds config.json")
     known = ", ".join(ALIASES)
     near = difflib.get_close_matches(model.lower(), ALIASES, n=1, cutoff=0.5)
@@ -80,7 +80,12 @@ def _cached(alias: str, source: WheelModel) -> Path:
                 _build(alias, source, folder)
     except OSError as error:
         raise ConfigError(
-            f"cannot make {alias} in {root}: {error}; set PIPESERVE_CACHE to a writable folder"
+            f"cannot make {alias} in {root}: {_one_line(error)}; "
+            "set PIPESERVE_CACHE to a writable folder with 1 GB free"
+        ) from error
+    except ImportError as error:
+        raise ConfigError(
+            f"cannot convert {alias}: {_one_line(error)}; pip install gguf accelerate"
         ) from error
     return folder
 
@@ -89,8 +94,16 @@ def _cached(alias: str, source: WheelModel) -> Path:
 def _locked(path: Path) -> Iterator[None]:
     """Holds an advisory lock, which the kernel drops when its holder dies, however it dies."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the process that holds {path}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _build(alias: str, source: WheelModel, folder: Path) -> None:

@@ -6,8 +6,9 @@ would count every page it touches as this process's memory, beside the weights m
 """
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,9 +51,9 @@ def load_stage(
     )
     with Checkpoint(Path(folder), progress) as checkpoint:
         for module, names, has_bias in stage.checkpoint_tensors():
-            weight = checkpoint.read([f"{name}.weight" for name in names], dtype)
-            bias = checkpoint.read([f"{name}.bias" for name in names], dtype) if has_bias else None
-            _check_shape(module, names, weight)
+            weight, bias = checkpoint.read(names, "weight", module.shape, dtype), None
+            if has_bias:
+                bias = checkpoint.read(names, "bias", module.shape[:1], dtype)
             module.set(weight, bias)
     return stage
 
@@ -62,9 +63,11 @@ class _Entry:
     """Where one tensor lies."""
 
     path: Path
-    dtype: torch.dtype
+    dtype: str
+    """As safetensors spells it."""
     shape: tuple[int, ...]
     offset: int
+    """Of its first byte in the file."""
     num_bytes: int
 
 
@@ -72,10 +75,11 @@ class Checkpoint:
     """A safetensors checkpoint, in one file or sharded with an index. Opens shards on first use."""
 
     def __init__(self, folder: Path, progress: Callable[[int], None]) -> None:
+        self._folder = folder
         self._progress = progress
         self._shard_of = _shard_of_tensor(folder)
         self._files: dict[Path, int] = {}
-        self._entries: dict[str, _Entry] = {}
+        self._headers: dict[Path, dict[str, _Entry]] = {}
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -86,24 +90,32 @@ class Checkpoint:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def read(self, names: list[str], dtype: torch.dtype) -> Tensor:
-        """The named tensors joined along dim 0, in `dtype`."""
-        entries = [self._find(name) for name in names]
-        trailing = {entry.shape[1:] for entry in entries}
-        if len(trailing) > 1:
-            raise ConfigError(f"{names[0]} and its neighbours do not join: {sorted(trailing)}")
-        rows = sum(entry.shape[0] for entry in entries)
-        joined = torch.empty((rows, *entries[0].shape[1:]), dtype=dtype)
+    def read(
+        self, names: Sequence[str], part: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """Tensor `part` ("weight" or "bias") of each name, joined along dim 0 to `shape`."""
+        entries = {name: self._find(name) for name in (f"{name}.{part}" for name in names)}
+        self._check_shapes(entries, shape)
+        joined = torch.empty(shape, dtype=dtype)
         flat, done = joined.view(-1), 0
-        for name, entry in zip(names, entries, strict=True):
-            size = entry.num_bytes // entry.dtype.itemsize
+        for name, entry in entries.items():
+            size = math.prod(entry.shape)
             self._read_into(flat[done : done + size], name, entry)
             done += size
         return joined
 
+    def _check_shapes(self, entries: dict[str, _Entry], shape: tuple[int, ...]) -> None:
+        found = [entry.shape for entry in entries.values()]
+        joins = all(len(each) == len(shape) and each[1:] == shape[1:] for each in found)
+        if not joins or sum(each[0] for each in found) != shape[0]:
+            raise ConfigError(
+                f"{self._folder}: {' + '.join(entries)} has shape {' + '.join(map(str, found))}, "
+                f"config.json asks for {shape}; take config and weights from one checkpoint"
+            )
+
     def _read_into(self, target: Tensor, name: str, entry: _Entry) -> None:
         """Reads in pieces, so that no second copy of a large tensor ever exists."""
-        descriptor = self._open(entry.path)
+        descriptor, dtype = self._open(entry.path), _DTYPES[entry.dtype]
         piece = bytearray(min(_PIECE_BYTES, entry.num_bytes))
         done = 0
         while done < entry.num_bytes:
@@ -114,47 +126,35 @@ class Checkpoint:
                     f"{entry.path} is truncated: {name} needs "
                     f"{entry.offset + entry.num_bytes} bytes; fetch the file again"
                 )
-            values = torch.frombuffer(view, dtype=entry.dtype)
-            first = done // entry.dtype.itemsize
+            values = torch.frombuffer(view, dtype=dtype)
+            first = done // dtype.itemsize
             target[first : first + len(values)].copy_(values)
             done += got
             self._progress(got)
 
     def _find(self, name: str) -> _Entry:
-        if name not in self._shard_of:
+        path = self._shard_of.get(name)
+        if path is None:
             raise ConfigError(
-                f"the checkpoint has no tensor {name}; its config.json does not fit its weights"
+                f"{self._folder} has no tensor {name}, which its config.json asks for; "
+                "take config and weights from one checkpoint"
             )
-        if name not in self._entries:
-            self._read_header(self._shard_of[name])
-        if name not in self._entries:
-            raise ConfigError(f"{self._shard_of[name]} has no tensor {name}, as its index says")
-        return self._entries[name]
+        if path not in self._headers:
+            self._headers[path] = _read_header(self._open(path), path)
+        entry = self._headers[path].get(name)
+        if entry is None:
+            raise ConfigError(f"{path} has no tensor {name}, as its index says; fetch both again")
+        if entry.dtype not in _DTYPES:
+            raise ConfigError(
+                f"{path}: {name} has dtype {entry.dtype}, supported: {', '.join(_DTYPES)}; "
+                "give a checkpoint that is not quantised"
+            )
+        return entry
 
     def _open(self, path: Path) -> int:
         if path not in self._files:
-            try:
-                self._files[path] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise ConfigError(f"{path}: {error.strerror}; fetch the shard again") from None
+            self._files[path] = _open(path)
         return self._files[path]
-
-    def _read_header(self, path: Path) -> None:
-        descriptor = self._open(path)
-        header, data_start = _header(descriptor, path)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in _DTYPES:
-                continue  # not one of ours unless asked for: then it is reported as missing
-            start, stop = entry["data_offsets"]
-            self._entries[name] = _Entry(
-                path,
-                _DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                data_start + start,
-                stop - start,
-            )
 
 
 def _shard_of_tensor(folder: Path) -> dict[str, Path]:
@@ -162,16 +162,15 @@ def _shard_of_tensor(folder: Path) -> dict[str, Path]:
     if index.exists():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError):
+            return {name: folder / shard for name, shard in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{index} is no safetensors index; fetch it again") from None
-        return {name: folder / shard for name, shard in weight_map.items()}
     if single.exists():
-        descriptor = os.open(single, os.O_RDONLY)
+        descriptor = _open(single)
         try:
-            header, _ = _header(descriptor, single)
+            return dict.fromkeys(_read_header(descriptor, single), single)
         finally:
             os.close(descriptor)
-        return {name: single for name in header if name != "__metadata__"}
     if any(any(folder.glob(pattern)) for pattern in _PICKLES):
         raise ConfigError(
             f"{folder} holds only pickled weights, which can run code when read; "
@@ -183,21 +182,34 @@ def _shard_of_tensor(folder: Path) -> dict[str, Path]:
     )
 
 
-def _header(descriptor: int, path: Path) -> tuple[dict, int]:
-    """The JSON header, and the offset at which the data starts."""
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; fetch the file again") from None
+
+
+def _read_header(descriptor: int, path: Path) -> dict[str, _Entry]:
+    """Every tensor that the file says it holds."""
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if size < 8 or 8 + length > size:
         raise ConfigError(f"{path} is truncated: {size} bytes, no whole header; fetch it again")
     try:
-        return json.loads(os.pread(descriptor, length, 8)), 8 + length
-    except ValueError:
-        raise ConfigError(f"{path} is not a safetensors file: its header is no JSON") from None
-
-
-def _check_shape(module: torch.nn.Module, names: tuple[str, ...], weight: Tensor) -> None:
-    if tuple(weight.shape) != module.shape:
+        header = json.loads(os.pread(descriptor, length, 8))
+        header.pop("__metadata__", None)
+        return {name: _entry(path, 8 + length, **fields) for name, fields in header.items()}
+    except (ValueError, TypeError, AttributeError):
         raise ConfigError(
-            f"{' + '.join(names)} has shape {tuple(weight.shape)}, config.json asks for "
-            f"{module.shape}; the config does not fit the checkpoint"
-        )
+            f"{path} is not a safetensors file: its header makes no sense; fetch it again"
+        ) from None
+
+
+def _entry(
+    path: Path, data_start: int, *, dtype: str, shape: list[int], data_offsets: list[int]
+) -> _Entry:
+    """One line of the header. Raises ValueError where size and shape contradict each other."""
+    start, stop = data_offsets
+    if dtype in _DTYPES and stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError
+    return _Entry(path, dtype, tuple(shape), data_start + start, stop - start)

@@ -87,7 +87,7 @@ def scenarios(draw) -> Scenario:
     trunks = [draw(st.lists(st.integers(0, 1), min_size=16, max_size=16)) for _ in range(2)]
     requests = []
     for number in range(draw(st.integers(1, 8))):
-        trunk = trunks[draw(st.integers(0, 1))][: draw(st.integers(0, 16))]
+        trunk = trunks[draw(st.integers(0, 1))][: draw(st.sampled_from([0, 1, 4, 6, 9, 16]))]
         tail = draw(st.lists(st.integers(0, VOCAB - 1), min_size=not trunk, max_size=4))
         params = SamplingParams(
             max_tokens=draw(st.integers(1, 10)), min_tokens=draw(st.integers(0, 3))
@@ -106,7 +106,7 @@ def scenarios(draw) -> Scenario:
         num_blocks=-(-reach // block_size) + draw(st.integers(0, 12)),
         block_size=block_size,
         max_num_seqs=draw(st.integers(1, 8)),
-        max_num_batched_tokens=draw(st.integers(1, 24)),
+        max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 5, 8, 24])),
         max_model_len=max_model_len,
         enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
     )

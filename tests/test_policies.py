@@ -126,12 +126,12 @@ def test_sarathi_keeps_its_window_at_the_number_of_stages():
 
 
 def test_decodes_over_the_budget_wait_their_turn():
-    engine = make_engine("sarathi_serve", 1, max_num_batched_tokens=3)
-    for number in range(5):
+    engine = make_engine("sarathi_serve", 2, max_num_batched_tokens=3)
+    for number in range(6):
         add(engine, number, 1)
-    for _ in range(2):  # 3 prompts, then 3 decodes; the budget is never exceeded
-        complete(engine, plan(engine))
-    assert sizes(plan(engine)) == {0: 1, 1: 1, 2: 1}
+    for microbatch in [plan(engine), plan(engine)]:
+        complete(engine, microbatch)  # now six decodes are ready
+    assert [sizes(plan(engine)) for _ in range(2)] == [{0: 1, 1: 1, 2: 1}, {3: 1, 4: 1, 5: 1}]
 
 
 def test_one_percent_of_the_blocks_stays_free_at_an_admission_but_not_for_a_lone_request():

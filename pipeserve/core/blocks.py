@@ -172,4 +172,3 @@ class BlockTable:
     def forget(self) -> None:
         """Drops the blocks without giving them back: the pool was reset."""
         self.blocks = []
-        self._num_published = 0

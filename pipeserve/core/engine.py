@@ -27,7 +27,7 @@ from pipeserve.core.nouns import (
     TokenLogprobs,
     Wait,
 )
-from pipeserve.core.record import Queues, Record, longest
+from pipeserve.core.record import Queues, Record, check_fits
 from pipeserve.core.view import (
     CostModel,
     Draft,
@@ -38,7 +38,6 @@ from pipeserve.core.view import (
     Prefix,
     View,
 )
-from pipeserve.errors import CapacityError
 
 __all__ = ["Engine", "Limits", "Stats"]
 
@@ -112,7 +111,7 @@ class Engine:
         """
         if request.id in self._records:
             raise ValueError(f"request id {request.id} is in use")
-        self._check_fits(request)
+        check_fits(request, self.limits)
         record = Record(request, self._num_added, now, self.limits, self._pool)
         self._num_added += 1
         self._records[request.id] = record
@@ -190,25 +189,6 @@ class Engine:
             self._queues.to_front(record)
 
     # ---- requests -------------------------------------------------------------------------------
-
-    def _check_fits(self, request: Request) -> None:
-        num_prompt, limits = len(request.prompt), self.limits
-        if num_prompt == 0:
-            raise CapacityError(f"the prompt of request {request.id} is empty: give it a token")
-        if request.params.max_tokens < 1:
-            raise CapacityError(f"max_tokens is {request.params.max_tokens}: ask for at least 1")
-        if num_prompt >= limits.max_model_len:
-            raise CapacityError(
-                f"the prompt has {num_prompt} tokens and the context {limits.max_model_len}, one "
-                "of them for the output: shorten the prompt or raise max_model_len"
-            )
-        positions = longest(request, limits) - 1  # the last token's KV is never computed
-        if positions > limits.num_blocks * limits.block_size:
-            raise CapacityError(
-                f"the request can reach {positions} positions and the KV cache holds "
-                f"{limits.num_blocks * limits.block_size}: lower max_tokens or give the KV cache "
-                "more memory"
-            )
 
     def _take(self, record: Record, token: int, logprobs: TokenLogprobs | None) -> Output:
         """A token became known; it may end the request."""

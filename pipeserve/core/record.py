@@ -6,6 +6,7 @@ from types import MappingProxyType
 from pipeserve.core.blocks import BlockPool, BlockTable, extend_keys
 from pipeserve.core.nouns import Request, RequestId
 from pipeserve.core.view import Limits, RequestView, Traits
+from pipeserve.errors import CapacityError
 
 MAX_ON_WAY = 2
 """Tokens of a request on their way: one in flight, one planned ahead (DESIGN.md, 'Order')."""
@@ -102,6 +103,27 @@ class Record:
 def longest(request: Request, limits: Limits) -> int:
     """Most tokens that a request can reach, prompt and output."""
     return min(len(request.prompt) + request.params.max_tokens, limits.max_model_len)
+
+
+def check_fits(request: Request, limits: Limits) -> None:
+    """Raises CapacityError for a request that could never run to its end, even alone."""
+    num_prompt = len(request.prompt)
+    if num_prompt == 0:
+        raise CapacityError(f"the prompt of request {request.id} is empty: give it a token")
+    if request.params.max_tokens < 1:
+        raise CapacityError(f"max_tokens is {request.params.max_tokens}: ask for at least 1")
+    if num_prompt >= limits.max_model_len:
+        raise CapacityError(
+            f"the prompt has {num_prompt} tokens and the context {limits.max_model_len}, one of "
+            "them for the output: shorten the prompt or raise max_model_len"
+        )
+    positions = longest(request, limits) - 1  # the last token's KV is never computed
+    num_slots = limits.num_blocks * limits.block_size
+    if positions > num_slots:
+        raise CapacityError(
+            f"the request can reach {positions} positions and the KV cache holds {num_slots}: "
+            "lower max_tokens or give the KV cache more memory"
+        )
 
 
 class Queues:

@@ -1,0 +1,14 @@
+"""What several test files share."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def one_thread():
+    """Torch on one thread: tiny products only lose time on more, and other tests want the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,175 @@
+"""Both attentions against the definition written out in float64, over a pool full of garbage."""
+
+import random
+
+import pytest
+import torch
+
+from pipeserve.errors import ConfigError
+from pipeserve.stages.attention import make_attention
+from pipeserve.stages.config import ModelConfig, RopeConfig
+from pipeserve.stages.inputs import build_inputs
+from pipeserve.stages.kv import KVCache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+"""For outputs of size 1: some units in the last place of each dtype."""
+HEADS = [(6, 2, 8), (4, 4, 16), (3, 1, 64), (9, 3, 24)]
+"""(query heads, kv heads, head size)."""
+
+
+class Case:
+    """Chunks of random q, k and v, with the K and V of what came before them in the pool."""
+
+    def __init__(self, spans, *, heads=(6, 2, 8), block_size=16, dtype=torch.float32, garbage=0.0):
+        num_heads, num_kv_heads, head_dim = heads
+        rng = random.Random(len(spans))
+        counts = [-(-stop // block_size) for _, stop in spans]
+        num_blocks = sum(counts) + 3
+        free = rng.sample(range(1, num_blocks), num_blocks - 1)
+        tables = [[free.pop() for _ in range(count)] for count in counts]
+        self.spare_blocks = torch.tensor([0, *free])
+        self.kv = KVCache(
+            _config(*heads),
+            num_layers=2,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=dtype,
+        )
+        self.kv.keys_LKBPH.fill_(garbage)
+        self.kv.values_LKBPH.fill_(-garbage)
+        chunks = [(*span, table, 0) for span, table in zip(spans, tables, strict=True)]
+        self.inputs = build_inputs(chunks, block_size, None)
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.expected = [], [], [], []
+        for (start, stop), table in zip(spans, tables, strict=True):
+            q = torch.randn(stop - start, num_heads, head_dim).to(dtype)
+            k, v = torch.randn(2, stop, num_kv_heads, head_dim).to(dtype)
+            self._fill(table, block_size, k[:start], v[:start])
+            self.q.append(q)
+            self.k.append(k[start:])
+            self.v.append(v[start:])
+            self.expected.append(_attention(q, k, v))
+
+    def _fill(self, table, block_size, k, v):
+        """What earlier microbatches would have written, first positions of blocks first."""
+        for number in range(-(-len(k) // block_size)):
+            part = slice(number * block_size, (number + 1) * block_size)
+            for side, new in zip(self.kv.layer(1), (k[part], v[part]), strict=True):
+                side[:, table[number]] = 0  # as the microbatch that began the block leaves it
+                side[:, table[number], : len(new)] = new.transpose(0, 1)
+
+    def run(self, name):
+        attention = make_attention(name)
+        with torch.inference_mode():
+            plan = attention.prepare(self.inputs, self.kv)
+            q, k, v = (torch.cat(parts) for parts in (self.q, self.k, self.v))
+            return attention(q, k, v, self.kv.layer(1), plan)
+
+    def check(self, name):
+        got = self.run(name)
+        limit = TOLERANCE[got.dtype]
+        torch.testing.assert_close(got.double(), torch.cat(self.expected), rtol=limit, atol=limit)
+
+
+def _attention(q_TNH, k_CKH, v_CKH):
+    """The definition, for the last T of C positions: float64 [T, N, H]."""
+    group = q_TNH.shape[1] // k_CKH.shape[1]
+    q, k, v = q_TNH.double(), k_CKH.double(), v_CKH.double()
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("tnh,cnh->ntc", q, k) / q.shape[2] ** 0.5
+    query_at = torch.arange(len(k) - len(q), len(k))
+    is_later = torch.arange(len(k))[None] > query_at[:, None]
+    weights = scores.masked_fill(is_later, -torch.inf).softmax(-1)
+    return torch.einsum("ntc,cnh->tnh", weights, v)
+
+
+def _config(num_heads, num_kv_heads, head_dim):
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        num_layers=2,
+        hidden_size=num_heads * head_dim,
+        intermediate_size=1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=1,
+        max_position_embeddings=1,
+        rms_norm_eps=1.0,
+        rope=RopeConfig(theta=1.0),
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        dtype="float32",
+        eos_token_ids=(),
+    )
+
+
+def _random_spans(rng, num_chunks):
+    spans = []
+    for _ in range(num_chunks):
+        start = rng.choice((0, 0, 1, 15, 16, rng.randrange(200)))
+        spans.append((start, start + rng.choice((1, 1, 2, 5, 16, rng.randrange(1, 90)))))
+    return spans
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("seed", range(6))
+def test_random_microbatches(name, dtype, seed):
+    rng = random.Random(seed)
+    spans = _random_spans(rng, rng.randint(1, 8))
+    heads, block_size = rng.choice(HEADS), rng.choice((1, 4, 16))
+    Case(spans, heads=heads, block_size=block_size, dtype=dtype).check(name)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_many_decodes_of_very_different_contexts(heads):
+    """From one position to hundreds: some share a group, some stand alone."""
+    contexts = [1, 700, 2, 350, 16, 17, 33, 32, 31, 340, 1, 64, 90, 8, 128, 690, 15, 3]
+    Case([(n - 1, n) for n in contexts], heads=heads).check("cpu")
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 16, 37])
+@pytest.mark.parametrize("query_len", [2, 63, 64, 65, 127, 128, 129])
+def test_chunks_around_the_query_block(query_len, prefix):
+    Case([(prefix, prefix + query_len)]).check("cpu")
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("garbage", [1e30, torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_other_requests_left_in_the_pool_does_not_leak(name, garbage, dtype):
+    """Block 0 among it, tails of blocks that this microbatch begins, and whole blocks."""
+    lengths = [(0, 1), (16, 17), (150, 151), (299, 300), (0, 5), (31, 40), (16, 90), (0, 32)]
+    Case(lengths, garbage=garbage, dtype=dtype).check(name)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_broken_request_leaves_its_neighbours_alone(name):
+    """NaN in one request, decode or chunk, spoils its own rows and no others."""
+    case = Case([(40, 41), (44, 45), (3, 30), (5, 40)])
+    case.q[1].fill_(torch.nan)
+    case.k[1].fill_(torch.nan)
+    case.v[3].fill_(torch.nan)
+    got = case.run(name).split([1, 1, 27, 35])
+    assert got[1].isnan().all()
+    assert got[3].isnan().all()
+    for i in (0, 2):
+        torch.testing.assert_close(got[i].double(), case.expected[i], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_it_writes_only_its_own_layer_and_blocks(name):
+    case = Case([(0, 20), (30, 31)], garbage=7.0)
+    case.run(name)
+    assert (case.kv.keys_LKBPH[0] == 7.0).all()
+    assert (case.kv.values_LKBPH[0] == -7.0).all()
+    assert (case.kv.keys_LKBPH[1][:, case.spare_blocks] == 7.0).all()
+    assert (case.kv.values_LKBPH[1][:, case.spare_blocks] == -7.0).all()
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(ConfigError, match=r"'flash' is not one of auto, cpu, reference"):
+        make_attention("flash")

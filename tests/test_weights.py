@@ -1,0 +1,339 @@
+"""Weights: the right bytes and no others, and one clear line for every bad checkpoint."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import tiny_llama
+from safetensors.torch import load_file, save_file
+
+from pipeserve.errors import ConfigError
+from pipeserve.stages import linear
+from pipeserve.stages.config import ModelConfig
+from pipeserve.stages.linear import Linear
+from pipeserve.stages.weights import load_stage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CUT = [(0, 1), (1, 1), (1, 4)]
+"""Three stages of a model of four layers; the second holds none."""
+
+
+def load(folder, first=0, stop=4, *, dtype=torch.float32, config=None, **options):
+    config = config or ModelConfig.from_folder(folder)
+    return load_stage(
+        folder,
+        config,
+        first_layer=first,
+        stop_layer=stop,
+        has_embedding=first == 0,
+        has_head=stop == config.num_layers,
+        dtype=dtype,
+        **options,
+    )
+
+
+def tensors_of(folder):
+    """Every tensor of the checkpoint, read by safetensors itself."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def is_of_stage(name, first, stop, tied):
+    """By the name alone: whether a stage of layers [first, stop) needs the tensor."""
+    if name.startswith("model.layers."):
+        return first <= int(name.split(".")[2]) < stop
+    if name == "model.embed_tokens.weight":
+        return first == 0 or (tied and stop == 4)
+    assert name in ("model.norm.weight", "lm_head.weight")
+    return stop == 4
+
+
+def header_bytes(file):
+    return 8 + int.from_bytes(file.read_bytes()[:8], "little")
+
+
+class Reads:
+    """What is opened and read of safetensors files while it is installed."""
+
+    def __init__(self, monkeypatch):
+        self.names, self.data_bytes, self.other_bytes = {}, 0, 0
+        self._open, self._preadv, self._pread = os.open, os.preadv, os.pread
+        monkeypatch.setattr(os, "open", self.open)
+        monkeypatch.setattr(os, "preadv", self.preadv)
+        monkeypatch.setattr(os, "pread", self.pread)
+
+    def open(self, path, *args, **options):
+        descriptor = self._open(path, *args, **options)
+        self.names[descriptor] = Path(path).name
+        return descriptor
+
+    def preadv(self, descriptor, *args):
+        got = self._preadv(descriptor, *args)
+        self.data_bytes += got
+        return got
+
+    def pread(self, descriptor, *args):
+        data = self._pread(descriptor, *args)
+        self.other_bytes += len(data)
+        return data
+
+
+@pytest.mark.parametrize("shard_bytes", ["1GB", 40_000], ids=["single", "sharded"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_stage_reads_its_own_bytes_and_opens_its_own_shards(
+    tmp_path, monkeypatch, shard_bytes, tied
+):
+    folder = tiny_llama(tmp_path, shard_bytes=shard_bytes, tie_word_embeddings=tied)
+    tensors = tensors_of(folder)
+    for first, stop in CUT:
+        own = [name for name in tensors if is_of_stage(name, first, stop, tied)]
+        expected = sum(tensors[name].nbytes for name in own)
+        reported = []
+        with monkeypatch.context() as patch:
+            reads = Reads(patch)
+            load(folder, first, stop, progress=reported.append)
+        assert reads.data_bytes == sum(reported) == expected
+        headers = sum(header_bytes(Path(folder, name)) for name in set(reads.names.values()))
+        assert reads.other_bytes <= 2 * headers
+        if shard_bytes != "1GB":
+            index = json.loads(Path(folder, "model.safetensors.index.json").read_text())
+            shards = {index["weight_map"][name] for name in own}
+            assert set(reads.names.values()) == shards
+            assert shards < set(index["weight_map"].values()) or not own
+
+
+def test_it_leaves_no_file_open(tmp_path):
+    folder = tiny_llama(tmp_path / "model", shard_bytes=40_000)
+    before = os.listdir("/proc/self/fd")
+    load(folder)
+    with pytest.raises(ConfigError):
+        load(folder, config=ModelConfig.from_folder(tiny_llama(tmp_path / "b", mlp_bias=True)))
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_converted_as_torch_converts_them(tmp_path, monkeypatch, stored, dtype):
+    monkeypatch.setattr(linear, "_can_pack", lambda weight: False)
+    monkeypatch.setattr("pipeserve.stages.weights._PIECE_BYTES", 1000)  # many pieces a tensor
+    folder = tiny_llama(tmp_path, attention_bias=True, mlp_bias=True)
+    tensors = {name: tensor.to(stored) for name, tensor in tensors_of(folder).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for module, names, has_bias in (stage := load(folder, dtype=dtype)).checkpoint_tensors():
+        weight = torch.cat([tensors[f"{name}.weight"] for name in names])
+        assert module.weight.dtype == dtype
+        assert torch.equal(module.weight, weight.to(dtype))
+        if has_bias:
+            bias = torch.cat([tensors[f"{name}.bias"] for name in names])
+            assert torch.equal(module.bias, bias.to(dtype))
+    assert stage.layers[3].down.bias is not None
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 100])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_packed_linear_layer_is_the_plain_one(rows, with_bias):
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(96, 64, generator=generator).bfloat16()
+    bias = torch.randn(96, generator=generator).bfloat16() if with_bias else None
+    x = torch.randn(rows, 64, generator=generator).bfloat16()
+    packed = Linear(64, 96)
+    packed.set(weight.clone(), bias)
+    if not packed.is_packed:
+        pytest.skip("this CPU has no bf16 in oneDNN")
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x).double(), exact, rtol=2**-7, atol=2**-7)
+
+
+# ---- bad checkpoints ----------------------------------------------------------------------------
+
+
+def refused(folder, *parts, **options):
+    """Loading fails with one line that names each of `parts`; the part behind ';' is the remedy."""
+    with pytest.raises(ConfigError) as caught:
+        load(str(folder), **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    assert "; " in message, f"no remedy: {message}"
+
+
+def edit_json(path, **changes):
+    """Sets keys of a JSON file; a value of None removes the key."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def rewrite(folder, change):
+    """Saves the checkpoint's tensors again after `change(tensors)`."""
+    tensors = tensors_of(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture
+def single(tmp_path):
+    tiny_llama(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    tiny_llama(tmp_path, shard_bytes=40_000)
+    return tmp_path
+
+
+def test_a_missing_shard(sharded):
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    victim.unlink()
+    refused(sharded, victim.name, "No such file", "fetch")
+
+
+def test_a_truncated_shard(sharded):
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    os.truncate(victim, victim.stat().st_size - 1)
+    refused(sharded, victim.name, "truncated", "fetch")
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 100])
+def test_a_truncated_header(single, size):
+    os.truncate(single / "model.safetensors", size)
+    refused(single, "model.safetensors", "truncated", "fetch")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+    ],
+)
+def test_a_header_that_makes_no_sense(single, header):
+    file = single / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    refused(single, "model.safetensors", "not a safetensors file")
+
+
+def test_a_missing_tensor(single):
+    rewrite(single, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
+    refused(single, str(single), "model.layers.2.mlp.up_proj.weight")
+
+
+def test_a_missing_bias(single):
+    edit_json(single / "config.json", mlp_bias=True)
+    refused(single, "model.layers.0.mlp.gate_proj.bias")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.1.self_attn.k_proj.weight", (16, 40)),
+        ("model.layers.1.self_attn.k_proj.weight", (17, 48)),
+        ("model.layers.1.mlp.down_proj.weight", (48, 81)),
+        ("model.norm.weight", (49,)),
+        ("model.norm.weight", ()),
+        ("model.norm.weight", (48, 1)),
+        ("lm_head.weight", (255, 48)),
+    ],
+)
+def test_a_wrong_shape(single, name, shape):
+    rewrite(single, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    refused(single, name, str(shape))
+
+
+def test_a_wrong_bias_shape(tmp_path):
+    tiny_llama(tmp_path, mlp_bias=True)
+    name = "model.layers.0.mlp.down_proj.bias"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(47)}))
+    refused(tmp_path, name, "(47,)", "(48,)")
+
+
+def test_an_index_that_names_the_wrong_shard(sharded):
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    name = "model.layers.1.mlp.down_proj.weight"
+    other = next(shard for shard in weight_map.values() if shard != weight_map[name])
+    edit_json(index, weight_map={**weight_map, name: other})
+    refused(sharded, other, name)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}']
+)
+def test_a_corrupt_index(sharded, text):
+    (sharded / "model.safetensors.index.json").write_text(text)
+    refused(sharded, "model.safetensors.index.json", "fetch")
+
+
+def test_a_dtype_that_is_not_ours(single):
+    name = "model.layers.0.mlp.down_proj.weight"
+    rewrite(single, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    refused(single, name, "F8_E4M3", "F32, F16, BF16")
+
+
+def test_a_tensor_that_no_stage_needs_may_have_any_dtype(single):
+    extra = torch.zeros(4, dtype=torch.int64)
+    rewrite(single, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": extra}))
+    load(str(single))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickles_are_refused_with_a_reason(single, name):
+    (single / "model.safetensors").rename(single / name)
+    refused(single, "pickled", "can run code", "convert")
+
+
+def test_a_folder_without_weights(single):
+    (single / "model.safetensors").unlink()
+    refused(single, str(single), "no model.safetensors")
+
+
+def test_an_empty_folder(tmp_path):
+    refused(tmp_path, "config.json is missing", "give a Hugging Face model folder")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps"])
+def test_a_config_without_a_key(single, key):
+    edit_json(single / "config.json", **{key: None})
+    refused(single, "config.json", repr(key))
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1]", "\xff"])
+def test_a_corrupt_config(single, text):
+    (single / "config.json").write_bytes(text.encode("latin-1"))
+    refused(single, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"architectures": ["FalconForCausalLM"]}, ["FalconForCausalLM", "LlamaForCausalLM"]),
+        ({"architectures": None, "model_type": "gpt2"}, ["gpt2", "LlamaForCausalLM"]),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ["'yarn'", "default, linear, llama3"]),
+        ({"rope_parameters": {"rope_type": "linear"}}, ["'factor'"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, ["'low_freq_factor'"]),
+        ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
+        ({"dtype": "int8"}, ["'int8'", "float32, bfloat16, float16"]),
+        ({"quantization_config": {"bits": 4}}, ["quantised"]),
+    ],
+)
+def test_what_is_not_supported(single, changes, parts):
+    edit_json(single / "config.json", **changes)
+    refused(single, *parts)
+
+
+def test_ids_that_end_a_text(single):
+    assert ModelConfig.from_folder(single).eos_token_ids == (2,)
+    (single / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert ModelConfig.from_folder(single).eos_token_ids == (2, 7)
+    (single / "generation_config.json").unlink()
+    edit_json(single / "config.json", eos_token_id=None)
+    assert ModelConfig.from_folder(single).eos_token_ids == ()

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from pipeserve.stages import sampling
 from pipeserve.stages.sampling import SampleRow, sample, uniform_draw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,6 +205,14 @@ def test_logits_of_minus_infinity_are_never_drawn():
     logits_V[[3, 30]] = 0.0
     for options in ({}, {"top_k": 10}, {"top_p": 0.99}):
         assert set(draws(logits_V, 200, **options)) == {3, 30}
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
+def test_the_outermost_draws_take_no_token_of_probability_0(monkeypatch, draw):
+    monkeypatch.setattr(sampling, "uniform_draw", lambda seed, output_index: draw)
+    logits_V = torch.tensor([0.0, 1.0, 0.5, 0.0])
+    for options in ({}, {"top_k": 3}, {"top_p": 0.999}):
+        assert set(draws(logits_V, 1, banned_ids=(0, 3), **options)) < {1, 2}
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

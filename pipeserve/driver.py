@@ -4,6 +4,7 @@ A microbatch's way: `engine.plan` -> one `Step` message to every stage -> stage 
 ids to stage 0 and here -> `engine.complete` -> the caller.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -86,6 +87,9 @@ class Driver:
         except BaseException:
             self.fleet.close()
             raise
+        # What exists by now stays: keep the collector from walking it while requests run.
+        gc.collect()
+        gc.freeze()
         self.stages = tuple(
             StageInfo(
                 stage=stage.stage,

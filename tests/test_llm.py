@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,11 +41,6 @@ def test_import_is_light():
     assert all(hasattr(pipeserve, name) for name in pipeserve.__all__)
     with pytest.raises(AttributeError):
         _ = pipeserve.Nothing
-
-
-def test_the_version_is_the_package_s():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project.get("version", pipeserve.__version__) == pipeserve.__version__
 
 
 def test_results_are_in_order_of_the_prompts(folder):

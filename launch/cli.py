@@ -6,6 +6,7 @@ run failed, 2 the arguments or the config are wrong, 130 interrupted.
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output is gone; python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(f"{error}; make room and try again", 1)
 
 
 @app.callback(invoke_without_command=True)
@@ -184,8 +188,14 @@ def open_driver(run_config: RunConfig) -> "Driver":
 
     from pipeserve.driver import Driver
 
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: close what was opened
+        signal.signal(ending, _exit_on_signal)
     with Console(stderr=True).status("starting stages") as status:
         return Driver(run_config, on_progress=status.update)
+
+
+def _exit_on_signal(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
 
 
 def _run_config(model: str | None, recipe: str | None, flags: dict[str, Any]) -> RunConfig:

@@ -185,6 +185,8 @@ def _check_prompt(key: str, value: Any) -> Any:
     if key == "prompt":
         if not isinstance(value, str):
             raise ConfigError(f"prompt is {value!r}, must be text")
+        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise ConfigError("prompt has half a surrogate pair, which is no text; leave it out")
         return value
     kind, what = (int, "token ids") if key == "prompt_token_ids" else (dict, "objects")
     if not isinstance(value, list) or any(type(part) is not kind for part in value):

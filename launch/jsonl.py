@@ -1,5 +1,6 @@
 """JSON Lines in and out: input errors name file and line; results are on disk as soon as made."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -79,6 +80,7 @@ class ResultFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a write that failed, and said so
+            self._file.close()
         if self._is_new and self._num_written == 0:
             self.path.unlink()

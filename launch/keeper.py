@@ -27,12 +27,20 @@ from pipeserve.control import StartStage, Stop
 
 _HEARTBEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
+_STDIN = 0
 
 
 class Keeper:
     """Starts, watches and ends one stage process."""
 
-    def __init__(self, endpoint: str, rank: int, world_size: int, join_timeout_s: float) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        rank: int,
+        world_size: int,
+        join_timeout_s: float,
+        until_stdin_closes: bool,
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.join_timeout_s = join_timeout_s
@@ -46,9 +54,10 @@ class Keeper:
         self.driver.identity = control.keeper_identity(rank)
         self.driver.set_hwm(0)
         self.driver.linger = 2000
-        # A driver whose machine vanished closes no connection; ZeroMQ's own heartbeats notice.
-        self.driver.heartbeat_ivl = 2000
-        self.driver.heartbeat_timeout = 20_000
+        if not until_stdin_closes:
+            # A driver whose machine vanished closes no connection: ZeroMQ's heartbeats notice.
+            self.driver.heartbeat_ivl = 2000
+            self.driver.heartbeat_timeout = 20_000
         self.connection = self.driver.get_monitor_socket(
             zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
         )
@@ -57,6 +66,8 @@ class Keeper:
         self.poller = zmq.Poller()
         self.poller.register(self.driver, zmq.POLLIN)
         self.poller.register(self.connection, zmq.POLLIN)
+        if until_stdin_closes:
+            self.poller.register(_STDIN, zmq.POLLIN)
 
     def run(self) -> int:
         """Until the driver says stop (0), or is gone or cannot be reached (1)."""
@@ -71,12 +82,14 @@ class Keeper:
                     self._report_exit()
                 elif self.connection in ready:
                     self._note_connection()
+                elif _STDIN in ready:
+                    self.exit_code = 1  # the driver is gone; perhaps before it ever answered
                 elif not self.is_connected and time.monotonic() > self.deadline:
                     self._give_up()
                 self._tell(control.Heartbeat(self.rank))
         finally:
             self._end_stage()
-            self.context.destroy()
+            self.context.destroy(linger=0 if self.exit_code == 1 else None)
         return self.exit_code
 
     def _obey(self, message: control.ToKeeper) -> None:
@@ -210,6 +223,11 @@ def main() -> None:
         metavar="SECONDS",
         help="how long to look for the driver (default: 120)",
     )
+    parser.add_argument(
+        "--until-stdin-closes",
+        action="store_true",
+        help="end when standard input does: the driver holds its other end",
+    )
     arguments = parser.parse_args()
     for name in ("control", "rank", "world_size"):
         if getattr(arguments, name) is None:
@@ -221,6 +239,7 @@ def main() -> None:
         int(arguments.rank),
         int(arguments.world_size),
         arguments.join_timeout,
+        arguments.until_stdin_closes,
     )
     sys.exit(keeper.run())
 

@@ -4,7 +4,6 @@ A microbatch's way: `engine.plan` -> one `Step` message to every stage -> stage 
 ids to stage 0 and here -> `engine.complete` -> the caller.
 """
 
-import gc
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pipeserve.core.nouns import Microbatch, Output, PipelinePlan, Request, Requ
 from pipeserve.core.partition import split_explicitly, split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.spans import Span
-from pipeserve.errors import ConfigError
+from pipeserve.errors import ConfigError, StageError
 from pipeserve.fleet import Fleet
 from pipeserve.kv_budget import num_kv_blocks
 from pipeserve.stages.config import ModelConfig
@@ -78,6 +77,7 @@ class Driver:
             ),
         )
         self.spans: list[Span] = []
+        self._ended: str | None = None
         self._requests: dict[RequestId, Request] = {}
         self.fleet = Fleet(len(self.plan.stages), config.launcher, config.control)
         try:
@@ -87,9 +87,6 @@ class Driver:
         except BaseException:
             self.fleet.close()
             raise
-        # What exists by now stays: keep the collector from walking it while requests run.
-        gc.collect()
-        gc.freeze()
         self.stages = tuple(
             StageInfo(
                 stage=stage.stage,
@@ -130,7 +127,11 @@ class Driver:
     # ---- requests -------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Queue a request; `request.params.seed` must be set. Raises CapacityError."""
+        """Queue a request; `request.params.seed` must be set.
+
+        Raises CapacityError, and StageError when the pipeline has ended.
+        """
+        self._check_open()
         self.engine.add(request, time.monotonic())
         self._requests[request.id] = request
 
@@ -148,8 +149,19 @@ class Driver:
     def poll(self, timeout_s: float) -> list[Output]:
         """Plan what can be planned, then take what the stages said; waits at most `timeout_s`.
 
-        Returns what became known, in order; may be empty. Raises StageError when a stage died.
+        Returns what became known, in order; may be empty. Raises StageError when a stage died, and
+        again at every later call.
         """
+        self._check_open()
+        try:
+            return self._poll(timeout_s)
+        except BaseException as error:
+            # Ctrl-C too may come between a plan and its message: what the stages hold and what the
+            # engine thinks they hold is no longer sure to be the same.
+            self._end(str(error) or f"interrupted by {type(error).__name__}")
+            raise
+
+    def _poll(self, timeout_s: float) -> list[Output]:
         self._plan_all()
         outputs: list[Output] = []
         for message in self.fleet.receive(timeout_s):
@@ -199,8 +211,16 @@ class Driver:
         )
 
     def close(self) -> None:
-        """End every process. Safe to call twice."""
+        """End every process. Safe to call twice; nothing can be run after it."""
+        self._end("it was closed")
+
+    def _end(self, reason: str) -> None:
+        self._ended = self._ended or reason
         self.fleet.close()
+
+    def _check_open(self) -> None:
+        if self._ended is not None:
+            raise StageError(f"the pipeline has ended ({self._ended}); start a new one")
 
     def __enter__(self) -> "Driver":
         return self

@@ -70,7 +70,11 @@ class Fleet:
 
     def _spawn_keeper(self, rank: int) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipeserve.launch.keeper", "--control", self.address],
+            [
+                sys.executable,
+                *("-m", "pipeserve.launch.keeper"),
+                *("--control", self.address, "--until-stdin-closes"),
+            ],
             env={
                 **os.environ,
                 "RANK": str(rank),
@@ -78,7 +82,7 @@ class Fleet:
                 "WORLD_SIZE": str(self.num_ranks),
                 "LOCAL_WORLD_SIZE": str(self.num_ranks),
             },
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # closes when this process ends, however it ends
             start_new_session=True,  # Ctrl-C reaches the driver, which ends the rest in order
         )
 
@@ -192,7 +196,8 @@ class Fleet:
         for rank, process in enumerate(self._processes):
             if process.poll() is not None:
                 raise StageError(
-                    f"the keeper of stage {rank} ended: {_describe_exit(process.returncode)}"
+                    f"the keeper of stage {rank} (pid {process.pid}) ended with "
+                    f"{process.returncode}; was it killed by hand?"
                 )
         for rank, heard in self._last_heard.items():
             if time.monotonic() - heard > _KEEPER_SILENCE_S:

@@ -13,15 +13,26 @@ _SHARE_OF_AVAILABLE = 0.5  # of this machine's free memory, for all stages toget
 def num_kv_blocks(
     config: RunConfig, plan: PipelinePlan, kv_bytes_per_token_per_layer: int, max_model_len: int
 ) -> int:
-    """Blocks of `config.block_size` tokens. Raises ConfigError when not even one fits.
+    """Blocks of `config.block_size` tokens. Raises ConfigError when not even one fits,
+    and when all stages of this machine together ask for more memory than it has.
 
     `num_gpu_blocks_override` is taken as it is. Otherwise a stage's `kv_cache_memory_bytes` over
     what one block of its layers takes, and no more than `max_num_seqs` requests of full length use.
     """
+    layer_block_bytes = config.block_size * kv_bytes_per_token_per_layer
+    num_blocks = _wanted_blocks(config, plan, layer_block_bytes, max_model_len)
+    if config.launcher == "spawn":
+        _check_memory(num_blocks * layer_block_bytes * sum(s.num_layers for s in plan.stages))
+    return num_blocks
+
+
+def _wanted_blocks(
+    config: RunConfig, plan: PipelinePlan, layer_block_bytes: int, max_model_len: int
+) -> int:
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
     most_layers = max(stage.num_layers for stage in plan.stages)
-    block_bytes = config.block_size * most_layers * kv_bytes_per_token_per_layer
+    block_bytes = most_layers * layer_block_bytes
     budget = config.kv_cache_memory_bytes or _default_bytes(len(plan.stages))
     if budget < block_bytes:
         raise ConfigError(
@@ -33,8 +44,22 @@ def num_kv_blocks(
 
 
 def _default_bytes(num_stages: int) -> int:
+    return min(_DEFAULT_BYTES, int(_available_bytes() * _SHARE_OF_AVAILABLE) // num_stages)
+
+
+def _check_memory(wanted_bytes: int) -> None:
+    """The stages fill their pools at once; the kernel would end whatever it likes to make room."""
+    available = _available_bytes()
+    if wanted_bytes > available:
+        raise ConfigError(
+            f"the KV pools of all stages take {wanted_bytes} bytes, this machine has {available} "
+            "free; give a smaller --kv-cache-memory-bytes or --num-gpu-blocks-override"
+        )
+
+
+def _available_bytes() -> int:
+    """Of this machine's memory, what can be had without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-            return min(_DEFAULT_BYTES, int(available * _SHARE_OF_AVAILABLE) // num_stages)
-    return _DEFAULT_BYTES
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")

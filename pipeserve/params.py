@@ -12,6 +12,7 @@ from pipeserve.errors import ConfigError
 
 PARAM_NAMES = tuple(item.name for item in fields(SamplingParams))
 _MAX_SEED = 2**63 - 1  # what a 64-bit field of a message carries
+_MAX_COUNT = 2**31 - 1
 
 
 def params_from(values: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
@@ -55,11 +56,11 @@ def seeded(params: SamplingParams, run_seed: int, request_number: int) -> Sampli
 
 def _check_counts(params: SamplingParams) -> None:
     limits = {
-        "max_tokens": (1, None),
-        "min_tokens": (0, None),
-        "top_k": (0, None),
+        "max_tokens": (1, _MAX_COUNT),
+        "min_tokens": (0, _MAX_COUNT),
+        "top_k": (0, _MAX_COUNT),
         "seed": (0, _MAX_SEED),
-        "logprobs": (0, None),
+        "logprobs": (0, _MAX_COUNT),
     }
     for name, (least, most) in limits.items():
         value = getattr(params, name)
@@ -67,9 +68,8 @@ def _check_counts(params: SamplingParams) -> None:
             continue
         if type(value) is not int:
             raise ConfigError(f"{name} is {value!r}, must be a whole number")
-        if value < least or (most is not None and value > most):
-            bound = f"at least {least}" if most is None else f"{least} to {most}"
-            raise ConfigError(f"{name} is {value}, must be {bound}")
+        if not least <= value <= most:
+            raise ConfigError(f"{name} is {value}, must be {least} to {most}")
     if params.min_tokens > params.max_tokens:
         raise ConfigError(
             f"min_tokens is {params.min_tokens}, over max_tokens {params.max_tokens}; "

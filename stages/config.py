@@ -9,6 +9,14 @@ from typing import Any
 from pipeserve.errors import ConfigError
 
 SUPPORTED = ("LlamaForCausalLM",)
+_COUNTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ROPE_FACTORS = {
     "default": (),
@@ -94,6 +102,7 @@ class ModelConfig:
 
 
 def _llama_fields(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    _check_counts(raw, folder)
     num_heads, hidden_size = raw["num_attention_heads"], raw["hidden_size"]
     if raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{folder}: hidden_act {raw['hidden_act']!r} is not supported; only silu")
@@ -116,6 +125,14 @@ def _llama_fields(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "dtype": _dtype(raw, folder),
         "eos_token_ids": _eos(raw, folder),
     }
+
+
+def _check_counts(raw: Mapping[str, Any], folder: Path) -> None:
+    for name in _COUNTS:
+        if type(raw[name]) is not int or raw[name] < 1:
+            raise ConfigError(
+                f"{folder}/config.json: {name} is {raw[name]!r}, must be a whole number from 1 on"
+            )
 
 
 def _rope(raw: Mapping[str, Any], folder: Path) -> RopeConfig:

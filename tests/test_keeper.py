@@ -24,10 +24,11 @@ def test_cores_are_shared_out_evenly_or_not_at_all(cores, ranks, shares, threads
     assert got == [(share, threads) for share in shares]
 
 
-def _start_keeper(port, *arguments):
+def _start_keeper(port, *arguments, stdin=None):
     return subprocess.Popen(
         [sys.executable, "-m", "pipeserve.launch.keeper", "--control", f"127.0.0.1:{port}",
          "--rank", "0", "--world-size", "1", *arguments],
+        stdin=stdin,
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
@@ -41,6 +42,16 @@ def test_no_driver_is_one_line_and_exit_1():
     assert keeper.returncode == 1
     assert stderr.startswith("error: keeper of rank 0: no driver at")
     assert stderr.count("\n") == 1
+
+
+def test_a_spawned_keeper_ends_with_its_parent_before_any_driver_answers():
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as unused:
+        port = unused.bind_to_random_port("tcp://127.0.0.1")
+    keeper = _start_keeper(port, "--until-stdin-closes", stdin=subprocess.PIPE)
+    assert keeper.poll() is None
+    keeper.stdin.close()
+    assert keeper.wait(timeout=20) == 1
+    keeper.stderr.close()
 
 
 @pytest.mark.parametrize("ending", ["stop", "vanish", "terminate"])

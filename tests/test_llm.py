@@ -216,7 +216,7 @@ def test_unknown_keyword_names_the_nearest():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0, must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens is 0, must be 1 to"),
         ({"max_tokens": 1.5}, "max_tokens is 1.5, must be a whole number"),
         ({"max_tokens": None}, "max_tokens is None"),
         ({"max_tokens": True}, "max_tokens is True"),
@@ -226,6 +226,7 @@ def test_unknown_keyword_names_the_nearest():
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2**70}, "must be 0 to 2147483647"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"seed": -1}, "seed is -1, must be 0 to"),

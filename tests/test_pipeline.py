@@ -3,6 +3,7 @@
 Everything here is float32, where equal tokens are promised.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -152,8 +153,33 @@ def test_a_killed_stage_is_one_error_and_leaves_nothing_behind(model, victim):
     with pytest.raises(StageError, match=f"stage {victim} .*died: killed by SIGKILL") as caught:
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))
     assert "\n" not in str(caught.value)
-    llm.close()
     _wait_until_gone(pids)
+    with pytest.raises(StageError, match=f"has ended .stage {victim}"):  # and does not hang
+        llm.generate([[3, 4, 5]])
+    llm.close()
+
+
+def test_a_dropped_llm_leaves_nothing_behind(model):
+    folder, _, _ = model
+    llm = pipeserve.LLM(folder, dtype="float32")
+    pids = [llm.driver.stages[0].pid, llm.driver.fleet.keepers[0].pid]
+    del llm
+    gc.collect()
+    _wait_until_gone(pids)
+
+
+def test_a_closed_llm_says_so(model):
+    folder, _, _ = model
+    llm = pipeserve.LLM(folder, dtype="float32")
+    llm.close()
+    with pytest.raises(StageError, match="it was closed"):
+        llm.generate([[3, 4, 5]])
+
+
+def test_a_kv_pool_over_the_machine_s_memory_is_refused_before_it_is_filled(model):
+    folder, _, _ = model
+    with pytest.raises(ConfigError, match="--kv-cache-memory-bytes"):
+        pipeserve.LLM(folder, num_gpu_blocks_override=10**11)
 
 
 def test_a_killed_driver_leaves_nothing_behind(model):

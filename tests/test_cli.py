@@ -4,6 +4,7 @@ import gzip
 import inspect
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from fake_driver import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer, write_jsonl
@@ -11,8 +12,10 @@ from fake_driver import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer, write_jsonl
 import pipeserve
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import SamplingParams
+from pipeserve.errors import PipeserveError
 from pipeserve.launch import cli
 from pipeserve.launch.flags import run_flags, sampling_flags
+from pipeserve.launch.jsonl import ResultFile
 from pipeserve.launch.workload import read_workload
 from pipeserve.profiling.workloads import DISTRIBUTIONS
 
@@ -195,6 +198,7 @@ def test_a_prompt_that_cannot_run_is_a_result_and_the_others_go_on(driver, tmp_p
     ("line", "message"),
     [
         ("{", "not JSON"),
+        ('{"prompt": "a\\ud800b"}', "half a surrogate pair"),
         ("[]", "not an object"),
         ('{"promt": "x"}', "did you mean 'prompt'"),
         ("{}", "one has none of them"),
@@ -372,3 +376,11 @@ def test_built_in_lengths_have_the_means_of_their_traces(name, mean_prompt, mean
     assert sum(prompts) / len(prompts) == pytest.approx(mean_prompt, rel=0.1)
     assert sum(outputs) / len(outputs) == pytest.approx(mean_output, rel=0.1)
     assert max(prompts) <= DISTRIBUTIONS[name].prompt_tokens[-1]
+
+
+def test_a_full_disk_is_one_line():
+    with (
+        ResultFile(Path("/dev/full"), overwrite=True) as results,
+        pytest.raises(PipeserveError, match="No space left on device; make room"),
+    ):
+        results.write({"text": "x"})

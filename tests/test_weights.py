@@ -316,6 +316,8 @@ def test_a_corrupt_config(single, text):
     ("changes", "parts"),
     [
         ({"architectures": ["FalconForCausalLM"]}, ["FalconForCausalLM", "LlamaForCausalLM"]),
+        ({"num_hidden_layers": "thirty"}, ["num_hidden_layers is 'thirty'", "whole number"]),
+        ({"vocab_size": 0}, ["vocab_size is 0", "whole number"]),
         ({"architectures": None, "model_type": "gpt2"}, ["gpt2", "LlamaForCausalLM"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["'yarn'", "default, linear, llama3"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["'factor'"]),

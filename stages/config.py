@@ -131,7 +131,8 @@ def _check_counts(raw: Mapping[str, Any], folder: Path) -> None:
     for name in _COUNTS:
         if type(raw[name]) is not int or raw[name] < 1:
             raise ConfigError(
-                f"{folder}/config.json: {name} is {raw[name]!r}, must be a whole number from 1 on"
+                f"{folder}/config.json: {name} is {raw[name]!r}, must be a whole number of at "
+                "least 1; fetch the file again"
             )
 
 

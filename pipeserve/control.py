@@ -43,7 +43,6 @@ class StartStage(_Message):
     attention: str
     num_blocks: int
     block_size: int
-    max_model_len: int
     control: str
     """Endpoint of the driver, to which the stage connects its own control socket."""
     host: str

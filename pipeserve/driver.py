@@ -116,7 +116,6 @@ class Driver:
                 attention=self.config.attention,
                 num_blocks=num_blocks,
                 block_size=self.config.block_size,
-                max_model_len=self.max_model_len,
                 control=f"tcp://{self.fleet.address}",
                 host=self.fleet.keepers[stage.ranks[0]].address,
                 traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),

@@ -95,7 +95,7 @@ def test_smollm2_says_what_transformers_says():
     texts = ["The capital of France is", "Once upon a time", "def add(a, b):"]
     prompts = [tokenizer(text).input_ids for text in texts]
     expected = [greedy_tokens(folder, p, 16) for p in prompts]
-    for stages, layers in ((2, None), (3, [15, 10, 5])):
+    for stages, layers in ((1, None), (2, None), (3, [15, 10, 5]), (4, None)):
         got, _ = _generate(
             folder, prompts, 16, pipeline_parallel_size=stages, pipeline_layers=layers
         )

@@ -135,8 +135,8 @@ class BlockedAttention:
     """Matrix products over gathered blocks, in the pool's dtype (softmax sums in float32 inside).
 
     A first version, without the padding below, on one core against scaled_dot_product_attention,
-    9 heads of 64 over 3 kv heads, in warm caches: a 480-token prompt 3.5 ms (bf16) and 4.4 (fp32) against
-    7.3 and 6.6; 16 decodes over 304 positions 0.4 and 0.7 against 0.9 and 0.9.
+    9 heads of 64 over 3 kv heads, in warm caches: a 480-token prompt 3.5 ms (bf16) and 4.4 (fp32)
+    against 7.3 and 6.6; 16 decodes over 304 positions 0.4 and 0.7 against 0.9 and 0.9.
 
     Every product has one of few shapes, because oneDNN compiles a kernel for each: about 1 ms and
     0.7 MB a shape. So queries are padded to blocks of 64, contexts to multiples of 64 positions and

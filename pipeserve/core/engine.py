@@ -38,6 +38,7 @@ from pipeserve.core.view import (
     Prefix,
     View,
 )
+from pipeserve.errors import ConfigError
 
 __all__ = ["Engine", "Limits", "Stats"]
 
@@ -62,11 +63,20 @@ class _InFlight:
 
 
 class Engine:
-    """Requests in, microbatches out, in index order. Not thread-safe: one host calls it."""
+    """Requests in, microbatches out, in index order. Not thread-safe: one host calls it.
+
+    Raises ConfigError for limits that the policy cannot work within.
+    """
 
     def __init__(
         self, plan: PipelinePlan, policy: Policy, limits: Limits, cost: CostModel | None = None
     ):
+        if policy.traits.whole_prompts and limits.max_num_batched_tokens < limits.max_model_len:
+            raise ConfigError(
+                f"policy {policy.name} runs a prompt in one microbatch, but max_num_batched_tokens "
+                f"is {limits.max_num_batched_tokens}: give at least max_model_len, "
+                f"{limits.max_model_len}"
+            )
         self.policy = policy
         self.limits = limits
         self.stats = Stats()
@@ -77,6 +87,7 @@ class Engine:
         self._records: dict[RequestId, Record] = {}
         self._queues = Queues(policy.traits)
         self._in_flight: deque[_InFlight] = deque()
+        self._last: Outstanding | None = None
         self._released: list[RequestId] = []
         self._num_added = 0
         self._next_index = 0
@@ -107,11 +118,17 @@ class Engine:
     def add(self, request: Request, now: float) -> None:
         """Queues a request.
 
-        Raises CapacityError when it could never run, ValueError when its id is in use.
+        Raises CapacityError when it could never run, ValueError when its id is in use or when it
+        imports positions that it does not have.
         """
         if request.id in self._records:
             raise ValueError(f"request id {request.id} is in use")
         check_fits(request, self.limits)
+        if not 0 <= request.num_imported < len(request.prompt):
+            raise ValueError(
+                f"request {request.id} imports {request.num_imported} of {len(request.prompt)} "
+                "positions: at most all but the last"
+            )
         record = Record(request, self._num_added, now, self.limits, self._pool)
         self._num_added += 1
         self._records[request.id] = record
@@ -241,12 +258,16 @@ class Engine:
             prefill_backlog=queues.prefill_backlog,
             free_blocks=self._pool.num_free,
             outstanding=tuple(flight.summary for flight in self._in_flight),
+            last=self._last,
             prefix=self._prefix,
             freed_by=self._freed_by,
         )
 
     def _prefix(self, request_id: RequestId) -> Prefix:
-        blocks = self._pool.match(self._records[request_id].matchable_keys)
+        record = self._records[request_id]
+        if record.num_imported:
+            return Prefix(record.num_imported, 0, 0)
+        blocks = self._pool.match(record.matchable_keys)
         num_tokens = len(blocks) * self.limits.block_size
         return Prefix(num_tokens, len(blocks), self._pool.num_idle(blocks))
 
@@ -276,6 +297,7 @@ class Engine:
         cost = self._cost.predict(microbatch) if self._cost is not None else None
         summary = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
         self._in_flight.append(_InFlight(microbatch, records, summary))
+        self._last = summary
         return microbatch
 
     def _admit(self, request_id: RequestId, draft: Draft) -> Admission:
@@ -289,9 +311,12 @@ class Engine:
         if request_id not in draft.chunks:
             raise self._wrong(f"admits request {request_id} but gives it no chunk")
         record = self._records[request_id]
-        record.table.share(self._pool.match(record.matchable_keys))
-        record.planned = record.table.num_slots
-        self.stats.cached_prefix_tokens += record.planned
+        if record.num_imported:
+            record.planned = record.num_imported
+        else:
+            record.table.share(self._pool.match(record.matchable_keys))
+            record.planned = record.table.num_slots
+            self.stats.cached_prefix_tokens += record.planned
         self._queues.admit(record)
         tokens, num_prompt = tuple(record.tokens), len(record.request.prompt)
         return Admission(request_id, tokens, num_prompt, tuple(record.table.blocks))

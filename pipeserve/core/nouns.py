@@ -47,6 +47,10 @@ class Request:
     """Ids that end the request: `params.stop_token_ids`, and eos unless `params.ignore_eos`."""
     cache_salt: str = ""
     """Prefix blocks are shared only between requests with the same salt."""
+    num_imported: int = 0
+    """Leading positions whose KV another pipeline computed (disaggregated prefill), at most all but
+    the last. Whoever adds the request brings it into the blocks of its first admission; after a
+    preemption it is computed here like any other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ class Record:
         "keys",
         "limit",
         "limits",
+        "num_imported",
         "number",
         "on_way",
         "outstanding",
@@ -42,6 +43,7 @@ class Record:
         self.arrived = arrived
         self.limits = limits
         self.limit = longest(request, limits)
+        self.num_imported = request.num_imported  # until it is preempted
         self.tokens = list(request.prompt)  # known ids, prompt and outputs
         self.table = BlockTable(pool)
         self.keys: list[bytes] = []  # prefix key of each full block of `tokens`
@@ -85,6 +87,7 @@ class Record:
     def rewind(self) -> None:
         """Back to waiting: no KV, all known tokens to prefill. The blocks are the caller's."""
         self.planned = 0
+        self.num_imported = 0
         self.running = False
         self.prefilling = True
 
@@ -93,6 +96,7 @@ class Record:
             self.request.id,
             self.arrived,
             len(self.tokens),
+            self.limit,
             self.planned,
             self.table.num_slots,
             self.outstanding,

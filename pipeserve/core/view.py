@@ -54,6 +54,9 @@ class Traits:
     """A prompt's next chunk may follow while its earlier chunks are still in the pipe."""
     one_in_flight: bool
     """A request is in at most one outstanding microbatch, whatever the other traits allow."""
+    whole_prompts: bool = False
+    """A prompt, or what a preempted request computes again, runs in one chunk; so a microbatch must
+    have room for the longest."""
 
 
 class RequestView(NamedTuple):
@@ -64,6 +67,8 @@ class RequestView(NamedTuple):
     """The `now` of `Engine.add`."""
     num_known: int
     """Prompt and output tokens whose ids are known."""
+    num_longest: int
+    """Prompt and output tokens that it can reach."""
     num_planned: int
     """Positions in the KV cache once everything outstanding has run; also the next to plan."""
     num_slots: int
@@ -80,7 +85,7 @@ class RequestView(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What the prefix cache holds of a waiting request."""
+    """What is there already of a waiting request: in the prefix cache, or imported."""
 
     num_tokens: int
     num_blocks: int
@@ -119,8 +124,10 @@ class View:
     """Known tokens of waiting and prefilling requests that are not planned, cached or not."""
     free_blocks: int
     outstanding: tuple[Outstanding, ...]
+    last: Outstanding | None
+    """The microbatch planned last, completed or not; None before the first."""
     prefix: Callable[[RequestId], Prefix]
-    """What the cache holds of a waiting request."""
+    """What is there already of a waiting request."""
     freed_by: Callable[[Collection[RequestId]], int]
     """Blocks that come free when all of these running requests are preempted."""
 

@@ -1,0 +1,63 @@
+"""The shape of a decoder: what its cost and its memory follow from. No weights, no files."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Counts as in a Hugging Face config.json. Norms and biases do not matter to cost or memory."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    """Positions that it was trained to."""
+    gated_mlp: bool = True
+    """Gate and up projection (SwiGLU), or up alone (GELU, ReLU)."""
+    parallel_attention: bool = False
+    """Attention and MLP read the same input and are summed: one all-reduce a layer, not two."""
+    tie_word_embeddings: bool = False
+    bytes_per_value: int = 2
+    """Of weights, activations and KV."""
+
+    @property
+    def qkv_columns(self) -> int:
+        """Columns of the fused query, key and value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def up_columns(self) -> int:
+        """Columns of the MLP's first projection, gate and up together."""
+        return self.intermediate_size * (2 if self.gated_mlp else 1)
+
+    @property
+    def num_layer_parameters(self) -> int:
+        """Of the four matrices of one layer."""
+        attention = (self.qkv_columns + self.num_heads * self.head_dim) * self.hidden_size
+        return attention + (self.up_columns + self.intermediate_size) * self.hidden_size
+
+    @property
+    def num_head_parameters(self) -> int:
+        """Of the vocabulary head, which is as large as the embedding."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        tables = 1 if self.tie_word_embeddings else 2
+        return self.num_layers * self.num_layer_parameters + tables * self.num_head_parameters
+
+    @property
+    def kv_bytes_per_token_per_layer(self) -> int:
+        """K and V of one position in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.bytes_per_value
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one position in all layers."""
+        return self.num_layers * self.kv_bytes_per_token_per_layer

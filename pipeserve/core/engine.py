@@ -10,13 +10,14 @@ outstanding is never recalled: it runs out, and its result is taken or dropped.
 """
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 
 from pipeserve.core.blocks import BlockPool
 from pipeserve.core.nouns import (
     Admission,
+    BlockId,
     Chunk,
     Microbatch,
     Output,
@@ -104,6 +105,11 @@ class Engine:
         return tuple(flight.microbatch.index for flight in self._in_flight)
 
     @property
+    def last(self) -> Outstanding | None:
+        """The microbatch planned last, completed or not; None before the first."""
+        return self._last
+
+    @property
     def has_work(self) -> bool:
         """Whether a request is unfinished or a microbatch outstanding."""
         return bool(self._records or self._in_flight)
@@ -171,18 +177,22 @@ class Engine:
         Raises ValueError for any other index, or for a wrong number of tokens.
         """
         flight = self._oldest(result)
-        sampled = zip(result.tokens, result.logprobs or repeat(None), strict=False)
+        tokens = iter(result.tokens)
+        logprobs = iter(result.logprobs or repeat(None))
         outputs = []
         for chunk, record in zip(flight.microbatch.chunks, flight.records, strict=True):
-            record.outstanding -= 1
-            token, logprobs = next(sampled) if chunk.num_logits else (None, None)
+            record.num_outstanding -= 1
+            sampled = chunk.num_logits
             if record.finished:
-                self.stats.wasted_decodes += token is not None
+                if sampled:
+                    next(tokens), next(logprobs)
+                    self.stats.wasted_decodes += 1
                 continue
-            if token is not None:
-                outputs.append(self._take(record, token, logprobs))
-            if not record.finished:
-                self._queues.file(record)
+            if sampled:
+                outputs.append(self._take(record, next(tokens), next(logprobs)))
+                if record.finished:
+                    continue
+            self._queues.file(record)
         return outputs
 
     def observe(self, index: int, stage: int, seconds: float) -> None:
@@ -199,8 +209,7 @@ class Engine:
         self._released.clear()
         self._pool.reset()
         for record in sorted(self._records.values(), key=lambda record: -record.number):
-            record.outstanding = 0
-            record.on_way.clear()
+            record.forget_outstanding()
             record.table.forget()
             record.rewind()
             self._queues.to_front(record)
@@ -211,22 +220,20 @@ class Engine:
         """A token became known; it may end the request."""
         record.append(token)
         reason = None
-        if (
-            token in record.request.stop_ids
-            and record.num_outputs > record.request.params.min_tokens
-        ):
+        request = record.request
+        if token in request.stop_ids and record.num_outputs > request.params.min_tokens:
             reason = "stop"
-        elif len(record.tokens) == record.limit:
+        elif record.num_known == record.num_longest:
             reason = "length"
         if reason is not None:
             self._end(record)
-        return Output(record.request.id, token, reason, logprobs)
+        return Output(record.id, token, reason, logprobs)
 
     def _end(self, record: Record) -> None:
         record.finished = True
         self._queues.drop(record)
         self._give_up_kv(record)
-        del self._records[record.request.id]
+        del self._records[record.id]
 
     def _preempt(self, request_id: RequestId) -> None:
         record = self._records.get(request_id)
@@ -284,13 +291,13 @@ class Engine:
                 f"drafts {num_tokens} tokens, over the {self.limits.max_num_batched_tokens} "
                 "of a microbatch"
             )
-        admitted = tuple(self._admit(request_id, draft) for request_id in draft.admit)
-        records = tuple(self._plannable(*item) for item in draft.chunks.items())
-        num_decodes = sum(not record.prefilling for record in records)
-        chunks = tuple(
-            self._chunk(record, num_tokens, draft.admit.get(record.request.id, 0))
-            for record, num_tokens in zip(records, draft.chunks.values(), strict=True)
-        )
+        admitted = tuple([self._admit(request_id, draft) for request_id in draft.admit])
+        try:
+            records = tuple(map(self._queues.plannable, draft.chunks, draft.chunks.values()))
+        except LookupError as error:
+            raise self._wrong(str(error)) from None
+        num_decodes = sum([not record.prefilling for record in records])
+        chunks = tuple(map(self._chunk, records, draft.chunks.values(), repeat(draft.admit)))
         microbatch = Microbatch(self._next_index, chunks, admitted, tuple(self._released))
         self._next_index += 1
         self._released.clear()
@@ -311,53 +318,33 @@ class Engine:
         if request_id not in draft.chunks:
             raise self._wrong(f"admits request {request_id} but gives it no chunk")
         record = self._records[request_id]
-        if record.num_imported:
-            record.planned = record.num_imported
-        else:
-            record.table.share(self._pool.match(record.matchable_keys))
-            record.planned = record.table.num_slots
-            self.stats.cached_prefix_tokens += record.planned
+        blocks = [] if record.num_imported else self._pool.match(record.matchable_keys)
+        record.start(blocks)
+        self.stats.cached_prefix_tokens += record.num_slots
         self._queues.admit(record)
         tokens, num_prompt = tuple(record.tokens), len(record.request.prompt)
-        return Admission(request_id, tokens, num_prompt, tuple(record.table.blocks))
+        return Admission(request_id, tokens, num_prompt, tuple(blocks))
 
-    def _plannable(self, request_id: RequestId, num_tokens: int) -> Record:
-        """The record of a chunk that the rules and the policy's own traits allow."""
-        if request_id in self._queues.decodes:
-            most = 1
-        elif request_id in self._queues.prefills:
-            most = self._queues.prefills[request_id].num_unplanned
-        else:
-            raise self._wrong(
-                f"runs request {request_id}, which does not run or, by the policy's traits, has to "
-                "wait for what is outstanding"
-            )
-        if not 1 <= num_tokens <= most:
-            raise self._wrong(f"runs {num_tokens} positions of request {request_id}, not 1..{most}")
-        return self._records[request_id]
-
-    def _chunk(self, record: Record, num_tokens: int, num_reserved: int) -> Chunk:
+    def _chunk(self, record: Record, num_tokens: int, reserved: Mapping[RequestId, int]) -> Chunk:
         """Plans the next positions of a request: blocks, feedback, and its new place in queues."""
-        start = record.planned
+        start = record.num_planned
         stop = start + num_tokens
-        positions = max(stop, num_reserved)
         new_blocks: tuple = ()
-        if positions > record.table.num_slots:
-            missing = record.table.num_missing(positions)
-            if missing > self._pool.num_free:
-                raise self._wrong(f"needs {missing} blocks, {self._pool.num_free} are free")
-            new_blocks = record.table.grow(positions)
-        token_from = record.on_way[-1] if record.on_way else None
-        samples = stop == record.num_tokens
-        record.planned = stop
-        record.outstanding += 1
-        if samples:
-            record.prefilling = False
-            record.on_way.append(self._next_index)
+        if stop > record.num_slots or record.id in reserved:
+            new_blocks = self._grow(record, max(stop, reserved.get(record.id, 0)))
+        token_from = record.token_from
+        was_prefilling = record.prefilling
+        samples = record.plan(num_tokens, self._next_index)
         if num_tokens > 1 or stop % self.limits.block_size == 0:
             record.table.publish(record.keys, stop)
-        self._queues.planned(record)
-        return Chunk(record.request.id, start, stop, new_blocks, token_from, int(samples))
+        self._queues.planned(record, was_prefilling)
+        return Chunk(record.id, start, stop, new_blocks, token_from, int(samples))
+
+    def _grow(self, record: Record, num_positions: int) -> tuple[BlockId, ...]:
+        missing = record.table.num_missing(num_positions)
+        if missing > self._pool.num_free:
+            raise self._wrong(f"needs {missing} blocks, {self._pool.num_free} are free")
+        return record.grow(num_positions)
 
     # ---- completing -----------------------------------------------------------------------------
 

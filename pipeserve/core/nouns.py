@@ -7,7 +7,7 @@ with a `StepResult`. `PipelinePlan` says which stage holds which layers.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import NamedTuple, NewType
 
 RequestId = NewType("RequestId", int)
 BlockId = NewType("BlockId", int)
@@ -53,8 +53,7 @@ class Request:
     preemption it is computed here like any other."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The positions `[start, stop)` of one request that run in one microbatch.
 
     A decode is a chunk of length 1; there is no other kind.
@@ -133,8 +132,7 @@ class StepResult:
     """Parallel to `tokens`, or empty when no request of the microbatch asked for any."""
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """One token that became known, or the end of a request, or both."""
 
     request_id: RequestId

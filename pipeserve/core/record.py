@@ -1,10 +1,16 @@
-"""The engine's private record of one unfinished request, and the queues that policies look into."""
+"""The engine's private record of one unfinished request, and the queues that policies look into.
+
+A decode passes through here twice, when it is planned and when its token is known. Both are kept
+to a few attribute and dictionary operations: at a thousand running requests they are most of what
+planning costs.
+"""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from pipeserve.core.blocks import BlockPool, BlockTable, extend_keys
-from pipeserve.core.nouns import Request, RequestId
+from pipeserve.core.nouns import BlockId, Request, RequestId
 from pipeserve.core.view import Limits, RequestView, Traits
 from pipeserve.errors import CapacityError
 
@@ -13,43 +19,51 @@ MAX_ON_WAY = 2
 
 
 class Record:
-    """Progress of one request."""
+    """Progress of one request. What policies may read of it is declared by `RequestView`."""
 
     __slots__ = (
         "arrived",
         "backlog",
         "finished",
+        "id",
         "is_decoding",
         "keys",
-        "limit",
         "limits",
         "num_imported",
+        "num_known",
+        "num_longest",
+        "num_on_way",
+        "num_outstanding",
+        "num_planned",
+        "num_slots",
         "number",
-        "on_way",
-        "outstanding",
-        "planned",
         "prefilling",
         "request",
         "running",
         "table",
+        "token_from",
         "tokens",
     )
 
     def __init__(
         self, request: Request, number: int, arrived: float, limits: Limits, pool: BlockPool
     ):
+        self.id = request.id
         self.request = request
         self.number = number  # order of arrival
         self.arrived = arrived
         self.limits = limits
-        self.limit = longest(request, limits)
+        self.num_longest = longest(request, limits)
         self.num_imported = request.num_imported  # until it is preempted
         self.tokens = list(request.prompt)  # known ids, prompt and outputs
+        self.num_known = len(self.tokens)
         self.table = BlockTable(pool)
+        self.num_slots = 0
         self.keys: list[bytes] = []  # prefix key of each full block of `tokens`
-        self.planned = 0  # positions in the KV cache once all outstanding microbatches have run
-        self.on_way: list[int] = []  # microbatches that sample a token of this request
-        self.outstanding = 0  # microbatches that name it
+        self.num_planned = 0
+        self.num_on_way = 0  # tokens planned and not known yet
+        self.token_from: int | None = None
+        self.num_outstanding = 0
         self.running = False
         self.prefilling = True  # until a chunk reaches the end of the known tokens
         self.finished = False
@@ -58,18 +72,17 @@ class Record:
         self.update_keys()
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens known or on their way."""
-        return len(self.tokens) + len(self.on_way)
+    def num_unplanned(self) -> int:
+        return self.num_known - self.num_planned
 
     @property
     def num_outputs(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+        return self.num_known - len(self.request.prompt)
 
     @property
     def matchable_keys(self) -> list[bytes]:
         """Keys of the blocks that may be shared: never all, the last token must be computed."""
-        return self.keys[: (len(self.tokens) - 1) // self.limits.block_size]
+        return self.keys[: (self.num_known - 1) // self.limits.block_size]
 
     def update_keys(self) -> None:
         if self.limits.enable_prefix_caching:
@@ -79,29 +92,50 @@ class Record:
     def append(self, token: int) -> None:
         """A sampled token became known; a block may thereby be full of known tokens."""
         self.tokens.append(token)
-        self.on_way.pop(0)
-        if len(self.tokens) % self.limits.block_size == 0:
+        self.num_known += 1
+        self.num_on_way -= 1
+        if not self.num_on_way:
+            self.token_from = None
+        if self.num_known % self.limits.block_size == 0:
             self.update_keys()
-            self.table.publish(self.keys, self.planned)
+            self.table.publish(self.keys, self.num_planned)
+
+    def start(self, shared: list[BlockId]) -> None:
+        """Admitted: goes on after what was imported, or else after the blocks that it shares."""
+        self.table.share(shared)
+        self.num_slots = self.table.num_slots
+        self.num_planned = self.num_imported or self.num_slots
+
+    def grow(self, num_positions: int) -> tuple[BlockId, ...]:
+        """Makes room for `num_positions` positions; the new blocks. The caller checked the pool."""
+        new_blocks = self.table.grow(num_positions)
+        self.num_slots = self.table.num_slots
+        return new_blocks
+
+    def plan(self, num_tokens: int, index: int) -> bool:
+        """The next positions are in microbatch `index`; whether it samples a token of them."""
+        self.num_planned += num_tokens
+        self.num_outstanding += 1
+        if self.num_planned < self.num_known + self.num_on_way:
+            return False
+        self.prefilling = False
+        self.num_on_way += 1
+        self.token_from = index
+        return True
 
     def rewind(self) -> None:
         """Back to waiting: no KV, all known tokens to prefill. The blocks are the caller's."""
-        self.planned = 0
+        self.num_planned = 0
+        self.num_slots = 0
         self.num_imported = 0
         self.running = False
         self.prefilling = True
 
-    def view(self) -> RequestView:
-        return RequestView(
-            self.request.id,
-            self.arrived,
-            len(self.tokens),
-            self.limit,
-            self.planned,
-            self.table.num_slots,
-            self.outstanding,
-            self.on_way[-1] if self.on_way else None,
-        )
+    def forget_outstanding(self) -> None:
+        """What was on its way will not come."""
+        self.num_outstanding = 0
+        self.num_on_way = 0
+        self.token_from = None
 
 
 def longest(request: Request, limits: Limits) -> int:
@@ -131,76 +165,92 @@ def check_fits(request: Request, limits: Limits) -> None:
 
 
 class Queues:
-    """Files each request's view where a policy looks for it, so that `plan` touches no other.
+    """Files each request where a policy looks for it, so that `plan` touches no other.
 
     Plain dicts keep the order; `waiting` is an OrderedDict because requests come back to its front
     and leave from it by the thousand.
     """
 
     def __init__(self, traits: Traits):
-        self._traits = traits
+        self._one_in_flight = traits.one_in_flight
         self._max_on_way = MAX_ON_WAY if traits.plans_ahead else 1
         self._chunks_follow = traits.chunk_pipelining and not traits.one_in_flight
-        self._waiting: OrderedDict[RequestId, RequestView] = OrderedDict()
-        self._running: dict[RequestId, RequestView] = {}
-        self._decodes: dict[RequestId, RequestView] = {}
-        self._prefills: dict[RequestId, RequestView] = {}
-        self.waiting = MappingProxyType(self._waiting)
-        self.running = MappingProxyType(self._running)
-        self.decodes = MappingProxyType(self._decodes)
-        self.prefills = MappingProxyType(self._prefills)
+        self._waiting: OrderedDict[RequestId, Record] = OrderedDict()
+        self._running: dict[RequestId, Record] = {}
+        self._decodes: dict[RequestId, Record] = {}
+        self._prefills: dict[RequestId, Record] = {}
+        self.waiting: Mapping[RequestId, RequestView] = MappingProxyType(self._waiting)
+        self.running: Mapping[RequestId, RequestView] = MappingProxyType(self._running)
+        self.decodes: Mapping[RequestId, RequestView] = MappingProxyType(self._decodes)
+        self.prefills: Mapping[RequestId, RequestView] = MappingProxyType(self._prefills)
         self.num_decoding = 0
         self.prefill_backlog = 0
 
     def file(self, record: Record) -> None:
         """Brings the queues up to date with a request that changed; its place in them stays."""
-        request_id = record.request.id
-        view = record.view()
-        if not record.running:
-            self._waiting[request_id] = view
-            self._count(record, is_decoding=False, backlog=len(record.tokens))
-        elif record.prefilling:
-            self._running[request_id] = view
-            free = not record.outstanding or self._chunks_follow
-            self._set(self._prefills, view, free)
-            self._count(record, is_decoding=False, backlog=len(record.tokens) - record.planned)
-        else:
-            self._running[request_id] = view
-            is_decoding = record.num_tokens < record.limit
-            free = not record.outstanding or not self._traits.one_in_flight
-            ready = is_decoding and free and len(record.on_way) < self._max_on_way
-            self._set(self._decodes, view, ready)
-            self._count(record, is_decoding=is_decoding, backlog=0)
+        if record.prefilling:
+            self._file_prefill(record)
+            return
+        is_decoding = record.num_known + record.num_on_way < record.num_longest
+        if is_decoding != record.is_decoding:
+            self._count(record, is_decoding, backlog=0)
+        if (
+            is_decoding
+            and record.num_on_way < self._max_on_way
+            and not (self._one_in_flight and record.num_outstanding)
+        ):
+            self._decodes[record.id] = record
 
-    def planned(self, record: Record) -> None:
+    def planned(self, record: Record, was_prefilling: bool) -> None:
         """As `file`, for a request that was just given a chunk: its decodes go to the back."""
-        self._decodes.pop(record.request.id, None)
-        if not record.prefilling:
-            self._prefills.pop(record.request.id, None)
+        if not was_prefilling:
+            del self._decodes[record.id]
+        else:
+            self._count(record, is_decoding=False, backlog=record.num_unplanned)
+            if not (record.prefilling and self._chunks_follow):
+                del self._prefills[record.id]
         self.file(record)
 
     def admit(self, record: Record) -> None:
-        del self._waiting[record.request.id]
+        del self._waiting[record.id]
         record.running = True
+        self._running[record.id] = record
         self.file(record)
 
     def to_front(self, record: Record) -> None:
         """A request that runs no longer goes before all that wait."""
         self.drop(record)
         self.file(record)
-        self._waiting.move_to_end(record.request.id, last=False)
+        self._waiting.move_to_end(record.id, last=False)
 
     def drop(self, record: Record) -> None:
         """The request is in no queue."""
         for queue in (self._waiting, self._running, self._decodes, self._prefills):
-            queue.pop(record.request.id, None)
+            queue.pop(record.id, None)
         self._count(record, is_decoding=False, backlog=0)
 
-    def _set(self, queue: dict[RequestId, RequestView], view: RequestView, ready: bool) -> None:
-        if ready:
-            queue[view.id] = view
-        else:
-            queue.pop(view.id, None)
+    def plannable(self, request_id: RequestId, num_tokens: int) -> Record:
+        """The request, if that many positions of it may be planned now. Raises LookupError."""
+        record = self._decodes.get(request_id)
+        if record is not None and num_tokens == 1:
+            return record
+        record = record or self._prefills.get(request_id)
+        if record is None:
+            raise LookupError(
+                f"runs request {request_id}, which does not run or, by the policy's traits, has to "
+                "wait for what is outstanding"
+            )
+        most = record.num_unplanned if record.prefilling else 1
+        if not 1 <= num_tokens <= most:
+            raise LookupError(f"runs {num_tokens} positions of request {request_id}, not 1..{most}")
+        return record
+
+    def _file_prefill(self, record: Record) -> None:
+        self._count(record, is_decoding=False, backlog=record.num_unplanned)
+        if not record.running:
+            self._waiting[record.id] = record
+        elif not record.num_outstanding or self._chunks_follow:
+            self._prefills[record.id] = record
 
     def _count(self, record: Record, is_decoding: bool, backlog: int) -> None:
         self.num_decoding += is_decoding - record.is_decoding

@@ -59,29 +59,52 @@ class Traits:
     have room for the longest."""
 
 
-class RequestView(NamedTuple):
-    """One request, as far as a policy needs it. A new one is made whenever the request changes."""
+class RequestView(Protocol):
+    """One request, as far as a policy needs it: the engine's own record, of which a policy reads
+    these and writes nothing. Making a copy for each change would double what planning costs."""
 
-    id: RequestId
-    arrived: float
-    """The `now` of `Engine.add`."""
-    num_known: int
-    """Prompt and output tokens whose ids are known."""
-    num_longest: int
-    """Prompt and output tokens that it can reach."""
-    num_planned: int
-    """Positions in the KV cache once everything outstanding has run; also the next to plan."""
-    num_slots: int
-    """Positions that its blocks have room for."""
-    num_outstanding: int
-    """Outstanding microbatches that name it. A waiting request is admissible when this is 0."""
-    token_from: int | None
-    """Microbatch that samples the token of its next decode, while that is on its way."""
+    @property
+    def id(self) -> RequestId: ...
+
+    @property
+    def arrived(self) -> float:
+        """The `now` of `Engine.add`."""
+        ...
+
+    @property
+    def num_known(self) -> int:
+        """Prompt and output tokens whose ids are known."""
+        ...
+
+    @property
+    def num_longest(self) -> int:
+        """Prompt and output tokens that it can reach."""
+        ...
+
+    @property
+    def num_planned(self) -> int:
+        """Positions in the KV cache once everything outstanding has run; also the next to plan."""
+        ...
 
     @property
     def num_unplanned(self) -> int:
         """Of a waiting or prefilling request: known tokens whose KV is not planned yet."""
-        return self.num_known - self.num_planned
+        ...
+
+    @property
+    def num_slots(self) -> int:
+        """Positions that its blocks have room for."""
+        ...
+
+    @property
+    def num_outstanding(self) -> int:
+        """Outstanding microbatches that name it. A waiting request is admissible when it is 0."""
+        ...
+
+    @property
+    def token_from(self) -> int | None:
+        """Microbatch that samples the token of its next decode, while that is on its way."""
+        ...
 
 
 class Prefix(NamedTuple):

@@ -11,6 +11,8 @@ from typing import Any, get_args, get_type_hints
 
 from pipeserve.errors import ConfigError
 
+_DEFAULT_BUDGET = 512
+
 
 def _option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
@@ -26,7 +28,10 @@ class RunConfig:
         1, "Number of stages that the layers are split into.", short="-pp", least=1
     )
     tensor_parallel_size: int = _option(
-        1, "Ranks that share each stage's layers; only 1 so far.", short="-tp", least=1
+        1,
+        "Ranks that share each stage's layers; over 1 only where stages are simulated.",
+        short="-tp",
+        least=1,
     )
     pipeline_layers: tuple[int, ...] | None = _option(
         None, "Layers of each stage, such as 16,14; by default split to even out the work."
@@ -46,8 +51,11 @@ class RunConfig:
         None, "Longest prompt + output, in tokens; by default the model's own.", least=2
     )
     max_num_seqs: int = _option(256, "Most requests that run at the same time.", least=1)
-    max_num_batched_tokens: int = _option(
-        512, "Most tokens in one microbatch, decodes and prefill chunks together.", least=1
+    max_num_batched_tokens: int | None = _option(
+        None,
+        "Most tokens in one microbatch, decodes and prefill chunks together; by default 512, or "
+        "the longest context for policies that run whole prompts.",
+        least=1,
     )
     policy: str = _option("uniform", "Scheduling policy.")
     block_size: int = _option(16, "Tokens in one KV block.", least=1)
@@ -56,6 +64,15 @@ class RunConfig:
     )
     num_gpu_blocks_override: int | None = _option(
         None, "Exact number of KV blocks, instead of a number of bytes.", least=1
+    )
+    gpu_memory_utilization: float = _option(
+        0.9,
+        "Share of a GPU's memory for weights and KV; on cpu the pool is sized in bytes.",
+        over=0,
+        most=1,
+    )
+    device_profile: str | None = _option(
+        None, "Cost profile of the device, by name or file; what simulated stages go by."
     )
     enable_prefix_caching: bool = _option(True, "Share KV blocks of equal prompt beginnings.")
     seed: int = _option(
@@ -76,17 +93,18 @@ class RunConfig:
             _check_field(item.name, getattr(self, item.name), hints[item.name], item.metadata)
         if not self.model:
             raise ConfigError("model is empty; give a checkpoint folder or an alias")
-        if self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}, only 1 works so far; "
-                "split the model with pipeline_parallel_size instead"
-            )
         if self.num_gpu_blocks_override is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError(
                 "kv_cache_memory_bytes and num_gpu_blocks_override both size the KV pool; give one"
             )
         self._check_layers()
         self._check_control()
+
+    def batched_tokens(self, whole_prompts: bool, max_model_len: int) -> int:
+        """`max_num_batched_tokens`, or its default for a policy that runs `whole_prompts` or not,
+        and this longest context."""
+        default = max_model_len if whole_prompts else _DEFAULT_BUDGET
+        return self.max_num_batched_tokens or default
 
     def _check_layers(self) -> None:
         layers = self.pipeline_layers
@@ -128,17 +146,21 @@ def _check_field(name: str, value: Any, hint: Any, metadata: Any) -> None:
     least = metadata.get("least")
     if least is not None and value < least:
         raise ConfigError(f"{name} is {value}, must be at least {least}")
+    over, most = metadata.get("over"), metadata.get("most")
+    if over is not None and not over < value <= most:
+        raise ConfigError(f"{name} is {value}, must be over {over} and at most {most}")
 
 
 def _has_type(value: Any, hint: Any) -> bool:
     if hint in (tuple[int, ...], tuple[int, ...] | None):
         return isinstance(value, tuple) and all(type(item) is int for item in value)
     # `type is`, not isinstance: True is no number of stages.
-    return type(value) in (get_args(hint) or (hint,))
+    kinds = get_args(hint) or (hint,)
+    return type(value) in kinds or (float in kinds and type(value) is int)
 
 
 def _type_name(hint: Any) -> str:
     if hint == tuple[int, ...] | None:
         return "whole numbers, such as 16,14"
     plain = next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
-    return {int: "a whole number", str: "text", bool: "true or false"}[plain]
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[plain]

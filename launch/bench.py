@@ -12,11 +12,11 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.core.spans import Span
 from pipeserve.errors import ConfigError
+from pipeserve.launch.tables import memory_table, run_table, stage_table
 from pipeserve.launch.workload import Workload
 from pipeserve.profiling.summary import (
     RequestRecord,
@@ -130,7 +130,7 @@ def _warmup_items(items: Sequence[WorkItem], vocab_size: int) -> list[WorkItem]:
 def _run(driver: "Driver", items: Sequence[WorkItem], salt: str, ids: Iterator[RequestId]) -> Run:
     driver.spans.clear()
     records = replay(driver, items, salt, ids)
-    spans = _all_spans(driver)
+    spans = all_spans(driver)
     between = window(records)
     return Run(
         summary=summarize(records),
@@ -139,7 +139,7 @@ def _run(driver: "Driver", items: Sequence[WorkItem], salt: str, ids: Iterator[R
     )
 
 
-def _all_spans(driver: "Driver") -> list[Span]:
+def all_spans(driver: "Driver") -> list[Span]:
     """The run's spans, those too that were still on their way when the last token came."""
     known = -1
     while len(driver.spans) > known:
@@ -179,46 +179,6 @@ def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The report as tables: the run, its stages, their memory."""
-    console.print(_run_table(report))
-    console.print(_stage_table(report["stages"]))
-    console.print(_memory_table(report["stages"]))
-
-
-def _run_table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"{report['workload']}, policy {report['policy']}", show_header=False)
-    table.add_row("requests", f"{report['requests']:,}")
-    table.add_row(
-        "tokens", f"{report['prompt_tokens']:,} prompt + {report['output_tokens']:,} output"
-    )
-    table.add_row("seconds", f"{report['seconds']:.2f}")
-    if len(report["run_seconds"]) > 1:
-        table.add_row("of runs", " ".join(f"{run:.2f}" for run in report["run_seconds"]))
-    table.add_row("total tokens/s", f"{report['total_tokens_per_s']:,.1f}")
-    table.add_row("output tokens/s", f"{report['output_tokens_per_s']:,.1f}")
-    for name, key in (("TTFT", "ttft_s"), ("TBT", "tbt_s")):
-        if report[key] is not None:
-            numbers = " / ".join(f"{seconds * 1000:,.1f}" for seconds in report[key].values())
-            table.add_row(f"{name} p50 / p90 / p99", f"{numbers} ms")
-    return table
-
-
-def _stage_table(stages: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="stages, shares of the time")
-    for name in ("stage", "layers", "busy", "cpu", "idle"):
-        table.add_column(name, justify="right")
-    for number, stage in enumerate(stages):
-        shares = (stage["busy"], stage["cpu"], 1 - stage["busy"])
-        table.add_row(str(number), str(stage["layers"]), *(f"{share:.0%}" for share in shares))
-    return table
-
-
-def _memory_table(stages: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="memory in MiB; bare is the interpreter with torch")
-    for name in ("stage", "weights", "KV", "bare", "sum", "peak", "peak/sum"):
-        table.add_column(name, justify="right")
-    for number, stage in enumerate(stages):
-        parts = [stage[key] for key in ("weight_bytes", "kv_bytes", "baseline_bytes")]
-        total, peak = sum(parts), stage["peak_bytes"]
-        sizes = (f"{size / 2**20:,.0f}" for size in (*parts, total, peak))
-        table.add_row(str(number), *sizes, f"{peak / total:.2f}")
-    return table
+    console.print(run_table(report))
+    console.print(stage_table(report["stages"]))
+    console.print(memory_table(report["stages"]))

@@ -22,6 +22,7 @@ from pipeserve.errors import ConfigError, PipeserveError
 from pipeserve.launch.flags import given, run_flags, sampling_flags, with_flags
 
 if TYPE_CHECKING:
+    from pipeserve.core.view import CostModel
     from pipeserve.driver import Driver
 
 # typer may carry its own copy of click, so its classes are reached through what typer exports.
@@ -182,7 +183,100 @@ def bench(
     return 0
 
 
-def open_driver(run_config: RunConfig) -> "Driver":
+@app.command()
+@with_flags(*run_flags())
+def calibrate(
+    model: Model = None,
+    output: Annotated[Path, typer.Option(help="YAML file to write the profile to.")] = Path(
+        "device-profile.yaml"
+    ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
+    ] = False,
+    config: Recipe = None,
+    **flags: Any,
+) -> int:
+    """Measure this machine's stages, and write the cost profile that simulate takes."""
+    from pipeserve.configs.device_profiles import save_profile
+    from pipeserve.launch import calibrate as verb
+    from pipeserve.launch.jsonl import check_writable
+    from pipeserve.machine import device_name, total_memory_bytes
+    from pipeserve.profiling.samples import Samples
+    from pipeserve.stages.config import ModelConfig
+    from pipeserve.stages.sources import resolve
+
+    run_config = _run_config(model, config, flags)
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} exists; give --overwrite, or another --output")
+    check_writable(output)
+    num_layers = ModelConfig.from_folder(resolve(run_config.model)).num_layers
+    samples = Samples(run_config.pipeline_parallel_size)
+    with open_driver(verb.with_uneven_layers(run_config, num_layers), samples) as driver:
+        profile, fit = verb.calibrate(driver, samples, device_name(), total_memory_bytes())
+    save_profile(profile, output)
+    print(
+        f"{output}: {profile.name}, {profile.provenance['observations']} observations, error "
+        f"{fit.median_error:.1%} in the median of those held out"
+    )
+    return 0
+
+
+@app.command()
+@with_flags(*run_flags())
+def simulate(
+    model: Model = None,
+    workload: Annotated[
+        str, typer.Option(help="Trace, JSONL of token ids, or sharegpt, arxiv, azure-conv.")
+    ] = "sharegpt",
+    num_prompts: Annotated[
+        int | None, typer.Option(help="Requests; all of a file, 1000 of a distribution.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Divide the lengths of a trace by this.")] = 1.0,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second (Poisson); by default the workload's.")
+    ] = None,
+    find_capacity: Annotated[
+        bool, typer.Option("--find-capacity", help="Search the highest rate within --slo-tbt.")
+    ] = False,
+    slo_tbt: Annotated[
+        float | None, typer.Option(help="Longest time between tokens, seconds, for 99 % of them.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here, too.")
+    ] = None,
+    config: Recipe = None,
+    **flags: Any,
+) -> int:
+    """Serve a workload on virtual time, on devices known by their cost profile alone."""
+    from rich.console import Console
+
+    from pipeserve.launch import simulate as verb
+    from pipeserve.launch.jsonl import check_writable
+    from pipeserve.launch.workload import read_workload
+
+    if find_capacity != (slo_tbt is not None):
+        raise ConfigError("--find-capacity and --slo-tbt SECONDS go together; give both or none")
+    if find_capacity and rate is not None:
+        raise ConfigError("--find-capacity looks for the rate; leave --rate out")
+    if slo_tbt is not None and not 0 < slo_tbt < float("inf"):
+        raise ConfigError(f"--slo-tbt is {slo_tbt}, must be over 0 seconds")
+    run_config = _run_config(model, config, flags)
+    work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
+    if json_file is not None:
+        check_writable(json_file)
+    setup = verb.make_setup(run_config)
+    if slo_tbt is None:
+        report = verb.simulate(setup, work)
+        verb.print_report(report, Console())
+    else:
+        report = verb.search_capacity(setup, work, slo_tbt)
+        verb.print_capacity(report, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def open_driver(run_config: RunConfig, cost: "CostModel | None" = None) -> "Driver":
     """Start the stages, saying on a terminal's stderr what is being waited for."""
     from rich.console import Console
 
@@ -191,7 +285,7 @@ def open_driver(run_config: RunConfig) -> "Driver":
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: close what was opened
         signal.signal(ending, _exit_on_signal)
     with Console(stderr=True).status("starting stages") as status:
-        return Driver(run_config, on_progress=status.update)
+        return Driver(run_config, on_progress=status.update, cost=cost)
 
 
 def _exit_on_signal(signum: int, frame: object) -> None:

@@ -1,8 +1,7 @@
-"""What `--workload` names: a JSONL file, a CSV trace of lengths, or a built-in distribution."""
+"""What `--workload` names: a JSONL file, a trace of lengths, or a built-in distribution."""
 
-import csv
-import gzip
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,15 +9,14 @@ from typing import Any
 from pipeserve.configs.recipes import check_keys
 from pipeserve.errors import ConfigError
 from pipeserve.launch.jsonl import read_objects
+from pipeserve.launch.traces import is_trace, read_trace
 from pipeserve.profiling.workloads import (
     DISTRIBUTIONS,
     WorkItem,
     draw_lengths,
+    poisson_times,
     random_items,
-    with_poisson_arrivals,
 )
-
-_DEFAULT_NUM_PROMPTS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,39 +27,72 @@ class Workload:
     items: tuple[WorkItem, ...] = ()
     lengths: tuple[tuple[int, int], ...] = ()
     """(prompt tokens, output tokens); the ids are drawn once the vocabulary is known."""
+    arrivals_s: tuple[float, ...] = ()
+    """Of a trace, parallel to `lengths`; empty where it has none."""
     scale: float = 1.0
     rate: float | None = None
-    """Requests a second, as a Poisson process; None: the items' own arrivals."""
+    """Requests a second, as a Poisson process; None: the workload's own arrivals."""
     seed: int = 0
 
     def with_ids(self, vocab_size: int) -> list[WorkItem]:
         """The requests; the same for the same seed and vocabulary."""
         rng = Random(f"{self.seed}/requests")
-        items = list(self.items) or random_items(self.lengths, self.scale, vocab_size, rng)
-        return items if self.rate is None else with_poisson_arrivals(items, self.rate, rng)
+        items = self.items or random_items(self.lengths, self.scale, vocab_size, rng)
+        times = zip(items, self.arrival_times_s(), strict=True)
+        return [replace(item, arrival_s=arrival_s) for item, arrival_s in times]
+
+    def token_lengths(self) -> list[tuple[int, int]]:
+        """(prompt tokens, output tokens) of each request. Raises ConfigError for text prompts."""
+        if self.lengths:
+            return [
+                (max(1, int(prompt / self.scale)), max(1, int(output / self.scale)))
+                for prompt, output in self.lengths
+            ]
+        if any(isinstance(item.prompt, str) for item in self.items):
+            raise ConfigError(
+                f"{self.name} has prompts as text, and without a model there is no tokenizer; "
+                "give prompt_token_ids, or a trace of lengths"
+            )
+        return [(len(item.prompt), item.max_tokens) for item in self.items]
+
+    def arrival_times_s(self) -> Sequence[float]:
+        """When each request comes, in the order of `token_lengths()`; the same for every model."""
+        num_requests = len(self.items or self.lengths)
+        if self.rate is not None:
+            return poisson_times(num_requests, self.rate, Random(f"{self.seed}/arrivals"))
+        if self.items:
+            return [item.arrival_s for item in self.items]
+        return self.arrivals_s or [0.0] * num_requests
 
 
 def read_workload(
-    name: str, num_prompts: int | None, scale: float, rate: float | None, seed: int
+    name: str,
+    num_prompts: int | None,
+    scale: float,
+    rate: float | None,
+    seed: int,
+    default_num: int = 64,
 ) -> Workload:
-    """A built-in distribution by name, a JSONL file, or a CSV[.gz] trace of lengths.
+    """A built-in distribution by name (`default_num` requests), a JSONL file, or a trace.
 
-    Raises ConfigError: unknown name, unreadable file, FILE:LINE of a bad line, a number out of
-    range.
+    Of a trace with arrivals the first `num_prompts` rows are taken, of one without any. Raises
+    ConfigError: unknown name, unreadable file, FILE:LINE of a bad line, a number out of range.
     """
     for flag, value in (("--num-prompts", num_prompts), ("--scale", scale), ("--rate", rate)):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{flag} is {value}, must be over 0")
     shared = {"name": name, "rate": rate, "seed": seed}
     rng = Random(f"{seed}/lengths")
     if name in DISTRIBUTIONS:
-        num_prompts = num_prompts or _DEFAULT_NUM_PROMPTS
+        num_prompts = num_prompts or default_num
         lengths = draw_lengths(DISTRIBUTIONS[name], num_prompts, rng)
         return Workload(lengths=tuple(lengths), scale=scale, **shared)
-    if name.endswith((".csv", ".csv.gz")):
-        lengths = _read_trace(Path(name))
-        lengths = rng.sample(lengths, min(num_prompts or len(lengths), len(lengths)))
-        return Workload(lengths=tuple(lengths), scale=scale, **shared)
+    if is_trace(Path(name)):
+        trace = read_trace(Path(name))
+        lengths, arrivals_s = trace.lengths, trace.arrivals_s
+        count = min(num_prompts or len(lengths), len(lengths))
+        lengths = lengths[:count] if arrivals_s else tuple(rng.sample(lengths, count))
+        return Workload(lengths=lengths, arrivals_s=arrivals_s[:count], scale=scale, **shared)
     if not Path(name).exists():
         known = ", ".join(DISTRIBUTIONS)
         raise ConfigError(
@@ -101,25 +132,3 @@ def _parse_item(line: dict[str, Any]) -> WorkItem:
     return WorkItem(
         prompt=prompt if is_text else tuple(ids), max_tokens=max_tokens, arrival_s=arrival_s
     )
-
-
-def _read_trace(path: Path) -> list[tuple[int, int]]:
-    """The lengths of a trace whose columns are named prefill or context, decode or generated."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: {reason}; give a readable CSV file") from None
-    columns = list(rows[0]) if rows else []
-    prompt = next((c for c in columns if "prefill" in c.lower() or "context" in c.lower()), None)
-    output = next((c for c in columns if "decode" in c.lower() or "generated" in c.lower()), None)
-    if prompt is None or output is None:
-        raise ConfigError(
-            f"{path}: no rows with a prefill (or context) and a decode (or generated) column"
-        )
-    try:
-        return [(int(float(row[prompt])), int(float(row[output]))) for row in rows]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: a length is no number: {error}") from None

@@ -12,14 +12,20 @@ from pathlib import Path
 
 from pipeserve import control
 from pipeserve.configs import RunConfig
+from pipeserve.configs.device_profiles import load_profile
+from pipeserve.core.cost import PipelineCost
+from pipeserve.core.device import check_profile
 from pipeserve.core.engine import Engine, Limits
-from pipeserve.core.nouns import Microbatch, Output, PipelinePlan, Request, RequestId, Wait
-from pipeserve.core.partition import split_explicitly, split_layers
+from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
+from pipeserve.core.partition import plan_pipeline
 from pipeserve.core.policies import get_policy
 from pipeserve.core.spans import Span
+from pipeserve.core.view import CostModel
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.fleet import Fleet
 from pipeserve.kv_budget import num_kv_blocks
+from pipeserve.machine import device_name
+from pipeserve.shapes import shape_of
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.sources import resolve
 
@@ -50,14 +56,26 @@ class Driver:
     """
 
     def __init__(
-        self, config: RunConfig, on_progress: Callable[[str], None] = lambda text: None
+        self,
+        config: RunConfig,
+        on_progress: Callable[[str], None] = lambda text: None,
+        cost: CostModel | None = None,
     ) -> None:
+        _check_runs_here(config)
         self.config = config
         self.model_folder: Path = resolve(config.model)
         self.model_config = ModelConfig.from_folder(self.model_folder)
         self.dtype = self.model_config.resolve_dtype(config.dtype)
         self.max_model_len = _max_model_len(config, self.model_config)
-        self.plan = _plan_pipeline(config, self.model_config)
+        policy = get_policy(config.policy)
+        num_tokens = config.batched_tokens(policy.traits.whole_prompts, self.max_model_len)
+        self.shape = shape_of(self.model_config, config.model, self.dtype)
+        self.plan = plan_pipeline(
+            self.shape,
+            config.pipeline_parallel_size,
+            config.pipeline_layers,
+            num_tokens,
+        )
         num_blocks = num_kv_blocks(
             config,
             self.plan,
@@ -66,15 +84,16 @@ class Driver:
         )
         self.engine = Engine(
             self.plan,
-            get_policy(config.policy),
+            policy,
             Limits(
                 num_blocks=num_blocks,
                 block_size=config.block_size,
                 max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_batched_tokens=num_tokens,
                 max_model_len=self.max_model_len,
                 enable_prefix_caching=config.enable_prefix_caching,
             ),
+            cost or self._profiled_cost(),
         )
         self.spans: list[Span] = []
         self._ended: str | None = None
@@ -101,6 +120,16 @@ class Driver:
             )
             for stage, plan in zip(ready, self.plan.stages, strict=True)
         )
+
+    def _profiled_cost(self) -> CostModel | None:
+        """Of the device profile, if the run has one. Raises ConfigError when it is not of this
+        machine, model and type."""
+        if self.config.device_profile is None:
+            return None
+        profile = load_profile(self.config.device_profile)
+        model = self.config.model
+        check_profile(profile, model=model, device=device_name(), dtype=self.dtype, threads=1)
+        return PipelineCost(profile, self.shape, self.plan)
 
     def _jobs(self, num_blocks: int) -> list[control.StartStage]:
         return [
@@ -228,6 +257,14 @@ class Driver:
         self.close()
 
 
+def _check_runs_here(config: RunConfig) -> None:
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, on real stages only 1 works "
+            "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
+        )
+
+
 def _max_model_len(config: RunConfig, model_config: ModelConfig) -> int:
     longest = model_config.max_position_embeddings
     if config.max_model_len is None:
@@ -238,29 +275,3 @@ def _max_model_len(config: RunConfig, model_config: ModelConfig) -> int:
             f"{config.model} was trained to; give at most {longest}"
         )
     return config.max_model_len
-
-
-def _plan_pipeline(config: RunConfig, model_config: ModelConfig) -> PipelinePlan:
-    """The layer split that the user listed, or the one that evens out predicted work."""
-    if config.pipeline_layers is not None:
-        return split_explicitly(
-            model_config.num_layers, config.pipeline_parallel_size, config.pipeline_layers
-        )
-    return split_layers(
-        model_config.num_layers,
-        config.pipeline_parallel_size,
-        head_cost=_head_cost(config, model_config),
-    )
-
-
-def _head_cost(config: RunConfig, model_config: ModelConfig) -> float:
-    """The head's work, in layers, in a microbatch whose every sixth token samples.
-
-    That is ShareGPT's share: prompts of 2340 tokens and outputs of 439 on average.
-
-    Both are matrix products: about (rows + 8) x parameters, where 8 rows cost as much as reading
-    the weights does (measured with bf16 on one core; bench/linears.py).
-    """
-    tokens = config.max_num_batched_tokens
-    head = (tokens / 6 + 8) * model_config.num_head_parameters
-    return head / ((tokens + 8) * model_config.num_layer_parameters)

@@ -1,10 +1,9 @@
 """How many KV blocks the pool gets: one number for all stages, so the scarcest stage decides."""
 
-from pathlib import Path
-
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.errors import ConfigError
+from pipeserve.machine import available_memory_bytes
 
 _DEFAULT_BYTES = 1 << 30  # a stage, where the user says nothing
 _SHARE_OF_AVAILABLE = 0.5  # of this machine's free memory, for all stages together
@@ -44,22 +43,14 @@ def _wanted_blocks(
 
 
 def _default_bytes(num_stages: int) -> int:
-    return min(_DEFAULT_BYTES, int(_available_bytes() * _SHARE_OF_AVAILABLE) // num_stages)
+    return min(_DEFAULT_BYTES, int(available_memory_bytes() * _SHARE_OF_AVAILABLE) // num_stages)
 
 
 def _check_memory(wanted_bytes: int) -> None:
     """The stages fill their pools at once; the kernel would end whatever it likes to make room."""
-    available = _available_bytes()
+    available = available_memory_bytes()
     if wanted_bytes > available:
         raise ConfigError(
             f"the KV pools of all stages take {wanted_bytes} bytes, this machine has {available} "
             "free; give a smaller --kv-cache-memory-bytes or --num-gpu-blocks-override"
         )
-
-
-def _available_bytes() -> int:
-    """Of this machine's memory, what can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")

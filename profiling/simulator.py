@@ -10,7 +10,7 @@ Times are seconds of virtual time. Pure: no clock, nothing random, nothing is re
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple, Protocol
@@ -76,8 +76,15 @@ class SimulatedPipeline:
     """One engine and its stages. Whoever holds the clock calls `add` and `advance` in time order,
     so that several pipelines can share one clock."""
 
-    def __init__(self, engine: Engine, times: StageTimes) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        times: StageTimes,
+        on_flight: Callable[[Microbatch, Flight], None] = lambda microbatch, flight: None,
+    ) -> None:
+        """`on_flight` is told of each microbatch as it is planned; only there are its chunks."""
         self.engine = engine
+        self._on_flight = on_flight
         self.flights: list[Flight] = []
         """Every microbatch so far, in index order; the host may clear it."""
         self.started: list[tuple[RequestId, float]] = []
@@ -145,6 +152,7 @@ class SimulatedPipeline:
         num_sampled = sum([chunk.num_logits for chunk in microbatch.chunks])
         self._outstanding.append((flight, num_sampled))
         self.flights.append(flight)
+        self._on_flight(microbatch, flight)
 
     def _tokens_there(self, microbatch: Microbatch) -> float:
         """When stage 0 has the tokens that were on their way when the microbatch was planned."""

@@ -5,7 +5,7 @@ Pure: files are read, and text is tokenised, elsewhere.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
 
@@ -95,13 +95,13 @@ def random_items(
     ]
 
 
-def with_poisson_arrivals(items: Sequence[WorkItem], rate: float, rng: Random) -> list[WorkItem]:
-    """The same requests, in order, arriving as a Poisson process of `rate` a second from 0 on."""
-    arrival_s, timed = 0.0, []
-    for item in items:
-        timed.append(replace(item, arrival_s=arrival_s))
-        arrival_s += rng.expovariate(rate)
-    return timed
+def poisson_times(num_requests: int, rate: float, rng: Random) -> list[float]:
+    """Seconds at which requests arrive, the first at 0: a Poisson process of `rate` a second."""
+    now, times = 0.0, []
+    for _ in range(num_requests):
+        times.append(now)
+        now += rng.expovariate(rate)
+    return times
 
 
 def check_fits(index: int, num_prompt: int, num_output: int, max_model_len: int) -> None:

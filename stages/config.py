@@ -89,17 +89,6 @@ class ModelConfig:
         """K and V of one position in one layer."""
         return 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
 
-    @property
-    def num_layer_parameters(self) -> int:
-        """Of one layer's matrices; norms and biases do not matter to its cost."""
-        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim * self.hidden_size
-        return attention + 3 * self.hidden_size * self.intermediate_size
-
-    @property
-    def num_head_parameters(self) -> int:
-        """Of the vocabulary head, which is as large as the embedding."""
-        return self.vocab_size * self.hidden_size
-
 
 def _llama_fields(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     _check_counts(raw, folder)

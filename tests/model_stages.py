@@ -4,7 +4,8 @@
 keeps in each KV slot is the very prefix that the slot was computed from, so a block that was
 shared wrongly, freed too early or overwritten shows as a wrong prefix. The tokens are a function of
 the prefix alone, so each request's tokens are known beforehand and must come out the same under
-every policy, number of stages, budget, cache size and sequence of faults.
+every policy, number of stages, budget, cache size and sequence of faults. Imported KV is put into
+the blocks of a request's first admission, in the order of the microbatches, as a host has to do it.
 """
 
 from collections import deque
@@ -58,20 +59,28 @@ class ModelStage:
         for admission in microbatch.admitted:
             assert admission.request_id not in self.tables, "admitted twice"
             self.tables[admission.request_id] = list(admission.blocks)
-        for chunk in microbatch.chunks:
+        num_shared = {a.request_id: len(a.blocks) * self.block_size for a in microbatch.admitted}
+        for chunk, prefix in zip(microbatch.chunks, prefixes, strict=True):
             self.tables[chunk.request_id].extend(chunk.new_blocks)
+            # An admitted request that starts after what it shares starts after what it imports.
+            self.fill(
+                chunk.request_id, num_shared.get(chunk.request_id, chunk.start), chunk.start, prefix
+            )
         # What was there before this microbatch is read first: sharing within one is not allowed.
         for chunk, prefix in zip(microbatch.chunks, prefixes, strict=True):
             for position in range(chunk.start):
                 held = self.kv.get(self.slot(chunk.request_id, position))
                 assert held == prefix[: position + 2], "attention would read another's KV"
         for chunk, prefix in zip(microbatch.chunks, prefixes, strict=True):
-            for position in range(chunk.start, chunk.stop):
-                block, offset = self.slot(chunk.request_id, position)
-                holders = [r for r, table in self.tables.items() if block in table]
-                assert holders == [chunk.request_id], "writes into a shared block"
-                self.kv[block, offset] = prefix[: position + 2]
+            self.fill(chunk.request_id, chunk.start, chunk.stop, prefix)
         self.num_run += 1
+
+    def fill(self, request_id: RequestId, start: int, stop: int, prefix: tuple) -> None:
+        for position in range(start, stop):
+            block, offset = self.slot(request_id, position)
+            holders = [r for r, table in self.tables.items() if block in table]
+            assert holders == [request_id], "writes into a shared block"
+            self.kv[block, offset] = prefix[: position + 2]
 
 
 @dataclass
@@ -93,6 +102,8 @@ class PlanChecker:
         self.engine, self.limits, self.window = engine, limits, window
         self.traits = engine.policy.traits
         self.plans: dict[RequestId, Plan] = {}
+        self.num_imported: dict[RequestId, int] = {}
+        """Positions that a request may still import: none after its first admission, or a fault."""
         self.outstanding: deque[Microbatch] = deque()
         self.last_index = -1
 
@@ -112,6 +123,9 @@ class PlanChecker:
             self.chunk(chunk, microbatch.index, requests[chunk.request_id])
         self.outstanding.append(microbatch)
         assert len(self.outstanding) <= self.window + self.traits.plans_ahead
+        if self.traits.whole_prompts:
+            ended = {c.request_id for c in microbatch.chunks if c.num_logits}
+            assert ended == set(named), "a prompt in more than one chunk"
         assert len(self.plans) <= self.limits.max_num_seqs
         held = {block for plan in self.plans.values() for block in plan.blocks}
         assert len(held) + self.engine.num_free_blocks == self.limits.num_blocks, "leaked blocks"
@@ -124,7 +138,9 @@ class PlanChecker:
         full = (*request.prompt, *outputs)
         assert admission.token_ids == full[: len(admission.token_ids)]
         assert not any(request_id in self.named(mb) for mb in self.outstanding), "still runs out"
-        start = len(admission.blocks) * self.limits.block_size
+        num_imported = self.num_imported.pop(request_id, 0)
+        assert not (num_imported and admission.blocks), "imports and shares"
+        start = num_imported or len(admission.blocks) * self.limits.block_size
         assert start < len(admission.token_ids), "the last token must be computed"
         self.plans[request_id] = Plan(start, len(admission.token_ids), list(admission.blocks))
 
@@ -192,6 +208,7 @@ class Pipeline:
     def add(self, request: Request) -> None:
         self.requests[request.id] = request
         self.outputs[request.id] = []
+        self.checker.num_imported[request.id] = request.num_imported
         self.engine.add(request, 0.0)
 
     def plan(self) -> bool:
@@ -268,6 +285,7 @@ class Pipeline:
     def lose(self) -> None:
         self.engine.lost(0.0)
         self.checker.plans.clear()
+        self.checker.num_imported.clear()
         self.checker.outstanding.clear()
         assert self.engine.outstanding == ()
         assert self.engine.num_free_blocks == self.limits.num_blocks

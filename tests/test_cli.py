@@ -1,6 +1,5 @@
 """The command line over a driver without stages: verbs, files, errors of one line, exit codes."""
 
-import gzip
 import inspect
 import json
 from dataclasses import fields
@@ -106,7 +105,7 @@ def test_version_and_help(capsys):
         (["generate", "m", "--prompt", "x", "--polcy", "uniform"], "--policy"),
         (["generate", "m", "--prompt", "x", "--max-num-seqs", "many"], "--max-num-seqs"),
         (["generate", "m", "--prompt", "x", "--max-num-seqs", "0"], "max_num_seqs is 0"),
-        (["generate", "m", "--prompt", "x", "-tp", "2"], "tensor_parallel_size is 2"),
+        (["generate", "m", "--prompt", "x", "-tp", "0"], "tensor_parallel_size is 0"),
         (["generate", "m", "--prompt", "x", "--temperature", "-1"], "temperature is -1"),
         (["generate", "m"], "one of --prompt TEXT and --prompts FILE"),
         (["generate", "m", "--prompt", "x", "--prompts", "f"], "one of --prompt TEXT"),
@@ -346,23 +345,6 @@ def test_a_wrong_workload_line(no_driver, capsys, tmp_path, line, message):
     workload = write_jsonl(tmp_path / "mix.jsonl", line)
     error = _error(capsys, ["bench", "m", "--workload", workload], 2)
     assert f"{workload}:1: " in error and message in error
-
-
-def test_a_trace_of_lengths(tmp_path):
-    path = tmp_path / "trace.csv.gz"
-    with gzip.open(path, "wt") as file:
-        file.write("TIMESTAMP,ContextTokens,GeneratedTokens\r\nx,100,7\r\ny,50.0,5")
-    workload = read_workload(str(path), None, 10.0, 5.0, seed=0)
-    items = workload.with_ids(VOCAB_SIZE)
-    assert sorted((len(item.prompt), item.max_tokens) for item in items) == [(5, 1), (10, 1)]
-    assert items[0].arrival_s == 0 < items[1].arrival_s
-
-
-def test_a_trace_without_lengths(no_driver, capsys, tmp_path):
-    path = tmp_path / "trace.csv"
-    path.write_text("a,b\n1,2\n")
-    assert "no rows with a prefill" in _error(capsys, ["bench", "m", "--workload", path], 2)
-    assert "No such file" in _error(capsys, ["bench", "m", "--workload", f"{path}.csv"], 2)
 
 
 @pytest.mark.parametrize(

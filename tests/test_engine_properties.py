@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -47,7 +47,7 @@ class Chaotic:
             start, slots, most = request.num_planned, request.num_slots, 1
             if is_waiting:
                 prefix = view.prefix(request.id)
-                start = slots = prefix.num_tokens
+                start, slots = prefix.num_tokens, prefix.num_blocks * view.limits.block_size
             if request.id not in view.decodes:
                 most = request.num_known - start
             num_tokens = min(self.random.randint(1, most), budget)
@@ -81,7 +81,7 @@ class Scenario:
 @st.composite
 def scenarios(draw) -> Scenario:
     """Small everything: two trunks that prompts share, blocks of 1..4, room for little more than
-    the largest request, budgets from one token."""
+    the largest request, budgets from one token; some requests import a part of their KV."""
     block_size = draw(st.integers(1, 4))
     max_model_len = draw(st.integers(8, 24))
     trunks = [draw(st.lists(st.integers(0, 1), min_size=16, max_size=16)) for _ in range(2)]
@@ -92,10 +92,18 @@ def scenarios(draw) -> Scenario:
         params = SamplingParams(
             max_tokens=draw(st.integers(1, 10)), min_tokens=draw(st.integers(0, 3))
         )
+        prompt = tuple([*trunk, *tail][: max_model_len - 1])
+        imports = draw(st.sampled_from(["no", "no", "some", "all but the last"]))
+        num_imported = {
+            "no": 0,
+            "some": draw(st.integers(0, len(prompt) - 1)),
+            "all but the last": len(prompt) - 1,
+        }[imports]
         requests.append(
             Request(
                 id=RequestId(number),
-                prompt=tuple([*trunk, *tail][: max_model_len - 1]),
+                prompt=prompt,
+                num_imported=num_imported,
                 params=params,
                 stop_ids=frozenset(draw(st.sets(st.integers(0, VOCAB - 1), max_size=2))),
                 cache_salt=draw(st.sampled_from(["", "", "", "x"])),
@@ -117,7 +125,7 @@ def scenarios(draw) -> Scenario:
 
 def play(policy: Policy, scenario: Scenario, faults: bool = True) -> Pipeline:
     """Random events first, then whatever is left, in turn."""
-    pipeline = Pipeline(policy, scenario.num_stages, scenario.limits)
+    pipeline = Pipeline(policy, scenario.num_stages, suited(scenario.limits, policy.traits))
     arriving = deque(scenario.requests)
     for event_number, event in enumerate(scenario.events):
         kind, detail = event // 8, event % 8
@@ -138,6 +146,14 @@ def play(policy: Policy, scenario: Scenario, faults: bool = True) -> Pipeline:
     pipeline.drain()
     pipeline.check_end()
     return pipeline
+
+
+def suited(limits: Limits, traits: Traits) -> Limits:
+    """The same, with room for the longest prompt in a microbatch where the policy needs it."""
+    if not traits.whole_prompts:
+        return limits
+    budget = limits.max_num_batched_tokens + limits.max_model_len - 1
+    return replace(limits, max_num_batched_tokens=budget)
 
 
 def checked(max_examples: int) -> settings:

@@ -19,7 +19,7 @@ ERRORS = "pipeserve.errors"
 ALLOWED = {
     "pipeserve.errors": set(),
     "pipeserve.core": {ERRORS},
-    "pipeserve.configs": {ERRORS},
+    "pipeserve.configs": {ERRORS, "pipeserve.core"},
     "pipeserve.stages": {ERRORS},
     "pipeserve.profiling": {ERRORS, "pipeserve.core"},
     "pipeserve": {ERRORS, "pipeserve.core", "pipeserve.configs", "pipeserve.stages"},

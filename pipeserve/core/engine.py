@@ -12,6 +12,7 @@ outstanding is never recalled: it runs out, and its result is taken or dropped.
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 
 from pipeserve.core.blocks import BlockPool
@@ -25,7 +26,6 @@ from pipeserve.core.nouns import (
     Request,
     RequestId,
     StepResult,
-    TokenLogprobs,
     Wait,
 )
 from pipeserve.core.record import Queues, Record, check_fits
@@ -42,6 +42,11 @@ from pipeserve.core.view import (
 from pipeserve.errors import ConfigError
 
 __all__ = ["Engine", "Limits", "Stats"]
+
+
+# What NamedTuple's own constructor does, without a Python call for every token.
+_new_chunk = partial(tuple.__new__, Chunk)
+_new_output = partial(tuple.__new__, Output)
 
 
 @dataclass(slots=True)
@@ -189,8 +194,11 @@ class Engine:
                     self.stats.wasted_decodes += 1
                 continue
             if sampled:
-                outputs.append(self._take(record, next(tokens), next(logprobs)))
-                if record.finished:
+                token = next(tokens)
+                reason = record.append(token)
+                outputs.append(_new_output((record.id, token, reason, next(logprobs))))
+                if reason is not None:
+                    self._end(record)
                     continue
             self._queues.file(record)
         return outputs
@@ -215,19 +223,6 @@ class Engine:
             self._queues.to_front(record)
 
     # ---- requests -------------------------------------------------------------------------------
-
-    def _take(self, record: Record, token: int, logprobs: TokenLogprobs | None) -> Output:
-        """A token became known; it may end the request."""
-        record.append(token)
-        reason = None
-        request = record.request
-        if token in request.stop_ids and record.num_outputs > request.params.min_tokens:
-            reason = "stop"
-        elif record.num_known == record.num_longest:
-            reason = "length"
-        if reason is not None:
-            self._end(record)
-        return Output(record.id, token, reason, logprobs)
 
     def _end(self, record: Record) -> None:
         record.finished = True
@@ -333,12 +328,10 @@ class Engine:
         if stop > record.num_slots or record.id in reserved:
             new_blocks = self._grow(record, max(stop, reserved.get(record.id, 0)))
         token_from = record.token_from
-        was_prefilling = record.prefilling
-        samples = record.plan(num_tokens, self._next_index)
-        if num_tokens > 1 or stop % self.limits.block_size == 0:
+        samples = self._queues.plan(record, num_tokens, self._next_index)
+        if record.keys and (num_tokens > 1 or stop % self.limits.block_size == 0):
             record.table.publish(record.keys, stop)
-        self._queues.planned(record, was_prefilling)
-        return Chunk(record.id, start, stop, new_blocks, token_from, int(samples))
+        return _new_chunk((record.id, start, stop, new_blocks, token_from, int(samples)))
 
     def _grow(self, record: Record, num_positions: int) -> tuple[BlockId, ...]:
         missing = record.table.num_missing(num_positions)

@@ -22,6 +22,7 @@ class Record:
     """Progress of one request. What policies may read of it is declared by `RequestView`."""
 
     __slots__ = (
+        "_caches",
         "arrived",
         "backlog",
         "finished",
@@ -53,6 +54,7 @@ class Record:
         self.number = number  # order of arrival
         self.arrived = arrived
         self.limits = limits
+        self._caches = limits.enable_prefix_caching
         self.num_longest = longest(request, limits)
         self.num_imported = request.num_imported  # until it is preempted
         self.tokens = list(request.prompt)  # known ids, prompt and outputs
@@ -85,20 +87,25 @@ class Record:
         return self.keys[: (self.num_known - 1) // self.limits.block_size]
 
     def update_keys(self) -> None:
-        if self.limits.enable_prefix_caching:
+        if self._caches:
             salt = self.request.cache_salt
             extend_keys(self.keys, self.tokens, self.limits.block_size, salt)
 
-    def append(self, token: int) -> None:
-        """A sampled token became known; a block may thereby be full of known tokens."""
+    def append(self, token: int) -> str | None:
+        """A sampled token became known, and a block may thereby be full of known tokens; the reason
+        if it ends the request."""
         self.tokens.append(token)
         self.num_known += 1
         self.num_on_way -= 1
         if not self.num_on_way:
             self.token_from = None
-        if self.num_known % self.limits.block_size == 0:
+        if self._caches and self.num_known % self.limits.block_size == 0:
             self.update_keys()
             self.table.publish(self.keys, self.num_planned)
+        request = self.request
+        if token in request.stop_ids and self.num_outputs > request.params.min_tokens:
+            return "stop"
+        return "length" if self.num_known == self.num_longest else None
 
     def start(self, shared: list[BlockId]) -> None:
         """Admitted: goes on after what was imported, or else after the blocks that it shares."""
@@ -111,17 +118,6 @@ class Record:
         new_blocks = self.table.grow(num_positions)
         self.num_slots = self.table.num_slots
         return new_blocks
-
-    def plan(self, num_tokens: int, index: int) -> bool:
-        """The next positions are in microbatch `index`; whether it samples a token of them."""
-        self.num_planned += num_tokens
-        self.num_outstanding += 1
-        if self.num_planned < self.num_known + self.num_on_way:
-            return False
-        self.prefilling = False
-        self.num_on_way += 1
-        self.token_from = index
-        return True
 
     def rewind(self) -> None:
         """Back to waiting: no KV, all known tokens to prefill. The blocks are the caller's."""
@@ -201,15 +197,18 @@ class Queues:
         ):
             self._decodes[record.id] = record
 
-    def planned(self, record: Record, was_prefilling: bool) -> None:
-        """As `file`, for a request that was just given a chunk: its decodes go to the back."""
-        if not was_prefilling:
-            del self._decodes[record.id]
-        else:
-            self._count(record, is_decoding=False, backlog=record.num_unplanned)
-            if not (record.prefilling and self._chunks_follow):
-                del self._prefills[record.id]
+    def plan(self, record: Record, num_tokens: int, index: int) -> bool:
+        """The next positions of a request are in microbatch `index`; whether it samples a token of
+        them. A decode goes to the back."""
+        record.num_planned += num_tokens
+        record.num_outstanding += 1
+        if record.prefilling:
+            return self._plan_prefill(record, index)
+        record.num_on_way += 1
+        record.token_from = index
+        del self._decodes[record.id]
         self.file(record)
+        return True
 
     def admit(self, record: Record) -> None:
         del self._waiting[record.id]
@@ -244,6 +243,18 @@ class Queues:
         if not 1 <= num_tokens <= most:
             raise LookupError(f"runs {num_tokens} positions of request {request_id}, not 1..{most}")
         return record
+
+    def _plan_prefill(self, record: Record, index: int) -> bool:
+        self._count(record, is_decoding=False, backlog=record.num_unplanned)
+        is_last = not record.num_unplanned
+        if is_last:
+            record.prefilling = False
+            record.num_on_way += 1
+            record.token_from = index
+        if is_last or not self._chunks_follow:
+            del self._prefills[record.id]
+        self.file(record)
+        return is_last
 
     def _file_prefill(self, record: Record) -> None:
         self._count(record, is_decoding=False, backlog=record.num_unplanned)

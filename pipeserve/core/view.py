@@ -57,6 +57,8 @@ class Traits:
     whole_prompts: bool = False
     """A prompt, or what a preempted request computes again, runs in one chunk; so a microbatch must
     have room for the longest."""
+    reads_cost: bool = False
+    """Looks at what the cost model says. Where it does not, a simulation does without one."""
 
 
 class RequestView(Protocol):

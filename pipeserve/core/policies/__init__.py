@@ -2,12 +2,35 @@
 
 from difflib import get_close_matches
 
+from pipeserve.core.policies.chunked_only import ChunkedOnly
+from pipeserve.core.policies.hybrid_only import HybridOnly
+from pipeserve.core.policies.orca import Orca
+from pipeserve.core.policies.request_level import RequestLevel
+from pipeserve.core.policies.sarathi import Sarathi
 from pipeserve.core.policies.sarathi_serve import SarathiServe
+from pipeserve.core.policies.splitfuse import SplitFuse
+from pipeserve.core.policies.token_throttle import TokenThrottle
 from pipeserve.core.policies.uniform import Uniform
+from pipeserve.core.policies.vllm import Vllm
 from pipeserve.core.view import Policy
 from pipeserve.errors import ConfigError
 
-POLICIES = {policy.name: policy for policy in (SarathiServe, Uniform)}
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Uniform,
+        RequestLevel,
+        Orca,
+        Vllm,
+        Sarathi,
+        SarathiServe,
+        HybridOnly,
+        ChunkedOnly,
+        SplitFuse,
+        TokenThrottle,
+    )
+}
+"""The default first, then by year of publication."""
 
 
 def get_policy(name: str) -> Policy:

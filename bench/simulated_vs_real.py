@@ -1,0 +1,79 @@
+"""How well the simulator foretells real CPU stages: the same commands, once real, once simulated.
+
+    python bench/simulated_vs_real.py [--profile FILE] [--model smollm2-135m] [--stages 2]
+                                      [--policies NAME,NAME,...] [--rate R] [--repeat N]
+
+Without --profile the machine is calibrated first. Then each policy runs `pipeserve bench` and
+`pipeserve simulate` on one workload, ShareGPT's lengths divided by 8. Of several repeats the run of
+median duration counts. Use an idle machine: a stage robbed of its core is slower than its profile.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from report import plain_table
+
+WORKLOAD = ["--workload", "sharegpt", "--scale", "8", "--num-prompts", "64"]
+LIMITS = ["--max-model-len", "2048", "--num-gpu-blocks-override", "2048"]
+POLICIES = "sarathi_serve,vllm,uniform"
+
+
+def pipeserve(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pipeserve.launch.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)}: {done.stderr.strip()}")
+
+
+def result(path: Path, *arguments: str) -> dict:
+    pipeserve(*arguments, "--json", str(path))
+    return json.loads(path.read_text())
+
+
+def compare(policy: str, real: dict, simulated: dict) -> list[list[str]]:
+    """Rows of the table: figure, real, simulated, how far off."""
+    rows = []
+    for name, get in (
+        ("total tokens/s", lambda r: r["total_tokens_per_s"]),
+        ("TBT p50, ms", lambda r: r["tbt_s"]["p50"] * 1e3),
+        ("TTFT p50, ms", lambda r: r["ttft_s"]["p50"] * 1e3),
+    ):
+        ratio = get(simulated) / get(real) - 1
+        rows.append([policy, name, f"{get(real):,.1f}", f"{get(simulated):,.1f}", f"{ratio:+.1%}"])
+    for stage, (there, here) in enumerate(zip(real["stages"], simulated["stages"], strict=True)):
+        idle, made_up = 1 - there["busy"], 1 - here["busy"]
+        off = f"{(made_up - idle) * 100:+.1f} points"
+        rows.append([policy, f"idle share, stage {stage}", f"{idle:.1%}", f"{made_up:.1%}", off])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--stages", default="2")
+    parser.add_argument("--policies", default=POLICIES)
+    parser.add_argument("--rate", help="requests a second; by default all at once")
+    parser.add_argument("--repeat", default="1")
+    args = parser.parse_args()
+    rate = ["--rate", args.rate] if args.rate else []
+    with tempfile.TemporaryDirectory() as folder:
+        profile = args.profile or Path(folder, "profile.yaml")
+        if args.profile is None:
+            pipeserve("calibrate", args.model, "-pp", args.stages, "--output", str(profile))
+        rows = []
+        for policy in args.policies.split(","):
+            run = [args.model, "-pp", args.stages, "--policy", policy, *WORKLOAD, *LIMITS, *rate]
+            real = result(Path(folder, "real.json"), "bench", *run, "--repeat", args.repeat)
+            made_up = ["simulate", *run, "--device-profile", str(profile)]
+            rows += compare(policy, real, result(Path(folder, "simulated.json"), *made_up))
+            print(f"{policy}: runs of {real['run_seconds']} s", file=sys.stderr, flush=True)
+    print(plain_table(["policy", "figure", "real", "simulated", "off by"], rows))
+
+
+if __name__ == "__main__":
+    main()

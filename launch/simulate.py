@@ -1,0 +1,265 @@
+"""`pipeserve simulate`: runs on virtual time of the engine and the policies that serve for real.
+
+`docs/simulate.md` says what is simulated and documents the keys of `--json`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeserve.configs import RunConfig
+from pipeserve.configs.device_profiles import load_profile
+from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.cost import PipelineCost
+from pipeserve.core.device import DeviceProfile, check_profile
+from pipeserve.core.engine import Engine, Limits
+from pipeserve.core.memory import kv_blocks_beside_weights
+from pipeserve.core.nouns import PipelinePlan
+from pipeserve.core.partition import plan_pipeline
+from pipeserve.core.policies import get_policy
+from pipeserve.core.shape import ModelShape
+from pipeserve.errors import ConfigError
+from pipeserve.launch.tables import run_table, stage_table
+from pipeserve.launch.workload import Workload
+from pipeserve.profiling.capacity import (
+    MAX_MEDIAN_DELAY_S,
+    Trial,
+    busy_in,
+    ceiling_rate,
+    find_capacity,
+    run_trial,
+)
+from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.stage_times import ProfiledTimes
+from pipeserve.profiling.summary import RequestRecord, percentiles, summarize, window
+from pipeserve.profiling.workloads import check_fits
+
+_CAPACITY_REQUESTS = 1000
+_LONE_REQUESTS = 50
+_LONE_SHARE = 1 / 500  # of the ceiling: requests hardly ever meet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is simulated: a model on devices, cut into stages, under a policy."""
+
+    config: RunConfig
+    shape: ModelShape
+    profile: DeviceProfile
+    plan: PipelinePlan
+    limits: Limits
+    times: ProfiledTimes
+
+    def make_engine(self) -> Engine:
+        """An engine without requests. What its policy may predict with is made from the profile,
+        the stages' own times differ."""
+        policy = get_policy(self.config.policy)
+        cost = None
+        if policy.traits.reads_cost:
+            size = self.config.tensor_parallel_size
+            cost = PipelineCost(self.profile, self.shape, self.plan, size)
+        return Engine(self.plan, policy, self.limits, cost)
+
+    def make_pipeline(self) -> SimulatedPipeline:
+        return SimulatedPipeline(self.make_engine(), self.times)
+
+
+def make_setup(config: RunConfig) -> Setup:
+    """Raises ConfigError: no such model or profile, one of another model, a model that does not fit
+    the devices, limits that the policy cannot work within."""
+    if config.device_profile is None:
+        raise ConfigError(
+            "no device profile: give --device-profile NAME or FILE, or a recipe that names one"
+        )
+    shape = load_shape(config.model)
+    profile = load_profile(config.device_profile)
+    size = config.tensor_parallel_size
+    dtype = None if config.dtype == "auto" else config.dtype
+    check_profile(profile, model=shape.name, dtype=dtype, tensor_parallel_size=size)
+    traits = get_policy(config.policy).traits
+    max_model_len = config.max_model_len or shape.max_position_embeddings
+    num_tokens = config.batched_tokens(traits.whole_prompts, max_model_len)
+    plan = plan_pipeline(shape, config.pipeline_parallel_size, config.pipeline_layers, num_tokens)
+    limits = Limits(
+        num_blocks=config.num_gpu_blocks_override or _num_blocks(config, shape, profile, plan),
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=num_tokens,
+        max_model_len=max_model_len,
+        enable_prefix_caching=False,  # lengths have no content that could be shared
+    )
+    times = ProfiledTimes(profile, shape, plan, config.tensor_parallel_size, config.seed)
+    setup = Setup(
+        config=config, shape=shape, profile=profile, plan=plan, limits=limits, times=times
+    )
+    setup.make_engine()  # refuses limits that the policy cannot work within
+    return setup
+
+
+def _num_blocks(
+    config: RunConfig, shape: ModelShape, profile: DeviceProfile, plan: PipelinePlan
+) -> int:
+    if config.kv_cache_memory_bytes is not None:
+        layers = max(stage.num_layers for stage in plan.stages)
+        block_bytes = layers * config.block_size * shape.kv_bytes_per_token_per_layer
+        return config.kv_cache_memory_bytes // block_bytes
+    return kv_blocks_beside_weights(
+        shape,
+        plan,
+        tensor_parallel_size=config.tensor_parallel_size,
+        device_bytes=profile.memory_bytes * config.gpu_memory_utilization,
+        block_size=config.block_size,
+    )
+
+
+def notes(setup: Setup) -> list[str]:
+    """What a reader of the result has to know."""
+    trained = setup.shape.max_position_embeddings
+    if setup.limits.max_model_len > trained:
+        return [
+            f"{setup.shape.name} was trained to {trained:,} positions; its context is set to "
+            f"{setup.limits.max_model_len:,} here, for the schedule's sake"
+        ]
+    return []
+
+
+# ---- a run of a workload ------------------------------------------------------------------------
+
+
+def simulate(setup: Setup, workload: Workload) -> dict[str, Any]:
+    """Serves the workload to its end. Returns the object that `--json` writes (docs/simulate.md).
+
+    Raises ConfigError for a request over the context, CapacityError for one over the KV pool.
+    """
+    arrivals = _arrivals(setup, workload)
+    pipeline = setup.make_pipeline()
+    simulation = Simulation(pipeline, arrivals)
+    simulation.run_until()
+    records = [
+        RequestRecord(
+            num_prompt_tokens=served.num_prompt_tokens,
+            arrival_s=served.arrival_s,
+            token_times_s=tuple(served.token_times_s),
+        )
+        for served in simulation.served
+    ]
+    delays = [served.started_s - served.arrival_s for served in simulation.served]
+    busy = busy_in(pipeline, *window(records))
+    return {
+        **asdict(summarize(records)),
+        "queueing_s": asdict(percentiles(delays)),
+        "preemptions": pipeline.engine.stats.preemptions,
+        "microbatches": len(pipeline.flights),
+        **_common(setup, workload, busy),
+    }
+
+
+def _arrivals(setup: Setup, workload: Workload) -> list[Arrival]:
+    """In order of time, whatever the order of the workload."""
+    times = workload.arrival_times_s()
+    lengths = _checked_lengths(setup, workload)
+    return sorted(Arrival(time, *pair) for time, pair in zip(times, lengths, strict=True))
+
+
+def _checked_lengths(setup: Setup, workload: Workload) -> list[tuple[int, int]]:
+    lengths = workload.token_lengths()
+    for index, (num_prompt, num_output) in enumerate(lengths):
+        check_fits(index, num_prompt, num_output, setup.limits.max_model_len)
+    return lengths
+
+
+def _common(setup: Setup, workload: Workload, busy: Sequence[float]) -> dict[str, Any]:
+    """What every report ends with."""
+    return {
+        "stages": [
+            {
+                "busy": share,
+                "idle_by_cause": {"unattributed": 1 - share},
+                "layers": stage.num_layers,
+            }
+            for stage, share in zip(setup.plan.stages, busy, strict=True)
+        ],
+        "policy": setup.config.policy,
+        "workload": workload.name,
+        "simulated": setup.profile.name,
+        "notes": notes(setup),
+        "limits": asdict(setup.limits),
+        "config": asdict(setup.config),
+    }
+
+
+# ---- capacity -----------------------------------------------------------------------------------
+
+
+def search_capacity(setup: Setup, workload: Workload, slo_tbt_s: float) -> dict[str, Any]:
+    """The highest Poisson rate within the SLO, of requests drawn from the workload's lengths.
+
+    Returns the object that `--json` writes. Raises as `simulate` does.
+    """
+    lengths = _checked_lengths(setup, workload)
+    seed = setup.config.seed
+
+    def trial(rate: float, min_requests: int = _CAPACITY_REQUESTS) -> Trial:
+        return run_trial(setup.make_pipeline, lengths, rate, min_requests, seed)
+
+    ceiling = ceiling_rate(setup.times, lengths)
+    lone = trial(ceiling * _LONE_SHARE, _LONE_REQUESTS)
+    capacity = find_capacity(trial, slo_tbt_s, ceiling, lone)
+    best = capacity.best(slo_tbt_s)
+    return {
+        "capacity_rps": capacity.rate,
+        "ceiling_rps": capacity.ceiling,
+        "slo_tbt_s": slo_tbt_s,
+        "trials": [asdict(trial) for trial in capacity.trials],
+        **_common(setup, workload, best.busy if best else lone.busy),
+    }
+
+
+# ---- printing -----------------------------------------------------------------------------------
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """A simulated run as tables."""
+    console.print(run_table(report))
+    console.print(stage_table(report["stages"]))
+    _print_notes(report, console)
+
+
+def print_capacity(report: dict[str, Any], console: Console) -> None:
+    """A capacity search as a table of its trials, and what came of it."""
+    slo_tbt_s = report["slo_tbt_s"]
+    table = Table(title=f"{report['workload']}, policy {report['policy']}")
+    for name in ("requests/s", "requests", "TBT p99", "queueing p50", "busy", "within"):
+        table.add_column(name, justify="right")
+    for trial in sorted(report["trials"], key=lambda trial: trial["rate"]):
+        within = trial["tbt_p99_s"] <= slo_tbt_s and trial["queueing_p50_s"] <= MAX_MEDIAN_DELAY_S
+        table.add_row(
+            f"{trial['rate']:.3f}",
+            f"{trial['requests']:,}",
+            f"{trial['tbt_p99_s']:.3f} s",
+            f"{trial['queueing_p50_s']:.2f} s",
+            f"{max(trial['busy']):.0%}",
+            "yes" if within else "no",
+        )
+    console.print(table)
+    limits = f"TBT p99 within {slo_tbt_s:g} s, queueing p50 within {MAX_MEDIAN_DELAY_S:g} s"
+    if report["capacity_rps"]:
+        share = report["capacity_rps"] / report["ceiling_rps"]
+        console.print(
+            f"capacity {report['capacity_rps']:.3f} requests/s ({limits}), "
+            f"{share:.0%} of the {report['ceiling_rps']:.3f} that full microbatches would give"
+        )
+    else:
+        console.print(
+            f"cannot: even requests that hardly meet are not within the limits ({limits}); "
+            "give a longer --slo-tbt, a smaller --max-num-batched-tokens or fewer stages"
+        )
+    _print_notes(report, console)
+
+
+def _print_notes(report: dict[str, Any], console: Console) -> None:
+    for note in report["notes"]:
+        console.print(f"note: {note}")

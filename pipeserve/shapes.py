@@ -1,0 +1,21 @@
+"""The shape of a checkpoint, as the cost model and the simulator know models."""
+
+from pipeserve.core.shape import ModelShape
+from pipeserve.stages.config import DTYPE_BYTES, ModelConfig
+
+
+def shape_of(config: ModelConfig, name: str, dtype: str) -> ModelShape:
+    """The shape of a checkpoint whose weights are kept as `dtype`, a key of `DTYPE_BYTES`."""
+    return ModelShape(
+        name=name,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        bytes_per_value=DTYPE_BYTES[dtype],
+    )

@@ -1,0 +1,400 @@
+"""The cost model: its formulae at points computed by hand, its parts, and what it learns."""
+
+from dataclasses import replace
+from math import exp, sqrt
+
+import pytest
+
+from pipeserve.core.cost import PipelineCost, Work, work_of
+from pipeserve.core.device import AllReduce, DeviceProfile, Link, Residuals, check_profile
+from pipeserve.core.kernels import Attention, Elementwise, Gemm, Kernels, Tables, products
+from pipeserve.core.nouns import Chunk, Microbatch, RequestId
+from pipeserve.core.partition import split_explicitly, split_layers
+from pipeserve.core.shape import ModelShape
+from pipeserve.errors import ConfigError
+from pipeserve.profiling.stage_times import ProfiledTimes
+
+SHAPE = ModelShape(
+    name="small",
+    num_layers=4,
+    hidden_size=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    intermediate_size=512,
+    vocab_size=1000,
+    max_position_embeddings=2048,
+)
+GEMM = Gemm(
+    flops_per_s=1e12,
+    bytes_per_s=1e11,
+    overhead_s=1e-6,
+    norm=2.0,
+    wave_share=0.25,
+    ramp=0.0,
+    num_processors=8,
+)
+ATTENTION = Attention(
+    prefill_overhead_s=1e-5,
+    prefill_values_per_s=1e9,
+    prefix_flops_per_s=4e12,
+    causal_flops_per_s=2e12,
+    query_tile=128,
+    decode_overhead_s=2e-5,
+    decode_sequence_s=1e-7,
+    decode_bytes_per_s=1e9,
+)
+MOVE = Elementwise(overhead_s=1e-6, bytes_per_s=1e10)
+PROFILE = DeviceProfile(
+    name="toy",
+    provenance={},
+    memory_bytes=10**9,
+    devices_per_node=4,
+    attention=ATTENTION,
+    intra_node=Link(alpha_s=1e-6, bytes_per_s=1e9),
+    inter_node=Link(alpha_s=1e-5, bytes_per_s=1e8),
+    kernels=Kernels(gemm=GEMM, norm=MOVE, rope=MOVE, activation=MOVE, add=MOVE, embedding=MOVE),
+    all_reduce=(
+        AllReduce(group=2, nodes=1, points=((1024, 1e-5), (4096, 4e-5))),
+        AllReduce(group=8, nodes=2, points=((1024, 1e-3), (4096, 4e-3))),
+    ),
+)
+TABLES = replace(
+    PROFILE,
+    kernels=None,
+    tables=Tables(
+        model="small",
+        dtype="float32",
+        threads=1,
+        layer=((1, 1e-3), (11, 2e-3), (21, 4e-3)),
+        head=((1, 5e-3), (5, 9e-3)),
+        embedding=((1, 1e-4),),
+    ),
+)
+
+
+def microbatch(index=0, prefills=(), decodes=()) -> Microbatch:
+    """`prefills` as (start, tokens), `decodes` as positions in the KV cache."""
+    spans = [(start, start + tokens) for start, tokens in prefills]
+    spans += [(start, start + 1) for start in decodes]
+    chunks = [
+        Chunk(RequestId(n), start, stop, (), None, 1) for n, (start, stop) in enumerate(spans)
+    ]
+    return Microbatch(index, tuple(chunks))
+
+
+# ---- formulae -----------------------------------------------------------------------------------
+
+
+def test_a_product_by_hand():
+    """100 rows are one tile of 128; 256 columns two tiles, of 8 processors: a quarter of the time
+    waits for all 8. 0.75 * 2 + 0.25 * 8 = 3.5 tiles of 2 * 128 * 128 * 64 flops."""
+    arithmetic = 3.5 * 2 * 128 * 128 * 64 / 1e12
+    memory = 2 * (100 * 64 + 64 * 256 + 100 * 256) / 1e11
+    expected = sqrt(arithmetic**2 + memory**2) + 1e-6
+    assert GEMM.seconds(100, 256, 64) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_small_product_has_tiles_of_64_rows():
+    small = replace(GEMM, bytes_per_s=1e30, wave_share=0.0, overhead_s=0.0, ramp=36.0)
+    assert small.seconds(64, 128, 64) == pytest.approx(2 * 64 * 128 * 100 / 1e12)
+    assert small.seconds(65, 128, 64) == pytest.approx(2 * 128 * 128 * 100 / 1e12)
+
+
+def test_the_tile_step():
+    """One row over a tile costs a tile; more rows within it cost only their bytes."""
+    arithmetic = replace(GEMM, bytes_per_s=1e30)
+    at = {rows: arithmetic.seconds(rows, 4096, 1024) for rows in (255, 256, 257, 384)}
+    assert at[255] == at[256] < at[257] == at[384]
+    assert (at[257] - 1e-6) / (at[256] - 1e-6) == pytest.approx(3 / 2)
+
+
+@pytest.mark.parametrize(("size", "heads", "kv_heads", "ffn"), [(1, 4, 2, 512), (4, 1, 1, 128)])
+def test_products_of_a_layer(size, heads, kv_heads, ffn):
+    """KV heads are repeated when they run out."""
+    assert products(SHAPE, size) == (
+        ("qkv", (heads + 2 * kv_heads) * 64, 256),
+        ("attention_out", 256, heads * 64),
+        ("mlp_up", 2 * ffn, 256),
+        ("mlp_down", 256, ffn),
+    )
+
+
+def test_attention_by_hand():
+    """Width 256. A chunk of 100 after 50: 128 rows."""
+    prefix, causal = 4 * 256 * 128 * 50 / 4e12, 2 * 256 * 128 * 128 / 2e12
+    expected = 1e-5 + 256 * 100 / 1e9 + prefix + causal
+    assert ATTENTION.prefill_s(SHAPE, 1, 50, 100) == pytest.approx(expected)
+    # 3 decodes, 600 positions of 2 * 2 heads * 64 values of 2 bytes.
+    expected = 2e-5 + 3e-7 + 600 * 512 / 1e9
+    assert ATTENTION.decode_s(SHAPE, 1, 3, 600) == pytest.approx(expected)
+    assert ATTENTION.decode_s(SHAPE, 1, 0, 0) == 0
+
+
+def test_all_reduce_between_below_and_beyond_its_points():
+    table = PROFILE.all_reduce_of(2)
+    assert table.seconds(10) == 1e-5
+    assert table.seconds(1024) == 1e-5
+    assert table.seconds(2048) == pytest.approx(2e-5)  # log-log: halfway in both
+    assert table.seconds(4096) == pytest.approx(4e-5)
+    assert table.seconds(8192) == pytest.approx(4e-5 + 4096 * 3e-5 / 3072)
+
+
+def test_tables_between_below_and_beyond_their_points():
+    tables = TABLES.tables
+    seconds = [tables.layer_s(SHAPE, 1, tokens) for tokens in (1, 6, 11, 16, 21, 31)]
+    assert seconds == pytest.approx([1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3])
+    assert tables.head_s(SHAPE, 1, 0) == 0
+    assert tables.head_s(SHAPE, 1, 3) == pytest.approx(7e-3)
+    assert tables.embedding_s(SHAPE, 1, 500) == 1e-4
+    falling = replace(tables, layer=((1, 3e-3), (2, 2e-3)))
+    assert falling.layer_s(SHAPE, 1, 1000) == 2e-3
+
+
+# ---- a microbatch on its stages -----------------------------------------------------------------
+
+
+def test_work_of():
+    work = work_of(microbatch(prefills=[(0, 100), (64, 28)], decodes=[9, 19, 0]))
+    assert work == Work(131, 5, ((0, 100), (64, 28)), 3, 10 + 20 + 1)
+    assert work_of(microbatch(decodes=[4, 5])) == Work(2, 2, (), 2, 11)
+
+
+def test_a_whole_prediction_by_hand():
+    """Tables: a decode after 9 positions and a prefill of 5 after 20, 2 rows of logits."""
+    cost = PipelineCost(replace(TABLES, host_s=1e-2), SHAPE, split_explicitly(4, 2, [1, 3]))
+    prefill = 1e-5 + 256 * 5 / 1e9 + 4 * 256 * 128 * 20 / 4e12 + 2 * 256 * 128**2 / 2e12
+    decode = 2e-5 + 1e-7 + 10 * 512 / 1e9
+    layer = 1.5e-3 + prefill + decode
+    predicted = cost.predict(microbatch(prefills=[(20, 5)], decodes=[9])).seconds
+    assert predicted == pytest.approx([layer + 1e-4 + 1e-2, 3 * layer + 6e-3 + 1e-2])
+
+
+@pytest.mark.parametrize("profile", [PROFILE, TABLES], ids=["kernels", "tables"])
+def test_terms_add_up(profile):
+    cost = PipelineCost(profile, SHAPE, split_layers(4, 2))
+    mixed = microbatch(3, prefills=[(0, 200)], decodes=[100, 300])
+    for seconds in (None, 1.0, 2.0):
+        predicted = cost.predict(mixed).seconds
+        terms = cost.terms(work_of(mixed))
+        assert [sum(stage) for stage in terms] == pytest.approx(predicted)
+        assert cost.seconds(work_of(mixed)) == predicted
+        if seconds is not None:
+            cost.observe(3, 1, seconds)
+    assert terms[0].embedding > 0 == terms[0].head
+    assert terms[1].head > 0 == terms[1].embedding
+
+
+def test_more_work_takes_longer():
+    cost = PipelineCost(PROFILE, SHAPE, split_layers(4, 2))
+
+    def slowest(**work):
+        return cost.predict(microbatch(**work)).bottleneck
+
+    assert slowest(decodes=[10]) < slowest(decodes=[10, 10]) < slowest(decodes=[10, 500])
+    assert slowest(prefills=[(0, 64)]) < slowest(prefills=[(0, 200)]) < slowest(prefills=[(0, 600)])
+    assert slowest(prefills=[(0, 128)]) < slowest(prefills=[(512, 128)])
+
+
+def test_a_group_wider_than_a_node_takes_the_all_reduce_of_two():
+    """8 devices, 4 a node. Two all-reduces a layer, one where attention and MLP are parallel."""
+    work = Work(4, 1, ((0, 4),), 0, 0)  # 4 tokens * 256 * 2 bytes = 2048
+    two = PipelineCost(PROFILE, SHAPE, split_layers(4, 1), 8).terms(work)[0]
+    assert two.all_reduce == pytest.approx(4 * 2 * 2e-3)
+    parallel = replace(SHAPE, parallel_attention=True)
+    one = PipelineCost(PROFILE, parallel, split_layers(4, 1), 8).terms(work)[0]
+    assert one.all_reduce == pytest.approx(4 * 2e-3)
+    with pytest.raises(
+        ConfigError, match="no all-reduce of 3 devices over 1 nodes; measured are 2"
+    ):
+        PipelineCost(PROFILE, SHAPE, split_layers(4, 1), 3)
+
+
+def test_hops_know_where_a_node_ends():
+    """1,000 tokens * 512 bytes. TP2 on nodes of 4: every second seam leads to another node."""
+    inside, between = 1e-6 + 512e3 / 1e9, 1e-5 + 512e3 / 1e8
+    cost = PipelineCost(PROFILE, SHAPE, split_layers(4, 4), 2)
+    assert cost.hop_seconds(1000) == pytest.approx([inside, between, inside])
+    assert PipelineCost(PROFILE, SHAPE, split_layers(4, 1)).hop_seconds(1000) == ()
+
+
+# ---- learning -----------------------------------------------------------------------------------
+
+
+def observed(cost, factors, indices, decodes=(50,) * 8):
+    """Runs microbatches that take `factors` times the uncorrected prediction."""
+    true = PipelineCost(PROFILE, SHAPE, split_layers(4, 2)).predict(microbatch(decodes=decodes))
+    for index in indices:
+        cost.predict(microbatch(index, decodes=decodes))
+        for stage, factor in enumerate(factors):
+            cost.observe(index, stage, factor * true.seconds[stage])
+    predicted = cost.predict(microbatch(10**6, decodes=decodes)).seconds
+    return [p / t for p, t in zip(predicted, true.seconds, strict=True)]
+
+
+@pytest.fixture
+def cost():
+    return PipelineCost(PROFILE, SHAPE, split_layers(4, 2))
+
+
+def test_it_learns_a_constant_factor_of_each_stage(cost):
+    assert observed(cost, (2.0, 0.5), range(300)) == pytest.approx([2.0, 0.5], rel=0.02)
+
+
+def test_what_all_sizes_share_holds_for_a_size_never_seen(cost):
+    big = Work(400, 1, ((0, 400),), 0, 0)
+    before = cost.seconds(big)
+    observed(cost, (2.0, 2.0), range(300))
+    assert [b / a for a, b in zip(before, cost.seconds(big), strict=True)] == pytest.approx(
+        [2.0, 2.0], rel=0.05
+    )
+
+
+def test_it_learns_sizes_apart(cost):
+    few, many = (50,) * 8, (50,) * 100
+    for round_ in range(0, 400, 2):
+        low = observed(cost, (1.2, 1.2), [round_], few)
+        high = observed(cost, (0.9, 0.9), [round_ + 1], many)
+    assert low == pytest.approx([1.2, 1.2], rel=0.03)
+    assert high == pytest.approx([0.9, 0.9], rel=0.03)
+
+
+def test_a_size_in_use_does_not_change_what_is_known_of_another(cost):
+    few, many = (50,) * 8, (50,) * 100
+    for index in range(0, 400, 2):
+        observed(cost, (1.2, 1.2), [index], few)
+        observed(cost, (0.9, 0.9), [index + 1], many)
+    observed(cost, (1.2, 1.2), range(400, 600), few)
+    assert observed(cost, (0.9, 0.9), [600], many) == pytest.approx([0.9, 0.9], rel=0.03)
+
+
+def test_the_first_observation_of_a_size_keeps_what_was_known(cost):
+    observed(cost, (2.0, 2.0), range(300))
+    assert observed(cost, (2.0, 2.0), [300], (50,) * 100) == pytest.approx([2.0, 2.0], rel=0.02)
+
+
+def test_an_outlier_hardly_moves_it(cost):
+    before = observed(cost, (1.1, 1.1), range(200))
+    after = observed(cost, (100.0, 1.1), [200])
+    assert after == pytest.approx(before, rel=0.01)
+
+
+def test_a_lasting_change_is_believed(cost):
+    observed(cost, (1.0, 1.0), range(500))
+    assert observed(cost, (3.0, 1.0), range(500, 800))[0] == pytest.approx(3.0, rel=0.1)
+
+
+def test_what_cannot_be_used_changes_nothing(cost):
+    cost.predict(microbatch(7, decodes=[5]))
+    before = cost.predict(microbatch(8, decodes=[5]))
+    for index, stage, seconds in (
+        (99, 0, 1.0),  # never predicted
+        (7, 2, 1.0),  # no such stage
+        (7, -1, 1.0),
+        (7, 0, 0.0),
+        (7, 0, -1.0),
+        (7, 0, float("nan")),
+        (7, 0, float("inf")),
+    ):
+        cost.observe(index, stage, seconds)
+        assert cost.predict(microbatch(9, decodes=[5])) == before
+    cost.observe(7, 0, 1.0)
+    once = cost.predict(microbatch(10, decodes=[5]))
+    assert once.seconds[0] > before.seconds[0]
+    cost.observe(7, 0, 1.0)  # a second time
+    assert cost.predict(microbatch(11, decodes=[5])) == once
+
+
+def test_stages_may_report_in_any_order_and_some_never(cost):
+    for index in range(5000):
+        cost.predict(microbatch(index, decodes=[5]))
+        if index % 2:
+            cost.observe(index - 1, 1, 1e-3)
+    held = cost._predicted
+    assert len(held) <= 1024 and min(held) > 3900
+
+
+# ---- profiles for something else ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"device": "other"}, "is for device toy, not other"),
+        ({"model": "other"}, "is for model small, not other"),
+        ({"dtype": "bfloat16"}, "is for dtype float32, not bfloat16"),
+        ({"threads": 2}, "is for threads 1, not 2"),
+        ({"tensor_parallel_size": 2}, "is for tensor_parallel_size 1, not 2"),
+    ],
+)
+def test_a_profile_for_something_else(asked, message):
+    with pytest.raises(ConfigError, match=message):
+        check_profile(TABLES, **asked)
+    check_profile(TABLES, device="toy", model="small", dtype="float32", threads=1)
+
+
+def test_a_table_of_another_model_is_refused_where_it_is_used():
+    for use in (PipelineCost, ProfiledTimes):
+        with pytest.raises(ConfigError, match="for model small, not other"):
+            use(TABLES, replace(SHAPE, name="other"), split_layers(4, 2))
+    PipelineCost(PROFILE, replace(SHAPE, name="other"), split_layers(4, 2))  # formulae: any model
+
+
+def test_a_profile_has_kernels_or_tables():
+    with pytest.raises(ConfigError, match="both kernels and tables, or neither"):
+        replace(PROFILE, tables=TABLES.tables)
+    with pytest.raises(ConfigError, match="sizes of its points must increase"):
+        AllReduce(group=2, nodes=1, points=((5, 1.0), (5, 1.0)))
+
+
+# ---- the simulator's ground truth ---------------------------------------------------------------
+
+OFF = Residuals(
+    linear=0.08, attention_prefill=0.07, attention_decode=0.1, all_reduce=0.05, jitter=0.01
+)
+
+
+def times(seed=0, residuals=OFF, profile=PROFILE) -> ProfiledTimes:
+    return ProfiledTimes(replace(profile, residuals=residuals), SHAPE, split_layers(4, 2), 2, seed)
+
+
+MIXED = [
+    microbatch(index, prefills=[(64 * (index % 7), 40 + 90 * (index % 11))], decodes=[index, 900])
+    for index in range(200)
+]
+
+
+def test_ground_truth_follows_from_the_seed_in_any_order():
+    forward, backward = times(), times()
+    first = [forward.compute_s(mixed) for mixed in MIXED]
+    assert first == [backward.compute_s(mixed) for mixed in reversed(MIXED)][::-1]
+    assert first != [times(seed=1).compute_s(mixed) for mixed in MIXED]
+
+
+def test_without_residuals_it_is_the_prediction():
+    exact, cost = times(residuals=Residuals()), PipelineCost(PROFILE, SHAPE, split_layers(4, 2), 2)
+    for mixed in MIXED:
+        assert exact.compute_s(mixed) == pytest.approx(cost.predict(mixed).seconds)
+        assert exact.hop_s(mixed) == pytest.approx(cost.hop_seconds(mixed.num_tokens))
+
+
+def test_it_is_off_by_about_the_residuals():
+    """Over seeds: the spread of a microbatch of matrix products is below that of one product, and
+    well above the jitter's."""
+    cost = PipelineCost(PROFILE, SHAPE, split_layers(4, 2), 2)
+    expected = cost.predict(MIXED[5]).seconds[0]
+    ratios = [times(seed).compute_s(MIXED[5])[0] / expected for seed in range(300)]
+    mean = sum(ratios) / len(ratios)
+    spread = sqrt(sum((ratio - mean) ** 2 for ratio in ratios) / len(ratios))
+    assert mean == pytest.approx(1, abs=0.02)
+    assert 0.015 < spread < 0.08
+
+
+def test_jitter_alone():
+    jittered = times(residuals=Residuals(jitter=0.05))
+    same = microbatch(0, decodes=[100])
+    logs = [jittered.compute_s(replace(same, index=index))[0] for index in range(2000)]
+    mean = sum(logs) / len(logs)
+    spread = sqrt(sum((seconds / mean - 1) ** 2 for seconds in logs) / len(logs))
+    assert spread == pytest.approx(0.05, rel=0.1)
+    assert max(logs) < mean * exp(6 * 0.05)

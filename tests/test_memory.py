@@ -1,0 +1,69 @@
+"""KV blocks beside the weights, against numbers that papers print."""
+
+import pytest
+
+from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.memory import kv_blocks_beside_weights, kv_bytes_of_layer, weight_bytes
+from pipeserve.core.partition import split_explicitly, split_layers
+from pipeserve.errors import ConfigError
+
+A100 = 80e9
+
+
+def requests_that_fit(name, num_stages, tensor_parallel_size, context):
+    """Requests of `context` tokens at 90 % of an A100-80GB, each a block."""
+    shape = load_shape(name)
+    return kv_blocks_beside_weights(
+        shape,
+        split_layers(shape.num_layers, num_stages),
+        tensor_parallel_size=tensor_parallel_size,
+        device_bytes=0.9 * A100,
+        block_size=context,
+    )
+
+
+def test_gpt3_holds_the_batches_that_sarathi_reports():
+    """2308.16369, section 5.3: 11 with TP8; 27 in each of 8 microbatches with TP8 x PP8."""
+    assert requests_that_fit("gpt3-175b", 1, 8, 4096) == 11
+    assert requests_that_fit("gpt3-175b", 8, 8, 4096) // 8 == 27
+
+
+def test_the_scarcest_stage_decides():
+    shape = load_shape("llama2-7b")
+    kwargs = {"tensor_parallel_size": 1, "device_bytes": 20e9, "block_size": 16}
+    even = kv_blocks_beside_weights(shape, split_layers(32, 2), **kwargs)
+    uneven = kv_blocks_beside_weights(shape, split_explicitly(32, 2, [24, 8]), **kwargs)
+    weights = 24 * shape.num_layer_parameters * 2 + shape.num_head_parameters * 2
+    assert uneven == (20e9 - weights) // (24 * 16 * shape.kv_bytes_per_token_per_layer)
+    assert uneven < even
+
+
+def test_a_stage_without_layers_limits_nothing():
+    shape = load_shape("llama2-7b")
+    kwargs = {"tensor_parallel_size": 1, "device_bytes": 40e9, "block_size": 16}
+    with_empty = kv_blocks_beside_weights(shape, split_explicitly(32, 3, [16, 0, 16]), **kwargs)
+    assert with_empty == kv_blocks_beside_weights(shape, split_layers(32, 2), **kwargs)
+
+
+def test_tied_tables_count_once_where_they_meet():
+    shape = load_shape("opt-13b")
+    assert shape.tie_word_embeddings
+    (alone,) = split_layers(40, 1).stages
+    first, last = split_layers(40, 2).stages
+    head = shape.num_head_parameters * 2
+    assert (
+        weight_bytes(shape, first) + weight_bytes(shape, last) == weight_bytes(shape, alone) + head
+    )
+
+
+def test_kv_heads_are_kept_twice_when_there_are_fewer_than_devices():
+    shape = load_shape("falcon-180b")  # 8 KV heads
+    assert kv_bytes_of_layer(shape, 8) == shape.kv_bytes_per_token_per_layer
+    assert kv_bytes_of_layer(shape, 16) == 2 * shape.kv_bytes_per_token_per_layer
+
+
+def test_weights_that_do_not_fit_are_one_clear_line():
+    with pytest.raises(
+        ConfigError, match=r"stage 0 of falcon-180b .* no room for KV; use more"
+    ):
+        requests_that_fit("falcon-180b", 2, 1, 16)

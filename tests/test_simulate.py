@@ -1,0 +1,139 @@
+"""`pipeserve simulate` from the command line: recipes, results, and what it refuses."""
+
+import json
+
+import pytest
+from made_up_profile import TRUE
+
+from pipeserve.configs import load_recipe, recipe_names
+from pipeserve.configs.device_profiles import load_profile, save_profile
+from pipeserve.core.policies import POLICIES
+from pipeserve.launch import cli
+
+FALCON = ["simulate", "--config", "falcon-180b-8xa100", "--num-prompts", "40", "--rate", "1"]
+SMALL = [
+    "simulate", "llama2-7b", "--device-profile", "a100-80gb-dgx", "-pp", "2", "--max-model-len",
+    "2048",
+]  # fmt: skip
+
+
+@pytest.fixture
+def lengths(tmp_path):
+    path = tmp_path / "lengths.jsonl"
+    line = {"prompt_token_ids": [0] * 1900, "max_tokens": 4}
+    path.write_text(json.dumps(line) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def simulate(tmp_path, capsys):
+    """Runs a command with --json: the object, and what was printed."""
+
+    def simulate(*arguments):
+        path = tmp_path / "result.json"
+        assert cli.main([*arguments, "--json", str(path)]) == 0
+        return json.loads(path.read_text()), capsys.readouterr().out
+
+    return simulate
+
+
+def failure(capsys, arguments, code=2):
+    assert cli.main(arguments) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_run_reports_what_bench_does(simulate):
+    result, printed = simulate(*FALCON)
+    assert result["requests"] == 40
+    assert result["policy"] == "uniform"
+    assert result["simulated"] == load_profile("a100-80gb-dgx").name
+    assert len(result["stages"]) == 8
+    for stage in result["stages"]:
+        assert 0 < stage["busy"] < 1
+        assert stage["busy"] + sum(stage["idle_by_cause"].values()) == pytest.approx(1)
+    for key in ("seconds", "total_tokens_per_s", "output_tokens_per_s"):
+        assert result[key] > 0
+    for key in ("ttft_s", "tbt_s", "queueing_s"):
+        assert 0 <= result[key]["p50"] <= result[key]["p90"] <= result[key]["p99"]
+    assert "trained to 2,048 positions" in printed
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(simulate):
+    first, again, other = (simulate(*FALCON, "--seed", seed)[0] for seed in ("5", "5", "6"))
+    assert first == again
+    assert first["seconds"] != other["seconds"]
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_every_policy_serves_everything(simulate, policy):
+    result, _ = simulate(*SMALL, "--policy", policy, "--workload", "azure-conv", "--scale", "12",
+                         "--num-prompts", "30", "--rate", "8")  # fmt: skip
+    assert result["requests"] == 30
+    assert result["policy"] == policy
+
+
+def test_capacity_is_under_the_ceiling_and_holds_what_it_promises(simulate, lengths):
+    result, printed = simulate(
+        *SMALL, "--workload", lengths, "--find-capacity", "--slo-tbt", "0.05"
+    )
+    assert 0 < result["capacity_rps"] < result["ceiling_rps"]
+    (best,) = (t for t in result["trials"] if t["rate"] == result["capacity_rps"])
+    assert best["tbt_p99_s"] <= 0.1 and best["queueing_p50_s"] <= 2
+    assert f"capacity {result['capacity_rps']:.3f} requests/s" in printed
+
+
+def test_an_slo_that_no_schedule_meets_is_said_so(simulate, lengths):
+    result, printed = simulate(
+        *SMALL, "--workload", lengths, "--find-capacity", "--slo-tbt", "1e-6"
+    )
+    assert result["capacity_rps"] == 0
+    assert "cannot: even requests that hardly meet" in printed
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if "device_profile" in load_recipe(n)])
+def test_every_simulated_recipe_runs(simulate, name):
+    result, _ = simulate("simulate", "--config", name, "--workload", "azure-conv", "--scale", "20",
+                         "--num-prompts", "5", "--rate", "1")  # fmt: skip
+    assert result["requests"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["simulate", "falcon-180b"], "no device profile: give --device-profile"),
+        ([*SMALL, "--device-profile", "a100-80gb"], "a100-80gb-dgx"),
+        (["simulate", "falcon-180", "--device-profile", "a100-80gb-dgx"], "falcon-180b"),
+        ([*SMALL, "--rate", "0"], "--rate is 0"),
+        ([*SMALL, "--rate", "-1"], "--rate is -1"),
+        ([*SMALL, "--rate", "inf"], "--rate is inf"),
+        ([*SMALL, "--find-capacity"], "--find-capacity and --slo-tbt SECONDS go together"),
+        ([*SMALL, "--slo-tbt", "1"], "--find-capacity and --slo-tbt SECONDS go together"),
+        ([*SMALL, "--find-capacity", "--slo-tbt", "0"], "--slo-tbt is 0"),
+        ([*SMALL, "--find-capacity", "--slo-tbt", "1", "--rate", "2"], "leave --rate out"),
+        ([*SMALL, "--max-model-len", "100"], "the context holds 100"),
+        ([*SMALL, "--policy", "vllm", "--max-num-batched-tokens", "64"], "give at least max_model"),
+        ([*SMALL, "-tp", "3"], "tensor_parallel_size is 3"),
+        ([*SMALL, "-pp", "33"], "more than the model's 32 layers"),
+        (["simulate", "falcon-180b", "--device-profile", "a100-80gb-dgx"], "no room for KV"),
+    ],
+)
+def test_what_cannot_be_is_one_line(capsys, arguments, message):
+    assert message in failure(capsys, arguments)
+
+
+def test_a_profile_of_another_model_is_refused(capsys, tmp_path):
+    path = tmp_path / "cpu.yaml"
+    save_profile(TRUE, path)
+    arguments = ["simulate", "llama2-7b", "--device-profile", str(path)]
+    assert "for model smollm2-135m, not llama2-7b" in failure(capsys, arguments)
+
+
+def test_a_calibrated_profile_simulates_its_model(simulate, tmp_path):
+    path = tmp_path / "cpu.yaml"
+    save_profile(TRUE, path)
+    result, _ = simulate("simulate", "smollm2-135m", "-pp", "2", "--device-profile", str(path),
+                         "--workload", "azure-conv", "--scale", "8",
+                         "--num-prompts", "5")  # fmt: skip
+    assert result["simulated"] == "made up"

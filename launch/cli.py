@@ -253,6 +253,7 @@ def simulate(
     from pipeserve.launch import simulate as verb
     from pipeserve.launch.jsonl import check_writable
     from pipeserve.launch.workload import read_workload
+    from pipeserve.shapes import find_shape
 
     if find_capacity != (slo_tbt is not None):
         raise ConfigError("--find-capacity and --slo-tbt SECONDS go together; give both or none")
@@ -264,7 +265,7 @@ def simulate(
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
     if json_file is not None:
         check_writable(json_file)
-    setup = verb.make_setup(run_config)
+    setup = verb.make_setup(run_config, find_shape(run_config.model, run_config.dtype))
     if slo_tbt is None:
         report = verb.simulate(setup, work)
         verb.print_report(report, Console())

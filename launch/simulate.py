@@ -67,14 +67,17 @@ class Setup:
         return SimulatedPipeline(self.make_engine(), self.times)
 
 
-def make_setup(config: RunConfig) -> Setup:
-    """Raises ConfigError: no such model or profile, one of another model, a model that does not fit
-    the devices, limits that the policy cannot work within."""
+def make_setup(config: RunConfig, shape: ModelShape | None = None) -> Setup:
+    """`shape` is the model's; by default that of the catalogue.
+
+    Raises ConfigError: no such model or profile, a profile of another model, a model that does not
+    fit the devices, limits that the policy cannot work within.
+    """
     if config.device_profile is None:
         raise ConfigError(
             "no device profile: give --device-profile NAME or FILE, or a recipe that names one"
         )
-    shape = load_shape(config.model)
+    shape = shape or load_shape(config.model)
     profile = load_profile(config.device_profile)
     size = config.tensor_parallel_size
     dtype = None if config.dtype == "auto" else config.dtype

@@ -21,7 +21,7 @@ from pipeserve.core.partition import plan_pipeline
 from pipeserve.core.policies import get_policy
 from pipeserve.core.spans import Span
 from pipeserve.core.view import CostModel
-from pipeserve.errors import ConfigError, StageError
+from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.fleet import Fleet
 from pipeserve.kv_budget import num_kv_blocks
 from pipeserve.machine import device_name
@@ -160,6 +160,11 @@ class Driver:
         Raises CapacityError, and StageError when the pipeline has ended.
         """
         self._check_open()
+        if request.num_imported:
+            raise CapacityError(
+                f"request {request.id} imports the KV of {request.num_imported} positions; stages "
+                "cannot take KV from another pipeline yet"
+            )
         self.engine.add(request, time.monotonic())
         self._requests[request.id] = request
 

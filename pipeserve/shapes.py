@@ -1,5 +1,9 @@
 """The shape of a checkpoint, as the cost model and the simulator know models."""
 
+from dataclasses import replace
+from pathlib import Path
+
+from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.shape import ModelShape
 from pipeserve.stages.config import DTYPE_BYTES, ModelConfig
 
@@ -19,3 +23,13 @@ def shape_of(config: ModelConfig, name: str, dtype: str) -> ModelShape:
         tie_word_embeddings=config.tie_word_embeddings,
         bytes_per_value=DTYPE_BYTES[dtype],
     )
+
+
+def find_shape(model: str, dtype: str) -> ModelShape:
+    """Of a checkpoint folder, or of a model of the catalogue (`configs/models/`), whose weights
+    are kept as `dtype`, "auto" or a key of `DTYPE_BYTES`. Raises ConfigError."""
+    if Path(model).is_dir():
+        config = ModelConfig.from_folder(model)
+        return shape_of(config, model, config.resolve_dtype(dtype))
+    shape = load_shape(model)
+    return shape if dtype == "auto" else replace(shape, bytes_per_value=DTYPE_BYTES[dtype])

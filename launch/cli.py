@@ -241,6 +241,27 @@ def simulate(
     slo_tbt: Annotated[
         float | None, typer.Option(help="Longest time between tokens, seconds, for 99 % of them.")
     ] = None,
+    slo_ttft: Annotated[
+        float | None, typer.Option(help="Longest time to a request's first token, seconds.")
+    ] = None,
+    slo_tpot: Annotated[
+        float | None, typer.Option(help="Longest mean time of a request's later tokens, seconds.")
+    ] = None,
+    attainment: Annotated[
+        float, typer.Option(help="Share of requests that must meet --slo-ttft and --slo-tpot.")
+    ] = 0.9,
+    prefill_pool: Annotated[
+        str | None, typer.Option(help="Prefill instances of their own: TPxPP*N.")
+    ] = None,
+    decode_pool: Annotated[
+        str | None, typer.Option(help="Decode instances of their own: TPxPP*N.")
+    ] = None,
+    place: Annotated[
+        str | None, typer.Option(help="Search the best pools, on NODESxGPUS with --rate.")
+    ] = None,
+    fast_network: Annotated[
+        bool, typer.Option("--fast-network", help="Of --place: KV may go between nodes.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here, too.")
     ] = None,
@@ -248,30 +269,28 @@ def simulate(
     **flags: Any,
 ) -> int:
     """Serve a workload on virtual time, on devices known by their cost profile alone."""
-    from rich.console import Console
-
-    from pipeserve.launch import simulate as verb
+    from pipeserve.launch import disaggregate, simulate
     from pipeserve.launch.jsonl import check_writable
+    from pipeserve.launch.wanted import Wanted, read_nodes, read_pools, read_slo
     from pipeserve.launch.workload import read_workload
     from pipeserve.shapes import find_shape
 
-    if find_capacity != (slo_tbt is not None):
-        raise ConfigError("--find-capacity and --slo-tbt SECONDS go together; give both or none")
-    if find_capacity and rate is not None:
-        raise ConfigError("--find-capacity looks for the rate; leave --rate out")
-    if slo_tbt is not None and not 0 < slo_tbt < float("inf"):
-        raise ConfigError(f"--slo-tbt is {slo_tbt}, must be over 0 seconds")
     run_config = _run_config(model, config, flags)
+    wanted = Wanted(
+        find_capacity=find_capacity,
+        rate=rate,
+        slo_tbt_s=slo_tbt,
+        slo=read_slo(slo_ttft, slo_tpot, attainment),
+        pools=read_pools(prefill_pool, decode_pool),
+        nodes=read_nodes(place),
+        fast_network=fast_network,
+    )
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
     if json_file is not None:
         check_writable(json_file)
-    setup = verb.make_setup(run_config, find_shape(run_config.model, run_config.dtype))
-    if slo_tbt is None:
-        report = verb.simulate(setup, work)
-        verb.print_report(report, Console())
-    else:
-        report = verb.search_capacity(setup, work, slo_tbt)
-        verb.print_capacity(report, Console())
+    shape = find_shape(run_config.model, run_config.dtype)
+    verb = disaggregate if wanted.pools or wanted.nodes else simulate
+    report = verb.run(run_config, shape, work, wanted)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -22,7 +22,8 @@ from pipeserve.core.partition import plan_pipeline
 from pipeserve.core.policies import get_policy
 from pipeserve.core.shape import ModelShape
 from pipeserve.errors import ConfigError
-from pipeserve.launch.tables import run_table, stage_table
+from pipeserve.launch.tables import attainment_line, run_table, stage_table
+from pipeserve.launch.wanted import Wanted
 from pipeserve.launch.workload import Workload
 from pipeserve.profiling.capacity import (
     MAX_MEDIAN_DELAY_S,
@@ -32,9 +33,10 @@ from pipeserve.profiling.capacity import (
     find_capacity,
     run_trial,
 )
+from pipeserve.profiling.goodput import Slo, attainment
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
 from pipeserve.profiling.stage_times import ProfiledTimes
-from pipeserve.profiling.summary import RequestRecord, percentiles, summarize, window
+from pipeserve.profiling.summary import percentiles, summarize, window
 from pipeserve.profiling.workloads import check_fits
 
 _CAPACITY_REQUESTS = 1000
@@ -129,26 +131,33 @@ def notes(setup: Setup) -> list[str]:
     return []
 
 
+def run(config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted) -> dict[str, Any]:
+    """Answers, prints, and returns the object that `--json` writes. Raises ConfigError and
+    CapacityError."""
+    setup, console = make_setup(config, shape), Console()
+    if wanted.find_capacity:
+        report = search_capacity(setup, workload, wanted.slo_tbt_s)
+        print_capacity(report, console)
+    else:
+        report = simulate(setup, workload, wanted.slo)
+        print_report(report, console)
+    return report
+
+
 # ---- a run of a workload ------------------------------------------------------------------------
 
 
-def simulate(setup: Setup, workload: Workload) -> dict[str, Any]:
-    """Serves the workload to its end. Returns the object that `--json` writes (docs/simulate.md).
+def simulate(setup: Setup, workload: Workload, slo: Slo | None = None) -> dict[str, Any]:
+    """Serves the workload to its end, and counts what was within `slo`.
 
+    Returns the object that `--json` writes (docs/simulate.md).
     Raises ConfigError for a request over the context, CapacityError for one over the KV pool.
     """
     arrivals = _arrivals(setup, workload)
     pipeline = setup.make_pipeline()
     simulation = Simulation(pipeline, arrivals)
     simulation.run_until()
-    records = [
-        RequestRecord(
-            num_prompt_tokens=served.num_prompt_tokens,
-            arrival_s=served.arrival_s,
-            token_times_s=tuple(served.token_times_s),
-        )
-        for served in simulation.served
-    ]
+    records = [served.record() for served in simulation.served]
     delays = [served.started_s - served.arrival_s for served in simulation.served]
     busy = busy_in(pipeline, *window(records))
     return {
@@ -156,6 +165,7 @@ def simulate(setup: Setup, workload: Workload) -> dict[str, Any]:
         "queueing_s": asdict(percentiles(delays)),
         "preemptions": pipeline.engine.stats.preemptions,
         "microbatches": len(pipeline.flights),
+        **({"attainment": attainment(simulation.served, slo)._asdict()} if slo else {}),
         **_common(setup, workload, busy),
     }
 
@@ -228,6 +238,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     """A simulated run as tables."""
     console.print(run_table(report))
     console.print(stage_table(report["stages"]))
+    if "attainment" in report:
+        console.print(attainment_line(report["attainment"]))
     _print_notes(report, console)
 
 

@@ -45,3 +45,10 @@ def memory_table(stages: Sequence[dict[str, Any]]) -> Table:
         sizes = (f"{size / 2**20:,.0f}" for size in (*parts, total, peak))
         table.add_row(str(number), *sizes, f"{peak / total:.2f}")
     return table
+
+
+def attainment_line(shares: dict[str, float]) -> str:
+    return (
+        f"within the SLO: TTFT {shares['ttft']:.1%}, TPOT {shares['tpot']:.1%}, "
+        f"both {shares['both']:.1%} of requests"
+    )

@@ -194,7 +194,8 @@ def _measure(
 
 def busy_in(pipeline: SimulatedPipeline, start_s: float, stop_s: float) -> tuple[float, ...]:
     """Share of `[start_s, stop_s)` in which each stage computed: 0 to 1."""
-    starts = np.array([flight.starts_s for flight in pipeline.flights])
-    ends = np.array([flight.ends_s for flight in pipeline.flights])
+    shape = (len(pipeline.flights), len(pipeline.engine.pipeline.stages))
+    starts = np.array([flight.starts_s for flight in pipeline.flights]).reshape(shape)
+    ends = np.array([flight.ends_s for flight in pipeline.flights]).reshape(shape)
     inside = np.minimum(ends, stop_s) - np.maximum(starts, start_s)
     return tuple(float(s) for s in np.maximum(inside, 0).sum(axis=0) / (stop_s - start_s))

@@ -25,6 +25,7 @@ from pipeserve.core.nouns import (
     StepResult,
     Wait,
 )
+from pipeserve.profiling.summary import RequestRecord
 
 
 class StageTimes(Protocol):
@@ -71,6 +72,14 @@ class Served:
     def finished(self) -> bool:
         return len(self.token_times_s) == self.max_tokens
 
+    def record(self) -> RequestRecord:
+        """What a run's summary is made of."""
+        return RequestRecord(
+            num_prompt_tokens=self.num_prompt_tokens,
+            arrival_s=self.arrival_s,
+            token_times_s=tuple(self.token_times_s),
+        )
+
 
 class SimulatedPipeline:
     """One engine and its stages. Whoever holds the clock calls `add` and `advance` in time order,
@@ -91,8 +100,9 @@ class SimulatedPipeline:
         """Admissions, with the time that stage 0 takes them up; the host clears it."""
         self._times = times
         self._plans_ahead = engine.policy.traits.plans_ahead
-        self._stage_free: list[float] = []
-        self._link_free: list[float] = []
+        num_stages = len(engine.pipeline.stages)
+        self._stage_free = [0.0] * num_stages
+        self._link_free = [0.0] * (num_stages - 1)
         self._outstanding: deque[tuple[Flight, int]] = deque()  # with how many tokens it samples
         self._known_s: dict[int, float] = {}  # of outstanding microbatches, for token feedback
 
@@ -124,8 +134,6 @@ class SimulatedPipeline:
         """The microbatch's way: each server takes it when it is there and the server is free."""
         compute_s = self._times.compute_s(microbatch)
         hop_s = self._times.hop_s(microbatch)
-        if not self._stage_free:
-            self._stage_free, self._link_free = [0.0] * len(compute_s), [0.0] * len(hop_s)
         starts, ends = [], []
         there = max(now + self._times.control_s, self._tokens_there(microbatch))
         for stage, seconds in enumerate(compute_s):

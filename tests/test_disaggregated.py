@@ -147,6 +147,28 @@ def test_kv_is_pulled_only_when_the_decode_instance_has_room() -> None:
     ]
 
 
+def test_room_in_a_decode_instance_is_promised_once() -> None:
+    """It has room for one, the prefill instance for two: the fourth prompt starts at 3, when the
+    second one's KV is pulled, and not at 1, when both could have been."""
+    pools = [prefill(num_tokens=64)], [decode(num_tokens=40, times=Fixed(decode_s=1.0))]
+    assert times_of(run(pools, [Arrival(0.0, 32, 3)] * 4)) == [
+        [1, 2, 3],
+        [1, 4, 5],
+        [2, 6, 7],
+        [4, 8, 9],
+    ]
+
+
+def test_a_request_that_ended_is_no_load() -> None:
+    """Each decode instance has room for one, and the second one is busy for 9 s from 1.5 on."""
+    slow = Fixed(decode_s=1.0)
+    decoders = [decode(num_tokens=40, times=slow), decode(num_tokens=40, times=slow)]
+    arrivals = [Arrival(0, 30, 2), Arrival(0.5, 30, 10), Arrival(3, 30, 2), Arrival(6, 30, 2)]
+    served = run(([prefill(), prefill()], decoders), arrivals)
+    assert times_of(served)[::2] == [[1, 2], [4, 5]]
+    assert times_of(served)[3] == [7, 8]
+
+
 def test_a_request_of_one_token_gives_its_room_back() -> None:
     served = run(([prefill(num_tokens=32)], []), [Arrival(0.0, 32, 1)] * 3)
     assert times_of(served) == [[1], [2], [3]]
@@ -261,7 +283,7 @@ def test_attainment_counts_each_target_and_both() -> None:
     requests = [
         request(0, 1, 2, 3),  # 1 s, 1 s a token: both
         request(0, 2.5, 3, 4),  # 2.5 s, 0.75 s
-        request(5, 6, 9, 12),  # 1 s, 3 s
+        request(5, 6, 7, 8.5),  # 1 s, 1.25 s
         request(5, 6),  # one token has no time between tokens
         request(0, 1, 2, max_tokens=3),  # not ended
         request(0, max_tokens=3),  # not begun
@@ -346,6 +368,29 @@ def test_goodput_of_a_simulation_lies_below_what_the_prefill_instance_can_do() -
 @pytest.mark.parametrize("rate", [0.01, 50.0])
 def test_a_hopeless_slo_and_an_endless_load_end(slo: Slo, rate: float) -> None:
     assert not meets(loaded(rate), slo, 5, 50, rate)
+
+
+def test_a_verdict_does_not_wait_for_requests_that_are_bad_already() -> None:
+    """Serving all 55 prompts takes 55 s, in which 2,750 arrive; 0.9 s decide."""
+    late = loaded(50.0)
+    assert not meets(late, Slo(ttft_s=0.9, tpot_s=1.0), 5, 50, 50.0)
+    assert len(late.served) < 400
+    arrivals = poisson_arrivals([(100, 11)], rate=0.5, seed=0)
+    stuck = DisaggregatedSimulation([prefill()], [decode(times=Fixed(decode_s=1e4))], arrivals)
+    assert not meets(stuck, Slo(ttft_s=9.0, tpot_s=0.09), 0, 10, 0.5)
+    assert len(stuck.served) < 50
+
+
+def test_the_ramp_is_not_counted() -> None:
+    """Five prompts come together and are run one by one, ten more in good time."""
+    arrivals = [Arrival(0.0, 100, 1)] * 5 + [Arrival(10.0 + 2 * n, 100, 1) for n in range(10)]
+
+    def simulation() -> DisaggregatedSimulation:
+        return DisaggregatedSimulation([prefill(batch_tokens=101, max_model_len=101)], [], arrivals)
+
+    slo = Slo(ttft_s=1.5, tpot_s=1.0)
+    assert meets(simulation(), slo, 5, 10, rate=0.5)
+    assert not meets(simulation(), slo, 0, 15, rate=0.5)
 
 
 def test_a_run_with_too_few_requests_is_an_error() -> None:

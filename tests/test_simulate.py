@@ -16,6 +16,9 @@ SMALL = [
     "2048",
 ]  # fmt: skip
 
+SLO = ["--slo-ttft", "0.2", "--slo-tpot", "0.05"]
+POOLS = ["--prefill-pool", "2x1", "--decode-pool", "1x1*2"]
+
 
 @pytest.fixture
 def lengths(tmp_path):
@@ -114,6 +117,17 @@ def test_every_simulated_recipe_runs(simulate, name):
         ([*SMALL, "--find-capacity", "--slo-tbt", "1", "--rate", "2"], "leave --rate out"),
         ([*SMALL, "--max-model-len", "100"], "the context holds 100"),
         ([*SMALL, "--policy", "vllm", "--max-num-batched-tokens", "64"], "give at least max_model"),
+        ([*SMALL, "--slo-ttft", "1"], "--slo-ttft and --slo-tpot go together"),
+        ([*SMALL, *SLO, "--attainment", "1.5"], "the attainment is 1.5"),
+        ([*SMALL, *SLO, "--prefill-pool", "1x1"], "--prefill-pool and --decode-pool go together"),
+        ([*SMALL, *SLO, *POOLS[:2], "--decode-pool", "2"], "--decode-pool is '2'; give TPxPP"),
+        ([*SMALL, *SLO, *POOLS[:2], "--decode-pool", "0x1"], "--decode-pool is '0x1'"),
+        ([*SMALL, *POOLS], "pools are measured by --slo-ttft and --slo-tpot"),
+        ([*SMALL, *POOLS, *SLO, "--slo-tbt", "1"], "not --slo-tbt"),
+        ([*SMALL, *SLO, "--place", "4"], "--place is '4'; give NODESxGPUS"),
+        ([*SMALL, *SLO, "--place", "1x4"], "--place needs --slo-ttft, --slo-tpot and --rate"),
+        ([*SMALL, *SLO, "--place", "1x4", "--rate", "1", *POOLS], "--place looks for pools"),
+        ([*SMALL, "--fast-network"], "--fast-network is for --place"),
         ([*SMALL, "-tp", "3"], "tensor_parallel_size is 3"),
         ([*SMALL, "-pp", "33"], "more than the model's 32 layers"),
         (["simulate", "falcon-180b", "--device-profile", "a100-80gb-dgx"], "no room for KV"),
@@ -137,3 +151,44 @@ def test_a_calibrated_profile_simulates_its_model(simulate, tmp_path):
                          "--workload", "azure-conv", "--scale", "8",
                          "--num-prompts", "5")  # fmt: skip
     assert result["simulated"] == "made up"
+
+
+# ---- prefill and decode apart -------------------------------------------------------------------
+
+
+def test_a_run_counts_what_was_within_the_slo(simulate, lengths):
+    """One prompt of 1,900 tokens takes over 50 ms, so a TTFT of 10 ms is met by none."""
+    run = [*SMALL, "--workload", lengths, "--slo-tpot", "1"]
+    assert simulate(*run, "--slo-ttft", "0.01")[0]["attainment"]["both"] == 0
+    result, printed = simulate(*run, "--slo-ttft", "5")
+    assert result["attainment"] == {"ttft": 1, "tpot": 1, "both": 1}
+    assert "both 100.0% of requests" in printed
+
+
+def test_pools_of_their_own(simulate, lengths):
+    result, printed = simulate(*SMALL, *SLO, *POOLS, "--workload", lengths)
+    assert result["requests"] == 1
+    assert result["num_gpus"] == 4
+    assert [len(result["pools"][name]) for name in ("prefill", "decode")] == [1, 2]
+    assert result["attainment"]["both"] == 1
+    assert "TTFT within 0.2 s and TPOT within 0.05 s for 90%" in printed
+
+
+def test_goodput_of_pools_and_one_that_cannot_be(simulate, lengths):
+    run = [*SMALL, *POOLS, "--workload", lengths, "--find-capacity", "--slo-tpot", "0.05"]
+    result, printed = simulate(*run, "--slo-ttft", "0.5")
+    assert result["goodput_rps"] == pytest.approx(4 * result["goodput_rps_per_gpu"])
+    assert f"goodput {result['goodput_rps']:.2f} requests/s" in printed
+    result, printed = simulate(*run, "--slo-ttft", "0.001")
+    assert result["goodput_rps"] == 0
+    assert "cannot: no rate is within the SLO" in printed
+
+
+@pytest.mark.parametrize(("more", "algorithm"), [([], 2), (["--fast-network"], 1)])
+def test_the_best_pools_for_a_rate(simulate, lengths, more, algorithm):
+    run = [*SMALL, "--workload", lengths, *SLO, "--place", "1x2", "--rate", "30", *more]
+    result, printed = simulate(*run)
+    found = result["placement"]
+    assert result["algorithm"] == algorithm
+    assert found["num_gpus"] * found["rate_per_gpu"] >= 30 * 0.99
+    assert f"{found['num_gpus']} GPUs for 30 requests/s" in printed

@@ -86,7 +86,7 @@ class Engine:
         self.policy = policy
         self.limits = limits
         self.stats = Stats()
-        self._pipeline = plan
+        self.pipeline = plan
         self._window = plan.window + policy.traits.plans_ahead
         self._cost = cost
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
@@ -251,7 +251,7 @@ class Engine:
         queues = self._queues
         return View(
             limits=self.limits,
-            window=self._pipeline.window,
+            window=self.pipeline.window,
             waiting=queues.waiting,
             running=queues.running,
             decodes=queues.decodes,

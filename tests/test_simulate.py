@@ -35,7 +35,8 @@ def simulate(tmp_path, capsys):
     def simulate(*arguments):
         path = tmp_path / "result.json"
         assert cli.main([*arguments, "--json", str(path)]) == 0
-        return json.loads(path.read_text()), capsys.readouterr().out
+        # Lines are broken where the terminal ends.
+        return json.loads(path.read_text()), " ".join(capsys.readouterr().out.split())
 
     return simulate
 

@@ -31,7 +31,7 @@ BLOCK_SIZE = 16
 MAX_NUM_SEQS = 1024
 A100_80GB_BYTES = 79.0e9
 """Of one GPU, for weights and KV. Fitted to DistServe's measured KV capacities of OPT-13B, 66B and
-175B (`max_num_tokens.csv`, 102 rows): within 3 % of each."""
+175B (`max_num_tokens.csv`): within 3 % of the nine rows that a test holds."""
 
 
 Candidate = TypeVar("Candidate")

@@ -63,7 +63,5 @@ def test_kv_heads_are_kept_twice_when_there_are_fewer_than_devices():
 
 
 def test_weights_that_do_not_fit_are_one_clear_line():
-    with pytest.raises(
-        ConfigError, match=r"stage 0 of falcon-180b .* no room for KV; use more"
-    ):
+    with pytest.raises(ConfigError, match=r"stage 0 of falcon-180b .* no room for KV; use more"):
         requests_that_fit("falcon-180b", 2, 1, 16)

@@ -30,7 +30,7 @@ from pipeserve.profiling.placement import (
     place_apart,
     place_together,
 )
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline
+from pipeserve.profiling.simulator import SimulatedPipeline, in_order
 from pipeserve.profiling.stage_times import ProfiledTimes
 from pipeserve.profiling.summary import summarize, window
 from pipeserve.profiling.workloads import check_fits
@@ -114,8 +114,7 @@ def simulate(service: Service, pools: Pools, workload: Workload) -> dict[str, An
 
     Raises CapacityError for a request that an instance could never hold.
     """
-    times = workload.arrival_times_s()
-    arrivals = sorted(Arrival(at, *pair) for at, pair in zip(times, service.lengths, strict=True))
+    arrivals = in_order(workload.arrival_times_s(), service.lengths)
     prefill, decode = _pipelines(service, pools)
     simulation = service.simulation(prefill, decode, arrivals)
     simulation.run_until()

@@ -34,7 +34,7 @@ from pipeserve.profiling.capacity import (
     run_trial,
 )
 from pipeserve.profiling.goodput import Slo, attainment
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, in_order
 from pipeserve.profiling.stage_times import ProfiledTimes
 from pipeserve.profiling.summary import percentiles, summarize, window
 from pipeserve.profiling.workloads import check_fits
@@ -171,10 +171,7 @@ def simulate(setup: Setup, workload: Workload, slo: Slo | None = None) -> dict[s
 
 
 def _arrivals(setup: Setup, workload: Workload) -> list[Arrival]:
-    """In order of time, whatever the order of the workload."""
-    times = workload.arrival_times_s()
-    lengths = _checked_lengths(setup, workload)
-    return sorted(Arrival(time, *pair) for time, pair in zip(times, lengths, strict=True))
+    return in_order(workload.arrival_times_s(), _checked_lengths(setup, workload))
 
 
 def _checked_lengths(setup: Setup, workload: Workload) -> list[tuple[int, int]]:

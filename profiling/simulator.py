@@ -178,6 +178,12 @@ class Arrival(NamedTuple):
     max_tokens: int
 
 
+def in_order(times_s: Sequence[float], lengths: Sequence[tuple[int, int]]) -> list[Arrival]:
+    """Requests by time; those that come at once keep their order."""
+    arrivals = [Arrival(at, *pair) for at, pair in zip(times_s, lengths, strict=True)]
+    return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
+
+
 def request_of(request_id: int, arrival: Arrival) -> Request:
     """A request of the arrival's lengths; its ids mean nothing, so no prefix cache goes with it."""
     params = SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True, seed=0)

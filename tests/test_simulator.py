@@ -17,7 +17,7 @@ from pipeserve.profiling.capacity import (
     poisson_arrivals,
     run_trial,
 )
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, in_order
 
 
 class Times:
@@ -95,6 +95,11 @@ def test_requests_that_come_at_once_share_a_microbatch():
     simulation = run(Times(1), [Arrival(1.0, 8, 1)] * 3)
     (flight,) = simulation.pipeline.flights
     assert (flight.num_tokens, flight.num_decodes) == (24, 0)
+
+
+def test_requests_go_by_time_and_those_that_come_at_once_keep_their_order():
+    arrivals = in_order([2.0, 0.0, 0.0, 1.0], [(9, 1), (7, 1), (3, 1), (5, 1)])
+    assert [a.num_prompt_tokens for a in arrivals] == [7, 3, 5, 9]
 
 
 def test_a_run_that_is_cut_goes_on_as_if_it_was_not():

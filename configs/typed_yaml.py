@@ -120,9 +120,9 @@ def _number(hint: type, value: Any, where: str) -> int | float:
     value = hint(value)
     if hint is int and value < 1:
         raise ConfigError(f"{where} is {value}, must be at least 1")
-    if not isfinite(value) or value < 0 or (where.endswith("_per_s") and value == 0):
-        least = "above 0" if where.endswith("_per_s") else "0 or more"
-        raise ConfigError(f"{where} is {value}, must be finite and {least}")
+    least = 1 if where.endswith("_per_s") else 0
+    if not isfinite(value) or value < least:
+        raise ConfigError(f"{where} is {value}, must be finite and {least} or more")
     return value
 
 

@@ -30,7 +30,8 @@ _BATCHES = (
     (1, 16), (4, 16), (16, 16), (64, 16), (1, 200), (4, 200), (16, 200), (32, 200),
     (1, 800), (4, 800), (8, 800),
 )  # fmt: skip
-"""(requests, prompt tokens) that decode together."""
+"""(requests, mean prompt tokens) that decode together. Each prompt has a quarter to seven quarters
+of the mean: kernels may pad contexts to the longest, as they do when they serve."""
 _BATCH_TOKENS = 8
 _MIXED_REQUESTS = 32
 _MIXED_SCALE = 8
@@ -45,7 +46,7 @@ def with_uneven_layers(config: RunConfig, num_layers: int) -> RunConfig:
     that differ by layers. What a stage costs beside its layers shows only then. The first stage
     has about twice as many as each other."""
     num_stages = config.pipeline_parallel_size
-    if num_stages == 1 or config.pipeline_layers is not None:
+    if num_stages == 1 or num_stages > num_layers or config.pipeline_layers is not None:
         return config
     others = max(1, num_layers // (num_stages + 1))
     first = num_layers - others * (num_stages - 1)
@@ -97,7 +98,10 @@ def _design(driver: "Driver", rng: Random) -> list[list[WorkItem]]:
     lengths alone, decodes few and many over short contexts and long ones, and a mix of both."""
     vocab_size, longest = driver.model_config.vocab_size, driver.max_model_len
     phases = [[(length, 1)] for length in _LONE_PROMPTS]
-    phases += [[(length, _BATCH_TOKENS)] * num for num, length in _BATCHES]
+    phases += [
+        [(rng.randint(mean // 4, 7 * mean // 4), _BATCH_TOKENS) for _ in range(num)]
+        for num, mean in _BATCHES
+    ]
     mixed = draw_lengths(DISTRIBUTIONS["sharegpt"], _MIXED_REQUESTS, rng)
     phases.append([(1 + p // _MIXED_SCALE, 1 + o // _MIXED_SCALE) for p, o in mixed])
     fitting = [[pair for pair in phase if sum(pair) <= longest] for phase in phases]

@@ -248,8 +248,9 @@ def simulate(
         float | None, typer.Option(help="Longest mean time of a request's later tokens, seconds.")
     ] = None,
     attainment: Annotated[
-        float, typer.Option(help="Share of requests that must meet --slo-ttft and --slo-tpot.")
-    ] = 0.9,
+        float | None,
+        typer.Option(help="Share of requests that must meet --slo-ttft and --slo-tpot [0.9]."),
+    ] = None,
     prefill_pool: Annotated[
         str | None, typer.Option(help="Prefill instances of their own: TPxPP*N.")
     ] = None,
@@ -290,6 +291,8 @@ def simulate(
         check_writable(json_file)
     shape = find_shape(run_config.model, run_config.dtype)
     verb = disaggregate if wanted.pools or wanted.nodes else simulate
+    if verb is disaggregate:
+        disaggregate.check_flags(given(RunConfig, flags))
     report = verb.run(run_config, shape, work, wanted)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

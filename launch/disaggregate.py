@@ -3,6 +3,7 @@
 `docs/simulate.md` says what is simulated and documents the keys of `--json`.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,17 +12,20 @@ from rich.table import Table
 
 from pipeserve.configs import RunConfig
 from pipeserve.configs.device_profiles import load_profile
-from pipeserve.core.device import DeviceProfile, check_profile
+from pipeserve.core.device import DeviceProfile
+from pipeserve.core.memory import kv_blocks_beside_weights
 from pipeserve.core.partition import split_layers
 from pipeserve.core.shape import ModelShape
 from pipeserve.errors import ConfigError
+from pipeserve.launch.simulate import check_made_for
 from pipeserve.launch.tables import attainment_line, run_table
 from pipeserve.launch.wanted import Pools, Wanted
 from pipeserve.launch.workload import Workload
 from pipeserve.profiling.capacity import busy_in, ceiling_rate, poisson_arrivals
 from pipeserve.profiling.disaggregated import KvLink
-from pipeserve.profiling.goodput import Slo, attainment, find_goodput, meets
+from pipeserve.profiling.goodput import attainment, find_goodput, meets
 from pipeserve.profiling.placement import (
+    BLOCK_SIZE,
     Cluster,
     Parallelism,
     Service,
@@ -36,19 +40,25 @@ from pipeserve.profiling.summary import summarize, window
 from pipeserve.profiling.workloads import check_fits
 
 _TRIAL_REQUESTS = 300
-_HEADROOM = 4
-"""Searches begin at so many times what one pipeline for prefill and decode could serve at most: a
-pool that does only one of them serves more."""
-_SEARCH_STEPS = 1024
+_SEARCH_STEPS = 256
+_USED = ("device_profile", "dtype", "gpu_memory_utilization", "max_model_len", "seed")
+
+
+def check_flags(given: Iterable[str]) -> None:
+    """Raises ConfigError for a flag that says what pools have of their own. A recipe may say it:
+    it is also that of one pipeline."""
+    for name in given:
+        if name not in _USED:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} has no effect on pools and --place; leave it out")
 
 
 def run(config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted) -> dict[str, Any]:
     """Answers, prints, and returns the object that `--json` writes. Raises ConfigError and
     CapacityError."""
     console = Console()
-    slo, pools, nodes = wanted.slo, wanted.pools, wanted.nodes
-    num_gpus = nodes[0] * nodes[1] if nodes else pools.num_gpus
-    service = _with_search(make_service(config, shape, workload, slo, num_gpus), num_gpus)
+    pools, nodes = wanted.pools, wanted.nodes
+    service = make_service(config, shape, workload, wanted)
     if nodes is not None:
         report = search_placement(service, nodes, wanted.fast_network, wanted.rate, workload)
         print_placement(report, console)
@@ -62,47 +72,70 @@ def run(config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted
 
 
 def make_service(
-    config: RunConfig, shape: ModelShape, workload: Workload, slo: Slo, num_gpus: int
+    config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted
 ) -> Service:
-    """What serves and how well, over `num_gpus` devices in all. Raises ConfigError."""
+    """What serves and how well. Raises ConfigError."""
     if config.device_profile is None:
         raise ConfigError("no device profile: give --device-profile NAME or FILE")
     profile = load_profile(config.device_profile)
-    check_profile(profile, model=shape.name)
+    check_made_for(profile, shape, config)
     max_model_len = config.max_model_len or shape.max_position_embeddings
     lengths = workload.token_lengths()
     for index, pair in enumerate(lengths):
-        check_fits(index, *pair, max_model_len)
+        check_fits(index, *pair, max_model_len, workload.scale)
+
+    if wanted.pools is not None:
+        inside_node = wanted.pools.num_gpus <= profile.devices_per_node
+    else:  # algorithm 2 moves KV inside a node, algorithm 1 anywhere
+        inside_node = not wanted.fast_network or wanted.nodes[0] == 1
 
     def times(parallelism: Parallelism) -> ProfiledTimes:
+        shape.check_divides(parallelism.tp)
         plan = split_layers(shape.num_layers, parallelism.pp)
         return ProfiledTimes(profile, shape, plan, parallelism.tp, config.seed)
+
+    def kv_tokens(parallelism: Parallelism) -> int:
+        blocks = kv_blocks_beside_weights(
+            shape,
+            split_layers(shape.num_layers, parallelism.pp),
+            tensor_parallel_size=parallelism.tp,
+            device_bytes=profile.memory_bytes * config.gpu_memory_utilization,
+            block_size=BLOCK_SIZE,
+        )
+        return blocks * BLOCK_SIZE
 
     return Service(
         shape=shape,
         lengths=lengths,
-        slo=slo,
+        slo=wanted.slo,
         times=times,
         bytes_per_gpu=profile.memory_bytes * config.gpu_memory_utilization,
-        link=_kv_link(profile, num_gpus),
+        kv_tokens=kv_tokens,
+        link=_kv_link(profile, inside_node),
+        widen=True,
         num_requests=_TRIAL_REQUESTS,
         seed=config.seed,
     )
 
 
-def _with_search(service: Service, num_gpus: int) -> Service:
-    """With rates to search through that are over what any candidate could serve."""
-    cluster = Cluster(num_nodes=1, gpus_per_node=num_gpus, bytes_per_gpu=service.bytes_per_gpu)
-    (smallest, *_) = instances(service.shape, cluster) or [Parallelism(num_gpus, 1)]
-    ceiling = ceiling_rate(service.times(smallest), service.lengths) / smallest.num_gpus
-    highest = _HEADROOM * ceiling
-    return replace(service, highest_per_gpu=highest, resolution=highest / _SEARCH_STEPS)
+def _searching(service: Service, candidates: Iterable[Parallelism]) -> Service:
+    """With rates to begin a search at: what the first candidate that the profile knows could
+    serve. Raises ConfigError where there is none."""
+    for candidate in candidates:
+        try:
+            highest = ceiling_rate(service.times(candidate), service.lengths) / candidate.num_gpus
+        except ConfigError:
+            continue
+        return replace(service, highest_per_gpu=highest, resolution=highest / _SEARCH_STEPS)
+    raise ConfigError(
+        f"{service.shape.name} fits no way of using these GPUs that the device profile knows; give "
+        "more GPUs"
+    )
 
 
-def _kv_link(profile: DeviceProfile, num_gpus: int) -> KvLink:
-    """KV goes from one device to another: inside the node where all of them are in one."""
-    inside = num_gpus <= profile.devices_per_node
-    link = profile.intra_node if inside else profile.inter_node
+def _kv_link(profile: DeviceProfile, inside_node: bool) -> KvLink:
+    """KV goes from one device to another, at the bandwidth of one link."""
+    link = profile.intra_node if inside_node else profile.inter_node
     return KvLink(alpha_s=link.alpha_s, bytes_per_s=link.bytes_per_s)
 
 
@@ -133,6 +166,7 @@ def simulate(service: Service, pools: Pools, workload: Workload) -> dict[str, An
 
 def search_goodput(service: Service, pools: Pools, workload: Workload) -> dict[str, Any]:
     """The highest Poisson rate at which enough requests are within the SLO; 0 for none."""
+    service = _searching(service, [pools.prefill.parallelism])
 
     def is_met(rate: float) -> bool:
         arrivals = poisson_arrivals(service.lengths, rate, service.seed)
@@ -141,7 +175,7 @@ def search_goodput(service: Service, pools: Pools, workload: Workload) -> dict[s
 
     num_gpus = pools.num_gpus
     highest, resolution = service.highest_per_gpu * num_gpus, service.resolution * num_gpus
-    rate = find_goodput(is_met, highest, resolution)
+    rate = find_goodput(is_met, highest, resolution, widen=True)
     return {
         "goodput_rps": rate,
         "goodput_rps_per_gpu": rate / num_gpus,
@@ -157,8 +191,9 @@ def search_placement(
     cluster = Cluster(
         num_nodes=nodes[0], gpus_per_node=nodes[1], bytes_per_gpu=service.bytes_per_gpu
     )
+    candidates = instances(service.shape, cluster)
+    service = _searching(service, candidates)
     if fast_network:
-        candidates = instances(service.shape, cluster)
         found = place_apart(candidates, service.prefill_per_gpu, service.decode_per_gpu, rate)
     else:
         found = place_together(pairs(service.shape, cluster), service.pair_per_gpu, rate)
@@ -225,8 +260,8 @@ def print_placement(report: dict[str, Any], console: Console) -> None:
     found = report["placement"]
     if found is None:
         console.print(
-            f"cannot: no placement is within the SLO ({_limits(report)}); give a looser one, or "
-            "more GPUs"
+            f"cannot: no placement fits and is within the SLO ({_limits(report)}); give a looser "
+            "one, or more GPUs"
         )
         return
     for name in ("prefill", "decode"):

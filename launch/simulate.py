@@ -38,6 +38,7 @@ from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
 from pipeserve.profiling.stage_times import ProfiledTimes
 from pipeserve.profiling.summary import percentiles, summarize, window
 from pipeserve.profiling.workloads import check_fits
+from pipeserve.stages.config import DTYPE_BYTES
 
 _CAPACITY_REQUESTS = 1000
 _LONE_REQUESTS = 50
@@ -82,8 +83,9 @@ def make_setup(config: RunConfig, shape: ModelShape | None = None) -> Setup:
     shape = shape or load_shape(config.model)
     profile = load_profile(config.device_profile)
     size = config.tensor_parallel_size
-    dtype = None if config.dtype == "auto" else config.dtype
-    check_profile(profile, model=shape.name, dtype=dtype, tensor_parallel_size=size)
+    shape.check_divides(size)
+    check_made_for(profile, shape, config)
+    check_profile(profile, tensor_parallel_size=size)
     traits = get_policy(config.policy).traits
     max_model_len = config.max_model_len or shape.max_position_embeddings
     num_tokens = config.batched_tokens(traits.whole_prompts, max_model_len)
@@ -104,12 +106,29 @@ def make_setup(config: RunConfig, shape: ModelShape | None = None) -> Setup:
     return setup
 
 
+def check_made_for(profile: DeviceProfile, shape: ModelShape, config: RunConfig) -> None:
+    """Raises ConfigError for a profile of another model or type of weights."""
+    dtype = None if config.dtype == "auto" else config.dtype
+    check_profile(profile, model=shape.name, dtype=dtype)
+    tables = profile.tables
+    if tables is not None and DTYPE_BYTES[tables.dtype] != shape.bytes_per_value:
+        raise ConfigError(
+            f"the device profile is for dtype {tables.dtype}; give --dtype {tables.dtype}"
+        )
+
+
 def _num_blocks(
     config: RunConfig, shape: ModelShape, profile: DeviceProfile, plan: PipelinePlan
 ) -> int:
     if config.kv_cache_memory_bytes is not None:
         layers = max(stage.num_layers for stage in plan.stages)
         block_bytes = layers * config.block_size * shape.kv_bytes_per_token_per_layer
+        if config.kv_cache_memory_bytes < block_bytes:
+            raise ConfigError(
+                f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} holds no block of "
+                f"{config.block_size} tokens on a stage of {layers} layers; give at least "
+                f"{block_bytes}"
+            )
         return config.kv_cache_memory_bytes // block_bytes
     return kv_blocks_beside_weights(
         shape,
@@ -177,7 +196,7 @@ def _arrivals(setup: Setup, workload: Workload) -> list[Arrival]:
 def _checked_lengths(setup: Setup, workload: Workload) -> list[tuple[int, int]]:
     lengths = workload.token_lengths()
     for index, (num_prompt, num_output) in enumerate(lengths):
-        check_fits(index, num_prompt, num_output, setup.limits.max_model_len)
+        check_fits(index, num_prompt, num_output, setup.limits.max_model_len, workload.scale)
     return lengths
 
 
@@ -210,6 +229,11 @@ def search_capacity(setup: Setup, workload: Workload, slo_tbt_s: float) -> dict[
     Returns the object that `--json` writes. Raises as `simulate` does.
     """
     lengths = _checked_lengths(setup, workload)
+    if all(num_output == 1 for _, num_output in lengths):
+        raise ConfigError(
+            f"no request of {workload.name} has two output tokens, so there is no time between "
+            "tokens to go by; give another workload"
+        )
     seed = setup.config.seed
 
     def trial(rate: float, min_requests: int = _CAPACITY_REQUESTS) -> Trial:
@@ -262,7 +286,7 @@ def print_capacity(report: dict[str, Any], console: Console) -> None:
         share = report["capacity_rps"] / report["ceiling_rps"]
         console.print(
             f"capacity {report['capacity_rps']:.3f} requests/s ({limits}), "
-            f"{share:.0%} of the {report['ceiling_rps']:.3f} that full microbatches would give"
+            f"{share:.0%} of the {report['ceiling_rps']:.3f} that ever full microbatches would give"
         )
     else:
         console.print(

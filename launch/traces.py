@@ -14,6 +14,8 @@ from pipeserve.errors import ConfigError
 _PROMPT = ("prefill", "context", "input_length")
 _OUTPUT = ("decode", "generated", "output_length")
 _ARRIVAL = ("timestamp", "arriv")
+_MOST_TOKENS = 10**9
+_MOST_SECONDS = 1e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,10 @@ def _read_rows(path: Path) -> list[tuple[int, Mapping[str, object]]]:
         with opened(path, "rt", newline="", encoding="utf-8") as file:
             if ".jsonl" in path.suffixes:
                 return list(_json_rows(path, file))
-            return [(number + 2, row) for number, row in enumerate(csv.DictReader(file))]
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, row) for row in reader]
+            _check_names(path, reader.fieldnames or ())
+            return rows
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: {reason}; give a readable trace") from None
@@ -77,6 +82,8 @@ def _read_rows(path: Path) -> list[tuple[int, Mapping[str, object]]]:
 
 def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
     for number, line in enumerate(lines):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -86,16 +93,27 @@ def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[
         yield number + 1, row
 
 
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: column {name!r} is there twice; keep one")
+
+
 def _find(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((c for c in columns if c and any(name in c.lower() for name in names)), None)
 
 
 def _length(path: Path, line: int, row: Mapping[str, object], column: str) -> int:
     value = row.get(column)
+    shown = repr(value)[:40]
     try:
         number = int(float(str(value)))
+        if number > _MOST_TOKENS:
+            raise ValueError
     except (ValueError, OverflowError):
-        raise ConfigError(f"{path}:{line}: {column} is {value!r}, must be a number") from None
+        raise ConfigError(
+            f"{path}:{line}: {column} is {shown}, must be a number of at most {_MOST_TOKENS}"
+        ) from None
     if number < 1:
         raise ConfigError(
             f"{path}:{line}: {column} is {value}, must be at least 1 token; drop the row"
@@ -112,9 +130,11 @@ def _arrivals(
         value = str(row.get(column))
         try:
             times.append(_seconds(value) * unit_s)
+            if not abs(times[-1]) < _MOST_SECONDS:
+                raise ValueError
         except ValueError:
             raise ConfigError(
-                f"{path}:{line}: {column} is {value!r}, must be seconds or a date"
+                f"{path}:{line}: {column} is {value[:40]!r}, must be seconds or a date"
             ) from None
         if len(times) > 1 and not times[-1] >= times[-2]:
             raise ConfigError(

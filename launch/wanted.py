@@ -7,6 +7,8 @@ from pipeserve.errors import ConfigError
 from pipeserve.profiling.goodput import Slo
 from pipeserve.profiling.placement import Parallelism
 
+_MOST_GPUS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Pool:
@@ -55,10 +57,15 @@ class Wanted:
         elif self.fast_network:
             raise ConfigError("--fast-network is for --place NODESxGPUS; give both or none")
         elif self.pools is not None:
-            if self.slo is None or self.slo_tbt_s is not None:
-                raise ConfigError(
-                    "pools are measured by --slo-ttft and --slo-tpot; give these, not --slo-tbt"
-                )
+            if self.slo is None:
+                raise ConfigError("pools are measured by --slo-ttft and --slo-tpot; give both")
+            if self.slo_tbt_s is not None:
+                raise ConfigError("--slo-tbt is for one pipeline; leave it out with pools")
+        elif self.find_capacity and self.slo is not None:
+            raise ConfigError(
+                "of one pipeline --find-capacity goes by --slo-tbt; leave --slo-ttft and "
+                "--slo-tpot out"
+            )
         elif self.find_capacity != (self.slo_tbt_s is not None):
             raise ConfigError(
                 "--find-capacity and --slo-tbt SECONDS go together; give both or none"
@@ -71,13 +78,15 @@ class Wanted:
             raise ConfigError("--place looks for pools; leave pools and --find-capacity out")
 
 
-def read_slo(ttft_s: float | None, tpot_s: float | None, share: float) -> Slo | None:
-    """Both limits or none. Raises ConfigError."""
+def read_slo(ttft_s: float | None, tpot_s: float | None, share: float | None) -> Slo | None:
+    """Both limits or none; a share, by default 90 %, only with them. Raises ConfigError."""
     if (ttft_s is None) != (tpot_s is None):
         raise ConfigError("--slo-ttft and --slo-tpot go together; give both or none")
     if ttft_s is None:
+        if share is not None:
+            raise ConfigError("--attainment is for --slo-ttft and --slo-tpot; give all or none")
         return None
-    return Slo(ttft_s=ttft_s, tpot_s=tpot_s, share=share)
+    return Slo(ttft_s=ttft_s, tpot_s=tpot_s, share=0.9 if share is None else share)
 
 
 def read_pools(prefill: str | None, decode: str | None) -> Pools | None:
@@ -98,7 +107,9 @@ def read_nodes(text: str | None) -> tuple[int, int] | None:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
         raise ConfigError(f"--place is {text!r}; give NODESxGPUS, as in 2x4")
-    return int(match[1]), int(match[2])
+    num_nodes, gpus_per_node = int(match[1]), int(match[2])
+    _check_gpus("--place", num_nodes * gpus_per_node)
+    return num_nodes, gpus_per_node
 
 
 def _read_pool(flag: str, text: str) -> Pool:
@@ -109,4 +120,10 @@ def _read_pool(flag: str, text: str) -> Pool:
             f"{flag} is {text!r}; give TPxPP, or TPxPP*N for N instances, as in 2x1*3"
         )
     tp, pp, num_instances = (int(part or 1) for part in match.groups())
+    _check_gpus(flag, tp * pp * num_instances)
     return Pool(Parallelism(tp, pp), num_instances)
+
+
+def _check_gpus(flag: str, num_gpus: int) -> None:
+    if num_gpus > _MOST_GPUS:
+        raise ConfigError(f"{flag} asks for {num_gpus} GPUs; give at most {_MOST_GPUS}")

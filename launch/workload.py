@@ -18,6 +18,9 @@ from pipeserve.profiling.workloads import (
     random_items,
 )
 
+_LEAST = 1e-9
+"""Of a rate or a scale: what is smaller can only be meant as 0."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -79,8 +82,8 @@ def read_workload(
     ConfigError: unknown name, unreadable file, FILE:LINE of a bad line, a number out of range.
     """
     for flag, value in (("--num-prompts", num_prompts), ("--scale", scale), ("--rate", rate)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{flag} is {value}, must be over 0")
+        if value is not None and not _LEAST < value < float("inf"):
+            raise ConfigError(f"{flag} is {value}, must be over {_LEAST:g}")
     shared = {"name": name, "rate": rate, "seed": seed}
     rng = Random(f"{seed}/lengths")
     if name in DISTRIBUTIONS:

@@ -28,6 +28,7 @@ RESOLUTION = 0.025
 """The search ends when the bracket is this share of the rate wide, as in the published artefact."""
 MIN_WINDOW_S = 2 * MAX_MEDIAN_DELAY_S / RESOLUTION
 """An overload by `RESOLUTION` lets the queue grow until the median delay is over its limit."""
+_MOST_DOUBLED = 64
 
 Lengths = Sequence[tuple[int, int]]
 """(prompt tokens, output tokens)."""
@@ -61,7 +62,7 @@ class Capacity:
     rate: float
     """Requests a second; 0 when no rate is within the limits."""
     ceiling: float
-    """The rate that the bottleneck stage could serve in ever full microbatches."""
+    """What `ceiling_rate` estimates."""
     trials: tuple[Trial, ...]
     """In the order in which they ran."""
 
@@ -116,7 +117,8 @@ def run_trial(
 def find_capacity(
     trial: Callable[[float], Trial], slo_tbt_s: float, ceiling: float, lone: Trial
 ) -> Capacity:
-    """Bisects down from `ceiling` to the highest rate whose trial is within the limits.
+    """Bisects down from `ceiling` to the highest rate whose trial is within the limits; should the
+    ceiling itself be within them, down from the first of its doubles that is not.
 
     `lone` is a trial in which requests hardly meet: when even that is over the SLO, no rate is
     tried and the capacity is 0.
@@ -125,6 +127,10 @@ def find_capacity(
     if not lone.within(slo_tbt_s):
         return Capacity(rate=0.0, ceiling=ceiling, trials=tuple(trials))
     low, high = lone.rate, ceiling
+    while (at_high := trial(high)).within(slo_tbt_s) and high < _MOST_DOUBLED * ceiling:
+        trials.append(at_high)
+        low, high = high, 2 * high
+    trials.append(at_high)
     while high - low > RESOLUTION * high:
         trials.append(trial((low + high) / 2))
         if trials[-1].within(slo_tbt_s):
@@ -136,7 +142,7 @@ def find_capacity(
 
 def ceiling_rate(times: StageTimes, lengths: Lengths, num_tokens: int = 4096) -> float:
     """Requests a second that the slowest stage could serve if every microbatch had `num_tokens`
-    tokens, prefill and decodes in the workload's own proportion. No schedule reaches it."""
+    tokens, prefill and decodes in the workload's own proportion: hardly a schedule comes near."""
     mean_prompt = sum(prompt for prompt, _ in lengths) / len(lengths)
     mean_output = sum(output for _, output in lengths) / len(lengths)
     per_request = mean_prompt + mean_output

@@ -6,7 +6,7 @@ and its mean time per output token are both within the SLO, and 90 % of all must
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil, inf, log2
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,8 +27,10 @@ class Slo:
 
     def __post_init__(self) -> None:
         for name in ("ttft_s", "tpot_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"the SLO's {name} is {getattr(self, name)}: must be over 0")
+            if not 0 < getattr(self, name) < inf:
+                raise ConfigError(
+                    f"the SLO's {name} is {getattr(self, name)}: must be over 0 and finite"
+                )
         if not 0 < self.share <= 1:
             raise ConfigError(f"the attainment is {self.share}: must be over 0 and at most 1")
 
@@ -98,7 +100,7 @@ def meets(simulation: Running, slo: Slo, num_ramp: int, num_counted: int, rate: 
             return True
         if len(counted) < num_counted and stop_s > 10 * expected_s:
             raise ValueError(f"{len(simulation.served)} of {num_wanted} requests came")
-        stop_s += max(slo.ttft_s, expected_s / 4)
+        stop_s += expected_s / 4
 
 
 def _is_good(request: Served, slo: Slo, now: float) -> bool | None:
@@ -114,9 +116,15 @@ def _is_good(request: Served, slo: Slo, now: float) -> bool | None:
 
 
 def find_goodput(
-    is_met: Callable[[float], bool], highest: float, resolution: float, beat: float = 0.0
+    is_met: Callable[[float], bool],
+    highest: float,
+    resolution: float,
+    beat: float = 0.0,
+    widen: bool = False,
 ) -> float:
     """The highest rate below `highest` that is met, by bisection; 0 when no rate tried is met.
+
+    With `widen`, a `highest` that is itself met is doubled until it is not, 16 times at most.
 
     Rates are multiples of `highest` / 2^k, the first step that is at most `resolution`, as in
     DistServe's search; it ends after k trials, whatever `is_met` says. With `beat`, the first rate
@@ -132,7 +140,11 @@ def find_goodput(
     num_steps = 2 ** ceil(log2(highest / resolution))
     step = highest / num_steps
     low, high = int(beat / step + 1e-9), num_steps
-    if beat:
+    for _ in range(16 * widen):
+        if not is_met(high * step):
+            break
+        low, high = high, 2 * high
+    if beat and low < num_steps:
         low += 1
         if low >= high or not is_met(low * step):
             return 0.0

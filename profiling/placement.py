@@ -170,12 +170,16 @@ class Service:
     slo: Slo
     times: Callable[[Parallelism], StageTimes]
     bytes_per_gpu: float = A100_80GB_BYTES
+    kv_tokens: Callable[[Parallelism], int] | None = None
+    """Tokens whose KV an instance holds; by default `kv_capacity`, the published formula."""
     link: KvLink | None = None
     num_requests: int = 300
     """Counted in a trial, after a ramp of a third as many."""
     highest_per_gpu: float = 5.0
     resolution: float = 0.25
     """Requests a second and GPU, as in DistServe's search."""
+    widen: bool = False
+    """Whether a candidate may serve more than `highest_per_gpu`."""
     seed: int = 0
     prefill_policy: str = "vllm"
     """Whole prompts, packed first come first served."""
@@ -243,7 +247,10 @@ class Service:
     def _instance(
         self, parallelism: Parallelism, policy: str, batch_tokens: int
     ) -> SimulatedPipeline:
-        capacity = kv_capacity(self.shape, parallelism, self.bytes_per_gpu)
+        if self.kv_tokens is not None:
+            capacity = self.kv_tokens(parallelism)
+        else:
+            capacity = kv_capacity(self.shape, parallelism, self.bytes_per_gpu)
         times = self.times(parallelism)
         return self._pipeline(policy, parallelism.pp, times, capacity, batch_tokens)
 
@@ -283,9 +290,11 @@ class Service:
             return meets(simulation, self.slo, self.num_requests // 3, self.num_requests, rate)
 
         try:
-            return find_goodput(is_met, self.highest_per_gpu, self.resolution, beat)
-        except CapacityError:
-            return 0.0  # weights leave no room for the longest request
+            return find_goodput(
+                is_met, self.highest_per_gpu, self.resolution, beat, widen=self.widen
+            )
+        except (CapacityError, ConfigError):
+            return 0.0  # no room for the longest request, or no all-reduce of that size known
 
 
 class _NoTimes:
@@ -315,4 +324,4 @@ def _best(candidates: Sequence[Candidate], per_gpu: PerGpu) -> tuple[Candidate, 
 
 
 def _replicas(rate: float, of_one: float) -> int:
-    return ceil(rate / of_one - 1e-9)
+    return max(1, ceil(rate / of_one - 1e-9))

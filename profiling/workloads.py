@@ -104,14 +104,17 @@ def poisson_times(num_requests: int, rate: float, rng: Random) -> list[float]:
     return times
 
 
-def check_fits(index: int, num_prompt: int, num_output: int, max_model_len: int) -> None:
-    """Raise ConfigError for a request that is longer than the context. Lengths in tokens."""
+def check_fits(
+    index: int, num_prompt: int, num_output: int, max_model_len: int, scale: float = 1.0
+) -> None:
+    """Raise ConfigError for a request that is longer than the context. Lengths in tokens, divided
+    by `scale` already."""
     total = num_prompt + num_output
     if total > max_model_len:
+        wanted = math.ceil(scale * total / max_model_len)
         raise ConfigError(
             f"request {index} of the workload has {num_prompt} + {num_output} tokens, the context "
-            f"holds {max_model_len}; use --scale {math.ceil(total / max_model_len)} or another "
-            "workload"
+            f"holds {max_model_len}; use --scale {wanted} or another workload"
         )
 
 

@@ -1,6 +1,7 @@
 """`pipeserve simulate` from the command line: recipes, results, and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from made_up_profile import TRUE
@@ -16,6 +17,7 @@ SMALL = [
     "2048",
 ]  # fmt: skip
 
+POOLED = ["simulate", "llama2-7b", "--device-profile", "a100-80gb-dgx", "--max-model-len", "2048"]
 SLO = ["--slo-ttft", "0.2", "--slo-tpot", "0.05"]
 POOLS = ["--prefill-pool", "2x1", "--decode-pool", "1x1*2"]
 
@@ -120,22 +122,53 @@ def test_every_simulated_recipe_runs(simulate, name):
         ([*SMALL, "--policy", "vllm", "--max-num-batched-tokens", "64"], "give at least max_model"),
         ([*SMALL, "--slo-ttft", "1"], "--slo-ttft and --slo-tpot go together"),
         ([*SMALL, *SLO, "--attainment", "1.5"], "the attainment is 1.5"),
+        ([*SMALL, "--attainment", "0.5"], "--attainment is for --slo-ttft and --slo-tpot"),
+        ([*SMALL, *POOLS, "--slo-ttft", "inf", "--slo-tpot", "1"], "ttft_s is inf: must be over 0"),
+        ([*SMALL, *SLO, "--find-capacity", "--slo-tbt", "1"], "goes by --slo-tbt; leave"),
+        ([*POOLED, *SLO, *POOLS, "--policy", "vllm"], "--policy has no effect on pools"),
+        ([*SMALL, *SLO, "--prefill-pool", "1x1*99999999999", *POOLS[2:]], "give at most 4096"),
+        ([*SMALL, *SLO, "--place", "99999x9"], "--place asks for 899991 GPUs"),
+        ([*SMALL, "--rate", "1e-320"], "--rate is 1e-320, must be over 1e-09"),
+        ([*SMALL, "--scale", "4"], "use --scale 5 or another"),
+        ([*SMALL, "--kv-cache-memory-bytes", "1"], "--kv-cache-memory-bytes 1 holds no block"),
         ([*SMALL, *SLO, "--prefill-pool", "1x1"], "--prefill-pool and --decode-pool go together"),
         ([*SMALL, *SLO, *POOLS[:2], "--decode-pool", "2"], "--decode-pool is '2'; give TPxPP"),
         ([*SMALL, *SLO, *POOLS[:2], "--decode-pool", "0x1"], "--decode-pool is '0x1'"),
         ([*SMALL, *POOLS], "pools are measured by --slo-ttft and --slo-tpot"),
-        ([*SMALL, *POOLS, *SLO, "--slo-tbt", "1"], "not --slo-tbt"),
+        ([*SMALL, *POOLS, *SLO, "--slo-tbt", "1"], "--slo-tbt is for one pipeline"),
         ([*SMALL, *SLO, "--place", "4"], "--place is '4'; give NODESxGPUS"),
         ([*SMALL, *SLO, "--place", "1x4"], "--place needs --slo-ttft, --slo-tpot and --rate"),
         ([*SMALL, *SLO, "--place", "1x4", "--rate", "1", *POOLS], "--place looks for pools"),
         ([*SMALL, "--fast-network"], "--fast-network is for --place"),
-        ([*SMALL, "-tp", "3"], "tensor_parallel_size is 3"),
+        ([*SMALL, "-tp", "3"], "tensor_parallel_size is 3, and llama2-7b has 32 heads"),
         ([*SMALL, "-pp", "33"], "more than the model's 32 layers"),
         (["simulate", "falcon-180b", "--device-profile", "a100-80gb-dgx"], "no room for KV"),
     ],
 )
 def test_what_cannot_be_is_one_line(capsys, arguments, message):
     assert message in failure(capsys, arguments)
+
+
+def test_a_workload_without_a_time_between_tokens_has_no_capacity(capsys, tmp_path):
+    path = tmp_path / "one.csv"
+    path.write_text("prefill,decode\n100,1\n")
+    search = [*SMALL, "--workload", str(path), "--find-capacity", "--slo-tbt", "1"]
+    assert "no request of" in (line := failure(capsys, search))
+    assert "has two output tokens" in line
+
+
+@pytest.mark.parametrize("pools", [["--prefill-pool", "1x1", "--decode-pool", "1x1"], []])
+def test_weights_that_do_not_fit_say_so(capsys, lengths, pools):
+    run = ["simulate", "falcon-180b", "--device-profile", "a100-80gb-dgx", "--max-model-len",
+           "2048", "--workload", lengths, *(SLO if pools else []), *pools]  # fmt: skip
+    assert "no room for KV; use more stages" in failure(capsys, run)
+
+
+def test_a_profile_of_another_type_is_refused(capsys, tmp_path):
+    path = tmp_path / "cpu.yaml"
+    save_profile(replace(TRUE, tables=replace(TRUE.tables, dtype="float32")), path)
+    arguments = ["simulate", "smollm2-135m", "--device-profile", str(path)]
+    assert "is for dtype float32; give --dtype float32" in failure(capsys, arguments)
 
 
 def test_a_profile_of_another_model_is_refused(capsys, tmp_path):
@@ -167,7 +200,7 @@ def test_a_run_counts_what_was_within_the_slo(simulate, lengths):
 
 
 def test_pools_of_their_own(simulate, lengths):
-    result, printed = simulate(*SMALL, *SLO, *POOLS, "--workload", lengths)
+    result, printed = simulate(*POOLED, *SLO, *POOLS, "--workload", lengths)
     assert result["requests"] == 1
     assert result["num_gpus"] == 4
     assert [len(result["pools"][name]) for name in ("prefill", "decode")] == [1, 2]
@@ -176,7 +209,7 @@ def test_pools_of_their_own(simulate, lengths):
 
 
 def test_goodput_of_pools_and_one_that_cannot_be(simulate, lengths):
-    run = [*SMALL, *POOLS, "--workload", lengths, "--find-capacity", "--slo-tpot", "0.05"]
+    run = [*POOLED, *POOLS, "--workload", lengths, "--find-capacity", "--slo-tpot", "0.05"]
     result, printed = simulate(*run, "--slo-ttft", "0.5")
     assert result["goodput_rps"] == pytest.approx(4 * result["goodput_rps_per_gpu"])
     assert f"goodput {result['goodput_rps']:.2f} requests/s" in printed
@@ -187,7 +220,7 @@ def test_goodput_of_pools_and_one_that_cannot_be(simulate, lengths):
 
 @pytest.mark.parametrize(("more", "algorithm"), [([], 2), (["--fast-network"], 1)])
 def test_the_best_pools_for_a_rate(simulate, lengths, more, algorithm):
-    run = [*SMALL, "--workload", lengths, *SLO, "--place", "1x2", "--rate", "30", *more]
+    run = [*POOLED, "--workload", lengths, *SLO, "--place", "1x2", "--rate", "30", *more]
     result, printed = simulate(*run)
     found = result["placement"]
     assert result["algorithm"] == algorithm

@@ -187,6 +187,17 @@ def test_capacity_lies_where_the_trials_say():
     assert capacity.rate < min(too_high) <= capacity.rate / 0.974
 
 
+def test_a_ceiling_that_was_too_low_does_not_hide_the_capacity():
+    times = Times(2, base=0.02, per_token=0.002)
+
+    def trial(rate):
+        return run_trial(lambda: make_pipeline(times), LENGTHS, rate, 200, seed=0)
+
+    right = find_capacity(trial, slo_tbt_s=0.5, ceiling=8.0, lone=trial(0.1))
+    low = find_capacity(trial, slo_tbt_s=0.5, ceiling=1.0, lone=trial(0.1))
+    assert low.rate == pytest.approx(right.rate, rel=0.06) and low.rate > 1.1
+
+
 def test_an_slo_that_no_schedule_meets_ends_at_once():
     times = Times(2, base=0.01)
 

@@ -79,14 +79,26 @@ HEADER = "timestamp,prefill,decode\n"
         (HEADER + "0,5\n", ":2: decode is None, must be a number"),
         (HEADER + "0,inf,1\n", ":2: prefill is 'inf', must be a number"),
         (HEADER + "5,1,1\n4,1,1\n", ":3: timestamp is 4, before the row above; sort"),
-        (HEADER + "0,1,1\nnan,1,1\n", ":3: timestamp is nan, before the row above"),
+        (HEADER + "0,1,1\nnan,1,1\n", ":3: timestamp is 'nan', must be seconds"),
         (HEADER + "noon,1,1\n", ":2: timestamp is 'noon', must be seconds or a date"),
+        (HEADER + "-inf,1,1\n0,1,1\n", ":2: timestamp is '-inf', must be seconds"),
+        (HEADER + "nan,1,1\n", ":2: timestamp is 'nan', must be seconds"),
+        (HEADER + "0,1,1\n1e300,1,1\n", ":3: timestamp is '1e300', must be seconds"),
+        (HEADER + "0,1e300,1\n", ":2: prefill is '1e300', must be a number of at most"),
+        (HEADER + "\n0,x,1\n", ":3: prefill is 'x'"),
+        ("prefill,decode,prefill\n1,1,1\n", "column 'prefill' is there twice"),
     ],
 )
 def test_a_bad_trace_names_the_line_and_the_remedy(write, text, message):
     with pytest.raises(ConfigError) as error:
         read_trace(write(text))
     assert message in str(error.value)
+
+
+def test_blank_lines_of_json_are_skipped_and_counted(write):
+    text = '{"input_length": 9, "output_length": 6}\n\n{"input_length": 0, "output_length": 6}\n'
+    with pytest.raises(ConfigError, match=":3: input_length is 0"):
+        read_trace(write(text, "m.jsonl"))
 
 
 def test_a_bad_json_row_names_its_line(write):

@@ -1,7 +1,7 @@
 """A device and the node it sits in, as the cost model knows them. `configs/` reads it from YAML."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import exp, log
 
 from pipeserve.core.kernels import (
@@ -37,6 +37,8 @@ class AllReduce:
 
     def __post_init__(self) -> None:
         check_points(f"all_reduce of {self.group}", self.points)
+        if min(seconds for _, seconds in self.points) <= 0:
+            raise ConfigError(f"all_reduce of {self.group}: its points must take more than 0 s")
 
     def seconds(self, num_bytes: float) -> float:
         """Log-log between points, the first below them, latency and bandwidth of the last two (a
@@ -63,6 +65,14 @@ class Residuals:
     all_reduce: float = 0.0
     jitter: float = 0.0
     """From one run of the same microbatch to the next."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) > 1:
+                raise ConfigError(
+                    f"residuals.{item.name} is {getattr(self, item.name)}: give 0 to 1; at 1 a "
+                    "prediction is off by a factor of e"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

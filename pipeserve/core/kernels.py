@@ -40,6 +40,12 @@ class Gemm:
     """What a tile costs before it multiplies, in values of the inner dimension."""
     num_processors: int
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.norm <= 100:
+            raise ConfigError(f"norm is {self.norm}: give 1 (a sum) to 100 (about the larger)")
+        if self.wave_share > 1:
+            raise ConfigError(f"wave_share is {self.wave_share}: give a share of 0 to 1")
+
     def seconds(self, rows: int, columns: int, inner: int, bytes_per_value: int = 2) -> float:
         """[rows, inner] times [inner, columns]."""
         tile_rows = TILE // 2 + TILE // 2 * (rows > TILE // 2)

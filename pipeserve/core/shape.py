@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pipeserve.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -24,6 +26,14 @@ class ModelShape:
     tie_word_embeddings: bool = False
     bytes_per_value: int = 2
     """Of weights, activations and KV."""
+
+    def check_divides(self, tensor_parallel_size: int) -> None:
+        """Raises ConfigError unless each of a tensor-parallel group gets as many heads."""
+        if self.num_heads % tensor_parallel_size:
+            raise ConfigError(
+                f"tensor_parallel_size is {tensor_parallel_size}, and {self.name} has "
+                f"{self.num_heads} heads; give a size that divides them"
+            )
 
     @property
     def qkv_columns(self) -> int:

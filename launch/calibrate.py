@@ -25,14 +25,11 @@ if TYPE_CHECKING:
     from pipeserve.driver import Driver
 
 _PASSES = 2
-_LONE_PROMPTS = (1, 3, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
-_BATCHES = (
-    (1, 16), (4, 16), (16, 16), (64, 16), (1, 200), (4, 200), (16, 200), (32, 200),
-    (1, 800), (4, 800), (8, 800),
-)  # fmt: skip
+_PROMPTS = (1, 3, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
+_BATCHES = ((1, 16), (4, 16), (16, 16), (1, 200), (4, 200), (16, 200), (1, 800), (4, 800))
 """(requests, mean prompt tokens) that decode together. Each prompt has a quarter to seven quarters
 of the mean: kernels may pad contexts to the longest, as they do when they serve."""
-_BATCH_TOKENS = 8
+_BATCH_TOKENS = 16
 _MIXED_REQUESTS = 32
 _MIXED_SCALE = 8
 _PROBES = 8
@@ -95,11 +92,16 @@ def calibrate(
 
 def _design(driver: "Driver", rng: Random) -> list[list[WorkItem]]:
     """Requests, phase by phase, that take the stages through what serving does: prompts of all
-    lengths alone, decodes few and many over short contexts and long ones, and a mix of both."""
+    lengths, decodes few and many over short contexts and long ones, and a mix of both.
+
+    As many times each as there are stages, so that all of them work at once: cores share caches,
+    memory and sometimes more, and a stage alone on the machine is faster than when it serves.
+    """
     vocab_size, longest = driver.model_config.vocab_size, driver.max_model_len
-    phases = [[(length, 1)] for length in _LONE_PROMPTS]
+    num_stages = len(driver.stages)
+    phases = [[(length, 1)] * num_stages for length in _PROMPTS]
     phases += [
-        [(rng.randint(mean // 4, 7 * mean // 4), _BATCH_TOKENS) for _ in range(num)]
+        [(rng.randint(mean // 4, 7 * mean // 4), _BATCH_TOKENS) for _ in range(num * num_stages)]
         for num, mean in _BATCHES
     ]
     mixed = draw_lengths(DISTRIBUTIONS["sharegpt"], _MIXED_REQUESTS, rng)

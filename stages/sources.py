@@ -27,6 +27,8 @@ from pipeserve.stages import hub
 
 OnProgress = Callable[[str], None]
 
+_CONFIG_ERROR = "pipeserve.errors.ConfigError: "  # as a traceback's last line begins
+
 
 @dataclass(frozen=True, slots=True)
 class WheelModel:
@@ -219,11 +221,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     if done.returncode == 0:
         return
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if reason.startswith(_CONFIG_ERROR):
+        raise ConfigError(f"cannot convert {gguf.name}: {reason.removeprefix(_CONFIG_ERROR)}")
     if "No space left" in reason:
         remedy = "set PIPESERVE_CACHE to a folder with room for 2 bytes a parameter"
-    elif reason.startswith("pipeserve.errors.ConfigError: "):
-        reason = reason.removeprefix("pipeserve.errors.ConfigError: ")
-        remedy = "give a model of a family that is supported"
     else:
         remedy = (
             "it takes a file that transformers can read, the packages gguf and accelerate, and "

@@ -9,12 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-BRANCHES = ("main", "v1", COMMIT)
+LATER = COMMIT[::-1]
+REVISIONS = ("main", "v1", COMMIT, LATER)
 
 
 @dataclass
 class FakeHub:
-    """One repository, `org/tiny`, at one commit."""
+    """One repository, `org/tiny`, whose commits all hold the same."""
 
     files: dict[str, bytes]
     token: str | None = None
@@ -24,6 +25,9 @@ class FakeHub:
     """A file whose data cannot be had."""
     stalls: str | None = None
     """A file of which only the first half is sent, until `go_on` is set."""
+    head: str = COMMIT
+    moves: bool = False
+    """Someone pushes a commit as soon as the head was asked for."""
     go_on: threading.Event = field(default_factory=threading.Event)
     half_sent: threading.Event = field(default_factory=threading.Event)
     fetched: list[str] = field(default_factory=list)
@@ -80,7 +84,7 @@ def _answer(hub: FakeHub, request: _Handler) -> None:
         return request.send(401, X_Error_Code="GatedRepo" if hub.gated else "RepoNotFound")
     parts = path.partition("/org/tiny")[2].strip("/").split("/")
     kind, revision = [*parts, "main"][:2] if parts[0] else ("revision", "main")
-    if revision not in BRANCHES:
+    if revision not in REVISIONS:
         return request.send(404, X_Error_Code="RevisionNotFound")
     if kind == "tree":
         listing = [
@@ -89,16 +93,17 @@ def _answer(hub: FakeHub, request: _Handler) -> None:
         ]
         return request.send(200, json.dumps(listing).encode())
     if kind == "revision":
-        info = {"id": "org/tiny", "sha": COMMIT, "siblings": []}
+        info = {"id": "org/tiny", "sha": hub.head, "siblings": []}
+        hub.head = LATER if hub.moves else hub.head
         return request.send(200, json.dumps(info).encode())
-    return _send_file(hub, request, "/".join(parts[2:]))
+    return _send_file(hub, request, revision, "/".join(parts[2:]))
 
 
-def _send_file(hub: FakeHub, request: _Handler, name: str) -> None:
+def _send_file(hub: FakeHub, request: _Handler, commit: str, name: str) -> None:
     data = hub.files.get(name)
     if data is None:
         return request.send(404, X_Error_Code="EntryNotFound")
-    headers = {"ETag": f'"{_etag(data)}"', "X_Repo_Commit": COMMIT}
+    headers = {"ETag": f'"{_etag(data)}"', "X_Repo_Commit": commit}
     if request.command == "HEAD":
         return request.start(200, len(data), **headers)
     hub.fetched.append(name)

@@ -125,6 +125,14 @@ def test_a_model_in_one_file(machine, checkpoint):
         assert held(machine.fetch()) == files
 
 
+def test_config_and_weights_are_of_one_commit(machine, checkpoint):
+    hub = FakeHub(checkpoint, moves=True)
+    with hub.running() as machine.endpoint:
+        folder = machine.fetch()
+        assert folder.name == COMMIT and hub.head != COMMIT
+        assert (folder / "model-00001-of-00003.safetensors").exists()
+
+
 def test_a_repository_that_takes_a_token(machine, checkpoint):
     hub = FakeHub(checkpoint, token="hf_secret")
     with hub.running() as machine.endpoint:

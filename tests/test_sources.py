@@ -229,7 +229,7 @@ def test_a_failed_conversion_is_its_last_line(tmp_path, monkeypatch):
         ),
         (
             "pipeserve.errors.ConfigError: GPT is not supported",
-            r"tiny\.gguf: GPT is not supported;",
+            r"tiny\.gguf: GPT is not supported$",
         ),
         ("MemoryError", "memory for the unpacked model twice"),
     ],

@@ -8,7 +8,7 @@ would count every page it touches as this process's memory, beside the weights m
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -69,15 +69,16 @@ def check_checkpoint(folder: str | Path, config: ModelConfig) -> None:
     whole_model = Stage(
         config, first_layer=0, stop_layer=config.num_layers, has_embedding=True, has_head=True
     )
-    unwanted = [f"{find_family(config.architecture).layers}.{config.num_layers}."]
+    unwanted = set()
     with Checkpoint(Path(folder), lambda num_bytes: None) as checkpoint:
         for leaf in whole_model.leaves():
             checkpoint.find(leaf.source, "weight", leaf.shape)
             if leaf.has_bias:
                 checkpoint.find(leaf.source, "bias", leaf.shape[:1])
             else:
-                unwanted += [f"{rows.name}.bias" for rows in leaf.source]
-        checkpoint.refuse(unwanted)
+                unwanted |= {f"{rows.name}.bias" for rows in leaf.source}
+        family = find_family(config.architecture)
+        checkpoint.refuse(unwanted, f"{family.layers}.{config.num_layers}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +113,12 @@ class Checkpoint:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def refuse(self, starts: Sequence[str]) -> None:
-        """Raises ConfigError if a tensor's name starts with one of `starts`."""
-        stored = tuple(short for name in starts for short in (name, name.partition(".")[2]))
+    def refuse(self, unwanted: Collection[str], start: str) -> None:
+        """Raises ConfigError for a tensor whose name is in `unwanted` or begins with `start`."""
+        unwanted = {*unwanted, *map(_without_first, unwanted)}
+        starts = (start, _without_first(start))
         for name in self._shard_of:
-            if name.startswith(stored):
+            if name in unwanted or name.startswith(starts):
                 raise ConfigError(
                     f"{self._folder} has a tensor {name}, which its config.json does not ask for; "
                     "take config and weights from one checkpoint"
@@ -190,14 +192,18 @@ class Checkpoint:
         return entry
 
     def _stored_name(self, name: str) -> str:
-        """A model saved without its head lacks the first part of every name."""
-        short = name.partition(".")[2]
+        short = _without_first(name)
         return short if name not in self._shard_of and short in self._shard_of else name
 
     def _open(self, path: Path) -> int:
         if path not in self._files:
             self._files[path] = _open(path)
         return self._files[path]
+
+
+def _without_first(name: str) -> str:
+    """As a tensor is called in a model saved without its head."""
+    return name.partition(".")[2]
 
 
 def _check_finite(part: Tensor, values: Tensor, name: str, path: Path) -> None:

@@ -120,6 +120,15 @@ TINY = {
 }  # fmt: skip
 
 
+PIPELINES = {
+    "falcon_new": [None, (1, 3), (1, 2, 1), (1, 1, 1, 1)],
+    "opt": [None, (3, 1), (2, 0, 2), (1, 1, 1, 1)],
+    "gemma3": [None, (2, 2), (1, 2, 1), (1, 1, 1, 1)],
+}
+"""Run as real processes besides Llama, which most tests take: layers of each stage, None for one
+stage of all."""
+
+
 def tiny(name: str, folder: Path, *, shard_bytes: int | str = "1GB", seed: int = 0, **more) -> str:
     """Saves a random model of `TINY` to `folder` as Hugging Face does; returns the folder.
 

@@ -4,7 +4,10 @@ The checkpoints are tiny and random with the flags of real models (`checkpoints.
 docs/models.md lists.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +141,9 @@ def test_parameters_are_counted_as_held(checkpoint, name):
 def test_a_whole_checkpoint_is_found_whole(checkpoint, name):
     folder, _, _ = checkpoint(name)
     check_checkpoint(folder, ModelConfig.from_folder(folder))
+
+
+def test_the_table_in_the_docs_is_up_to_date():
+    script = Path(__file__).parent.parent / "bench" / "models_table.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], check=False)
+    assert done.returncode == 0, "run python bench/models_table.py"

@@ -13,15 +13,9 @@ from pipeserve.configs import RunConfig
 from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError
 
-from checkpoints import edit_config, expected_logits, greedy_tokens, random_prompts, tiny  # isort: skip
+from checkpoints import PIPELINES, edit_config, expected_logits, greedy_tokens, random_prompts, tiny  # isort: skip
 
 MAX_TOKENS = 10
-CUTS = {
-    "falcon_new": [None, (1, 3), (1, 2, 1), (1, 1, 1, 1)],
-    "opt": [None, (3, 1), (2, 0, 2), (1, 1, 1, 1)],
-    "gemma3": [None, (2, 2), (1, 2, 1), (1, 1, 1, 1)],
-}
-"""Layers of each stage; None is one stage of all."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"), [(name, layers) for name, cuts in CUTS.items() for layers in cuts]
+    ("name", "layers"), [(name, layers) for name, cuts in PIPELINES.items() for layers in cuts]
 )
 def test_greedy_tokens_are_those_of_transformers(model, name, layers):
     """In chunks of 13, from cached prefixes the second time, preempted for want of blocks."""

@@ -18,7 +18,7 @@ MISTRAL = replace(
     LLAMA,
     name="Mistral",
     architectures=("MistralForCausalLM",),
-    models="Mistral 7B v0.1-v0.3, Mistral NeMo, Mistral Small (text)",
+    models="Mistral 7B v0.1 to v0.3, Mistral NeMo",
     differs="sliding window in every layer, or none",
     read_config=_read_mistral,
 )

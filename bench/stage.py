@@ -80,9 +80,10 @@ def main() -> None:
         inputs = build_inputs(spans, BLOCK_SIZE, ids)
         hidden = torch.randn(inputs.num_tokens, config.hidden_size).to(dtype)
         x = inputs.token_ids_T if first == 0 else hidden
+        vocabulary = stage.head.vocabulary if has_head else None
         rows = {
             module: torch.randn(
-                len(spans) if module is stage.head else inputs.num_tokens, module.shape[1]
+                len(spans) if module is vocabulary else inputs.num_tokens, module.shape[1]
             ).to(dtype)
             for module in stage.modules()
             if isinstance(module, Linear)

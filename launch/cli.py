@@ -18,7 +18,7 @@ import typer
 import pipeserve
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.core.nouns import SamplingParams
-from pipeserve.errors import ConfigError, PipeserveError
+from pipeserve.errors import ConfigError, PipeserveError, StageError
 from pipeserve.launch.flags import given, run_flags, sampling_flags, with_flags
 
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what the output file holds; run the rest.")
+    ] = False,
     print_text: Annotated[
         bool, typer.Option("--print", help="Print prompts and texts instead of JSON.")
     ] = False,
@@ -102,22 +105,25 @@ def generate(
 ) -> int:
     """Complete one prompt, or every line of a JSONL file, and write results as they end."""
     from pipeserve.launch import generate as verb
-    from pipeserve.launch.jsonl import ResultFile
     from pipeserve.params import params_from
 
     run_config = _run_config(model, config, flags)
     params = params_from(given(SamplingParams, flags, without="seed"), SamplingParams())
     if (prompt is None) == (prompts is None):
         raise ConfigError("give one of --prompt TEXT and --prompts FILE.jsonl")
+    if output is not None and print_text:
+        raise ConfigError("--output and --print each take the results; give one")
+    if resume and (prompts is None or output is None):
+        raise ConfigError("--resume goes on with an --output file of --prompts; give both")
+    if resume and overwrite:
+        raise ConfigError("--resume keeps the output file, --overwrite replaces it; give one")
     if prompts is None:
         lines = [verb.one_prompt(prompt, params, chat)]
     else:
         lines = verb.read_prompts(prompts, params, chat)
-    if output is not None and print_text:
-        raise ConfigError("--output and --print each take the results; give one")
+    lines = verb.with_seeds(lines, run_config.seed)
     if output is not None:
-        with ResultFile(output, overwrite) as results:
-            return _generate(run_config, lines, results.write)
+        return _generate_to(output, run_config, lines, overwrite, resume)
     if prompts is not None:
         write = verb.print_text if print_text else verb.print_json
         return _generate(run_config, lines, write)
@@ -125,6 +131,32 @@ def generate(
         from pipeserve.llm import LLM
 
         return verb.stream_text(LLM.on(driver), lines[0])
+
+
+def _generate_to(
+    output: Path, run_config: RunConfig, lines: Sequence[Any], overwrite: bool, resume: bool
+) -> int:
+    """Write the results of those `lines` that `output` does not hold yet."""
+    from pipeserve.launch.generate import job_of
+    from pipeserve.launch.jsonl import ResultFile
+
+    job = job_of(run_config, lines)
+    with ResultFile(output, job, overwrite=overwrite, resume=resume) as results:
+        done = results.done
+        if resume:
+            print(f"{output}: {len(done.indices)} of {len(lines)} are done", file=sys.stderr)
+        left = [line for line in lines if line.index not in done.indices]
+        try:
+            exit_code = _generate(run_config, left, results.write) if left else 0
+        except StageError as error:
+            raise StageError(f"{error}; --resume goes on from there") from None
+    if done.num_errors:
+        print(
+            f"error: {done.num_errors} of the {len(done.indices)} kept could not run; "
+            "their lines say why",
+            file=sys.stderr,
+        )
+    return 1 if done.num_errors else exit_code
 
 
 def _generate(

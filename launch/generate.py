@@ -1,11 +1,12 @@
 """`pipeserve generate`: one prompt, or a JSONL file of them, through an `LLM` that runs already."""
 
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeserve.completion import Completion, Delta, completed
+from pipeserve.configs import RunConfig
 from pipeserve.configs.recipes import check_keys
 from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError, PipeserveError, StageError
 from pipeserve.launch.jsonl import read_objects
-from pipeserve.params import PARAM_NAMES, params_from
+from pipeserve.params import PARAM_NAMES, params_from, seeded
 
 if TYPE_CHECKING:
     from pipeserve.llm import LLM, Prompt
@@ -57,6 +59,22 @@ def one_prompt(text: str, params: SamplingParams, chat: bool) -> PromptLine:
     return PromptLine(
         index=0, shown={"prompt": text}, prompt=_as_chat(text) if chat else text, params=params
     )
+
+
+def with_seeds(lines: Sequence[PromptLine], run_seed: int) -> list[PromptLine]:
+    """`lines`, each with a seed of its own that depends on its number in the file and not on which
+    lines run beside it: a resumed run draws what an uninterrupted one does."""
+    return [replace(line, params=seeded(line.params, run_seed, line.index)) for line in lines]
+
+
+def job_of(config: RunConfig, lines: Sequence[PromptLine]) -> str:
+    """16 hex digits that stand for all that results depend on: `lines` with their prompts, sampling
+    and seeds, the model as it was named, and the dtype. How it is served (stages, policy, memory)
+    is left out, so that a run may be resumed on another machine."""
+    digest = hashlib.sha256(f"{config.model} {config.dtype}".encode())
+    for line in lines:
+        digest.update(f"\n{line!r}".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()[:16]
 
 
 def stream_text(llm: "LLM", line: PromptLine) -> int:

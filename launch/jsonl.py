@@ -1,9 +1,11 @@
 """JSON Lines in and out: input errors name file and line; results are on disk as soon as made."""
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +50,112 @@ def check_writable(path: Path) -> None:
         path.unlink()
 
 
-class ResultFile:
-    """A JSONL file of results. Nothing of an older file is lost before the first result."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What a file of results holds already."""
 
-    def __init__(self, path: Path, overwrite: bool) -> None:
-        """Raises ConfigError when `path` exists and is not to be overwritten, or is unwritable."""
-        if path.is_file() and not overwrite:
-            raise ConfigError(f"{path} exists; give --overwrite, or another --output")
+    indices: frozenset[int] = frozenset()
+    """Of the prompts that are answered, or that were found unable to run."""
+    num_errors: int = 0
+    """How many of them were unable to run."""
+    num_bytes: int = 0
+    """Up to the end of the last whole line."""
+
+
+def read_done(path: Path, job: str) -> Done:
+    """What `path` holds of `job`. A line is whole when its newline is there; one that a killed
+    process began is not counted. Changes nothing.
+
+    Raises ConfigError when a whole line is no result, or one of another job.
+    """
+    indices, num_errors, num_bytes = set(), 0, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            result = _parse_result(line, f"{path}:{number}")
+            if result["job"] != job:
+                raise ConfigError(
+                    f"{path}:{number} is of another job: prompts, model, dtype, seed or sampling "
+                    "were others; give what it was begun with, or --overwrite, or another --output"
+                )
+            indices.add(result["index"])
+            num_errors += "error" in result
+            num_bytes += len(line)
+    return Done(indices=frozenset(indices), num_errors=num_errors, num_bytes=num_bytes)
+
+
+def _parse_result(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        result = json.loads(line)
+    except ValueError:
+        result = None
+    if not isinstance(result, dict) or not {"index", "job"} <= result.keys():
+        raise ConfigError(
+            f"{place} is no result that --resume can go on from; give --overwrite, or another "
+            "--output"
+        )
+    return result
+
+
+class ResultFile:
+    """A JSONL file of the results of one job. Nothing of an older file is lost before the first.
+
+    Each result says of which job it is, so that the file alone tells what is left to do.
+    """
+
+    def __init__(
+        self, path: Path, job: str, *, overwrite: bool = False, resume: bool = False
+    ) -> None:
+        """With `resume`, keeps what is there, which `done` then says, but for a half-written line.
+
+        Raises ConfigError when `path` exists and is to be neither overwritten nor resumed, is not
+        of this job, is unwritable, or is being written by another process.
+        """
+        if path.is_file() and not (overwrite or resume):
+            raise ConfigError(
+                f"{path} exists; give --resume to go on with it, --overwrite to replace it, or "
+                "another --output"
+            )
         self.path = path
+        self.done = Done()
+        self._job = job
         self._is_new = not path.exists()
+        self._replaces = overwrite
         self._num_written = 0
         try:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; give a writable file") from None
+        try:
+            self._take(resume)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take(self, resume: bool) -> None:
+        """Make the file ours alone, and ready for the next line."""
+        if not self.path.is_file():
+            return  # such as /dev/stdout: anyone may write to it
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self.path} is being written by another process; wait for it, or give another "
+                "--output"
+            ) from None
+        if resume:
+            self.done = read_done(self.path, self._job)
+            self._file.truncate(self.done.num_bytes)
 
     def write(self, result: dict[str, Any]) -> None:
         """One line, flushed. Raises PipeserveError when the disk takes no more."""
         try:
-            if self._num_written == 0 and os.fstat(self._file.fileno()).st_size:
+            if self._replaces and os.fstat(self._file.fileno()).st_size:
                 self._file.truncate(0)
-            self._file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            self._replaces = False
+            line = json.dumps({**result, "job": self._job}, ensure_ascii=False)
+            self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
             raise PipeserveError(

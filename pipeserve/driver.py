@@ -28,6 +28,7 @@ from pipeserve.machine import device_name
 from pipeserve.shapes import shape_of
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.sources import resolve
+from pipeserve.stages.weights import check_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class Driver:
         self.config = config
         self.model_folder: Path = resolve(config.model)
         self.model_config = ModelConfig.from_folder(self.model_folder)
+        check_checkpoint(self.model_folder, self.model_config)
         self.dtype = self.model_config.resolve_dtype(config.dtype)
         self.max_model_len = _max_model_len(config, self.model_config)
         policy = get_policy(config.policy)

@@ -1,29 +1,11 @@
-"""What a checkpoint's config.json says, as one frozen record. Reads no weights, loads no torch."""
+"""The shape of a decoder, as its family reads it out of config.json. Reads no weights."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeserve.errors import ConfigError
 
-SUPPORTED = ("LlamaForCausalLM",)
-_COUNTS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_ROPE_FACTORS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-"""What each type of rope cannot do without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +14,7 @@ class RopeConfig:
 
     theta: float
     kind: str = "default"
-    """"default" | "linear" (positions divided by `factor`) | "llama3" (see `llama.py`)."""
+    """"default" | "linear" (positions divided by `factor`) | "llama3" (see `rotary.py`)."""
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
@@ -40,26 +22,49 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """MLPs of `ModelConfig.intermediate_size` of which each token takes a few."""
+
+    num_experts: int
+    num_taken: int
+    normalize: bool
+    """Whether the weights of those taken sum to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The shape of a decoder, in Hugging Face's names where they are clear."""
+    """What all families share, in Hugging Face's names where they are clear.
+
+    A family whose layers need more extends it in its own file.
+    """
 
     architecture: str
+    """As in config.json; decides the family."""
     num_layers: int
     hidden_size: int
     intermediate_size: int
+    """Of the MLP, or of one expert."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope: RopeConfig
-    attention_bias: bool
-    mlp_bias: bool
+    norm_eps: float
+    activation: str
+    """A key of `mlp.ACTIVATIONS`."""
     tie_word_embeddings: bool
     dtype: str
     """Of the checkpoint: a key of `DTYPE_BYTES`."""
     eos_token_ids: tuple[int, ...]
+    rope: RopeConfig | None = None
+    """None: positions are not rotated."""
+    windows: tuple[int | None, ...] = ()
+    """For each layer how many positions a query sees, None for all; () is None for every layer."""
+    experts: ExpertsConfig | None = None
+    gated_mlp: bool = True
+    """Gate and up projection, or up alone."""
+    parallel_attention: bool = False
+    """Attention and MLP read the same input and are summed."""
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
@@ -67,19 +72,31 @@ class ModelConfig:
 
         Raises ConfigError for a file that is missing or malformed, and for what is not supported.
         """
-        raw = _read_json(Path(folder) / "config.json")
-        architecture = (raw.get("architectures") or [raw.get("model_type", "unknown")])[0]
-        if architecture not in SUPPORTED:
+        # Here, because the families build on this module.
+        from pipeserve.stages.config_file import ConfigFile
+        from pipeserve.stages.families import find_family
+
+        file = ConfigFile(Path(folder))
+        config = find_family(file.architecture, file.path.parent).read_config(file)
+        config.check(file.path)
+        return config
+
+    def check(self, path: Path) -> None:
+        """Raises ConfigError, naming `path`, for counts that contradict each other."""
+        if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"{folder}: architecture {architecture} is not supported; "
-                f"supported: {', '.join(SUPPORTED)} (Llama, Yi, SmolLM2)"
+                f"{path}: {self.num_heads} attention heads cannot share {self.num_kv_heads} kv "
+                "heads evenly; fetch the file again"
             )
-        try:
-            return cls(**_llama_fields(raw, Path(folder)), architecture=architecture)
-        except KeyError as error:
+        if self.rope is not None and self.head_dim % 2:
             raise ConfigError(
-                f"{folder}/config.json has no {error.args[0]!r}; fetch it again with its checkpoint"
-            ) from None
+                f"{path}: a head of {self.head_dim} dimensions cannot be rotated in pairs; "
+                "fetch the file again"
+            )
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions a query of `layer` sees, its own included; None for all."""
+        return self.windows[layer] if self.windows else None
 
     def resolve_dtype(self, wanted: str) -> str:
         """`wanted`, or the checkpoint's own for "auto"."""
@@ -88,88 +105,3 @@ class ModelConfig:
     def kv_bytes_per_token_per_layer(self, dtype: str) -> int:
         """K and V of one position in one layer."""
         return 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
-
-
-def _llama_fields(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    _check_counts(raw, folder)
-    num_heads, hidden_size = raw["num_attention_heads"], raw["hidden_size"]
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{folder}: hidden_act {raw['hidden_act']!r} is not supported; only silu")
-    if "quantization_config" in raw:
-        raise ConfigError(f"{folder}: quantised weights are not supported; use a full checkpoint")
-    return {
-        "num_layers": raw["num_hidden_layers"],
-        "hidden_size": hidden_size,
-        "intermediate_size": raw["intermediate_size"],
-        "num_heads": num_heads,
-        "num_kv_heads": raw.get("num_key_value_heads") or num_heads,
-        "head_dim": raw.get("head_dim") or hidden_size // num_heads,
-        "vocab_size": raw["vocab_size"],
-        "max_position_embeddings": raw["max_position_embeddings"],
-        "rms_norm_eps": raw["rms_norm_eps"],
-        "rope": _rope(raw, folder),
-        "attention_bias": raw.get("attention_bias", False),
-        "mlp_bias": raw.get("mlp_bias", False),
-        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
-        "dtype": _dtype(raw, folder),
-        "eos_token_ids": _eos(raw, folder),
-    }
-
-
-def _check_counts(raw: Mapping[str, Any], folder: Path) -> None:
-    for name in _COUNTS:
-        if type(raw[name]) is not int or raw[name] < 1:
-            raise ConfigError(
-                f"{folder}/config.json: {name} is {raw[name]!r}, must be a whole number of at "
-                "least 1; fetch the file again"
-            )
-
-
-def _rope(raw: Mapping[str, Any], folder: Path) -> RopeConfig:
-    """Both spellings: `rope_parameters` (transformers 5), `rope_theta` with `rope_scaling`."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_FACTORS:
-        raise ConfigError(
-            f"{folder}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_FACTORS)}"
-        )
-    return RopeConfig(
-        theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        kind=kind,
-        original_max_position_embeddings=rope.get(
-            "original_max_position_embeddings", raw["max_position_embeddings"]
-        ),
-        **{name: rope[name] for name in _ROPE_FACTORS[kind]},
-    )
-
-
-def _dtype(raw: Mapping[str, Any], folder: Path) -> str:
-    dtype = raw.get("dtype", raw.get("torch_dtype")) or "float32"
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(
-            f"{folder}: dtype {dtype!r} is not supported; supported: {', '.join(DTYPE_BYTES)}"
-        )
-    return dtype
-
-
-def _eos(raw: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
-    """generation_config.json knows every id that ends a turn; config.json often only one."""
-    generation = folder / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
-    if eos is None:
-        eos = raw.get("eos_token_id")
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; give a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; fetch it again") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a JSON object; fetch it again")
-    return content

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from pipeserve.stages.config import ModelConfig
 
+PoolLayer = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each [K, B, P, H]."""
+
 
 class KVCache:
     """K and V of every block, for each layer of this stage. Block ids are the engine's.
@@ -43,3 +46,16 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         return self.keys_LKBPH.nbytes + self.values_LKBPH.nbytes
+
+
+def write(k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, slots_T: Tensor) -> None:
+    for new_TKH, pool_KBPH in zip((k_TKH, v_TKH), pool, strict=True):
+        new_KTH = new_TKH[: len(slots_T)].transpose(0, 1)
+        pool_KBPH.flatten(1, 2).index_copy_(1, slots_T, new_KTH)
+
+
+def clear(pool: PoolLayer, blocks: Tensor) -> None:
+    """What an earlier owner left behind: a weight of 0 does not silence its NaN or infinity."""
+    if len(blocks):
+        for side_KBPH in pool:
+            side_KBPH.index_fill_(1, blocks, 0)

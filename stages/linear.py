@@ -1,38 +1,40 @@
 """A linear layer whose weight is set once and, where that is faster, kept in oneDNN's layout."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from pipeserve.stages.leaf import Leaf, Rows
 
 _PACKED_FOR = 512
 """Rows that the packed layout is asked to suit; measured as good as any from 1 to 512."""
 
 
-class Linear(nn.Module):
+class Linear(Leaf):
     """y = x W^T + b; inference only.
 
     Packing saves oneDNN from reordering the weight in every call. One core, bf16: 16 rows through a
     49152 x 576 head take 5.4 ms packed and 9.7 plain, and never longer (bench/linears.py).
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.shape = (out_features, in_features)
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        source: str | Sequence[Rows] = (),
+        has_bias: bool = False,
+    ) -> None:
+        super().__init__((out_features, in_features), source, has_bias)
         self.is_packed = False
-
-    @property
-    def num_parameters(self) -> int:
-        out_features, in_features = self.shape
-        return out_features * (in_features + (self.bias is not None))
 
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Takes `weight` [out_features, in_features] and `bias` [out_features] over."""
         self.is_packed = _can_pack(weight)
         if self.is_packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
-        self.weight, self.bias = weight, bias
+        super().set(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""

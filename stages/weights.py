@@ -8,7 +8,7 @@ would count every page it touches as this process's memory, beside the weights m
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.llama import LlamaStage
+from pipeserve.stages.families import find_family
+from pipeserve.stages.leaf import Rows
+from pipeserve.stages.stage import Stage
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE_BYTES = 8 << 20
@@ -36,12 +38,13 @@ def load_stage(
     dtype: torch.dtype,
     attention: str = "auto",
     progress: Callable[[int], None] = lambda num_bytes: None,
-) -> LlamaStage:
+) -> Stage:
     """The stage with its weights in `dtype`. `progress` is called with the bytes of each read.
 
-    Raises ConfigError for a checkpoint that is missing, truncated, pickled or of another shape.
+    Raises ConfigError for a checkpoint that is missing, truncated, pickled or of another shape, and
+    for weights that are not finite.
     """
-    stage = LlamaStage(
+    stage = Stage(
         config,
         first_layer=first_layer,
         stop_layer=stop_layer,
@@ -50,12 +53,32 @@ def load_stage(
         attention=attention,
     )
     with Checkpoint(Path(folder), progress) as checkpoint:
-        for module, names, has_bias in stage.checkpoint_tensors():
-            weight, bias = checkpoint.read(names, "weight", module.shape, dtype), None
-            if has_bias:
-                bias = checkpoint.read(names, "bias", module.shape[:1], dtype)
-            module.set(weight, bias)
+        for leaf in stage.leaves():
+            weight, bias = checkpoint.read(leaf.source, "weight", leaf.shape, dtype), None
+            if leaf.has_bias:
+                bias = checkpoint.read(leaf.source, "bias", leaf.shape[:1], dtype)
+            leaf.set(weight, bias)
     return stage
+
+
+def check_checkpoint(folder: str | Path, config: ModelConfig) -> None:
+    """Whether the checkpoint holds the model that `config` describes, by names and shapes alone.
+
+    Reads headers only, so it can run before any process is started. Raises ConfigError.
+    """
+    whole_model = Stage(
+        config, first_layer=0, stop_layer=config.num_layers, has_embedding=True, has_head=True
+    )
+    unwanted = set()
+    with Checkpoint(Path(folder), lambda num_bytes: None) as checkpoint:
+        for leaf in whole_model.leaves():
+            checkpoint.find(leaf.source, "weight", leaf.shape)
+            if leaf.has_bias:
+                checkpoint.find(leaf.source, "bias", leaf.shape[:1])
+            else:
+                unwanted |= {f"{rows.name}.bias" for rows in leaf.source}
+        family = find_family(config.architecture)
+        checkpoint.refuse(unwanted, f"{family.layers}.{config.num_layers}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,49 +113,66 @@ class Checkpoint:
         for descriptor in self._files.values():
             os.close(descriptor)
 
+    def refuse(self, unwanted: Collection[str], start: str) -> None:
+        """Raises ConfigError for a tensor whose name is in `unwanted` or begins with `start`."""
+        unwanted = {*unwanted, *map(_without_first, unwanted)}
+        starts = (start, _without_first(start))
+        for name in self._shard_of:
+            if name in unwanted or name.startswith(starts):
+                raise ConfigError(
+                    f"{self._folder} has a tensor {name}, which its config.json does not ask for; "
+                    "take config and weights from one checkpoint"
+                )
+
     def read(
-        self, names: Sequence[str], part: str, shape: tuple[int, ...], dtype: torch.dtype
+        self, source: Sequence[Rows], part: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:
-        """Tensor `part` ("weight" or "bias") of each name, joined along dim 0 to `shape`."""
-        entries = {name: self._find(name) for name in (f"{name}.{part}" for name in names)}
-        self._check_shapes(entries, shape)
+        """The rows of `part` ("weight" or "bias") that `source` names, joined to `shape`."""
         joined = torch.empty(shape, dtype=dtype)
         flat, done = joined.view(-1), 0
-        for name, entry in entries.items():
-            size = math.prod(entry.shape)
-            self._read_into(flat[done : done + size], name, entry)
+        for rows, entry in zip(source, self.find(source, part, shape), strict=True):
+            size = (rows.stop - rows.start) * math.prod(shape[1:])
+            self._read_into(flat[done : done + size], f"{rows.name}.{part}", entry, rows.start)
             done += size
         return joined
 
-    def _check_shapes(self, entries: dict[str, _Entry], shape: tuple[int, ...]) -> None:
-        found = [entry.shape for entry in entries.values()]
-        joins = all(len(each) == len(shape) and each[1:] == shape[1:] for each in found)
-        if not joins or sum(each[0] for each in found) != shape[0]:
-            raise ConfigError(
-                f"{self._folder}: {' + '.join(entries)} has shape {' + '.join(map(str, found))}, "
-                f"config.json asks for {shape}; take config and weights from one checkpoint"
-            )
+    def find(self, source: Sequence[Rows], part: str, shape: tuple[int, ...]) -> list["_Entry"]:
+        """The tensor behind each of `source`. Raises ConfigError where one is missing or not of
+        the shape that the whole asks for."""
+        entries = [self._find(f"{rows.name}.{part}") for rows in source]
+        for rows, entry in zip(source, entries, strict=True):
+            if entry.shape != (rows.of, *shape[1:]):
+                raise ConfigError(
+                    f"{self._folder}: {rows.name}.{part} has shape {entry.shape}, config.json asks "
+                    f"for {(rows.of, *shape[1:])}; take config and weights from one checkpoint"
+                )
+        return entries
 
-    def _read_into(self, target: Tensor, name: str, entry: _Entry) -> None:
+    def _read_into(self, target: Tensor, name: str, entry: "_Entry", first_row: int) -> None:
         """Reads in pieces, so that no second copy of a large tensor ever exists."""
         descriptor, dtype = self._open(entry.path), _DTYPES[entry.dtype]
-        piece = bytearray(min(_PIECE_BYTES, entry.num_bytes))
+        row_bytes = entry.num_bytes // entry.shape[0]
+        offset, num_bytes = entry.offset + first_row * row_bytes, len(target) * dtype.itemsize
+        piece = bytearray(min(_PIECE_BYTES, num_bytes))
         done = 0
-        while done < entry.num_bytes:
-            view = memoryview(piece)[: entry.num_bytes - done]
-            got = os.preadv(descriptor, [view], entry.offset + done)
+        while done < num_bytes:
+            view = memoryview(piece)[: num_bytes - done]
+            got = os.preadv(descriptor, [view], offset + done)
             if got < len(view):
                 raise ConfigError(
-                    f"{entry.path} is truncated: {name} needs "
-                    f"{entry.offset + entry.num_bytes} bytes; fetch the file again"
+                    f"{entry.path} is truncated: {name} needs {offset + num_bytes} bytes; "
+                    "fetch the file again"
                 )
             values = torch.frombuffer(view, dtype=dtype)
             first = done // dtype.itemsize
-            target[first : first + len(values)].copy_(values)
+            part = target[first : first + len(values)]
+            part.copy_(values)
+            _check_finite(part, values, name, entry.path)
             done += got
             self._progress(got)
 
     def _find(self, name: str) -> _Entry:
+        name = self._stored_name(name)
         path = self._shard_of.get(name)
         if path is None:
             raise ConfigError(
@@ -151,10 +191,33 @@ class Checkpoint:
             )
         return entry
 
+    def _stored_name(self, name: str) -> str:
+        short = _without_first(name)
+        return short if name not in self._shard_of and short in self._shard_of else name
+
     def _open(self, path: Path) -> int:
         if path not in self._files:
             self._files[path] = _open(path)
         return self._files[path]
+
+
+def _without_first(name: str) -> str:
+    """As a tensor is called in a model saved without its head."""
+    return name.partition(".")[2]
+
+
+def _check_finite(part: Tensor, values: Tensor, name: str, path: Path) -> None:
+    """A sum is several times as cheap as looking at every value, and NaN if one of them is."""
+    if math.isfinite(part.sum(dtype=torch.float32)) or part.isfinite().all():
+        return
+    if values.isfinite().all():
+        raise ConfigError(
+            f"{path}: {name} holds {values.abs().max():g}, over the largest {part.dtype} of "
+            f"{torch.finfo(part.dtype).max:g}; give --dtype bfloat16 or float32"
+        )
+    raise ConfigError(
+        f"{path}: {name} holds NaN or infinity; fetch the file again, or ask who made it"
+    )
 
 
 def _shard_of_tensor(folder: Path) -> dict[str, Path]:
@@ -171,6 +234,11 @@ def _shard_of_tensor(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(_read_header(descriptor, single), single)
         finally:
             os.close(descriptor)
+    if (folder / "adapter_model.safetensors").exists():
+        raise ConfigError(
+            f"{folder} holds the weights of an adapter alone; merge it with its base model "
+            "(merge_and_unload of peft) and give the merged folder"
+        )
     if any(any(folder.glob(pattern)) for pattern in _PICKLES):
         raise ConfigError(
             f"{folder} holds only pickled weights, which can run code when read; "

@@ -7,9 +7,10 @@ import torch
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.attention import make_attention
-from pipeserve.stages.config import ModelConfig, RopeConfig
+from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.inputs import build_inputs
 from pipeserve.stages.kv import KVCache
+from pipeserve.stages.scoring import Scoring, alibi_slopes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +23,17 @@ HEADS = [(6, 2, 8), (4, 4, 16), (3, 1, 64), (9, 3, 24)]
 class Case:
     """Chunks of random q, k and v, with the K and V of what came before them in the pool."""
 
-    def __init__(self, spans, *, heads=(6, 2, 8), block_size=16, dtype=torch.float32, garbage=0.0):
+    def __init__(
+        self,
+        spans,
+        *,
+        heads=(6, 2, 8),
+        block_size=16,
+        dtype=torch.float32,
+        garbage=0.0,
+        scoring=None,
+    ):
+        self.scoring = scoring or Scoring(heads[2] ** -0.5)
         num_heads, num_kv_heads, head_dim = heads
         rng = random.Random(len(spans))
         counts = [-(-stop // block_size) for _, stop in spans]
@@ -50,7 +61,7 @@ class Case:
             self.q.append(q)
             self.k.append(k[start:])
             self.v.append(v[start:])
-            self.expected.append(_attention(q, k, v))
+            self.expected.append(_attention(q, k, v, self.scoring))
 
     def _fill(self, table, block_size, k, v):
         """What earlier microbatches would have written, first positions of blocks first."""
@@ -63,9 +74,9 @@ class Case:
     def run(self, name):
         attention = make_attention(name)
         with torch.inference_mode():
-            plan = attention.prepare(self.inputs, self.kv)
+            plan = attention.prepare(self.inputs, self.kv, {self.scoring.window})
             q, k, v = (torch.cat(parts) for parts in (self.q, self.k, self.v))
-            return attention(q, k, v, self.kv.layer(1), plan)
+            return attention(q, k, v, self.kv.layer(1), plan, self.scoring)
 
     def check(self, name):
         got = self.run(name)
@@ -73,15 +84,22 @@ class Case:
         torch.testing.assert_close(got.double(), torch.cat(self.expected), rtol=limit, atol=limit)
 
 
-def _attention(q_TNH, k_CKH, v_CKH):
+def _attention(q_TNH, k_CKH, v_CKH, scoring):
     """The definition, for the last T of C positions: float64 [T, N, H]."""
     group = q_TNH.shape[1] // k_CKH.shape[1]
     q, k, v = q_TNH.double(), k_CKH.double(), v_CKH.double()
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.einsum("tnh,cnh->ntc", q, k) / q.shape[2] ** 0.5
-    query_at = torch.arange(len(k) - len(q), len(k))
-    is_later = torch.arange(len(k))[None] > query_at[:, None]
-    weights = scores.masked_fill(is_later, -torch.inf).softmax(-1)
+    scores = torch.einsum("tnh,cnh->ntc", q, k) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * (scores / scoring.softcap).tanh()
+    if scoring.slopes_N is not None:
+        bias_NC = scoring.slopes_N.bfloat16()[:, None] * torch.arange(len(k))
+        scores = scores + bias_NC.double()[:, None] * scoring.scale
+    distance_TC = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+    is_hidden = distance_TC < 0
+    if scoring.window is not None:
+        is_hidden |= distance_TC >= scoring.window
+    weights = scores.masked_fill(is_hidden, -torch.inf).softmax(-1)
     return torch.einsum("ntc,cnh->tnh", weights, v)
 
 
@@ -96,10 +114,8 @@ def _config(num_heads, num_kv_heads, head_dim):
         head_dim=head_dim,
         vocab_size=1,
         max_position_embeddings=1,
-        rms_norm_eps=1.0,
-        rope=RopeConfig(theta=1.0),
-        attention_bias=False,
-        mlp_bias=False,
+        norm_eps=1.0,
+        activation="silu",
         tie_word_embeddings=False,
         dtype="float32",
         eos_token_ids=(),
@@ -122,6 +138,40 @@ def test_random_microbatches(name, dtype, seed):
     spans = _random_spans(rng, rng.randint(1, 8))
     heads, block_size = rng.choice(HEADS), rng.choice((1, 4, 16, 48, 128))
     Case(spans, heads=heads, block_size=block_size, dtype=dtype).check(name)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 63, 64, 65, 130, 10**6])
+def test_a_sliding_window(name, window, dtype):
+    """Chunks and decodes from well inside the window to far beyond it; garbage behind them."""
+    spans = [(0, 1), (0, 90), (16, 17), (15, 16), (64, 65), (130, 200), (199, 200), (170, 175)]
+    scoring = Scoring(8**-0.5, window=window)
+    for block_size in (1, 16, 48):
+        case = Case(spans, block_size=block_size, dtype=dtype, scoring=scoring, garbage=torch.nan)
+        case.check(name)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("kind", ["scale", "softcap", "alibi", "softcap_window"])
+def test_every_way_to_score(name, heads, kind):
+    scoring = {
+        "scale": Scoring(0.1),
+        "softcap": Scoring(1.0, softcap=2.0),
+        "alibi": Scoring(heads[2] ** -0.5, slopes_N=alibi_slopes(heads[0])),
+        "softcap_window": Scoring(1.0, softcap=2.0, window=21),
+    }[kind]
+    spans = [(0, 1), (0, 90), (16, 17), (130, 200), (199, 200), (299, 300), (300, 309)]
+    Case(spans, heads=heads, scoring=scoring).check(name)
+
+
+def test_slopes_of_alibi():
+    """As its paper gives them for 8 heads, and for 12."""
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(12).tolist() == pytest.approx(
+        [2.0**-i for i in range(1, 9)] + [2.0**-i for i in (0.5, 1.5, 2.5, 3.5)]
+    )
 
 
 @pytest.mark.parametrize("heads", HEADS)

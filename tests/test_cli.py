@@ -229,7 +229,7 @@ def test_files_that_cannot_be(no_driver, capsys, tmp_path):
     command = ["generate", "m", "--prompts", good, "--output"]
     assert "No such file" in _error(capsys, [*command, tmp_path / "no" / "out.jsonl"], 2)
     assert "Is a directory" in _error(capsys, [*command, tmp_path], 2)
-    assert "give --overwrite" in _error(capsys, [*command, good], 2)
+    assert "give --resume to go on with it, --overwrite" in _error(capsys, [*command, good], 2)
     assert _results(good) == [{"prompt": "a"}]
 
 
@@ -362,7 +362,7 @@ def test_built_in_lengths_have_the_means_of_their_traces(name, mean_prompt, mean
 
 def test_a_full_disk_is_one_line():
     with (
-        ResultFile(Path("/dev/full"), overwrite=True) as results,
+        ResultFile(Path("/dev/full"), "job", overwrite=True) as results,
         pytest.raises(PipeserveError, match="No space left on device; make room"),
     ):
         results.write({"text": "x"})

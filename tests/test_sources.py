@@ -1,10 +1,12 @@
 """Where a model comes from. Nothing here fetches or converts: pip and the converter are stand-ins.
 
-The real ones run in test_pipeline.py, through `resolve("smollm2-135m")`.
+The real ones run in test_gguf.py, and in test_pipeline.py through `resolve("smollm2-135m")`; hub
+ids are in test_hub.py.
 """
 
 import fcntl
 import hashlib
+import os
 import stat
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages import sources
-from pipeserve.stages.sources import WheelModel, cache_root, resolve
+from pipeserve.stages.sources import WheelModel, cache_root, origin, resolve
 
 ALIAS = "tiny-1m"
 
@@ -99,12 +101,62 @@ def test_an_unknown_alias_names_the_nearest(index):
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "~nobody-here/model", "x" * 5000, ""])
 def test_what_does_not_exist(index, model):
-    refused(model, "neither a folder nor a known alias", "give a model folder", ALIAS)
+    refused(model, "neither a folder, a GGUF file", "give a model folder, org/name", ALIAS)
 
 
-def test_a_file_is_no_folder(index, tmp_path):
-    (tmp_path / "model.gguf").touch()
-    refused("model.gguf", "model.gguf is a file", "give the folder")
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "config.json"])
+def test_a_file_that_is_no_gguf_file(index, tmp_path, name):
+    (tmp_path / name).write_bytes(b"GGU")
+    refused(name, f"{name} is no GGUF file", "the folder that holds config.json")
+    assert index.conversions == 0
+
+
+def test_a_part_of_a_gguf_file(index, tmp_path):
+    (tmp_path / "big-00001-of-00003.gguf").write_bytes(b"GGUF")
+    refused("big-00001-of-00003.gguf", "one part", "--merge")
+    assert index.conversions == 0
+
+
+def test_a_gguf_file_is_converted_once_and_again_when_it_changes(index, tmp_path, monkeypatch):
+    file = tmp_path / "b[1]*.gguf"
+    file.write_text("GGUF old")
+    said = []
+    folder = resolve("b[1]*.gguf", said.append)
+    assert (folder / "model.safetensors").read_text() == "GGUF old"
+    assert folder.parent == cache_root() and stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert said == ["b[1]*.gguf: converting to safetensors, once"]
+    (tmp_path / "link.gguf").symlink_to(file)
+    assert resolve(str(file)) == resolve("link.gguf") == folder
+    assert index.conversions == 1
+    assert origin("b[1]*.gguf", folder) == f"GGUF file b[1]*.gguf, unpacked in {folder}"
+    file.write_text("GGUF new")
+    os.utime(file, ns=(0, 0))
+    assert (resolve(str(file)) / "model.safetensors").read_text() == "GGUF new"
+    (tmp_path / "home").mkdir()
+    other = tmp_path / "home" / file.name  # as large and as old, of the same name
+    other.write_text("GGUF oth")
+    os.utime(other, ns=(0, 0))
+    assert (resolve(str(other)) / "model.safetensors").read_text() == "GGUF oth"
+    assert index.conversions == 3 and len(cached()) == 3
+
+
+def test_a_killed_gguf_conversion_leaves_a_draft_that_the_next_removes(
+    index, tmp_path, monkeypatch
+):
+    (tmp_path / "a[b]*.gguf").write_text("GGUF")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.shutil, "rmtree", lambda *args, **options: None)
+        index.failure = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            resolve("a[b]*.gguf")
+    index.failure = None
+    folder = resolve("a[b]*.gguf")
+    assert cached() == [folder.name]
+
+
+def test_where_it_came_from_in_words(index, tmp_path):
+    assert origin(ALIAS, resolve(ALIAS)) == f"tiny==1.0, unpacked in {cache_root() / ALIAS}"
+    assert origin(str(tmp_path), tmp_path) == f"folder {tmp_path}"
 
 
 def test_an_alias_is_made_once(index):
@@ -168,6 +220,27 @@ def test_a_failed_conversion_is_its_last_line(tmp_path, monkeypatch):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("last_line", "message"),
+    [
+        (
+            "OSError: [Errno 28] No space left on device",
+            "set PIPESERVE_CACHE to a folder with room",
+        ),
+        (
+            "pipeserve.errors.ConfigError: GPT is not supported",
+            r"tiny\.gguf: GPT is not supported$",
+        ),
+        ("MemoryError", "memory for the unpacked model twice"),
+    ],
+)
+def test_a_failed_conversion_names_the_remedy(tmp_path, monkeypatch, last_line, message):
+    done = subprocess.CompletedProcess([], 1, "", f"Traceback\n{last_line}\n")
+    monkeypatch.setattr(sources.subprocess, "run", lambda command, **options: done)
+    with pytest.raises(ConfigError, match=message):
+        sources.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+
+
 def test_an_interrupted_conversion_leaves_nothing(index):
     index.failure = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
@@ -204,8 +277,10 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_root() == Path.home() / ".cache" / "pipeserve"
 
 
-def test_two_at_once_make_it_once(index, monkeypatch):
+@pytest.mark.parametrize("model", [ALIAS, "file.gguf"])
+def test_two_at_once_make_it_once(index, tmp_path, monkeypatch, model):
     """flock holds between two open files as between two processes."""
+    (tmp_path / "file.gguf").write_text("GGUF")
     both_inside = threading.Barrier(2, timeout=10)
     locked = sources._locked
 
@@ -215,13 +290,13 @@ def test_two_at_once_make_it_once(index, monkeypatch):
 
     monkeypatch.setattr(sources, "_locked", meet)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(resolve(ALIAS))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(resolve(model))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [cache_root() / ALIAS] * 2
-    assert (len(index.commands), index.conversions) == (1, 1)
+    assert found[0] == found[1] and found[0].is_dir()
+    assert index.conversions == 1
 
 
 def test_it_says_that_it_waits_for_another_process(index, capfd):

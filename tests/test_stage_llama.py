@@ -1,26 +1,21 @@
-"""Logits of the stages against transformers', in float32: any model, any cut, any chunks.
+"""Logits of a Llama's stages against transformers', in float32: any cut, any chunks, any option.
 
-All stages run here in one process, one after the other, on KV pools that start full of NaN:
-whatever reads a position that nobody wrote shows at once.
+The other families: test_families.py.
 """
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import random_prompts, tiny_llama, transformers_model
+from checkpoints import expected_logits, random_prompts, tiny_llama, transformers_model
+from cut_model import Stages, assert_close, run_mixed
 
 from pipeserve.stages.config import ModelConfig, RopeConfig
-from pipeserve.stages.inputs import build_inputs
-from pipeserve.stages.kv import KVCache
-from pipeserve.stages.weights import load_stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TOLERANCE = 1e-4
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -45,71 +40,6 @@ CUTS = [(4,), (1, 3), (3, 1), (2, 0, 2), (0, 4), (4, 0), (1, 2, 1), (1, 1, 1, 1)
 ATTENTIONS = ["cpu", "reference"]
 
 
-class Stages:
-    """A model cut into stages, each with its own KV pool."""
-
-    def __init__(
-        self,
-        folder: str,
-        layers=(1, 3),
-        *,
-        attention="cpu",
-        block_size=16,
-        num_blocks=64,
-        config=None,
-        dtype=torch.float32,
-    ) -> None:
-        config = config or ModelConfig.from_folder(folder)
-        assert sum(layers) == config.num_layers
-        self.block_size = block_size
-        self.num_blocks = num_blocks
-        self.stages, self.pools = [], []
-        for number, count in enumerate(layers):
-            first = sum(layers[:number])
-            self.stages.append(
-                load_stage(
-                    folder,
-                    config,
-                    first_layer=first,
-                    stop_layer=first + count,
-                    has_embedding=number == 0,
-                    has_head=number == len(layers) - 1,
-                    dtype=dtype,
-                    attention=attention,
-                )
-            )
-            pool = KVCache(
-                config,
-                num_layers=count,
-                num_blocks=num_blocks,
-                block_size=block_size,
-                dtype=dtype,
-            )
-            pool.keys_LKBPH.fill_(torch.nan)
-            pool.values_LKBPH.fill_(torch.nan)
-            self.pools.append(pool)
-
-    @torch.inference_mode()
-    def run(self, spans, token_ids):
-        """One microbatch through every stage. Returns the logits."""
-        x = None
-        for stage, pool in zip(self.stages, self.pools, strict=True):
-            is_first = stage.embedding is not None
-            inputs = build_inputs(spans, self.block_size, token_ids if is_first else None)
-            x = stage(inputs.token_ids_T if is_first else x, inputs, pool)
-        return x
-
-    def logits(self, prompt, budget):
-        """Of every position of `prompt`, taken `budget` tokens at a time."""
-        table = list(range(self.num_blocks))
-        random.Random(budget).shuffle(table)
-        starts = range(0, len(prompt), budget)
-        spans = [(i, min(i + budget, len(prompt)), table) for i in starts]
-        return torch.cat(
-            [self.run([(i, stop, table, stop - i)], [prompt]) for i, stop, table in spans]
-        )
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """name -> (folder, a prompt of 70 ids, transformers' logits), each made once."""
@@ -123,17 +53,6 @@ def checkpoint(tmp_path_factory):
         return made[name]
 
     return make
-
-
-@torch.inference_mode()
-def expected_logits(folder, prompt):
-    return transformers_model(folder)(torch.tensor([prompt])).logits[0]
-
-
-def assert_close(got, expected):
-    assert got.shape == expected.shape
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -188,25 +107,7 @@ def test_requests_mixed_in_a_microbatch(checkpoint, block_size, attention):
     stages = Stages(
         folder, attention=attention, block_size=block_size, num_blocks=256 // block_size
     )
-    rng = random.Random(block_size)
-    free = rng.sample(range(stages.num_blocks), stages.num_blocks)
-    tables = [[free.pop() for _ in range(-(-len(p) // block_size))] for p in prompts]
-    done = [0] * len(prompts)
-    sizes = []
-    while live := [i for i, prompt in enumerate(prompts) if done[i] < len(prompt)]:
-        chosen = rng.sample(live, rng.randint(1, len(live)))
-        chunks = []
-        for i in chosen:
-            stop = min(done[i] + rng.choice((1, 1, 1, 2, 7, 20)), len(prompts[i]))
-            chunks.append((i, done[i], stop, rng.randint(0, stop - done[i])))
-            done[i] = stop
-        sizes.append(len(chunks))
-        spans = [(start, stop, tables[i], wanted) for i, start, stop, wanted in chunks]
-        got = stages.run(spans, [prompts[i] for i in chosen])
-        assert_close(
-            got, torch.cat([expected[i][stop - wanted : stop] for i, _, stop, wanted in chunks])
-        )
-    assert max(sizes) > 3
+    run_mixed(stages, prompts, expected, seed=block_size)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -247,13 +148,3 @@ def test_half_precision_is_near_transformers_in_that_precision(checkpoint, dtype
         theirs = transformers_model(folder).to(dtype)(torch.tensor([prompt])).logits[0].float()
     ours, limit = ((x - expected).pow(2).mean().sqrt() for x in (got, theirs))
     assert ours < 1.5 * limit
-
-
-def test_parameters_are_counted_as_held(checkpoint):
-    for name in ("gqa", "tied", "biases"):
-        folder, _, _ = checkpoint(name)
-        model = transformers_model(folder)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        if name == "tied":
-            total += model.lm_head.weight.numel()
-        assert sum(stage.num_parameters for stage in Stages(folder).stages) == total

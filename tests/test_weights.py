@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import tiny_llama
+from checkpoints import TINY, edit_config, tiny, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages import linear
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.linear import Linear
-from pipeserve.stages.weights import load_stage
+from pipeserve.stages.weights import check_checkpoint, load_stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,6 +106,22 @@ def test_a_stage_reads_its_own_bytes_and_opens_its_own_shards(
             assert shards < set(index["weight_map"].values()) or not own
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_every_byte_is_read_once_by_the_stage_that_needs_it(tmp_path, name):
+    """A tied table twice: by the first stage and, as the head, by the last."""
+    folder = tiny(name, tmp_path)
+    config = ModelConfig.from_folder(folder)
+    tensors = tensors_of(folder)
+    expected = sum(tensor.nbytes for tensor in tensors.values())
+    if config.tie_word_embeddings:
+        (table,) = (t for n, t in tensors.items() if "embed_tokens" in n or "word_embed" in n)
+        expected += table.nbytes
+    reported = []
+    for first, stop in CUT:
+        load(folder, first, stop, progress=reported.append)
+    assert sum(reported) == expected
+
+
 def test_it_leaves_no_file_open(tmp_path):
     folder = tiny_llama(tmp_path / "model", shard_bytes=40_000)
     before = os.listdir("/proc/self/fd")
@@ -123,14 +139,35 @@ def test_weights_are_converted_as_torch_converts_them(tmp_path, monkeypatch, sto
     folder = tiny_llama(tmp_path, attention_bias=True, mlp_bias=True)
     tensors = {name: tensor.to(stored) for name, tensor in tensors_of(folder).items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    for module, names, has_bias in (stage := load(folder, dtype=dtype)).checkpoint_tensors():
-        weight = torch.cat([tensors[f"{name}.weight"] for name in names])
-        assert module.weight.dtype == dtype
-        assert torch.equal(module.weight, weight.to(dtype))
-        if has_bias:
-            bias = torch.cat([tensors[f"{name}.bias"] for name in names])
-            assert torch.equal(module.bias, bias.to(dtype))
-    assert stage.layers[3].down.bias is not None
+    for leaf in (stage := load(folder, dtype=dtype)).leaves():
+        weight = torch.cat([tensors[f"{rows.name}.weight"] for rows in leaf.source])
+        assert leaf.weight.dtype == dtype
+        assert torch.equal(leaf.weight, weight.to(dtype))
+        if leaf.has_bias:
+            bias = torch.cat([tensors[f"{rows.name}.bias"] for rows in leaf.source])
+            assert torch.equal(leaf.bias, bias.to(dtype))
+    assert stage.layers[3].mlp.down.bias is not None
+
+
+@pytest.mark.parametrize("name", ["falcon_new", "falcon_multi_query", "falcon_rw"])
+def test_rows_of_a_fused_tensor_are_read_in_small_pieces(tmp_path, monkeypatch, name):
+    """Pieces that end inside a row, and begin anywhere in the file."""
+    folder = tiny(name, tmp_path)
+    whole = load(folder).layers[0].attention.qkv.weight
+    monkeypatch.setattr("pipeserve.stages.weights._PIECE_BYTES", 100)
+    assert torch.equal(load(folder).layers[0].attention.qkv.weight, whole)
+    fused = tensors_of(folder)["transformer.h.0.self_attention.query_key_value.weight"]
+    assert sorted(whole.tolist()) == sorted(fused.tolist())
+
+
+def test_a_checkpoint_of_the_model_without_its_head(tmp_path):
+    """As some are saved: no tensor's name has the first part that the family's have."""
+    folder = tiny("opt", tmp_path)
+    expected = load(folder).head.vocabulary.weight
+    tensors = {n.removeprefix("model."): t for n, t in tensors_of(folder).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_checkpoint(folder, ModelConfig.from_folder(folder))
+    assert torch.equal(load(folder).head.vocabulary.weight, expected)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 100])
@@ -163,10 +200,15 @@ def refused(folder, *parts, **options):
     assert "; " in message, f"no remedy: {message}"
 
 
-def edit_json(path, **changes):
-    """Sets keys of a JSON file; a value of None removes the key."""
-    content = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+def refused_by_name(folder, *parts):
+    """As `refused`, by what can be known before anything starts."""
+    with pytest.raises(ConfigError) as caught:
+        check_checkpoint(folder, ModelConfig.from_folder(folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "; " in message, f"no remedy: {message}"
+    for part in parts:
+        assert part in message
 
 
 def rewrite(folder, change):
@@ -228,7 +270,7 @@ def test_a_missing_tensor(single):
 
 
 def test_a_missing_bias(single):
-    edit_json(single / "config.json", mlp_bias=True)
+    edit_config(single, mlp_bias=True)
     refused(single, "model.layers.0.mlp.gate_proj.bias")
 
 
@@ -261,7 +303,7 @@ def test_an_index_that_names_the_wrong_shard(sharded):
     weight_map = json.loads(index.read_text())["weight_map"]
     name = "model.layers.1.mlp.down_proj.weight"
     other = next(shard for shard in weight_map.values() if shard != weight_map[name])
-    edit_json(index, weight_map={**weight_map, name: other})
+    index.write_text(json.dumps({"weight_map": {**weight_map, name: other}}))
     refused(sharded, other, name)
 
 
@@ -302,7 +344,7 @@ def test_an_empty_folder(tmp_path):
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps"])
 def test_a_config_without_a_key(single, key):
-    edit_json(single / "config.json", **{key: None})
+    edit_config(single, **{key: None})
     refused(single, "config.json", repr(key))
 
 
@@ -315,7 +357,14 @@ def test_a_corrupt_config(single, text):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"architectures": ["FalconForCausalLM"]}, ["FalconForCausalLM", "LlamaForCausalLM"]),
+        (
+            {"architectures": ["BloomForCausalLM"]},
+            ["BloomForCausalLM", "LlamaForCausalLM", "FalconForCausalLM", "OPTForCausalLM"],
+        ),
+        ({"num_attention_heads": 5, "head_dim": None}, ["hidden_size 48", "5 attention heads"]),
+        ({"num_key_value_heads": 4}, ["6 attention heads", "4 kv heads"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'", "default, linear, llama3"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
         ({"num_hidden_layers": "thirty"}, ["num_hidden_layers is 'thirty'", "whole number"]),
         ({"vocab_size": 0}, ["vocab_size is 0", "whole number"]),
         ({"architectures": None, "model_type": "gpt2"}, ["gpt2", "LlamaForCausalLM"]),
@@ -328,7 +377,7 @@ def test_a_corrupt_config(single, text):
     ],
 )
 def test_what_is_not_supported(single, changes, parts):
-    edit_json(single / "config.json", **changes)
+    edit_config(single, **changes)
     refused(single, *parts)
 
 
@@ -337,5 +386,113 @@ def test_ids_that_end_a_text(single):
     (single / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     assert ModelConfig.from_folder(single).eos_token_ids == (2, 7)
     (single / "generation_config.json").unlink()
-    edit_json(single / "config.json", eos_token_id=None)
+    edit_config(single, eos_token_id=None)
     assert ModelConfig.from_folder(single).eos_token_ids == ()
+
+
+# ---- config.json and checkpoint contradict each other --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"num_hidden_layers": 3}, ["model.layers.3."]),
+        ({"num_hidden_layers": 5}, ["no tensor model.layers.4."]),
+        ({"attention_bias": True}, ["no tensor model.layers.0.self_attn.q_proj.bias"]),
+        ({"num_key_value_heads": 3}, ["k_proj.weight", "(16, 48)", "(24, 48)"]),
+        ({"intermediate_size": 96}, ["gate_proj.weight", "(80, 48)", "(96, 48)"]),
+        ({"head_dim": 16}, ["q_proj.weight", "(48, 48)", "(96, 48)"]),
+        ({"vocab_size": 512}, ["embed_tokens.weight", "(256, 48)", "(512, 48)"]),
+        (
+            {"architectures": ["Qwen2ForCausalLM"]},
+            ["no tensor model.layers.0.self_attn.q_proj.bias"],
+        ),
+        ({"architectures": ["Phi3ForCausalLM"]}, ["no tensor model.layers.0.self_attn.qkv_proj"]),
+    ],
+)
+def test_a_config_that_contradicts_its_tensors(single, changes, parts):
+    edit_config(single, **changes)
+    refused_by_name(single, *parts)
+
+
+def test_a_bias_that_the_config_does_not_ask_for(tmp_path):
+    tiny_llama(tmp_path, attention_bias=True)
+    edit_config(tmp_path, attention_bias=False)
+    refused_by_name(tmp_path, "has a tensor model.layers.", "_proj.bias", "does not ask for")
+
+
+def test_queries_and_keys_of_each_other_s_size(single):
+    """Together they are as long as they should be."""
+    names = [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk"]
+    rewrite(single, lambda t: t.update({names[0]: t[names[1]], names[1]: t[names[0]]}))
+    refused(single, names[0], "(16, 48)", "(48, 48)")
+
+
+def test_a_tensor_that_one_stage_alone_misses(sharded):
+    """Named before anything starts, and by the stage itself."""
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = "model.layers.3.mlp.down_proj.weight"
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    refused_by_name(sharded, f"no tensor {name}")
+    load(str(sharded), 0, 3)
+    refused(sharded, f"no tensor {name}", first=3)
+
+
+# ---- weights that are no numbers -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", ["model.layers.3.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_weights_that_are_not_finite(single, monkeypatch, name, stored, value):
+    monkeypatch.setattr("pipeserve.stages.weights._PIECE_BYTES", 1000)
+
+    def spoil(tensors):
+        tensors.update({n: t.to(stored) for n, t in tensors.items()})
+        tensors[name].view(-1)[-1] = value
+
+    rewrite(single, spoil)
+    refused(single, name, "NaN or infinity")
+    load(str(single), 0, 3)
+
+
+def test_both_infinities_are_found(single):
+    """Their sum is no number, and neither is a way past the check."""
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def spoil(tensors):
+        tensors[name][0, :2] = torch.tensor([torch.inf, -torch.inf])
+
+    rewrite(single, spoil)
+    refused(single, name, "NaN or infinity")
+
+
+def test_large_weights_are_not_taken_for_infinite(single):
+    """Their sum overflows, none of them does."""
+    rewrite(single, lambda t: t["lm_head.weight"].fill_(3e38))
+    assert load(str(single)).head.vocabulary.weight.max() > 1e38
+
+
+def test_weights_too_large_for_the_dtype_are_named(single):
+    rewrite(single, lambda t: t["lm_head.weight"].fill_(7e4))
+    refused(single, "lm_head.weight", "70000", "65504", "--dtype", dtype=torch.float16)
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+
+def test_an_adapter_folder(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    refused(tmp_path, "adapter for org/base", "not a model", "merge")
+
+
+def test_an_adapter_beside_a_config(single):
+    """As some trainers leave it: config.json of the base model, weights of the adapter alone."""
+    (single / "model.safetensors").rename(single / "adapter_model.safetensors")
+    (single / "adapter_config.json").write_text("{}")
+    refused(single, "adapter alone", "merge")

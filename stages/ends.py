@@ -1,0 +1,61 @@
+"""What stands before the first layer and behind the last.
+
+Suffixes: T tokens, D hidden size, R rows whose logits are wanted, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pipeserve.stages.leaf import Embedding
+from pipeserve.stages.linear import Linear
+
+
+class TokenEmbedding(nn.Module):
+    """`projection`: where the table is narrower than D. `positions`: a learned row for each
+    position, of which the first stands `offset` rows down."""
+
+    def __init__(
+        self,
+        tokens: Embedding,
+        *,
+        projection: Linear | None = None,
+        positions: Embedding | None = None,
+        offset: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tokens, self.projection = tokens, projection
+        self.positions, self.offset = positions, offset
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        x_TD = self.tokens(ids_T)
+        if self.projection is not None:
+            x_TD = self.projection(x_TD)
+        if self.positions is not None:
+            x_TD = x_TD + self.positions(positions_T + self.offset)
+        return x_TD
+
+
+class Head(nn.Module):
+    """Final norm and projection, where there are any, and the logits, perhaps soft-capped."""
+
+    def __init__(
+        self,
+        norm: nn.Module | None,
+        vocabulary: Linear,
+        *,
+        projection: Linear | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm, self.projection = norm, projection
+        self.vocabulary = vocabulary
+        self.softcap = softcap
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        """[R, D] -> [R, V] float32."""
+        for part in (self.norm, self.projection):
+            x_RD = x_RD if part is None else part(x_RD)
+        logits_RV = self.vocabulary(x_RD).float()
+        if self.softcap is None:
+            return logits_RV
+        return torch.tanh(logits_RV / self.softcap) * self.softcap

@@ -1,0 +1,33 @@
+"""The model families: one short file each, that says what differs."""
+
+from pathlib import Path
+
+from pipeserve.errors import ConfigError
+from pipeserve.stages.families import falcon, gemma, llama, mistral, mixtral, opt, phi3, qwen
+from pipeserve.stages.families.family import Family
+
+FAMILIES: tuple[Family, ...] = (
+    llama.LLAMA,
+    mistral.MISTRAL,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    qwen.QWEN3_MOE,
+    mixtral.MIXTRAL,
+    phi3.PHI3,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    falcon.FALCON,
+    opt.OPT,
+)
+
+
+def find_family(architecture: str | None, folder: Path | None = None) -> Family:
+    """By the architecture that config.json names. Raises ConfigError, naming `folder`."""
+    for family in FAMILIES:
+        if architecture in family.architectures:
+            return family
+    supported = ", ".join(name for family in FAMILIES for name in family.architectures)
+    raise ConfigError(
+        f"{folder}: architecture {architecture or 'unknown'} is not supported; "
+        f"supported: {supported}"
+    )

@@ -1,0 +1,159 @@
+"""Llama 1-3, Yi, SmolLM2, and the layer of all that follow them closely.
+
+Pre-norm RMSNorm, rotary positions, grouped-query attention, gated MLP or experts.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pipeserve.stages.attention import Attention
+from pipeserve.stages.config import ModelConfig
+from pipeserve.stages.config_file import ConfigFile
+from pipeserve.stages.ends import Head, TokenEmbedding
+from pipeserve.stages.families.family import Family
+from pipeserve.stages.kv import PoolLayer
+from pipeserve.stages.leaf import Embedding, Rows, whole
+from pipeserve.stages.linear import Linear
+from pipeserve.stages.mlp import Experts, GatedMlp
+from pipeserve.stages.norms import RMSNorm
+from pipeserve.stages.scoring import Scoring
+from pipeserve.stages.self_attention import LayerInputs, SelfAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """Of a layer's experts in the checkpoint, behind the layer's prefix."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """An RMSNorm over each query and key head."""
+    is_fused: bool = False
+    """The checkpoint keeps Q, K, V in one tensor, gate and up in another."""
+    expert_names: ExpertNames | None = None
+
+
+def read_config(file: ConfigFile, **differs: object) -> LlamaConfig:
+    """`differs`: fields of LlamaConfig that are not Llama's."""
+    fields = {
+        **file.shared_fields(norm_eps=file.require("rms_norm_eps"), tied=False),
+        "intermediate_size": file.count("intermediate_size"),
+        "num_kv_heads": file.count("num_key_value_heads", file.count("num_attention_heads")),
+        "activation": file.one_of("hidden_act", ("silu",), "silu"),
+        "rope": file.rope(),
+        **differs,
+    }
+    return LlamaConfig(**fields)
+
+
+def _read_llama(file: ConfigFile) -> LlamaConfig:
+    bias = file.get("attention_bias", False)
+    return read_config(file, qkv_bias=bias, out_bias=bias, mlp_bias=file.get("mlp_bias", False))
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, config: LlamaConfig, number: int, prefix: str, attention: Attention) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = RMSNorm(size, eps, f"{prefix}input_layernorm")
+        self.attention = _attention(config, number, f"{prefix}self_attn.", attention)
+        self.mlp_norm = RMSNorm(size, eps, f"{prefix}post_attention_layernorm")
+        self.mlp = (
+            gated_mlp(config, f"{prefix}mlp.")
+            if config.experts is None
+            else _experts(config, prefix)
+        )
+
+    def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), shared, pool)
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+def _attention(
+    config: LlamaConfig, number: int, prefix: str, attention: Attention
+) -> SelfAttention:
+    size, head_dim, eps = config.hidden_size, config.head_dim, config.norm_eps
+    width = config.num_heads * head_dim
+    source = f"{prefix}qkv_proj" if config.is_fused else qkv_rows(config, prefix)
+    return SelfAttention(
+        config,
+        attention,
+        Scoring(head_dim**-0.5, config.window_of(number)),
+        qkv=Linear(size, qkv_width(config), source, config.qkv_bias),
+        out=Linear(width, size, f"{prefix}o_proj", config.out_bias),
+        rope=config.rope,
+        q_norm=RMSNorm(head_dim, eps, f"{prefix}q_norm") if config.qk_norm else None,
+        k_norm=RMSNorm(head_dim, eps, f"{prefix}k_norm") if config.qk_norm else None,
+    )
+
+
+def qkv_width(config: ModelConfig) -> int:
+    return (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+
+
+def qkv_rows(config: ModelConfig, prefix: str) -> tuple[Rows, ...]:
+    """Of three tensors: q_proj, k_proj, v_proj."""
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    return tuple(whole(f"{prefix}{x}_proj", n * config.head_dim) for x, n in heads.items())
+
+
+def gated_mlp(config: LlamaConfig, prefix: str) -> GatedMlp:
+    size, width = config.hidden_size, config.intermediate_size
+    source = f"{prefix}gate_up_proj" if config.is_fused else gate_up_rows(prefix, width)
+    return GatedMlp(
+        config.activation,
+        Linear(size, 2 * width, source, config.mlp_bias),
+        Linear(width, size, f"{prefix}down_proj", config.mlp_bias),
+    )
+
+
+def gate_up_rows(
+    prefix: str, width: int, gate: str = "gate_proj", up: str = "up_proj"
+) -> tuple[Rows, Rows]:
+    """Of two tensors."""
+    return whole(f"{prefix}{gate}", width), whole(f"{prefix}{up}", width)
+
+
+def _experts(config: LlamaConfig, prefix: str) -> Experts:
+    names, size, width = config.expert_names, config.hidden_size, config.intermediate_size
+    experts = []
+    for number in range(config.experts.num_experts):
+        own = f"{prefix}{names.block}.experts.{number}."
+        gate_up = Linear(size, 2 * width, gate_up_rows(own, width, names.gate, names.up))
+        down = Linear(width, size, f"{own}{names.down}")
+        experts.append(GatedMlp(config.activation, gate_up, down))
+    router = Linear(size, config.experts.num_experts, f"{prefix}{names.block}.gate")
+    return Experts(router, experts, config.experts.num_taken, config.experts.normalize)
+
+
+def make_embedding(config: ModelConfig) -> TokenEmbedding:
+    return TokenEmbedding(Embedding(config.vocab_size, config.hidden_size, "model.embed_tokens"))
+
+
+def make_head(config: ModelConfig) -> Head:
+    name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    norm = RMSNorm(config.hidden_size, config.norm_eps, "model.norm")
+    return Head(norm, Linear(config.hidden_size, config.vocab_size, name))
+
+
+LLAMA = Family(
+    name="Llama",
+    architectures=("LlamaForCausalLM",),
+    models="Llama 1-3, CodeLlama, Yi, SmolLM2",
+    differs="",
+    layers="model.layers",
+    read_config=_read_llama,
+    make_embedding=make_embedding,
+    make_layer=LlamaLayer,
+    make_head=make_head,
+)

@@ -1,0 +1,66 @@
+"""Modules that hold one weight and know where the checkpoint keeps it.
+
+A stage is a tree of modules; its leaves are what `weights.py` reads. A leaf without a weight takes
+no memory, so the shapes of a model of any size can be had from its configuration alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows [start, stop) of a checkpoint tensor that has `of` rows."""
+
+    name: str
+    """Hugging Face's, without ".weight" and ".bias"."""
+    of: int
+    start: int
+    stop: int
+
+
+def whole(name: str, num_rows: int) -> Rows:
+    """All rows of a tensor."""
+    return Rows(name, num_rows, 0, num_rows)
+
+
+class Leaf(nn.Module):
+    """One weight, perhaps with a bias of its first axis; inference only.
+
+    `source`: the rows that make up the weight, joined along its first axis; a name stands for the
+    tensor of that name as it is.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], source: str | Sequence[Rows], has_bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.source = (whole(source, shape[0]),) if isinstance(source, str) else tuple(source)
+        self.has_bias = has_bias
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        return math.prod(self.shape) + self.has_bias * self.shape[0]
+
+    def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Takes `weight`, of `shape`, and `bias` over."""
+        self.weight, self.bias = weight, bias
+
+
+class Embedding(Leaf):
+    """A table of rows; `scale` multiplies what is looked up, rounded to the table's dtype."""
+
+    def __init__(self, num_rows: int, size: int, source: str, scale: float = 1.0) -> None:
+        super().__init__((num_rows, size), source)
+        self.scale = scale
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        rows_TD = F.embedding(ids_T, self.weight)
+        return rows_TD if self.scale == 1.0 else rows_TD * rows_TD.new_tensor(self.scale)

@@ -1,0 +1,44 @@
+"""How a layer scores its keys, before the softmax.
+
+Suffixes: N query heads, C positions of the context.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scoring:
+    """A query's score of a key is `scale` * q.k, then soft-capped, then with the ALiBi bias."""
+
+    scale: float
+    window: int | None = None
+    """How many positions a query sees, up to and with its own; None: all."""
+    softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap)."""
+    slopes_N: Tensor | None = None
+    """ALiBi: each head's bias per position of the key, before scaling; rounded to bfloat16, and so
+    is the bias, as Falcon was trained."""
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Float32 [N]: a geometric series, and for a number that is no power of two every second one of
+    the next finer series behind it. Source: Press et al., arXiv:2108.12409; transformers,
+    `build_alibi_tensor` of Falcon."""
+    near = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * i / near) for i in range(1, near + 1)]
+    slopes += [2.0 ** (-4 * i / near) for i in range(1, 2 * (num_heads - near), 2)]
+    return torch.tensor(slopes)
+
+
+def alibi_bias(scoring: Scoring, num_positions: int) -> Tensor:
+    """Float32 [N, C] to add to the scaled scores of the positions from 0 on.
+
+    Less the last position's, which the softmax does not see: so what matters stays small, and exact
+    in half precision.
+    """
+    positions_C = torch.arange(num_positions)
+    bias_NC = (scoring.slopes_N.bfloat16()[:, None] * positions_C).float()
+    return (bias_NC - bias_NC[:, -1:]) * scoring.scale

@@ -1,0 +1,84 @@
+"""One stage of a pipeline: consecutive layers of any family, with what stands before and behind.
+
+All state comes by argument: several microbatches are in flight, so nothing here remembers one. No
+rank, no transport, no timer.
+
+Suffixes: T tokens of the microbatch (inside a stage, with padding rows behind them), D hidden
+size, R rows whose logits are wanted, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from pipeserve.stages.attention import make_attention
+from pipeserve.stages.config import ModelConfig
+from pipeserve.stages.families import find_family
+from pipeserve.stages.inputs import StageInputs
+from pipeserve.stages.kv import KVCache
+from pipeserve.stages.leaf import Leaf
+from pipeserve.stages.padding import pad_rows
+from pipeserve.stages.rotary import make_rotation, rope_frequencies
+from pipeserve.stages.self_attention import LayerInputs, SelfAttention
+
+
+class Stage(nn.Module):
+    """Layers `[first_layer, stop_layer)`, with the embedding before or the head behind them.
+
+    Holds no weights until they are set (`weights.load_stage`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        first_layer: int,
+        stop_layer: int,
+        has_embedding: bool,
+        has_head: bool,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        family = find_family(config.architecture)
+        self.attention = make_attention(attention)
+        self.embedding = family.make_embedding(config) if has_embedding else None
+        self.layers = nn.ModuleList(
+            family.make_layer(config, number, f"{family.layers}.{number}.", self.attention)
+            for number in range(first_layer, stop_layer)
+        )
+        self.head = family.make_head(config) if has_head else None
+        attentions = [module for module in self.modules() if isinstance(module, SelfAttention)]
+        self.windows = {attention.scoring.window for attention in attentions}
+        ropes = {attention.rope for attention in attentions} - {None}
+        self.frequencies = {rope: rope_frequencies(rope, config.head_dim) for rope in ropes}
+
+    def forward(self, x: Tensor, inputs: StageInputs, kv: KVCache) -> Tensor:
+        """Token ids [T] (first stage) or hidden [T, D] -> hidden [T, D], or logits [R, V] float32.
+
+        Writes the microbatch's K and V into `kv`; does not modify `x`.
+        """
+        positions_T = pad_rows(inputs.positions_T)
+        x_TD = pad_rows(x)
+        if self.embedding is not None:
+            x_TD = self.embedding(x_TD, positions_T)
+        shared = LayerInputs(
+            plan=self.attention.prepare(inputs, kv, self.windows),
+            rotations={
+                rope: make_rotation(positions_T, frequencies_h, x_TD.dtype)
+                for rope, frequencies_h in self.frequencies.items()
+            },
+        )
+        for number, layer in enumerate(self.layers):
+            x_TD = layer(x_TD, shared, kv.layer(number))
+        if self.head is None:
+            return x_TD[: inputs.num_tokens]
+        return self.head(pad_rows(x_TD[inputs.logit_rows_R]))[: len(inputs.logit_rows_R)]
+
+    @property
+    def num_parameters(self) -> int:
+        """As held here: a tied embedding counts on the first stage and as the head on the last."""
+        return sum(leaf.num_parameters for leaf in self.leaves())
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Every module that holds a weight of this stage."""
+        return (module for module in self.modules() if isinstance(module, Leaf))

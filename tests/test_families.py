@@ -1,0 +1,149 @@
+"""Every family's stages against transformers, in float32: logits, tokens, parameters.
+
+The checkpoints are tiny and random with the flags of real models (`checkpoints.TINY`), which
+docs/models.md lists.
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import (
+    TINY,
+    expected_logits,
+    random_prompts,
+    tiny,
+    transformers_model,
+)
+from cut_model import Stages, assert_close, run_mixed
+
+from pipeserve.stages.config import ModelConfig, RopeConfig
+from pipeserve.stages.families import FAMILIES
+from pipeserve.stages.weights import check_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RUNS = [
+    ("cpu", (4,), 70),
+    ("cpu", (1, 3), 33),
+    ("cpu", (1, 2, 1), 7),
+    ("cpu", (1, 1, 1, 1), 1),
+    ("reference", (3, 1), 16),
+]
+"""(attention, layers of each stage, tokens a microbatch): whole, chunks, decodes."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """name -> (folder, a prompt of 70 ids, transformers' logits), each made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tiny(name, tmp_path_factory.mktemp(name))
+            (prompt,) = random_prompts(folder, (70,))
+            made[name] = (folder, prompt, expected_logits(folder, prompt))
+        return made[name]
+
+    return make
+
+
+def test_every_family_has_a_tiny_checkpoint():
+    assert {kind.family for kind in TINY.values()} == {family.name for family in FAMILIES}
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("attention", "layers", "budget"), RUNS)
+def test_logits_are_those_of_transformers(checkpoint, name, attention, layers, budget):
+    folder, prompt, expected = checkpoint(name)
+    stages = Stages(folder, layers, attention=attention)
+    assert_close(stages.logits(prompt, budget), expected)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_requests_mixed_in_a_microbatch(checkpoint, name):
+    """Random chunks of four requests, decodes among them, over scattered blocks."""
+    folder, _, _ = checkpoint(name)
+    prompts = random_prompts(folder, (60, 41, 23, 5), seed=1)
+    expected = [expected_logits(folder, prompt) for prompt in prompts]
+    run_mixed(Stages(folder, block_size=4), prompts, expected, seed=3)
+
+
+WITHOUT = {
+    "window": ("mistral", {"windows": ()}),
+    "window of one more": ("mistral", {"windows": (20,) * 4}),
+    "window of later layers": ("qwen2_window", {"windows": ()}),
+    "window in turn": ("gemma2", {"windows": (19, 19, 19, 19)}),
+    "cap of scores": ("gemma2", {"attention_softcap": None}),
+    "cap of logits": ("gemma2", {"logit_softcap": None}),
+    "query scale": ("gemma2", {"query_scale": 16}),
+    "local rope": ("gemma3", {"local_rope": RopeConfig(theta=1e6)}),
+    "full rope": ("gemma3", {"rope": RopeConfig(theta=1e4)}),
+    "alibi": ("falcon_rw", {"rope": RopeConfig(theta=1e4)}),
+    "weights of experts": ("mixtral", None),
+}
+"""What would go unnoticed if these checkpoints did not depend on it."""
+
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_the_checkpoints_depend_on(checkpoint, what):
+    name, changes = WITHOUT[what]
+    folder, prompt, expected = checkpoint(name)
+    config = ModelConfig.from_folder(folder)
+    if changes is None:
+        changes = {"experts": replace(config.experts, normalize=False)}
+    got = Stages(folder, config=replace(config, **changes)).logits(prompt, 70)
+    assert (got - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_likeliest_tokens_vary(checkpoint, name):
+    _, _, expected = checkpoint(name)
+    assert len(set(expected.argmax(-1).tolist())) > 3
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_transformers_in_that_precision(checkpoint, name, dtype):
+    """As near to float32 as transformers itself comes in this dtype, give or take half as much."""
+    folder, prompt, expected = checkpoint(name)
+    got = Stages(folder, dtype=dtype).logits(prompt, 16)
+    with torch.inference_mode():
+        theirs = transformers_model(folder).to(dtype)(torch.tensor([prompt])).logits[0].float()
+    ours, limit = ((x - expected).pow(2).mean().sqrt() for x in (got, theirs))
+    assert ours < 1.5 * limit
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parameters_are_counted_as_held(checkpoint, name):
+    """A tied table counts on the first stage and, as the head, on the last."""
+    folder, _, _ = checkpoint(name)
+    model = transformers_model(folder)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if model.config.tie_word_embeddings:
+        total += model.lm_head.weight.numel()
+    stages = Stages(folder).stages
+    assert sum(stage.num_parameters for stage in stages) == total
+    held = sum(
+        weight.numel()
+        for stage in stages
+        for leaf in stage.leaves()
+        for weight in (leaf.weight, leaf.bias)
+        if weight is not None
+    )
+    assert held == total
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_whole_checkpoint_is_found_whole(checkpoint, name):
+    folder, _, _ = checkpoint(name)
+    check_checkpoint(folder, ModelConfig.from_folder(folder))
+
+
+def test_the_table_in_the_docs_is_up_to_date():
+    script = Path(__file__).parent.parent / "bench" / "models_table.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], check=False)
+    assert done.returncode == 0, "run python bench/models_table.py"

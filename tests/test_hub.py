@@ -1,0 +1,256 @@
+"""Hub ids, through the real client of the hub, against a hub of our own.
+
+Each fetch is a process of its own, since the client reads its environment variables once.
+"""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import tiny_llama
+from fake_hub import COMMIT, FakeHub
+
+from pipeserve.errors import ConfigError
+from pipeserve.stages import hub as stages_hub
+from pipeserve.stages.hub import is_hub_id
+from pipeserve.stages.sources import origin, resolve
+
+FETCH = """
+import sys
+from pipeserve.errors import ConfigError
+from pipeserve.stages.sources import resolve
+try:
+    print(resolve(sys.argv[1], on_progress=lambda text: print("PROGRESS", text, file=sys.stderr)))
+except ConfigError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The files of a repository as repositories are: with much that is not for us."""
+    folder = Path(tiny_llama(tmp_path_factory.mktemp("model"), shard_bytes="150KB"))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "model.safetensors.index.json" in files
+    others = ("pytorch_model.bin", "consolidated.safetensors", "model.fp16.safetensors", "run.py")
+    files |= dict.fromkeys((*others, "README.md", "original/params.json", "onnx/a.onnx"), b"other")
+    return files | {"tokenizer.json": b"{}", "merges.txt": b"a b", "tokenizer.model": b"x"}
+
+
+NOT_FETCHED = {
+    "pytorch_model.bin",
+    "consolidated.safetensors",
+    "model.fp16.safetensors",
+    "run.py",
+    "README.md",
+    "original/params.json",
+    "onnx/a.onnx",
+}
+
+
+class Machine:
+    """Where models are fetched to."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.endpoint = home, "http://127.0.0.1:9"  # where nothing listens
+
+    def start(self, model, **env):
+        return subprocess.Popen(
+            [sys.executable, "-c", FETCH, model],
+            env={
+                **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
+                "HF_HOME": str(self.home),
+                "HF_ENDPOINT": self.endpoint,
+                **env,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.home.parent,
+        )
+
+    def fetch(self, model="org/tiny", **env):
+        """The folder that `model` is in."""
+        process = self.start(model, **env)
+        out, self.stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, out + self.stderr
+        return Path(out.strip())
+
+    def refused(self, *parts, model="org/tiny", **env):
+        process = self.start(model, **env)
+        out, self.stderr = process.communicate(timeout=60)
+        assert process.returncode == 2, out + self.stderr
+        assert out.count("\n") == 1, out
+        for part in parts:
+            assert part in out
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path / "hf")
+
+
+def held(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_needed_is_fetched_once(machine, checkpoint):
+    hub = FakeHub(checkpoint)
+    needed = {name: data for name, data in checkpoint.items() if name not in NOT_FETCHED}
+    with hub.running() as machine.endpoint:
+        folder = machine.fetch()
+        assert held(folder) == needed
+        assert sorted(hub.fetched) == sorted(needed)
+        assert "PROGRESS fetching org/tiny: 0.00 of 0.00 GB" in machine.stderr
+        assert machine.fetch() == folder
+        assert len(hub.fetched) == len(needed)
+        before = hub.num_requests
+        assert machine.fetch(HF_HUB_OFFLINE="1") == folder
+        assert hub.num_requests == before
+        assert machine.fetch("org/tiny@v1") == machine.fetch(f"org/tiny@{COMMIT}") == folder
+    assert machine.fetch() == folder  # the hub is gone, and the cache does
+    assert origin("org/tiny", folder) == f"hub, commit {COMMIT[:12]}"
+
+
+def test_a_model_in_one_file(machine, checkpoint):
+    files = {"config.json": checkpoint["config.json"], "model.safetensors": b"weights"}
+    hub = FakeHub({**files, "model-00001-of-00002.safetensors": b"of another layout"})
+    with hub.running() as machine.endpoint:
+        assert held(machine.fetch()) == files
+
+
+def test_config_and_weights_are_of_one_commit(machine, checkpoint):
+    hub = FakeHub(checkpoint, moves=True)
+    with hub.running() as machine.endpoint:
+        folder = machine.fetch()
+        assert folder.name == COMMIT and hub.head != COMMIT
+        assert (folder / "model-00001-of-00003.safetensors").exists()
+
+
+def test_a_repository_that_takes_a_token(machine, checkpoint):
+    hub = FakeHub(checkpoint, token="hf_secret")
+    with hub.running() as machine.endpoint:
+        machine.refused("org/tiny is no folder here and no model on", machine.endpoint, "HF_TOKEN")
+        hub.gated = True
+        machine.refused("org/tiny is gated; accept its terms", "HF_TOKEN")
+        assert not hub.fetched
+        assert machine.fetch(HF_TOKEN="hf_secret").is_dir()
+
+
+def test_what_the_hub_does_not_have(machine, checkpoint):
+    with FakeHub(checkpoint).running() as machine.endpoint:
+        machine.refused("org/tinny is no folder here and no model on", model="org/tinny")
+        machine.refused("no revision 'v9'", "leave it out", model="org/tiny@v9")
+        machine.refused("'org/ti--ny' is no hub id", model="org/ti--ny")
+
+
+def test_pickled_weights_are_never_fetched(machine, checkpoint):
+    hub = FakeHub({"config.json": checkpoint["config.json"], "pytorch_model.bin": b"pickle"})
+    with hub.running() as machine.endpoint:
+        machine.refused("org/tiny holds no model.safetensors on", "can run code")
+        assert hub.fetched == ["config.json"]
+
+
+def test_weights_of_what_is_not_supported_are_not_fetched(machine, checkpoint):
+    config = json.loads(checkpoint["config.json"]) | {"architectures": ["NoSuchForCausalLM"]}
+    hub = FakeHub({**checkpoint, "config.json": json.dumps(config).encode()})
+    with hub.running() as machine.endpoint:
+        machine.refused("NoSuchForCausalLM is not supported")
+        assert not any(name.endswith(".safetensors") for name in hub.fetched)
+
+
+def test_a_shard_that_the_index_names_is_not_there(machine, checkpoint):
+    name = next(name for name in checkpoint if name.startswith("model-00002"))
+    hub = FakeHub({key: data for key, data in checkpoint.items() if key != name})
+    with hub.running() as machine.endpoint:
+        machine.refused(f"org/tiny holds no {name} on")
+
+
+def test_offline_and_not_cached(machine):
+    machine.refused("org/tiny is not, or not wholly, in the cache", "unset it", HF_HUB_OFFLINE="1")
+    machine.refused("cannot reach http://127.0.0.1:9 for org/tiny", "HF_ENDPOINT")
+
+
+def test_it_goes_on_after_a_kill(machine, checkpoint):
+    """Half a file is no model, not even offline; the next fetch asks for what is not whole."""
+    first, stalled, last = sorted(name for name in checkpoint if name.startswith("model-0"))
+    hub = FakeHub(checkpoint, stalls=stalled)
+    with hub.running() as machine.endpoint:
+        process = machine.start("org/tiny")
+        assert hub.half_sent.wait(30)
+        snapshot = machine.home / "hub" / "models--org--tiny" / "snapshots" / COMMIT
+        while not ((snapshot / first).exists() and (snapshot / last).exists()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        machine.refused("not, or not wholly, in the cache", HF_HUB_OFFLINE="1")
+        hub.go_on.set()
+        hub.fetched.clear()
+        folder = machine.fetch()
+        assert hub.fetched == [stalled]
+        assert (folder / stalled).read_bytes() == checkpoint[stalled]
+
+
+def test_a_hub_that_breaks_off(machine, checkpoint):
+    hub = FakeHub(checkpoint, broken="model-00001-of-00003.safetensors")
+    with hub.running() as machine.endpoint:
+        machine.refused("fetching org/tiny from", "broke off: ", "500", "run it again")
+        hub.broken = None
+        assert machine.fetch().is_dir()
+
+
+def test_a_cache_that_cannot_be(machine, checkpoint):
+    machine.home.write_text("a file")
+    with FakeHub(checkpoint).running() as machine.endpoint:
+        machine.refused("Not a directory", "set HF_HOME to a folder that can be written")
+
+
+def test_a_full_disk(monkeypatch, tmp_path):
+    """Which no test can have: the client is made to say so."""
+
+    def fails(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"no room for org/tiny in .*set HF_HOME to a larger disk"
+    ):
+        resolve("org/tiny")
+
+
+def test_ctrl_c_is_not_an_error_of_the_model(monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stages_hub.fetch("org/tiny", lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_id"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", True),
+        ("org/name@refs/pr/3", True),
+        ("tiiuae/falcon-180B@main", True),
+        ("name", False),
+        ("./org/name", False),
+        ("/org/name", False),
+        ("~me/name", False),
+        ("a/b/c", False),
+        ("org/name@", False),
+        ("../name", False),
+        ("models/tiny.gguf", False),
+        ("models/config.json", False),
+    ],
+)
+def test_what_is_spelled_as_a_hub_id(model, is_id):
+    assert is_hub_id(model) is is_id

@@ -82,6 +82,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._window = list(prompt[-_CONTEXT_TOKENS:])
         self._num_read = self._num_whole_tokens()
+        self._begun = self._new_text()  # of a character that the prompt began, if it did
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; '' while a character is unfinished."""
@@ -89,7 +90,9 @@ class Detokenizer:
         text = self._new_text()
         if text.endswith(_UNFINISHED):
             return ""
+        text = text.removeprefix(self._begun)
         if text:
+            self._begun = ""
             # What was just read is all the context that the next token needs.
             self._window = self._window[self._num_read :]
             self._num_read = len(self._window)
@@ -97,7 +100,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is left at the end: the replacement character for a character cut short."""
-        text = self._new_text()
+        text = self._new_text().removeprefix(self._begun)
         self._num_read = len(self._window)
         return text
 
@@ -107,7 +110,8 @@ class Detokenizer:
 
     def _num_whole_tokens(self) -> int:
         """How much of the prompt's end is whole characters. A character that the prompt began, in
-        at most three tokens, is new text once it is whole."""
+        at most three tokens, is new text once it is whole; what looks begun and stays as it is (a
+        replacement character of the user's own looks so) is the prompt's."""
         length = len(self._window)
         for num_read in range(length, max(length - 4, -1), -1):
             if not self._tokenizer.decode(self._window[:num_read]).endswith(_UNFINISHED):

@@ -2,7 +2,7 @@
 
 import pytest
 from fake_driver import EOS, byte_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -69,6 +69,8 @@ def test_a_character_that_the_prompt_began(tokenizer):
 
 
 @settings(max_examples=150, deadline=None)
+@example(text="", prompt="\ufffd")
+@example(text="x\ufffd", prompt="a\ufffd")
 @given(text=st.text(max_size=12), prompt=st.text(min_size=1, max_size=8))
 def test_pieces_join_to_the_whole_text(tokenizer, prompt, text):
     prompt, encoded = prompt.encode(), text.encode()

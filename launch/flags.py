@@ -10,19 +10,29 @@ import typer
 
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import SamplingParams
+from pipeserve.errors import ConfigError
 
 # SamplingParams is one of the engine's nouns and carries no help for a command line.
 _SAMPLING_HELP = MappingProxyType(
     {
-        "max_tokens": "Most output tokens of a prompt.",
+        "n": "Samples of a prompt.",
+        "max_tokens": "Most output tokens of a sample.",
         "min_tokens": "Output tokens before which nothing but max_tokens ends a prompt.",
         "temperature": "0 is greedy.",
         "top_k": "Sample from the k most likely tokens; 0 from all.",
         "top_p": "Sample from the most likely tokens that together have this probability.",
+        "min_p": "Sample from tokens at least this share as probable as the likeliest.",
+        "repetition_penalty": "Over 1, tokens of prompt and output become less likely.",
+        "presence_penalty": "Taken off the logits of tokens that the output has: -2 to 2.",
+        "frequency_penalty": "Likewise, for each time that it has them: -2 to 2.",
+        "logit_bias": "ID=NUMBER: added to the logit of a token id; may be given several times.",
+        "bad_words": "Never generate this text; may be given several times.",
+        "allowed_token_ids": "Sample only these token ids, such as 16,14.",
         "stop": "End before this text; may be given several times.",
         "stop_token_ids": "End at this token id; may be given several times.",
         "ignore_eos": "Go on after the model's end-of-sequence token.",
         "logprobs": "Report this many log-probabilities at each position; 0: the sampled one's.",
+        "prompt_logprobs": "The same for each token of the prompt but the first.",
     }
 )
 
@@ -55,9 +65,32 @@ def with_flags(*flags: inspect.Parameter) -> Callable[[Callable], Callable]:
 def given(noun: type, flags: Mapping[str, Any], without: str = "") -> dict[str, Any]:
     """Those of `flags` that are fields of `noun`, but for `without`, and were given."""
     names = {item.name for item in fields(noun)} - {without}
-    return {
+    values = {
         name: value for name, value in flags.items() if name in names and value not in (None, [])
     }
+    if "logit_bias" in values:
+        values["logit_bias"] = dict(map(_pair, values["logit_bias"]))
+    if "allowed_token_ids" in values:
+        values["allowed_token_ids"] = _numbers(values["allowed_token_ids"])
+    return values
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--allowed-token-ids {text} is no list of token ids, such as 16,14"
+        ) from None
+
+
+def _pair(text: str) -> tuple[str, float]:
+    """What `--logit-bias 123=-5` says; whether 123 is a token id is checked later."""
+    token, _, number = text.partition("=")
+    try:
+        return token, float(number)
+    except ValueError:
+        raise ConfigError(f"--logit-bias {text} is not ID=NUMBER, such as 123=-5") from None
 
 
 def _flags_of(
@@ -92,6 +125,8 @@ def _flag_type(hint: Any) -> Any:
     """What typer parses for a field's type: a list for repeated flags, text for "16,14"."""
     if hint == tuple[int, ...] | None:
         return str
+    if hint == Mapping[int, float] | None:
+        return list[str]
     if hint in (tuple[str, ...], tuple[int, ...]):
         return list[get_args(hint)[0]]
     return next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))

@@ -88,6 +88,18 @@ class Connect(_Message):
     first_stage: str
 
 
+class LogitRules(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What changes the logits of a request, as `stages.sampling.LogitRules` has it."""
+
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float] | None
+    bad_words: tuple[tuple[int, ...], ...]
+    allowed_ids: bytes | None
+    """int32, native order."""
+
+
 class Registration(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A request that starts, or starts again: everything a stage needs to know of it."""
 
@@ -99,10 +111,14 @@ class Registration(msgspec.Struct, array_like=True, frozen=True, gc=False):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     seed: int
     min_tokens: int
     stop_ids: list[int]
+    rules: LogitRules | None
+    """None when none applies."""
     logprobs: int | None
+    prompt_logprobs: int | None
 
 
 class StepChunk(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -114,6 +130,7 @@ class StepChunk(msgspec.Struct, array_like=True, frozen=True, gc=False):
     new_blocks: tuple[int, ...]
     token_from: int | None
     num_logits: int
+    num_scored: int
 
 
 class Step(_Message):
@@ -161,6 +178,8 @@ class Sampled(_Message):
     tokens: list[int]
     logprobs: list[tuple[float, list[tuple[int, float]]] | None]
     """Parallel to `tokens`, or empty: (of the sampled token, the most likely ones)."""
+    prompt_logprobs: list[tuple[float, list[tuple[int, float]]]]
+    """Likewise of each scored prompt token, chunk after chunk."""
 
 
 class Timing(_Message):
@@ -207,6 +226,9 @@ decode_for_stage = msgspec.msgpack.Decoder(ToStage).decode
 decode_for_driver = msgspec.msgpack.Decoder(ToDriver).decode
 
 
+_NO_RULES = LogitRules(1.0, 0.0, 0.0, None, (), None)
+
+
 def keeper_identity(rank: int) -> bytes:
     return b"keeper-%d" % rank
 
@@ -219,8 +241,8 @@ def pack_tokens(token_ids: tuple[int, ...]) -> bytes:
     return array.array("i", token_ids).tobytes()
 
 
-def unpack_tokens(packed: bytes) -> list[int]:
-    return array.array("i", packed).tolist()
+def unpack_tokens(packed: bytes) -> array.array:
+    return array.array("i", packed)
 
 
 def step_message(microbatch: Microbatch, requests: Mapping[RequestId, Request]) -> Step:
@@ -239,23 +261,42 @@ def step_message(microbatch: Microbatch, requests: Mapping[RequestId, Request]) 
                 temperature=params.temperature,
                 top_k=params.top_k,
                 top_p=params.top_p,
+                min_p=params.min_p,
                 seed=params.seed,
                 min_tokens=params.min_tokens,
                 stop_ids=sorted(request.stop_ids),
+                rules=_logit_rules(request),
                 logprobs=params.logprobs,
+                prompt_logprobs=params.prompt_logprobs,
             )
         )
-    chunks = [
-        StepChunk(c.request_id, c.start, c.stop, c.new_blocks, c.token_from, c.num_logits)
-        for c in microbatch.chunks
-    ]
+    chunks = [StepChunk(*chunk) for chunk in microbatch.chunks]
     return Step(microbatch.index, microbatch.released, admitted, chunks)
+
+
+def _logit_rules(request: Request) -> LogitRules | None:
+    params = request.params
+    allowed = params.allowed_token_ids
+    rules = LogitRules(
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias) if params.logit_bias else None,
+        bad_words=request.bad_word_ids,
+        allowed_ids=None if allowed is None else pack_tokens(allowed),
+    )
+    return None if rules == _NO_RULES else rules
 
 
 def step_result(sampled: Sampled) -> StepResult:
     """The core's form of what the last stage sent."""
-    logprobs = tuple(
-        None if entry is None else TokenLogprobs(entry[0], dict(entry[1]))
-        for entry in sampled.logprobs
+    return StepResult(
+        sampled.index,
+        tuple(sampled.tokens),
+        tuple(None if entry is None else _token_logprobs(entry) for entry in sampled.logprobs),
+        tuple(_token_logprobs(entry) for entry in sampled.prompt_logprobs),
     )
-    return StepResult(sampled.index, tuple(sampled.tokens), logprobs)
+
+
+def _token_logprobs(entry: tuple[float, list[tuple[int, float]]]) -> TokenLogprobs:
+    return TokenLogprobs(entry[0], dict(entry[1]))

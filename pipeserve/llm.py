@@ -9,7 +9,7 @@ A prompt is text, a list of token ids, or a conversation (a list of dicts of `ro
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeserve.completion import Completion, Delta, Generation, completed
@@ -17,7 +17,7 @@ from pipeserve.configs import make_config
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError, PipeserveError
-from pipeserve.params import check_params, seeded
+from pipeserve.params import check_leaves_a_token, check_params, seeded
 from pipeserve.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -64,7 +64,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """The completions of one or many prompts, in the order of the prompts.
+        """The completions of one or many prompts, in the order of the prompts, each with its
+        `SamplingParams.n` samples.
 
         `sampling_params` is one for all or one for each. All or nothing: an empty or too long
         prompt is a CapacityError that names its index, and nothing of the call is run. Raises
@@ -123,19 +124,29 @@ class LLM:
         prompts = _as_prompts(prompts)
         pairs = zip(prompts, _as_params(params, len(prompts)), strict=True)
         for index, (prompt, own) in enumerate(pairs):
-            number, self._num_requests = self._num_requests, self._num_requests + 1
             try:
-                request = self._request(number, prompt, own)
-                self.driver.add(request)
+                self._add(call, index, self._request(self._next_number(), prompt, own))
             except PipeserveError as error:
                 if on_error is None:
                     raise type(error)(f"prompt {index}: {error}") from None
                 on_error(index, error)
-                continue
-            call.running[request.id] = Generation(index, request, self.tokenizer)
+
+    def _next_number(self) -> int:
+        number, self._num_requests = self._num_requests, self._num_requests + 1
+        return number
+
+    def _add(self, call: _Call, index: int, first: Request) -> None:
+        """Submits the samples of a prompt."""
+        unfinished = set(range(first.params.n))
+        for sample in range(first.params.n):
+            request = self._sample(first, sample)
+            self.driver.add(request)
+            generation = Generation(index, sample, unfinished, request, self.tokenizer)
+            call.running[request.id] = generation
             self._calls[request.id] = call
 
     def _request(self, number: int, prompt: Prompt, params: SamplingParams) -> Request:
+        """The first sample of a prompt, but for its seed."""
         params = check_params(params, self.driver.model_config.vocab_size)
         if params.stop and not self.tokenizer.exists:
             raise ConfigError(
@@ -143,12 +154,38 @@ class LLM:
                 "use stop_token_ids"
             )
         eos = () if params.ignore_eos else self.driver.model_config.eos_token_ids
+        stop_ids = frozenset((*params.stop_token_ids, *eos))
+        bad_word_ids = self._bad_word_ids(params)
+        check_leaves_a_token(params, stop_ids, bad_word_ids)
         return Request(
             id=RequestId(number),
             prompt=tuple(self._encode(prompt)),
-            params=seeded(params, self.driver.config.seed, number),
-            stop_ids=frozenset((*params.stop_token_ids, *eos)),
+            params=params,
+            stop_ids=stop_ids,
+            bad_word_ids=bad_word_ids,
         )
+
+    def _sample(self, first: Request, sample: int) -> Request:
+        """The request of one sample: its own id and seed. The first one computes the prompt, whose
+        blocks the others share, and alone tells the prompt's logprobs."""
+        number = first.id if sample == 0 else self._next_number()
+        params = seeded(first.params, self.driver.config.seed, number, sample)
+        if sample == 0:
+            return replace(first, params=params)
+        params = replace(params, prompt_logprobs=None)
+        return replace(first, id=RequestId(number), params=params, sample_of=first.id)
+
+    def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words:
+            return ()
+        if not self.tokenizer.exists:
+            raise ConfigError(
+                f"bad_words is {params.bad_words!r}, but {self.driver.model_folder} has no "
+                "tokenizer; use logit_bias"
+            )
+        words = self.tokenizer.encode_bad_words(params.bad_words)
+        vocab_size = self.driver.model_config.vocab_size
+        return tuple(ids for ids in words if max(ids) < vocab_size)  # others cannot be sampled
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,6 +13,9 @@ from pipeserve.errors import ConfigError
 PARAM_NAMES = tuple(item.name for item in fields(SamplingParams))
 _MAX_SEED = 2**63 - 1  # what a 64-bit field of a message carries
 _MAX_COUNT = 2**31 - 1
+_MAX_SAMPLES = 16384  # as vLLM's VLLM_MAX_N_SEQUENCES
+_MAX_LOGPROBS = 256  # of each position, all of which the driver holds until the request ends
+_MAX_BIAS = 100  # as OpenAI's; what is to be banned, or alone allowed, has fields of its own
 
 
 def params_from(values: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
@@ -25,46 +28,75 @@ def params_from(values: Mapping[str, Any], defaults: SamplingParams) -> Sampling
 
 
 def check_params(params: SamplingParams, vocab_size: int | None = None) -> SamplingParams:
-    """`params` with lists made tuples, a single stop string too.
+    """`params` with lists made tuples, a single stop string too, and keys of `logit_bias` numbers.
 
     Raises ConfigError (name, value, limit) for a wrong type, a value out of range, and values that
     contradict each other. `vocab_size` bounds token ids, where the model is known.
     """
     stop = (params.stop,) if isinstance(params.stop, str) else params.stop
+    allowed = params.allowed_token_ids
     params = replace(
         params,
         stop=_tuple_of(str, "stop", stop),
         stop_token_ids=_tuple_of(int, "stop_token_ids", params.stop_token_ids),
+        bad_words=_tuple_of(str, "bad_words", params.bad_words),
+        allowed_token_ids=None if allowed is None else _tuple_of(int, "allowed_token_ids", allowed),
+        logit_bias=_bias_of(params.logit_bias),
     )
     _check_counts(params)
-    _check_shares(params)
+    _check_numbers(params)
+    _check_texts(params)
+    _check_token_ids(params, vocab_size)
     if type(params.ignore_eos) is not bool:
         raise ConfigError(f"ignore_eos is {params.ignore_eos!r}, must be true or false")
-    if "" in params.stop:
-        raise ConfigError("stop has an empty string, which ends every text at once; leave it out")
-    _check_token_ids(params, vocab_size)
+    if params.n > 1 and params.temperature == 0:
+        raise ConfigError(
+            f"n is {params.n} at temperature 0, which gives one text {params.n} times; "
+            "raise the temperature or leave n out"
+        )
     return params
 
 
-def seeded(params: SamplingParams, run_seed: int, request_number: int) -> SamplingParams:
-    """`params` with a seed: its own, or a pure function of the run's seed and the request."""
+def check_leaves_a_token(
+    params: SamplingParams, stop_ids: Collection[int], bad_word_ids: Iterable[Sequence[int]]
+) -> None:
+    """Raises ConfigError when everything that is allowed is also banned for good, or banned until
+    `min_tokens` are there."""
+    banned = {ids[0] for ids in bad_word_ids if len(ids) == 1}
+    allowed = set(params.allowed_token_ids or ())
+    if allowed and allowed <= banned:
+        raise ConfigError("every one of allowed_token_ids is in bad_words; allow another token")
+    if allowed and params.min_tokens and allowed <= banned.union(stop_ids):
+        raise ConfigError(
+            f"every one of allowed_token_ids ends the text, and min_tokens is {params.min_tokens}; "
+            "allow another token"
+        )
+
+
+def seeded(
+    params: SamplingParams, run_seed: int, request_number: int, sample: int = 0
+) -> SamplingParams:
+    """`params` with a seed: its own and, as in vLLM, the sample's index added; or a pure function
+    of the run's seed and the request."""
     if params.seed is not None:
-        return params
+        return replace(params, seed=(params.seed + sample) & _MAX_SEED)
     digest = hashlib.blake2b(f"{run_seed}/{request_number}".encode(), digest_size=8).digest()
     return replace(params, seed=int.from_bytes(digest, "little") & _MAX_SEED)
 
 
 def _check_counts(params: SamplingParams) -> None:
     limits = {
+        "n": (1, _MAX_SAMPLES),
         "max_tokens": (1, _MAX_COUNT),
         "min_tokens": (0, _MAX_COUNT),
         "top_k": (0, _MAX_COUNT),
         "seed": (0, _MAX_SEED),
-        "logprobs": (0, _MAX_COUNT),
+        "logprobs": (0, _MAX_LOGPROBS),
+        "prompt_logprobs": (0, _MAX_LOGPROBS),
     }
     for name, (least, most) in limits.items():
         value = getattr(params, name)
-        if value is None and name in ("seed", "logprobs"):
+        if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
             continue
         if type(value) is not int:
             raise ConfigError(f"{name} is {value!r}, must be a whole number")
@@ -77,24 +109,67 @@ def _check_counts(params: SamplingParams) -> None:
         )
 
 
-def _check_shares(params: SamplingParams) -> None:
-    for name in ("temperature", "top_p"):
+def _check_numbers(params: SamplingParams) -> None:
+    limits: dict[str, tuple[Callable[[float], bool], str]] = {
+        "temperature": (lambda value: value >= 0, "0 (greedy) or more"),
+        "top_p": (lambda value: 0 < value <= 1, "over 0 and at most 1 (keep all)"),
+        "min_p": (lambda value: 0 <= value <= 1, "0 (keep all) to 1"),
+        "repetition_penalty": (lambda value: value > 0, "over 0; 1 is none"),
+        "presence_penalty": (lambda value: -2 <= value <= 2, "-2 to 2; 0 is none"),
+        "frequency_penalty": (lambda value: -2 <= value <= 2, "-2 to 2; 0 is none"),
+    }
+    for name, (is_good, limit) in limits.items():
         value = getattr(params, name)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not _is_finite(value):
             raise ConfigError(f"{name} is {value!r}, must be a finite number")
-    if params.temperature < 0:
-        raise ConfigError(f"temperature is {params.temperature}, must be 0 (greedy) or more")
-    if not 0 < params.top_p <= 1:
-        raise ConfigError(f"top_p is {params.top_p}, must be over 0 and at most 1 (keep all)")
+        if not is_good(value):
+            raise ConfigError(f"{name} is {value}, must be {limit}")
+    for token, bias in (params.logit_bias or {}).items():
+        if not _is_finite(bias) or abs(bias) > _MAX_BIAS:
+            raise ConfigError(
+                f"logit_bias of token {token} is {bias!r}, must be {-_MAX_BIAS} to {_MAX_BIAS}"
+            )
+
+
+def _check_texts(params: SamplingParams) -> None:
+    if "" in params.stop:
+        raise ConfigError("stop has an empty string, which ends every text at once; leave it out")
+    if not all(word.strip() for word in params.bad_words):
+        raise ConfigError("bad_words has an empty text; leave it out")
 
 
 def _check_token_ids(params: SamplingParams, vocab_size: int | None) -> None:
-    for token in params.stop_token_ids:
-        if token < 0 or (vocab_size is not None and token >= vocab_size):
-            most = "" if vocab_size is None else f" to {vocab_size - 1}"
-            raise ConfigError(f"stop_token_ids has {token}, token ids are 0{most}")
-    if vocab_size is not None and params.logprobs is not None and params.logprobs > vocab_size:
-        raise ConfigError(f"logprobs is {params.logprobs}, the vocabulary has {vocab_size} tokens")
+    if params.allowed_token_ids == ():
+        raise ConfigError("allowed_token_ids is empty, which leaves no token; leave it out")
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for token in getattr(params, name) or ():
+            if token < 0 or (vocab_size is not None and token >= vocab_size):
+                most = "" if vocab_size is None else f" to {vocab_size - 1}"
+                raise ConfigError(f"{name} has {token}, token ids are 0{most}")
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, name)
+        if vocab_size is not None and count is not None and count > vocab_size:
+            raise ConfigError(f"{name} is {count}, the vocabulary has {vocab_size} tokens")
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _bias_of(given: Any) -> dict[int, float] | None:
+    """JSON has no keys but text, so "123" is 123."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"logit_bias is {given!r}, must map token ids to numbers")
+    bias = {}
+    for token, value in given.items():
+        if isinstance(token, str) and token.isdecimal():
+            token = int(token)
+        if type(token) is not int:
+            raise ConfigError(f"logit_bias has {token!r}, which is no token id")
+        bias[token] = value
+    return bias
 
 
 def _tuple_of(kind: type, name: str, values: Any) -> tuple:

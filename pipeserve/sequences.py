@@ -1,5 +1,6 @@
 """What a stage knows of the requests that it holds: the replay of the engine's decisions."""
 
+from array import array
 from collections import deque
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ class Sequence:
     """One registered request on one stage. A request that is admitted again gets a new one."""
 
     registration: Registration
-    token_ids: list[int]
-    """Prompt and outputs known here; kept up to date on the first stage alone."""
+    token_ids: array
+    """Prompt and outputs known here; kept up to date on the first and the last stage alone."""
     block_table: list[int]
 
 
@@ -53,13 +54,17 @@ class Sequences:
         )
 
     def await_tokens(self, step: Step, sequences: list[Sequence]) -> None:
-        """Note whose tokens microbatch `step` will bring back (first stage)."""
-        sampling = [s for s, c in zip(sequences, step.chunks, strict=True) if c.num_logits]
+        """Note whose tokens microbatch `step` will bring (first and last stage)."""
+        sampling = [
+            sequence
+            for sequence, chunk in zip(sequences, step.chunks, strict=True)
+            if chunk.num_logits > chunk.num_scored
+        ]
         if sampling:
             self._awaiting.append((step.index, sampling))
 
     def take_tokens(self, index: int, tokens: list[int]) -> None:
-        """Append what microbatch `index` sampled (first stage).
+        """Append what microbatch `index` sampled (first and last stage).
 
         The sequences are those of the time when the microbatch ran, so a token of a request that
         was released or admitted again since then changes nothing.

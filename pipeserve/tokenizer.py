@@ -26,6 +26,24 @@ class Tokenizer:
         """Token ids, with the special tokens that the model expects in front. ConfigError."""
         return self._loaded.encode(text)
 
+    def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as token ids, at the beginning of a text and behind a space. ConfigError.
+
+        As vLLM does: the second form counts where it is as many tokens and begins with another.
+        """
+        forms: list[tuple[int, ...]] = []
+        for word in words:
+            plain, spaced = (
+                tuple(self._loaded.encode(space + word.lstrip(), add_special_tokens=False))
+                for space in ("", " ")
+            )
+            if not plain:
+                raise ConfigError(f"bad_words has {word!r}, which is no token; leave it out")
+            forms.append(plain)
+            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+                forms.append(spaced)
+        return tuple(forms)
+
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation (dicts of `role` and `content`) up to the model's turn.
 

@@ -15,20 +15,25 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 import zmq
 
 from pipeserve import control, links
-from pipeserve.control import Connect, ReportMemory, StartStage, Step
+from pipeserve.control import Connect, ReportMemory, StartStage, Step, StepChunk
 from pipeserve.errors import PipeserveError
 from pipeserve.memory import peak_bytes, resident_bytes
+from pipeserve.sample_row import sample_row
 from pipeserve.sequences import Sequence, Sequences
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.inputs import StageInputs, build_inputs
 from pipeserve.stages.kv import KVCache
-from pipeserve.stages.sampling import SampleRow, sample
+from pipeserve.stages.padding import pad_rows
+from pipeserve.stages.sampling import Logprobs, sample, score
 from pipeserve.stages.weights import load_stage
+
+_SCORED_ROWS = 64  # whose logits over the whole vocabulary are held at a time
 
 
 class StageWorker:
@@ -65,6 +70,9 @@ class StageWorker:
             dtype=self.dtype,
             attention=job.attention,
         )
+        self.weight_bytes = self.model.num_parameters * self.dtype.itemsize
+        # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
+        self.head, self.model.head = self.model.head, None
         self.kv = KVCache(
             self.config,
             num_layers=job.stop_layer - job.first_layer,
@@ -94,7 +102,7 @@ class StageWorker:
                 activations_at=self.activations_at,
                 tokens_at=self.tokens_at,
                 baseline_bytes=baseline,
-                weight_bytes=self.model.num_parameters * self.dtype.itemsize,
+                weight_bytes=self.weight_bytes,
                 kv_bytes=self.kv.num_bytes,
                 cpus=sorted(os.sched_getaffinity(0)),
             )
@@ -155,12 +163,12 @@ class StageWorker:
     def _compute(self, step: Step) -> None:
         start_s, start_cpu_s = time.monotonic(), time.thread_time()
         sequences = self.sequences.apply(step)
-        if self.is_first:
+        if self.is_first or self.is_last:
             self.sequences.await_tokens(step, sequences)
         inputs = self._build_inputs(step, sequences)
         output = self.model(self._stage_input(step, inputs), inputs, self.kv)
         if self.is_last:
-            self._answer(step, sequences, output)
+            self._answer(step, sequences, output[inputs.logit_rows_R])
         else:
             links.send_tensor(self.next_stage, step.index, output)
         end_s, end_cpu_s = time.monotonic(), time.thread_time()
@@ -192,44 +200,47 @@ class StageWorker:
         shape = (inputs.num_tokens, self.config.hidden_size)
         return links.receive_tensor(frames, step.index, shape, self.dtype)
 
-    def _answer(self, step: Step, sequences: list[Sequence], logits: torch.Tensor) -> None:
+    def _answer(self, step: Step, sequences: list[Sequence], hidden_RD: torch.Tensor) -> None:
         """Sample; ids go to the first stage before anything else, for it may be waiting."""
-        rows = [
-            _sample_row(sequence, chunk.stop)
-            for chunk, sequence in zip(step.chunks, sequences, strict=True)
-            if chunk.num_logits
-        ]
-        sampled = sample(logits, rows) if rows else []
-        tokens = [token for token, _, _ in sampled]
-        if rows and self.is_first:
+        places, rows, scored = [], [], []
+        stop = 0  # of a chunk's rows
+        for chunk, sequence in zip(step.chunks, sequences, strict=True):
+            start, stop = stop, stop + chunk.num_logits
+            if chunk.num_scored:
+                scored.append((start, chunk, sequence))
+            if chunk.num_logits > chunk.num_scored:
+                places.append(stop - 1)
+                rows.append(sample_row(sequence, chunk.stop))
+        sampled_RD = hidden_RD[places] if scored else hidden_RD
+        sampled = sample(self._logits(sampled_RD), rows) if rows else []
+        tokens = [token for token, _ in sampled]
+        if rows:
             self.sequences.take_tokens(step.index, tokens)
-        elif rows:
-            links.send_tokens(self.first_stage, step.index, tokens)
+            if not self.is_first:
+                links.send_tokens(self.first_stage, step.index, tokens)
         wants_logprobs = any(row.num_logprobs is not None for row in rows)
-        logprobs = (
-            [None if chosen is None else (chosen, list(top)) for _, chosen, top in sampled]
-            if wants_logprobs
-            else []
-        )
-        self._tell(control.Sampled(step.index, tokens, logprobs))
+        logprobs = [entry for _, entry in sampled] if wants_logprobs else []
+        prompt_logprobs = [entry for span in scored for entry in self._score(hidden_RD, *span)]
+        self._tell(control.Sampled(step.index, tokens, logprobs, prompt_logprobs))
+
+    def _score(
+        self, hidden_RD: torch.Tensor, first_row: int, chunk: StepChunk, sequence: Sequence
+    ) -> Iterator[Logprobs]:
+        """Of the prompt tokens that a chunk scores; its rows begin at `first_row`."""
+        following = chunk.stop - chunk.num_logits + 1
+        for start in range(0, chunk.num_scored, _SCORED_ROWS):
+            stop = min(start + _SCORED_ROWS, chunk.num_scored)
+            yield from score(
+                self._logits(hidden_RD[first_row + start : first_row + stop]),
+                sequence.token_ids[following + start : following + stop],
+                sequence.registration.prompt_logprobs,
+            )
+
+    def _logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        return self.head(pad_rows(hidden_RD))[: len(hidden_RD)]
 
     def _tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message))
-
-
-def _sample_row(sequence: Sequence, position: int) -> SampleRow:
-    """How to draw the token at `position`; a function of the request and the position alone."""
-    registration = sequence.registration
-    output_index = position - registration.num_prompt_tokens
-    return SampleRow(
-        temperature=registration.temperature,
-        top_k=registration.top_k,
-        top_p=registration.top_p,
-        seed=registration.seed,
-        output_index=output_index,
-        banned_ids=tuple(registration.stop_ids) if output_index < registration.min_tokens else (),
-        num_logprobs=registration.logprobs,
-    )
 
 
 def _connect_to_driver(context: zmq.Context, endpoint: str, rank: int) -> zmq.Socket:

@@ -2,8 +2,10 @@
 
     python -m pipeserve.stages.convert FILE.gguf FOLDER
 
-Weights are unpacked to bfloat16; those of a file that is float32 or float16 keep their type.
-Started by `sources.convert_gguf`.
+Weights are unpacked to bfloat16; those of a file that is float32 or float16 keep their type. It is
+transformers that reads the file, and what it leaves behind (experts, windows, scaled rotary
+frequencies, biases) it leaves without a word: the model would run, and be another. So only what was
+seen to come through whole (tests/test_gguf.py) is converted. Started by `sources.convert_gguf`.
 """
 
 import sys
@@ -16,17 +18,19 @@ from gguf import GGUFReader
 from pipeserve.errors import ConfigError
 from pipeserve.stages.config import ModelConfig
 
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_REMEDY = "give the model's safetensors folder or hub id"
+_LOST_FIELDS = ("expert_count", "attention.sliding_window", "rope.scaling.type")
 _DTYPE_OF_FILE_TYPE = {0: torch.float32, 1: torch.float16}
 """Of `general.file_type`, as gguf.LlamaFileType counts: ALL_F32 and MOSTLY_F16."""
-_ROPE_TENSORS = ("rope_freqs", "rope_factors")
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Raises ConfigError, before weights are unpacked, if the model's family is not supported."""
+    """Raises ConfigError for what does not come through whole; saves no weights then."""
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     reader = GGUFReader(gguf)
-    _check_rope(reader)
-    dtype = _dtype(reader)
+    _check_fields(reader)
+    dtype = _DTYPE_OF_FILE_TYPE.get(_field(reader, "general.file_type"), torch.bfloat16)
     config = transformers.AutoConfig.from_pretrained(**where)
     config.dtype = dtype
     config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
@@ -35,6 +39,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    _check_tensors(reader, model)
     # transformers takes what came from GGUF for quantised, and refuses to save it; it is not.
     model.hf_quantizer = None
     del model.config.quantization_config
@@ -44,23 +49,32 @@ def convert(gguf: Path, folder: Path) -> None:
         file.chmod(0o644)  # safetensors writes 0600: useless in a shared cache
 
 
-def _check_rope(reader: GGUFReader) -> None:
-    """Raises ConfigError for scaled rotary frequencies (Llama 3.1 and later, YaRN), which
-    transformers leaves behind without a word: the model would run, and be another."""
-    lost = [name for name in reader.fields if name.endswith(".rope.scaling.type")]
-    lost = [name for name in lost if reader.get_field(name).contents() != "none"]
-    lost += [tensor.name for tensor in reader.tensors if tensor.name.startswith(_ROPE_TENSORS)]
-    if lost:
+def _check_fields(reader: GGUFReader) -> None:
+    architecture = _field(reader, "general.architecture")
+    if architecture not in _ARCHITECTURES:
         raise ConfigError(
-            f"its rotary embedding is scaled ({lost[0]}), which is not read from GGUF files; give "
-            "the model's safetensors folder or hub id"
+            f"its architecture {architecture} does not come through whole, "
+            f"{', '.join(_ARCHITECTURES)} do; {_REMEDY}"
+        )
+    for name in _LOST_FIELDS:
+        value = _field(reader, f"{architecture}.{name}")
+        if value not in (None, 0, "none"):
+            raise ConfigError(f"its {name} ({value}) would be lost; {_REMEDY}")
+
+
+def _check_tensors(reader: GGUFReader, model: torch.nn.Module) -> None:
+    """Every tensor of the file became one of the model, and none of the model was made up."""
+    in_file, in_model = len(reader.tensors), len(list(model.parameters()))  # a tied one once
+    if in_file != in_model:
+        raise ConfigError(
+            f"it has {in_file} tensors, its config asks for {in_model}, so some would be lost; "
+            f"{_REMEDY}"
         )
 
 
-def _dtype(reader: GGUFReader) -> torch.dtype:
-    field = reader.get_field("general.file_type")
-    file_type = None if field is None else int(field.contents())
-    return _DTYPE_OF_FILE_TYPE.get(file_type, torch.bfloat16)
+def _field(reader: GGUFReader, name: str) -> str | int | None:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,48 @@
 """From logits to tokens, on the last stage. A row's token depends on that row alone.
 
 Nothing here keeps generator state: the draw for output token i of a request is a pure function of
-(seed, i), so the same token comes out alone, in any batch, after preemption and on a restarted
-stage.
+(seed, i), and what rules read of earlier tokens comes with the row. So the same token comes out
+alone, in any batch, after preemption and on a restarted stage.
+
+Rules act in vLLM's order (0.32, `v1/sample/sampler.py`): allowed ids, bad words, stop ids before
+`min_tokens`, logit bias, repetition, frequency and presence penalty; then the likeliest token, or
+temperature, min-p, top-k, top-p and the draw. (transformers' `generate` has min-p behind top-p.)
+vLLM has no typical-p, so there is none here.
+
+Suffixes: V vocabulary, R rows, K tokens kept by a filter.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_NUCLEUS = 1024  # likeliest tokens that top-p looks at before it sorts the whole vocabulary
 
-Sampled = tuple[int, float | None, list[tuple[int, float]]]
-"""(token, its log-probability, the likeliest (token, log-probability)); None, [] unless asked."""
+Logprobs = tuple[float, list[tuple[int, float]]]
+"""(of the token itself, the likeliest (token, log-probability))."""
+Sampled = tuple[int, Logprobs | None]
+"""(token, its log-probabilities where they were asked for)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitRules:
+    """What changes the logits of one row, greedy or not; ids are token ids."""
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[Sequence[int]] = ()
+    """Sequences whose last id is not drawn when the output ends with the others."""
+    allowed_ids: Sequence[int] | None = None
+    known_ids: Sequence[int] = ()
+    """Prompt and output before this position."""
+    num_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +54,13 @@ class SampleRow:
     top_k: int
     """0 keeps all."""
     top_p: float
+    min_p: float = 0.0
     seed: int
     output_index: int
     """0 for the request's first output token."""
     banned_ids: tuple[int, ...] = ()
     """Never drawn at this position: stop ids, before `min_tokens`."""
+    rules: LogitRules | None = None
     num_logprobs: int | None = None
 
 
@@ -53,50 +83,142 @@ def _mix(value: int) -> int:
 def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     """One token for each row of float32 logits. Does not modify `logits_RV`.
 
-    Log-probabilities are of the raw logits: before bans, temperature and filters.
+    Log-probabilities are of the raw logits: before rules, temperature and filters.
     """
     greedy = logits_RV.argmax(-1).tolist()
     sampled: list[Sampled] = []
     for logits_V, token, row in zip(logits_RV, greedy, rows, strict=True):
-        if row.temperature > 0 or row.banned_ids:
+        if row.temperature > 0 or row.banned_ids or row.rules is not None:
             token = _choose(logits_V, row)
-        sampled.append((token, *_logprobs(logits_V, token, row.num_logprobs)))
+        logprobs = None
+        if row.num_logprobs is not None:
+            (logprobs,) = score(logits_V[None], [token], row.num_logprobs)
+        sampled.append((token, logprobs))
     return sampled
 
 
+def score(logits_RV: Tensor, token_ids: Sequence[int], num_logprobs: int) -> list[Logprobs]:
+    """The log-probabilities of one given token in each row, and of the `num_logprobs` likeliest.
+
+    Makes a copy as large as `logits_RV`, which it does not modify.
+    """
+    logprobs_RV = torch.log_softmax(logits_RV, -1)
+    own_R = logprobs_RV.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+    top = logprobs_RV.topk(num_logprobs)
+    tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        (own, list(zip(ids, values, strict=True)))
+        for own, (ids, values) in zip(own_R, tops, strict=True)
+    ]
+
+
 def _choose(logits_V: Tensor, row: SampleRow) -> int:
-    if row.banned_ids:
-        logits_V = logits_V.index_fill(0, torch.tensor(row.banned_ids), -torch.inf)
+    logits_V = _ruled(logits_V, row)
     if row.temperature == 0:
         return int(logits_V.argmax())
-    # Double precision: at a small temperature float32 would overflow, and a cumulative sum over a
-    # whole vocabulary loses digits. The likeliest token is at 0, so that nothing overflows at all.
+    weights_K, ids_K = _filtered(logits_V, row)
+    cumulative_K = weights_K.cumsum(-1)
+    draw = uniform_draw(row.seed, row.output_index) * cumulative_K[-1]
+    # NaN logits have no place: they give their own request a wrong token, not the stage an error.
+    place = min(int(torch.searchsorted(cumulative_K, draw, right=True)), len(cumulative_K) - 1)
+    return place if ids_K is None else int(ids_K[place])
+
+
+def _filtered(logits_V: Tensor, row: SampleRow) -> tuple[Tensor, Tensor | None]:
+    """Weights, in proportion to the probabilities, of what temperature and filters leave; and the
+    token ids that they belong to, or None for the whole vocabulary in order.
+
+    Double precision: at a small temperature float32 would overflow, and a cumulative sum over a
+    whole vocabulary loses digits. The likeliest token is at 0, so that nothing overflows at all.
+    """
     wide_V = logits_V.double()
     scaled_V = (wide_V - wide_V.max()) / row.temperature
-    ids = None
+    if row.min_p > 0:
+        scaled_V = scaled_V.masked_fill(scaled_V < math.log(row.min_p), -torch.inf)
     if 0 < row.top_k < len(scaled_V):
-        scaled_V, ids = scaled_V.topk(row.top_k)
-    elif row.top_p < 1:
-        scaled_V, ids = scaled_V.sort(descending=True, stable=True)
-    probabilities = torch.softmax(scaled_V, -1)
-    if row.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        # The first token always stays, whatever top_p is.
-        probabilities = probabilities.masked_fill(before >= max(row.top_p, 1e-300), 0.0)
-    cumulative = probabilities.cumsum(-1)
-    draw = uniform_draw(row.seed, row.output_index) * cumulative[-1]
-    # NaN logits have no place: they give their own request a wrong token, not the stage an error.
-    place = min(int(torch.searchsorted(cumulative, draw, right=True)), len(cumulative) - 1)
-    return place if ids is None else int(ids[place])
+        scaled_K, ids_K = scaled_V.topk(row.top_k)
+        weights_K = scaled_K.exp()
+        if row.top_p < 1:
+            weights_K, _ = _nucleus(weights_K, row.top_p * weights_K.sum())
+        return weights_K, ids_K
+    weights_V = scaled_V.exp()
+    if row.top_p == 1:
+        return weights_V, None
+    wanted = row.top_p * weights_V.sum()
+    # A language model's top-p is mostly a few tokens; sorting 49,152 costs ten times as much.
+    weights_K, ids_K = weights_V.topk(min(_NUCLEUS, len(weights_V)))
+    weights_K, is_reached = _nucleus(weights_K, wanted)
+    if not is_reached:
+        weights_K, ids_K = weights_V.sort(descending=True)
+        weights_K, _ = _nucleus(weights_K, wanted)
+    return weights_K, ids_K
 
 
-def _logprobs(
-    logits_V: Tensor, token: int, num_logprobs: int | None
-) -> tuple[float | None, list[tuple[int, float]]]:
-    if num_logprobs is None:
-        return None, []
-    logprobs_V = torch.log_softmax(logits_V, -1)
-    top = logprobs_V.topk(num_logprobs)
-    return float(logprobs_V[token]), list(
-        zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    )
+def _nucleus(weights_K: Tensor, wanted: Tensor) -> tuple[Tensor, bool]:
+    """`weights_K`, which fall, with 0 from where those before have reached `wanted`; and whether
+    all of them together do. The first always stays, however small `wanted` is."""
+    reached_K = weights_K.cumsum(-1)
+    before_K = reached_K - weights_K
+    before_K[0] = -1.0
+    return weights_K.masked_fill(before_K >= wanted, 0.0), bool(reached_K[-1] >= wanted)
+
+
+# ---- rules --------------------------------------------------------------------------------------
+
+
+def _ruled(logits_V: Tensor, row: SampleRow) -> Tensor:
+    """The logits after bans, bias and penalties: a copy wherever any apply."""
+    rules = row.rules
+    if rules is None:
+        return _without(logits_V, row.banned_ids) if row.banned_ids else logits_V
+    logits_V = logits_V.double()
+    if rules.allowed_ids is not None:
+        allowed = _ids(rules.allowed_ids)
+        only_V = torch.full_like(logits_V, -torch.inf)
+        logits_V = only_V.index_copy_(0, allowed, logits_V[allowed])
+    banned = [*_ends_of_bad_words(rules), *row.banned_ids]
+    if banned:
+        logits_V = _without(logits_V, banned)
+    if rules.logit_bias:
+        biased, bias = list(rules.logit_bias), list(rules.logit_bias.values())
+        logits_V = logits_V.index_add(0, torch.tensor(biased), logits_V.new_tensor(bias))
+    return _penalised(logits_V, rules)
+
+
+def _without(logits_V: Tensor, banned: Sequence[int]) -> Tensor:
+    """No banned id, unless that leaves none: allowed ids are kept to, then, and bans are not."""
+    kept_V = logits_V.index_fill(0, torch.tensor(banned), -torch.inf)
+    return logits_V if kept_V.max() == -torch.inf else kept_V
+
+
+def _ends_of_bad_words(rules: LogitRules) -> Iterator[int]:
+    """The last id of each sequence whose other ids the output ends with. As in vLLM, a sequence
+    that began in the prompt is none."""
+    num_outputs = len(rules.known_ids) - rules.num_prompt_tokens
+    for word in rules.bad_words:
+        num_before = len(word) - 1
+        if num_before > num_outputs:
+            continue
+        if list(rules.known_ids[len(rules.known_ids) - num_before :]) == list(word[:-1]):
+            yield word[-1]
+
+
+def _penalised(logits_V: Tensor, rules: LogitRules) -> Tensor:
+    """Repetition over prompt and output (Keskar et al., CTRL, 2019, section 4.1; negative logits
+    multiplied, as vLLM and transformers do), frequency and presence over the output (OpenAI)."""
+    if rules.repetition_penalty != 1:
+        known, penalty = _ids(rules.known_ids), rules.repetition_penalty
+        seen = logits_V[known]
+        changed = torch.where(seen > 0, seen / penalty, seen * penalty)
+        logits_V = logits_V.index_copy(0, known, changed)
+    if rules.frequency_penalty or rules.presence_penalty:
+        outputs = _ids(rules.known_ids[rules.num_prompt_tokens :])
+        counts_V = torch.bincount(outputs, minlength=len(logits_V)).double()
+        logits_V = logits_V - rules.frequency_penalty * counts_V
+        logits_V -= rules.presence_penalty * counts_V.clamp(max=1)
+    return logits_V
+
+
+def _ids(token_ids: Sequence[int]) -> Tensor:
+    """int64; from an array, a copy of its bytes: 32,000 ids in 10 us and not in 1 ms."""
+    return torch.from_numpy(np.array(token_ids, dtype=np.int64))

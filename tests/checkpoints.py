@@ -49,7 +49,7 @@ TINY = {
     "qwen2_window": Tiny(
         "Qwen2",
         "Qwen2",
-        {**_GATED, "use_sliding_window": True, "sliding_window": 19, "max_window_layers": 2},
+        {**_GATED, "use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1},
         like="2 7B with its window switched on",
     ),
     "qwen3": Tiny("Qwen3", "Qwen3", {**_GATED, "head_dim": 16}, like="8B"),

@@ -119,7 +119,10 @@ class FakeDriver:
             logprobs = None
             if request.params.logprobs is not None:
                 logprobs = TokenLogprobs(sampled=-0.5, top={token: -0.5})
-            yield Output(request.id, token, reason, logprobs)
+            scores = None
+            if place == 0 and request.params.prompt_logprobs is not None:
+                scores = tuple(TokenLogprobs(-float(token)) for token in request.prompt[1:])
+            yield Output(request.id, token, reason, logprobs, scores)
             if reason is not None:
                 return
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from pipeserve.core.engine import Engine, Limits
-from pipeserve.core.nouns import Microbatch, Request, RequestId, StepResult, Wait
+from pipeserve.core.nouns import (
+    Chunk,
+    Microbatch,
+    Request,
+    RequestId,
+    StepResult,
+    TokenLogprobs,
+    Wait,
+)
 from pipeserve.core.partition import split_layers
 from pipeserve.core.view import Policy
 
@@ -24,6 +32,11 @@ MAX_STEPS = 20_000
 def next_token(prefix: tuple) -> int:
     """The made-up model: a token is a function of what precedes it. `prefix[0]` is the salt."""
     return blake2b(repr(prefix).encode(), digest_size=2).digest()[0] % VOCAB
+
+
+def prompt_score(prefix: tuple) -> TokenLogprobs:
+    """The made-up log-probability of the last token of a prefix: of this prefix alone."""
+    return TokenLogprobs(-float(blake2b(repr(prefix).encode(), digest_size=4).digest()[0]))
 
 
 def expected(request: Request, max_model_len: int) -> tuple[list[int], str]:
@@ -105,6 +118,8 @@ class PlanChecker:
         self.num_imported: dict[RequestId, int] = {}
         """Positions that a request may still import: none after its first admission, or a fault."""
         self.outstanding: deque[Microbatch] = deque()
+        self.num_scored: dict[RequestId, int] = {}
+        """Prompt positions whose scores came back."""
         self.last_index = -1
 
     def planned(self, microbatch: Microbatch, requests: dict[RequestId, Request]) -> None:
@@ -140,6 +155,7 @@ class PlanChecker:
         assert not any(request_id in self.named(mb) for mb in self.outstanding), "still runs out"
         num_imported = self.num_imported.pop(request_id, 0)
         assert not (num_imported and admission.blocks), "imports and shares"
+        assert not (self.num_unscored(request) and admission.blocks), "shares unscored positions"
         start = num_imported or len(admission.blocks) * self.limits.block_size
         assert start < len(admission.token_ids), "the last token must be computed"
         self.plans[request_id] = Plan(start, len(admission.token_ids), list(admission.blocks))
@@ -161,12 +177,34 @@ class PlanChecker:
         if not self.traits.chunk_pipelining and not plan.sampled_by:
             assert not involved, "the next chunk of a prompt before the last one came back"
         plan.next_position = chunk.stop
-        assert chunk.num_logits == (chunk.stop == plan.num_tokens)
-        if chunk.num_logits:
+        samples = chunk.stop == plan.num_tokens
+        assert chunk.num_logits - chunk.num_scored == samples
+        self.scores(chunk, request)
+        if samples:
             plan.sampled_by[chunk.stop] = index
             plan.num_tokens += 1
             limit = min(len(request.prompt) + request.params.max_tokens, self.limits.max_model_len)
             assert plan.num_tokens <= limit, "a decode that no answer can use"
+
+    def scores(self, chunk: Chunk, request: Request) -> None:
+        """Only what was not scored before, and no further than to the prompt's last token."""
+        if not self.num_unscored(request):
+            assert chunk.num_scored == 0
+        first = chunk.stop - chunk.num_logits
+        assert chunk.num_scored >= 0 and first >= chunk.start
+        assert not chunk.num_scored or first + chunk.num_scored < len(request.prompt)
+
+    def num_unscored(self, request: Request) -> int:
+        if request.params.prompt_logprobs is None:
+            return 0
+        return len(request.prompt) - 1 - self.num_scored.get(request.id, 0)
+
+    def completed(self, index: int) -> None:
+        microbatch = self.outstanding.popleft()
+        assert microbatch.index == index
+        for chunk in microbatch.chunks:
+            known = self.num_scored.get(chunk.request_id, 0)
+            self.num_scored[chunk.request_id] = known + chunk.num_scored
 
     def feedback(self, chunk, plan: Plan) -> None:
         """`token_from` names the microbatch that samples the token, exactly while it is awaited."""
@@ -194,6 +232,7 @@ class Pipeline:
         self.requests: dict[RequestId, Request] = {}
         self.outputs: dict[RequestId, list[int]] = {}
         self.reasons: dict[RequestId, str] = {}
+        self.scores: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
         self.reset_stages()
 
     def reset_stages(self) -> None:
@@ -254,24 +293,32 @@ class Pipeline:
     def sample(self, number: int) -> None:
         """The last stage: tokens straight to stage 0, and to the engine's letter box."""
         microbatch = self.crossing[number]
-        sampled = []
+        sampled, scored = [], []
         for chunk, prefix in zip(microbatch.chunks, self.prefixes[number], strict=True):
-            if not chunk.num_logits:
+            salted = (prefix[0], *self.requests[chunk.request_id].prompt)
+            first = chunk.stop - chunk.num_logits
+            scored += [prompt_score(salted[: first + i + 3]) for i in range(chunk.num_scored)]
+            if chunk.num_logits == chunk.num_scored:
                 continue
             sampled.append(next_token(prefix))
             known = self.first_stage_tokens.get(chunk.request_id, ())
             if known == prefix:  # else stage 0 was told to release it, or admitted it anew
                 self.first_stage_tokens[chunk.request_id] = (*known, sampled[-1])
-        self.results.append(StepResult(microbatch.index, tuple(sampled)))
+        self.results.append(
+            StepResult(microbatch.index, tuple(sampled), prompt_logprobs=tuple(scored))
+        )
 
     def deliver(self) -> bool:
         if not self.results:
             return False
         result = self.results.popleft()
-        assert self.checker.outstanding.popleft().index == result.index
+        self.checker.completed(result.index)
         for output in self.engine.complete(result, 0.0):
             assert output.request_id not in self.reasons, "output after the end"
             self.outputs[output.request_id].append(output.token)
+            if output.prompt_logprobs is not None:
+                assert output.request_id not in self.scores, "told twice"
+                self.scores[output.request_id] = output.prompt_logprobs
             if output.finish_reason is not None:
                 self.reasons[output.request_id] = output.finish_reason
         return True
@@ -324,7 +371,15 @@ class Pipeline:
         for request_id, request in self.requests.items():
             tokens, reason = expected(request, self.limits.max_model_len)
             got = self.outputs[request_id]
+            assert self.scores.get(request_id) == self.expected_scores(request)
             if self.reasons[request_id] == "abort":
                 assert got == tokens[: len(got)]
             else:
                 assert (got, self.reasons[request_id]) == (tokens, reason)
+
+    def expected_scores(self, request: Request) -> tuple[TokenLogprobs, ...] | None:
+        """Of each prompt token but the first, once there is an output."""
+        if request.params.prompt_logprobs is None or not self.outputs[request.id]:
+            return None
+        salted = (request.cache_salt, *request.prompt)
+        return tuple(prompt_score(salted[: i + 2]) for i in range(1, len(request.prompt)))

@@ -38,7 +38,9 @@ def make_engine(num_stages=1, policy="uniform", cost=None, **changes) -> Engine:
     return Engine(split_layers(num_stages, num_stages), policy, make_limits(**changes), cost)
 
 
-def add(engine, request_id=0, prompt=(1, 2, 3), stop_ids=(), salt="", **params) -> None:
+def add(
+    engine, request_id=0, prompt=(1, 2, 3), stop_ids=(), salt="", sample_of=None, **params
+) -> None:
     engine.add(
         Request(
             id=RequestId(request_id),
@@ -46,6 +48,7 @@ def add(engine, request_id=0, prompt=(1, 2, 3), stop_ids=(), salt="", **params) 
             params=SamplingParams(**params),
             stop_ids=frozenset(stop_ids),
             cache_salt=salt,
+            sample_of=sample_of,
         ),
         now=0.0,
     )
@@ -58,8 +61,15 @@ def plan(engine) -> Microbatch:
 
 
 def complete(engine, microbatch, token=7) -> list[Output]:
-    count = sum(chunk.num_logits for chunk in microbatch.chunks)
-    return engine.complete(StepResult(microbatch.index, (token,) * count), 0.0)
+    """Every sample is `token`, and every prompt token's log-probability minus its position."""
+    count = sum(chunk.num_logits - chunk.num_scored for chunk in microbatch.chunks)
+    scores = tuple(
+        TokenLogprobs(-float(chunk.stop - chunk.num_logits + 1 + place))
+        for chunk in microbatch.chunks
+        for place in range(chunk.num_scored)
+    )
+    result = StepResult(microbatch.index, (token,) * count, prompt_logprobs=scores)
+    return engine.complete(result, 0.0)
 
 
 def run(engine, token=7) -> list[Output]:
@@ -363,6 +373,157 @@ def test_a_policy_sees_the_cost_of_what_is_outstanding():
     (outstanding,) = policy.views[1].outstanding
     assert (outstanding.num_decodes, outstanding.num_prefill_tokens) == (0, 3)
     assert outstanding.cost == StageCost((1.5,))
+
+
+# ---- samples of a prompt ------------------------------------------------------------------------
+
+
+def ids_of(microbatch) -> list[int]:
+    return [chunk.request_id for chunk in microbatch.chunks]
+
+
+def test_samples_wait_for_the_prompt_and_share_its_blocks():
+    """They came with the first one, so they go before a request that came later."""
+    engine = make_engine(num_stages=4, max_num_batched_tokens=10)
+    add(engine, 0, prompt=range(11))
+    for sample in (1, 2, 3):
+        add(engine, sample, prompt=range(11), sample_of=0)
+    add(engine, 4, prompt=range(50, 61))
+    first, second, third = plan(engine), plan(engine), plan(engine)
+    assert (ids_of(first), ids_of(second)) == ([0], [0, 4])
+    assert ids_of(third)[:4] == [4, 1, 2, 3]
+    shared = engine._records[RequestId(0)].table.blocks[:2]
+    assert [list(admission.blocks) for admission in third.admitted] == [shared] * 3
+    assert [(c.start, c.stop, c.num_logits) for c in third.chunks[1:]] == [(8, 11, 1)] * 2 + [
+        (8, 10, 0)
+    ]
+    assert engine.stats.cached_prefix_tokens == 24
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caching"), [(range(4), True), (range(20), False)], ids=["short", "no cache"]
+)
+def test_samples_that_could_share_nothing_do_not_wait(prompt, caching):
+    engine = make_engine(enable_prefix_caching=caching)
+    add(engine, 0, prompt=prompt)
+    add(engine, 1, prompt=prompt, sample_of=0)
+    assert ids_of(plan(engine)) == [0, 1]
+
+
+@pytest.mark.parametrize("end", ["abort", "stop"])
+def test_samples_go_on_when_the_first_ends_early(end):
+    engine = make_engine(num_stages=4, max_num_batched_tokens=4)
+    add(engine, 0, prompt=range(12))
+    add(engine, 1, prompt=range(12), sample_of=0)
+    first = plan(engine)
+    engine.finish(RequestId(0), end, 0.0)
+    second = plan(engine)
+    assert (ids_of(first), ids_of(second)) == ([0], [1])
+    assert second.chunks[0].start == 4  # what the first one got done is shared
+    add(engine, 2, prompt=range(12), sample_of=0)  # of one that is no more
+    complete(engine, first)
+    complete(engine, second)
+    assert {output.request_id for output in run(engine)} == {1, 2}
+
+
+def test_a_sample_that_ends_while_it_waits_never_runs():
+    engine = make_engine()
+    add(engine, 0, prompt=range(12))
+    add(engine, 1, prompt=range(12), sample_of=0)
+    assert engine.finish(RequestId(1), "abort", 0.0) == Output(RequestId(1), None, "abort")
+    assert {output.request_id for output in run(engine)} == {0}
+    assert engine.num_free_blocks == 64
+
+
+def test_after_a_fault_samples_wait_for_the_prompt_again():
+    engine = make_engine()
+    add(engine, 0, prompt=range(12))
+    add(engine, 1, prompt=range(12), sample_of=0)
+    plan(engine)
+    assert 1 in ids_of(plan(engine))
+    engine.lost(0.0)
+    assert ids_of(plan(engine)) == [0]
+    assert plan(engine).admitted[0].blocks
+
+
+# ---- prompt logprobs ----------------------------------------------------------------------------
+
+
+def test_each_position_of_the_prompt_is_scored_once():
+    """The last one samples. All are told with the first token."""
+    engine = make_engine(max_num_batched_tokens=4)
+    add(engine, 0, prompt=range(10), prompt_logprobs=0, max_tokens=3)
+    chunks = []
+    outputs = []
+    while engine.has_work:
+        microbatch = plan(engine)
+        chunks += [(c.stop, c.num_logits, c.num_scored) for c in microbatch.chunks]
+        outputs += complete(engine, microbatch)
+    assert chunks == [(4, 4, 4), (8, 4, 4), (10, 2, 1), (11, 1, 0), (12, 1, 0)]
+    told = [output.prompt_logprobs for output in outputs]
+    assert [entry.sampled for entry in told[0]] == [-float(i) for i in range(1, 10)]
+    assert told[1:] == [None, None]
+
+
+def test_a_chunk_that_only_scores_sends_no_token():
+    engine = make_engine(max_num_batched_tokens=4)
+    add(engine, 0, prompt=range(10), prompt_logprobs=0)
+    first = plan(engine)
+    assert not first.samples
+    assert complete(engine, first) == []
+
+
+def test_a_prompt_of_one_token_has_no_logprobs_but_says_so():
+    engine = make_engine()
+    add(engine, 0, prompt=(5,), prompt_logprobs=0, max_tokens=1)
+    assert [output.prompt_logprobs for output in run(engine)] == [()]
+
+
+def test_after_a_fault_scoring_goes_on_from_where_it_stood():
+    engine = make_engine(num_stages=4, max_num_batched_tokens=4)
+    add(engine, 0, prompt=range(10), prompt_logprobs=0, max_tokens=1)
+    first, _ = plan(engine), plan(engine)
+    complete(engine, first)
+    engine.lost(0.0)
+    again = plan(engine), plan(engine), plan(engine)
+    assert [(c.num_logits, c.num_scored) for m in again for c in m.chunks] == [
+        (0, 0),
+        (4, 4),
+        (2, 1),
+    ]
+    outputs = [output for microbatch in again for output in complete(engine, microbatch)]
+    assert [e.sampled for e in outputs[0].prompt_logprobs] == [-float(i) for i in range(1, 10)]
+
+
+def test_scores_of_an_ended_request_are_dropped_and_others_kept():
+    engine = make_engine(num_stages=2, max_num_batched_tokens=64)
+    for number in (0, 1):
+        add(engine, number, prompt=range(6), prompt_logprobs=0, max_tokens=1)
+    microbatch = plan(engine)
+    engine.finish(RequestId(0), "abort", 0.0)
+    (output,) = complete(engine, microbatch)
+    assert (output.request_id, len(output.prompt_logprobs)) == (1, 5)
+    assert engine.stats.wasted_decodes == 1
+
+
+def test_a_wrong_number_of_scores_is_an_error():
+    engine = make_engine()
+    add(engine, prompt_logprobs=0)
+    index = plan(engine).index
+    with pytest.raises(ValueError, match="scores 2 prompt tokens, the result 1"):
+        engine.complete(StepResult(index, (1,), prompt_logprobs=(TokenLogprobs(0.0),)), 0.0)
+
+
+def test_imported_positions_cannot_be_scored():
+    engine = make_engine()
+    request = Request(
+        id=RequestId(0),
+        prompt=(1, 2, 3),
+        params=SamplingParams(prompt_logprobs=0),
+        num_imported=2,
+    )
+    with pytest.raises(ValueError, match="wants prompt_logprobs and imports 2"):
+        engine.add(request, 0.0)
 
 
 # ---- wrong drafts -------------------------------------------------------------------------------

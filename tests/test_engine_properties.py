@@ -81,7 +81,8 @@ class Scenario:
 @st.composite
 def scenarios(draw) -> Scenario:
     """Small everything: two trunks that prompts share, blocks of 1..4, room for little more than
-    the largest request, budgets from one token; some requests import a part of their KV."""
+    the largest request, budgets from one token; some requests import a part of their KV, some are
+    further samples of others, some want their prompt scored."""
     block_size = draw(st.integers(1, 4))
     max_model_len = draw(st.integers(8, 24))
     trunks = [draw(st.lists(st.integers(0, 1), min_size=16, max_size=16)) for _ in range(2)]
@@ -89,11 +90,20 @@ def scenarios(draw) -> Scenario:
     for number in range(draw(st.integers(1, 8))):
         trunk = trunks[draw(st.integers(0, 1))][: draw(st.sampled_from([0, 1, 4, 6, 9, 16]))]
         tail = draw(st.lists(st.integers(0, VOCAB - 1), min_size=not trunk, max_size=4))
-        params = SamplingParams(
-            max_tokens=draw(st.integers(1, 10)), min_tokens=draw(st.integers(0, 3))
-        )
         prompt = tuple([*trunk, *tail][: max_model_len - 1])
+        salt = draw(st.sampled_from(["", "", "", "x"]))
+        sample_of = None
+        if requests and draw(st.booleans()):  # a further sample of an earlier prompt
+            first = draw(st.sampled_from(requests))
+            sample_of, prompt, salt = first.id, first.prompt, first.cache_salt
+        params = SamplingParams(
+            max_tokens=draw(st.integers(1, 10)),
+            min_tokens=draw(st.integers(0, 3)),
+            prompt_logprobs=draw(st.sampled_from([None, None, 0])),
+        )
         imports = draw(st.sampled_from(["no", "no", "some", "all but the last"]))
+        if params.prompt_logprobs is not None:
+            imports = "no"
         num_imported = {
             "no": 0,
             "some": draw(st.integers(0, len(prompt) - 1)),
@@ -106,7 +116,8 @@ def scenarios(draw) -> Scenario:
                 num_imported=num_imported,
                 params=params,
                 stop_ids=frozenset(draw(st.sets(st.integers(0, VOCAB - 1), max_size=2))),
-                cache_salt=draw(st.sampled_from(["", "", "", "x"])),
+                cache_salt=salt,
+                sample_of=sample_of,
             )
         )
     reach = max(min(len(r.prompt) + r.params.max_tokens, max_model_len) - 1 for r in requests)

@@ -4,6 +4,7 @@ The checkpoints are tiny and random with the flags of real models (`checkpoints.
 docs/models.md lists.
 """
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from checkpoints import (
     TINY,
+    edit_config,
     expected_logits,
     random_prompts,
     tiny,
@@ -97,6 +99,32 @@ def test_the_checkpoints_depend_on(checkpoint, what):
         changes = {"experts": replace(config.experts, normalize=False)}
     got = Stages(folder, config=replace(config, **changes)).logits(prompt, 70)
     assert (got - expected).abs().max() > 1e-3
+
+
+OLD = {
+    "qwen2_window": {"layer_types": None},
+    "gemma2": {"layer_types": None, "rope_parameters": None, "rope_theta": 10000.0},
+    "gemma3": {
+        "layer_types": None,
+        "_sliding_window_pattern": None,
+        "sliding_window_pattern": 3,
+        "rope_parameters": None,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+    },
+    "qwen3_moe": {"num_local_experts": None, "num_experts": 5},
+    "falcon_multi_query": {"rope_parameters": None, "ffn_hidden_size": None, "activation": None},
+    "opt": {"enable_bias": None, "tie_word_embeddings": None, "_remove_final_layer_norm": None},
+}
+"""What config.json says where an older transformers wrote it; None is silent."""
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_config_as_it_was_written_before(checkpoint, name, tmp_path):
+    folder, _, _ = checkpoint(name)
+    shutil.copy(Path(folder, "config.json"), tmp_path)
+    edit_config(tmp_path, **OLD[name])
+    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_folder(folder)
 
 
 @pytest.mark.parametrize("name", TINY)

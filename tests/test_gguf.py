@@ -1,56 +1,43 @@
 """GGUF files, made here as llama.cpp makes them, read by the real converter."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny_llama
+from checkpoints import tiny
 from fake_driver import _gpt2_bytes
 from safetensors.torch import load_file
 
 from pipeserve.errors import ConfigError
+from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.convert import convert
 from pipeserve.stages.sources import convert_gguf, resolve
 from pipeserve.tokenizer import Tokenizer
 
-HEADS, KV_HEADS = 4, 2
-TENSORS = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+# What the converter of transformers takes for granted where GGUF does not say it.
+SIZES = {"vocab_size": 257, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+MORE = {"qwen3": {"head_dim": 128}}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny_llama(
-        tmp_path_factory.mktemp("model"),
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        num_hidden_layers=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-    )
+    return make("llama", tmp_path_factory.mktemp("model"))
 
 
-def write_gguf(path, folder, file_type, quantised=None, architecture="llama", more=None):
+def make(name, folder):
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    return Path(tiny(name, folder, **SIZES, rope_parameters=rope, **MORE.get(name, {})))
+
+
+def write_gguf(path, folder, architecture, *, file_type=0, quantised=None, more=None):
     """The checkpoint in `folder` as one GGUF file, its matrices as `quantised` or float32; `more`
     is called with the writer."""
     config = json.loads((folder / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_file_type(file_type)
     writer.add_vocab_size(config["vocab_size"])
@@ -58,9 +45,11 @@ def write_gguf(path, folder, file_type, quantised=None, architecture="llama", mo
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(config["hidden_size"] // HEADS)
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_tokenizer_model("gpt2")
@@ -70,8 +59,12 @@ def write_gguf(path, folder, file_type, quantised=None, architecture="llama", mo
     writer.add_eos_token_id(2)
     if more is not None:
         more(writer)
+    [kind] = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
+    names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
     for name, tensor in load_file(folder / "model.safetensors").items():
-        _add(writer, name, tensor.float(), quantised)
+        if architecture == "llama":
+            tensor = _interleaved(name, tensor, config)
+        _add(writer, names.get_name(name, try_suffixes=(".weight", ".bias")), tensor, quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -79,23 +72,21 @@ def write_gguf(path, folder, file_type, quantised=None, architecture="llama", mo
     return path
 
 
-def _add(writer, name, tensor, quantised):
+def _interleaved(name, tensor, config):
     """llama.cpp turns a head's pairs (i, i + half) of q and k into neighbours (2i, 2i + 1)."""
-    for part, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
+    for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
         if part in name:
-            rows = tensor.unflatten(0, (heads, 2, -1))
-            tensor = rows.transpose(1, 2).reshape(tensor.shape)
-    ours = name.removesuffix(".weight")
-    if ours.startswith("model.layers."):
-        _, _, layer, part = ours.split(".", 3)
-        theirs = f"blk.{layer}.{TENSORS[part]}.weight"
-    else:
-        theirs = f"{TENSORS[ours]}.weight"
-    data = tensor.numpy()
+            rows = tensor.unflatten(0, (config[heads], 2, -1))
+            return rows.transpose(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def _add(writer, name, tensor, quantised):
+    data = tensor.float().numpy()
     if quantised is None or tensor.ndim == 1:
-        writer.add_tensor(theirs, data)
+        writer.add_tensor(name, data)
     else:
-        writer.add_tensor(theirs, gguf.quants.quantize(data, quantised), raw_dtype=quantised)
+        writer.add_tensor(name, gguf.quants.quantize(data, quantised), raw_dtype=quantised)
 
 
 def dequantised(tensor, quantised):
@@ -106,6 +97,20 @@ def dequantised(tensor, quantised):
     return torch.from_numpy(gguf.quants.dequantize(packed, quantised))
 
 
+def assert_same(folder, original, dtype=torch.float32, quantised=None):
+    """`folder` holds the checkpoint in `original`, after `quantised`, as `dtype`: every tensor bit
+    by bit, and all that stages read of the config."""
+    made, wanted = (load_file(each / "model.safetensors") for each in (folder, original))
+    assert made.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert made[name].dtype == dtype
+        assert torch.equal(made[name], dequantised(tensor, quantised).to(dtype)), name
+    config = ModelConfig.from_folder(original)
+    single = float(np.float32(config.norm_eps))  # as GGUF keeps it
+    config = replace(config, norm_eps=single, dtype=str(dtype).removeprefix("torch."))
+    assert ModelConfig.from_folder(folder) == config
+
+
 @pytest.mark.parametrize(
     ("file_type", "quantised", "dtype"),
     [
@@ -114,68 +119,73 @@ def dequantised(tensor, quantised):
     ],
     ids=["f32", "q8_0"],
 )
-def test_a_gguf_file_becomes_the_checkpoint_it_was_made_of(
-    model, tmp_path, monkeypatch, file_type, quantised, dtype
-):
+def test_a_gguf_file_is_a_model(model, tmp_path, monkeypatch, file_type, quantised, dtype):
     monkeypatch.setenv("PIPESERVE_CACHE", str(tmp_path / "cache"))
-    file = write_gguf(tmp_path / "tiny.gguf", Path(model), file_type, quantised)
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, model, "llama", file_type=file_type, quantised=quantised)
     folder = resolve(str(file))
-    original = load_file(Path(model) / "model.safetensors")
-    made = load_file(folder / "model.safetensors")
-    assert made.keys() == original.keys()
-    for name, tensor in original.items():
-        assert made[name].dtype == dtype
-        assert torch.equal(made[name], dequantised(tensor, quantised).to(dtype)), name
-    config = json.loads((folder / "config.json").read_text())
-    wanted = json.loads((Path(model) / "config.json").read_text())
-    for key in (
-        "architectures",
-        "vocab_size",
-        "num_key_value_heads",
-        "rope_parameters",
-        "tie_word_embeddings",
-    ):
-        assert config[key] == wanted[key], key
-    assert config["rms_norm_eps"] == pytest.approx(wanted["rms_norm_eps"])
-    assert config["dtype"] == str(dtype).removeprefix("torch.")
-    assert "quantization_config" not in config
+    assert_same(folder, model, dtype, quantised)
     assert Tokenizer(folder).encode("caf\u00e9 ab") == [*"caf\u00e9 ".encode(), 256]
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
 
 
-def test_an_architecture_that_no_stage_is_of_is_refused(model, tmp_path):
-    file = write_gguf(tmp_path / "t.gguf", Path(model), 0, architecture="mamba")
-    with pytest.raises(ConfigError, match=r"Mamba.* is not supported"):
-        convert(file, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3"])
+def test_other_architectures(tmp_path, name):
+    original = make(name, tmp_path / "model")
+    file = write_gguf(tmp_path / "t.gguf", original, name.partition("_")[0])
+    convert(file, tmp_path / "out")
+    assert_same(tmp_path / "out", original)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "falcon", "mamba"])
+def test_an_architecture_that_does_not_come_through(tmp_path, architecture):
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", architecture)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match=f"its architecture {architecture} .*safetensors folder"):
+        convert(tmp_path / "t.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("more", "message"),
     [
-        lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
-        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), "rope.scaling"),
+        (lambda writer: writer.add_sliding_window(4096), "sliding_window .4096. would be lost"),
+        (lambda writer: writer.add_expert_count(8), "expert_count .8. would be lost"),
+        (  # Llama 3.1 and later keep their frequencies' scaling here
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+            "40 tensors, its config asks for 39",
+        ),
+        (
+            lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)),
+            "40 tensors, its config asks for 39",
+        ),
     ],
-    ids=["llama3", "linear"],
+    ids=["scaled rope", "window", "experts", "scaled frequencies", "bias"],
 )
-def test_scaled_rope_is_refused_and_not_lost(model, tmp_path, more):
-    file = write_gguf(tmp_path / "t.gguf", Path(model), 0, more=more)
-    with pytest.raises(ConfigError, match=r"its rotary embedding is scaled \(.*rope.*safetensors"):
+def test_what_would_be_lost_is_refused(model, tmp_path, more, message):
+    file = write_gguf(tmp_path / "t.gguf", model, "llama", more=more)
+    with pytest.raises(ConfigError, match=f"{message}.*give the model's safetensors"):
         convert(file, tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.safetensors"))
 
 
 def test_rope_that_says_it_is_not_scaled(model, tmp_path):
     def more(writer):
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_expert_count(0)
 
-    file = write_gguf(tmp_path / "t.gguf", Path(model), 0, more=more)
-    convert(file, tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    convert(write_gguf(tmp_path / "t.gguf", model, "llama", more=more), tmp_path / "out")
+    assert_same(tmp_path / "out", model)
 
 
-def test_a_truncated_gguf_file(model, tmp_path):
-    file = write_gguf(tmp_path / "t.gguf", Path(model), 0)
+def test_the_errors_of_the_converter_are_one_line(model, tmp_path):
+    file = write_gguf(tmp_path / "t.gguf", model, "llama")
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ConfigError, match=r"cannot convert t\.gguf: ") as caught:
+    with pytest.raises(ConfigError, match=r"cannot convert t\.gguf: .*; it takes a file") as caught:
         convert_gguf(file, tmp_path / "out")
     assert "\n" not in str(caught.value)
+    write_gguf(file, model, "llama", more=lambda writer: writer.add_expert_count(8))
+    with pytest.raises(ConfigError, match=r"cannot convert t\.gguf: its expert_count .*hub id$"):
+        convert_gguf(file, tmp_path / "out")

@@ -5,13 +5,16 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from fake_driver import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer
 
 import pipeserve
 from pipeserve import SamplingParams
+from pipeserve.completion import completed
 from pipeserve.errors import CapacityError, ConfigError, StageError
+from pipeserve.launch.flags import given, sampling_flags
 from pipeserve.llm import LLM
 from pipeserve.params import check_params, params_from, seeded
 
@@ -239,6 +242,36 @@ def test_unknown_keyword_names_the_nearest():
         ({"ignore_eos": 1}, "ignore_eos is 1"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"logprobs": 10}, "logprobs is 10, the vocabulary has 9"),
+        ({"logprobs": 10**6}, "logprobs is 1000000, must be 0 to 256"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"prompt_logprobs": 10}, "prompt_logprobs is 10, the vocabulary has 9"),
+        ({"prompt_logprobs": True}, "prompt_logprobs is True, must be a whole number"),
+        ({"n": 0}, "n is 0, must be 1 to 16384"),
+        ({"n": 2.0}, "n is 2.0, must be a whole number"),
+        ({"n": 2, "temperature": 0}, "n is 2 at temperature 0"),
+        ({"min_p": -0.1}, "min_p is -0.1, must be 0"),
+        ({"min_p": 1.1}, "min_p is 1.1"),
+        ({"min_p": None}, "min_p is None, must be a finite number"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0, must be over 0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ({"presence_penalty": 2.1}, "presence_penalty is 2.1, must be -2 to 2"),
+        ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty is -2.1"),
+        ({"frequency_penalty": "0.5"}, "frequency_penalty is '0.5'"),
+        ({"logit_bias": [1]}, "logit_bias is [1], must map token ids to numbers"),
+        ({"logit_bias": {"a": 1}}, "logit_bias has 'a', which is no token id"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias has -1, token ids are 0 to 8"),
+        ({"logit_bias": {"9": 1.0}}, "logit_bias has 9, token ids are 0 to 8"),
+        ({"logit_bias": {1: 100.5}}, "logit_bias of token 1 is 100.5, must be -100 to 100"),
+        ({"logit_bias": {1: float("-inf")}}, "logit_bias of token 1 is -inf"),
+        ({"logit_bias": {1: None}}, "logit_bias of token 1 is None"),
+        ({"bad_words": "word"}, "bad_words is 'word', must be a list of strings"),
+        ({"bad_words": [""]}, "bad_words has an empty text"),
+        ({"bad_words": ["a", " "]}, "bad_words has an empty text"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"allowed_token_ids": [1.0]}, "allowed_token_ids is [1.0], must be a list of whole"),
+        ({"allowed_token_ids": [9]}, "allowed_token_ids has 9, token ids are 0 to 8"),
     ],
 )
 def test_wrong_params(values, message):
@@ -248,11 +281,153 @@ def test_wrong_params(values, message):
 
 
 def test_right_params_come_back_as_tuples():
-    params = check_params(SamplingParams(stop="x", stop_token_ids=[1, 2]))
+    params = check_params(
+        SamplingParams(
+            stop="x",
+            stop_token_ids=[1, 2],
+            bad_words=["a"],
+            allowed_token_ids=[3],
+            logit_bias={"5": 1, 6: -100},
+        ),
+        vocab_size=9,
+    )
     assert (params.stop, params.stop_token_ids) == (("x",), (1, 2))
+    assert (params.bad_words, params.allowed_token_ids) == (("a",), (3,))
+    assert params.logit_bias == {5: 1, 6: -100}
     assert params_from({"top_k": 3}, params).top_k == 3
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         params_from({"temprature": 1}, params)
+
+
+# ---- samples, prompt logprobs, bad words --------------------------------------------------------
+
+
+def test_samples_are_requests_of_their_own_with_seeds_side_by_side(folder):
+    driver = FakeDriver(folder)
+    params = [SamplingParams(n=3, seed=7, max_tokens=2), SamplingParams(max_tokens=2)]
+    first, second = LLM.on(driver).generate(["ab", "c"], params)
+    assert [request.params.seed for request in driver.added[:3]] == [7, 8, 9]
+    assert [request.sample_of for request in driver.added] == [None, 0, 0, None]
+    assert [request.prompt for request in driver.added[:3]] == [(97, 98)] * 3
+    assert [output.index for output in first.outputs] == [0, 1, 2]
+    assert first.outputs[0].text == first.text and len(second.outputs) == 1
+    unseeded = FakeDriver(folder)
+    LLM.on(unseeded).generate("ab", SamplingParams(n=3))
+    assert len({request.params.seed for request in unseeded.added}) == 3
+
+
+def test_a_prompt_is_finished_with_the_last_of_its_samples(folder):
+    """Samples that end at different times, one at a stop string, are put together in order."""
+    replies = iter([b"abcdef", b"xy!", b"mno"])
+    driver = FakeDriver(folder, reply=lambda prompt: list(next(replies)))
+    params = SamplingParams(n=3, max_tokens=5, stop=["!"])
+    deltas = list(LLM.on(driver).stream("q", params))
+    assert [delta.finished for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+    assert {delta.index for delta in deltas} == {0}
+    (completion,) = [done for _, done in completed(iter(deltas))]
+    assert [output.text for output in completion.outputs] == ["abcde", "xy", "mnomn"]
+    assert [output.finish_reason for output in completion.outputs] == ["length", "stop", "length"]
+    assert driver.finished == [(1, "stop")]
+
+
+def test_prompt_logprobs_come_with_the_first_sample_alone(folder):
+    driver = FakeDriver(folder)
+    params = SamplingParams(n=2, prompt_logprobs=1, max_tokens=3)
+    (completion,) = LLM.on(driver).generate("abc", params)
+    assert [request.params.prompt_logprobs for request in driver.added] == [1, None]
+    first, *others = completion.prompt_logprobs
+    assert first is None and [entry.sampled for entry in others] == [-98.0, -99.0]
+    (plain,) = LLM.on(FakeDriver(folder)).generate("abc", _greedy())
+    assert plain.prompt_logprobs is None
+
+
+def test_bad_words_become_token_ids_with_and_without_a_space(folder):
+    """As vLLM: behind a space only where that is as many tokens, which bytes never are."""
+    driver = FakeDriver(folder)
+    llm = LLM.on(driver)
+    llm.generate("x", _greedy(bad_words=["no", " é"]))
+    assert driver.added[0].bad_word_ids == ((110, 111), tuple("é".encode()))
+    assert driver.added[0].params.bad_words == ("no", " é")
+
+
+def test_bad_words_of_whole_word_tokens(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"yes": 0, "\u0120yes": 1, "no": 2, "\u0120": 3, "n": 4, "o": 5}
+    tokenizer = Tokenizer(models.BPE(vocab=words | {"e": 6, "s": 7, "y": 8, "ye": 9},
+                                     merges=[("y", "e"), ("ye", "s"), ("\u0120", "yes"),
+                                             ("n", "o")]))  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    driver = FakeDriver(tmp_path)
+    LLM.on(driver).generate([0], _greedy(bad_words=["yes", "no"]))
+    assert driver.added[0].bad_word_ids == ((0,), (1,), (2,))
+    with pytest.raises(ConfigError, match="bad_words has '%', which is no token"):
+        LLM.on(driver).generate([0], _greedy(bad_words=["%"]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"allowed_token_ids": [EOS], "min_tokens": 1}, "every one of allowed_token_ids ends"),
+        ({"allowed_token_ids": [97], "bad_words": ["a"]}, "every one of allowed_token_ids is in"),
+        (
+            {"allowed_token_ids": [97, 98], "bad_words": ["a"], "stop_token_ids": [98],
+             "min_tokens": 2},
+            "every one of allowed_token_ids ends",
+        ),
+    ],
+)  # fmt: skip
+def test_rules_that_leave_no_token_are_refused(folder, values, message):
+    driver = FakeDriver(folder)
+    with pytest.raises(ConfigError, match=f"prompt 0: {message}"):
+        LLM.on(driver).generate("x", _greedy(**values))
+    assert driver.added == []
+    values.pop("min_tokens", None)
+    values["allowed_token_ids"] = [EOS, 99]
+    LLM.on(driver).generate("x", _greedy(**values))
+
+
+def test_bad_words_need_a_tokenizer(tmp_path):
+    with pytest.raises(ConfigError, match="no tokenizer; use logit_bias"):
+        LLM.on(FakeDriver(tmp_path)).generate([97], _greedy(bad_words=["x"]))
+
+
+def test_rules_have_flags_that_can_be_typed():
+    kinds = {flag.name: get_args(flag.annotation)[0] for flag in sampling_flags()}
+    assert kinds["logit_bias"] == list[str] | None
+    assert kinds["allowed_token_ids"] == str | None
+    assert kinds["bad_words"] == list[str] | None
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"logit_bias": ["12=-5", "3=0.5"]}, {"logit_bias": {12: -5.0, 3: 0.5}}),
+        ({"allowed_token_ids": "4,5"}, {"allowed_token_ids": (4, 5)}),
+        ({"bad_words": ["a", "b"]}, {"bad_words": ("a", "b")}),
+        ({"n": 2, "min_p": 0.5}, {"n": 2, "min_p": 0.5}),
+    ],
+)
+def test_flags_give_params(flags, expected):
+    values = given(SamplingParams, {"model": "m", **dict.fromkeys(flags, None), **flags})
+    params = params_from(values, SamplingParams())
+    assert {name: getattr(params, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"logit_bias": ["12"]}, "--logit-bias 12 is not ID=NUMBER"),
+        ({"logit_bias": ["a=1"]}, "logit_bias has 'a', which is no token id"),
+        ({"logit_bias": ["1=x"]}, "--logit-bias 1=x is not"),
+        ({"allowed_token_ids": "4,x"}, "--allowed-token-ids 4,x is no list"),
+    ],
+)
+def test_wrong_flags(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        params_from(given(SamplingParams, flags), SamplingParams())
 
 
 def test_params_are_checked_whole():

@@ -4,12 +4,16 @@ Every draw is a pure function of (seed, index), so these statistics are the same
 """
 
 import math
+from array import array
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipeserve.stages import sampling
-from pipeserve.stages.sampling import SampleRow, sample, uniform_draw
+from pipeserve.stages.sampling import LogitRules, SampleRow, sample, score, uniform_draw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +26,7 @@ def row(**options):
 
 
 def tokens(logits, rows):
-    return [token for token, _, _ in sample(logits, rows)]
+    return [token for token, _ in sample(logits, rows)]
 
 
 def draws(logits_V, count, **options):
@@ -31,11 +35,12 @@ def draws(logits_V, count, **options):
     return tokens(logits_V.expand(count, -1), rows)
 
 
-def reference_distribution(logits, temperature, top_k, top_p, banned=()):
+def reference_distribution(logits, temperature, top_k, top_p, min_p=0.0, banned=()):
     """[(token, probability)] in plain Python, in the order in which a draw walks through them."""
     allowed = [i for i in range(len(logits)) if i not in banned]
     top = max(logits[i] for i in allowed)
     weights = {i: math.exp((logits[i] - top) / temperature) for i in allowed}
+    allowed = [i for i in allowed if weights[i] >= min_p]  # the likeliest one weighs 1
     ranked = sorted(allowed, key=lambda i: -weights[i])
     if 0 < top_k < len(logits):
         ranked = ranked[:top_k]
@@ -59,11 +64,36 @@ def chi_squared_is_plausible(observed, expected):
     return abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
 
 
+def reference_logits(logits, rules):
+    """What vLLM's rules make of a row, each by its definition, in vLLM's order. Plain Python."""
+    prompt, outputs = (
+        rules.known_ids[: rules.num_prompt_tokens],
+        rules.known_ids[rules.num_prompt_tokens :],
+    )
+    prompt, outputs = list(prompt), list(outputs)
+    changed = [float(value) for value in logits]
+    for token in range(len(changed)):
+        if rules.allowed_ids is not None and token not in rules.allowed_ids:
+            changed[token] = -math.inf
+        for *before, last in rules.bad_words:
+            began = outputs[len(outputs) - len(before) :] if len(before) <= len(outputs) else None
+            if last == token and began == before:
+                changed[token] = -math.inf
+        changed[token] += (rules.logit_bias or {}).get(token, 0.0)
+        if token in prompt or token in outputs:
+            positive = changed[token] > 0
+            factor = 1 / rules.repetition_penalty if positive else rules.repetition_penalty
+            changed[token] *= factor
+        changed[token] -= rules.frequency_penalty * outputs.count(token)
+        changed[token] -= rules.presence_penalty * (token in outputs)
+    return changed
+
+
 FILTERS = [
-    {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     for temperature in (0.3, 1.0, 1.7)
     for top_k in (0, 1, 5, VOCAB, VOCAB + 9)
-    for top_p in (1e-9, 0.4, 0.9, 1.0)
+    for top_p, min_p in ((1e-9, 0.0), (0.4, 0.0), (0.9, 0.0), (1.0, 0.0), (0.9, 0.05), (1.0, 0.3))
 ]
 
 
@@ -82,18 +112,66 @@ def test_each_draw_is_the_inverse_of_the_filtered_distribution(options):
         assert reached > draw
 
 
+def many_draws(logits_V, count, **options):
+    """What `draws` gives, as counts. The weights that the draws choose from are the same for each,
+    so they are made once; that they are those of `sample` is checked on the first 300."""
+    one = row(**options)
+    weights, ids = sampling._filtered(sampling._ruled(logits_V, one), one)
+    cumulative = weights.cumsum(-1)
+    shares = torch.tensor([uniform_draw(one.seed, i) for i in range(count)], dtype=torch.float64)
+    places = torch.searchsorted(cumulative, shares * cumulative[-1], right=True)
+    got = (places if ids is None else ids[places]).tolist()
+    assert got[:300] == draws(logits_V, 300, **options)
+    return Counter(got)
+
+
+HISTORY = {"known_ids": array("i", [1, 2, 2, 5, 9, 2, 9, 9, 4]), "num_prompt_tokens": 4}
+RULES = {
+    "repetition": {"repetition_penalty": 1.6},
+    "presence": {"presence_penalty": 0.9},
+    "frequency": {"frequency_penalty": 0.4},
+    "bias": {"logit_bias": {3: 1.5, 9: -2.0}},
+    "bad words": {"bad_words": ((7,), (9, 4, 6), (4, 8), (9, 3))},
+    "allowed": {"allowed_ids": array("i", [2, 4, 9, 11, 12])},
+    "all": {
+        "repetition_penalty": 0.7,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.2,
+        "logit_bias": {2: 1.0, 15: 3.0},
+        "bad_words": ((4, 2),),
+        "allowed_ids": [2, 4, 5, 8, 9, 10, 11, 15],
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.5}, {"top_k": 6}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.7}]
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 6},
+        {"top_p": 0.8},
+        {"min_p": 0.2},
+        {"top_k": 9, "top_p": 0.7},
+        {"top_k": 9, "top_p": 0.9, "min_p": 0.1, "temperature": 1.3},
+        *({"rules": LogitRules(**HISTORY, **rules)} for rules in RULES.values()),
+        {"rules": LogitRules(**HISTORY, **RULES["all"]), "top_p": 0.9, "min_p": 0.02},
+    ],
+    ids=lambda options: "-".join(options),
 )
 def test_frequencies_are_the_probabilities(options):
+    """Pearson's chi-squared over 100,000 draws."""
     logits_V = torch.randn(16, generator=torch.Generator().manual_seed(2))
     wanted = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
-    kept = reference_distribution(logits_V.tolist(), **wanted)
-    num_draws = 20_000
-    got = draws(logits_V, num_draws, seed=5, **options)
+    rules = wanted.pop("rules", LogitRules())
+    changed = reference_logits(logits_V.tolist(), rules)
+    kept = reference_distribution(changed, **wanted)
+    kept = [(token, probability) for token, probability in kept if probability > 0]
+    num_draws = 100_000
+    got = many_draws(logits_V, num_draws, seed=5, **options)
     assert set(got) == {token for token, _ in kept}
     assert chi_squared_is_plausible(
-        [got.count(token) for token, _ in kept], [num_draws * p for _, p in kept]
+        [got[token] for token, _ in kept], [num_draws * p for _, p in kept]
     )
 
 
@@ -149,7 +227,13 @@ def test_a_row_does_not_know_its_neighbours():
 def test_it_leaves_the_logits_alone():
     logits = torch.randn(len(FILTERS), VOCAB)
     before = logits.clone()
-    sample(logits, [row(banned_ids=(1, 2), num_logprobs=2, **options) for options in FILTERS])
+    rules = LogitRules(**HISTORY, **RULES["all"])
+    for changes in ({"rules": None}, {"rules": rules}):
+        sample(
+            logits,
+            [row(banned_ids=(1, 2), num_logprobs=2, **changes, **options) for options in FILTERS],
+        )
+        score(logits, [3] * len(logits), 2)
     assert torch.equal(logits, before)
 
 
@@ -235,12 +319,118 @@ def test_logprobs_are_those_of_the_raw_logits():
         row(num_logprobs=None),
     ]
     got = sample(logits, rows)
-    assert got[2][1:] == (None, [])
-    assert got[0][2] == []
+    assert got[2][1] is None
+    assert got[0][1][1] == []
     for i in (0, 1):
-        token, logprob, _ = got[i]
+        token, (logprob, _) = got[i]
         assert logprob == pytest.approx(expected[i, token].item(), abs=1e-4)
-    top = got[1][2]
+    top = got[1][1][1]
     assert [token for token, _ in top] == expected[1].topk(4).indices.tolist()
     assert top[0][0] == best
     assert [p for _, p in top] == pytest.approx(expected[1].topk(4).values.tolist(), abs=1e-4)
+
+
+def test_scores_of_given_tokens():
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(6)) * 3
+    expected = torch.log_softmax(logits.double(), -1)
+    given_ids = array("i", [4, 0, 49, 4, 7])
+    got = score(logits, given_ids, 3)
+    for i, (own, top) in enumerate(got):
+        assert own == pytest.approx(expected[i, given_ids[i]].item(), abs=1e-4)
+        assert [token for token, _ in top] == expected[i].topk(3).indices.tolist()
+        assert [p for _, p in top] == pytest.approx(expected[i].topk(3).values.tolist(), abs=1e-4)
+
+
+# ---- rules --------------------------------------------------------------------------------------
+
+ids = st.integers(0, 11)
+penalties = st.sampled_from([-2.0, -0.3, 0.0, 0.0, 0.7, 2.0])
+
+
+@st.composite
+def ruled_rows(draw):
+    """Twelve tokens, so that prompt, output, words and bans meet all the time."""
+    known = draw(st.lists(ids, min_size=1, max_size=14))
+    rules = LogitRules(
+        repetition_penalty=draw(st.sampled_from([0.2, 1.0, 1.0, 1.5, 4.0])),
+        presence_penalty=draw(penalties),
+        frequency_penalty=draw(penalties),
+        logit_bias=draw(st.none() | st.dictionaries(ids, st.floats(-100, 100), max_size=4)),
+        bad_words=draw(st.lists(st.lists(ids, min_size=1, max_size=3), max_size=5)),
+        allowed_ids=draw(st.none() | st.lists(ids, min_size=1, unique=True)),
+        known_ids=array("i", known),
+        num_prompt_tokens=draw(st.integers(1, len(known))),
+    )
+    return rules, draw(st.integers(0, 2**32))
+
+
+@settings(
+    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(case=ruled_rows())
+def test_rules_change_the_logits_as_their_definitions_say(case):
+    rules, seed = case
+    logits_V = torch.randn(12, generator=torch.Generator().manual_seed(seed)) * 3
+    expected = reference_logits(logits_V.tolist(), rules)
+    if max(expected) == -math.inf:
+        return  # bans that leave nothing: the next test
+    got = sampling._ruled(logits_V, row(rules=rules))
+    assert got.tolist() == pytest.approx(expected, abs=1e-12)
+    assert tokens(logits_V[None], [row(rules=rules, temperature=0)]) == [int(got.argmax())]
+
+
+def test_bans_that_leave_nothing_give_way_to_allowed_ids():
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(7))
+    rules = LogitRules(
+        allowed_ids=[3, 4], bad_words=((3,), (4,)), known_ids=[1], num_prompt_tokens=1
+    )
+    for temperature in (0, 1.0):
+        for index in range(50):
+            one = row(rules=rules, temperature=temperature, output_index=index)
+            assert tokens(logits, [one])[0] in (3, 4)
+    everything = row(banned_ids=tuple(range(VOCAB)), temperature=0)
+    assert tokens(logits, [everything]) == logits.argmax(-1).tolist()
+
+
+def test_a_bad_word_is_one_only_within_the_output():
+    """As in vLLM: what the prompt began, the output may finish."""
+    logits_V = torch.zeros(VOCAB)
+    logits_V[8] = 9.0
+
+    def drawn(known, num_prompt):
+        rules = LogitRules(bad_words=((6, 7, 8),), known_ids=known, num_prompt_tokens=num_prompt)
+        return tokens(logits_V[None], [row(rules=rules, temperature=0)])[0]
+
+    assert drawn([1, 6, 7], 1) == 0
+    assert drawn([1, 6, 7], 2) == 8
+    assert drawn([6, 7], 2) == 8
+    assert drawn([1, 7, 6], 1) == 8
+
+
+def test_penalties_of_thousands_of_tokens_are_exact():
+    known = array("i", [i * i % VOCAB for i in range(5000)])
+    rules = LogitRules(frequency_penalty=0.01, presence_penalty=0.5, repetition_penalty=1.1,
+                       known_ids=known, num_prompt_tokens=1234)  # fmt: skip
+    logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(8))
+    got = sampling._ruled(logits_V, row(rules=rules)).tolist()
+    assert got == pytest.approx(reference_logits(logits_V.tolist(), rules), abs=1e-9)
+
+
+# ---- top-p over a large vocabulary --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 8.0])
+def test_top_p_of_a_large_vocabulary_keeps_what_a_whole_sort_would(top_p, scale):
+    """Whether the nucleus is among the few that are looked at first, or most of 20,000."""
+    generator = torch.Generator().manual_seed(int(scale * 10))
+    logits_V = torch.randn(20_000, generator=generator) * scale
+    one = row(top_p=top_p)
+    weights, kept_ids = sampling._filtered(logits_V, one)
+    expected = reference_distribution(logits_V.tolist(), 1.0, 0, top_p)
+    kept = int((weights > 0).sum())
+    assert kept == len(expected)
+    kept_logits = logits_V[kept_ids[:kept]].tolist()  # not ids: equal logits may change places
+    assert kept_logits == [logits_V[token].item() for token, _ in expected]
+    shares = weights[:kept] / weights.sum()
+    assert shares.tolist() == pytest.approx([p for _, p in expected], rel=1e-9)

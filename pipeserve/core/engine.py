@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import islice, repeat
 
 from pipeserve.core.blocks import BlockPool
 from pipeserve.core.nouns import (
@@ -129,8 +129,8 @@ class Engine:
     def add(self, request: Request, now: float) -> None:
         """Queues a request.
 
-        Raises CapacityError when it could never run, ValueError when its id is in use or when it
-        imports positions that it does not have.
+        Raises CapacityError when it could never run, ValueError when its id is in use, when it
+        imports positions that it does not have, or wants the logprobs of such.
         """
         if request.id in self._records:
             raise ValueError(f"request id {request.id} is in use")
@@ -140,10 +140,16 @@ class Engine:
                 f"request {request.id} imports {request.num_imported} of {len(request.prompt)} "
                 "positions: at most all but the last"
             )
+        if request.num_imported and request.params.prompt_logprobs is not None:
+            raise ValueError(
+                f"request {request.id} wants prompt_logprobs and imports {request.num_imported} "
+                "positions, whose logits are not computed here"
+            )
         record = Record(request, self._num_added, now, self.limits, self._pool)
         self._num_added += 1
         self._records[request.id] = record
-        self._queues.file(record)
+        if not self._hold(record):
+            self._queues.file(record)
 
     def finish(self, request_id: RequestId, reason: str, now: float) -> Output | None:
         """Ends a request now (abort, stop string); None when it has ended already or never was.
@@ -184,10 +190,14 @@ class Engine:
         flight = self._oldest(result)
         tokens = iter(result.tokens)
         logprobs = iter(result.logprobs or repeat(None))
+        scored = iter(result.prompt_logprobs)
         outputs = []
         for chunk, record in zip(flight.microbatch.chunks, flight.records, strict=True):
             record.num_outstanding -= 1
             sampled = chunk.num_logits
+            if chunk.num_scored:
+                sampled -= chunk.num_scored
+                record.prompt_logprobs += islice(scored, chunk.num_scored)
             if record.finished:
                 if sampled:
                     next(tokens), next(logprobs)
@@ -196,7 +206,10 @@ class Engine:
             if sampled:
                 token = next(tokens)
                 reason = record.append(token)
-                outputs.append(_new_output((record.id, token, reason, next(logprobs))))
+                told = record.prompt_logprobs
+                if told is not None:
+                    told = record.tell_prompt_logprobs()
+                outputs.append(_new_output((record.id, token, reason, next(logprobs), told)))
                 if reason is not None:
                     self._end(record)
                     continue
@@ -216,17 +229,31 @@ class Engine:
         self._in_flight.clear()
         self._released.clear()
         self._pool.reset()
-        for record in sorted(self._records.values(), key=lambda record: -record.number):
+        records = sorted(self._records.values(), key=lambda record: -record.number)
+        for record in records:
             record.forget_outstanding()
             record.table.forget()
+            record.held.clear()
             record.rewind()
-            self._queues.to_front(record)
+            self._queues.drop(record)
+        for record in records:
+            if not self._hold(record):
+                self._queues.to_front(record)
 
     # ---- requests -------------------------------------------------------------------------------
+
+    def _hold(self, record: Record) -> bool:
+        """Keeps a sample back while the prompt that it is to share is not planned."""
+        first = self._records.get(record.request.sample_of)
+        if first is None or not first.prefilling or not record.matchable_keys:
+            return False
+        self._queues.hold(record, until=first)
+        return True
 
     def _end(self, record: Record) -> None:
         record.finished = True
         self._queues.drop(record)
+        self._queues.let_go(record)
         self._give_up_kv(record)
         del self._records[record.id]
 
@@ -328,10 +355,14 @@ class Engine:
         if stop > record.num_slots or record.id in reserved:
             new_blocks = self._grow(record, max(stop, reserved.get(record.id, 0)))
         token_from = record.token_from
+        num_scored = 0
+        if record.prompt_logprobs is not None:
+            num_scored = record.num_scored_by(start, stop)
         samples = self._queues.plan(record, num_tokens, self._next_index)
         if record.keys and (num_tokens > 1 or stop % self.limits.block_size == 0):
             record.table.publish(record.keys, stop)
-        return _new_chunk((record.id, start, stop, new_blocks, token_from, int(samples)))
+        num_logits = num_scored + samples
+        return _new_chunk((record.id, start, stop, new_blocks, token_from, num_logits, num_scored))
 
     def _grow(self, record: Record, num_positions: int) -> tuple[BlockId, ...]:
         missing = record.table.num_missing(num_positions)
@@ -348,11 +379,18 @@ class Engine:
                 f"result of microbatch {result.index}, but outstanding are {self.outstanding}: "
                 "results are taken in index order"
             )
-        expected = sum(chunk.num_logits > 0 for chunk in self._in_flight[0].microbatch.chunks)
+        chunks = self._in_flight[0].microbatch.chunks
+        num_scored = sum([chunk.num_scored for chunk in chunks])
+        expected = sum([chunk.num_logits for chunk in chunks]) - num_scored
         if len(result.tokens) != expected or len(result.logprobs) not in (0, expected):
             raise ValueError(
                 f"microbatch {result.index} samples {expected} tokens, the result has "
                 f"{len(result.tokens)} and {len(result.logprobs)} logprobs"
+            )
+        if len(result.prompt_logprobs) != num_scored:
+            raise ValueError(
+                f"microbatch {result.index} scores {num_scored} prompt tokens, the result "
+                f"{len(result.prompt_logprobs)}"
             )
         return self._in_flight.popleft()
 

@@ -15,8 +15,11 @@ BlockId = NewType("BlockId", int)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are drawn. Names and defaults are vLLM's."""
+    """How the tokens of one request are drawn. Names, defaults and meanings are vLLM's, and so is
+    the order in which they act (`stages/sampling.py`)."""
 
+    n: int = 1
+    """Samples of the prompt, each a request of its own with the seed `seed + its index`."""
     max_tokens: int = 16
     min_tokens: int = 0
     """Stop ids are not sampled, and stop strings not looked for, before this many output tokens."""
@@ -26,6 +29,21 @@ class SamplingParams:
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches this share."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as probable as the likeliest; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides the logits above 0 of tokens that prompt or output have, and multiplies the others.
+    """
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the output has."""
+    frequency_penalty: float = 0.0
+    """Likewise, for each time that it has them."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that are not generated: the last token of one is not sampled after its others."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """No other token is sampled."""
     seed: int | None = None
     """None: the driver draws one when the request is added."""
     stop: tuple[str, ...] = ()
@@ -33,6 +51,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """How many of the most likely tokens to report at each position (0: the sampled one alone)."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first. Such a request shares no prefix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +65,18 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
     """Ids that end the request: `params.stop_token_ids`, and eos unless `params.ignore_eos`."""
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    """`params.bad_words` as token ids: of each sequence the last is not sampled after the others.
+    """
     cache_salt: str = ""
     """Prefix blocks are shared only between requests with the same salt."""
     num_imported: int = 0
     """Leading positions whose KV another pipeline computed (disaggregated prefill), at most all but
     the last. Whoever adds the request brings it into the blocks of its first admission; after a
     preemption it is computed here like any other."""
+    sample_of: RequestId | None = None
+    """An earlier request with the same prompt: this one waits until that one's prompt is planned,
+    and then shares its blocks."""
 
 
 class Chunk(NamedTuple):
@@ -68,7 +94,10 @@ class Chunk(NamedTuple):
     token_from: int | None = None
     """Index of the microbatch that samples the token at `start`, while it is still on its way."""
     num_logits: int = 0
-    """Trailing positions whose logits are wanted: 0 for a middle chunk, 1 to sample."""
+    """Trailing positions whose logits are wanted: 0 for a middle chunk, 1 to sample, more for
+    prompt logprobs."""
+    num_scored: int = 0
+    """The first so many of these score the prompt token that comes next; one left over samples."""
 
     @property
     def num_tokens(self) -> int:
@@ -109,14 +138,15 @@ class Microbatch:
     @property
     def samples(self) -> bool:
         """False when no chunk samples: such a microbatch sends no token feedback."""
-        return any(chunk.num_logits for chunk in self.chunks)
+        return any(chunk.num_logits > chunk.num_scored for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities (natural log, raw logits, before temperature) at one sampled position."""
+    """Log-probabilities (natural log, raw logits, before temperature) at one position."""
 
     sampled: float
+    """Of the token that stands there: sampled, or the prompt's."""
     top: Mapping[int, float] = field(default_factory=dict)
     """The most likely token ids at this position, most likely first."""
 
@@ -127,9 +157,11 @@ class StepResult:
 
     index: int
     tokens: tuple[int, ...]
-    """One token for each chunk with `num_logits > 0`, in the microbatch's order."""
+    """One token for each chunk that samples, in the microbatch's order."""
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """Parallel to `tokens`, or empty when no request of the microbatch asked for any."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each scored position, chunk after chunk in the microbatch's order."""
 
 
 class Output(NamedTuple):
@@ -140,6 +172,8 @@ class Output(NamedTuple):
     finish_reason: str | None = None
     """None while it goes on; "stop", "length", or what `finish` was called with."""
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """With the first token of a request that asked for them: of each prompt token but the first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from pipeserve.core.blocks import BlockPool, BlockTable, extend_keys
-from pipeserve.core.nouns import BlockId, Request, RequestId
+from pipeserve.core.nouns import BlockId, Request, RequestId, TokenLogprobs
 from pipeserve.core.view import Limits, RequestView, Traits
 from pipeserve.errors import CapacityError
 
@@ -26,6 +26,7 @@ class Record:
         "arrived",
         "backlog",
         "finished",
+        "held",
         "id",
         "is_decoding",
         "keys",
@@ -39,6 +40,7 @@ class Record:
         "num_slots",
         "number",
         "prefilling",
+        "prompt_logprobs",
         "request",
         "running",
         "table",
@@ -71,6 +73,12 @@ class Record:
         self.finished = False
         self.is_decoding = False  # as `Queues` last counted it
         self.backlog = 0  # likewise
+        self.held: list[Record] = []  # wait until this one's prompt is planned, to share it
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            None  # of its tokens from 1; None: unasked
+        )
+        if request.params.prompt_logprobs is not None:
+            self.prompt_logprobs = []
         self.update_keys()
 
     @property
@@ -83,8 +91,32 @@ class Record:
 
     @property
     def matchable_keys(self) -> list[bytes]:
-        """Keys of the blocks that may be shared: never all, the last token must be computed."""
+        """Keys of the blocks that may be shared: never all, the last token must be computed; and
+        none of a prompt whose positions are still to be scored."""
+        if self.num_unscored:
+            return []
         return self.keys[: (self.num_known - 1) // self.limits.block_size]
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt tokens whose logprobs are wanted and not known."""
+        if self.prompt_logprobs is None:
+            return 0
+        return len(self.request.prompt) - 1 - len(self.prompt_logprobs)
+
+    def num_scored_by(self, start: int, stop: int) -> int:
+        """How many of the positions `[start, stop)` score the prompt token that comes next. They
+        are the last ones, but for one that samples: a prompt that began to be computed anew after
+        a preemption is scored from where it stood."""
+        num_prompt = len(self.request.prompt)
+        first = num_prompt - 1 - self.num_unscored
+        return max(0, min(stop, num_prompt - 1) - max(start, first))
+
+    def tell_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """All of them, once, with the first token."""
+        told = tuple(self.prompt_logprobs or ())
+        self.prompt_logprobs = None
+        return told
 
     def update_keys(self) -> None:
         if self._caches:
@@ -216,6 +248,17 @@ class Queues:
         self._running[record.id] = record
         self.file(record)
 
+    def hold(self, record: Record, until: Record) -> None:
+        """Keeps a request back until the prompt of another is planned, or that one ended."""
+        until.held.append(record)
+
+    def let_go(self, record: Record) -> None:
+        """Those that this request held back came with it: they go before all that wait."""
+        for held in sorted(record.held, key=lambda held: -held.number):
+            if not held.finished:
+                self.to_front(held)
+        record.held.clear()
+
     def to_front(self, record: Record) -> None:
         """A request that runs no longer goes before all that wait."""
         self.drop(record)
@@ -251,6 +294,7 @@ class Queues:
             record.prefilling = False
             record.num_on_way += 1
             record.token_from = index
+            self.let_go(record)
         if is_last or not self._chunks_follow:
             del self._prefills[record.id]
         self.file(record)

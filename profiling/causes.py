@@ -1,5 +1,4 @@
-"""The causes that idle time is put down to. docs/timeline.md has a paragraph and a picture of each.
-"""
+"""The causes that idle time is put down to. docs/timeline.md has a paragraph on each."""
 
 CAUSES = {
     "fill": "the first microbatches of the run were still on their way to this stage",
@@ -17,7 +16,7 @@ CAUSES = {
     "planning": "the driver was planning, or busy with something else",
     "control": "messages between driver and stages, and the stage's own work between microbatches",
     "link": "activations were on their way",
-    "jitter": "time that nothing in the microbatch explains: a core taken by others, a late wake-up",
+    "jitter": "what nothing in the microbatch explains: a core taken by others, a late wake-up",
     "fault": "a stage was lost",
     "unknown": "the recording does not say",
 }

@@ -1,0 +1,329 @@
+"""How idle time is split among causes: by what the critical paths hold.
+
+Each event (a plan, a start, an end, a result taken up) happened when the last thing that it needed
+was there. Followed back to the run's first arrival, that chain is the event's critical path, and
+what the time went to along it (compute by parts, links, feedback, planning, ...) sums to the
+event's time. So an idle interval, between the end of one microbatch and the start of the next, is
+the difference of two such sums: what the path to the start holds more of than the path to the end.
+
+In this way a delay counts where it costs, not where it happens to be waited for: a slow link in the
+loop from stage 0 to the last stage and back is `link` on every stage, those too whose activations
+are there at once; and a slow link that nothing waits for is nothing.
+
+The steps on a path are counted. A path to a start that has n steps more than that to the end before
+says that microbatches were missing: n times the stage's last step is `too_few_microbatches` (or why
+they were: `no_requests`, `kv_full`, `fill`, `fault`), and only the rest a difference between
+microbatches.
+
+Computed forwards, a vector for each event. Source: the critical path method (Kelley and Walker,
+"Critical-path planning and scheduling", 1959), over the max-plus recurrence of a pipeline.
+"""
+
+from bisect import bisect_right
+from math import inf, isnan
+from operator import add, sub
+from typing import NamedTuple
+
+from pipeserve.core.cost import work_of
+from pipeserve.core.records import Planned, Span
+from pipeserve.profiling.causes import CAUSES
+from pipeserve.profiling.recording import Recording
+from pipeserve.profiling.step_parts import (
+    BASE,
+    CONTEXT,
+    DECODES,
+    HEAD,
+    IMBALANCE,
+    JITTER,
+    NUM_PARTS,
+    PREFILL,
+    StepParts,
+    has_prefill,
+    measured_parts,
+)
+
+# Components of a vector: the parts of compute, what lies between, and two counts of steps.
+_LINK, _FEEDBACK, _PLANNING, _CONTROL, _NO_REQUESTS, _FAULT, _UNKNOWN = range(NUM_PARTS, 14)
+_STEPS, _PREFILL_STEPS, _SIZE = 14, 15, 16
+
+_PLACE = {cause: place for place, cause in enumerate(CAUSES)}
+_PLACE_OF = {
+    BASE: _PLACE["jitter"],  # the same for all: what is left of it, nothing explains
+    DECODES: _PLACE["decode_count"],
+    CONTEXT: _PLACE["context_length"],
+    IMBALANCE: _PLACE["stage_imbalance"],
+    HEAD: _PLACE["head_and_sampling"],
+    JITTER: _PLACE["jitter"],
+    _LINK: _PLACE["link"],
+    _FEEDBACK: _PLACE["token_feedback"],
+    _PLANNING: _PLACE["planning"],
+    _CONTROL: _PLACE["control"],
+    _NO_REQUESTS: _PLACE["no_requests"],
+    _FAULT: _PLACE["fault"],
+    _UNKNOWN: _PLACE["unknown"],
+}
+_KEPT = 4096
+"""Microbatches whose vectors are remembered: more than are ever outstanding."""
+
+Vector = list[float]
+Event = tuple[Vector, float]
+"""What led to it, and when; the first `_STEPS` components sum to the time since the start."""
+
+
+class Idle(NamedTuple):
+    """A stage without work, from one microbatch's end to the next one's start."""
+
+    stage: int
+    index: int
+    """Of the microbatch that ended it; -1 for what follows the stage's last one."""
+    start_s: float
+    end_s: float
+    seconds: tuple[float, ...]
+    """By cause, in the order of `CAUSES`; none is negative, and they sum to the interval."""
+
+
+class Walk:
+    """Event after event of a recording, in the order of microbatches and stages."""
+
+    def __init__(self, recording: Recording) -> None:
+        num_stages = recording.num_stages
+        self.planned = {planned.index: planned for planned in recording.planned}
+        self.completed = {completed.index: completed for completed in recording.completed}
+        self.spans = [{span.index: span for span in spans} for spans in recording.spans]
+        self.is_whole = _is_whole(recording)
+        self.start_s, self.stop_s = _bounds(recording, self.is_whole)
+        self.model = StepParts.fit(recording)
+        origin: Event = [0.0] * _SIZE, self.start_s
+        self.sent = origin
+        """The latest plan."""
+        self.received: dict[int, Event] = {-1: origin}
+        self.ends: list[dict[int, Event]] = [{} for _ in recording.spans]
+        self.last = [origin] * num_stages
+        """The latest end on each stage."""
+        self.last_parts: list[Vector | None] = [None] * num_stages
+        self.sampled = [(span.sent_s, span.index) for span in recording.spans[-1]]
+        self.faults_s = [fault.at_s for fault in recording.faults]
+        self.idle: list[list[Idle]] = [[] for _ in recording.spans]
+        self.busy_s = [0.0] * num_stages
+
+    def run(self) -> None:
+        """Fills `idle` and `busy_s`."""
+        for index in sorted(set(self.planned).union(*self.spans)):
+            self._microbatch(index)
+        for stage in range(len(self.spans)):
+            self._trailing(stage)
+
+    # ---- one microbatch -------------------------------------------------------------------------
+
+    def _microbatch(self, index: int) -> None:
+        """Its plan, its way through the stages, and its result."""
+        planned = self.planned.get(index)
+        predicted, prefills, missing = None, False, ""
+        if planned is not None:
+            missing = self._plan(planned)
+            predicted, prefills = self.model.parts(work_of(planned)), has_prefill(planned)
+        for stage, spans in enumerate(self.spans):
+            span = spans.get(index)
+            if span is None:
+                continue
+            start = self._start(span, planned)
+            self._idle(span, start, missing)
+            if predicted is None:
+                parts = [span.end_s - span.start_s] + [0.0] * (NUM_PARTS - 1)
+            else:
+                parts = measured_parts(predicted[stage], span)
+            parts += [0.0] * (_STEPS - NUM_PARTS) + [1.0, float(prefills)]
+            self.last_parts[stage] = parts
+            self._end(span, (list(map(add, start, parts)), span.end_s))
+        self._receive(index)
+
+    def _plan(self, planned: Planned) -> str:
+        """The event of its plan; returns the cause of microbatches that are missing before it."""
+        vector, time_s = self.sent
+        missing = "too_few_microbatches"
+        if any(time_s < fault_s <= planned.sent_s for fault_s in self.faults_s):
+            self.sent = _later(vector, _FAULT, planned.sent_s - time_s), planned.sent_s
+            return "fault"
+        if planned.after >= 0 and planned.after in self.received:
+            vector, time_s = self.received[planned.after]
+        elif planned.after >= 0:
+            vector, time_s = _later(vector, _UNKNOWN, planned.woken_s - time_s), planned.woken_s
+        elif planned.waited_for:  # for an arrival
+            waited_s = planned.woken_s - time_s
+            vector, time_s = _later(vector, _NO_REQUESTS, waited_s), planned.woken_s
+        self.sent = _later(vector, _PLANNING, planned.sent_s - time_s), planned.sent_s
+        if planned.waited_for == "kv":
+            missing = "kv_full"
+        elif planned.num_waiting + planned.num_running < len(self.spans):
+            missing = "no_requests"
+        return missing
+
+    def _start(self, span: Span, planned: Planned | None) -> Vector:
+        """What led to the start: the last to be there of plan, input and the device itself."""
+        vector, there_s = self.last[span.stage]
+        if max(span.plan_s, span.input_s) > there_s:
+            if span.plan_s >= span.input_s:
+                vector, there_s = self._plan_there(span, planned), span.plan_s
+            elif span.stage:
+                vector, there_s = self._activations_there(span), span.input_s
+            else:
+                vector, there_s = self._tokens_there(span, planned), span.input_s
+        lag_s = span.start_s - there_s
+        own_s = lag_s if isnan(span.between_cpu_s) else min(lag_s, span.between_cpu_s)
+        vector = _later(vector, _CONTROL, own_s)
+        vector[JITTER] += lag_s - own_s
+        return vector
+
+    def _plan_there(self, span: Span, planned: Planned | None) -> Vector:
+        if planned is None:
+            return self._unknown(span.stage, span.plan_s)
+        vector, sent_s = self.sent
+        return _later(vector, _CONTROL, span.plan_s - sent_s)
+
+    def _activations_there(self, span: Span) -> Vector:
+        event = self.ends[span.stage - 1].get(span.index)
+        if event is None:
+            return self._unknown(span.stage, span.input_s)
+        return _later(event[0], _LINK, span.input_s - event[1])
+
+    def _tokens_there(self, span: Span, planned: Planned | None) -> Vector:
+        """From the microbatch whose tokens came last."""
+        sources = (
+            [c.token_from for c in planned.chunks if c.token_from is not None] if planned else []
+        )
+        if sources:
+            source = max(sources)
+        else:
+            place = bisect_right(self.sampled, (span.input_s, inf)) - 1
+            source = self.sampled[place][1] if place >= 0 else -1
+        event = self.ends[-1].get(source)
+        if event is None:
+            return self._unknown(span.stage, span.input_s)
+        vector, end_s = event
+        sent_s = min(self.spans[-1][source].sent_s, end_s)  # before it ended, if it also scored
+        vector = _later(vector, _FEEDBACK, span.input_s - sent_s)
+        vector[HEAD] += sent_s - end_s
+        return vector
+
+    def _unknown(self, stage: int, time_s: float) -> Vector:
+        vector, there_s = self.last[stage]
+        return _later(vector, _UNKNOWN, time_s - there_s)
+
+    def _end(self, span: Span, event: Event) -> None:
+        stage = span.stage
+        self.last[stage] = self.ends[stage][span.index] = event
+        self.ends[stage].pop(span.index - _KEPT, None)
+        begin_s, end_s = max(span.start_s, self.start_s), min(span.end_s, self.stop_s)
+        self.busy_s[stage] += max(end_s - begin_s, 0.0)
+
+    def _receive(self, index: int) -> None:
+        """The driver takes up the result; while it was busy with something else, that is why."""
+        completed, span = self.completed.get(index), self.spans[-1].get(index)
+        if completed is None:
+            return
+        received_s = completed.received_s
+        if span is None:
+            vector = _later(self.sent[0], _UNKNOWN, received_s - self.sent[1])
+        else:
+            vector, end_s = self.ends[-1][index]
+            busy_s = min(max(completed.waiting_s - end_s, 0.0), received_s - end_s)
+            vector = _later(vector, _PLANNING, busy_s)
+            vector[_CONTROL] += received_s - end_s - busy_s
+        self.received[index] = vector, received_s
+        self.received.pop(index - _KEPT, None)
+
+    # ---- idle intervals -------------------------------------------------------------------------
+
+    def _idle(self, span: Span, start: Vector, missing: str) -> None:
+        """Between the stage's last end and this start."""
+        stage = span.stage
+        before, end_s = self.last[stage]
+        parts = self.last_parts[stage]
+        difference = list(map(sub, start, before))
+        if parts is None:
+            missing = "fill" if self.is_whole else "unknown"
+            seconds = _by_cause_of_edge(difference, missing)
+        else:
+            seconds = _by_cause(difference, parts, missing)
+        self._note(stage, span.index, end_s, span.start_s, seconds)
+
+    def _trailing(self, stage: int) -> None:
+        """From the stage's last end to the end of the run."""
+        before, end_s = self.last[stage]
+        if self.last_parts[stage] is None:
+            edge = [0.0] * _UNKNOWN + [self.stop_s - end_s]
+            self._note(stage, -1, end_s, self.stop_s, _by_cause_of_edge(edge, "unknown"))
+            return
+        after, after_s = max(self.received.values(), key=lambda event: event[1])
+        if self.faults_s and self.faults_s[-1] >= after_s:
+            after = _later(before, _FAULT, self.stop_s - end_s)
+        elif after_s < self.stop_s:
+            after = _later(before, _UNKNOWN, self.stop_s - end_s)
+        seconds = _by_cause_of_edge(list(map(sub, after, before)), "drain")
+        self._note(stage, -1, end_s, self.stop_s, seconds)
+
+    def _note(
+        self, stage: int, index: int, begin_s: float, end_s: float, seconds: list[float]
+    ) -> None:
+        """Keeps what lies inside the run."""
+        begin_s, end_s = max(begin_s, self.start_s), min(end_s, self.stop_s)
+        length, total = end_s - begin_s, sum(seconds)
+        if length <= 0:
+            return
+        if total <= 0:
+            seconds = [0.0] * len(CAUSES)
+            seconds[_PLACE["unknown"]] = total = length
+        scale = length / total
+        shares = tuple([value * scale for value in seconds])
+        self.idle[stage].append(Idle(stage, index, begin_s, end_s, shares))
+
+
+def _later(vector: Vector, component: int, seconds: float) -> Vector:
+    """A copy, `seconds` later for one reason."""
+    vector = vector.copy()
+    vector[component] += seconds
+    return vector
+
+
+def _by_cause(difference: Vector, last_parts: Vector, missing: str) -> list[float]:
+    """Of an interval behind a step: parts that are over 0, not yet scaled to its length."""
+    num_missing = difference[_STEPS]
+    causes = [0.0] * len(CAUSES)
+    if num_missing:
+        for part in range(JITTER):
+            difference[part] -= num_missing * last_parts[part]
+        difference[_PREFILL_STEPS] -= num_missing * last_parts[_PREFILL_STEPS]
+        causes[_PLACE[missing or "unknown"]] += num_missing * sum(last_parts[:JITTER])
+    prefill = "prefill_vs_decode" if difference[_PREFILL_STEPS] > 0.5 else "prefill_length"
+    causes[_PLACE[prefill]] += difference[PREFILL]
+    return _positive(causes, difference)
+
+
+def _by_cause_of_edge(difference: Vector, missing: str) -> list[float]:
+    """Of an interval before a stage's first step, or behind its last: all steps were missing."""
+    causes = [0.0] * len(CAUSES)
+    causes[_PLACE[missing]] = sum(difference[:NUM_PARTS])
+    return _positive(causes, [0.0] * NUM_PARTS + difference[NUM_PARTS:])
+
+
+def _positive(causes: list[float], difference: Vector) -> list[float]:
+    for component, place in _PLACE_OF.items():
+        causes[place] += difference[component]
+    return [value if value > 0 else 0.0 for value in causes]
+
+
+def _is_whole(recording: Recording) -> bool:
+    """Whether the run's beginning was kept: its first arrival is before its first plan."""
+    arrived, planned = recording.arrived, recording.planned
+    return bool(arrived and planned) and arrived[0].at_s <= planned[0].sent_s
+
+
+def _bounds(recording: Recording, is_whole: bool) -> tuple[float, float]:
+    """First arrival (or when every stage had begun, of a run whose beginning was not kept), and
+    last result or last fault (or last end, where the driver's records are missing)."""
+    stages = [spans for spans in recording.spans if spans]
+    start_s = recording.arrived[0].at_s if is_whole else max(spans[0].start_s for spans in stages)
+    stops = [completed.received_s for completed in recording.completed[-1:]]
+    stops += [fault.at_s for fault in recording.faults[-1:]]
+    stops = stops or [spans[-1].end_s for spans in stages]
+    return start_s, max(*stops, start_s)

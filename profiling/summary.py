@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeserve.core.spans import Span
+from pipeserve.core.records import Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

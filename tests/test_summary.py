@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeserve.core.spans import Span
+from pipeserve.core.records import Span
 from pipeserve.profiling.summary import (
     RequestRecord,
     busy_shares,
@@ -15,7 +15,10 @@ from pipeserve.profiling.summary import (
 
 
 def _span(stage, start_s, end_s, cpu_s=0.0):
-    return Span(stage=stage, index=0, num_tokens=1, start_s=start_s, end_s=end_s, cpu_s=cpu_s)
+    return Span(
+        stage=stage, index=0, num_tokens=1, plan_s=start_s, input_s=start_s, start_s=start_s,
+        head_s=end_s, end_s=end_s, sent_s=end_s, cpu_s=cpu_s, between_cpu_s=0.0, num_bytes=0,
+    )  # fmt: skip
 
 
 def _record(num_prompt_tokens, arrival_s, *token_times_s):

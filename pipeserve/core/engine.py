@@ -120,6 +120,16 @@ class Engine:
         return bool(self._records or self._in_flight)
 
     @property
+    def num_running(self) -> int:
+        """Requests that are admitted and have not ended."""
+        return len(self._queues.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Unfinished requests that are not admitted."""
+        return len(self._records) - len(self._queues.running)
+
+    @property
     def num_free_blocks(self) -> int:
         """KV blocks that no request holds; cached ones among them."""
         return self._pool.num_free

@@ -40,14 +40,15 @@ class Planned(NamedTuple):
     """Why the last try at this microbatch gave none (`Wait.reason`); "" when the first one gave it,
     right behind the microbatch before."""
     after: int
-    """The completion that ended the wait; -1 where an arrival did, or where there was no wait."""
+    """The completion that ended the wait; -1 where an arrival or an abort did, or where there was
+    no wait."""
     woken_s: float
     """When that completion was received (`Completed.received_s`), or that request was added; where
     there was no wait, when the microbatch before was sent."""
     start_s: float
     """The engine was asked for the plan that became this microbatch."""
     sent_s: float
-    """The message to the last stage was handed over."""
+    """The messages to the stages were about to be handed over: no stage has one earlier."""
     chunks: tuple[Chunk, ...]
     num_waiting: int
     """Requests that are not admitted, after this plan."""
@@ -89,7 +90,8 @@ class Span(NamedTuple):
     """The layers were done: head and sampling follow, on the last stage; elsewhere `end_s`."""
     end_s: float
     sent_s: float
-    """The output was handed to the link; on the last stage, the tokens to stage 0 and driver."""
+    """The output was about to be handed to the link: no one has it earlier. On the last stage, the
+    tokens to stage 0 and driver; before `end_s` where prompt tokens are scored after them."""
     cpu_s: float
     """Thread CPU time from start to end, less than the wall time when the stage's core was taken;
     NaN where the CPU does not do the computing."""

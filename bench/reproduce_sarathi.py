@@ -22,9 +22,10 @@ from pipeserve.configs import load_recipe, make_config
 from pipeserve.core.cost import PipelineCost, Work
 from pipeserve.core.device import DeviceProfile
 from pipeserve.core.nouns import Microbatch
+from pipeserve.core.records import Planned, Record
 from pipeserve.launch.simulate import Setup, make_setup
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, StageTimes
-from pipeserve.profiling.stage_times import ProfiledTimes
+from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.stage_times import ProfiledTimes, StageTimes
 
 RECIPE = "gpt3-64xa100"
 NUM_REQUESTS = 10_000
@@ -101,7 +102,7 @@ class Comparison:
         )
 
 
-class Floor:
+class Floor(StageTimes):
     """StageTimes that are never below `least_s` of a stage."""
 
     def __init__(self, times: StageTimes, least_s: float) -> None:
@@ -145,16 +146,20 @@ def run(setup: Setup, arrivals: list[Arrival]) -> Result:
     free = [0.0] * len(setup.plan.stages)
     idle = 0.0
 
-    def count(microbatch, flight):
-        nonlocal idle
+    planned: list[Planned] = []
+
+    def keep(record: Record) -> None:
+        if type(record) is Planned:
+            planned.append(record)
+
+    pipeline = SimulatedPipeline(setup.make_engine(), setup.times, keep)
+    Simulation(pipeline, arrivals).run_until()
+    for plan, flight in zip(planned, pipeline.flights, strict=True):
         gap = sum(start - end for start, end in zip(flight.starts_s, free, strict=True))
         idle += gap
         free[:] = flight.ends_s
-        for chunk in microbatch.chunks:
+        for chunk in plan.chunks:
             bubbles[chunk.request_id] += gap
-
-    pipeline = SimulatedPipeline(setup.make_engine(), setup.times, count)
-    Simulation(pipeline, arrivals).run_until()
     seconds = pipeline.flights[-1].known_s
     return Result(seconds, median(bubbles.values()), idle / len(free) / seconds)
 

@@ -18,8 +18,8 @@ from pipeserve.profiling.simulator import (
     Served,
     SimulatedPipeline,
     Simulation,
-    StageTimes,
 )
+from pipeserve.profiling.stage_times import StageTimes
 
 MAX_MEDIAN_DELAY_S = 2.0
 RAMP_LIFETIMES = 2

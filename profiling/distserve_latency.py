@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from pipeserve.core.nouns import Microbatch
 from pipeserve.errors import ConfigError
+from pipeserve.profiling.stage_times import StageTimes
 
 LARGE_BATCH = 95
 """Decodes from which the second fit holds."""
@@ -54,7 +55,7 @@ class LatencyFit:
         return LatencyFit(self.prefill.scaled(prefill), small, large)
 
 
-class PublishedTimes:
+class PublishedTimes(StageTimes):
     """A `StageTimes` from a `LatencyFit` and the number of stages."""
 
     control_s = 0.0

@@ -25,7 +25,8 @@ from pipeserve.errors import CapacityError, ConfigError
 from pipeserve.profiling.capacity import Lengths, poisson_arrivals
 from pipeserve.profiling.disaggregated import DisaggregatedSimulation, KvLink
 from pipeserve.profiling.goodput import Slo, find_goodput, meets
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, StageTimes
+from pipeserve.profiling.simulator import Arrival, SimulatedPipeline
+from pipeserve.profiling.stage_times import StageTimes
 
 BLOCK_SIZE = 16
 MAX_NUM_SEQS = 1024
@@ -297,7 +298,7 @@ class Service:
             return 0.0  # no room for the longest request, or no all-reduce of that size known
 
 
-class _NoTimes:
+class _NoTimes(StageTimes):
     """One stage that takes no time."""
 
     control_s = 0.0

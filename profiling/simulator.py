@@ -10,10 +10,10 @@ Times are seconds of virtual time. Pure: no clock, nothing random, nothing is re
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import (
@@ -25,36 +25,10 @@ from pipeserve.core.nouns import (
     StepResult,
     Wait,
 )
+from pipeserve.core.records import Recorder, ignore
+from pipeserve.profiling.simulated_records import Flight, Silent, Teller
+from pipeserve.profiling.stage_times import StageTimes
 from pipeserve.profiling.summary import RequestRecord
-
-
-class StageTimes(Protocol):
-    """How long things take: the truth of a simulation, which no policy may look into."""
-
-    control_s: float
-    """From the driver to a stage, or from the last stage to the driver and to stage 0."""
-
-    def compute_s(self, microbatch: Microbatch) -> Sequence[float]:
-        """Seconds of each stage's own compute, in stage order."""
-        ...
-
-    def hop_s(self, microbatch: Microbatch) -> Sequence[float]:
-        """Seconds that the activations take over each of the P - 1 seams."""
-        ...
-
-
-class Flight(NamedTuple):
-    """One microbatch's way through the pipeline."""
-
-    index: int
-    num_tokens: int
-    num_decodes: int
-    planned_s: float
-    starts_s: tuple[float, ...]
-    """On each stage."""
-    ends_s: tuple[float, ...]
-    known_s: float
-    """When the driver has its tokens."""
 
 
 @dataclass(slots=True)
@@ -81,93 +55,143 @@ class Served:
         )
 
 
+class _Fault(NamedTuple):
+    at_s: float
+    stage: int
+    outage_s: float
+
+
 class SimulatedPipeline:
     """One engine and its stages. Whoever holds the clock calls `add` and `advance` in time order,
     so that several pipelines can share one clock."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        times: StageTimes,
-        on_flight: Callable[[Microbatch, Flight], None] = lambda microbatch, flight: None,
-    ) -> None:
-        """`on_flight` is told of each microbatch as it is planned; only there are its chunks."""
+    def __init__(self, engine: Engine, times: StageTimes, record: Recorder = ignore) -> None:
         self.engine = engine
-        self._on_flight = on_flight
         self.flights: list[Flight] = []
-        """Every microbatch so far, in index order; the host may clear it."""
+        """Every microbatch so far, in index order, but those that a fault took; the host may clear
+        it."""
         self.started: list[tuple[RequestId, float]] = []
         """Admissions, with the time that stage 0 takes them up; the host clears it."""
         self._times = times
-        self._plans_ahead = engine.policy.traits.plans_ahead
+        self._feedback_s = times.control_s if times.feedback_s is None else times.feedback_s
+        self._tell = Silent() if record is ignore else Teller(engine, times, record)
         num_stages = len(engine.pipeline.stages)
         self._stage_free = [0.0] * num_stages
         self._link_free = [0.0] * (num_stages - 1)
+        self._driver_free_s = -inf
+        self._wanted_s = inf  # since when the driver has something to do beside completions
         self._outstanding: deque[tuple[Flight, int]] = deque()  # with how many tokens it samples
-        self._known_s: dict[int, float] = {}  # of outstanding microbatches, for token feedback
+        self._fed_s: dict[RequestId, float] = {}  # when stage 0 has the newest token
+        self._faults: deque[_Fault] = deque()
 
     @property
     def next_event_s(self) -> float:
-        """When the oldest outstanding microbatch completes; inf when there is none."""
-        return self._outstanding[0][0].known_s if self._outstanding else inf
+        """When `advance` has something to do: the oldest outstanding microbatch completes, or what
+        was added can be planned; inf when there is nothing."""
+        known_s = self._outstanding[0][0].known_s if self._outstanding else inf
+        next_s = max(min(known_s, self._wanted_s), self._driver_free_s)
+        if self._faults and self.engine.has_work:
+            return min(next_s, self._faults[0].at_s)
+        return next_s
 
     def add(self, request: Request, now: float) -> None:
         """Queues a request; raises what `Engine.add` raises. `advance` plans it."""
         self.engine.add(request, now)
+        self._tell.added(request, now)
+        self._wanted_s = min(self._wanted_s, now)
+
+    def fail(self, stage: int, at_s: float, outage_s: float) -> None:
+        """Plants a fault: the stage is lost at that time, and with it all that is outstanding;
+        after the outage every stage is back, without any KV. Call it in order of time; a fault
+        after the last request has ended does not happen."""
+        self._faults.append(_Fault(at_s, stage, outage_s))
 
     def advance(self, now: float) -> list[Output]:
         """Completes what is due by `now`, then plans what the window allows."""
+        while self._faults and self._faults[0].at_s <= now:
+            self._lose(self._faults.popleft())
         outputs: list[Output] = []
+        if now < self._driver_free_s:
+            return outputs
         while self._outstanding and self._outstanding[0][0].known_s <= now:
-            outputs += self._complete(*self._outstanding.popleft())
+            outputs += self._complete(*self._outstanding.popleft(), now)
         while not isinstance(planned := self.engine.plan(now), Wait):
-            self._fly(planned, now)
+            sent_s = now + self._times.planning_s
+            self._tell.planned(planned, now, sent_s)
+            self._fly(planned, sent_s)
+            now = sent_s
+        self._tell.waits(planned.reason, now)
+        self._driver_free_s, self._wanted_s = now, inf
         return outputs
 
-    def _complete(self, flight: Flight, num_sampled: int) -> list[Output]:
-        del self._known_s[flight.index]
+    def _complete(self, flight: Flight, num_sampled: int, now: float) -> list[Output]:
         for stage, (start, end) in enumerate(zip(flight.starts_s, flight.ends_s, strict=True)):
             self.engine.observe(flight.index, stage, end - start)
-        return self.engine.complete(StepResult(flight.index, (0,) * num_sampled), flight.known_s)
+        outputs = self.engine.complete(StepResult(flight.index, (0,) * num_sampled), now)
+        self._tell.completed(flight, outputs, now)
+        return outputs
 
-    def _fly(self, microbatch: Microbatch, now: float) -> None:
+    def _fly(self, microbatch: Microbatch, sent_s: float) -> None:
         """The microbatch's way: each server takes it when it is there and the server is free."""
         compute_s = self._times.compute_s(microbatch)
         hop_s = self._times.hop_s(microbatch)
-        starts, ends = [], []
-        there = max(now + self._times.control_s, self._tokens_there(microbatch))
+        inputs, starts, ends = [self._tokens_there(microbatch)], [], []
+        plan_s = sent_s + self._times.control_s
         for stage, seconds in enumerate(compute_s):
-            start = max(there, self._stage_free[stage])
+            start = max(plan_s, inputs[stage], self._stage_free[stage])
             end = self._stage_free[stage] = start + seconds
             starts.append(start)
             ends.append(end)
             if stage < len(hop_s):
                 there = max(end, self._link_free[stage]) + hop_s[stage]
                 self._link_free[stage] = there
-        known_s = end + self._times.control_s
+                inputs.append(there)
         summary = self.engine.last
         flight = Flight(
             microbatch.index,
             summary.num_decodes + summary.num_prefill_tokens,
             summary.num_decodes,
-            now,
+            sent_s,
+            plan_s,
+            tuple(inputs),
             tuple(starts),
             tuple(ends),
-            known_s,
+            end + self._times.control_s,
         )
-        self._known_s[microbatch.index] = known_s
         self.started += [(a.request_id, starts[0]) for a in microbatch.admitted]
-        num_sampled = sum([chunk.num_logits for chunk in microbatch.chunks])
-        self._outstanding.append((flight, num_sampled))
+        self._outstanding.append((flight, self._sample(microbatch, end + self._feedback_s)))
         self.flights.append(flight)
-        self._on_flight(microbatch, flight)
+        self._tell.flew(microbatch, flight)
 
     def _tokens_there(self, microbatch: Microbatch) -> float:
-        """When stage 0 has the tokens that were on their way when the microbatch was planned."""
-        if not self._plans_ahead:
-            return 0.0
-        sources = [c.token_from for c in microbatch.chunks if c.token_from is not None]
-        return self._known_s[max(sources)] if sources else 0.0
+        """When stage 0 has the tokens that it embeds, if any of them does not come with the plan.
+
+        Also one that the driver knew when it planned came to stage 0 from the last stage."""
+        fed_s = self._fed_s
+        for request_id in microbatch.released:
+            fed_s.pop(request_id, None)
+        for admission in microbatch.admitted:
+            fed_s.pop(admission.request_id, None)
+        return max([fed_s.get(chunk.request_id, -inf) for chunk in microbatch.chunks])
+
+    def _sample(self, microbatch: Microbatch, there_s: float) -> int:
+        """How many tokens it samples; stage 0 has them at `there_s`."""
+        sampling = [c.request_id for c in microbatch.chunks if c.num_logits]
+        self._fed_s.update(dict.fromkeys(sampling, there_s))
+        return len(sampling)
+
+    def _lose(self, fault: _Fault) -> None:
+        self.engine.lost(fault.at_s)
+        self._tell.lost(fault.stage, fault.at_s)
+        if self._outstanding:
+            del self.flights[-len(self._outstanding) :]
+        self._outstanding.clear()
+        self._fed_s.clear()
+        back_s = fault.at_s + fault.outage_s
+        self._stage_free = [back_s] * len(self._stage_free)
+        self._link_free = [back_s] * len(self._link_free)
+        self._driver_free_s = self._wanted_s = back_s
+        self._tell.waits("", back_s)
 
 
 class Arrival(NamedTuple):

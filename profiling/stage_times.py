@@ -8,7 +8,9 @@ from the seed.
 """
 
 import random
+from collections.abc import Sequence
 from math import exp
+from typing import Protocol
 
 from pipeserve.core.cost import Work, all_reduce_s, crossings, hop_seconds, work_of
 from pipeserve.core.device import DeviceProfile, check_profile
@@ -19,7 +21,30 @@ from pipeserve.core.shape import ModelShape
 _JITTERS = 8191  # prime, so that microbatches times stages do not soon repeat
 
 
-class ProfiledTimes:
+class StageTimes(Protocol):
+    """How long things take: the truth of a simulation, which no policy may look into."""
+
+    control_s: float
+    """From the driver to a stage, or from the last stage to the driver."""
+    feedback_s: float | None = None
+    """From the last stage to stage 0, of the sampled tokens; None: as `control_s`."""
+    planning_s: float = 0.0
+    """Of one plan. The driver makes one at a time and does nothing else meanwhile."""
+
+    def compute_s(self, microbatch: Microbatch) -> Sequence[float]:
+        """Seconds of each stage's own compute, in stage order."""
+        ...
+
+    def head_s(self, microbatch: Microbatch) -> float:
+        """What of the last stage's seconds are the vocabulary head and the sampling."""
+        return 0.0
+
+    def hop_s(self, microbatch: Microbatch) -> Sequence[float]:
+        """Seconds that the activations take over each of the P - 1 seams."""
+        ...
+
+
+class ProfiledTimes(StageTimes):
     """Seconds of microbatches on the stages of one pipeline and on the links between them.
 
     Raises ConfigError as `core.cost.PipelineCost` does.
@@ -34,7 +59,7 @@ class ProfiledTimes:
         seed: int = 0,
     ):
         check_profile(profile, model=shape.name, tensor_parallel_size=tensor_parallel_size)
-        self.control_s = profile.control_s
+        self.control_s = self.feedback_s = profile.control_s
         self._profile = profile
         self._shape = shape
         self._size = tensor_parallel_size
@@ -67,6 +92,11 @@ class ProfiledTimes:
             by_kind[kind] * jitters[(first + stage) % _JITTERS]
             for stage, kind in enumerate(self._kind_of)
         ]
+
+    def head_s(self, microbatch: Microbatch) -> float:
+        """Of the last stage's, jitter and all."""
+        jitter = self._jitters[((microbatch.index + 1) * len(self._kind_of) - 1) % _JITTERS]
+        return self._head_s(self._work_of(microbatch).num_logits) * jitter
 
     def hop_s(self, microbatch: Microbatch) -> tuple[float, ...]:
         """Of the activations over each of the P - 1 seams."""

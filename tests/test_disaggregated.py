@@ -16,11 +16,12 @@ from pipeserve.profiling.capacity import poisson_arrivals
 from pipeserve.profiling.disaggregated import DisaggregatedSimulation, KvLink
 from pipeserve.profiling.goodput import Slo, attainment, find_goodput, meets, meets_separately
 from pipeserve.profiling.simulator import Arrival, Served, SimulatedPipeline
+from pipeserve.profiling.stage_times import StageTimes
 
 BLOCK = 4
 
 
-class Fixed:
+class Fixed(StageTimes):
     """A stage takes 1 s for a microbatch with a prompt, 0.1 s for one of decodes only."""
 
     control_s = 0.0

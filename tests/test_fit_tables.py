@@ -14,6 +14,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.profiling.fit_tables import fit_tables
 from pipeserve.profiling.samples import Sample, Samples
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.stage_times import StageTimes
 
 
 def draw_work(rng):
@@ -105,7 +106,7 @@ def test_too_few_observations_are_refused():
 
 
 def test_samples_remember_what_an_engine_planned_and_stages_took():
-    class Times:
+    class Times(StageTimes):
         control_s = 0.0
 
         def compute_s(self, microbatch):

@@ -25,7 +25,7 @@ from pipeserve.profiling.placement import (
     place_apart,
     place_together,
 )
-from pipeserve.profiling.stage_times import ProfiledTimes
+from pipeserve.profiling.stage_times import ProfiledTimes, StageTimes
 
 TINY = ModelShape(
     name="tiny",
@@ -143,7 +143,7 @@ def test_who_serves_nothing_is_not_placed() -> None:
 # ---- a service, simulated -----------------------------------------------------------------------
 
 
-class Hundredths:
+class Hundredths(StageTimes):
     """A prompt takes 0.1 s / TP on each stage, a decode step 0.01 s, alone or not."""
 
     control_s = 0.0

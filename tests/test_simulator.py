@@ -18,9 +18,10 @@ from pipeserve.profiling.capacity import (
     run_trial,
 )
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, in_order
+from pipeserve.profiling.stage_times import StageTimes
 
 
-class Times:
+class Times(StageTimes):
     """A stage takes `base` and `per_token` for each token; a hop `hop`."""
 
     def __init__(self, num_stages, base=1.0, per_token=0.0, hop=0.0, control=0.0, slow=None):

@@ -48,7 +48,6 @@ _STEPS, _PREFILL_STEPS, _SIZE = 14, 15, 16
 
 _PLACE = {cause: place for place, cause in enumerate(CAUSES)}
 _PLACE_OF = {
-    BASE: _PLACE["jitter"],  # the same for all: what is left of it, nothing explains
     DECODES: _PLACE["decode_count"],
     CONTEXT: _PLACE["context_length"],
     IMBALANCE: _PLACE["stage_imbalance"],
@@ -64,6 +63,8 @@ _PLACE_OF = {
 }
 _KEPT = 4096
 """Microbatches whose vectors are remembered: more than are ever outstanding."""
+
+_FORGETTING = 0.99
 
 Vector = list[float]
 Event = tuple[Vector, float]
@@ -96,12 +97,13 @@ class Walk:
         origin: Event = [0.0] * _SIZE, self.start_s
         self.sent = origin
         """The latest plan."""
-        self.received: dict[int, Event] = {-1: origin}
         self.ends: list[dict[int, Event]] = [{} for _ in recording.spans]
         self.last = [origin] * num_stages
         """The latest end on each stage."""
         self.last_parts: list[Vector | None] = [None] * num_stages
         self.sampled = [(span.sent_s, span.index) for span in recording.spans[-1]]
+        self.carried = [[0.0] * _SIZE for _ in recording.spans]
+        """What the intervals before were given too little (over 0) and too much of; sums to 0."""
         self.faults_s = [fault.at_s for fault in recording.faults]
         self.idle: list[list[Idle]] = [[] for _ in recording.spans]
         self.busy_s = [0.0] * num_stages
@@ -135,7 +137,6 @@ class Walk:
             parts += [0.0] * (_STEPS - NUM_PARTS) + [1.0, float(prefills)]
             self.last_parts[stage] = parts
             self._end(span, (list(map(add, start, parts)), span.end_s))
-        self._receive(index)
 
     def _plan(self, planned: Planned) -> str:
         """The event of its plan; returns the cause of microbatches that are missing before it."""
@@ -144,10 +145,8 @@ class Walk:
         if any(time_s < fault_s <= planned.sent_s for fault_s in self.faults_s):
             self.sent = _later(vector, _FAULT, planned.sent_s - time_s), planned.sent_s
             return "fault"
-        if planned.after >= 0 and planned.after in self.received:
-            vector, time_s = self.received[planned.after]
-        elif planned.after >= 0:
-            vector, time_s = _later(vector, _UNKNOWN, planned.woken_s - time_s), planned.woken_s
+        if planned.after >= 0:
+            vector, time_s = self._received(planned.after)
         elif planned.waited_for:  # for an arrival
             waited_s = planned.woken_s - time_s
             vector, time_s = _later(vector, _NO_REQUESTS, waited_s), planned.woken_s
@@ -216,21 +215,20 @@ class Walk:
         begin_s, end_s = max(span.start_s, self.start_s), min(span.end_s, self.stop_s)
         self.busy_s[stage] += max(end_s - begin_s, 0.0)
 
-    def _receive(self, index: int) -> None:
-        """The driver takes up the result; while it was busy with something else, that is why."""
-        completed, span = self.completed.get(index), self.spans[-1].get(index)
+    def _received(self, index: int) -> Event:
+        """The driver took up a result: when it came, or when the driver had done what it was at
+        (the latest plan, or something else that kept it)."""
+        completed, event = self.completed.get(index), self.ends[-1].get(index)
+        vector, time_s = self.sent
         if completed is None:
-            return
+            return self.sent
         received_s = completed.received_s
-        if span is None:
-            vector = _later(self.sent[0], _UNKNOWN, received_s - self.sent[1])
-        else:
-            vector, end_s = self.ends[-1][index]
-            busy_s = min(max(completed.waiting_s - end_s, 0.0), received_s - end_s)
-            vector = _later(vector, _PLANNING, busy_s)
-            vector[_CONTROL] += received_s - end_s - busy_s
-        self.received[index] = vector, received_s
-        self.received.pop(index - _KEPT, None)
+        if event is None:
+            return _later(vector, _UNKNOWN, received_s - time_s), received_s
+        if completed.waiting_s > event[1]:
+            vector = _later(vector, _PLANNING, completed.waiting_s - time_s)
+            return _later(vector, _CONTROL, received_s - completed.waiting_s), received_s
+        return _later(event[0], _CONTROL, received_s - event[1]), received_s
 
     # ---- idle intervals -------------------------------------------------------------------------
 
@@ -238,44 +236,40 @@ class Walk:
         """Between the stage's last end and this start."""
         stage = span.stage
         before, end_s = self.last[stage]
-        parts = self.last_parts[stage]
+        last_parts = self.last_parts[stage]
         difference = list(map(sub, start, before))
-        if parts is None:
-            missing = "fill" if self.is_whole else "unknown"
-            seconds = _by_cause_of_edge(difference, missing)
-        else:
-            seconds = _by_cause(difference, parts, missing)
-        self._note(stage, span.index, end_s, span.start_s, seconds)
+        if last_parts is None:
+            first = "fill" if self.is_whole else "unknown"
+            split = _split(_at_an_edge(difference), span.start_s - end_s)
+            self._note(stage, span.index, end_s, span.start_s, _by_cause(split, first))
+            return
+        wanted = list(map(add, _step_by_step(difference, last_parts), self.carried[stage]))
+        split = _split(wanted, span.start_s - end_s)
+        self.carried[stage] = _carry(wanted, split)
+        self._note(stage, span.index, end_s, span.start_s, _by_cause(split, missing))
 
     def _trailing(self, stage: int) -> None:
         """From the stage's last end to the end of the run."""
         before, end_s = self.last[stage]
-        if self.last_parts[stage] is None:
-            edge = [0.0] * _UNKNOWN + [self.stop_s - end_s]
-            self._note(stage, -1, end_s, self.stop_s, _by_cause_of_edge(edge, "unknown"))
-            return
-        after, after_s = max(self.received.values(), key=lambda event: event[1])
-        if self.faults_s and self.faults_s[-1] >= after_s:
-            after = _later(before, _FAULT, self.stop_s - end_s)
-        elif after_s < self.stop_s:
-            after = _later(before, _UNKNOWN, self.stop_s - end_s)
-        seconds = _by_cause_of_edge(list(map(sub, after, before)), "drain")
-        self._note(stage, -1, end_s, self.stop_s, seconds)
+        after, after_s = self._received(max(self.completed, default=-1))
+        if self.last_parts[stage] is None or after_s < self.stop_s:
+            is_fault = bool(self.faults_s) and self.faults_s[-1] >= after_s
+            after = _later(before, _FAULT if is_fault else _UNKNOWN, self.stop_s - end_s)
+        split = _split(_at_an_edge(list(map(sub, after, before))), self.stop_s - end_s)
+        self._note(stage, -1, end_s, self.stop_s, _by_cause(split, "drain"))
 
     def _note(
-        self, stage: int, index: int, begin_s: float, end_s: float, seconds: list[float]
+        self, stage: int, index: int, begin_s: float, end_s: float, seconds: tuple[float, ...]
     ) -> None:
         """Keeps what lies inside the run."""
-        begin_s, end_s = max(begin_s, self.start_s), min(end_s, self.stop_s)
-        length, total = end_s - begin_s, sum(seconds)
-        if length <= 0:
+        inside_s = min(end_s, self.stop_s) - max(begin_s, self.start_s)
+        if inside_s <= 0:
             return
-        if total <= 0:
-            seconds = [0.0] * len(CAUSES)
-            seconds[_PLACE["unknown"]] = total = length
-        scale = length / total
-        shares = tuple([value * scale for value in seconds])
-        self.idle[stage].append(Idle(stage, index, begin_s, end_s, shares))
+        if inside_s < end_s - begin_s:
+            share = inside_s / (end_s - begin_s)
+            seconds = tuple([value * share for value in seconds])
+        begin_s = max(begin_s, self.start_s)
+        self.idle[stage].append(Idle(stage, index, begin_s, begin_s + inside_s, seconds))
 
 
 def _later(vector: Vector, component: int, seconds: float) -> Vector:
@@ -285,31 +279,64 @@ def _later(vector: Vector, component: int, seconds: float) -> Vector:
     return vector
 
 
-def _by_cause(difference: Vector, last_parts: Vector, missing: str) -> list[float]:
-    """Of an interval behind a step: parts that are over 0, not yet scaled to its length."""
+# ---- differences ------------------------------------------------------------------------------
+# Of the paths to a start and to the end before; `_STEPS` then holds seconds of missing steps.
+
+
+def _step_by_step(difference: Vector, last_parts: Vector) -> Vector:
+    """Steps that are missing count as the stage's last one; the rest is how steps differ."""
     num_missing = difference[_STEPS]
-    causes = [0.0] * len(CAUSES)
     if num_missing:
         for part in range(JITTER):
             difference[part] -= num_missing * last_parts[part]
         difference[_PREFILL_STEPS] -= num_missing * last_parts[_PREFILL_STEPS]
-        causes[_PLACE[missing or "unknown"]] += num_missing * sum(last_parts[:JITTER])
-    prefill = "prefill_vs_decode" if difference[_PREFILL_STEPS] > 0.5 else "prefill_length"
-    causes[_PLACE[prefill]] += difference[PREFILL]
-    return _positive(causes, difference)
+        difference[_STEPS] = num_missing * sum(last_parts[:JITTER])
+    # Equal for all steps; what is left of it, nothing explains.
+    difference[JITTER] += difference[BASE]
+    difference[BASE] = 0.0
+    return difference
 
 
-def _by_cause_of_edge(difference: Vector, missing: str) -> list[float]:
-    """Of an interval before a stage's first step, or behind its last: all steps were missing."""
+def _at_an_edge(difference: Vector) -> Vector:
+    """Before a stage's first step and behind its last, all steps are missing ones."""
+    difference[_STEPS] = sum(difference[:NUM_PARTS])
+    difference[:NUM_PARTS] = [0.0] * NUM_PARTS
+    return difference
+
+
+def _split(wanted: Vector, seconds: float) -> Vector:
+    """An interval by component: what is below 0 is taken off the others in proportion."""
+    positive = [value if value > 0 else 0.0 for value in wanted[:_PREFILL_STEPS]]
+    total = sum(positive)
+    scale = seconds / total if total > 0 and seconds > 0 else 0.0
+    return [*[value * scale for value in positive], wanted[_PREFILL_STEPS]]
+
+
+def _carry(wanted: Vector, split: Vector) -> Vector:
+    """What the next intervals are to make good. Paths of different history (two chains of
+    microbatches that take turns) differ to and fro, by what lies long back; so it cancels.
+
+    Steps that a path has too many of cancel nothing: microbatches were not missing because others
+    were there before.
+    """
+    left = [_FORGETTING * value for value in map(sub, wanted, split)]
+    left[_PREFILL_STEPS] = 0.0 if split[PREFILL] > 0 else _FORGETTING * wanted[_PREFILL_STEPS]
+    if left[_STEPS] < 0:
+        positive = sum([value for value in left[:_STEPS] if value > 0])
+        kept = 1 + left[_STEPS] / positive if positive > 0 else 0.0
+        left[:_STEPS] = [value * kept if value > 0 else value for value in left[:_STEPS]]
+        left[_STEPS] = 0.0
+    return left
+
+
+def _by_cause(split: Vector, missing: str) -> tuple[float, ...]:
     causes = [0.0] * len(CAUSES)
-    causes[_PLACE[missing]] = sum(difference[:NUM_PARTS])
-    return _positive(causes, [0.0] * NUM_PARTS + difference[NUM_PARTS:])
-
-
-def _positive(causes: list[float], difference: Vector) -> list[float]:
+    causes[_PLACE[missing or "unknown"]] = split[_STEPS]
+    prefill = "prefill_vs_decode" if split[_PREFILL_STEPS] > 0.5 else "prefill_length"
+    causes[_PLACE[prefill]] += split[PREFILL]
     for component, place in _PLACE_OF.items():
-        causes[place] += difference[component]
-    return [value if value > 0 else 0.0 for value in causes]
+        causes[place] += split[component]
+    return tuple(causes)
 
 
 def _is_whole(recording: Recording) -> bool:

@@ -17,6 +17,7 @@ choice of kernels) is part of the first line.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import isnan
 
 import numpy as np
@@ -30,6 +31,7 @@ NUM_PARTS = 7
 
 _TILE = 16  # tokens of a size class
 _OUTLIER = 3.0  # scaled median absolute deviations
+_NEVER_OUTLIER = 0.2  # of the time: the form is only linear
 
 
 def counts_of(work: Work) -> tuple[float, float, float, float, float]:
@@ -81,12 +83,17 @@ class StepParts:
     def parts(self, work: Work) -> list[list[float]]:
         """Of a microbatch on each stage, without head and jitter: seconds by part."""
         counts = np.array(counts_of(work))
+        base, tokens, pairs, decodes, context = (self.mean_theta * counts).tolist()
+        linear = base + tokens + pairs + decodes + context
         factor = self.factor_of.get(_size_class(work), 1.0)
-        base, tokens, pairs, decodes, context = (factor * self.mean_theta * counts).tolist()
+        prefill, missed = tokens + pairs, (factor - 1.0) * linear
+        if work.prefills:
+            prefill += missed
+        else:
+            decodes += missed
         totals = (factor * (self.stage_theta @ counts)).tolist()
-        mean = base + tokens + pairs + decodes + context
         return [
-            [base, tokens + pairs, decodes, context, total - mean, 0.0, 0.0] for total in totals
+            [base, prefill, decodes, context, total - factor * linear, 0.0, 0.0] for total in totals
         ]
 
 
@@ -116,27 +123,25 @@ def _fit(design: np.ndarray, measured: np.ndarray) -> np.ndarray:
     rows = design / measured[:, None]
     theta = _nnls(rows)
     errors = np.abs(rows @ theta - 1.0)
-    kept = errors <= max(_OUTLIER * 1.4826 * float(np.median(errors)), 1e-6)
-    return _nnls(rows[kept]) if kept.sum() >= design.shape[1] else theta
+    kept = errors <= max(_OUTLIER * 1.4826 * float(np.median(errors)), _NEVER_OUTLIER)
+    return _nnls(rows[kept])
 
 
 def _nnls(rows: np.ndarray) -> np.ndarray:
-    """theta >= 0 that brings `rows @ theta` nearest to 1, by coordinate descent (Franc, Hlavac,
-    Navara, "Sequential coordinate-wise algorithm for the non-negative least squares problem",
-    CAIP 2005)."""
-    scale = np.sqrt((rows**2).sum(axis=0))
-    scale[scale == 0] = 1.0
+    """theta >= 0 that brings `rows @ theta` nearest to 1: the best of what least squares gives for
+    each of the 31 choices of columns."""
+    scale = np.maximum(np.abs(rows).max(axis=0), 1e-300)
     rows = rows / scale
     gram, target = rows.T @ rows, rows.sum(axis=0)
-    theta = np.zeros(rows.shape[1])
-    for _ in range(2000):
-        before = theta.copy()
-        for place in np.flatnonzero(gram.diagonal() > 0):
-            step = (target[place] - gram[place] @ theta) / gram[place, place]
-            theta[place] = max(theta[place] + step, 0.0)
-        if np.abs(theta - before).max() <= 1e-12 * max(theta.max(), 1e-300):
-            break
-    return theta / scale
+    best, best_gain = np.zeros(rows.shape[1]), 0.0
+    for size in range(1, rows.shape[1] + 1):
+        for columns in map(list, combinations(range(rows.shape[1]), size)):
+            theta = np.linalg.lstsq(gram[np.ix_(columns, columns)], target[columns], rcond=1e-10)[0]
+            gain = target[columns] @ theta  # what it takes off the sum of squares
+            if (theta >= 0).all() and gain > best_gain * (1 + 1e-12):
+                best = np.zeros(rows.shape[1])
+                best[columns], best_gain = theta, gain
+    return best / scale
 
 
 def has_prefill(planned: Planned | None) -> bool:

@@ -23,7 +23,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from pipeserve import control
-from pipeserve.control import StartStage, Stop
+from pipeserve.control import Ping, StartStage, Stop
+from pipeserve.machine import boot_id
 
 _HEARTBEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -98,6 +99,8 @@ class Keeper:
                 self._start(message)
             case Stop():
                 self.exit_code = 0
+            case Ping():
+                self._tell(control.Pong(self.rank, message.sent_s, time.monotonic()))
 
     def _note_connection(self) -> None:
         event = parse_monitor_message(self.connection.recv_multipart())["event"]
@@ -120,6 +123,7 @@ class Keeper:
             host=socket.gethostname(),
             address=_address_towards(self.endpoint),
             pid=os.getpid(),
+            boot_id=boot_id(),
         )
 
     def _start(self, job: StartStage) -> None:

@@ -20,6 +20,7 @@ from pipeserve.core.nouns import (
     StepResult,
     TokenLogprobs,
 )
+from pipeserve.core.records import Span
 
 
 class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True):
@@ -55,6 +56,12 @@ class Stop(_Message):
     """End the stage and yourself."""
 
 
+class Ping(_Message):
+    """Ask for `Pong` at once: how the clocks of two machines are aligned."""
+
+    sent_s: float
+
+
 # ---- keeper -> driver ---------------------------------------------------------------------------
 
 
@@ -65,10 +72,20 @@ class KeeperHello(_Message):
     address: str
     """Of this machine, as the driver's machine can reach it: the stage's links listen there."""
     pid: int
+    boot_id: str
+    """Of its machine, whose processes share one clock."""
 
 
 class Heartbeat(_Message):
     rank: int
+
+
+class Pong(_Message):
+    rank: int
+    sent_s: float
+    """Of the `Ping`, by the driver's clock."""
+    remote_s: float
+    """By the keeper's."""
 
 
 class StageExited(_Message):
@@ -183,14 +200,9 @@ class Sampled(_Message):
 
 
 class Timing(_Message):
-    """When a stage computed a microbatch: CLOCK_MONOTONIC seconds of the stage's machine."""
+    """When a stage computed a microbatch; told behind its output."""
 
-    stage: int
-    index: int
-    num_tokens: int
-    start_s: float
-    end_s: float
-    cpu_s: float
+    span: Span
 
 
 class Memory(_Message):
@@ -206,11 +218,12 @@ class StageFailed(_Message):
     is_user_error: bool
 
 
-ToKeeper = StartStage | Stop
+ToKeeper = StartStage | Stop | Ping
 ToStage = Connect | Step | ReportMemory
 ToDriver = (
     KeeperHello
     | Heartbeat
+    | Pong
     | StageExited
     | StageReady
     | Connected

@@ -19,16 +19,19 @@ from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.partition import plan_pipeline
 from pipeserve.core.policies import get_policy
-from pipeserve.core.spans import Span
+from pipeserve.core.records import Completed, Ping, Recorder, ignore
 from pipeserve.core.view import CostModel
 from pipeserve.errors import CapacityError, ConfigError, StageError
-from pipeserve.fleet import Fleet
+from pipeserve.fleet import Fleet, Received
+from pipeserve.journal import Journal
 from pipeserve.kv_budget import num_kv_blocks
 from pipeserve.machine import device_name
 from pipeserve.shapes import shape_of
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.sources import resolve
 from pipeserve.stages.weights import check_checkpoint
+
+_PING_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +64,10 @@ class Driver:
         config: RunConfig,
         on_progress: Callable[[str], None] = lambda text: None,
         cost: CostModel | None = None,
+        record: Recorder = ignore,
     ) -> None:
+        """`record` is handed what the run tells of itself, from within `add`, `finish`, `poll` and
+        `settle`, and must not raise."""
         _check_runs_here(config)
         self.config = config
         self.model_folder: Path = resolve(config.model)
@@ -97,7 +103,9 @@ class Driver:
             ),
             cost or self._profiled_cost(),
         )
-        self.spans: list[Span] = []
+        self.journal = Journal(self.engine, record)
+        self._num_spans_due = 0
+        self._next_ping_s = 0.0
         self._ended: str | None = None
         self._requests: dict[RequestId, Request] = {}
         self.fleet = Fleet(len(self.plan.stages), config.launcher, config.control)
@@ -167,13 +175,18 @@ class Driver:
                 f"request {request.id} imports the KV of {request.num_imported} positions; stages "
                 "cannot take KV from another pipeline yet"
             )
-        self.engine.add(request, time.monotonic())
+        now = time.monotonic()
+        self.engine.add(request, now)
         self._requests[request.id] = request
+        self.journal.arrived(request, now)
 
     def finish(self, request_id: RequestId, reason: str) -> None:
         """End a request now (abort, stop string). Unknown and finished ids are ignored."""
-        self.engine.finish(request_id, reason, time.monotonic())
+        now = time.monotonic()
+        output = self.engine.finish(request_id, reason, now)
         self._requests.pop(request_id, None)
+        if output is not None:
+            self.journal.finished(output, now)
 
     @property
     def num_unfinished(self) -> int:
@@ -193,48 +206,71 @@ class Driver:
         except BaseException as error:
             # Ctrl-C too may come between a plan and its message: what the stages hold and what the
             # engine thinks they hold is no longer sure to be the same.
-            self._end(str(error) or f"interrupted by {type(error).__name__}")
+            reason = str(error) or f"interrupted by {type(error).__name__}"
+            if self.fleet.lost_stage is not None:
+                self.journal.lost(self.fleet.lost_stage, time.monotonic(), reason)
+            self._end(reason)
             raise
 
     def _poll(self, timeout_s: float) -> list[Output]:
         self._plan_all()
         outputs: list[Output] = []
-        for message in self.fleet.receive(timeout_s):
-            match message:
+        for received in self.fleet.receive(timeout_s):
+            match received.message:
                 case control.Sampled():
-                    result = control.step_result(message)
-                    outputs += self.engine.complete(result, time.monotonic())
-                case control.Timing():
-                    self._observe(message)
+                    outputs += self._complete(received)
+                case control.Timing(span):
+                    self._num_spans_due -= 1
+                    self.journal.computed(span)
+                    self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
+                case control.Pong(rank, sent_s, remote_s):
+                    self.journal.pinged(Ping(rank, sent_s, remote_s, received.at_s))
         for output in outputs:
             if output.finish_reason is not None:
                 self._requests.pop(output.request_id, None)
         self._plan_all()
+        self._ping()
         return outputs
 
     def _plan_all(self) -> None:
         """Fill the window."""
         while True:
-            planned = self.engine.plan(time.monotonic())
+            now = time.monotonic()
+            planned = self.engine.plan(now)
             if isinstance(planned, Wait):
+                self.journal.waits(planned.reason)
                 return
-            self._dispatch(planned)
+            self._dispatch(planned, now)
 
-    def _dispatch(self, microbatch: Microbatch) -> None:
-        self.fleet.broadcast(control.step_message(microbatch, self._requests))
+    def _dispatch(self, microbatch: Microbatch, start_s: float) -> None:
+        message = control.step_message(microbatch, self._requests)
+        sent_s = time.monotonic()
+        self.fleet.broadcast(message)
+        self._num_spans_due += len(self.plan.stages)
+        self.journal.planned(microbatch, start_s, sent_s)
 
-    def _observe(self, timing: control.Timing) -> None:
-        self.spans.append(
-            Span(
-                stage=timing.stage,
-                index=timing.index,
-                num_tokens=timing.num_tokens,
-                start_s=timing.start_s,
-                end_s=timing.end_s,
-                cpu_s=timing.cpu_s,
-            )
+    def _complete(self, received: Received) -> list[Output]:
+        result = control.step_result(received.message)
+        outputs = self.engine.complete(result, time.monotonic())
+        waiting_s, received_s = self.fleet.waiting_s, received.at_s
+        self.journal.completed(
+            Completed(result.index, waiting_s, received_s, time.monotonic()), outputs
         )
-        self.engine.observe(timing.index, timing.stage, timing.end_s - timing.start_s)
+        return outputs
+
+    def _ping(self) -> None:
+        """Now and then, so that the clocks of other machines can be aligned; waits for nothing."""
+        now = time.monotonic()
+        if now >= self._next_ping_s:
+            self._next_ping_s = now + _PING_S
+            self.fleet.ping_remote()
+
+    def settle(self, timeout_s: float = 2.0) -> None:
+        """Let what is outstanding run out and take what the stages tell of it, when no request is
+        unfinished. A run has been told whole then. Raises StageError."""
+        deadline = time.monotonic() + timeout_s
+        while self._num_spans_due and time.monotonic() < deadline:
+            self.poll(0.05)
 
     # ---- the rest -------------------------------------------------------------------------------
 

@@ -12,16 +12,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import zmq
 
 from pipeserve import control
 from pipeserve.errors import ConfigError, StageError
+from pipeserve.machine import boot_id
 
 _JOIN_TIMEOUT_S = 120.0
 _KEEPER_SILENCE_S = 30.0
 _LAST_WORD_S = 2.0
 _CLOSE_S = 5.0
+
+
+class Received(NamedTuple):
+    """What a stage or a keeper said, and when it was received."""
+
+    message: control.ToDriver
+    at_s: float
 
 
 class Fleet:
@@ -34,8 +43,13 @@ class Fleet:
         """
         self.num_ranks = num_ranks
         self.keepers: dict[int, control.KeeperHello] = {}
+        self.waiting_s = 0.0
+        """Since when the latest `receive` waited."""
+        self.lost_stage: int | None = None
+        """Of the process whose end was raised."""
+        self._boot_id = boot_id()
         self._last_heard: dict[int, float] = {}
-        self._unread: list[control.ToDriver] = []
+        self._unread: list[Received] = []
         self._exited: control.StageExited | None = None
         self._processes: list[subprocess.Popen] = []
         self._context = zmq.Context()
@@ -118,13 +132,13 @@ class Fleet:
     def _gather(self, kind: type) -> list:
         """One message of `kind` from every stage, in stage order; others are kept for `receive`."""
         by_stage: dict[int, object] = {}
-        others: list[control.ToDriver] = []
+        others: list[Received] = []
         while len(by_stage) < self.num_ranks:
-            for message in self.receive(1.0):
-                if isinstance(message, kind):
-                    by_stage[message.stage] = message
+            for received in self.receive(1.0):
+                if isinstance(received.message, kind):
+                    by_stage[received.message.stage] = received.message
                 else:
-                    others.append(message)
+                    others.append(received)
         self._unread = others
         return [by_stage[stage] for stage in range(self.num_ranks)]
 
@@ -141,34 +155,46 @@ class Fleet:
         self.broadcast(control.ReportMemory())
         return self._gather(control.Memory)
 
-    def receive(self, timeout_s: float) -> list[control.ToDriver]:
+    def ping_remote(self) -> None:
+        """Ask each keeper that has another clock than this process for the time; the answers come
+        as any other message."""
+        for rank, keeper in self.keepers.items():
+            if keeper.boot_id != self._boot_id:
+                ping = control.encode(control.Ping(time.monotonic()))
+                self._send(control.keeper_identity(rank), ping)
+
+    def receive(self, timeout_s: float) -> list[Received]:
         """What stages said, waiting at most `timeout_s` for the first of it.
 
         Raises StageError (ConfigError, when its input was at fault) when a stage or a keeper ended.
         """
         messages, self._unread = self._unread, []
+        self.waiting_s = time.monotonic()
         if self._socket.poll(0 if messages else int(timeout_s * 1000)):
             with contextlib.suppress(zmq.Again):
                 while True:
                     _, payload = self._socket.recv_multipart(zmq.NOBLOCK)
-                    self._note(control.decode_for_driver(payload), messages)
+                    at_s = time.monotonic()
+                    self._note(Received(control.decode_for_driver(payload), at_s), messages)
         self._check_keepers()
         return messages
 
-    def _note(self, message: control.ToDriver, messages: list[control.ToDriver]) -> None:
+    def _note(self, received: Received, messages: list[Received]) -> None:
         """Deal with what concerns processes; put the rest into `messages`."""
+        message = received.message
         match message:
             case control.Heartbeat():
-                self._last_heard[message.rank] = time.monotonic()
+                self._last_heard[message.rank] = received.at_s
             case control.KeeperHello():
                 self._welcome(message)
             case control.StageFailed():
+                self.lost_stage = message.stage
                 error = ConfigError if message.is_user_error else StageError
                 raise error(f"stage {message.stage}: {message.reason}")
             case control.StageExited():
                 self._report_exit(message)
             case _:
-                messages.append(message)
+                messages.append(received)
 
     def _welcome(self, hello: control.KeeperHello) -> None:
         if hello.world_size != self.num_ranks:
@@ -184,6 +210,7 @@ class Fleet:
         if self._exited is not None:
             return
         self._exited = exited
+        self.lost_stage = exited.rank
         deadline = time.monotonic() + _LAST_WORD_S
         while exited.exit_code > 0 and time.monotonic() < deadline:
             self.receive(0.1)
@@ -195,12 +222,14 @@ class Fleet:
     def _check_keepers(self) -> None:
         for rank, process in enumerate(self._processes):
             if process.poll() is not None:
+                self.lost_stage = rank
                 raise StageError(
                     f"the keeper of stage {rank} (pid {process.pid}) ended with "
                     f"{process.returncode}; was it killed by hand?"
                 )
         for rank, heard in self._last_heard.items():
             if time.monotonic() - heard > _KEEPER_SILENCE_S:
+                self.lost_stage = rank
                 raise StageError(
                     f"nothing heard from the keeper of stage {rank} on {self.keepers[rank].host} "
                     f"for {_KEEPER_SILENCE_S:g} s; is the machine up?"
@@ -213,6 +242,7 @@ class Fleet:
             deadline = time.monotonic() + _LAST_WORD_S
             while time.monotonic() < deadline:
                 self.receive(0.1)  # raises when it learns why
+            self.lost_stage = int(identity.rpartition(b"-")[2])
             raise StageError(f"{identity.decode()} cannot be reached: {error.strerror}") from None
 
     # ---- ending ---------------------------------------------------------------------------------

@@ -32,10 +32,12 @@ def connect(context: zmq.Context, endpoint: str) -> zmq.Socket:
     return socket
 
 
-def send_tensor(socket: zmq.Socket, index: int, tensor: torch.Tensor) -> None:
-    """Returns at once; keeps `tensor`'s memory until it is on its way. Do not write to it after."""
+def send_tensor(socket: zmq.Socket, index: int, tensor: torch.Tensor) -> int:
+    """Returns at once, with the number of bytes; keeps `tensor`'s memory until it is on its way. Do
+    not write to it after."""
     flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     socket.send_multipart([_INDEX.pack(index), flat], copy=False)
+    return _INDEX.size + flat.nbytes
 
 
 def receive_tensor(

@@ -12,6 +12,11 @@ def device_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def boot_id() -> str:
+    """The same for all processes that share this machine's CLOCK_MONOTONIC, and no others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+
+
 def total_memory_bytes() -> int:
     return _meminfo("MemTotal")
 

@@ -3,6 +3,7 @@
 from array import array
 from collections import deque
 from dataclasses import dataclass
+from math import inf
 
 from pipeserve.control import Registration, Step, unpack_tokens
 
@@ -15,6 +16,8 @@ class Sequence:
     token_ids: array
     """Prompt and outputs known here; kept up to date on the first and the last stage alone."""
     block_table: list[int]
+    token_s: float = -inf
+    """When the token that the last microbatch sampled was here; -inf before the first."""
 
 
 class Sequences:
@@ -63,7 +66,7 @@ class Sequences:
         if sampling:
             self._awaiting.append((step.index, sampling))
 
-    def take_tokens(self, index: int, tokens: list[int]) -> None:
+    def take_tokens(self, index: int, tokens: list[int], now: float) -> None:
         """Append what microbatch `index` sampled (first and last stage).
 
         The sequences are those of the time when the microbatch ran, so a token of a request that
@@ -77,3 +80,4 @@ class Sequences:
             )
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.token_ids.append(token)
+            sequence.token_s = now

@@ -16,12 +16,14 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import zmq
 
 from pipeserve import control, links
 from pipeserve.control import Connect, ReportMemory, StartStage, Step, StepChunk
+from pipeserve.core.records import Span
 from pipeserve.errors import PipeserveError
 from pipeserve.memory import peak_bytes, resident_bytes
 from pipeserve.sample_row import sample_row
@@ -34,6 +36,16 @@ from pipeserve.stages.sampling import Logprobs, sample, score
 from pipeserve.stages.weights import load_stage
 
 _SCORED_ROWS = 64  # whose logits over the whole vocabulary are held at a time
+
+
+class _Output(NamedTuple):
+    """When a microbatch's compute was done, and what it took."""
+
+    head_s: float
+    end_s: float
+    sent_s: float
+    end_cpu_s: float
+    num_bytes: int
 
 
 class StageWorker:
@@ -49,8 +61,9 @@ class StageWorker:
         self.driver = driver
         self.poller = zmq.Poller()
         self.poller.register(driver, zmq.POLLIN)
-        self.plans: deque[Step] = deque()
-        self.activations: deque[list[zmq.Frame]] = deque()
+        # Each with the time when it was seen.
+        self.plans: deque[tuple[Step, float]] = deque()
+        self.activations: deque[tuple[list[zmq.Frame], float]] = deque()
         self.sequences = Sequences()
         self._load_model()
         self._listen()
@@ -110,16 +123,15 @@ class StageWorker:
 
     def run(self) -> None:
         """Microbatch after microbatch, until the keeper ends this process."""
+        self.last_cpu_s = time.thread_time()
         while True:
-            self._wait_for_next()
-            self._compute(self.plans.popleft())
+            while not self._is_ready():
+                self._receive()
+            span = self._compute(*self.plans.popleft())
+            self._receive(seen_s=span.end_s)
+            self._tell(control.Timing(span))
 
     # ---- waiting --------------------------------------------------------------------------------
-
-    def _wait_for_next(self) -> None:
-        self._receive(block=False)
-        while not self._is_ready():
-            self._receive(block=True)
 
     def _is_ready(self) -> bool:
         """Whether plan, activations and tokens of the next microbatch are all here."""
@@ -127,27 +139,30 @@ class StageWorker:
             return False
         if not self.is_first:
             return bool(self.activations)
-        return self.sequences.has_tokens_for(self.plans[0])
+        return self.sequences.has_tokens_for(self.plans[0][0])
 
-    def _receive(self, block: bool) -> None:
-        """Take everything that has arrived; with `block`, wait until something has."""
-        for socket, _ in self.poller.poll(None if block else 0):
+    def _receive(self, seen_s: float | None = None) -> None:
+        """Take everything that has arrived, as seen at `seen_s`: what came while the stage computed
+        was not waited for, however late it is taken. Without it, wait until something has arrived.
+        """
+        for socket, _ in self.poller.poll(None if seen_s is None else 0):
             while True:
                 try:
                     frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
                 except zmq.Again:
                     break
+                now = time.monotonic() if seen_s is None else seen_s
                 if socket is self.driver:
-                    self._obey(control.decode_for_stage(frames[-1].buffer))
+                    self._obey(control.decode_for_stage(frames[-1].buffer), now)
                 elif socket is self.activation_source:
-                    self.activations.append(frames)
+                    self.activations.append((frames, now))
                 else:
-                    self.sequences.take_tokens(*links.receive_tokens(frames[0].bytes))
+                    self.sequences.take_tokens(*links.receive_tokens(frames[0].bytes), now)
 
-    def _obey(self, message: control.ToStage) -> None:
+    def _obey(self, message: control.ToStage, now: float) -> None:
         match message:
             case Step():
-                self.plans.append(message)
+                self.plans.append((message, now))
             case Connect():
                 self.next_stage = self.first_stage = None
                 if message.next_stage:
@@ -160,27 +175,37 @@ class StageWorker:
 
     # ---- computing ------------------------------------------------------------------------------
 
-    def _compute(self, step: Step) -> None:
+    def _compute(self, step: Step, plan_s: float) -> Span:
+        """Compute a microbatch and send what comes of it; returns what is told of it."""
         start_s, start_cpu_s = time.monotonic(), time.thread_time()
         sequences = self.sequences.apply(step)
+        if self.is_first:
+            input_s = max([sequence.token_s for sequence in sequences])
+        else:
+            frames, input_s = self.activations.popleft()
         if self.is_first or self.is_last:
             self.sequences.await_tokens(step, sequences)
         inputs = self._build_inputs(step, sequences)
-        output = self.model(self._stage_input(step, inputs), inputs, self.kv)
+        given = inputs.token_ids_T if self.is_first else self._unpack(frames, step, inputs)
+        hidden = self.model(given, inputs, self.kv)
         if self.is_last:
-            self._answer(step, sequences, output[inputs.logit_rows_R])
+            output = self._answer(step, sequences, hidden[inputs.logit_rows_R])
         else:
-            links.send_tensor(self.next_stage, step.index, output)
-        end_s, end_cpu_s = time.monotonic(), time.thread_time()
-        self._tell(
-            control.Timing(
-                self.job.stage,
-                step.index,
-                inputs.num_tokens,
-                start_s,
-                end_s,
-                end_cpu_s - start_cpu_s,
-            )
+            output = self._send_on(step, hidden)
+        between_cpu_s, self.last_cpu_s = start_cpu_s - self.last_cpu_s, output.end_cpu_s
+        return Span(
+            stage=self.job.stage,
+            index=step.index,
+            num_tokens=inputs.num_tokens,
+            plan_s=plan_s,
+            input_s=input_s,
+            start_s=start_s,
+            head_s=output.head_s,
+            end_s=output.end_s,
+            sent_s=output.sent_s,
+            cpu_s=output.end_cpu_s - start_cpu_s,
+            between_cpu_s=between_cpu_s,
+            num_bytes=output.num_bytes,
         )
 
     def _build_inputs(self, step: Step, sequences: list[Sequence]) -> StageInputs:
@@ -193,15 +218,20 @@ class StageWorker:
             token_ids=[s.token_ids for s in sequences] if self.is_first else None,
         )
 
-    def _stage_input(self, step: Step, inputs: StageInputs) -> torch.Tensor:
-        if self.is_first:
-            return inputs.token_ids_T
-        frames = self.activations.popleft()
+    def _unpack(
+        self, frames: list[zmq.Frame], step: Step, inputs: StageInputs
+    ) -> torch.Tensor:
         shape = (inputs.num_tokens, self.config.hidden_size)
         return links.receive_tensor(frames, step.index, shape, self.dtype)
 
-    def _answer(self, step: Step, sequences: list[Sequence], hidden_RD: torch.Tensor) -> None:
+    def _send_on(self, step: Step, hidden: torch.Tensor) -> _Output:
+        end_s, end_cpu_s = time.monotonic(), time.thread_time()
+        num_bytes = links.send_tensor(self.next_stage, step.index, hidden)
+        return _Output(end_s, end_s, end_s, end_cpu_s, num_bytes)
+
+    def _answer(self, step: Step, sequences: list[Sequence], hidden_RD: torch.Tensor) -> _Output:
         """Sample; ids go to the first stage before anything else, for it may be waiting."""
+        head_s = time.monotonic()
         places, rows, scored = [], [], []
         stop = 0  # of a chunk's rows
         for chunk, sequence in zip(step.chunks, sequences, strict=True):
@@ -214,14 +244,19 @@ class StageWorker:
         sampled_RD = hidden_RD[places] if scored else hidden_RD
         sampled = sample(self._logits(sampled_RD), rows) if rows else []
         tokens = [token for token, _ in sampled]
+        end_s = sent_s = time.monotonic()
+        if rows and not self.is_first:
+            links.send_tokens(self.first_stage, step.index, tokens)
+        end_cpu_s = time.thread_time()  # a system call: not before the tokens are on their way
         if rows:
-            self.sequences.take_tokens(step.index, tokens)
-            if not self.is_first:
-                links.send_tokens(self.first_stage, step.index, tokens)
+            self.sequences.take_tokens(step.index, tokens, end_s)
         wants_logprobs = any(row.num_logprobs is not None for row in rows)
         logprobs = [entry for _, entry in sampled] if wants_logprobs else []
         prompt_logprobs = [entry for span in scored for entry in self._score(hidden_RD, *span)]
+        if scored:
+            end_s, end_cpu_s = time.monotonic(), time.thread_time()
         self._tell(control.Sampled(step.index, tokens, logprobs, prompt_logprobs))
+        return _Output(head_s, end_s, sent_s, end_cpu_s, 0)
 
     def _score(
         self, hidden_RD: torch.Tensor, first_row: int, chunk: StepChunk, sequence: Sequence

@@ -236,6 +236,8 @@ class Walk:
         """Between the stage's last end and this start."""
         stage = span.stage
         before, end_s = self.last[stage]
+        if span.start_s <= end_s:
+            return
         last_parts = self.last_parts[stage]
         difference = list(map(sub, start, before))
         if last_parts is None:

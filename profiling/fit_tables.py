@@ -60,7 +60,7 @@ def fit_tables(
     design = columns.design(samples, plan)
     seconds = np.array([sample.seconds for sample in samples])
     seen, held_out = np.array_split(np.random.default_rng(0).permutation(len(samples)), 2)
-    found = _solve(design[seen], seconds[seen])
+    found = solve_relative(design[seen], seconds[seen])
     log_errors = np.log(seconds[held_out] / (design[held_out] @ found))
     centre = np.median(log_errors)
     return Fit(
@@ -154,7 +154,7 @@ class _Columns:
         )
 
 
-def _solve(design: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+def solve_relative(design: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """Non-negative weighted least squares of relative errors; far observations count less."""
     weights, found = np.ones(len(seconds)), np.zeros(design.shape[1])
     for _ in range(_ROUNDS):

@@ -1,8 +1,9 @@
-"""A recorded run: what was told of it, kept in memory."""
+"""A recorded run: what was told of it, in memory. `recording_files.py` has it in files."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Record, Span
@@ -53,13 +54,58 @@ class Ring:
     """Keeps the latest records; what a run is watched by while it goes on."""
 
     def __init__(self, size: int = 1 << 20) -> None:
-        self._records: deque[Record] = deque(maxlen=size)
-        self.record = self._records.append
+        """`size` bounds records and their chunks together: about 200 bytes each."""
+        self.size = size
+        self.whole_from_s = -inf
+        """The end of the latest span that was dropped: what came later is all there."""
+        self._records: deque[Record] = deque()
+        self._held = 0
+
+    def record(self, record: Record) -> None:
         """The `Recorder`."""
-        self.clear = self._records.clear
+        self._records.append(record)
+        self._held += _size(record)
+        while self._held > self.size:
+            self._drop(self._records.popleft())
+
+    def _drop(self, record: Record) -> None:
+        self._held -= _size(record)
+        if type(record) is Span:
+            self.whole_from_s = max(self.whole_from_s, record.end_s)
+
+    def clear(self) -> None:
+        """Forgets all, as if nothing had been recorded."""
+        self._records.clear()
+        self._held = 0
+        self.whole_from_s = -inf
+
+    def spans(self) -> list[Span]:
+        """Of all stages, as they came."""
+        return [record for record in self._records if type(record) is Span]
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records)
 
     def __len__(self) -> int:
         return len(self._records)
+
+
+def _size(record: Record) -> int:
+    return 1 + len(record.chunks) if type(record) is Planned else 1
+
+
+# Importers find both halves here.
+from pipeserve.profiling.recording_files import (  # noqa: E402
+    RecordingWriter,
+    check_recordable,
+    read_recording,
+)
+
+__all__ = [
+    "Recording",
+    "RecordingWriter",
+    "Ring",
+    "check_recordable",
+    "read_recording",
+    "recording_of",
+]

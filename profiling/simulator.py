@@ -12,7 +12,9 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress, repeat
 from math import inf
+from operator import attrgetter
 from typing import NamedTuple
 
 from pipeserve.core.engine import Engine
@@ -29,6 +31,9 @@ from pipeserve.core.records import Recorder, ignore
 from pipeserve.profiling.simulated_records import Flight, Silent, Teller
 from pipeserve.profiling.stage_times import StageTimes
 from pipeserve.profiling.summary import RequestRecord
+
+
+_request_id, _num_logits = attrgetter("request_id"), attrgetter("num_logits")
 
 
 @dataclass(slots=True)
@@ -172,12 +177,14 @@ class SimulatedPipeline:
             fed_s.pop(request_id, None)
         for admission in microbatch.admitted:
             fed_s.pop(admission.request_id, None)
-        return max([fed_s.get(chunk.request_id, -inf) for chunk in microbatch.chunks])
+        request_ids = map(_request_id, microbatch.chunks)
+        return max(map(fed_s.get, request_ids, repeat(-inf)))
 
     def _sample(self, microbatch: Microbatch, there_s: float) -> int:
         """How many tokens it samples; stage 0 has them at `there_s`."""
-        sampling = [c.request_id for c in microbatch.chunks if c.num_logits]
-        self._fed_s.update(dict.fromkeys(sampling, there_s))
+        chunks = microbatch.chunks
+        sampling = list(compress(map(_request_id, chunks), map(_num_logits, chunks)))
+        self._fed_s.update(zip(sampling, repeat(there_s)))
         return len(sampling)
 
     def _lose(self, fault: _Fault) -> None:

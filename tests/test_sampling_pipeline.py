@@ -100,7 +100,7 @@ def lose_what_is_outstanding(driver):
     told that all KV is gone."""
     outstanding = list(driver.engine.outstanding)
     while outstanding:
-        for message in driver.fleet.receive(1.0):
+        for message, _ in driver.fleet.receive(1.0):
             if isinstance(message, control.Sampled):
                 assert message.index == outstanding.pop(0)
     driver.engine.lost(time.monotonic())

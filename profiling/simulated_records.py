@@ -22,8 +22,7 @@ class Flight(NamedTuple):
     num_tokens: int
     num_decodes: int
     planned_s: float
-    plan_s: float
-    """The plan is at the stages."""
+    """The plan was sent."""
     inputs_s: tuple[float, ...]
     """What each stage embeds or gets from the stage before is there; -inf where that is nothing."""
     starts_s: tuple[float, ...]
@@ -111,7 +110,7 @@ class Teller:
         spans = []
         for stage, (input_s, start_s, end_s) in enumerate(ways):
             busy = self._busy[stage]
-            plan_s = _seen(busy, flight.plan_s)
+            plan_s = _seen(busy, flight.planned_s + self._times.control_s)
             input_s = _seen(busy, input_s)
             is_last = stage == len(self._busy) - 1
             top_s = head_s if is_last else end_s

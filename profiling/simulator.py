@@ -12,9 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import compress, repeat
 from math import inf
-from operator import attrgetter
 from typing import NamedTuple
 
 from pipeserve.core.engine import Engine
@@ -31,9 +29,6 @@ from pipeserve.core.records import Recorder, ignore
 from pipeserve.profiling.simulated_records import Flight, Silent, Teller
 from pipeserve.profiling.stage_times import StageTimes
 from pipeserve.profiling.summary import RequestRecord
-
-
-_request_id, _num_logits = attrgetter("request_id"), attrgetter("num_logits")
 
 
 @dataclass(slots=True)
@@ -86,6 +81,8 @@ class SimulatedPipeline:
         self._driver_free_s = -inf
         self._wanted_s = inf  # since when the driver has something to do beside completions
         self._outstanding: deque[tuple[Flight, int]] = deque()  # with how many tokens it samples
+        # So slow that stage 0 may lack a token of which driver and plan knew.
+        self._is_feedback_slow = self._feedback_s > 2 * times.control_s + times.planning_s
         self._fed_s: dict[RequestId, float] = {}  # when stage 0 has the newest token
         self._faults: deque[_Fault] = deque()
 
@@ -93,8 +90,11 @@ class SimulatedPipeline:
     def next_event_s(self) -> float:
         """When `advance` has something to do: the oldest outstanding microbatch completes, or what
         was added can be planned; inf when there is nothing."""
-        known_s = self._outstanding[0][0].known_s if self._outstanding else inf
-        next_s = max(min(known_s, self._wanted_s), self._driver_free_s)
+        next_s = self._outstanding[0][0].known_s if self._outstanding else inf
+        if self._wanted_s < next_s:
+            next_s = self._wanted_s
+        if next_s < self._driver_free_s:
+            next_s = self._driver_free_s
         if self._faults and self.engine.has_work:
             return min(next_s, self._faults[0].at_s)
         return next_s
@@ -141,9 +141,9 @@ class SimulatedPipeline:
         compute_s = self._times.compute_s(microbatch)
         hop_s = self._times.hop_s(microbatch)
         inputs, starts, ends = [self._tokens_there(microbatch)], [], []
-        plan_s = sent_s + self._times.control_s
+        there = max(sent_s + self._times.control_s, inputs[0])
         for stage, seconds in enumerate(compute_s):
-            start = max(plan_s, inputs[stage], self._stage_free[stage])
+            start = max(there, self._stage_free[stage])
             end = self._stage_free[stage] = start + seconds
             starts.append(start)
             ends.append(end)
@@ -157,35 +157,37 @@ class SimulatedPipeline:
             summary.num_decodes + summary.num_prefill_tokens,
             summary.num_decodes,
             sent_s,
-            plan_s,
             tuple(inputs),
             tuple(starts),
             tuple(ends),
             end + self._times.control_s,
         )
         self.started += [(a.request_id, starts[0]) for a in microbatch.admitted]
-        self._outstanding.append((flight, self._sample(microbatch, end + self._feedback_s)))
+        sampling = [c.request_id for c in microbatch.chunks if c.num_logits]
+        if self._is_feedback_slow:
+            self._fed_s |= dict.fromkeys(sampling, end + self._feedback_s)
+        self._outstanding.append((flight, len(sampling)))
         self.flights.append(flight)
         self._tell.flew(microbatch, flight)
 
     def _tokens_there(self, microbatch: Microbatch) -> float:
-        """When stage 0 has the tokens that it embeds, if any of them does not come with the plan.
+        """When stage 0 has those tokens that do not come with the plan; -inf without any that may
+        be late."""
+        if self._is_feedback_slow:
+            return self._all_tokens_there(microbatch)
+        sources = [c.token_from for c in microbatch.chunks if c.token_from is not None]
+        if not sources:
+            return -inf
+        oldest = self._outstanding[0][0].index
+        source, _ = self._outstanding[max(sources) - oldest]
+        return source.ends_s[-1] + self._feedback_s
 
-        Also one that the driver knew when it planned came to stage 0 from the last stage."""
-        fed_s = self._fed_s
+    def _all_tokens_there(self, microbatch: Microbatch) -> float:
         for request_id in microbatch.released:
-            fed_s.pop(request_id, None)
+            self._fed_s.pop(request_id, None)
         for admission in microbatch.admitted:
-            fed_s.pop(admission.request_id, None)
-        request_ids = map(_request_id, microbatch.chunks)
-        return max(map(fed_s.get, request_ids, repeat(-inf)))
-
-    def _sample(self, microbatch: Microbatch, there_s: float) -> int:
-        """How many tokens it samples; stage 0 has them at `there_s`."""
-        chunks = microbatch.chunks
-        sampling = list(compress(map(_request_id, chunks), map(_num_logits, chunks)))
-        self._fed_s.update(zip(sampling, repeat(there_s)))
-        return len(sampling)
+            self._fed_s.pop(admission.request_id, None)
+        return max([self._fed_s.get(chunk.request_id, -inf) for chunk in microbatch.chunks])
 
     def _lose(self, fault: _Fault) -> None:
         self.engine.lost(fault.at_s)

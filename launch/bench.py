@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
-from pipeserve.core.spans import Span
 from pipeserve.errors import ConfigError
+from pipeserve.launch.record import Records
 from pipeserve.launch.tables import memory_table, run_table, stage_table
 from pipeserve.launch.workload import Workload
+from pipeserve.profiling.ledger import explain
+from pipeserve.profiling.recording import Recording, recording_of
 from pipeserve.profiling.summary import (
     RequestRecord,
     Summary,
-    busy_shares,
     cpu_shares,
     summarize,
     window,
@@ -45,17 +46,22 @@ class Run:
     """One pass over the workload."""
 
     summary: Summary
-    busy: list[float]
     cpu: list[float]
+    recording: Recording
 
 
 # ---- running ----------------------------------------------------------------------------------
 
 
 def bench(
-    driver: "Driver", encode: Callable[[str], Sequence[int]], workload: Workload, repeat: int
+    driver: "Driver",
+    records: Records,
+    encode: Callable[[str], Sequence[int]],
+    workload: Workload,
+    repeat: int,
 ) -> dict[str, Any]:
-    """Warm up, run the workload `repeat` times, and report the run of median duration.
+    """Warm up, run the workload `repeat` times, and report the run of median duration. `records`
+    are the driver's; files hold every run, one after the other, without the warm-up.
 
     Returns the object that `--json` writes (docs/bench.md). `encode` makes ids of text prompts.
     Raises ConfigError for a request over the context, CapacityError for one over the KV pool, and
@@ -76,7 +82,9 @@ def bench(
     ids = map(RequestId, count())
     # A salt for each pass: no run finds its prompts in the prefix cache because an earlier one ran.
     replay(driver, _warmup_items(items, vocab_size), "warm-up", ids)
-    runs = [_run(driver, items, f"run {number}", ids) for number in range(repeat)]
+    driver.settle()
+    records.start_writing()
+    runs = [_run(driver, records, items, f"run {number}", ids) for number in range(repeat)]
     driver.refresh_memory()
     return _report(driver, workload, runs)
 
@@ -127,25 +135,24 @@ def _warmup_items(items: Sequence[WorkItem], vocab_size: int) -> list[WorkItem]:
     return random_items(lengths, 1, vocab_size, rng)
 
 
-def _run(driver: "Driver", items: Sequence[WorkItem], salt: str, ids: Iterator[RequestId]) -> Run:
-    driver.spans.clear()
-    records = replay(driver, items, salt, ids)
-    spans = all_spans(driver)
-    between = window(records)
+def _run(
+    driver: "Driver",
+    records: Records,
+    items: Sequence[WorkItem],
+    salt: str,
+    ids: Iterator[RequestId],
+) -> Run:
+    ring, num_stages = records.ring, len(driver.stages)
+    ring.clear()
+    served = replay(driver, items, salt, ids)
+    driver.settle()
+    start_s, stop_s = window(served)
+    start_s = max(start_s, ring.whole_from_s)
     return Run(
-        summary=summarize(records),
-        busy=busy_shares(spans, len(driver.stages), *between),
-        cpu=cpu_shares(spans, len(driver.stages), *between),
+        summary=summarize(served),
+        cpu=cpu_shares(ring.spans(), num_stages, start_s, stop_s),
+        recording=recording_of(ring, num_stages, records.meta),
     )
-
-
-def all_spans(driver: "Driver") -> list[Span]:
-    """The run's spans, those too that were still on their way when the last token came."""
-    known = -1
-    while len(driver.spans) > known:
-        known = len(driver.spans)
-        driver.poll(0.05)
-    return list(driver.spans)
 
 
 # ---- reporting --------------------------------------------------------------------------------
@@ -154,10 +161,11 @@ def all_spans(driver: "Driver") -> list[Span]:
 def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, Any]:
     by_duration = sorted(runs, key=lambda run: run.summary.seconds)
     median = by_duration[(len(runs) - 1) // 2]
+    ledger = explain(median.recording)
     stages = [
         {
-            "busy": busy,
-            "idle_by_cause": {"unattributed": 1 - busy},
+            "busy": ledger.busy_s[info.stage] / ledger.seconds,
+            "idle_by_cause": ledger.idle_shares(info.stage),
             "cpu": cpu,
             "layers": info.num_layers,
             "weight_bytes": info.weight_bytes,
@@ -165,7 +173,7 @@ def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, 
             "baseline_bytes": info.baseline_bytes,
             "peak_bytes": info.peak_bytes,
         }
-        for info, busy, cpu in zip(driver.stages, median.busy, median.cpu, strict=True)
+        for info, cpu in zip(driver.stages, median.cpu, strict=True)
     ]
     return {
         **asdict(median.summary),

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from pipeserve.configs import RunConfig
 from pipeserve.core.device import DeviceProfile, Link, Residuals
 from pipeserve.core.nouns import RequestId
-from pipeserve.launch.bench import all_spans, replay
+from pipeserve.launch.bench import replay
 from pipeserve.profiling.fit_tables import Fit, fit_tables
+from pipeserve.profiling.recording import Ring
 from pipeserve.profiling.samples import Samples
 from pipeserve.profiling.summary import RequestRecord
 from pipeserve.profiling.workloads import DISTRIBUTIONS, WorkItem, draw_lengths, random_items
@@ -51,10 +52,10 @@ def with_uneven_layers(config: RunConfig, num_layers: int) -> RunConfig:
 
 
 def calibrate(
-    driver: "Driver", samples: Samples, device: str, memory_bytes: int
+    driver: "Driver", ring: Ring, samples: Samples, device: str, memory_bytes: int
 ) -> tuple[DeviceProfile, Fit]:
-    """Runs the design and fits a profile to it. `samples` is the driver's cost model, `device` and
-    `memory_bytes` are what the machine is called and has.
+    """Runs the design and fits a profile to it. `ring` has the driver's records, `samples` is its
+    cost model, `device` and `memory_bytes` are what the machine is called and has.
 
     Raises ConfigError when too little could be observed, and StageError.
     """
@@ -66,9 +67,9 @@ def calibrate(
             samples.taken.clear()  # the first pass warmed up: kernels compile once for each shape
         for phase in phases:
             replay(driver, phase, f"pass {number}", ids)
-    all_spans(driver)
+    driver.settle()
     fit = fit_tables(samples.taken, driver.plan, driver.shape, dtype=driver.dtype, threads=1)
-    control_s, link = _measure_messages(driver, rng, ids)
+    control_s, link = _measure_messages(driver, ring, rng, ids)
     profile = DeviceProfile(
         name=device,
         provenance={
@@ -111,7 +112,7 @@ def _design(driver: "Driver", rng: Random) -> list[list[WorkItem]]:
 
 
 def _measure_messages(
-    driver: "Driver", rng: Random, ids: Iterator[RequestId]
+    driver: "Driver", ring: Ring, rng: Random, ids: Iterator[RequestId]
 ) -> tuple[float, Link]:
     """Seconds of one message of the driver, and of activations between stages.
 
@@ -122,26 +123,27 @@ def _measure_messages(
     most = driver.engine.limits.max_num_batched_tokens
     large = min(most, driver.max_model_len - 1)
     seams = len(driver.stages) - 1
-    small_s = _beside_compute_s(driver, 1, rng, ids)
+    small_s = _beside_compute_s(driver, ring, 1, rng, ids)
     message_s = max(small_s / (2 + seams), 1e-6)
     if not seams:
         return message_s, Link(alpha_s=message_s, bytes_per_s=_FAST)
-    more_s = max(_beside_compute_s(driver, large, rng, ids) - small_s, 0.0) / seams
+    more_s = max(_beside_compute_s(driver, ring, large, rng, ids) - small_s, 0.0) / seams
     more_bytes = (large - 1) * driver.shape.hidden_size * driver.shape.bytes_per_value
     rate = more_bytes / more_s if more_s > more_bytes / _FAST else _FAST
     return message_s, Link(alpha_s=message_s, bytes_per_s=rate)
 
 
 def _beside_compute_s(
-    driver: "Driver", num_tokens: int, rng: Random, ids: Iterator[RequestId]
+    driver: "Driver", ring: Ring, num_tokens: int, rng: Random, ids: Iterator[RequestId]
 ) -> float:
     """Median seconds of a lone prompt's first token that no stage computed."""
     beside = []
     for probe in range(_PROBES):
         (item,) = random_items([(num_tokens, 1)], 1, driver.model_config.vocab_size, rng)
-        driver.spans.clear()
+        ring.clear()
         (record,) = replay(driver, [item], f"probe {num_tokens}/{probe}", ids)
-        computed_s = sum(span.end_s - span.start_s for span in all_spans(driver))
+        driver.settle()
+        computed_s = sum(span.end_s - span.start_s for span in ring.spans())
         beside.append(_ttft_s(record) - computed_s)
     return statistics.median(beside)
 

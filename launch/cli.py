@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,12 +20,14 @@ import typer
 import pipeserve
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.core.nouns import SamplingParams
+from pipeserve.core.records import Recorder, ignore
 from pipeserve.errors import ConfigError, PipeserveError, StageError
 from pipeserve.launch.flags import given, run_flags, sampling_flags, with_flags
 
 if TYPE_CHECKING:
     from pipeserve.core.view import CostModel
     from pipeserve.driver import Driver
+    from pipeserve.launch.record import Records
 
 # typer may carry its own copy of click, so its classes are reached through what typer exports.
 UsageError = typer.BadParameter.__base__
@@ -42,6 +46,12 @@ Recipe = Annotated[
     str | None,
     typer.Option("--config", help="Recipe, by name or as a YAML file.", show_default=False),
 ]
+RecordTo = Annotated[
+    Path | None,
+    typer.Option("--record", help="Folder to write the run's recording to.", show_default=False),
+]
+# Starts a driver; its records go to files too, where the user wants that.
+Start = Callable[[], AbstractContextManager[tuple["Driver", "Records"]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +102,7 @@ def generate(
         Path | None, typer.Option(help="JSONL to write results to.", show_default=False)
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
+        bool, typer.Option("--overwrite", help="Replace output and recording where they exist.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what the output file holds; run the rest.")
@@ -100,6 +110,7 @@ def generate(
     print_text: Annotated[
         bool, typer.Option("--print", help="Print prompts and texts instead of JSON.")
     ] = False,
+    record: RecordTo = None,
     config: Recipe = None,
     **flags: Any,
 ) -> int:
@@ -122,19 +133,26 @@ def generate(
     else:
         lines = verb.read_prompts(prompts, params, chat)
     lines = verb.with_seeds(lines, run_config.seed)
+    start = partial(recorded_driver, run_config, record, overwrite=overwrite)
     if output is not None:
-        return _generate_to(output, run_config, lines, overwrite, resume)
+        return _generate_to(output, run_config, lines, overwrite, resume, start)
     if prompts is not None:
         write = verb.print_text if print_text else verb.print_json
-        return _generate(run_config, lines, write)
-    with open_driver(run_config) as driver:
+        return _generate(start, lines, write)
+    with start() as (driver, records):
         from pipeserve.llm import LLM
 
+        records.start_writing()
         return verb.stream_text(LLM.on(driver), lines[0])
 
 
 def _generate_to(
-    output: Path, run_config: RunConfig, lines: Sequence[Any], overwrite: bool, resume: bool
+    output: Path,
+    run_config: RunConfig,
+    lines: Sequence[Any],
+    overwrite: bool,
+    resume: bool,
+    start: Start,
 ) -> int:
     """Write the results of those `lines` that `output` does not hold yet."""
     from pipeserve.launch.generate import job_of
@@ -147,7 +165,7 @@ def _generate_to(
             print(f"{output}: {len(done.indices)} of {len(lines)} are done", file=sys.stderr)
         left = [line for line in lines if line.index not in done.indices]
         try:
-            exit_code = _generate(run_config, left, results.write) if left else 0
+            exit_code = _generate(start, left, results.write) if left else 0
         except StageError as error:
             raise StageError(f"{error}; --resume goes on from there") from None
     if done.num_errors:
@@ -159,18 +177,19 @@ def _generate_to(
     return 1 if done.num_errors else exit_code
 
 
-def _generate(
-    run_config: RunConfig, lines: Sequence[Any], write: Callable[[dict[str, Any]], None]
-) -> int:
+def _generate(start: Start, lines: Sequence[Any], write: Callable[[dict[str, Any]], None]) -> int:
     from pipeserve.launch.generate import write_results
     from pipeserve.llm import LLM
     from pipeserve.profiling.summary import busy_shares
 
-    with open_driver(run_config) as driver:
+    with start() as (driver, records):
 
         def busy(start_s: float, stop_s: float) -> list[float]:
-            return busy_shares(driver.spans, len(driver.stages), start_s, stop_s)
+            driver.settle()
+            start_s = max(start_s, records.ring.whole_from_s)
+            return busy_shares(records.ring.spans(), len(driver.stages), start_s, stop_s)
 
+        records.start_writing()
         return write_results(LLM.on(driver), lines, write, busy)
 
 
@@ -192,6 +211,7 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here, too.")
     ] = None,
+    record: RecordTo = None,
     config: Recipe = None,
     **flags: Any,
 ) -> int:
@@ -207,8 +227,9 @@ def bench(
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed)
     if json_file is not None:
         check_writable(json_file)
-    with open_driver(run_config) as driver:
-        report = verb.bench(driver, Tokenizer(driver.model_folder).encode, work, repeat)
+    with recorded_driver(run_config, record) as (driver, records):
+        encode = Tokenizer(driver.model_folder).encode
+        report = verb.bench(driver, records, encode, work, repeat)
     verb.print_report(report, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -233,6 +254,7 @@ def calibrate(
     from pipeserve.launch import calibrate as verb
     from pipeserve.launch.jsonl import check_writable
     from pipeserve.machine import device_name, total_memory_bytes
+    from pipeserve.profiling.recording import Ring
     from pipeserve.profiling.samples import Samples
     from pipeserve.stages.config import ModelConfig
     from pipeserve.stages.sources import resolve
@@ -243,8 +265,9 @@ def calibrate(
     check_writable(output)
     num_layers = ModelConfig.from_folder(resolve(run_config.model)).num_layers
     samples = Samples(run_config.pipeline_parallel_size)
-    with open_driver(verb.with_uneven_layers(run_config, num_layers), samples) as driver:
-        profile, fit = verb.calibrate(driver, samples, device_name(), total_memory_bytes())
+    measured, ring = verb.with_uneven_layers(run_config, num_layers), Ring()
+    with open_driver(measured, samples, ring.record) as driver:
+        profile, fit = verb.calibrate(driver, ring, samples, device_name(), total_memory_bytes())
     save_profile(profile, output)
     print(
         f"{output}: {profile.name}, {profile.provenance['observations']} observations, error "
@@ -331,7 +354,20 @@ def simulate(
     return 0
 
 
-def open_driver(run_config: RunConfig, cost: "CostModel | None" = None) -> "Driver":
+def recorded_driver(
+    run_config: RunConfig, folder: Path | None, *, overwrite: bool = False
+) -> AbstractContextManager[tuple["Driver", "Records"]]:
+    """A driver, and its records, which `--record FOLDER` wants in files."""
+    from pipeserve.launch.record import recorded
+
+    return recorded(
+        lambda record: open_driver(run_config, record=record), folder, overwrite=overwrite
+    )
+
+
+def open_driver(
+    run_config: RunConfig, cost: "CostModel | None" = None, record: Recorder = ignore
+) -> "Driver":
     """Start the stages, saying on a terminal's stderr what is being waited for."""
     from rich.console import Console
 
@@ -340,7 +376,7 @@ def open_driver(run_config: RunConfig, cost: "CostModel | None" = None) -> "Driv
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: close what was opened
         signal.signal(ending, _exit_on_signal)
     with Console(stderr=True).status("starting stages") as status:
-        return Driver(run_config, on_progress=status.update, cost=cost)
+        return Driver(run_config, on_progress=status.update, cost=cost, record=record)
 
 
 def _exit_on_signal(signum: int, frame: object) -> None:

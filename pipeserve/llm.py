@@ -96,8 +96,6 @@ class LLM:
         A stream that is closed or dropped half-way ends its requests.
         """
         call = _Call()
-        if not self._calls:
-            self.driver.spans.clear()
         try:
             self._submit(call, prompts, sampling_params, on_error)
             while call.inbox or call.running:

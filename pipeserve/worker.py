@@ -218,9 +218,7 @@ class StageWorker:
             token_ids=[s.token_ids for s in sequences] if self.is_first else None,
         )
 
-    def _unpack(
-        self, frames: list[zmq.Frame], step: Step, inputs: StageInputs
-    ) -> torch.Tensor:
+    def _unpack(self, frames: list[zmq.Frame], step: Step, inputs: StageInputs) -> torch.Tensor:
         shape = (inputs.num_tokens, self.config.hidden_size)
         return links.receive_tensor(frames, step.index, shape, self.dtype)
 

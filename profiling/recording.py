@@ -1,4 +1,4 @@
-"""A recorded run: what was told of it, in memory. `recording_files.py` has it in files."""
+"""A recorded run: what was told of it, in memory. `recording_writer.py` has it in files."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -92,20 +92,3 @@ class Ring:
 
 def _size(record: Record) -> int:
     return 1 + len(record.chunks) if type(record) is Planned else 1
-
-
-# Importers find both halves here.
-from pipeserve.profiling.recording_files import (  # noqa: E402
-    RecordingWriter,
-    check_recordable,
-    read_recording,
-)
-
-__all__ = [
-    "Recording",
-    "RecordingWriter",
-    "Ring",
-    "check_recordable",
-    "read_recording",
-    "recording_of",
-]

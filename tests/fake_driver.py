@@ -13,8 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeserve.configs import RunConfig
-from pipeserve.core.nouns import Output, TokenLogprobs
-from pipeserve.core.spans import Span
+from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.engine import Limits
+from pipeserve.core.nouns import Chunk, Output, TokenLogprobs
+from pipeserve.core.partition import plan_pipeline
+from pipeserve.core.records import Arrived, Completed, Ended, Planned, Span, ignore
 from pipeserve.errors import CapacityError, StageError
 
 EOS = 256
@@ -55,7 +58,13 @@ class FakeDriver:
         self.model_folder = folder
         self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
         self.max_model_len = max_model_len
-        self.spans = []
+        self.shape = load_shape("llama2-7b")
+        self.plan = plan_pipeline(self.shape, 2, None, 512)
+        self.dtype = "float32"
+        limits = Limits(num_blocks=100, block_size=16, max_num_seqs=8, max_num_batched_tokens=512,
+                        max_model_len=max_model_len)  # fmt: skip
+        self.engine = SimpleNamespace(limits=limits)
+        self.record = ignore
         self.added, self.finished, self.closed = [], [], False
         self.num_polls = 0
         self._dies_at_poll = dies_at_poll
@@ -63,7 +72,7 @@ class FakeDriver:
         self._running = {}
         self.stages = tuple(
             SimpleNamespace(
-                stage=stage, num_layers=2 - stage, weight_bytes=1000, kv_bytes=500,
+                stage=stage, host="here", num_layers=2 - stage, weight_bytes=1000, kv_bytes=500,
                 baseline_bytes=2000, peak_bytes=None,
             )
             for stage in range(2)
@@ -77,6 +86,8 @@ class FakeDriver:
                 f"{len(request.prompt)} tokens, the context is {self.max_model_len}"
             )
         self.added.append(request)
+        num_prompt, max_tokens = len(request.prompt), request.params.max_tokens
+        self.record(Arrived(request.id, time.monotonic(), num_prompt, max_tokens))
         self._running[request.id] = (request, iter(self._tokens(request)))
 
     def finish(self, request_id, reason):
@@ -93,19 +104,28 @@ class FakeDriver:
             raise StageError("stage 1 (pid 7) died: killed by SIGKILL")
         if not self._running:
             return []
-        now_s = time.monotonic()
-        for stage in range(2):
-            self.spans.append(
-                Span(stage=stage, index=self.num_polls, num_tokens=1, start_s=now_s,
-                     end_s=now_s + 1e-6, cpu_s=1e-6)
-            )  # fmt: skip
+        index, now_s = self.num_polls, time.monotonic()
+        chunks = tuple(Chunk(request_id, 0, 1, (), None, 1) for request_id in self._running)
+        self.record(Planned(index, "", -1, now_s, now_s, now_s, chunks, 0, len(chunks), 90, ()))
         outputs = []
         for request, tokens in list(self._running.values()):
             output = next(tokens)
             outputs.append(output)
             if output.finish_reason is not None:
                 del self._running[request.id]
+                self.record(Ended(request.id, time.monotonic(), output.finish_reason, 1))
+        for stage in range(2):
+            start_s, end_s = now_s + stage * 1e-6, now_s + (stage + 1) * 1e-6
+            self.record(
+                Span(stage, index, len(chunks), now_s, start_s, start_s, end_s, end_s, end_s, 1e-6,
+                     0.0, 8)
+            )  # fmt: skip
+        done_s = time.monotonic()
+        self.record(Completed(index, now_s, done_s, done_s))
         return outputs
+
+    def settle(self):
+        pass
 
     def _tokens(self, request):
         known = dict(enumerate(self._reply(request.prompt)))

@@ -29,8 +29,9 @@ def driver(folder, monkeypatch):
     """The driver that the verbs get; `driver.config` becomes what they asked for."""
     fake = FakeDriver(folder)
 
-    def open_driver(run_config):
+    def open_driver(run_config, record):
         fake.config = run_config
+        fake.record = record
         return fake
 
     monkeypatch.setattr(cli, "open_driver", open_driver)
@@ -40,7 +41,7 @@ def driver(folder, monkeypatch):
 @pytest.fixture
 def no_driver(monkeypatch):
     """For what must be found before any process starts."""
-    monkeypatch.setattr(cli, "open_driver", lambda run_config: pytest.fail("stages were started"))
+    monkeypatch.setattr(cli, "open_driver", lambda *_, **__: pytest.fail("stages were started"))
 
 
 def _error(capsys, arguments, exit_code):

@@ -139,9 +139,9 @@ def _stage_with(request_id=1, prompt=(10, 11, 12)):
 
 def test_feedback_reaches_the_sequence_that_waits_for_it():
     sequences, sequence = _stage_with()
-    sequences.take_tokens(0, [99])
+    sequences.take_tokens(0, [99], 2.5)
     assert list(sequence.token_ids) == [10, 11, 12, 99]
-    assert sequence.block_table == [4]
+    assert (sequence.block_table, sequence.token_s) == ([4], 2.5)
 
 
 def test_feedback_that_comes_after_a_new_registration_changes_nothing_there():
@@ -155,7 +155,7 @@ def test_feedback_that_comes_after_a_new_registration_changes_nothing_there():
         requests=[_request(1, (10, 11, 12))],
     )
     (sequence,) = sequences.apply(again)
-    sequences.take_tokens(0, [99])
+    sequences.take_tokens(0, [99], 2.5)
     assert list(sequence.token_ids) == [10, 11, 12, 99]
     assert sequence.block_table == [6]
 
@@ -170,14 +170,14 @@ def test_a_chunk_that_only_scores_brings_no_token():
     )
     first, second = sequences.apply(step)
     sequences.await_tokens(step, [first, second])
-    sequences.take_tokens(0, [99])
+    sequences.take_tokens(0, [99], 2.5)
     assert (len(first.token_ids), list(second.token_ids)) == (3, [10, 11, 12, 99])
 
 
 def test_feedback_out_of_step_is_refused():
     sequences, _ = _stage_with()
     with pytest.raises(RuntimeError, match="out of step"):
-        sequences.take_tokens(1, [99])
+        sequences.take_tokens(1, [99], 2.5)
 
 
 def test_a_released_request_is_forgotten():

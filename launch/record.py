@@ -1,0 +1,96 @@
+"""Where the records of a run go: a ring, for what looks at them while and when it ends, and the
+files of `--record DIR`.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeserve.configs import RunConfig
+from pipeserve.core.nouns import PipelinePlan
+from pipeserve.core.records import Record, Recorder, ignore
+from pipeserve.core.shape import ModelShape
+from pipeserve.core.view import Limits
+from pipeserve.errors import StageError
+from pipeserve.profiling.recording import Ring
+from pipeserve.profiling.recording_writer import RecordingWriter, check_recordable
+
+if TYPE_CHECKING:
+    from pipeserve.driver import Driver
+
+
+@dataclass(slots=True)
+class Records:
+    """Of one driver."""
+
+    ring: Ring
+    meta: dict[str, Any]
+    """What is run: `Recording.meta`."""
+    start_writing: Callable[[], None]
+    """From now on, records go into files too, where the user wants that. Called once."""
+
+
+@contextmanager
+def recorded(
+    open_driver: Callable[[Recorder], "Driver"], folder: Path | None, *, overwrite: bool = False
+) -> Iterator[tuple["Driver", Records]]:
+    """A driver from `open_driver`, closed at the end, and its records. Raises ConfigError, before
+    it is opened, when there can be no files in `folder`."""
+    if folder is not None:
+        check_recordable(folder, overwrite)
+    ring, to_files = Ring(), ignore
+
+    def record(entry: Record) -> None:
+        ring.record(entry)
+        to_files(entry)
+
+    with ExitStack() as files, open_driver(record) as driver:
+        meta = meta_of_driver(driver)
+
+        def start_writing() -> None:
+            nonlocal to_files
+            if folder is not None:
+                writer = files.enter_context(RecordingWriter(folder, meta, overwrite=overwrite))
+                to_files = writer.record
+
+        yield driver, Records(ring, meta, start_writing)
+        with suppress(StageError):  # after all that was asked for is done
+            driver.settle()
+
+
+def meta_of_driver(driver: "Driver") -> dict[str, Any]:
+    """What `run.json` says of a run on real stages."""
+    hosts = [stage.host for stage in driver.stages]
+    limits = driver.engine.limits
+    return run_meta("real", driver.config, driver.shape, driver.plan, limits, driver.dtype, hosts)
+
+
+def run_meta(
+    kind: str,
+    config: RunConfig,
+    shape: ModelShape,
+    plan: PipelinePlan,
+    limits: Limits,
+    dtype: str,
+    hosts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What `run.json` says; docs/timeline.md documents it. `kind`: "real", "simulated" or
+    "emulated"; `hosts`: of each real stage."""
+    return {
+        "kind": kind,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "policy": config.policy,
+        "device_profile": config.device_profile,
+        "dtype": dtype,
+        "hosts": list(hosts),
+        "config": asdict(config),
+        "shape": asdict(shape),
+        "plan": asdict(plan),
+        "limits": asdict(limits),
+    }

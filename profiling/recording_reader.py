@@ -1,5 +1,6 @@
 """Reads what `recording_writer.py` wrote: whatever is there of it, and notes on what is not."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -149,10 +150,10 @@ def _take_driver(recording: Recording, file: _File) -> int:
 
 def _decode_lines(body: bytes, decoder: "_Decoder") -> tuple[list[Any], int]:
     """What the lines say, and how many of them are damaged."""
-    try:
-        return decoder.decode_lines(body), 0
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        pass
+    has_blank = body.startswith(b"\n") or b"\n\n" in body  # which decode_lines would not mind
+    if not has_blank:
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            return decoder.decode_lines(body), 0
     found, num_bad = [], 0
     for line in body.split(b"\n"):
         try:

@@ -73,8 +73,9 @@ class Completed(NamedTuple):
 class Span(NamedTuple):
     """One microbatch on one stage. Times of that stage's machine.
 
-    What came while the stage computed is seen, and stamped, when it looks: at the end of the
-    microbatch before.
+    What came while the stage computed is seen when it looks, and stamped as at the end of that
+    microbatch: it was not waited for. So is what comes between that end and the look, which makes
+    it as much too early; who needs it causal takes the sender's `sent_s` where that is later.
     """
 
     stage: int

@@ -15,6 +15,7 @@ import numpy as np
 from pipeserve.profiling import html_data
 from pipeserve.profiling.causes import CAUSES
 from pipeserve.profiling.ledger import Ledger
+from pipeserve.profiling.notes import notes_of
 from pipeserve.profiling.recording import Recording
 from pipeserve.profiling.request_times import gaps_s, request_records
 from pipeserve.profiling.summary import RequestRecord, summarize
@@ -107,7 +108,7 @@ def head_of(recording: Recording, ledger: Ledger) -> dict[str, Any]:
         "faults": [
             [fault.stage, fault.at_s - ledger.start_s, fault.reason] for fault in recording.faults
         ],
-        "notes": recording.notes,
+        "notes": notes_of(recording, ledger),
     }
 
 

@@ -1,6 +1,7 @@
 """A headless Chromium over its DevTools pipe: no package, no port, no driver beside it."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -34,13 +35,17 @@ class Page:
 
     def __init__(self, width: int = 1400, height: int = 1000, dark: bool = False) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
-        there, self._out = os.pipe()
-        self._in, back = os.pipe()
-        # The browser reads commands from descriptor 3 and answers on 4.
-        command = f'exec {PATH} "$@" 3<&{there} 4>&{back}'
+        there, self._out = _high_pipe()
+        self._in, back = _high_pipe()
+
+        def connect() -> None:  # the browser reads commands from descriptor 3 and answers on 4
+            os.dup2(there, 3)
+            os.dup2(back, 4)
+
         self._process = subprocess.Popen(
-            ["sh", "-c", command, "sh", *_FLAGS, f"--user-data-dir={self._folder.name}"],
-            pass_fds=(there, back),
+            [PATH, *_FLAGS, f"--user-data-dir={self._folder.name}"],
+            pass_fds=(3, 4),
+            preexec_fn=connect,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -176,3 +181,12 @@ class Page:
         """A PNG of what is seen, or of the whole page."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))
+
+
+def _high_pipe() -> tuple[int, int]:
+    """Descriptors that are neither 3 nor 4."""
+    low = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low)
+    for end in low:
+        os.close(end)
+    return high

@@ -1,11 +1,15 @@
 """A run on made-up stages, recorded: what the tests of the report look at."""
 
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
 from random import Random
 
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.profiling.recording import Recording, recording_of
+from pipeserve.profiling.recording_writer import RecordingWriter
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
 from pipeserve.profiling.stage_times import StageTimes
 
@@ -71,11 +75,19 @@ def made_up_recording(
         at += rng.expovariate(rate)
     Simulation(pipeline, arrivals).run_until()
     meta = {
-        "run": "made-up",
         "kind": "simulated",
-        "model": "a made-up model",
         "policy": policy,
-        "limits": {"num_blocks": limits.num_blocks, "block_size": limits.block_size},
+        "config": {"model": "made-up"},
+        "plan": asdict(plan),
+        "limits": asdict(limits),
         "started": "2026-01-02T03:04:05+00:00",
     }
     return recording_of(records, num_stages, meta)
+
+
+def write(folder: Path, recording: Recording) -> None:
+    """As `--record` writes it."""
+    records = [*recording.arrived, *recording.planned, *recording.completed, *recording.ended]
+    with RecordingWriter(folder, recording.meta) as writer:
+        for record in [*records, *recording.faults, *recording.pings, *chain(*recording.spans)]:
+            writer.record(record)

@@ -110,7 +110,7 @@ class Row {
       return;
     }
     const last = lastAtMost(this.starts, at, this.count); // the block that began last
-    const group = Math.floor((last + 1) / GROUP);
+    const group = Math.floor(Math.max(last, 0) / GROUP);
     for (let c = 0, o = group * size; c < size; c++, o++) totals[c] = sums[o];
     for (let i = group * GROUP; i <= last; i++) {
       this.addGap(totals, i, Infinity);

@@ -14,7 +14,7 @@ function drawHeader({ head, stages, microbatches }) {
     if (head.summary.tbt_s) tiles.push(["between tokens p99", duration(head.summary.tbt_s.p99), `p50 ${duration(head.summary.tbt_s.p50)}`]);
   }
   document.getElementById("tiles").replaceChildren(...tiles.map(([name, value, more]) => element("div", {}, element("dt", {}, name), element("dd", {}, value, more ? element("small", {}, more) : null))));
-  const notes = [...head.notes, ...head.faults.map(([stage, at, reason]) => `stage ${stage} was lost at ${duration(at, 5)}: ${reason}`)];
+  const { notes } = head;
   document.getElementById("notes").hidden = !notes.length;
   document.querySelector("#notes ul").replaceChildren(...notes.map((note) => element("li", {}, note)));
 }
@@ -77,7 +77,7 @@ async function start() {
   };
   axis.onChange(() => {
     timeline.wanted();
-    document.getElementById("window").textContent = `${duration(Math.max(axis.from, 0) * head.tick_s, 5)} to ${duration(Math.min(axis.to, axis.stop) * head.tick_s, 5)}`;
+    document.getElementById("window").textContent = axis.text();
     if (causes.scope === "view") causes.draw();
   });
   const actions = { in: () => axis.zoom(0.5), out: () => axis.zoom(2), all: () => axis.glide(0, axis.stop) };

@@ -30,6 +30,13 @@ class TimeAxis {
     this.listeners.forEach((listener) => listener());
   }
 
+  // Which part is seen, as exactly as its length asks for.
+  text() {
+    const from = Math.max(this.from, 0) * this.tick_s, to = Math.min(this.to, this.stop) * this.tick_s;
+    const decimals = Math.min(Math.max(2 - Math.floor(Math.log10(to - from)), 0), 6);
+    return `${from.toFixed(decimals)} s to ${to.toFixed(decimals)} s, ${duration(to - from)} in all`;
+  }
+
   showAll() { this.show(0, this.stop); }
   pan(pixels) {
     const ticks = (pixels / this.width) * this.span;

@@ -44,6 +44,7 @@ class Timeline {
     this.tracks.forEach((track) => { drawFrame(this, track); track.draw(this, track); });
     if (this.selected !== null) drawFollowed(this, this.selected, true);
     else if (this.hovered?.place !== undefined) drawFollowed(this, this.hovered.place, false);
+    this.drawFaults();
     this.drawCrosshair();
     this.wholeRun.draw();
   }
@@ -191,6 +192,20 @@ class Timeline {
     if (pen.measureText(name).width + 10 > room) return;
     pen.fillStyle = inkOn(theme.stage[NUM_KINDS + largest.cause]);
     pen.fillText(name, from + 5, largest.y + largest.part / 2);
+  }
+
+  drawFaults() {
+    const { pen, axis, theme, rows } = this, last = rows.at(-1);
+    for (const [stage, seconds] of this.report.head.faults) {
+      const x = axis.x(seconds / axis.tick_s), text = `stage ${stage} lost`;
+      if (x < axis.left || x > axis.left + axis.width) continue;
+      pen.fillStyle = CAUSE_COLOURS.fault[darkMode.matches ? 1 : 0];
+      pen.fillRect(x - 1, AXIS - 4, 2, last.top + last.height - AXIS + 4);
+      const width = pen.measureText(text).width + 10, left = Math.min(x + 1, axis.left + axis.width - width);
+      pen.fillRect(left, rows[0].top, width, 17);
+      pen.fillStyle = "#ffffff";
+      pen.fillText(text, left + 5, rows[0].top + 9);
+    }
   }
 
   drawCrosshair() {

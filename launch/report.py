@@ -1,0 +1,106 @@
+"""`pipeserve report`: a recorded run in the terminal, as a page and as a Perfetto trace; or two
+runs, cause by cause.
+
+`docs/timeline.md` says how to read it and documents the keys of `--json`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeserve.errors import ConfigError
+from pipeserve.launch.jsonl import check_writable
+from pipeserve.launch.report_numbers import compare, report_of
+from pipeserve.launch.report_tables import print_comparison, print_report
+from pipeserve.profiling.html_report import write_report
+from pipeserve.profiling.ledger import Ledger, explain
+from pipeserve.profiling.perfetto import write_perfetto
+from pipeserve.profiling.recording import Recording
+from pipeserve.profiling.recording_reader import read_recording
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A recording in a folder, and its ledger; None where nothing was computed."""
+
+    folder: Path
+    recording: Recording
+    ledger: Ledger | None
+
+
+def report(
+    folders: Sequence[Path],
+    html_file: Path | None = None,
+    json_file: Path | None = None,
+    perfetto_file: Path | None = None,
+    advise: bool = False,
+) -> int:
+    """One folder: prints the run, and writes report.html and trace.json, by default beside the
+    recording. Two: compares them. Returns the exit code.
+
+    Raises ConfigError: no recording there, files that cannot be written, more than two folders.
+    """
+    if not 1 <= len(folders) <= 2:
+        raise ConfigError(f"{len(folders)} folders; give one to report on, or two to compare")
+    if len(folders) == 2 and (html_file or perfetto_file or advise):
+        raise ConfigError("--html, --perfetto and --advise are of one run; give one folder")
+    if json_file is not None:
+        check_writable(json_file)
+    runs = [read_run(folder) for folder in folders]
+    console = Console()
+    if len(runs) == 2:
+        found = compare(*map(_numbers, runs))
+        print_comparison(found, console)
+    else:
+        [run] = runs
+        found = _numbers(run)
+        print_report(found, console)
+        _write_pictures(run, html_file, perfetto_file, console)
+        if advise:
+            found["advice"] = _advise(run, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def read_run(folder: Path) -> Run:
+    """Raises ConfigError where nothing of a recording is there."""
+    recording = read_recording(folder)
+    ledger = explain(recording) if any(recording.spans) else None
+    return Run(folder, recording, ledger)
+
+
+def _numbers(run: Run) -> dict[str, Any]:
+    return report_of(run.folder.name, run.recording, run.ledger)
+
+
+def _write_pictures(
+    run: Run, html_file: Path | None, perfetto_file: Path | None, console: Console
+) -> None:
+    """Beside the recording, unless other files are named."""
+    if run.ledger is None or run.ledger.seconds <= 0:
+        console.print("no page and no trace: nothing was computed")
+        return
+    html_file = html_file or run.folder / "report.html"
+    perfetto_file = perfetto_file or run.folder / "trace.json"
+    for file in (html_file, perfetto_file):
+        check_writable(file)
+    write_report(html_file, run.recording, run.ledger)
+    write_perfetto(perfetto_file, run.recording, run.ledger)
+    console.print(f"page:  {html_file}", soft_wrap=True, highlight=False)
+    console.print(f"trace: {perfetto_file} (ui.perfetto.dev)", soft_wrap=True, highlight=False)
+
+
+def _advise(run: Run, console: Console) -> dict[str, Any] | None:
+    from pipeserve.launch.advice import advice_report, print_advice
+    from pipeserve.profiling.advice import advise
+
+    if run.ledger is None:
+        return None
+    advice = advise(run.recording)
+    print_advice(advice, console)
+    return advice_report(advice)

@@ -11,6 +11,7 @@ from rich.console import Console
 from pipeserve.core.nouns import Chunk
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Planned
 from pipeserve.errors import ConfigError
+from pipeserve.launch.cli import main
 from pipeserve.launch.report import report
 from pipeserve.launch.report_numbers import compare, report_of
 from pipeserve.launch.report_tables import print_report
@@ -159,6 +160,14 @@ def test_page_and_trace_go_where_they_are_told(folder, tmp_path):
 def test_a_report_file_that_cannot_be_written_is_named(folder, tmp_path):
     with pytest.raises(ConfigError, match="nowhere"):
         report([folder], html_file=tmp_path / "nowhere" / "a.html")
+
+
+def test_the_command_line_takes_it(folder, tmp_path, capsys):
+    assert main(["report", str(folder), "--html", str(tmp_path / "a.html")]) == 0
+    assert (tmp_path / "a.html").exists() and (folder / "trace.json").exists()
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["report"]) == 2
 
 
 # ---- two runs -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ Head, links, messages and planning are what they took where somebody waited for 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from operator import mul
 
 import numpy as np
@@ -185,8 +186,9 @@ def fit(recording: Recording, num_layers: Sequence[int]) -> Fitted:
     heads = np.array([row[-1].end_s - row[-1].head_s for row in spans])
     logits = np.array([work.num_logits for work in used], dtype=float)
     scales = np.array(num_layers, dtype=float)
-    factors = _fit_factors(seconds, scales)
-    of_layer = seconds[:, scales > 0] / (factors * scales)[scales > 0]
+    undisturbed = np.array([[_undisturbed_s(span) for span in row] for row in spans])
+    factors = _fit_factors(undisturbed, scales)
+    of_layer = undisturbed[:, scales > 0] / (factors * scales)[scales > 0]
     theta = _fit_layer(used, np.median(of_layer, axis=1))
     head = _fit_head(logits, heads)
     counts = np.array([counts_of(work) for work in used])
@@ -226,6 +228,12 @@ def nearest(ratios: dict[tuple[int, bool], np.ndarray], size: tuple[int, bool]) 
 
 def _layers_s(span: Span) -> float:
     return max(span.head_s - span.start_s, 1e-9)
+
+
+def _undisturbed_s(span: Span) -> float:
+    """Without the time that others had the stage's core, which is no slow device but jitter."""
+    robbed_s = 0.0 if isnan(span.cpu_s) else span.end_s - span.start_s - span.cpu_s
+    return max(_layers_s(span) - max(robbed_s, 0.0), 1e-9)
 
 
 def _fit_factors(seconds: np.ndarray, num_layers: np.ndarray) -> np.ndarray:

@@ -169,6 +169,19 @@ def test_what_a_stage_does_between_microbatches_counts_as_idle_and_takes_its_tim
     assert became.idle == pytest.approx(was.idle, abs=0.02)
 
 
+def test_a_stage_whose_core_was_taken_is_no_slow_device():
+    recording = recorded(EVEN, requests(40), jitter=0.0)
+    spans = [s._replace(cpu_s=s.end_s - s.start_s) for s in recording.spans[1]]
+    recording.spans[1] = [
+        s._replace(head_s=s.head_s + 0.8 * s.cpu_s, end_s=s.end_s + 0.8 * s.cpu_s) for s in spans
+    ]
+    fitted = fit(recording, EVEN)
+    assert fitted.factors == pytest.approx([1] * 4, rel=0.05)
+    plan = recording.planned[0]
+    seconds = RecordedTimes(fitted, EVEN).compute_s(Microbatch(plan.index, plan.chunks))
+    assert seconds[1] == pytest.approx(1.8 * seconds[0], rel=0.05)
+
+
 def test_a_microbatch_draws_jitter_of_its_size_and_the_same_in_every_replay():
     recording = recorded(EVEN, requests(60), jitter=0.2)
     fitted = fit(recording, EVEN)

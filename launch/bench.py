@@ -15,10 +15,9 @@ from rich.console import Console
 
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.errors import ConfigError
-from pipeserve.launch.record import Records
+from pipeserve.launch.record import Records, ring_notes, stage_shares
 from pipeserve.launch.tables import memory_table, run_table, stage_table
 from pipeserve.launch.workload import Workload
-from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Recording, recording_of
 from pipeserve.profiling.summary import (
     RequestRecord,
@@ -48,6 +47,7 @@ class Run:
     summary: Summary
     cpu: list[float]
     recording: Recording
+    notes: list[str]
 
 
 # ---- running ----------------------------------------------------------------------------------
@@ -152,6 +152,7 @@ def _run(
         summary=summarize(served),
         cpu=cpu_shares(ring.spans(), num_stages, start_s, stop_s),
         recording=recording_of(ring, num_stages, records.meta),
+        notes=ring_notes(ring),
     )
 
 
@@ -161,11 +162,9 @@ def _run(
 def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, Any]:
     by_duration = sorted(runs, key=lambda run: run.summary.seconds)
     median = by_duration[(len(runs) - 1) // 2]
-    ledger = explain(median.recording)
     stages = [
         {
-            "busy": ledger.busy_s[info.stage] / ledger.seconds,
-            "idle_by_cause": ledger.idle_shares(info.stage),
+            **shares,
             "cpu": cpu,
             "layers": info.num_layers,
             "weight_bytes": info.weight_bytes,
@@ -173,7 +172,9 @@ def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, 
             "baseline_bytes": info.baseline_bytes,
             "peak_bytes": info.peak_bytes,
         }
-        for info, cpu in zip(driver.stages, median.cpu, strict=True)
+        for info, shares, cpu in zip(
+            driver.stages, stage_shares(median.recording), median.cpu, strict=True
+        )
     ]
     return {
         **asdict(median.summary),
@@ -181,6 +182,7 @@ def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, 
         "policy": driver.config.policy,
         "workload": workload.name,
         "run_seconds": [run.summary.seconds for run in runs],
+        "notes": median.notes,
         "config": asdict(driver.config),
     }
 
@@ -190,3 +192,5 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(run_table(report))
     console.print(stage_table(report["stages"]))
     console.print(memory_table(report["stages"]))
+    for note in report["notes"]:
+        console.print(f"note: {note}")

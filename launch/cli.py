@@ -321,6 +321,7 @@ def simulate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers here, too.")
     ] = None,
+    record: RecordTo = None,
     config: Recipe = None,
     **flags: Any,
 ) -> int:
@@ -329,6 +330,7 @@ def simulate(
     from pipeserve.launch.jsonl import check_writable
     from pipeserve.launch.wanted import Wanted, read_nodes, read_pools, read_slo
     from pipeserve.launch.workload import read_workload
+    from pipeserve.profiling.recording_writer import check_recordable
     from pipeserve.shapes import find_shape
 
     run_config = _run_config(model, config, flags)
@@ -344,11 +346,16 @@ def simulate(
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
     if json_file is not None:
         check_writable(json_file)
+    if record is not None:
+        if find_capacity or wanted.pools or wanted.nodes:
+            raise ConfigError("--record records one run of one pipeline, and not a search or pools")
+        check_recordable(record)
     shape = find_shape(run_config.model, run_config.dtype)
-    verb = disaggregate if wanted.pools or wanted.nodes else simulate
-    if verb is disaggregate:
+    if wanted.pools or wanted.nodes:
         disaggregate.check_flags(given(RunConfig, flags))
-    report = verb.run(run_config, shape, work, wanted)
+        report = disaggregate.run(run_config, shape, work, wanted)
+    else:
+        report = simulate.run(run_config, shape, work, wanted, record)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from pipeserve.core.records import Record, Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.core.view import Limits
 from pipeserve.errors import StageError
-from pipeserve.profiling.recording import Ring
+from pipeserve.profiling.ledger import explain
+from pipeserve.profiling.recording import Recording, Ring
 from pipeserve.profiling.recording_writer import RecordingWriter, check_recordable
 
 if TYPE_CHECKING:
@@ -35,6 +37,24 @@ class Records:
     """From now on, records go into files too, where the user wants that. Called once."""
 
 
+def stage_shares(recording: Recording) -> list[dict[str, Any]]:
+    """Of each stage `busy` and `idle_by_cause`, which sum to 1: shares of the time from the first
+    arrival to the last token (from when every stage had begun, where the beginning was not kept).
+    """
+    ledger = explain(recording)
+    return [
+        {"busy": busy_s / ledger.seconds, "idle_by_cause": ledger.idle_shares(stage)}
+        for stage, busy_s in enumerate(ledger.busy_s)
+    ]
+
+
+def ring_notes(ring: Ring) -> list[str]:
+    """What a reader of shares of the ring's records has to know."""
+    if ring.whole_from_s == -inf:
+        return []
+    return ["busy and idle_by_cause are of the run's end alone: it was too long to keep it whole"]
+
+
 @contextmanager
 def recorded(
     open_driver: Callable[[Recorder], "Driver"], folder: Path | None, *, overwrite: bool = False
@@ -44,11 +64,7 @@ def recorded(
     if folder is not None:
         check_recordable(folder, overwrite)
     ring, to_files = Ring(), ignore
-
-    def record(entry: Record) -> None:
-        ring.record(entry)
-        to_files(entry)
-
+    record = both(ring.record, lambda entry: to_files(entry))
     with ExitStack() as files, open_driver(record) as driver:
         meta = meta_of_driver(driver)
 
@@ -61,6 +77,16 @@ def recorded(
         yield driver, Records(ring, meta, start_writing)
         with suppress(StageError):  # after all that was asked for is done
             driver.settle()
+
+
+def both(first: Recorder, second: Recorder) -> Recorder:
+    """Tells both."""
+
+    def record(entry: Record) -> None:
+        first(entry)
+        second(entry)
+
+    return record
 
 
 def meta_of_driver(driver: "Driver") -> dict[str, Any]:

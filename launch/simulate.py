@@ -4,7 +4,9 @@
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,23 +22,26 @@ from pipeserve.core.memory import kv_blocks_beside_weights
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.core.partition import plan_pipeline
 from pipeserve.core.policies import get_policy
+from pipeserve.core.records import Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.errors import ConfigError
+from pipeserve.launch.record import both, ring_notes, run_meta, stage_shares
 from pipeserve.launch.tables import attainment_line, run_table, stage_table
 from pipeserve.launch.wanted import Wanted
 from pipeserve.launch.workload import Workload
 from pipeserve.profiling.capacity import (
     MAX_MEDIAN_DELAY_S,
     Trial,
-    busy_in,
     ceiling_rate,
     find_capacity,
     run_trial,
 )
 from pipeserve.profiling.goodput import Slo, attainment
+from pipeserve.profiling.recording import Ring, recording_of
+from pipeserve.profiling.recording_writer import RecordingWriter
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, in_order
 from pipeserve.profiling.stage_times import ProfiledTimes
-from pipeserve.profiling.summary import percentiles, summarize, window
+from pipeserve.profiling.summary import percentiles, summarize
 from pipeserve.profiling.workloads import check_fits
 from pipeserve.stages.config import DTYPE_BYTES
 
@@ -66,8 +71,14 @@ class Setup:
             cost = PipelineCost(self.profile, self.shape, self.plan, size)
         return Engine(self.plan, policy, self.limits, cost)
 
-    def make_pipeline(self) -> SimulatedPipeline:
-        return SimulatedPipeline(self.make_engine(), self.times)
+    def make_pipeline(self, record: Recorder = ignore) -> SimulatedPipeline:
+        return SimulatedPipeline(self.make_engine(), self.times, record)
+
+    def meta(self) -> dict[str, Any]:
+        """What a recording says of the run."""
+        tables = self.profile.tables
+        dtype = self.config.dtype if tables is None else tables.dtype
+        return run_meta("simulated", self.config, self.shape, self.plan, self.limits, dtype)
 
 
 def make_setup(config: RunConfig, shape: ModelShape | None = None) -> Setup:
@@ -150,15 +161,21 @@ def notes(setup: Setup) -> list[str]:
     return []
 
 
-def run(config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted) -> dict[str, Any]:
-    """Answers, prints, and returns the object that `--json` writes. Raises ConfigError and
-    CapacityError."""
+def run(
+    config: RunConfig,
+    shape: ModelShape,
+    workload: Workload,
+    wanted: Wanted,
+    record: Path | None = None,
+) -> dict[str, Any]:
+    """Answers, prints, and returns the object that `--json` writes; a run of the workload is
+    recorded in the folder `record`. Raises ConfigError and CapacityError."""
     setup, console = make_setup(config, shape), Console()
     if wanted.find_capacity:
         report = search_capacity(setup, workload, wanted.slo_tbt_s)
         print_capacity(report, console)
     else:
-        report = simulate(setup, workload, wanted.slo)
+        report = simulate(setup, workload, wanted.slo, record)
         print_report(report, console)
     return report
 
@@ -166,26 +183,36 @@ def run(config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted
 # ---- a run of a workload ------------------------------------------------------------------------
 
 
-def simulate(setup: Setup, workload: Workload, slo: Slo | None = None) -> dict[str, Any]:
-    """Serves the workload to its end, and counts what was within `slo`.
+def simulate(
+    setup: Setup, workload: Workload, slo: Slo | None = None, record: Path | None = None
+) -> dict[str, Any]:
+    """Serves the workload to its end, counts what was within `slo`, and records it in the folder
+    `record`.
 
     Returns the object that `--json` writes (docs/simulate.md).
     Raises ConfigError for a request over the context, CapacityError for one over the KV pool.
     """
     arrivals = _arrivals(setup, workload)
-    pipeline = setup.make_pipeline()
-    simulation = Simulation(pipeline, arrivals)
-    simulation.run_until()
+    ring, meta = Ring(), setup.meta()
+    with ExitStack() as stack:
+        tell = ring.record
+        if record is not None:
+            writer = stack.enter_context(RecordingWriter(record, meta))
+            tell = both(ring.record, writer.record)
+        pipeline = setup.make_pipeline(tell)
+        simulation = Simulation(pipeline, arrivals)
+        simulation.run_until()
     records = [served.record() for served in simulation.served]
     delays = [served.started_s - served.arrival_s for served in simulation.served]
-    busy = busy_in(pipeline, *window(records))
+    stages = stage_shares(recording_of(ring, len(setup.plan.stages), meta))
     return {
         **asdict(summarize(records)),
         "queueing_s": asdict(percentiles(delays)),
         "preemptions": pipeline.engine.stats.preemptions,
         "microbatches": len(pipeline.flights),
         **({"attainment": attainment(simulation.served, slo)._asdict()} if slo else {}),
-        **_common(setup, workload, busy),
+        **_common(setup, workload, stages),
+        "notes": [*notes(setup), *ring_notes(ring)],
     }
 
 
@@ -200,16 +227,12 @@ def _checked_lengths(setup: Setup, workload: Workload) -> list[tuple[int, int]]:
     return lengths
 
 
-def _common(setup: Setup, workload: Workload, busy: Sequence[float]) -> dict[str, Any]:
-    """What every report ends with."""
+def _common(setup: Setup, workload: Workload, stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What every report ends with. `stages`: `busy` and `idle_by_cause` of each."""
     return {
         "stages": [
-            {
-                "busy": share,
-                "idle_by_cause": {"unattributed": 1 - share},
-                "layers": stage.num_layers,
-            }
-            for stage, share in zip(setup.plan.stages, busy, strict=True)
+            {**shares, "layers": stage.num_layers}
+            for stage, shares in zip(setup.plan.stages, stages, strict=True)
         ],
         "policy": setup.config.policy,
         "workload": workload.name,
@@ -243,13 +266,19 @@ def search_capacity(setup: Setup, workload: Workload, slo_tbt_s: float) -> dict[
     lone = trial(ceiling * _LONE_SHARE, _LONE_REQUESTS)
     capacity = find_capacity(trial, slo_tbt_s, ceiling, lone)
     best = capacity.best(slo_tbt_s)
+    busy = best.busy if best else lone.busy
     return {
         "capacity_rps": capacity.rate,
         "ceiling_rps": capacity.ceiling,
         "slo_tbt_s": slo_tbt_s,
         "trials": [asdict(trial) for trial in capacity.trials],
-        **_common(setup, workload, best.busy if best else lone.busy),
+        **_common(setup, workload, [_unattributed(share) for share in busy]),
     }
+
+
+def _unattributed(busy: float) -> dict[str, Any]:
+    """Of a stage in a trial, which is not recorded: there are many, and they are long."""
+    return {"busy": busy, "idle_by_cause": {"unattributed": 1 - busy}}
 
 
 # ---- printing -----------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, SamplingPar
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Span
 from pipeserve.errors import ConfigError
 from pipeserve.journal import Journal
-from pipeserve.launch import cli
+from pipeserve.launch import cli, simulate
+from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Ring, recording_of
 from pipeserve.profiling.recording_reader import read_recording
 from pipeserve.profiling.recording_writer import RecordingWriter, check_recordable
@@ -449,6 +450,40 @@ def test_generate_records_and_does_not_overwrite_unasked(driver, tmp_path, capsy
     assert line.startswith(f"error: --record {folder} holds a recording already")
     assert cli.main([*command, "--overwrite"]) == 0
     assert read_recording(folder).meta["run"] != first.meta["run"]
+
+
+SIMULATE = ["simulate", "llama2-7b", "--device-profile", "a100-80gb-dgx", "-pp", "2",
+            "--max-model-len", "2048"]  # fmt: skip
+
+
+def test_a_simulation_records_the_same(tmp_path):
+    folder, json_file = tmp_path / "run", tmp_path / "run.json"
+    command = [*SIMULATE, "--workload", "azure-conv", "--num-prompts", "5", "--scale", "4"]
+    assert cli.main([*command, "--record", str(folder), "--json", str(json_file)]) == 0
+    recording, report = read_recording(folder), json.loads(json_file.read_text())
+    assert recording.notes == [] and recording.meta["kind"] == "simulated"
+    assert len(recording.ended) == 5 and len(recording.planned) == report["microbatches"]
+    ledger = explain(recording)
+    for stage, told in enumerate(report["stages"]):
+        assert told["busy"] == pytest.approx(ledger.busy_s[stage] / ledger.seconds)
+        assert told["idle_by_cause"] == pytest.approx(ledger.idle_shares(stage))
+    assert cli.main([*command, "--record", str(folder)]) == 2
+    searches = (["--find-capacity", "--slo-tbt", "0.2"], ["--prefill-pool", "1x1"])
+    searches[1].extend(["--decode-pool", "1x1", "--slo-ttft", "1", "--slo-tpot", "1"])
+    for search in searches:
+        assert cli.main([*command, *search, "--record", str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_too_long_to_be_kept_is_reported_from_its_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(simulate, "Ring", lambda: Ring(size=300))
+    json_file = tmp_path / "run.json"
+    command = [*SIMULATE, "--workload", "azure-conv", "--num-prompts", "9", "--scale", "4"]
+    assert cli.main([*command, "--json", str(json_file)]) == 0
+    report = json.loads(json_file.read_text())
+    assert any("the run's end alone" in note for note in report["notes"])
+    for stage in report["stages"]:
+        assert stage["busy"] + sum(stage["idle_by_cause"].values()) == pytest.approx(1)
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_stages_start(

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count
+from itertools import chain, count
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch.record import Records, ring_notes, stage_shares
 from pipeserve.launch.tables import memory_table, run_table, stage_table
 from pipeserve.launch.workload import Workload
-from pipeserve.profiling.recording import Recording, recording_of
+from pipeserve.profiling.recording import Recording
 from pipeserve.profiling.summary import (
     RequestRecord,
     Summary,
@@ -142,16 +142,17 @@ def _run(
     salt: str,
     ids: Iterator[RequestId],
 ) -> Run:
-    ring, num_stages = records.ring, len(driver.stages)
+    ring = records.ring
     ring.clear()
     served = replay(driver, items, salt, ids)
     driver.settle()
     start_s, stop_s = window(served)
-    start_s = max(start_s, ring.whole_from_s)
+    recording = records.recording()
+    spans = chain.from_iterable(recording.spans)
     return Run(
         summary=summarize(served),
-        cpu=cpu_shares(ring.spans(), num_stages, start_s, stop_s),
-        recording=recording_of(ring, num_stages, records.meta),
+        cpu=cpu_shares(spans, len(driver.stages), max(start_s, ring.whole_from_s), stop_s),
+        recording=recording,
         notes=ring_notes(ring),
     )
 

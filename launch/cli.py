@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -186,8 +187,9 @@ def _generate(start: Start, lines: Sequence[Any], write: Callable[[dict[str, Any
 
         def busy(start_s: float, stop_s: float) -> list[float]:
             driver.settle()
+            spans = list(chain.from_iterable(records.recording().spans))
             start_s = max(start_s, records.ring.whole_from_s)
-            return busy_shares(records.ring.spans(), len(driver.stages), start_s, stop_s)
+            return busy_shares(spans, len(driver.stages), start_s, stop_s)
 
         records.start_writing()
         return write_results(LLM.on(driver), lines, write, busy)

@@ -18,8 +18,9 @@ from pipeserve.core.records import Record, Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.core.view import Limits
 from pipeserve.errors import StageError
+from pipeserve.profiling.clocks import align
 from pipeserve.profiling.ledger import explain
-from pipeserve.profiling.recording import Recording, Ring
+from pipeserve.profiling.recording import Recording, Ring, recording_of
 from pipeserve.profiling.recording_writer import RecordingWriter, check_recordable
 
 if TYPE_CHECKING:
@@ -33,8 +34,13 @@ class Records:
     ring: Ring
     meta: dict[str, Any]
     """What is run: `Recording.meta`."""
+    num_stages: int
     start_writing: Callable[[], None]
     """From now on, records go into files too, where the user wants that. Called once."""
+
+    def recording(self) -> Recording:
+        """What the ring holds, on the driver's clock."""
+        return align(recording_of(self.ring, self.num_stages, self.meta)).recording
 
 
 def stage_shares(recording: Recording) -> list[dict[str, Any]]:
@@ -74,7 +80,7 @@ def recorded(
                 writer = files.enter_context(RecordingWriter(folder, meta, overwrite=overwrite))
                 to_files = writer.record
 
-        yield driver, Records(ring, meta, start_writing)
+        yield driver, Records(ring, meta, len(driver.stages), start_writing)
         with suppress(StageError):  # after all that was asked for is done
             driver.settle()
 

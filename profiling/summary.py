@@ -1,7 +1,7 @@
 """A run in numbers: throughput, waiting times, busy shares. Pure functions of what was recorded."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeserve.core.records import Span
@@ -98,7 +98,7 @@ def busy_shares(
 
 
 def cpu_shares(
-    spans: Sequence[Span], num_stages: int, start_s: float, stop_s: float
+    spans: Iterable[Span], num_stages: int, start_s: float, stop_s: float
 ) -> list[float]:
     """As `busy_shares`, of the thread CPU time; well below it where others took the stage's core.
 

@@ -16,16 +16,21 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch.jsonl import check_writable
 from pipeserve.launch.report_numbers import compare, report_of
 from pipeserve.launch.report_tables import print_comparison, print_report
+from pipeserve.profiling.clocks import align
 from pipeserve.profiling.html_report import write_report
 from pipeserve.profiling.ledger import Ledger, explain
 from pipeserve.profiling.perfetto import write_perfetto
 from pipeserve.profiling.recording import Recording
 from pipeserve.profiling.recording_reader import read_recording
 
+MOST_TRACED = 200_000
+"""Spans. A trace of more is not written unless it is asked for."""
+_TRACE_BYTES = 500  # for each span, with its idle time and arrows
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A recording in a folder, and its ledger; None where nothing was computed."""
+    """A recording in a folder, on the driver's clock; no ledger where nothing was computed."""
 
     folder: Path
     recording: Recording
@@ -69,7 +74,7 @@ def report(
 
 def read_run(folder: Path) -> Run:
     """Raises ConfigError where nothing of a recording is there."""
-    recording = read_recording(folder)
+    recording = align(read_recording(folder)).recording
     ledger = explain(recording) if any(recording.spans) else None
     return Run(folder, recording, ledger)
 
@@ -86,12 +91,19 @@ def _write_pictures(
         console.print("no page and no trace: nothing was computed")
         return
     html_file = html_file or run.folder / "report.html"
-    perfetto_file = perfetto_file or run.folder / "trace.json"
-    for file in (html_file, perfetto_file):
-        check_writable(file)
+    check_writable(html_file)
+    num_spans = sum(map(len, run.recording.spans))
+    if perfetto_file is None and num_spans <= MOST_TRACED:
+        perfetto_file = run.folder / "trace.json"
+    if perfetto_file is not None:
+        check_writable(perfetto_file)
     write_report(html_file, run.recording, run.ledger)
-    write_perfetto(perfetto_file, run.recording, run.ledger)
     console.print(f"page:  {html_file}", soft_wrap=True, highlight=False)
+    if perfetto_file is None:
+        size = num_spans * _TRACE_BYTES >> 20
+        console.print(f"trace: would have {size:,} MiB; --perfetto FILE writes it", soft_wrap=True)
+        return
+    write_perfetto(perfetto_file, run.recording, run.ledger)
     console.print(f"trace: {perfetto_file} (ui.perfetto.dev)", soft_wrap=True, highlight=False)
 
 

@@ -5,14 +5,14 @@ gap and a duration for each block of a row. The page adds them up again, so noth
 """
 
 import base64
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-from pipeserve.core.records import Planned, Span
+from pipeserve.core.records import Completed, Planned, Span
 from pipeserve.profiling.causes import CAUSES
 from pipeserve.profiling.critical_path import Idle
 from pipeserve.profiling.ledger import Ledger
@@ -183,73 +183,81 @@ def add_queues(columns: Columns, recording: Recording, num_blocks: int, clock: C
 
 def details(recording: Recording, clock: Clock, all_: np.ndarray) -> Iterator[str]:
     """What the page shows of a single microbatch, `BLOCK` of them a line; read when wanted."""
-    planned = {plan.index: plan for plan in recording.planned}
+    plans = {plan.index: plan for plan in recording.planned}
     completed = {done.index: done for done in recording.completed}
-    spans = [{span.index: span for span in of_stage} for of_stage in recording.spans]
-
-    def tick(seconds: float) -> int | None:
-        ticks = (seconds - clock.start_s) / clock.tick_s
-        return round(ticks) if abs(ticks) < _MAX_TICKS else None  # neither inf nor NaN
-
-    def length(seconds: float) -> int | None:
-        return round(seconds / clock.tick_s) if abs(seconds) < 1e9 else None
-
-    def plan_row(index: int) -> list[Any] | None:
-        if (plan := planned.get(index)) is None:
-            return None
-        done = completed.get(index)
-        return [
-            plan.waited_for,
-            plan.after,
-            tick(plan.woken_s),
-            tick(plan.start_s),
-            tick(plan.sent_s),
-            plan.num_free_blocks,
-            [length(seconds) for seconds in plan.predicted_s],
-            done and [tick(done.waiting_s), tick(done.received_s), tick(done.done_s)],
-        ]
-
-    def span_row(span: Span | None) -> list[Any] | None:
-        """Relative to the start, so that numbers are short."""
-        if span is None:
-            return None
-        start_s, end_s = span.start_s, span.end_s
-        times = (start_s - span.plan_s, start_s - span.input_s, end_s - span.head_s)
-        times += (span.sent_s - end_s, span.cpu_s)
-        return [length(end_s - start_s), *map(length, times), span.num_bytes]
-
+    stages = [_StageDetails(spans, clock, all_) for spans in recording.spans]
     for first in range(0, len(all_), BLOCK):
         indices = all_[first : first + BLOCK].tolist()
+        of_block = [plans.get(index) for index in indices]
         block = {
-            "plans": [plan_row(index) for index in indices],
-            "spans": [[span_row(stage.get(index)) for index in indices] for stage in spans],
-            "chunks": chunk_columns([planned.get(index) for index in indices]),
+            "plans": [
+                plan and _plan_row(plan, completed.get(plan.index), clock) for plan in of_block
+            ],
+            "spans": [stage.columns(first, first + len(indices)) for stage in stages],
+            "chunks": chunk_columns(of_block),
         }
-        yield pack(json.dumps(block, separators=(",", ":")).encode())
+        yield pack(msgspec.json.encode(block))
+
+
+def _plan_row(plan: Planned, done: Completed | None, clock: Clock) -> list[Any]:
+    moments = clock.ticks([plan.woken_s, plan.start_s, plan.sent_s]).tolist()
+    predicted = [round(seconds / clock.tick_s) for seconds in plan.predicted_s]
+    taken_up = done and clock.ticks([done.waiting_s, done.received_s, done.done_s]).tolist()
+    return [plan.waited_for, plan.after, *moments, plan.num_free_blocks, predicted, taken_up]
+
+
+class _StageDetails:
+    """What a stage's spans tell beside start and end, by place; times relative to these, so that
+    numbers are short."""
+
+    def __init__(self, spans: list[Span], clock: Clock, all_: np.ndarray) -> None:
+        times = np.array([span[3:11] for span in spans], float).reshape(-1, 8).T
+        plan, input_, start, head, end, sent, cpu, _ = times
+        lengths = {
+            "length": end - start,
+            "plan": start - plan,
+            "input": start - input_,
+            "head": end - head,
+            "sent": sent - end,
+            "cpu": cpu,
+        }
+        ticks = {name: values / clock.tick_s for name, values in lengths.items()}
+        ticks["bytes"] = np.array([span.num_bytes for span in spans], float)
+        places = np.searchsorted(all_, [span.index for span in spans])
+        self._columns = {name: np.full(len(all_), np.nan) for name in ticks}
+        for name, values in ticks.items():
+            self._columns[name][places] = np.rint(values)
+
+    def columns(self, first: int, stop: int) -> dict[str, list[int | None]]:
+        """None where there is no span, and for what a span does not know."""
+        return {name: _whole(values[first:stop]) for name, values in self._columns.items()}
+
+
+def _whole(values: np.ndarray) -> list[int | None]:
+    known = np.isfinite(values)
+    numbers = np.where(known, values, 0.0).astype(np.int64).tolist()
+    if known.all():
+        return numbers
+    return [number if is_known else None for number, is_known in zip(numbers, known, strict=True)]
 
 
 def chunk_columns(plans: Iterable[Planned | None]) -> dict[str, list[int]]:
     """Requests (the difference to the chunk before), lengths, and starts (the difference to where
     the request's chunk before stopped, 0 for the first): in a run of decodes, nearly all are equal.
     """
-    counts, requests, lengths, starts, samples = [], [], [], [], []
-    stops: dict[int, int] = {}
-    before = 0
-    for plan in plans:
-        chunks = plan.chunks if plan is not None else ()
-        counts.append(len(chunks))
-        for chunk in chunks:
-            request, start, stop = chunk[:3]
-            requests.append(request - before)
-            before = request
-            lengths.append(stop - start)
-            starts.append(start - stops.get(request, 0))
-            stops[request] = stop
-            samples.append(int(chunk.num_logits > chunk.num_scored))
+    chunks_of = [plan.chunks if plan is not None else () for plan in plans]
+    chunks = [chunk for chunks in chunks_of for chunk in chunks]
+    requests = np.array([chunk[0] for chunk in chunks], np.int64)
+    starts = np.array([chunk[1] for chunk in chunks], np.int64)
+    stops = np.array([chunk[2] for chunk in chunks], np.int64)
+    order = np.argsort(requests, kind="stable")
+    follows = requests[order][1:] == requests[order][:-1]
+    expected = np.zeros_like(starts)
+    expected[order[1:]] = np.where(follows, stops[order][:-1], 0)
     return {
-        "counts": counts,
-        "requests": requests,
-        "lengths": lengths,
-        "starts": starts,
-        "samples": samples,
+        "counts": [len(chunks) for chunks in chunks_of],
+        "requests": np.diff(requests, prepend=0).tolist(),
+        "lengths": (stops - starts).tolist(),
+        "starts": (starts - expected).tolist(),
+        "samples": [int(chunk.num_logits > chunk.num_scored) for chunk in chunks],
     }

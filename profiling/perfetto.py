@@ -6,11 +6,12 @@ requests. Format: "Trace Event Format", Google, https://docs.google.com/document
 1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU; times are microseconds.
 """
 
-import json
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from pipeserve.core.records import Completed, Planned, Span
 from pipeserve.profiling.causes import CAUSES
@@ -31,13 +32,13 @@ Event = dict[str, Any]
 
 def write_perfetto(path: str | Path, recording: Recording, ledger: Ledger) -> None:
     """Writes the trace, an event a line. Raises OSError."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        before = ""
+    with Path(path).open("wb") as file:
+        file.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
+        before = b""
         for event in events(recording, ledger):
-            file.write(before + json.dumps(event, separators=(",", ":"), allow_nan=False))
-            before = ",\n"
-        file.write("\n]}\n")
+            file.write(before + msgspec.json.encode(event))
+            before = b",\n"
+        file.write(b"\n]}\n")
 
 
 def events(recording: Recording, ledger: Ledger) -> Iterator[Event]:

@@ -1,5 +1,6 @@
 """`pipeserve report`: numbers, terminal, two runs compared, recordings that lack parts, trace."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,10 +10,10 @@ from made_up_recording import made_up_recording, write
 from rich.console import Console
 
 from pipeserve.core.nouns import Chunk
-from pipeserve.core.records import Arrived, Completed, Ended, Fault, Planned
+from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned
 from pipeserve.errors import ConfigError
 from pipeserve.launch.cli import main
-from pipeserve.launch.report import report
+from pipeserve.launch.report import read_run, report
 from pipeserve.launch.report_numbers import compare, report_of
 from pipeserve.launch.report_tables import print_report
 from pipeserve.profiling.causes import CAUSES
@@ -21,6 +22,8 @@ from pipeserve.profiling.perfetto import events, write_perfetto
 from pipeserve.profiling.recording import Recording
 from pipeserve.profiling.request_times import gaps_s, records_of, request_records
 from pipeserve.profiling.summary import summarize
+
+CLOCKED = ("plan_s", "input_s", "start_s", "head_s", "end_s", "sent_s")
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,31 @@ def test_page_and_trace_go_where_they_are_told(folder, tmp_path):
     report([folder], html_file=html, perfetto_file=trace)
     assert html.exists() and trace.exists()
     assert not (folder / "report.html").exists() and not (folder / "trace.json").exists()
+
+
+def test_a_trace_that_would_be_huge_is_written_only_when_asked_for(folder, capsys, monkeypatch):
+    monkeypatch.setattr("pipeserve.launch.report.MOST_TRACED", 3)
+    report([folder])
+    assert "--perfetto FILE writes it" in capsys.readouterr().out
+    assert (folder / "report.html").exists() and not (folder / "trace.json").exists()
+    report([folder], perfetto_file=folder / "asked.json")
+    assert (folder / "asked.json").exists()
+
+
+def test_clocks_of_other_machines_are_aligned(tmp_path, recording, capsys):
+    ahead = 250.0
+    spans = recording.spans[1]
+    moved = [s._replace(**{name: getattr(s, name) + ahead for name in CLOCKED}) for s in spans]
+    at = recording.arrived[0].at_s
+    pings = [Ping(1, at + n / 5, at + n / 5 + ahead + 1e-5, at + n / 5 + 2e-5) for n in range(9)]
+    kept = [recording.spans[0], moved]
+    write(tmp_path / "run", dataclasses.replace(recording, spans=kept, pings=pings))
+    run = read_run(tmp_path / "run")
+    found = [span.start_s for span in run.recording.spans[1]]
+    assert found == pytest.approx([span.start_s for span in spans], abs=1e-3)
+    assert run.ledger.seconds == pytest.approx(explain(recording).seconds, abs=1e-3)
+    report([tmp_path / "run"])
+    assert "clock" in capsys.readouterr().out
 
 
 def test_a_report_file_that_cannot_be_written_is_named(folder, tmp_path):

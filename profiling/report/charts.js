@@ -65,7 +65,7 @@ class Causes {
 
 function drawMicrobatchTimes(report, theme) {
   const { stages, head } = report;
-  const height = Math.max(40 + stages.length * 34, 220);
+  const height = Math.max(40 + stages.length * 34, 290);
   const { pen, width } = fitCanvas(document.getElementById("microbatch-times"), height);
   const left = 56, right = width - 62, room = right - left, bins = Math.max(Math.floor(room / 3), 10);
   const [low, high] = rangeOf(stages);

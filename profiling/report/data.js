@@ -194,9 +194,8 @@ class Details {
     const plan = block.plans[at];
     return {
       plan: plan && { waitedFor: plan[0], after: plan[1], woken: plan[2], start: plan[3], sent: plan[4], free: plan[5], predicted: plan[6], completed: plan[7] },
-      spans: block.spans.map((stage) => stage[at] && {
-        length: stage[at][0], plan: stage[at][1], input: stage[at][2], head: stage[at][3], sent: stage[at][4], cpu: stage[at][5], bytes: stage[at][6],
-      }),
+      spans: block.spans.map((columns) => columns.length[at] !== null
+        ? Object.fromEntries(Object.entries(columns).map(([name, values]) => [name, values[at]])) : null),
       chunks: block.chunks[at],
     };
   }

@@ -185,16 +185,16 @@ class Selected {
   }
 
   table(details, place) {
-    const head = ["stage", "idle before", "mostly for", "plan there", "input there", "computed", "predicted", "sent after", "bytes"];
+    const head = ["stage", "idle before", "mostly for", "plan there", "input there", "computed", "on its core", "predicted", "sent after", "bytes"];
     const ago = (ticks) => ticks === null ? "–" : ticks < 0 ? `${this.tip.seconds(-ticks)} late` : `${this.tip.seconds(ticks)} before`;
     const rows = this.report.stages.map((row, stage) => {
       const i = row.find(place), span = details.spans[stage];
-      if (i < 0 || !span) return [stage, "no record", "", "", "", "", "", "", ""];
+      if (i < 0 || !span) return [stage, "no record", "", "", "", "", "", "", "", ""];
       let cause = null, most = 0;
       for (let c = row.firstCause[i]; c < row.firstCause[i + 1]; c++) if (row.share[c] > most) [most, cause] = [row.share[c], row.cause[c]];
       const gap = row.starts[i] - row.gapStart(i), predicted = details.plan?.predicted?.[stage];
       return [stage, gap ? this.tip.seconds(gap) : "–", cause === null || !gap ? "" : this.tip.swatch(NUM_KINDS + cause, words(this.report.head.causes[cause][0])),
-        ago(span.plan), ago(span.input), this.tip.seconds(row.ends[i] - row.starts[i]), predicted ? this.tip.seconds(predicted) : "–", span.sent === null ? "–" : this.tip.seconds(span.sent), grouped(span.bytes)];
+        ago(span.plan), ago(span.input), this.tip.seconds(row.ends[i] - row.starts[i]), span.cpu === null ? "–" : this.tip.seconds(span.cpu), predicted ? this.tip.seconds(predicted) : "–", span.sent === null ? "–" : this.tip.seconds(span.sent), grouped(span.bytes)];
     });
     return element("table", { class: "numbers" },
       element("thead", {}, element("tr", {}, ...head.map((name) => element("th", {}, name)))),

@@ -9,7 +9,7 @@ function drawHeader({ head, stages, microbatches }) {
   const tiles = [["time", duration(head.seconds)], ["stages busy", percent(busy)]];
   if (largest) tiles.push(["largest cause of idle", `${words(largest)}`, percent(share)]);
   if (head.summary) {
-    tiles.push(["tokens/s", grouped(head.summary.total_tokens_per_s), `${grouped(head.summary.output_tokens_per_s)} output`]);
+    tiles.push(["tokens/s", rate(head.summary.total_tokens_per_s), `${rate(head.summary.output_tokens_per_s)} output`]);
     tiles.push(["first token p99", duration(head.summary.ttft_s.p99), `p50 ${duration(head.summary.ttft_s.p50)}`]);
     if (head.summary.tbt_s) tiles.push(["between tokens p99", duration(head.summary.tbt_s.p99), `p50 ${duration(head.summary.tbt_s.p50)}`]);
   }

@@ -80,6 +80,7 @@ function inkOn(colour) {
 
 const words = (name) => name.replaceAll("_", " ");
 const percent = (share, digits = 1) => `${(100 * share).toFixed(share !== 0 && share < 0.0005 ? 2 : digits)} %`;
+const rate = (number) => (number < 100 ? number.toFixed(1) : grouped(number));
 const grouped = (number) => Math.round(number).toLocaleString("en-US");
 
 function duration(seconds, digits = 3) {

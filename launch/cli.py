@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain
@@ -50,6 +50,10 @@ Recipe = Annotated[
 RecordTo = Annotated[
     Path | None,
     typer.Option("--record", help="Folder to write the run's recording to.", show_default=False),
+]
+Live = Annotated[
+    bool,
+    typer.Option("--live", help="Show stages, microbatches and idle by cause while it runs."),
 ]
 # Starts a driver; its records go to files too, where the user wants that.
 Start = Callable[[], AbstractContextManager[tuple["Driver", "Records"]]]
@@ -112,6 +116,7 @@ def generate(
         bool, typer.Option("--print", help="Print prompts and texts instead of JSON.")
     ] = False,
     record: RecordTo = None,
+    live: Live = False,
     config: Recipe = None,
     **flags: Any,
 ) -> int:
@@ -125,6 +130,8 @@ def generate(
         raise ConfigError("give one of --prompt TEXT and --prompts FILE.jsonl")
     if output is not None and print_text:
         raise ConfigError("--output and --print each take the results; give one")
+    if live and output is None and sys.stdout.isatty():
+        raise ConfigError("--live takes the terminal, and so do the results; give --output FILE")
     if resume and (prompts is None or output is None):
         raise ConfigError("--resume goes on with an --output file of --prompts; give both")
     if resume and overwrite:
@@ -136,11 +143,11 @@ def generate(
     lines = verb.with_seeds(lines, run_config.seed)
     start = partial(recorded_driver, run_config, record, overwrite=overwrite)
     if output is not None:
-        return _generate_to(output, run_config, lines, overwrite, resume, start)
+        return _generate_to(output, run_config, lines, overwrite, resume, start, live)
     if prompts is not None:
         write = verb.print_text if print_text else verb.print_json
-        return _generate(start, lines, write)
-    with start() as (driver, records):
+        return _generate(start, lines, write, live)
+    with start() as (driver, records), records.shown() if live else nullcontext():
         from pipeserve.llm import LLM
 
         records.start_writing()
@@ -154,6 +161,7 @@ def _generate_to(
     overwrite: bool,
     resume: bool,
     start: Start,
+    live: bool,
 ) -> int:
     """Write the results of those `lines` that `output` does not hold yet."""
     from pipeserve.launch.generate import job_of
@@ -166,7 +174,7 @@ def _generate_to(
             print(f"{output}: {len(done.indices)} of {len(lines)} are done", file=sys.stderr)
         left = [line for line in lines if line.index not in done.indices]
         try:
-            exit_code = _generate(start, left, results.write) if left else 0
+            exit_code = _generate(start, left, results.write, live) if left else 0
         except StageError as error:
             raise StageError(f"{error}; --resume goes on from there") from None
     if done.num_errors:
@@ -178,7 +186,9 @@ def _generate_to(
     return 1 if done.num_errors else exit_code
 
 
-def _generate(start: Start, lines: Sequence[Any], write: Callable[[dict[str, Any]], None]) -> int:
+def _generate(
+    start: Start, lines: Sequence[Any], write: Callable[[dict[str, Any]], None], live: bool
+) -> int:
     from pipeserve.launch.generate import write_results
     from pipeserve.llm import LLM
     from pipeserve.profiling.summary import busy_shares
@@ -192,7 +202,7 @@ def _generate(start: Start, lines: Sequence[Any], write: Callable[[dict[str, Any
             return busy_shares(spans, len(driver.stages), start_s, stop_s)
 
         records.start_writing()
-        return write_results(LLM.on(driver), lines, write, busy)
+        return write_results(LLM.on(driver), lines, write, busy, records.shown if live else None)
 
 
 @app.command()
@@ -214,6 +224,7 @@ def bench(
         Path | None, typer.Option("--json", help="Write the numbers here, too.")
     ] = None,
     record: RecordTo = None,
+    live: Live = False,
     config: Recipe = None,
     **flags: Any,
 ) -> int:
@@ -231,7 +242,8 @@ def bench(
         check_writable(json_file)
     with recorded_driver(run_config, record) as (driver, records):
         encode = Tokenizer(driver.model_folder).encode
-        report = verb.bench(driver, records, encode, work, repeat)
+        with records.shown() if live else nullcontext():
+            report = verb.bench(driver, records, encode, work, repeat)
     verb.print_report(report, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,8 +92,10 @@ def write_results(
     lines: Sequence[PromptLine],
     write: Callable[[dict[str, Any]], None],
     busy: Callable[[float, float], list[float]],
+    shown: Callable[[], AbstractContextManager] | None = None,
 ) -> int:
-    """Run all `lines`, and `write` each result as it ends, with a progress bar on stderr.
+    """Run all `lines`, and `write` each result as it ends, with a progress bar on stderr, or with
+    what is `shown` there in its place.
 
     A prompt that cannot run gets a result with "error", and the others go on. Returns the exit
     code: 0, or 1 if there was any such. `busy` gives each stage's busy share between two times.
@@ -107,7 +109,8 @@ def write_results(
 
     num_tokens = num_done = 0
     start_s = time.monotonic()
-    with _Progress(len(lines)) as progress:
+    show = shown or nullcontext
+    with show(), _Progress(len(lines), hidden=shown is not None) as progress:
         deltas = llm.stream(
             [line.prompt for line in lines], [line.params for line in lines], on_error=on_error
         )
@@ -150,7 +153,7 @@ def print_text(result: dict[str, Any]) -> None:
 class _Progress:
     """The bar on stderr: prompts done, output tokens a second. Nothing where no one looks."""
 
-    def __init__(self, num_prompts: int) -> None:
+    def __init__(self, num_prompts: int, hidden: bool) -> None:
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("prompts"),
@@ -159,7 +162,7 @@ class _Progress:
             TextColumn("{task.fields[rate]:.0f} tokens/s"),
             TimeElapsedColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=hidden or not console.is_terminal,
         )
         self._task = self._progress.add_task("", total=num_prompts, rate=0.0)
         self._num_tokens = 0

@@ -5,12 +5,14 @@ files of `--record DIR`.
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import PipelinePlan
@@ -18,6 +20,7 @@ from pipeserve.core.records import Record, Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.core.view import Limits
 from pipeserve.errors import StageError
+from pipeserve.launch.live import live_view
 from pipeserve.profiling.clocks import align
 from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Recording, Ring, recording_of
@@ -37,6 +40,8 @@ class Records:
     num_stages: int
     start_writing: Callable[[], None]
     """From now on, records go into files too, where the user wants that. Called once."""
+    shown: Callable[[], AbstractContextManager[None]]
+    """While it is entered, the run is shown in the terminal (`--live`)."""
 
     def recording(self) -> Recording:
         """What the ring holds, on the driver's clock."""
@@ -69,8 +74,13 @@ def recorded(
     it is opened, when there can be no files in `folder`."""
     if folder is not None:
         check_recordable(folder, overwrite)
-    ring, to_files = Ring(), ignore
-    record = both(ring.record, lambda entry: to_files(entry))
+    ring, to_files, to_view = Ring(), ignore, ignore
+
+    def record(entry: Record) -> None:
+        ring.record(entry)
+        to_files(entry)
+        to_view(entry)
+
     with ExitStack() as files, open_driver(record) as driver:
         meta = meta_of_driver(driver)
 
@@ -80,7 +90,16 @@ def recorded(
                 writer = files.enter_context(RecordingWriter(folder, meta, overwrite=overwrite))
                 to_files = writer.record
 
-        yield driver, Records(ring, meta, len(driver.stages), start_writing)
+        @contextmanager
+        def shown() -> Iterator[None]:
+            nonlocal to_view
+            with live_view(meta, Console(stderr=True)) as to_view:
+                try:
+                    yield
+                finally:
+                    to_view = ignore
+
+        yield driver, Records(ring, meta, len(driver.stages), start_writing, shown)
         with suppress(StageError):  # after all that was asked for is done
             driver.settle()
 

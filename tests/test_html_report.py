@@ -30,6 +30,10 @@ def recording() -> Recording:
     made = made_up_recording(num_stages=3, num_requests=30, slow={1: 1.3})
     made.meta["config"]["model"] = "models/a <b>bold</b> model & </script>"
     made.planned = [plan._replace(predicted_s=(0.004, 0.005, 0.006)) for plan in made.planned]
+    made.spans = [
+        [span._replace(sent_s=span.end_s + 1e-3, cpu_s=span.end_s - span.start_s) for span in spans]
+        for spans in made.spans
+    ]
     made.notes = ["a <i>note</i> & </script> more"]
     made.faults = [Fault(1, made.arrived[0].at_s + 0.4, "killed by signal 9")]
     return made
@@ -257,7 +261,8 @@ def test_hovering_tells_of_the_microbatch(opened, recording, ledger):
     assert f"Microbatch {index} on stage 0" in told
     plan, span = recording.planned[index], recording.spans[0][index]
     assert f"{(span.end_s - span.start_s) * 1e3:.3g} ms" in told
-    assert "4 ms (" in told.split("predicted")[1]
+    off = (span.end_s - span.start_s) / plan.predicted_s[0] - 1
+    assert f"4 ms ({'+' if off >= 0 else '-'}{100 * abs(off):.0f} %)" in told
     for chunk in plan.chunks:
         what = (
             f"decode at {chunk.start}"
@@ -280,13 +285,46 @@ def test_hovering_tells_what_a_gap_is_put_down_to(opened, recording, ledger):
 
 
 @needs_chromium
+@pytest.mark.parametrize("row", [0, 1])
+def test_far_out_hovering_tells_the_shares_of_a_moment(tmp_path, row):
+    made = made_up_recording(num_requests=60)
+    write_report(tmp_path / "report.html", made, explain(made))
+    with chromium.Page(width=700) as page:
+        page.open(tmp_path / "report.html")
+        top, left = page.run(f"""(() => {{
+          const {{ timeline }} = pipeserveReport, box = timeline.canvas.getBoundingClientRect();
+          return [box.top + timeline.rows[{row}].top + 9, box.left + 400];
+        }})()""")
+        page.mouse("mouseMoved", left, top)
+        page.settle(0.2)
+        told = page.run("document.getElementById('tip').innerText")
+    assert ("Driver", "Stage 0")[row] in told
+    assert sum(map(float, re.findall(r"([\d.]+) %", told))) == pytest.approx(100, abs=0.4)
+
+
+@needs_chromium
+def test_browsers_that_cannot_read_base64_themselves_draw_it_too(path):
+    with chromium.Page() as page:
+        page.call("Page.addScriptToEvaluateOnNewDocument", source="delete Uint8Array.fromBase64")
+        page.open(path)
+        assert page.run("Uint8Array.fromBase64 === undefined")
+        assert page.complaints() == []
+        assert page.run("document.querySelectorAll('#bars .bar').length") == 4
+
+
+@needs_chromium
 def test_a_click_follows_the_microbatch_and_keys_go_on(opened, recording, ledger):
     zoom_to(opened, recording, ledger, 40)
     opened.click(*where(opened, 1, 40))
     opened.settle(0.3)
     assert opened.run("pipeserveReport.timeline.selected") == 40
-    panel = text_of(opened, "#selected")
-    assert "Microbatch 40" in panel
+    assert "Microbatch 40" in text_of(opened, "#selected")
+    span = recording.spans[1][40]
+    computed = f"{(span.end_s - span.start_s) * 1e3:.3g} ms"
+    cells = opened.run("""Array.from(document.querySelectorAll("#selected tbody tr")[1].cells,
+      (cell) => cell.innerText)""")
+    assert cells[0] == "1"
+    assert cells[5:9] == [computed, computed, "5 ms", "1 ms"]
     assert (
         len(
             opened.run(

@@ -56,11 +56,11 @@ class Tip {
   ofColumn({ line, tick, stage }) {
     const step = this.timeline.axis.span / this.timeline.axis.width;
     const spent = line.row.between(Math.max(tick - 2 * step, 0), Math.min(tick + 2 * step, this.timeline.axis.stop));
-    const all = spent.reduce((a, b) => a + b, 0) || 1;
+    const all = Math.max(Math.min(tick + 2 * step, this.timeline.axis.stop) - Math.max(tick - 2 * step, 0), 1);
     const name = stage < 0 ? "Driver" : `Stage ${stage}`;
-    const facts = [...spent.entries()].filter(([, ticks]) => ticks / all > 0.002).map(([c, ticks]) => [
-      this.swatch(c, stage < 0 && c < NUM_KINDS ? `${DRIVER_NAMES[c]}s` : c < NUM_KINDS ? `${KIND_NAMES[c]} microbatches` : words(this.theme.nameOf(c)), stage < 0), percent(ticks / all)]);
-    if (stage < 0) facts.push(["neither", percent(Math.max(1 - all / Math.min(4 * step, this.timeline.axis.stop), 0))]);
+    const facts = [...spent.entries()].filter(([, ticks]) => ticks / all > 0.0005).map(([c, ticks]) => [
+      this.swatch(c, stage < 0 ? `${DRIVER_NAMES[c]}s` : c < NUM_KINDS ? `${KIND_NAMES[c]} microbatches` : words(this.theme.nameOf(c)), stage < 0), percent(ticks / all)]);
+    if (stage < 0) facts.push(["neither", percent(Math.max(1 - sum(spent) / all, 0))]);
     return element("div", {}, heading(name, `within ${this.seconds(4 * step)}`), factList(facts));
   }
 
@@ -103,7 +103,7 @@ class Tip {
     const predicted = plan?.predicted?.[stage];
     if (predicted) {
       const off = span.length / predicted - 1;
-      facts.push(["predicted", `${this.seconds(predicted)} (${off >= 0 ? "+" : "−"}${percent(Math.abs(off), 0)})`]);
+      facts.push(["predicted", `${this.seconds(predicted)} (${off >= 0 ? "+" : "-"}${percent(Math.abs(off), 0)})`]);
     }
     if (span?.cpu !== null && span) facts.push(["on its core", this.seconds(span.cpu)]);
     if (span?.head) facts.push(["head and sampling", this.seconds(span.head)]);

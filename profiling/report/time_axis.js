@@ -30,11 +30,16 @@ class TimeAxis {
     this.listeners.forEach((listener) => listener());
   }
 
-  // Which part is seen, as exactly as its length asks for.
+  // As exactly as the length of what is seen asks for.
+  moment(tick) {
+    const decimals = Math.min(Math.max(2 - Math.floor(Math.log10(this.span * this.tick_s)), 0), 6);
+    return `${(Math.min(Math.max(tick, 0), this.stop) * this.tick_s).toFixed(decimals)} s`;
+  }
+
+  // Which part is seen.
   text() {
-    const from = Math.max(this.from, 0) * this.tick_s, to = Math.min(this.to, this.stop) * this.tick_s;
-    const decimals = Math.min(Math.max(2 - Math.floor(Math.log10(to - from)), 0), 6);
-    return `${from.toFixed(decimals)} s to ${to.toFixed(decimals)} s, ${duration(to - from)} in all`;
+    const seen = Math.min(this.to, this.stop) - Math.max(this.from, 0);
+    return `${this.moment(this.from)} to ${this.moment(this.to)}, ${duration(seen * this.tick_s)} in all`;
   }
 
   showAll() { this.show(0, this.stop); }

@@ -216,7 +216,7 @@ class Timeline {
     pen.globalAlpha = 0.5;
     pen.fillRect(x, AXIS - 6, 1, this.height - AXIS);
     pen.globalAlpha = 1;
-    const text = duration(axis.tick(x) * axis.tick_s, 6), width = pen.measureText(text).width + 12;
+    const text = axis.moment(axis.tick(x)), width = pen.measureText(text).width + 12;
     const left = Math.min(Math.max(x - width / 2, axis.left), this.axisWidth - width);
     pen.fillStyle = theme.ink;
     pen.beginPath();

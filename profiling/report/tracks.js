@@ -27,7 +27,7 @@ function drawIdleTrack(timeline, track) {
     let y = track.top + track.height;
     for (let cause = shares.length - 1; cause >= 0; cause--) {
       const part = (shares[cause] / scale) * track.height;
-      if (part <= 0) continue;
+      if (part <= 0 || (theme.focus >= NUM_KINDS && theme.focus !== NUM_KINDS + cause)) continue;
       pen.fillStyle = theme.stage[NUM_KINDS + cause];
       pen.fillRect(left, y - part, bin + 0.3, part);
       y -= part;

@@ -17,6 +17,7 @@ from pipeserve.profiling.capacity import (
     poisson_arrivals,
     run_trial,
 )
+from pipeserve.profiling.recording import recording_of
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, in_order
 from pipeserve.profiling.stage_times import StageTimes
 
@@ -230,3 +231,134 @@ def test_within_takes_both_limits():
     )  # fmt: skip
     assert trial.within(0.5)
     assert not trial.within(0.4)
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+
+class Delays(Times):
+    """With a planner that takes its time, feedback of its own and a head."""
+
+    feedback_s, planning_s = 2.0, 0.25
+
+    def head_s(self, microbatch):
+        return 0.4
+
+
+def recorded(times, arrivals, policy="sarathi_serve", faults=(), **limits):
+    records = []
+    pipeline = SimulatedPipeline(
+        make_pipeline(times, policy, **limits).engine, times, records.append
+    )
+    for fault in faults:
+        pipeline.fail(*fault)
+    simulation = Simulation(pipeline, arrivals)
+    simulation.run_until()
+    return simulation, recording_of(records, times.num_stages, {})
+
+
+def test_the_records_of_a_lone_request():
+    times = Delays(2, hop=0.5, control=0.125)
+    simulation, told = recorded(times, [Arrival(10.0, 20, 2)])
+    assert told.arrived == [(0, 10.0, 20, 2)]
+    prompt, decode = told.planned
+    assert (prompt.waited_for, prompt.after, prompt.woken_s) == ("no_requests", -1, 10.0)
+    assert (prompt.start_s, prompt.sent_s) == (10.0, 10.25)
+    first, last = told.spans[0][0], told.spans[1][0]
+    assert first.input_s == -math.inf and first.plan_s == first.start_s == 10.375
+    assert (first.end_s, first.head_s, first.sent_s) == (11.375, 11.375, 11.375)
+    assert (last.plan_s, last.input_s, last.start_s) == (10.375, 11.875, 11.875)
+    assert (last.head_s, last.end_s) == (pytest.approx(12.475), 12.875)
+    assert math.isnan(last.cpu_s)
+    # The driver waited since it had planned; it knows the token long before stage 0 has it.
+    assert told.completed[0] == (0, 10.25, 13.0, 13.0)
+    assert (decode.waited_for, decode.after, decode.woken_s) == ("token", 0, 13.0)
+    second = told.spans[0][1]
+    assert (second.plan_s, second.input_s, second.start_s) == (13.375, 14.875, 14.875)
+    done_s = told.completed[1].done_s
+    assert told.ended == [(0, done_s, "length", 2)]
+    assert list(simulation.served[0].token_times_s) == [13.0, done_s]
+
+
+def test_one_plan_at_a_time_and_results_wait_for_the_planner():
+    # Stage times of 0.5 against plans of 0.25: two plans before the first result is there at 1.75.
+    times = Delays(1, base=0.5)
+    times.feedback_s, times.planning_s = 0.0, 1.0
+    _, told = recorded(times, [Arrival(0.0, 64, 1)] * 2 + [Arrival(0.5, 64, 1)])
+    plans = [(p.waited_for, p.after, p.woken_s, p.start_s, p.sent_s) for p in told.planned]
+    assert plans == [
+        ("no_requests", -1, 0.0, 0.0, 1.0),
+        ("window", 0, 1.5, 1.5, 2.5),
+        ("window", 1, 3.0, 3.0, 4.0),
+    ]
+    ahead = Delays(2, base=0.5)
+    ahead.feedback_s, ahead.planning_s = 0.0, 1.0
+    _, told = recorded(ahead, [Arrival(0.0, 64, 1)] * 2)
+    assert [(p.waited_for, p.woken_s, p.sent_s) for p in told.planned] == [
+        ("no_requests", 0.0, 1.0),
+        ("", 1.0, 2.0),
+    ]
+    # The first was there at 2, when the driver had sent the second: since then it had waited.
+    assert told.completed[0] == (0, 2.0, 2.0, 2.0)
+
+
+def test_what_comes_while_a_stage_computes_is_seen_when_it_looks():
+    _, told = recorded(Delays(2, slow={1: 3}), [Arrival(0.0, 64, 1)] * 2)
+    first, second = told.spans[1]
+    assert second.plan_s == 0.5  # while it waited for the first
+    assert second.input_s == second.start_s == first.end_s == 4.25  # came at 2.25
+
+
+def test_a_fault_voids_what_is_outstanding_and_the_requests_go_on():
+    times = Times(3, hop=0.1, control=0.05)
+    arrivals = [Arrival(0.0, 40, 6)] * 6
+    simulation, told = recorded(times, arrivals, faults=[(1, 4.0, 10.0)])
+    assert [(fault.stage, fault.at_s) for fault in told.faults] == [(1, 4.0)]
+    assert all(served.finished for served in simulation.served)
+    done = {completed.index for completed in told.completed}
+    lost = [planned for planned in told.planned if planned.index not in done]
+    assert 1 <= len(lost) <= 3 and all(planned.sent_s <= 4.0 for planned in lost)
+    for spans in told.spans:
+        assert all(span.end_s <= 4.0 or span.start_s >= 14.0 for span in spans)
+    assert min(planned.start_s for planned in told.planned if planned.start_s > 4.0) == 14.0
+    assert [f.index for f in simulation.pipeline.flights] == sorted(done)
+    assert simulation.pipeline.engine.num_free_blocks == 10_000
+
+
+def test_a_fault_after_the_end_does_not_happen():
+    simulation, told = recorded(Times(2), [Arrival(0.0, 8, 2)], faults=[(0, 100.0, 5.0)])
+    assert not told.faults and simulation.served[0].finished
+
+
+@pytest.mark.parametrize("policy", ["uniform", "sarathi_serve", "vllm"])
+def test_records_are_what_flew_and_change_nothing(policy):
+    rng = Random(7)
+    arrivals = sorted(
+        Arrival(rng.uniform(0, 20), rng.randint(1, 64), rng.randint(1, 30)) for _ in range(60)
+    )
+    times = Times(4, base=0.1, per_token=0.01, hop=0.02, control=0.01)
+    limits = {"num_blocks": 60, "max_model_len": 96, "max_num_batched_tokens": 96}
+    silent = run(times, arrivals, policy, **limits)
+    simulation, told = recorded(times, arrivals, policy, **limits)
+    assert simulation.served == silent.served
+    flights = simulation.pipeline.flights
+    assert flights == silent.pipeline.flights
+    for stage, spans in enumerate(told.spans):
+        assert [(s.index, s.start_s, s.end_s) for s in spans] == [
+            (f.index, f.starts_s[stage], f.ends_s[stage]) for f in flights
+        ]
+        for before, span in pairwise(spans):
+            assert max(before.end_s, span.plan_s, span.input_s) == span.start_s
+    received_s = {completed.index: completed.received_s for completed in told.completed}
+    assert received_s == {f.index: f.known_s for f in flights}
+    for before, planned in pairwise(told.planned):
+        if planned.after >= 0:
+            assert planned.woken_s == received_s[planned.after] <= planned.start_s
+        elif not planned.waited_for:
+            assert planned.woken_s == before.sent_s
+        else:
+            assert planned.woken_s in {arrived.at_s for arrived in told.arrived}
+    assert len(told.ended) == len(simulation.served)
+    assert all(
+        e.num_output_tokens == simulation.served[e.request_id].max_tokens for e in told.ended
+    )

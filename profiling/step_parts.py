@@ -72,7 +72,9 @@ class StepParts:
             measured = np.array([max(_layers_s(span), 1e-9) for span in known])
             theta = _fit(design, measured)
             thetas.append(theta)
-            for span, ratio in zip(known, measured / (design @ theta), strict=True):
+            fitted = design @ theta
+            fitted = np.where(fitted > 0, fitted, measured)  # counts that no other step had
+            for span, ratio in zip(known, measured / fitted, strict=True):
                 ratios.setdefault(_size_class(works[span.index]), []).append(ratio)
         found = [theta for theta in thetas if theta is not None]
         mean = np.mean(found, axis=0) if found else np.zeros(5)

@@ -17,10 +17,10 @@ def print_advice(advice: Advice, console: Console) -> None:
     """How far to trust it, what to change, and what the rest is worth."""
     console.print(_trust_table(advice))
     if advice.suggestions:
-        table = _table("what to change, one thing at a time", "change")
-        table.add_column("how", no_wrap=True)
+        table = _table("what to change, one thing at a time", "change, and how")
         for prediction in advice.suggestions:
-            table.add_row(*_cells(prediction), prediction.change.what, prediction.change.how)
+            change = f"{prediction.change.what}\n[cyan]{prediction.change.how}[/]"
+            table.add_row(*_cells(prediction), change)
         console.print(table)
         console.print(_caution(advice))
     else:
@@ -30,9 +30,10 @@ def print_advice(advice: Advice, console: Console) -> None:
         )
     worths = [prediction for prediction in advice.worths if _is_seen(prediction)]
     if worths:
-        table = _table("what it is worth: no flag changes these", "cause", "if there were")
+        table = _table("what it is worth: no flag changes these", "cause, and what if it were gone")
         for prediction in worths:
-            table.add_row(*_cells(prediction), prediction.change.kind, prediction.change.what)
+            change = f"{prediction.change.kind}\n[dim]{prediction.change.what}[/]"
+            table.add_row(*_cells(prediction), change)
         console.print(table)
     for note in advice.notes:
         console.print(f"note: {note}")
@@ -105,12 +106,11 @@ def _trust_table(advice: Advice) -> Table:
     return table
 
 
-def _table(title: str, *more: str) -> Table:
-    table = Table(title=title)
+def _table(title: str, what: str) -> Table:
+    table = Table(title=title, show_lines=True)
     for name in ("tokens/s", "P99 TBT"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in more:
-        table.add_column(name)
+    table.add_column(what)
     return table
 
 

@@ -23,11 +23,12 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch.advice import advice_report, print_advice
 from pipeserve.profiling.advice import advise
 from pipeserve.profiling.changes import best_split, choices, stage_s, wishes
-from pipeserve.profiling.recorded_times import RecordedTimes, Tweak, fit, nearest
+from pipeserve.profiling.recorded_times import RecordedTimes, Tweak, fit, nearest, size_class
 from pipeserve.profiling.recording import recording_of
 from pipeserve.profiling.replay import load_of, recorded_figures, replay, setting_of
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
 from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.profiling.step_parts import counts_of
 
 LIMITS = Limits(
     num_blocks=4000,
@@ -143,12 +144,27 @@ def test_times_are_found_again_in_a_recording():
     delays = fitted.delays
     assert all(hop == pytest.approx((2e-4, 1e-7), rel=0.01) for hop in delays.hops)
     assert delays.control_s == pytest.approx(1e-4, rel=0.01)
+    assert delays.feedback_s == pytest.approx(1.5e-4, rel=0.01)
     assert delays.planning_s == pytest.approx(2e-4, rel=0.01)
     assert delays.own_s == pytest.approx((0, 0, 0, 0), abs=1e-6)
     works = [work_of(plan) for plan in recording.planned]
     mean = sum(map(truth.layer_s, works)) / len(works)
     # What a stage takes whatever its layers goes to them.
     assert fitted.layer_s(fitted.mean_counts) == pytest.approx(mean + truth.base / 8, rel=0.02)
+
+
+def test_a_stage_that_never_waited_for_its_link_does_not_say_what_it_takes():
+    """What came while it computed was stamped later."""
+    recording = recorded((6, 6, 6, 14), requests(40), jitter=0.0)
+    hops = fit(recording, (6, 6, 6, 14)).delays.hops
+    assert hops[2] == pytest.approx((2e-4, 1e-7), rel=0.05)
+
+
+def test_waiting_for_a_link_that_is_taken_is_not_its_time():
+    recording = recorded((8, 8), requests(30), window=6, hop=0.1, jitter=0.0)
+    delays = fit(recording, (8, 8)).delays
+    assert delays.hops[0][0] == pytest.approx(0.1, rel=0.02)
+    assert delays.own_s == pytest.approx((0, 0), abs=1e-6)
 
 
 def test_feedback_is_seen_where_stage_0_waited_for_it():
@@ -203,6 +219,11 @@ def test_a_microbatch_draws_jitter_of_its_size_and_the_same_in_every_replay():
     ]
     assert median(ratios) == pytest.approx(1, abs=0.05)
     assert max(ratios) < 1.25
+    for plan, found in zip(microbatches, calm, strict=True):
+        work = work_of(plan)
+        middle = np.median(nearest(fitted.ratios, size_class(work))[:, 0])
+        expected = 8 * fitted.factors[0] * fitted.layer_s(counts_of(work)) * middle
+        assert found[0] == pytest.approx(expected + fitted.delays.own_s[0])
 
 
 def test_classes_stand_in_for_those_next_to_them_of_their_kind():
@@ -447,6 +468,7 @@ def test_policies_are_tried_only_within_the_limits():
     tried = {c.setting.policy for c in changes if c.kind == "policy"}
     assert {"vllm", "orca", "sarathi_serve", "token_throttle", "request_level"} <= tried
     assert "uniform" not in tried
+    assert {c.setting.plan.window for c in changes if c.kind == "window"} == {5, 8}
     assert {c.kind for c in wishes(setting, fit(recording, EVEN))} >= {"jitter", "link", "replica"}
 
 
@@ -479,7 +501,7 @@ def test_one_stage_is_advised_too():
 
 
 def test_the_terminal_shows_errors_changes_and_flags(advice):
-    console = Console(record=True, width=120, file=io.StringIO())
+    console = Console(record=True, width=80, file=io.StringIO())
     print_advice(advice, console)
     text = console.export_text()
     first = advice.suggestions[0]

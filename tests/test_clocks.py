@@ -157,3 +157,12 @@ def test_a_clock_of_another_boot_is_far_away(slow_messages):
     for stage in (2, 3):
         error_s = worst_error_s(slow_messages, found.recording, stage)
         assert error_s <= found.residuals_s[stage] + 1e-8 < 0.6e-3
+
+
+def test_one_ping_and_no_other_message_leave_what_clocks_can_drift(slow_messages):
+    alone = replace(slow_messages, planned=[], completed=[])
+    found = aligned(alone, (0, 1, 2, 3), 1)
+    seconds = slow_messages.completed[-1].done_s
+    for stage in range(4):
+        error_s = worst_error_s(slow_messages, found.recording, stage)
+        assert error_s <= found.residuals_s[stage] < 2 * 500e-6 * seconds

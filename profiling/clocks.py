@@ -205,7 +205,7 @@ def _fit(
         lines.append(line._replace(start_s=line.start_s + found[ends[0]],
                                    stop_s=line.stop_s + found[ends[1]]))  # fmt: skip
         far = [_farthest(end, found[end], matrix, bounds, widest) for end in ends]
-        residuals_s.append(max(far) + violation_s)
+        residuals_s.append(float(max(far) + violation_s))
     return lines, residuals_s, violation_s
 
 

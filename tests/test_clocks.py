@@ -160,9 +160,11 @@ def test_a_clock_of_another_boot_is_far_away(slow_messages):
 
 
 def test_one_ping_and_no_other_message_leave_what_clocks_can_drift(slow_messages):
-    alone = replace(slow_messages, planned=[], completed=[])
-    found = aligned(alone, (0, 1, 2, 3), 1)
+    seen = on_machines(slow_messages, (0, 1, 2, 3))
+    seen.pings = pings(slow_messages, 2, 1)
+    seen.planned, seen.completed = [], []
+    seen.spans[1], seen.spans[3] = [], []
+    found = align(seen)
     seconds = slow_messages.completed[-1].done_s
-    for stage in range(4):
-        error_s = worst_error_s(slow_messages, found.recording, stage)
-        assert error_s <= found.residuals_s[stage] < 2 * 500e-6 * seconds
+    error_s = worst_error_s(slow_messages, found.recording, 2)
+    assert error_s <= found.residuals_s[2] < 600e-6 * seconds

@@ -129,7 +129,7 @@ def test_a_microbatch_stands_at_the_stage_that_runs_it():
     assert "#7" not in text_of(view, 0.5)
     assert "5 running, 2 waiting · KV 60%" in text_of(view, 0.5)
     view.take([Fault(1, 0.6, "lost")])
-    assert "#8" not in text_of(view, 0.7)
+    assert "#8" not in text_of(view, 0.7) and not view._flying
 
 
 def test_more_microbatches_than_there_is_room_for_are_counted():

@@ -20,11 +20,12 @@ Computed forwards, a vector for each event. Source: the critical path method (Ke
 """
 
 from bisect import bisect_right
-from math import inf, isnan
+from math import isnan
 from operator import add, sub
 from typing import NamedTuple
 
 from pipeserve.core.cost import work_of
+from pipeserve.core.nouns import RequestId
 from pipeserve.core.records import Planned, Span
 from pipeserve.profiling.causes import CAUSES
 from pipeserve.profiling.recording import Recording
@@ -101,7 +102,10 @@ class Walk:
         self.last = [origin] * num_stages
         """The latest end on each stage."""
         self.last_parts: list[Vector | None] = [None] * num_stages
-        self.sampled = [(span.sent_s, span.index) for span in recording.spans[-1]]
+        self.sampled_by: dict[RequestId, int] = {}
+        """The microbatch that sampled the latest token of each request."""
+        self.done_s = [completed.done_s for completed in recording.completed]
+        self.done = [completed.index for completed in recording.completed]
         self.carried = [[0.0] * _SIZE for _ in recording.spans]
         """What the intervals before were given too little (over 0) and too much of; sums to 0."""
         self.faults_s = [fault.at_s for fault in recording.faults]
@@ -120,9 +124,10 @@ class Walk:
     def _microbatch(self, index: int) -> None:
         """Its plan, its way through the stages, and its result."""
         planned = self.planned.get(index)
-        predicted, prefills, missing = None, False, ""
+        predicted, prefills, missing = None, False, "unknown"
         if planned is not None:
-            missing = self._plan(planned)
+            missing = self._missing(planned)
+            self._plan(planned, missing)
             predicted, prefills = self.model.parts(work_of(planned)), has_prefill(planned)
         for stage, spans in enumerate(self.spans):
             span = spans.get(index)
@@ -137,25 +142,38 @@ class Walk:
             parts += [0.0] * (_STEPS - NUM_PARTS) + [1.0, float(prefills)]
             self.last_parts[stage] = parts
             self._end(span, (list(map(add, start, parts)), span.end_s))
+        if planned is not None:
+            sampling = [c.request_id for c in planned.chunks if c.num_logits > c.num_scored]
+            self.sampled_by.update(dict.fromkeys(sampling, index))
 
-    def _plan(self, planned: Planned) -> str:
-        """The event of its plan; returns the cause of microbatches that are missing before it."""
-        vector, time_s = self.sent
-        missing = "too_few_microbatches"
-        if any(time_s < fault_s <= planned.sent_s for fault_s in self.faults_s):
-            self.sent = _later(vector, _FAULT, planned.sent_s - time_s), planned.sent_s
+    def _missing(self, planned: Planned) -> str | None:
+        """Why microbatches are missing before it; None where as many are outstanding as there are
+        stages. Paths may differ in steps all the same: two chains of microbatches that take turns
+        have long histories of their own."""
+        if any(self.sent[1] < fault_s <= planned.sent_s for fault_s in self.faults_s):
             return "fault"
+        place = bisect_right(self.done_s, planned.start_s)
+        latest = self.done[place - 1] if place else -1
+        if planned.index - latest >= len(self.spans):
+            return None
+        if planned.waited_for == "kv":
+            return "kv_full"
+        if planned.num_waiting + planned.num_running < len(self.spans):
+            return "no_requests"
+        return "too_few_microbatches"
+
+    def _plan(self, planned: Planned, missing: str | None) -> None:
+        """The event of its plan."""
+        vector, time_s = self.sent
+        if missing == "fault":
+            self.sent = _later(vector, _FAULT, planned.sent_s - time_s), planned.sent_s
+            return
         if planned.after >= 0:
             vector, time_s = self._received(planned.after)
         elif planned.waited_for:  # for an arrival
             waited_s = planned.woken_s - time_s
             vector, time_s = _later(vector, _NO_REQUESTS, waited_s), planned.woken_s
         self.sent = _later(vector, _PLANNING, planned.sent_s - time_s), planned.sent_s
-        if planned.waited_for == "kv":
-            missing = "kv_full"
-        elif planned.num_waiting + planned.num_running < len(self.spans):
-            missing = "no_requests"
-        return missing
 
     def _start(self, span: Span, planned: Planned | None) -> Vector:
         """What led to the start: the last to be there of plan, input and the device itself."""
@@ -187,14 +205,8 @@ class Walk:
 
     def _tokens_there(self, span: Span, planned: Planned | None) -> Vector:
         """From the microbatch whose tokens came last."""
-        sources = (
-            [c.token_from for c in planned.chunks if c.token_from is not None] if planned else []
-        )
-        if sources:
-            source = max(sources)
-        else:
-            place = bisect_right(self.sampled, (span.input_s, inf)) - 1
-            source = self.sampled[place][1] if place >= 0 else -1
+        chunks = planned.chunks if planned is not None else ()
+        source = max([self.sampled_by.get(chunk.request_id, -1) for chunk in chunks], default=-1)
         event = self.ends[-1].get(source)
         if event is None:
             return self._unknown(span.stage, span.input_s)
@@ -232,7 +244,7 @@ class Walk:
 
     # ---- idle intervals -------------------------------------------------------------------------
 
-    def _idle(self, span: Span, start: Vector, missing: str) -> None:
+    def _idle(self, span: Span, start: Vector, missing: str | None) -> None:
         """Between the stage's last end and this start."""
         stage = span.stage
         before, end_s = self.last[stage]
@@ -245,10 +257,18 @@ class Walk:
             split = _split(_at_an_edge(difference), span.start_s - end_s)
             self._note(stage, span.index, end_s, span.start_s, _by_cause(split, first))
             return
+        if missing is None:
+            difference[_STEPS] = 0.0
         wanted = list(map(add, _step_by_step(difference, last_parts), self.carried[stage]))
         split = _split(wanted, span.start_s - end_s)
         self.carried[stage] = _carry(wanted, split)
-        self._note(stage, span.index, end_s, span.start_s, _by_cause(split, missing))
+        self._note(
+            stage,
+            span.index,
+            end_s,
+            span.start_s,
+            _by_cause(split, missing or "too_few_microbatches"),
+        )
 
     def _trailing(self, stage: int) -> None:
         """From the stage's last end to the end of the run."""
@@ -333,7 +353,7 @@ def _carry(wanted: Vector, split: Vector) -> Vector:
 
 def _by_cause(split: Vector, missing: str) -> tuple[float, ...]:
     causes = [0.0] * len(CAUSES)
-    causes[_PLACE[missing or "unknown"]] = split[_STEPS]
+    causes[_PLACE[missing]] = split[_STEPS]
     prefill = "prefill_vs_decode" if split[_PREFILL_STEPS] > 0.5 else "prefill_length"
     causes[_PLACE[prefill]] += split[PREFILL]
     for component, place in _PLACE_OF.items():

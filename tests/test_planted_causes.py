@@ -5,7 +5,7 @@ Plants are a few times what they have to outdo: where stages stand idle anyway, 
 costs nothing more, so that a plant takes the place of some of it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from random import Random
 
@@ -165,24 +165,6 @@ PLANTS = {
 
 
 # What the ledger does not get right yet; a mark comes off with what it stands for.
-NOT_YET = {
-    "feedback is late, nothing planned ahead": "looks for the tokens in the wrong microbatch",
-    "two groups have two long contexts each": "steps that paths of other history have more or fewer"
-    " of pass for missing microbatches, though as many as ever are there",
-    "link and feedback, nothing planned ahead": "looks for the tokens in the wrong microbatch",
-}
-
-
-def marked(names: Iterable[str]) -> list:
-    """The names as parameters, strictly expected to fail where the ledger is not right yet."""
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(reason=NOT_YET[name], strict=True))
-        if name in NOT_YET
-        else name
-        for name in names
-    ]
-
-
 def prompts(*lengths: int) -> list[Arrival]:
     """Beginning and end of the run are the same for all lengths."""
     same = (1032,) * 8
@@ -227,7 +209,7 @@ def test_the_baseline_has_next_to_no_idle(noise, most):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
-@pytest.mark.parametrize("name", marked(PLANTS))
+@pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_cause_is_found(name, noise):
     cause, make = PLANTS[name]
     difference, total = added(*make(noise))
@@ -298,7 +280,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
-@pytest.mark.parametrize("name", marked(PAIRS))
+@pytest.mark.parametrize("name", PAIRS)
 def test_two_that_add_up_are_split_as_each_alone(name, noise):
     """In proportion to what each adds alone; they cost a bit less together where they overlap."""
     (one, one_cause), (other, other_cause), both = PAIRS[name]

@@ -144,7 +144,7 @@ def _check_token_ids(params: SamplingParams, vocab_size: int | None) -> None:
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         for token in getattr(params, name) or ():
             if token < 0 or (vocab_size is not None and token >= vocab_size):
-                most = "" if vocab_size is None else f" to {vocab_size - 1}"
+                most = " or more" if vocab_size is None else f" to {vocab_size - 1}"
                 raise ConfigError(f"{name} has {token}, token ids are 0{most}")
     for name in ("logprobs", "prompt_logprobs"):
         count = getattr(params, name)

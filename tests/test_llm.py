@@ -271,6 +271,7 @@ def test_unknown_keyword_names_the_nearest():
         ({"bad_words": ["a", " "]}, "bad_words has an empty text"),
         ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
         ({"allowed_token_ids": [1.0]}, "allowed_token_ids is [1.0], must be a list of whole"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids has -1, token ids are 0 to 8"),
         ({"allowed_token_ids": [9]}, "allowed_token_ids has 9, token ids are 0 to 8"),
     ],
 )

@@ -24,6 +24,7 @@ from pipeserve.stages.stage import Stage
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE_BYTES = 8 << 20
+_COMPUTED = ".rotary_emb.inv_freq"  # what old checkpoints keep in each layer, and nobody reads
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -79,15 +80,16 @@ def check_checkpoint(folder: str | Path, config: ModelConfig) -> None:
     whole_model = Stage(
         config, first_layer=0, stop_layer=config.num_layers, has_embedding=True, has_head=True
     )
-    unwanted = set()
+    wanted, unwanted = set(), set()
     with Checkpoint(Path(folder)) as checkpoint:
         for leaf in whole_model.leaves():
             for part, shape in _parts(leaf):
                 checkpoint.find(leaf.source, part, shape)
+                wanted |= {f"{rows.name}.{part}" for rows in leaf.source}
             if not leaf.has_bias:
                 unwanted |= {f"{rows.name}.bias" for rows in leaf.source}
-        family = find_family(config.architecture)
-        checkpoint.refuse(unwanted, f"{family.layers}.{config.num_layers}.")
+        layers = find_family(config.architecture).layers
+        checkpoint.refuse(unwanted, others_than=wanted, below=f"{layers}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +130,17 @@ class Checkpoint:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def refuse(self, unwanted: Collection[str], start: str) -> None:
-        """Raises ConfigError for a tensor whose name is in `unwanted` or begins with `start`."""
+    def refuse(
+        self, unwanted: Collection[str], *, others_than: Collection[str], below: str
+    ) -> None:
+        """Raises ConfigError for a tensor whose name is in `unwanted`, or begins with `below` and
+        is not in `others_than`: the model has a part that config.json does not know of."""
         unwanted = {*unwanted, *map(_without_first, unwanted)}
-        starts = (start, _without_first(start))
+        known = {*others_than, *map(_without_first, others_than)}
+        starts = (below, _without_first(below))
         for name in self._shard_of:
-            if name in unwanted or name.startswith(starts):
+            is_other = name.startswith(starts) and name not in known
+            if name in unwanted or (is_other and not name.endswith(_COMPUTED)):
                 raise ConfigError(
                     f"{self._folder} has a tensor {name}, which its config.json does not ask for; "
                     "take config and weights from one checkpoint"
@@ -162,7 +169,7 @@ class Checkpoint:
     def find(self, source: Sequence[Rows], part: str, shape: tuple[int, ...]) -> list["_Entry"]:
         """The tensor behind each of `source`. Raises ConfigError where one is missing or not of
         the shape that the whole asks for."""
-        entries = [self._find(f"{rows.name}.{part}") for rows in source]
+        entries = [self._find(rows, part) for rows in source]
         for rows, entry in zip(source, entries, strict=True):
             if entry.shape != (rows.of, *shape[1:]):
                 raise ConfigError(
@@ -195,8 +202,10 @@ class Checkpoint:
             self._num_read += got
             self.on_read(self._num_read)
 
-    def _find(self, name: str) -> _Entry:
-        name = self._stored_name(name)
+    def _find(self, rows: Rows, part: str) -> _Entry:
+        name = self._stored_name(f"{rows.name}.{part}")
+        if f"{rows.rather}.{part}" in self._shard_of:
+            name = f"{rows.rather}.{part}"
         path = self._shard_of.get(name)
         if path is None:
             raise ConfigError(

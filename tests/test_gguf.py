@@ -192,7 +192,7 @@ def test_a_file_that_breaks_off(model, tmp_path, size):
 def test_the_errors_of_the_converter_are_one_line(model, tmp_path):
     file = write_gguf(tmp_path / "t.gguf", model, "llama")
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ConfigError, match=r"cannot convert t\.gguf: it breaks off .*again") as caught:
+    with pytest.raises(ConfigError, match=r"cannot convert t\.gguf: it breaks off") as caught:
         convert_gguf(file, tmp_path / "out")
     assert "\n" not in str(caught.value)
     write_gguf(file, model, "llama", more=lambda writer: writer.add_expert_count(8))

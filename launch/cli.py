@@ -8,8 +8,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +26,7 @@ from pipeserve.launch.flags import given, run_flags, sampling_flags, with_flags
 if TYPE_CHECKING:
     from pipeserve.core.view import CostModel
     from pipeserve.driver import Driver
+    from pipeserve.stages.config import ModelConfig
 
 # typer may carry its own copy of click, so its classes are reached through what typer exports.
 UsageError = typer.BadParameter.__base__
@@ -36,7 +39,10 @@ app = typer.Typer(
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="Checkpoint folder or alias (smollm2-135m).", show_default=False),
+    typer.Argument(
+        help="Folder, GGUF file, hub id (org/name or org/name@revision), or smollm2-135m.",
+        show_default=False,
+    ),
 ]
 Recipe = Annotated[
     str | None,
@@ -103,7 +109,12 @@ def generate(
     config: Recipe = None,
     **flags: Any,
 ) -> int:
-    """Complete one prompt, or every line of a JSONL file, and write results as they end."""
+    """Complete one prompt, or every line of a JSONL file, and write results as they end.
+
+    A line is {"prompt": TEXT}, {"prompt_token_ids": [...]} or {"messages": [...]}, with sampling
+    parameters of its own if wanted. Its result repeats it and has text, token_ids, finish_reason,
+    logprobs and prompt_logprobs where asked for, and all samples as outputs where n is over 1.
+    """
     from pipeserve.launch import generate as verb
     from pipeserve.params import params_from
 
@@ -113,6 +124,8 @@ def generate(
         raise ConfigError("give one of --prompt TEXT and --prompts FILE.jsonl")
     if output is not None and print_text:
         raise ConfigError("--output and --print each take the results; give one")
+    if print_text and _wants_logprobs(params):
+        raise ConfigError("--print shows no logprobs; leave it out to have them in JSON")
     if resume and (prompts is None or output is None):
         raise ConfigError("--resume goes on with an --output file of --prompts; give both")
     if resume and overwrite:
@@ -124,13 +137,17 @@ def generate(
     lines = verb.with_seeds(lines, run_config.seed)
     if output is not None:
         return _generate_to(output, run_config, lines, overwrite, resume)
-    if prompts is not None:
+    if prompts is not None or _wants_logprobs(params):
         write = verb.print_text if print_text else verb.print_json
         return _generate(run_config, lines, write)
-    with open_driver(run_config) as driver:
+    with open_driver(run_config, check=partial(verb.check_lines, lines)) as driver:
         from pipeserve.llm import LLM
 
         return verb.stream_text(LLM.on(driver), lines[0])
+
+
+def _wants_logprobs(params: SamplingParams) -> bool:
+    return params.logprobs is not None or params.prompt_logprobs is not None
 
 
 def _generate_to(
@@ -162,11 +179,11 @@ def _generate_to(
 def _generate(
     run_config: RunConfig, lines: Sequence[Any], write: Callable[[dict[str, Any]], None]
 ) -> int:
-    from pipeserve.launch.generate import write_results
+    from pipeserve.launch.generate import check_lines, write_results
     from pipeserve.llm import LLM
     from pipeserve.profiling.summary import busy_shares
 
-    with open_driver(run_config) as driver:
+    with open_driver(run_config, check=partial(check_lines, lines)) as driver:
 
         def busy(start_s: float, stop_s: float) -> list[float]:
             return busy_shares(driver.spans, len(driver.stages), start_s, stop_s)
@@ -241,7 +258,8 @@ def calibrate(
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; give --overwrite, or another --output")
     check_writable(output)
-    num_layers = ModelConfig.from_folder(resolve(run_config.model)).num_layers
+    with _status("looking for the model") as say:
+        num_layers = ModelConfig.from_folder(resolve(run_config.model, say)).num_layers
     samples = Samples(run_config.pipeline_parallel_size)
     with open_driver(verb.with_uneven_layers(run_config, num_layers), samples) as driver:
         profile, fit = verb.calibrate(driver, samples, device_name(), total_memory_bytes())
@@ -331,16 +349,32 @@ def simulate(
     return 0
 
 
-def open_driver(run_config: RunConfig, cost: "CostModel | None" = None) -> "Driver":
-    """Start the stages, saying on a terminal's stderr what is being waited for."""
-    from rich.console import Console
-
+def open_driver(
+    run_config: RunConfig,
+    cost: "CostModel | None" = None,
+    check: "Callable[[ModelConfig], None]" = lambda model_config: None,
+) -> "Driver":
+    """Start the stages, unless `check` raises for their model. Says on stderr what was loaded and,
+    on a terminal, what is being waited for until then."""
     from pipeserve.driver import Driver
+    from pipeserve.launch.loaded import loaded
 
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: close what was opened
         signal.signal(ending, _exit_on_signal)
-    with Console(stderr=True).status("starting stages") as status:
-        return Driver(run_config, on_progress=status.update, cost=cost)
+    with _status("looking for the model") as say:
+        driver = Driver(run_config, on_progress=say, cost=cost, check=check)
+    print(loaded(driver), file=sys.stderr)
+    return driver
+
+
+@contextmanager
+def _status(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr that says `text`, and then what it is called with."""
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(text) as status:
+        yield lambda text: status.update(Text(text))  # names may have [brackets]
 
 
 def _exit_on_signal(signum: int, frame: object) -> None:

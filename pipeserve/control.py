@@ -149,6 +149,16 @@ class ReportMemory(_Message):
 # ---- stage -> driver ----------------------------------------------------------------------------
 
 
+class Loading(_Message):
+    """How far a stage is with its weights; a few times a second, and at their end."""
+
+    stage: int
+    num_read: int
+    """Bytes of them read so far."""
+    num_bytes: int
+    """All that there are to read."""
+
+
 class StageReady(_Message):
     """Weights are loaded; the stage listens for its neighbours."""
 
@@ -212,6 +222,7 @@ ToDriver = (
     KeeperHello
     | Heartbeat
     | StageExited
+    | Loading
     | StageReady
     | Connected
     | Sampled

@@ -34,6 +34,7 @@ from pipeserve.stages.sampling import Logprobs, sample, score
 from pipeserve.stages.weights import load_stage
 
 _SCORED_ROWS = 64  # whose logits over the whole vocabulary are held at a time
+_LOADING_REPORT_S = 0.25
 
 
 class StageWorker:
@@ -52,6 +53,7 @@ class StageWorker:
         self.plans: deque[Step] = deque()
         self.activations: deque[list[zmq.Frame]] = deque()
         self.sequences = Sequences()
+        self._next_report_s = 0.0
         self._load_model()
         self._listen()
         self._report_ready(rank, baseline)
@@ -69,6 +71,7 @@ class StageWorker:
             has_head=job.has_head,
             dtype=self.dtype,
             attention=job.attention,
+            progress=self._report_loading,
         )
         self.weight_bytes = self.model.num_parameters * self.dtype.itemsize
         # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
@@ -80,6 +83,12 @@ class StageWorker:
             block_size=job.block_size,
             dtype=self.dtype,
         )
+
+    def _report_loading(self, num_read: int, num_bytes: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_report_s or num_read == num_bytes:
+            self._next_report_s = now + _LOADING_REPORT_S
+            self._tell(control.Loading(self.job.stage, num_read, num_bytes))
 
     def _listen(self) -> None:
         """Open the receiving ends of this stage's links."""

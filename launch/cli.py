@@ -6,7 +6,6 @@ run failed, 2 the arguments or the config are wrong, 130 interrupted.
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,12 +20,11 @@ import typer
 import pipeserve
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.core.nouns import SamplingParams
-from pipeserve.core.records import Recorder, ignore
 from pipeserve.errors import ConfigError, PipeserveError, StageError
+from pipeserve.launch import starting
 from pipeserve.launch.flags import given, run_flags, sampling_flags, with_flags
 
 if TYPE_CHECKING:
-    from pipeserve.core.view import CostModel
     from pipeserve.driver import Driver
     from pipeserve.launch.record import Records
 
@@ -41,7 +39,10 @@ app = typer.Typer(
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="Checkpoint folder or alias (smollm2-135m).", show_default=False),
+    typer.Argument(
+        help="Folder, GGUF file, hub id (org/name or org/name@revision), or smollm2-135m.",
+        show_default=False,
+    ),
 ]
 Recipe = Annotated[
     str | None,
@@ -120,7 +121,12 @@ def generate(
     config: Recipe = None,
     **flags: Any,
 ) -> int:
-    """Complete one prompt, or every line of a JSONL file, and write results as they end."""
+    """Complete one prompt, or every line of a JSONL file, and write results as they end.
+
+    A line is {"prompt": TEXT}, {"prompt_token_ids": [...]} or {"messages": [...]}, with sampling
+    parameters of its own if wanted. Its result repeats it and has text, token_ids, finish_reason,
+    logprobs and prompt_logprobs where asked for, and all samples as outputs where n is over 1.
+    """
     from pipeserve.launch import generate as verb
     from pipeserve.params import params_from
 
@@ -132,6 +138,8 @@ def generate(
         raise ConfigError("--output and --print each take the results; give one")
     if live and output is None and sys.stdout.isatty():
         raise ConfigError("--live takes the terminal, and so do the results; give --output FILE")
+    if print_text and _wants_logprobs(params):
+        raise ConfigError("--print shows no logprobs; leave it out to have them in JSON")
     if resume and (prompts is None or output is None):
         raise ConfigError("--resume goes on with an --output file of --prompts; give both")
     if resume and overwrite:
@@ -141,10 +149,16 @@ def generate(
     else:
         lines = verb.read_prompts(prompts, params, chat)
     lines = verb.with_seeds(lines, run_config.seed)
-    start = partial(recorded_driver, run_config, record, overwrite=overwrite)
+    start = partial(
+        starting.recorded_driver,
+        run_config,
+        record,
+        overwrite=overwrite,
+        check=partial(verb.check_lines, lines),
+    )
     if output is not None:
         return _generate_to(output, run_config, lines, overwrite, resume, start, live)
-    if prompts is not None:
+    if prompts is not None or _wants_logprobs(params):
         write = verb.print_text if print_text else verb.print_json
         return _generate(start, lines, write, live)
     with start() as (driver, records), records.shown() if live else nullcontext():
@@ -152,6 +166,10 @@ def generate(
 
         records.start_writing()
         return verb.stream_text(LLM.on(driver), lines[0])
+
+
+def _wants_logprobs(params: SamplingParams) -> bool:
+    return params.logprobs is not None or params.prompt_logprobs is not None
 
 
 def _generate_to(
@@ -240,7 +258,7 @@ def bench(
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed)
     if json_file is not None:
         check_writable(json_file)
-    with recorded_driver(run_config, record) as (driver, records):
+    with starting.recorded_driver(run_config, record) as (driver, records):
         encode = Tokenizer(driver.model_folder).encode
         with records.shown() if live else nullcontext():
             report = verb.bench(driver, records, encode, work, repeat)
@@ -277,10 +295,11 @@ def calibrate(
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; give --overwrite, or another --output")
     check_writable(output)
-    num_layers = ModelConfig.from_folder(resolve(run_config.model)).num_layers
+    with starting.status("looking for the model") as say:
+        num_layers = ModelConfig.from_folder(resolve(run_config.model, say)).num_layers
     samples = Samples(run_config.pipeline_parallel_size)
     measured, ring = verb.with_uneven_layers(run_config, num_layers), Ring()
-    with open_driver(measured, samples, ring.record) as driver:
+    with starting.open_driver(measured, samples, ring.record) as driver:
         profile, fit = verb.calibrate(driver, ring, samples, device_name(), total_memory_bytes())
     save_profile(profile, output)
     print(
@@ -399,35 +418,6 @@ def report(
     from pipeserve.launch import report as verb
 
     return verb.report(folders, html_file, json_file, perfetto_file, advise)
-
-
-def recorded_driver(
-    run_config: RunConfig, folder: Path | None, *, overwrite: bool = False
-) -> AbstractContextManager[tuple["Driver", "Records"]]:
-    """A driver, and its records, which `--record FOLDER` wants in files."""
-    from pipeserve.launch.record import recorded
-
-    return recorded(
-        lambda record: open_driver(run_config, record=record), folder, overwrite=overwrite
-    )
-
-
-def open_driver(
-    run_config: RunConfig, cost: "CostModel | None" = None, record: Recorder = ignore
-) -> "Driver":
-    """Start the stages, saying on a terminal's stderr what is being waited for."""
-    from rich.console import Console
-
-    from pipeserve.driver import Driver
-
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: close what was opened
-        signal.signal(ending, _exit_on_signal)
-    with Console(stderr=True).status("starting stages") as status:
-        return Driver(run_config, on_progress=status.update, cost=cost, record=record)
-
-
-def _exit_on_signal(signum: int, frame: object) -> None:
-    raise SystemExit(128 + signum)
 
 
 def _run_config(model: str | None, recipe: str | None, flags: dict[str, Any]) -> RunConfig:

@@ -15,9 +15,9 @@ from pipeserve.errors import ConfigError
 # SamplingParams is one of the engine's nouns and carries no help for a command line.
 _SAMPLING_HELP = MappingProxyType(
     {
-        "n": "Samples of a prompt.",
+        "n": "Samples of each prompt, whose blocks they share.",
         "max_tokens": "Most output tokens of a sample.",
-        "min_tokens": "Output tokens before which nothing but max_tokens ends a prompt.",
+        "min_tokens": "Output tokens before which nothing but max_tokens ends a sample.",
         "temperature": "0 is greedy.",
         "top_k": "Sample from the k most likely tokens; 0 from all.",
         "top_p": "Sample from the most likely tokens that together have this probability.",
@@ -31,7 +31,8 @@ _SAMPLING_HELP = MappingProxyType(
         "stop": "End before this text; may be given several times.",
         "stop_token_ids": "End at this token id; may be given several times.",
         "ignore_eos": "Go on after the model's end-of-sequence token.",
-        "logprobs": "Report this many log-probabilities at each position; 0: the sampled one's.",
+        "logprobs": "Report, in JSON, this many log-probabilities at each position; 0: the "
+        "sampled one's.",
         "prompt_logprobs": "The same for each token of the prompt but the first.",
     }
 )
@@ -111,7 +112,7 @@ def _flag(item: Field, hint: Any, help: str, panel: str) -> inspect.Parameter:
     if kind is bool:
         name = f"{name}/--no-{name[2:]}"
     if item.default is not MISSING and item.default not in (None, ()):
-        help = f"{help} [default: {item.default}]"
+        help = f"{help} \\[default: {item.default}]"  # escaped: rich takes [words] for styles
     option = typer.Option(*short, name, help=help, show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         item.name,

@@ -1,10 +1,17 @@
-"""`pipeserve generate`: one prompt, or a JSONL file of them, through an `LLM` that runs already."""
+"""`pipeserve generate`: one prompt, or a JSONL file of them, through an `LLM` that runs already.
+
+A result is one JSON object: "index" (line of the file, from 0), the prompt as it was given, then of
+its first sample "text", "token_ids", "finish_reason", and "logprobs" where asked for; then
+"num_prompt_tokens", "prompt_logprobs" where asked for (null for the first token), and, where `n` is
+over 1, "outputs": all samples, each with its "index" and the same keys. A prompt that cannot run
+has "error" instead. Logprobs are {"sampled": of the token itself, "top": {token id: logprob}}.
+"""
 
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +20,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeserve.completion import Completion, Delta, completed
+from pipeserve.completion import Completion, CompletionOutput, Delta, completed
 from pipeserve.configs import RunConfig
 from pipeserve.configs.recipes import check_keys
-from pipeserve.core.nouns import SamplingParams
+from pipeserve.core.nouns import SamplingParams, TokenLogprobs
 from pipeserve.errors import ConfigError, PipeserveError, StageError
 from pipeserve.launch.jsonl import read_objects
-from pipeserve.params import PARAM_NAMES, params_from, seeded
+from pipeserve.params import PARAM_NAMES, check_params, params_from, seeded
 
 if TYPE_CHECKING:
     from pipeserve.llm import LLM, Prompt
+    from pipeserve.stages.config import ModelConfig
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 
@@ -67,6 +75,15 @@ def with_seeds(lines: Sequence[PromptLine], run_seed: int) -> list[PromptLine]:
     return [replace(line, params=seeded(line.params, run_seed, line.index)) for line in lines]
 
 
+def check_lines(lines: Iterable[PromptLine], model_config: "ModelConfig") -> None:
+    """Raise ConfigError for the first line whose sampling this model cannot do."""
+    for line in lines:
+        try:
+            check_params(line.params, model_config.vocab_size)
+        except ConfigError as error:
+            raise ConfigError(f"prompt {line.index}: {error}") from None
+
+
 def job_of(config: RunConfig, lines: Sequence[PromptLine]) -> str:
     """16 hex digits that stand for all that results depend on: `lines` with their prompts, sampling
     and seeds, the model as it was named, and the dtype. How it is served (stages, policy, memory)
@@ -80,11 +97,30 @@ def job_of(config: RunConfig, lines: Sequence[PromptLine]) -> str:
 def stream_text(llm: "LLM", line: PromptLine) -> int:
     """Write the text of one prompt to stdout as it comes. Returns the exit code."""
     with closing(llm.stream(line.prompt, line.params)) as deltas:
-        for delta in deltas:
-            sys.stdout.write(delta.text)
+        for text in _sample_after_sample(deltas, line.params.n):
+            sys.stdout.write(text)
             sys.stdout.flush()
-    sys.stdout.write("\n")
     return 0
+
+
+def _sample_after_sample(deltas: Iterable[Delta], num_samples: int) -> Iterator[str]:
+    """The text of each sample and a newline; of several, each behind its number, a blank line
+    between. The first that has not ended is given as it comes, later ones are held until then."""
+    held = [""]
+    if num_samples > 1:
+        held = ["[0] ", *(f"\n[{sample}] " for sample in range(1, num_samples))]
+    shown, ended = 0, set()
+    for delta in deltas:
+        held[delta.sample] += delta.text
+        if delta.finish_reason is not None:
+            held[delta.sample] += "\n"
+            ended.add(delta.sample)
+        while shown in ended:
+            yield held[shown]
+            shown += 1
+        if shown < num_samples:
+            yield held[shown]
+            held[shown] = ""
 
 
 def write_results(
@@ -106,6 +142,7 @@ def write_results(
     def on_error(place: int, error: PipeserveError) -> None:
         errors.append(error)
         write({"index": lines[place].index, **lines[place].shown, "error": str(error)})
+        progress.advance()
 
     num_tokens = num_done = 0
     start_s = time.monotonic()
@@ -119,14 +156,15 @@ def write_results(
                 for place, completion in completed(progress.counted(deltas)):
                     write(_result(lines[place], completion))
                     num_done += 1
-                    num_tokens += len(completion.token_ids)
+                    num_tokens += sum(len(output.token_ids) for output in completion.outputs)
+                    progress.advance()
         except StageError as error:
             message = f"{error}; {num_done} of {len(lines)} prompts are done and written"
             raise StageError(message) from None
     seconds = time.monotonic() - start_s
     shares = " ".join(f"{share:.0%}" for share in busy(start_s, start_s + seconds))
     print(
-        f"{num_done} prompts, {num_tokens} output tokens in {seconds:.2f} s: "
+        f"{num_done} prompt{'s' * (num_done != 1)}, {num_tokens} output tokens in {seconds:.2f} s: "
         f"{num_tokens / seconds:.1f} tokens/s; stages busy {shares}",
         file=sys.stderr,
     )
@@ -146,8 +184,14 @@ def print_json(result: dict[str, Any]) -> None:
 def print_text(result: dict[str, Any]) -> None:
     """A result as people read it: the prompt, and what came back."""
     prompt = next(result[key] for key in _PROMPT_KEYS if key in result)
-    answer = result["text"] if "text" in result else f"error: {result['error']}"
-    print(f"[{result['index']}] {prompt}\n    {answer.strip()}\n", flush=True)
+    if "error" in result:
+        answers = [f"error: {result['error']}"]
+    elif "outputs" in result:
+        answers = [f"[{sample['index']}] {sample['text'].strip()}" for sample in result["outputs"]]
+    else:
+        answers = [result["text"].strip()]
+    texts = "".join(f"    {answer}\n" for answer in answers)
+    print(f"[{result['index']}] {prompt}\n{texts}", flush=True)
 
 
 class _Progress:
@@ -173,8 +217,12 @@ class _Progress:
         for delta in deltas:
             self._num_tokens += len(delta.token_ids)
             rate = self._num_tokens / (time.monotonic() - self._start_s)
-            self._progress.update(self._task, advance=delta.finish_reason is not None, rate=rate)
+            self._progress.update(self._task, rate=rate)
             yield delta
+
+    def advance(self) -> None:
+        """One more prompt is done, or found unable to run."""
+        self._progress.advance(self._task)
 
     def __enter__(self) -> "_Progress":
         self._progress.start()
@@ -220,16 +268,33 @@ def _as_chat(text: str) -> list[dict[str, str]]:
 
 
 def _result(line: PromptLine, completion: Completion) -> dict[str, Any]:
+    samples = [_sample(output) for output in completion.outputs]
     result = {
         "index": line.index,
         **line.shown,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
+        **samples[0],
         "num_prompt_tokens": len(completion.prompt_token_ids),
     }
-    if completion.logprobs is not None:
-        result["logprobs"] = [
-            {"sampled": entry.sampled, "top": dict(entry.top)} for entry in completion.logprobs
-        ]
+    if completion.prompt_logprobs is not None:
+        result["prompt_logprobs"] = _as_json(completion.prompt_logprobs)
+    if len(samples) > 1:
+        result["outputs"] = [{"index": index, **s} for index, s in enumerate(samples)]
     return result
+
+
+def _sample(output: CompletionOutput) -> dict[str, Any]:
+    sample = {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+    }
+    if output.logprobs is not None:
+        sample["logprobs"] = _as_json(output.logprobs)
+    return sample
+
+
+def _as_json(logprobs: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+    return [
+        None if entry is None else {"sampled": entry.sampled, "top": dict(entry.top)}
+        for entry in logprobs
+    ]

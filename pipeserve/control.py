@@ -166,6 +166,16 @@ class ReportMemory(_Message):
 # ---- stage -> driver ----------------------------------------------------------------------------
 
 
+class Loading(_Message):
+    """How far a stage is with its weights; a few times a second, and at their end."""
+
+    stage: int
+    num_read: int
+    """Bytes of them read so far."""
+    num_bytes: int
+    """All that there are to read."""
+
+
 class StageReady(_Message):
     """Weights are loaded; the stage listens for its neighbours."""
 
@@ -225,6 +235,7 @@ ToDriver = (
     | Heartbeat
     | Pong
     | StageExited
+    | Loading
     | StageReady
     | Connected
     | Sampled

@@ -65,13 +65,16 @@ class Driver:
         on_progress: Callable[[str], None] = lambda text: None,
         cost: CostModel | None = None,
         record: Recorder = ignore,
+        check: Callable[[ModelConfig], None] = lambda model_config: None,
     ) -> None:
-        """`record` is handed what the run tells of itself, from within `add`, `finish`, `poll` and
-        `settle`, and must not raise."""
+        """Returns when all stages are ready. `on_progress` is told in words how far they are;
+        `check` may raise for the model before anything is started. `record` is handed what the run
+        tells of itself, from within `add`, `finish`, `poll` and `settle`, and must not raise."""
         _check_runs_here(config)
         self.config = config
-        self.model_folder: Path = resolve(config.model)
+        self.model_folder: Path = resolve(config.model, on_progress)
         self.model_config = ModelConfig.from_folder(self.model_folder)
+        check(self.model_config)
         check_checkpoint(self.model_folder, self.model_config)
         self.dtype = self.model_config.resolve_dtype(config.dtype)
         self.max_model_len = _max_model_len(config, self.model_config)
@@ -111,8 +114,7 @@ class Driver:
         self.fleet = Fleet(len(self.plan.stages), config.launcher, config.control)
         try:
             self.fleet.wait_for_keepers(on_progress)
-            on_progress("loading weights")
-            ready = self.fleet.start_stages(self._jobs(num_blocks))
+            ready = self.fleet.start_stages(self._jobs(num_blocks), on_progress)
         except BaseException:
             self.fleet.close()
             raise

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import zmq
@@ -49,6 +49,7 @@ class Fleet:
         """Of the process whose end was raised."""
         self._boot_id = boot_id()
         self._last_heard: dict[int, float] = {}
+        self._loading: dict[int, control.Loading] = {}
         self._unread: list[Received] = []
         self._exited: control.StageExited | None = None
         self._processes: list[subprocess.Popen] = []
@@ -114,11 +115,16 @@ class Fleet:
                 )
             self.receive(0.5)
 
-    def start_stages(self, jobs: list[control.StartStage]) -> list[control.StageReady]:
+    def start_stages(
+        self, jobs: list[control.StartStage], on_progress: Callable[[str], None]
+    ) -> list[control.StageReady]:
         """Start each rank's stage, connect neighbours; returns when all can take a step."""
+        on_progress("starting stages")
         for rank, job in enumerate(jobs):
             self._send(control.keeper_identity(rank), control.encode(job))
-        ready = self._gather(control.StageReady)
+        ready = self._gather(
+            control.StageReady, lambda: on_progress(_how_far(self._loading, self.num_ranks))
+        )
         for stage in range(self.num_ranks):
             is_last = stage == self.num_ranks - 1
             links = control.Connect(
@@ -129,8 +135,9 @@ class Fleet:
         self._gather(control.Connected)
         return ready
 
-    def _gather(self, kind: type) -> list:
-        """One message of `kind` from every stage, in stage order; others are kept for `receive`."""
+    def _gather(self, kind: type, on_news: Callable[[], None] = lambda: None) -> list:
+        """One message of `kind` from every stage, in stage order; others are kept for `receive`.
+        Calls `on_news` whenever something came."""
         by_stage: dict[int, object] = {}
         others: list[Received] = []
         while len(by_stage) < self.num_ranks:
@@ -139,6 +146,7 @@ class Fleet:
                     by_stage[received.message.stage] = received.message
                 else:
                     others.append(received)
+            on_news()
         self._unread = others
         return [by_stage[stage] for stage in range(self.num_ranks)]
 
@@ -185,6 +193,8 @@ class Fleet:
         match message:
             case control.Heartbeat():
                 self._last_heard[message.rank] = received.at_s
+            case control.Loading():
+                self._loading[message.stage] = message
             case control.KeeperHello():
                 self._welcome(message)
             case control.StageFailed():
@@ -270,6 +280,16 @@ def _end_keeper(process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def _how_far(loading: Mapping[int, control.Loading], num_stages: int) -> str:
+    """What the stages together have read of their weights."""
+    if len(loading) < num_stages:  # what there is to read is not known yet
+        return f"starting stages: {len(loading)} of {num_stages} load weights"
+    done = sum(stage.num_read for stage in loading.values())
+    total = sum(stage.num_bytes for stage in loading.values())
+    share = done / total if total else 1.0  # stages without layers have nothing to read
+    return f"loading weights: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {share:.0%}"
 
 
 def _describe_exit(code: int) -> str:

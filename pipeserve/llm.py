@@ -186,17 +186,20 @@ class LLM:
         return tuple(ids for ids in words if max(ids) < vocab_size)  # others cannot be sampled
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
+        """Checked whoever made the ids: a tokenizer may know more of them than the model does."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if prompt and all(isinstance(part, dict) for part in prompt):
-            return self.tokenizer.encode_chat(prompt)
+            ids = self.tokenizer.encode(prompt)
+        elif prompt and all(isinstance(part, dict) for part in prompt):
+            ids = self.tokenizer.encode_chat(prompt)
+        else:
+            ids = prompt
         vocab_size = self.driver.model_config.vocab_size
-        for token in prompt:
+        for token in ids:
             if type(token) is not int or not 0 <= token < vocab_size:
                 raise ConfigError(
                     f"{token!r} is no token id; this model's are 0 to {vocab_size - 1}"
                 )
-        return prompt
+        return ids
 
     # ---- running --------------------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ def params_from(values: Mapping[str, Any], defaults: SamplingParams) -> Sampling
 
 
 def check_params(params: SamplingParams, vocab_size: int | None = None) -> SamplingParams:
-    """`params` with lists made tuples, a single stop string too, and keys of `logit_bias` numbers.
+    """`params` with lists made tuples, a single stop string too, keys of `logit_bias` numbers, and
+    a `top_k` of -1 (all, as some write it) 0.
 
     Raises ConfigError (name, value, limit) for a wrong type, a value out of range, and values that
     contradict each other. `vocab_size` bounds token ids, where the model is known.
@@ -37,6 +38,7 @@ def check_params(params: SamplingParams, vocab_size: int | None = None) -> Sampl
     allowed = params.allowed_token_ids
     params = replace(
         params,
+        top_k=0 if params.top_k == -1 else params.top_k,
         stop=_tuple_of(str, "stop", stop),
         stop_token_ids=_tuple_of(int, "stop_token_ids", params.stop_token_ids),
         bad_words=_tuple_of(str, "bad_words", params.bad_words),
@@ -144,7 +146,7 @@ def _check_token_ids(params: SamplingParams, vocab_size: int | None) -> None:
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         for token in getattr(params, name) or ():
             if token < 0 or (vocab_size is not None and token >= vocab_size):
-                most = "" if vocab_size is None else f" to {vocab_size - 1}"
+                most = " or more" if vocab_size is None else f" to {vocab_size - 1}"
                 raise ConfigError(f"{name} has {token}, token ids are 0{most}")
     for name in ("logprobs", "prompt_logprobs"):
         count = getattr(params, name)

@@ -36,6 +36,7 @@ from pipeserve.stages.sampling import Logprobs, sample, score
 from pipeserve.stages.weights import load_stage
 
 _SCORED_ROWS = 64  # whose logits over the whole vocabulary are held at a time
+_LOADING_REPORT_S = 0.25
 
 
 class _Output(NamedTuple):
@@ -65,7 +66,10 @@ class StageWorker:
         self.plans: deque[tuple[Step, float]] = deque()
         self.activations: deque[tuple[list[zmq.Frame], float]] = deque()
         self.sequences = Sequences()
+        self._next_report_s = 0.0
         self._load_model()
+        self.last_cpu_s = time.thread_time()
+        """Of this thread at the end of the microbatch before."""
         self._listen()
         self._report_ready(rank, baseline)
 
@@ -82,6 +86,7 @@ class StageWorker:
             has_head=job.has_head,
             dtype=self.dtype,
             attention=job.attention,
+            progress=self._report_loading,
         )
         self.weight_bytes = self.model.num_parameters * self.dtype.itemsize
         # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
@@ -93,6 +98,12 @@ class StageWorker:
             block_size=job.block_size,
             dtype=self.dtype,
         )
+
+    def _report_loading(self, num_read: int, num_bytes: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_report_s or num_read == num_bytes:
+            self._next_report_s = now + _LOADING_REPORT_S
+            self._tell(control.Loading(self.job.stage, num_read, num_bytes))
 
     def _listen(self) -> None:
         """Open the receiving ends of this stage's links."""
@@ -123,13 +134,16 @@ class StageWorker:
 
     def run(self) -> None:
         """Microbatch after microbatch, until the keeper ends this process."""
-        self.last_cpu_s = time.thread_time()
         while True:
             while not self._is_ready():
                 self._receive()
-            span = self._compute(*self.plans.popleft())
-            self._receive(seen_s=span.end_s)
-            self._tell(control.Timing(span))
+            self._run_next()
+
+    def _run_next(self) -> None:
+        """The next microbatch, all of which is here. What is told of it comes last."""
+        span = self._compute(*self.plans.popleft())
+        self._receive(seen_s=span.end_s)
+        self._tell(control.Timing(span))
 
     # ---- waiting --------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Reading config.json: what families share, and one clear line for what is wrong in it."""
 
 import json
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ _ROPE_FACTORS = {
 }
 """What each type of rope cannot do without."""
 
+_SLIDING = "sliding_attention"
+_LAYER_KINDS = ("full_attention", _SLIDING)
+
 
 class ConfigFile:
     """config.json of a model folder. Every method raises ConfigError, naming the file."""
@@ -23,7 +27,7 @@ class ConfigFile:
         self.path = folder / "config.json"
         _check_is_model(folder)
         self.raw = _read_json(self.path)
-        self.architecture = (self.raw.get("architectures") or [self.raw.get("model_type")])[0]
+        self.architecture = self._architecture()
         if "quantization_config" in self.raw:
             raise ConfigError(
                 f"{folder}: quantised weights are not supported; use a full checkpoint"
@@ -47,6 +51,28 @@ class ConfigFile:
             raise ConfigError(
                 f"{self.path}: {name} is {value!r}, must be a whole number of at least 1; "
                 "fetch the file again"
+            )
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Over 0; must be there where no default is given."""
+        value = self.require(name) if default is None else self.get(name, default)
+        return self._positive(name, value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if type(value) is not bool:
+            raise ConfigError(
+                f"{self.path}: {name} is {value!r}, must be true or false; fetch the file again"
+            )
+        return value
+
+    def mapping(self, name: str, key: str | None = None) -> dict[str, Any]:
+        """The object of that name, or the one under its `key`; empty where missing or null."""
+        value = self.get(name, {}) if key is None else self.mapping(name).get(key) or {}
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{self.path}: {key or name} is {value!r}, must be an object; fetch the file again"
             )
         return value
 
@@ -80,20 +106,21 @@ class ConfigFile:
             "vocab_size": self.count("vocab_size"),
             "max_position_embeddings": self.count("max_position_embeddings", max_positions),
             "norm_eps": norm_eps,
-            "tie_word_embeddings": self.get("tie_word_embeddings", tied),
+            "tie_word_embeddings": self.flag("tie_word_embeddings", tied),
             "dtype": self._dtype(),
             "eos_token_ids": self._eos(),
         }
 
     def rope(self, default_theta: float = 10000.0) -> RopeConfig:
         """Both spellings: `rope_parameters` (transformers 5), `rope_theta` with `rope_scaling`."""
-        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        return self.rope_from({"rope_theta": self.get("rope_theta", default_theta), **rope})
+        rope = self.mapping("rope_parameters") or self.mapping("rope_scaling")
+        return self.rope_from(rope, self.get("rope_theta", default_theta))
 
-    def rope_from(self, rope: Mapping[str, Any]) -> RopeConfig:
-        """`rope`: with a `rope_theta`."""
+    def rope_from(self, rope: dict[str, Any], theta: float) -> RopeConfig:
+        """As `rope` says; `theta` where it has none."""
+        theta = rope.get("rope_theta", theta)
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in _ROPE_FACTORS:
+        if kind not in tuple(_ROPE_FACTORS):
             raise ConfigError(
                 f"{self.path}: rope type {kind!r} is not supported; supported: "
                 f"{', '.join(_ROPE_FACTORS)}"
@@ -109,23 +136,65 @@ class ConfigFile:
                 f"{self.path}: rope type {kind!r} has no {missing[0]!r}; fetch the file again"
             )
         return RopeConfig(
-            theta=rope["rope_theta"],
+            theta=self._positive("rope_theta", theta),
             kind=kind,
             original_max_position_embeddings=rope.get(
                 "original_max_position_embeddings", self.get("max_position_embeddings", 0)
             ),
-            **{name: rope[name] for name in _ROPE_FACTORS[kind]},
+            **{name: self._positive(name, rope[name]) for name in _ROPE_FACTORS[kind]},
         )
+
+    def slides(self, otherwise: Iterable[bool]) -> tuple[bool, ...]:
+        """For each layer whether it slides: as `layer_types` lists them, or `otherwise`."""
+        kinds = self.get("layer_types")
+        if kinds is None:
+            return tuple(otherwise)
+        num_layers = self.count("num_hidden_layers")
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise ConfigError(
+                f"{self.path}: layer_types is {kinds!r}, must list {num_layers} layers; "
+                "fetch the file again"
+            )
+        for kind in kinds:
+            if kind not in _LAYER_KINDS:
+                raise ConfigError(
+                    f"{self.path}: layer type {kind!r} is not supported; supported: "
+                    f"{', '.join(_LAYER_KINDS)}"
+                )
+        return tuple(kind == _SLIDING for kind in kinds)
 
     def windows(self, window: int | None, slides: Collection[bool]) -> tuple[int | None, ...]:
         """For each layer `window` where it slides. One that no position can leave is none."""
-        if window is None or window >= self.get("max_position_embeddings", window + 1):
+        if window is None:
+            return ()
+        if type(window) is not int or window < 1:
+            raise ConfigError(
+                f"{self.path}: sliding_window is {window!r}, must be a whole number of at least 1 "
+                "or null; fetch the file again"
+            )
+        if window >= self.get("max_position_embeddings", window + 1):
             return ()
         return tuple(window if each else None for each in slides)
 
+    def _architecture(self) -> str:
+        names = self.raw.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise ConfigError(
+                f"{self.path}: architectures is {names!r}, must name the model's class; write that "
+                f'of {self.raw.get("model_type", "the model")} there, such as ["LlamaForCausalLM"]'
+            )
+        return names[0]
+
+    def _positive(self, name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ConfigError(
+                f"{self.path}: {name} is {value!r}, must be a number over 0; fetch the file again"
+            )
+        return value
+
     def _dtype(self) -> str:
         dtype = self.get("dtype", self.get("torch_dtype", "float32"))
-        if dtype not in DTYPE_BYTES:
+        if dtype not in tuple(DTYPE_BYTES):
             raise ConfigError(
                 f"{self.path}: dtype {dtype!r} is not supported; supported: "
                 f"{', '.join(DTYPE_BYTES)}"
@@ -133,12 +202,19 @@ class ConfigFile:
         return dtype
 
     def _eos(self) -> tuple[int, ...]:
-        """generation_config.json knows every id that ends a turn; config.json often only one."""
+        """generation_config.json knows every id that ends a turn; config.json often only one. Ids
+        beyond the vocabulary (a tokenizer may have more) are never sampled, so they are left out.
+        """
         generation = self.path.with_name("generation_config.json")
         eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
         if eos is None:
             eos = self.get("eos_token_id", [])
-        return tuple(eos) if isinstance(eos, list) else (eos,)
+        ids = eos if isinstance(eos, list) else [eos]
+        if any(type(each) is not int for each in ids):
+            raise ConfigError(
+                f"{self.path}: eos_token_id is {eos!r}, must be token ids; fetch the file again"
+            )
+        return tuple(each for each in ids if 0 <= each < self.count("vocab_size"))
 
 
 def _check_is_model(folder: Path) -> None:

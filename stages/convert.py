@@ -28,7 +28,7 @@ _DTYPE_OF_FILE_TYPE = {0: torch.float32, 1: torch.float16}
 def convert(gguf: Path, folder: Path) -> None:
     """Raises ConfigError for what does not come through whole; saves no weights then."""
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    reader = GGUFReader(gguf)
+    reader = _open(gguf)
     _check_fields(reader)
     dtype = _DTYPE_OF_FILE_TYPE.get(_field(reader, "general.file_type"), torch.bfloat16)
     config = transformers.AutoConfig.from_pretrained(**where)
@@ -47,6 +47,13 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes 0600: useless in a shared cache
+
+
+def _open(gguf: Path) -> GGUFReader:
+    try:
+        return GGUFReader(gguf)
+    except (IndexError, KeyError, ValueError) as error:  # it reads on past the end, or nonsense
+        raise ConfigError(f"it breaks off or is damaged ({error}); fetch it again") from None
 
 
 def _check_fields(reader: GGUFReader) -> None:

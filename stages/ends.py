@@ -6,7 +6,8 @@ Suffixes: T tokens, D hidden size, R rows whose logits are wanted, V vocabulary.
 import torch
 from torch import Tensor, nn
 
-from pipeserve.stages.leaf import Embedding
+from pipeserve.stages.config import ModelConfig
+from pipeserve.stages.leaf import Embedding, whole
 from pipeserve.stages.linear import Linear
 
 
@@ -33,6 +34,13 @@ class TokenEmbedding(nn.Module):
         if self.positions is not None:
             x_TD = x_TD + self.positions(positions_T + self.offset)
         return x_TD
+
+
+def vocabulary(config: ModelConfig, size: int, table: str) -> Linear:
+    """[R, size] -> logits. A tied head is the embedding, which the checkpoint calls `table`; but
+    where it holds a head all the same, that may differ, and it is what transformers takes."""
+    name = table if config.tie_word_embeddings else "lm_head"
+    return Linear(size, config.vocab_size, [whole(name, config.vocab_size, rather="lm_head")])
 
 
 class Head(nn.Module):

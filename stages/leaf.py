@@ -6,7 +6,7 @@ no memory, so the shapes of a model of any size can be had from its configuratio
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ class Rows:
     of: int
     start: int
     stop: int
+    rather: str = field(default="", compare=False)
+    """The tensor that is read instead, where the checkpoint has one of this name."""
 
 
-def whole(name: str, num_rows: int) -> Rows:
+def whole(name: str, num_rows: int, rather: str = "") -> Rows:
     """All rows of a tensor."""
-    return Rows(name, num_rows, 0, num_rows)
+    return Rows(name, num_rows, 0, num_rows, rather)
 
 
 class Leaf(nn.Module):

@@ -75,12 +75,14 @@ def resolve(model: str, on_progress: OnProgress = lambda text: None) -> Path:
 
 def origin(model: str, folder: Path) -> str:
     """In words, where `folder` came from, which is what `resolve(model)` returned."""
-    if folder.parent == cache_root():
-        made_of = ALIASES[model].requirement if model in ALIASES else f"GGUF file {model}"
-        return f"{made_of}, unpacked in {folder}"
-    if folder.parent.name == "snapshots":
-        return f"hub, commit {folder.name[:12]}"
-    return f"folder {folder}"
+    path = Path(model).expanduser()
+    if path == folder:
+        return "folder"
+    if path.is_file():
+        return f"GGUF file, unpacked in {folder}"
+    if model in ALIASES:
+        return f"{ALIASES[model].requirement}, unpacked in {folder}"
+    return f"hub, commit {folder.name[:12]} in {folder.parents[2]}"
 
 
 def cache_root() -> Path:

@@ -19,11 +19,12 @@ from torch import Tensor
 from pipeserve.errors import ConfigError
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.families import find_family
-from pipeserve.stages.leaf import Rows
+from pipeserve.stages.leaf import Leaf, Rows
 from pipeserve.stages.stage import Stage
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE_BYTES = 8 << 20
+_COMPUTED = ".rotary_emb.inv_freq"  # what old checkpoints keep in each layer, and nobody reads
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -37,9 +38,10 @@ def load_stage(
     has_head: bool,
     dtype: torch.dtype,
     attention: str = "auto",
-    progress: Callable[[int], None] = lambda num_bytes: None,
+    progress: Callable[[int, int], None] = lambda num_read, num_bytes: None,
 ) -> Stage:
-    """The stage with its weights in `dtype`. `progress` is called with the bytes of each read.
+    """The stage with its weights in `dtype`. `progress` is called before the first read and after
+    each, with the bytes read so far and those that there are to read.
 
     Raises ConfigError for a checkpoint that is missing, truncated, pickled or of another shape, and
     for weights that are not finite.
@@ -52,13 +54,22 @@ def load_stage(
         has_head=has_head,
         attention=attention,
     )
-    with Checkpoint(Path(folder), progress) as checkpoint:
+    with Checkpoint(Path(folder)) as checkpoint:
+        num_bytes = sum(
+            checkpoint.num_bytes(leaf.source, part, shape)
+            for leaf in stage.leaves()
+            for part, shape in _parts(leaf)
+        )
+        progress(0, num_bytes)
+        checkpoint.on_read = lambda num_read: progress(num_read, num_bytes)
         for leaf in stage.leaves():
-            weight, bias = checkpoint.read(leaf.source, "weight", leaf.shape, dtype), None
-            if leaf.has_bias:
-                bias = checkpoint.read(leaf.source, "bias", leaf.shape[:1], dtype)
-            leaf.set(weight, bias)
+            leaf.set(*(checkpoint.read(leaf.source, *part, dtype) for part in _parts(leaf)))
     return stage
+
+
+def _parts(leaf: Leaf) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of a leaf's weight, and of its bias if it has one."""
+    return [("weight", leaf.shape), ("bias", leaf.shape[:1])][: 1 + leaf.has_bias]
 
 
 def check_checkpoint(folder: str | Path, config: ModelConfig) -> None:
@@ -69,16 +80,16 @@ def check_checkpoint(folder: str | Path, config: ModelConfig) -> None:
     whole_model = Stage(
         config, first_layer=0, stop_layer=config.num_layers, has_embedding=True, has_head=True
     )
-    unwanted = set()
-    with Checkpoint(Path(folder), lambda num_bytes: None) as checkpoint:
+    wanted, unwanted = set(), set()
+    with Checkpoint(Path(folder)) as checkpoint:
         for leaf in whole_model.leaves():
-            checkpoint.find(leaf.source, "weight", leaf.shape)
-            if leaf.has_bias:
-                checkpoint.find(leaf.source, "bias", leaf.shape[:1])
-            else:
+            for part, shape in _parts(leaf):
+                checkpoint.find(leaf.source, part, shape)
+                wanted |= {f"{rows.name}.{part}" for rows in leaf.source}
+            if not leaf.has_bias:
                 unwanted |= {f"{rows.name}.bias" for rows in leaf.source}
-        family = find_family(config.architecture)
-        checkpoint.refuse(unwanted, f"{family.layers}.{config.num_layers}.")
+        layers = find_family(config.architecture).layers
+        checkpoint.refuse(unwanted, others_than=wanted, below=f"{layers}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +104,19 @@ class _Entry:
     """Of its first byte in the file."""
     num_bytes: int
 
+    @property
+    def row_bytes(self) -> int:
+        return self.num_bytes // self.shape[0]
+
 
 class Checkpoint:
     """A safetensors checkpoint, in one file or sharded with an index. Opens shards on first use."""
 
-    def __init__(self, folder: Path, progress: Callable[[int], None]) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.on_read: Callable[[int], None] = lambda num_read: None
+        """Called after each read of data with the bytes read so far."""
+        self._num_read = 0
         self._folder = folder
-        self._progress = progress
         self._shard_of = _shard_of_tensor(folder)
         self._files: dict[Path, int] = {}
         self._headers: dict[Path, dict[str, _Entry]] = {}
@@ -113,12 +130,17 @@ class Checkpoint:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def refuse(self, unwanted: Collection[str], start: str) -> None:
-        """Raises ConfigError for a tensor whose name is in `unwanted` or begins with `start`."""
+    def refuse(
+        self, unwanted: Collection[str], *, others_than: Collection[str], below: str
+    ) -> None:
+        """Raises ConfigError for a tensor whose name is in `unwanted`, or begins with `below` and
+        is not in `others_than`: the model has a part that config.json does not know of."""
         unwanted = {*unwanted, *map(_without_first, unwanted)}
-        starts = (start, _without_first(start))
+        known = {*others_than, *map(_without_first, others_than)}
+        starts = (below, _without_first(below))
         for name in self._shard_of:
-            if name in unwanted or name.startswith(starts):
+            is_other = name.startswith(starts) and name not in known
+            if name in unwanted or (is_other and not name.endswith(_COMPUTED)):
                 raise ConfigError(
                     f"{self._folder} has a tensor {name}, which its config.json does not ask for; "
                     "take config and weights from one checkpoint"
@@ -136,10 +158,18 @@ class Checkpoint:
             done += size
         return joined
 
+    def num_bytes(self, source: Sequence[Rows], part: str, shape: tuple[int, ...]) -> int:
+        """How many bytes `read` reads. Raises ConfigError as it does."""
+        entries = self.find(source, part, shape)
+        return sum(
+            (rows.stop - rows.start) * entry.row_bytes
+            for rows, entry in zip(source, entries, strict=True)
+        )
+
     def find(self, source: Sequence[Rows], part: str, shape: tuple[int, ...]) -> list["_Entry"]:
         """The tensor behind each of `source`. Raises ConfigError where one is missing or not of
         the shape that the whole asks for."""
-        entries = [self._find(f"{rows.name}.{part}") for rows in source]
+        entries = [self._find(rows, part) for rows in source]
         for rows, entry in zip(source, entries, strict=True):
             if entry.shape != (rows.of, *shape[1:]):
                 raise ConfigError(
@@ -151,8 +181,8 @@ class Checkpoint:
     def _read_into(self, target: Tensor, name: str, entry: "_Entry", first_row: int) -> None:
         """Reads in pieces, so that no second copy of a large tensor ever exists."""
         descriptor, dtype = self._open(entry.path), _DTYPES[entry.dtype]
-        row_bytes = entry.num_bytes // entry.shape[0]
-        offset, num_bytes = entry.offset + first_row * row_bytes, len(target) * dtype.itemsize
+        offset = entry.offset + first_row * entry.row_bytes
+        num_bytes = len(target) * dtype.itemsize
         piece = bytearray(min(_PIECE_BYTES, num_bytes))
         done = 0
         while done < num_bytes:
@@ -169,10 +199,13 @@ class Checkpoint:
             part.copy_(values)
             _check_finite(part, values, name, entry.path)
             done += got
-            self._progress(got)
+            self._num_read += got
+            self.on_read(self._num_read)
 
-    def _find(self, name: str) -> _Entry:
-        name = self._stored_name(name)
+    def _find(self, rows: Rows, part: str) -> _Entry:
+        name = self._stored_name(f"{rows.name}.{part}")
+        if f"{rows.rather}.{part}" in self._shard_of:
+            name = f"{rows.rather}.{part}"
         path = self._shard_of.get(name)
         if path is None:
             raise ConfigError(

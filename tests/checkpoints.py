@@ -180,15 +180,19 @@ def expected_logits(folder: str, prompt: list[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def greedy_tokens(folder: str, prompt: list[int], max_tokens: int) -> list[int]:
-    """What transformers' `generate` answers in float32, running over ends of text."""
-    out = transformers_model(folder).generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=max_tokens,
-        min_new_tokens=max_tokens,
-        do_sample=False,
-        eos_token_id=-1,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
+def greedy_tokens(folder: str, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """What transformers' `generate` answers to each in float32, running over ends of text."""
+    model = transformers_model(folder)
+    answers = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=max_tokens,
+            min_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=0,
+        )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers

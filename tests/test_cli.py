@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 from fake_driver import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer, write_jsonl
+from rich.progress import Progress
 
 import pipeserve
+from pipeserve.completion import Delta
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import PipeserveError
-from pipeserve.launch import cli
+from pipeserve.launch import cli, starting
 from pipeserve.launch.flags import run_flags, sampling_flags
+from pipeserve.launch.generate import one_prompt, write_results
 from pipeserve.launch.jsonl import ResultFile
 from pipeserve.launch.workload import read_workload
+from pipeserve.llm import LLM
 from pipeserve.profiling.workloads import DISTRIBUTIONS
 
 
@@ -29,19 +33,22 @@ def driver(folder, monkeypatch):
     """The driver that the verbs get; `driver.config` becomes what they asked for."""
     fake = FakeDriver(folder)
 
-    def open_driver(run_config, record):
+    def open_driver(run_config, record, check=lambda model_config: None):
         fake.config = run_config
         fake.record = record
+        check(fake.model_config)
         return fake
 
-    monkeypatch.setattr(cli, "open_driver", open_driver)
+    monkeypatch.setattr(starting, "open_driver", open_driver)
     return fake
 
 
 @pytest.fixture
 def no_driver(monkeypatch):
     """For what must be found before any process starts."""
-    monkeypatch.setattr(cli, "open_driver", lambda *_, **__: pytest.fail("stages were started"))
+    monkeypatch.setattr(
+        starting, "open_driver", lambda *_, **__: pytest.fail("stages were started")
+    )
 
 
 def _error(capsys, arguments, exit_code):
@@ -90,13 +97,18 @@ def test_flags_win_over_the_recipe(driver, tmp_path):
     assert driver.config.max_num_seqs == 4
 
 
-def test_version_and_help(capsys):
+def test_version_and_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == pipeserve.__version__
     assert cli.main([]) == 0
     assert "generate" in capsys.readouterr().out
     assert cli.main(["bench", "--help"]) == 0
     assert "--workload" in capsys.readouterr().out
+    assert cli.main(["generate", "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Most output tokens of a sample. [default: 16]" in printed
+    assert '{"prompt_token_ids": [...]}' in printed
 
 
 @pytest.mark.parametrize(
@@ -108,6 +120,14 @@ def test_version_and_help(capsys):
         (["generate", "m", "--prompt", "x", "--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["generate", "m", "--prompt", "x", "-tp", "0"], "tensor_parallel_size is 0"),
         (["generate", "m", "--prompt", "x", "--temperature", "-1"], "temperature is -1"),
+        (["generate", "m", "--prompt", "x", "--top-p", "0"], "top_p is 0"),
+        (["generate", "m", "--prompt", "x", "--min-p", "2"], "min_p is 2"),
+        (["generate", "m", "--prompt", "x", "--stop-token-ids", "-1"], "ids are 0 or more"),
+        (["generate", "m", "--prompt", "x", "--n", "0"], "n is 0, must be 1 to"),
+        (["generate", "m", "--prompt", "x", "--n", "2", "--temperature", "0"], "n is 2 at temp"),
+        (["generate", "m", "--prompt", "x", "--logit-bias", "x"], "--logit-bias x is not ID=NUM"),
+        (["generate", "m", "--prompt", "x", "--prompt-logprobs", "9999"], "logprobs is 9999"),
+        (["generate", "m", "--prompt", "x", "--print", "--logprobs", "1"], "--print shows no log"),
         (["generate", "m"], "one of --prompt TEXT and --prompts FILE"),
         (["generate", "m", "--prompt", "x", "--prompts", "f"], "one of --prompt TEXT"),
         (["generate", "--prompt", "x"], "no model"),
@@ -133,6 +153,51 @@ def test_one_prompt_writes_its_text(driver, capsys):
     driver._reply = lambda prompt: list("caf\u00e9".encode())
     assert cli.main(["generate", "m", "--prompt", "x", "--max-tokens", "5"]) == 0
     assert capsys.readouterr().out == "caf\u00e9\n"
+
+
+def test_token_ids_that_the_model_does_not_have(driver, capsys, tmp_path):
+    command = ["generate", "m", "--prompt", "x", "--allowed-token-ids", "97,999999"]
+    expected = "error: prompt 0: allowed_token_ids has 999999, token ids are 0 to 257"
+    assert _error(capsys, command, 2) == expected
+    prompts = write_jsonl(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b", "logprobs": 256})
+    driver.model_config.vocab_size = 200
+    error = _error(capsys, ["generate", "m", "--prompts", prompts], 2)
+    assert error == "error: prompt 1: logprobs is 256, the vocabulary has 200 tokens"
+    assert not driver.added
+
+
+def test_samples_of_one_prompt_stand_one_below_the_other(driver, capsys, monkeypatch):
+    """Whichever ends first: here the second of three, then the first."""
+    texts = [["One\n", "more"], ["two"], ["thr", "ee", "!"]]
+    deltas = [(0, 0), (2, 0), (1, 0), (2, 1), (0, 1), (2, 2)]
+
+    def stream(llm, prompt, params):
+        for sample, step in deltas:
+            is_last = step == len(texts[sample]) - 1
+            yield Delta(
+                index=0, sample=sample, prompt_token_ids=(1,), token_ids=(2,),
+                text=texts[sample][step], finish_reason="length" if is_last else None,
+                finished=(sample, step) == deltas[-1], logprobs=None, prompt_logprobs=None,
+            )  # fmt: skip
+            written.append(capsys.readouterr().out)
+
+    written = []
+    monkeypatch.setattr(LLM, "stream", stream)
+    assert cli.main(["generate", "m", "--prompt", "x", "--n", "3"]) == 0
+    assert written == ["[0] One\n", "", "", "", "more\n\n[1] two\n\n[2] three", "!\n"]
+
+
+def test_one_prompt_with_logprobs_is_a_result_in_json(driver, capsys):
+    command = ["generate", "m", "--prompt", "ab", "--max-tokens", "2", "--prompt-logprobs", "2"]
+    assert cli.main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["index"], result["prompt"], len(result["token_ids"])) == (0, "ab", 2)
+    assert result["prompt_logprobs"] == [None, {"sampled": -98.0, "top": {}}]
+    assert "logprobs" not in result
+    assert cli.main([*command[:-2], "--logprobs", "0"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [entry["sampled"] for entry in result["logprobs"]] == [-0.5, -0.5]
+    assert "prompt_logprobs" not in result
 
 
 def test_one_prompt_that_cannot_run(driver, capsys):
@@ -163,6 +228,59 @@ def test_results_go_to_a_file_as_they_end(driver, tmp_path, capsys):
     assert "3 prompts, 8 output tokens" in error and "stages busy" in error
 
 
+def test_results_of_several_samples(driver, tmp_path, capsys):
+    driver._reply = lambda prompt: list(prompt) * 3  # the same for each sample, but for its end
+    prompts = write_jsonl(
+        tmp_path / "in.jsonl",
+        {"prompt": "abc", "n": 3, "logprobs": 0, "prompt_logprobs": 0, "seed": 5},
+        {"prompt": "d"},
+    )
+    output = tmp_path / "out.jsonl"
+    command = ["generate", "m", "--prompts", str(prompts), "--max-tokens", "4"]
+    assert cli.main([*command, "--output", str(output)]) == 0
+    results = {result["index"]: result for result in _results(output)}
+    assert not {"outputs", "prompt_logprobs", "logprobs"} & results[1].keys()
+    outputs = results[0]["outputs"]
+    assert [sample["index"] for sample in outputs] == [0, 1, 2]
+    sample = {key: results[0][key] for key in ("text", "token_ids", "finish_reason", "logprobs")}
+    assert outputs == [{"index": index, **sample} for index in range(3)]
+    assert sample["text"] == "abca" and len(sample["logprobs"]) == 4
+    first, *others = results[0]["prompt_logprobs"]
+    assert first is None and [entry["sampled"] for entry in others] == [-98, -99]
+    assert "2 prompts, 16 output tokens" in capsys.readouterr().err
+    assert [request.params.seed for request in driver.added[:3]] == [5, 6, 7]
+
+
+def test_which_sample_is_which(folder):
+    """Samples that end in another order than they began in."""
+    llm = LLM.on(FakeDriver(folder))
+    line = one_prompt("ab", SamplingParams(n=3, max_tokens=5), chat=False)
+    tokens = {0: [*b"zero"], 1: [*b"1"], 2: [*b"two"]}
+    replies = iter(tokens.values())
+    llm.driver._reply = lambda prompt: [*next(replies), EOS]
+    results = []
+    assert write_results(llm, [line], results.append, lambda start, stop: [0.0, 0.0]) == 0
+    assert [sample["text"] for sample in results[0]["outputs"]] == ["zero", "1", "two"]
+    assert (results[0]["text"], results[0]["finish_reason"]) == ("zero", "stop")
+
+
+def test_the_bar_counts_prompts(folder, monkeypatch):
+    """Not samples; and those that cannot run, too."""
+    llm = LLM.on(FakeDriver(folder))
+    bars = []
+
+    class Bar(Progress):
+        def stop(self):
+            bars.append([(task.completed, task.total) for task in self.tasks])
+            super().stop()
+
+    monkeypatch.setattr("pipeserve.launch.generate.Progress", Bar)
+    params = SamplingParams(n=3, max_tokens=2)
+    lines = [one_prompt(text, params, chat=False) for text in ("a", "b" * 64, "c")]
+    assert write_results(llm, lines, lambda result: None, lambda start, stop: [0.0]) == 1
+    assert bars == [[(3, 3)]]
+
+
 def test_without_output_results_go_to_stdout(driver, tmp_path, capsys):
     prompts = write_jsonl(tmp_path / "in.jsonl", {"prompt": "abc"})
     assert cli.main(["generate", "m", "--prompts", str(prompts), "--chat"]) == 0
@@ -179,6 +297,9 @@ def test_print_is_for_people(driver, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "[0] 2 + 2?\n    four\n" in printed and "[1] \n    error: the prompt is empty" in printed
     assert "give one" in _error(capsys, [*command, "--output", tmp_path / "out.jsonl"], 2)
+    prompts.write_text('{"prompt": "a", "n": 2, "temperature": 1}\n')
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == "[0] a\n    [0] four\n    [1] four\n\n"
 
 
 def test_a_prompt_that_cannot_run_is_a_result_and_the_others_go_on(driver, tmp_path, capsys):

@@ -497,12 +497,14 @@ def test_after_a_fault_scoring_goes_on_from_where_it_stood():
 
 def test_scores_of_an_ended_request_are_dropped_and_others_kept():
     engine = make_engine(num_stages=2, max_num_batched_tokens=64)
-    for number in (0, 1):
-        add(engine, number, prompt=range(6), prompt_logprobs=0, max_tokens=1)
+    for number, length in ((0, 4), (1, 6), (2, 3)):
+        add(engine, number, prompt=range(length), prompt_logprobs=0, max_tokens=1)
     microbatch = plan(engine)
     engine.finish(RequestId(0), "abort", 0.0)
-    (output,) = complete(engine, microbatch)
-    assert (output.request_id, len(output.prompt_logprobs)) == (1, 5)
+    outputs = complete(engine, microbatch)
+    assert [output.request_id for output in outputs] == [1, 2]
+    told = [[entry.sampled for entry in output.prompt_logprobs] for output in outputs]
+    assert told == [[-1.0, -2.0, -3.0, -4.0, -5.0], [-1.0, -2.0]]
     assert engine.stats.wasted_decodes == 1
 
 

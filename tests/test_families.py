@@ -21,7 +21,9 @@ from checkpoints import (
     transformers_model,
 )
 from cut_model import Stages, assert_close, run_mixed
+from safetensors.torch import load_file, save_file
 
+from pipeserve.errors import ConfigError
 from pipeserve.stages.config import ModelConfig, RopeConfig
 from pipeserve.stages.families import FAMILIES
 from pipeserve.stages.weights import check_checkpoint
@@ -169,6 +171,40 @@ def test_parameters_are_counted_as_held(checkpoint, name):
 def test_a_whole_checkpoint_is_found_whole(checkpoint, name):
     folder, _, _ = checkpoint(name)
     check_checkpoint(folder, ModelConfig.from_folder(folder))
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_one_norm", "opt_post_norm", "gemma2"])
+def test_a_head_beside_a_tied_embedding_is_the_head(tmp_path, name):
+    """config.json ties the two, and the checkpoint holds both: transformers takes what is there."""
+    folder = tiny(name, tmp_path, tie_word_embeddings=False)
+    edit_config(folder, tie_word_embeddings=True)
+    (prompt,) = random_prompts(folder, (20,))
+    assert_close(Stages(folder).logits(prompt, 7), expected_logits(folder, prompt))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "is_refused"),
+    [
+        ("model.layers.1.self_attn.q_norm.weight", True),  # as Qwen3 has
+        ("model.layers.2.self_attn.q_proj.lora_A.weight", True),
+        ("model.layers.3.mlp.gate_proj.bias", True),
+        ("model.layers.4.mlp.gate_proj.weight", True),
+        ("lm_head.bias", True),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("vision.layers.0.mlp.weight", False),
+    ],
+)
+def test_a_tensor_that_no_layer_asks_for(tmp_path, tensor, is_refused):
+    """It belongs to another model, of which the rest would run and be wrong."""
+    folder = tiny("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, tensor: torch.zeros(8)}, tmp_path / "model.safetensors")
+    config = ModelConfig.from_folder(folder)
+    if not is_refused:
+        check_checkpoint(folder, config)
+        return
+    with pytest.raises(ConfigError, match=f"has a tensor {tensor}, which its config.json does not"):
+        check_checkpoint(folder, config)
 
 
 def test_the_table_in_the_docs_is_up_to_date():

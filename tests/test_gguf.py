@@ -180,10 +180,19 @@ def test_rope_that_says_it_is_not_scaled(model, tmp_path):
     assert_same(tmp_path / "out", model)
 
 
+@pytest.mark.parametrize("size", [40, 3000, 20000, -1])
+def test_a_file_that_breaks_off(model, tmp_path, size):
+    path = write_gguf(tmp_path / "whole.gguf", model, "llama")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ConfigError, match=r"it breaks off or is damaged .*; fetch it again"):
+        convert(path, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_the_errors_of_the_converter_are_one_line(model, tmp_path):
     file = write_gguf(tmp_path / "t.gguf", model, "llama")
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ConfigError, match=r"cannot convert t\.gguf: .*; it takes a file") as caught:
+    with pytest.raises(ConfigError, match=r"cannot convert t\.gguf: it breaks off") as caught:
         convert_gguf(file, tmp_path / "out")
     assert "\n" not in str(caught.value)
     write_gguf(file, model, "llama", more=lambda writer: writer.add_expert_count(8))

@@ -115,7 +115,8 @@ def test_what_is_needed_is_fetched_once(machine, checkpoint):
         assert hub.num_requests == before
         assert machine.fetch("org/tiny@v1") == machine.fetch(f"org/tiny@{COMMIT}") == folder
     assert machine.fetch() == folder  # the hub is gone, and the cache does
-    assert origin("org/tiny", folder) == f"hub, commit {COMMIT[:12]}"
+    cache = machine.home / "hub"
+    assert origin("org/tiny@v1", folder) == f"hub, commit {COMMIT[:12]} in {cache}"
 
 
 def test_a_model_in_one_file(machine, checkpoint):

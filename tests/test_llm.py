@@ -56,6 +56,17 @@ def test_results_are_in_order_of_the_prompts(folder):
     assert third.finish_reason == "length" and third.logprobs is None
 
 
+def test_text_of_a_token_that_the_model_does_not_have(folder):
+    """Tokenizers may know more ids than the model has rows: padded or added ones."""
+    driver = FakeDriver(folder)
+    driver.model_config.vocab_size = ord("b")
+    llm = LLM.on(driver)
+    assert llm.generate("a", _greedy())
+    for prompt in ("ab", [{"role": "user", "content": "z"}]):
+        with pytest.raises(ConfigError, match="is no token id; this model's are 0 to 97"):
+            llm.generate(prompt, _greedy())
+
+
 def test_one_prompt_as_text_ids_or_chat(folder):
     driver = FakeDriver(folder)
     llm = LLM.on(driver)
@@ -228,7 +239,7 @@ def test_unknown_keyword_names_the_nearest():
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
-        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": -2}, "top_k is -2"),
         ({"top_k": 2**70}, "must be 0 to 2147483647"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
@@ -271,6 +282,7 @@ def test_unknown_keyword_names_the_nearest():
         ({"bad_words": ["a", " "]}, "bad_words has an empty text"),
         ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
         ({"allowed_token_ids": [1.0]}, "allowed_token_ids is [1.0], must be a list of whole"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids has -1, token ids are 0 to 8"),
         ({"allowed_token_ids": [9]}, "allowed_token_ids has 9, token ids are 0 to 8"),
     ],
 )
@@ -295,6 +307,7 @@ def test_right_params_come_back_as_tuples():
     assert (params.bad_words, params.allowed_token_ids) == (("a",), (3,))
     assert params.logit_bias == {5: 1, 6: -100}
     assert params_from({"top_k": 3}, params).top_k == 3
+    assert params_from({"top_k": -1}, params).top_k == 0
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         params_from({"temprature": 1}, params)
 

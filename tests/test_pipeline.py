@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     """A tiny random Llama of 4 layers, its prompts, and what transformers answers, greedily."""
     folder = tiny_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
     prompts = random_prompts(folder, lengths=(1, 3, 17, 16, 40, 9, 33, 5))
-    return folder, prompts, [greedy_tokens(folder, p, MAX_TOKENS) for p in prompts]
+    return folder, prompts, greedy_tokens(folder, prompts, MAX_TOKENS)
 
 
 def _generate(folder, prompts, max_tokens=MAX_TOKENS, **options):
@@ -76,7 +76,7 @@ def test_tokens_do_not_depend_on_cached_prefixes(model):
     folder, prompts, _ = model
     shared = prompts[4]
     family = [shared + prompt for prompt in prompts] + [shared, shared]
-    expected = [greedy_tokens(folder, p, MAX_TOKENS) for p in family]
+    expected = greedy_tokens(folder, family, MAX_TOKENS)
     got, stats = _generate(folder, family, pipeline_parallel_size=2, block_size=4, max_num_seqs=3)
     assert stats.cached_prefix_tokens > len(shared)
     assert got == expected
@@ -94,7 +94,7 @@ def test_smollm2_says_what_transformers_says():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["The capital of France is", "Once upon a time", "def add(a, b):"]
     prompts = [tokenizer(text).input_ids for text in texts]
-    expected = [greedy_tokens(folder, p, 16) for p in prompts]
+    expected = greedy_tokens(folder, prompts, 16)
     for stages, layers in ((1, None), (2, None), (3, [15, 10, 5]), (4, None)):
         got, _ = _generate(
             folder, prompts, 16, pipeline_parallel_size=stages, pipeline_layers=layers

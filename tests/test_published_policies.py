@@ -122,7 +122,8 @@ def census(microbatches) -> list[tuple[int, int]]:
     for microbatch in microbatches:
         prefilling |= {admission.request_id for admission in microbatch.admitted}
         prompts = [c for c in microbatch.chunks if c.request_id in prefilling]
-        prefilling -= {chunk.request_id for chunk in prompts if chunk.num_logits}
+        sampling = {c.request_id for c in prompts if c.num_logits > c.num_scored}
+        prefilling -= sampling
         counts.append((len(prompts), len(microbatch.chunks) - len(prompts)))
     return counts
 

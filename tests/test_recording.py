@@ -11,7 +11,7 @@ from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, SamplingPar
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Span
 from pipeserve.errors import ConfigError
 from pipeserve.journal import Journal
-from pipeserve.launch import cli, simulate
+from pipeserve.launch import cli, simulate, starting
 from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Ring, recording_of
 from pipeserve.profiling.recording_reader import read_recording
@@ -410,11 +410,11 @@ def test_requests_end_with_as_many_tokens_as_were_told(told):
 def driver(tmp_path_factory, monkeypatch):
     fake = FakeDriver(byte_tokenizer(tmp_path_factory.mktemp("model")))
 
-    def open_driver(run_config, record):
+    def open_driver(run_config, record, check=None):
         fake.config, fake.record = run_config, record
         return fake
 
-    monkeypatch.setattr(cli, "open_driver", open_driver)
+    monkeypatch.setattr(starting, "open_driver", open_driver)
     return fake
 
 
@@ -489,7 +489,9 @@ def test_a_run_too_long_to_be_kept_is_reported_from_its_end(tmp_path, monkeypatc
 def test_a_folder_that_cannot_be_written_is_found_before_stages_start(
     monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(cli, "open_driver", lambda *_, **__: pytest.fail("stages were started"))
+    monkeypatch.setattr(
+        starting, "open_driver", lambda *_, **__: pytest.fail("stages were started")
+    )
     (tmp_path / "file").touch()
     folder = str(tmp_path / "file")
     for command in (

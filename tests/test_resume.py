@@ -14,7 +14,7 @@ from fake_driver import FakeDriver, byte_tokenizer, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeserve.launch import cli
+from pipeserve.launch import cli, starting
 
 PROMPTS = (
     {"prompt": "abc", "max_tokens": 5},
@@ -23,6 +23,7 @@ PROMPTS = (
     {"prompt": "z" * 64},  # over the context: a result with "error"
     {"messages": [{"role": "user", "content": "h\u00e9\n"}], "max_tokens": 7},
     {"prompt": "abc", "max_tokens": 5},  # as the first: told apart by their number
+    {"prompt": "xy", "max_tokens": 4, "n": 3, "prompt_logprobs": 1},
 )
 NUM_RUN = len(PROMPTS) - 1
 
@@ -45,11 +46,11 @@ class Runs:
         self.drivers = []
         self.dies_at_poll = None
         self._folder = folder
-        monkeypatch.setattr(cli, "open_driver", self._open)
+        monkeypatch.setattr(starting, "open_driver", self._open)
 
-    def _open(self, run_config):
+    def _open(self, run_config, record, check):
         driver = FakeDriver(self._folder, dies_at_poll=self.dies_at_poll)
-        driver.config = run_config
+        driver.config, driver.record = run_config, record
         self.drivers.append(driver)
         return driver
 
@@ -68,6 +69,11 @@ class Runs:
 @pytest.fixture
 def runs(folder, prompts, monkeypatch):
     return Runs(folder, prompts, monkeypatch)
+
+
+def prompts_of(driver):
+    """The requests that a driver was given, but for further samples."""
+    return [request for request in driver.added if request.sample_of is None]
 
 
 def refused(capsys, exit_code, *parts):
@@ -92,7 +98,7 @@ def test_after_a_death_at_any_moment_the_rest_is_run(runs, capsys):
         assert runs.output.read_bytes().startswith(kept)
         assert sorted(runs.output.read_bytes().splitlines()) == whole
         (driver,) = runs.drivers
-        assert len(driver.added) == len(PROMPTS) - num_kept  # nothing twice
+        assert len(prompts_of(driver)) == len(PROMPTS) - num_kept  # nothing twice
 
 
 def test_the_last_line_cut_at_every_byte(runs):
@@ -105,7 +111,7 @@ def test_the_last_line_cut_at_every_byte(runs):
         assert runs("--resume") == 1
         assert runs.output.read_bytes() == whole
         (driver,) = runs.drivers
-        assert len(driver.added) == 1
+        assert len(prompts_of(driver)) == 1
 
 
 @settings(
@@ -135,7 +141,7 @@ def test_what_is_done_starts_no_stage(runs, capsys):
     assert runs("--resume") == 1
     assert not runs.drivers and runs.output.read_bytes() == whole
     error = capsys.readouterr().err.splitlines()
-    assert error[-1].startswith("error: 1 of the 6 kept could not run")
+    assert error[-1].startswith("error: 1 of the 7 kept could not run")
     runs.prompts = write_jsonl(runs.prompts, *PROMPTS[:3])
     runs.output.unlink()
     assert runs() == 0
@@ -174,7 +180,7 @@ def test_how_it_is_served_may_change(runs, capsys):
     "flags",
     [
         ["--max-tokens", "9"],
-        ["--temperature", "0"],
+        ["--temperature", "0.5"],
         ["--stop", "x"],
         ["--seed", "1"],
         ["--dtype", "float32"],
@@ -250,7 +256,7 @@ def test_overwrite_begins_anew(runs):
     runs.drivers.clear()
     assert runs("--overwrite") == 1
     assert runs.output.read_bytes() == whole
-    assert len(runs.drivers[0].added) == NUM_RUN
+    assert len(prompts_of(runs.drivers[0])) == NUM_RUN
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
@@ -267,18 +273,18 @@ def test_two_processes_never_write_one_file(runs, capsys, flag):
 
 def test_a_line_draws_the_same_whichever_run_beside_it(runs):
     runs.whole()
-    seeds = [request.params.seed for request in runs.drivers[-1].added]
+    seeds = [request.params.seed for request in prompts_of(runs.drivers[-1])]
     assert len(set(seeds)) == NUM_RUN
     runs.output.unlink()
     runs(dies_at_poll=4)
     kept = {json.loads(line)["index"] for line in runs.output.read_bytes().splitlines()}
     assert {1, 2} < kept
     runs("--resume")
-    resumed = [request.params.seed for request in runs.drivers[-1].added]
-    by_line = dict(zip((0, 1, 2, 4, 5), seeds, strict=True))
+    resumed = [request.params.seed for request in prompts_of(runs.drivers[-1])]
+    by_line = dict(zip((0, 1, 2, 4, 5, 6), seeds, strict=True))
     assert resumed == [seed for line, seed in by_line.items() if line not in kept]
     runs("--overwrite", "--seed", "1")
-    assert not {request.params.seed for request in runs.drivers[-1].added} & set(seeds)
+    assert not {request.params.seed for request in prompts_of(runs.drivers[-1])} & set(seeds)
 
 
 # ---- real processes ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Every draw is a pure function of (seed, index), so these statistics are the same
 import math
 from array import array
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -361,7 +362,8 @@ def ruled_rows(draw):
         known_ids=array("i", known),
         num_prompt_tokens=draw(st.integers(1, len(known))),
     )
-    return rules, draw(st.integers(0, 2**32))
+    banned = draw(st.lists(ids, max_size=3))
+    return rules, tuple(banned), draw(st.integers(0, 2**32))
 
 
 @settings(
@@ -369,14 +371,16 @@ def ruled_rows(draw):
 )
 @given(case=ruled_rows())
 def test_rules_change_the_logits_as_their_definitions_say(case):
-    rules, seed = case
+    rules, banned, seed = case
     logits_V = torch.randn(12, generator=torch.Generator().manual_seed(seed)) * 3
-    expected = reference_logits(logits_V.tolist(), rules)
+    bans = replace(rules, bad_words=[*rules.bad_words, *([token] for token in banned)])
+    expected = reference_logits(logits_V.tolist(), bans)
     if max(expected) == -math.inf:
         return  # bans that leave nothing: the next test
-    got = sampling._ruled(logits_V, row(rules=rules))
+    got = sampling._ruled(logits_V, row(rules=rules, banned_ids=banned))
     assert got.tolist() == pytest.approx(expected, abs=1e-12)
-    assert tokens(logits_V[None], [row(rules=rules, temperature=0)]) == [int(got.argmax())]
+    greedy = row(rules=rules, banned_ids=banned, temperature=0)
+    assert tokens(logits_V[None], [greedy]) == [int(got.argmax())]
 
 
 def test_bans_that_leave_nothing_give_way_to_allowed_ids():

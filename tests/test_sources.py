@@ -128,7 +128,7 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(index, tmp_path
     (tmp_path / "link.gguf").symlink_to(file)
     assert resolve(str(file)) == resolve("link.gguf") == folder
     assert index.conversions == 1
-    assert origin("b[1]*.gguf", folder) == f"GGUF file b[1]*.gguf, unpacked in {folder}"
+    assert origin("b[1]*.gguf", folder) == f"GGUF file, unpacked in {folder}"
     file.write_text("GGUF new")
     os.utime(file, ns=(0, 0))
     assert (resolve(str(file)) / "model.safetensors").read_text() == "GGUF new"
@@ -156,7 +156,9 @@ def test_a_killed_gguf_conversion_leaves_a_draft_that_the_next_removes(
 
 def test_where_it_came_from_in_words(index, tmp_path):
     assert origin(ALIAS, resolve(ALIAS)) == f"tiny==1.0, unpacked in {cache_root() / ALIAS}"
-    assert origin(str(tmp_path), tmp_path) == f"folder {tmp_path}"
+    assert origin(str(cache_root() / ALIAS), resolve(str(cache_root() / ALIAS))) == "folder"
+    (tmp_path / ALIAS).mkdir()
+    assert origin(ALIAS, resolve(ALIAS)) == "folder"
 
 
 def test_an_alias_is_made_once(index):

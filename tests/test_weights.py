@@ -95,8 +95,10 @@ def test_a_stage_reads_its_own_bytes_and_opens_its_own_shards(
         reported = []
         with monkeypatch.context() as patch:
             reads = Reads(patch)
-            load(folder, first, stop, progress=reported.append)
-        assert reads.data_bytes == sum(reported) == expected
+            load(folder, first, stop, progress=lambda *n, to=reported: to.append(n))
+        assert reads.data_bytes == expected
+        assert reported[0] == (0, expected) and reported[-1] == (expected, expected)
+        assert [read for read, _ in reported] == sorted({read for read, _ in reported})
         headers = sum(header_bytes(Path(folder, name)) for name in set(reads.names.values()))
         assert reads.other_bytes <= 2 * headers
         if shard_bytes != "1GB":
@@ -118,8 +120,10 @@ def test_every_byte_is_read_once_by_the_stage_that_needs_it(tmp_path, name):
         expected += table.nbytes
     reported = []
     for first, stop in CUT:
-        load(folder, first, stop, progress=reported.append)
-    assert sum(reported) == expected
+        said = []
+        load(folder, first, stop, progress=lambda *n, to=said: to.append(n))
+        reported.append(said[-1])
+    assert [sum(numbers) for numbers in zip(*reported, strict=True)] == [expected, expected]
 
 
 def test_it_leaves_no_file_open(tmp_path):

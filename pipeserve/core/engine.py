@@ -243,7 +243,6 @@ class Engine:
         for record in records:
             record.forget_outstanding()
             record.table.forget()
-            record.held.clear()
             record.rewind()
             self._queues.drop(record)
         for record in records:

@@ -73,7 +73,7 @@ class Record:
         self.finished = False
         self.is_decoding = False  # as `Queues` last counted it
         self.backlog = 0  # likewise
-        self.held: list[Record] = []  # wait until this one's prompt is planned, to share it
+        self.held: set[Record] = set()  # wait until this one's prompt is planned, to share it
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None  # of its tokens from 1; None: unasked
         )
@@ -250,7 +250,7 @@ class Queues:
 
     def hold(self, record: Record, until: Record) -> None:
         """Keeps a request back until the prompt of another is planned, or that one ended."""
-        until.held.append(record)
+        until.held.add(record)
 
     def let_go(self, record: Record) -> None:
         """Those that this request held back came with it: they go before all that wait."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding
+from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import qkv_width
 from pipeserve.stages.kv import PoolLayer
@@ -34,22 +34,22 @@ class FalconConfig(ModelConfig):
 def _read_falcon(file: ConfigFile) -> FalconConfig:
     """Where the file is silent: what transformers takes."""
     num_heads, size = file.count("num_attention_heads"), file.count("hidden_size")
-    is_new = file.get("new_decoder_architecture", False)
+    is_new = file.flag("new_decoder_architecture", False)
     if is_new:
         num_kv_heads = file.count("num_kv_heads", num_heads)
     else:
-        num_kv_heads = 1 if file.get("multi_query", True) else num_heads
+        num_kv_heads = 1 if file.flag("multi_query", True) else num_heads
     return FalconConfig(
         **file.shared_fields(
-            norm_eps=file.get("layer_norm_epsilon", 1e-5), tied=True, max_positions=2048
+            norm_eps=file.number("layer_norm_epsilon", 1e-5), tied=True, max_positions=2048
         ),
         intermediate_size=file.count("ffn_hidden_size", 4 * size),
         num_kv_heads=num_kv_heads,
         activation=file.one_of("activation", ("gelu",), "gelu"),
-        rope=None if file.get("alibi", False) else file.rope(),
+        rope=None if file.flag("alibi", False) else file.rope(),
         gated_mlp=False,
-        parallel_attention=is_new or file.get("parallel_attn", True),
-        has_bias=file.get("bias", False),
+        parallel_attention=is_new or file.flag("parallel_attn", True),
+        has_bias=file.flag("bias", False),
         has_two_norms=is_new and file.get("num_ln_in_parallel_attn", 2) == 2,
     )
 
@@ -121,9 +121,8 @@ def _make_embedding(config: FalconConfig) -> TokenEmbedding:
 
 
 def _make_head(config: FalconConfig) -> Head:
-    name = "transformer.word_embeddings" if config.tie_word_embeddings else "lm_head"
     norm = LayerNorm(config.hidden_size, config.norm_eps, "transformer.ln_f")
-    return Head(norm, Linear(config.hidden_size, config.vocab_size, name))
+    return Head(norm, vocabulary(config, config.hidden_size, "transformer.word_embeddings"))
 
 
 FALCON = Family(

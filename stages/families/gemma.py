@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig, RopeConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding
+from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import gate_up_rows, qkv_rows, qkv_width
 from pipeserve.stages.kv import PoolLayer
@@ -42,12 +42,12 @@ def _read(file: ConfigFile, **differs: object) -> GemmaConfig:
     """`differs`: what Gemma 2 and 3 do not share."""
     file.one_of("use_bidirectional_attention", (False,), False)
     return GemmaConfig(
-        **file.shared_fields(norm_eps=file.require("rms_norm_eps"), tied=True),
+        **file.shared_fields(norm_eps=file.number("rms_norm_eps"), tied=True),
         intermediate_size=file.count("intermediate_size"),
         num_kv_heads=file.count("num_key_value_heads"),
         activation=file.one_of("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
-        attention_bias=file.get("attention_bias", False),
-        query_scale=file.get("query_pre_attn_scalar", 256),
+        attention_bias=file.flag("attention_bias", False),
+        query_scale=file.number("query_pre_attn_scalar", 256),
         windows=file.windows(file.get("sliding_window", 4096), differs["slides"]),
         **differs,
     )
@@ -55,11 +55,12 @@ def _read(file: ConfigFile, **differs: object) -> GemmaConfig:
 
 def _slides(file: ConfigFile, period: int) -> tuple[bool, ...]:
     """Unless each layer's kind is listed, every `period`-th layer sees everything."""
-    kinds = file.get("layer_types")
-    return tuple(
-        (i + 1) % period != 0 if kinds is None else kinds[i] == "sliding_attention"
-        for i in range(file.count("num_hidden_layers"))
-    )
+    return file.slides((i + 1) % period != 0 for i in range(file.count("num_hidden_layers")))
+
+
+def _cap(file: ConfigFile, name: str, default: float | None) -> float | None:
+    """Null is none."""
+    return None if file.raw.get(name, default) is None else file.number(name, default)
 
 
 def _read_gemma2(file: ConfigFile) -> GemmaConfig:
@@ -68,24 +69,23 @@ def _read_gemma2(file: ConfigFile) -> GemmaConfig:
         slides=_slides(file, 2),
         rope=file.rope(),
         local_rope=file.rope(),
-        attention_softcap=file.raw.get("attn_logit_softcapping", 50.0),
-        logit_softcap=file.raw.get("final_logit_softcapping", 30.0),
+        attention_softcap=_cap(file, "attn_logit_softcapping", 50.0),
+        logit_softcap=_cap(file, "final_logit_softcapping", 30.0),
         qk_norm=False,
     )
 
 
 def _read_gemma3(file: ConfigFile) -> GemmaConfig:
-    period = file.get("sliding_window_pattern", file.get("_sliding_window_pattern", 6))
-    ropes = file.get("rope_parameters", {})
-    scaling = ropes.get("full_attention") or file.get("rope_scaling", {})
-    local = ropes.get("sliding_attention", {})
+    period = file.count("sliding_window_pattern", file.count("_sliding_window_pattern", 6))
+    scaled = file.mapping("rope_parameters", "full_attention") or file.mapping("rope_scaling")
+    local = file.mapping("rope_parameters", "sliding_attention")
     return _read(
         file,
         slides=_slides(file, period),
-        rope=file.rope_from({"rope_theta": file.get("rope_theta", 1e6), **scaling}),
-        local_rope=file.rope_from({"rope_theta": file.get("rope_local_base_freq", 1e4), **local}),
+        rope=file.rope_from(scaled, file.get("rope_theta", 1e6)),
+        local_rope=file.rope_from(local, file.get("rope_local_base_freq", 1e4)),
         attention_softcap=file.one_of("attn_logit_softcapping", (None,), None),
-        logit_softcap=file.get("final_logit_softcapping"),
+        logit_softcap=_cap(file, "final_logit_softcapping", None),
         qk_norm=True,
     )
 
@@ -147,10 +147,9 @@ def _make_embedding(config: GemmaConfig) -> TokenEmbedding:
 
 
 def _make_head(config: GemmaConfig) -> Head:
-    name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     return Head(
         _norm(config, config.hidden_size, "model.")("norm"),
-        Linear(config.hidden_size, config.vocab_size, name),
+        vocabulary(config, config.hidden_size, "model.embed_tokens"),
         softcap=config.logit_softcap,
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding
+from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.kv import PoolLayer
 from pipeserve.stages.leaf import Embedding, Rows, whole
@@ -46,7 +46,7 @@ class LlamaConfig(ModelConfig):
 def read_config(file: ConfigFile, **differs: object) -> LlamaConfig:
     """`differs`: fields of LlamaConfig that are not Llama's."""
     fields = {
-        **file.shared_fields(norm_eps=file.require("rms_norm_eps"), tied=False),
+        **file.shared_fields(norm_eps=file.number("rms_norm_eps"), tied=False),
         "intermediate_size": file.count("intermediate_size"),
         "num_kv_heads": file.count("num_key_value_heads", file.count("num_attention_heads")),
         "activation": file.one_of("hidden_act", ("silu",), "silu"),
@@ -57,8 +57,8 @@ def read_config(file: ConfigFile, **differs: object) -> LlamaConfig:
 
 
 def _read_llama(file: ConfigFile) -> LlamaConfig:
-    bias = file.get("attention_bias", False)
-    return read_config(file, qkv_bias=bias, out_bias=bias, mlp_bias=file.get("mlp_bias", False))
+    bias = file.flag("attention_bias", False)
+    return read_config(file, qkv_bias=bias, out_bias=bias, mlp_bias=file.flag("mlp_bias", False))
 
 
 class LlamaLayer(nn.Module):
@@ -141,9 +141,8 @@ def make_embedding(config: ModelConfig) -> TokenEmbedding:
 
 
 def make_head(config: ModelConfig) -> Head:
-    name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     norm = RMSNorm(config.hidden_size, config.norm_eps, "model.norm")
-    return Head(norm, Linear(config.hidden_size, config.vocab_size, name))
+    return Head(norm, vocabulary(config, config.hidden_size, "model.embed_tokens"))
 
 
 LLAMA = Family(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding
+from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import qkv_rows, qkv_width
 from pipeserve.stages.kv import PoolLayer
@@ -38,7 +38,7 @@ class OPTConfig(ModelConfig):
 def _read_opt(file: ConfigFile) -> OPTConfig:
     """Where the file is silent: what transformers takes."""
     file.one_of("layer_norm_elementwise_affine", (True,), True)
-    is_pre_norm = file.get("do_layer_norm_before", True)
+    is_pre_norm = file.flag("do_layer_norm_before", True)
     return OPTConfig(
         **file.shared_fields(norm_eps=_EPS, tied=True, max_positions=2048),
         intermediate_size=file.count("ffn_dim"),
@@ -47,8 +47,8 @@ def _read_opt(file: ConfigFile) -> OPTConfig:
         gated_mlp=False,
         embedding_size=file.count("word_embed_proj_dim", file.count("hidden_size")),
         is_pre_norm=is_pre_norm,
-        has_final_norm=is_pre_norm and not file.get("_remove_final_layer_norm", False),
-        has_bias=file.get("enable_bias", True),
+        has_final_norm=is_pre_norm and not file.flag("_remove_final_layer_norm", False),
+        has_bias=file.flag("enable_bias", True),
     )
 
 
@@ -105,10 +105,9 @@ def _make_head(config: OPTConfig) -> Head:
         if config.has_final_norm
         else None
     )
-    name = f"{_DECODER}.embed_tokens" if config.tie_word_embeddings else "lm_head"
     return Head(
         norm,
-        Linear(narrow, config.vocab_size, name),
+        vocabulary(config, narrow, f"{_DECODER}.embed_tokens"),
         projection=Linear(size, narrow, f"{_DECODER}.project_out") if narrow != size else None,
     )
 

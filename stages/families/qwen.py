@@ -10,15 +10,11 @@ from pipeserve.stages.families.llama import LLAMA, ExpertNames, LlamaConfig, rea
 
 def _windows(file: ConfigFile) -> tuple[int | None, ...]:
     """The first `max_window_layers` layers see everything, unless each layer's kind is listed."""
-    if not file.get("use_sliding_window", False):
+    if not file.flag("use_sliding_window", False):
         return ()
-    num_layers = file.count("num_hidden_layers")
     full = file.get("max_window_layers", 28)
-    kinds = file.get("layer_types")
-    slides = [
-        i >= full if kinds is None else kinds[i] == "sliding_attention" for i in range(num_layers)
-    ]
-    return file.windows(file.get("sliding_window", 4096), slides)
+    slides = file.slides(i >= full for i in range(file.count("num_hidden_layers")))
+    return file.windows(file.raw.get("sliding_window", 4096), slides)
 
 
 def _read_qwen2(file: ConfigFile) -> LlamaConfig:
@@ -26,7 +22,7 @@ def _read_qwen2(file: ConfigFile) -> LlamaConfig:
 
 
 def _read_qwen3(file: ConfigFile) -> LlamaConfig:
-    bias = file.get("attention_bias", False)
+    bias = file.flag("attention_bias", False)
     return read_config(
         file,
         head_dim=file.count("head_dim", 128),
@@ -43,9 +39,11 @@ def _read_qwen3_moe(file: ConfigFile) -> LlamaConfig:
             f"{file.path}: layers without experts (decoder_sparse_step, mlp_only_layers) are not "
             "supported in Qwen3-MoE; use a checkpoint with experts in every layer"
         )
-    bias = file.get("attention_bias", False)
+    bias = file.flag("attention_bias", False)
     experts = "num_experts" if "num_experts" in file.raw else "num_local_experts"
-    window = file.get("sliding_window") if file.get("use_sliding_window", False) else None
+    window = file.raw.get("sliding_window", 4096)
+    if not file.flag("use_sliding_window", False):
+        window = None
     return read_config(
         file,
         intermediate_size=file.count("moe_intermediate_size"),
@@ -56,7 +54,7 @@ def _read_qwen3_moe(file: ConfigFile) -> LlamaConfig:
         experts=ExpertsConfig(
             num_experts=file.count(experts),
             num_taken=file.count("num_experts_per_tok"),
-            normalize=file.get("norm_topk_prob", False),
+            normalize=file.flag("norm_topk_prob", False),
         ),
         expert_names=ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj"),
     )

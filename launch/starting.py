@@ -1,0 +1,68 @@
+"""Starting a driver from the command line: what is said meanwhile, and what a signal does."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeserve.configs import RunConfig
+from pipeserve.core.records import Recorder, ignore
+
+if TYPE_CHECKING:
+    from pipeserve.core.view import CostModel
+    from pipeserve.driver import Driver
+    from pipeserve.launch.record import Records
+    from pipeserve.stages.config import ModelConfig
+
+Check = Callable[["ModelConfig"], None]
+
+
+def open_driver(
+    run_config: RunConfig,
+    cost: "CostModel | None" = None,
+    record: Recorder = ignore,
+    check: Check = lambda model_config: None,
+) -> "Driver":
+    """Start the stages, unless `check` raises for their model. Says on stderr what was loaded and,
+    on a terminal, what is being waited for until then."""
+    from pipeserve.driver import Driver
+    from pipeserve.launch.loaded import loaded
+
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: close what was opened
+        signal.signal(ending, _exit_on_signal)
+    with status("looking for the model") as say:
+        driver = Driver(run_config, on_progress=say, cost=cost, record=record, check=check)
+    print(loaded(driver), file=sys.stderr)
+    return driver
+
+
+def recorded_driver(
+    run_config: RunConfig,
+    folder: Path | None,
+    *,
+    overwrite: bool = False,
+    check: Check = lambda model_config: None,
+) -> AbstractContextManager[tuple["Driver", "Records"]]:
+    """A driver, and its records, which `--record FOLDER` wants in files."""
+    from pipeserve.launch.record import recorded
+
+    def start(record: Recorder) -> "Driver":
+        return open_driver(run_config, record=record, check=check)
+
+    return recorded(start, folder, overwrite=overwrite)
+
+
+@contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr that says `text`, and then what it is called with."""
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(text) as shown:
+        yield lambda text: shown.update(Text(text))  # names may have [brackets]
+
+
+def _exit_on_signal(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)

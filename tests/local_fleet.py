@@ -1,0 +1,81 @@
+"""A pipeline whose stages run in this process: all of the runtime but the processes. For the tests.
+
+Driver, messages, links and stage workers are the real ones, over real sockets; what is missing is
+the keepers, and that stages compute at the same time. A pipeline starts in a tenth of a second, so
+every family can be taken through every number of stages.
+"""
+
+import time
+
+import torch
+import zmq
+
+import pipeserve.driver
+from pipeserve import LLM, control
+from pipeserve.fleet import Fleet, Received
+from pipeserve.machine import boot_id
+from pipeserve.worker import StageWorker
+
+
+class LocalFleet(Fleet):
+    """Stages are made where a keeper would be told to, and work while the driver waits for them."""
+
+    def __init__(self, num_ranks: int, launcher: str, address: str | None) -> None:
+        self.workers: list[StageWorker] = []
+        super().__init__(num_ranks, "external", address)
+
+    def wait_for_keepers(self, on_progress) -> None:
+        for rank in range(self.num_ranks):
+            self.keepers[rank] = control.KeeperHello(
+                rank, self.num_ranks, host="here", address="127.0.0.1", pid=0, boot_id=boot_id()
+            )
+
+    def receive(self, timeout_s: float) -> list[Received]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for worker in self.workers:
+                _work(worker)
+            messages = super().receive(0)
+            if messages or time.monotonic() > deadline:
+                return messages
+
+    def close(self) -> None:
+        self.keepers = {}  # there is nobody to be told
+        super().close()
+
+    def _send(self, identity: bytes, payload: bytes) -> None:
+        if not identity.startswith(b"keeper-"):
+            super()._send(identity, payload)
+            return
+        job = control.decode_for_keeper(payload)
+        with torch.inference_mode():
+            self.workers.append(
+                StageWorker(job, job.stage, self._context, self._connected(job.stage), baseline=0)
+            )
+
+    def _connected(self, rank: int) -> zmq.Socket:
+        socket = self._context.socket(zmq.DEALER)
+        socket.identity = control.stage_identity(rank)
+        socket.set_hwm(0)
+        socket.connect(f"tcp://{self.address}")
+        return socket
+
+
+@torch.inference_mode()
+def _work(worker: StageWorker) -> None:
+    """One round of the worker's loop, that does not wait."""
+    worker._receive(seen_s=time.monotonic())
+    while worker._is_ready():
+        worker._run_next()
+
+
+def local_llm(monkeypatch, folder: str, layers: tuple[int, ...], **options) -> LLM:
+    """An LLM in float32 whose stages hold so many layers each."""
+    monkeypatch.setattr(pipeserve.driver, "Fleet", LocalFleet)
+    return LLM(
+        folder,
+        dtype="float32",
+        pipeline_parallel_size=len(layers),
+        pipeline_layers=list(layers),
+        **options,
+    )

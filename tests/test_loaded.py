@@ -1,0 +1,114 @@
+"""What is said while stages load, and once they have; and what is found before they start."""
+
+import pytest
+from checkpoints import tiny, tiny_llama
+from safetensors.torch import load_file
+
+from pipeserve import control
+from pipeserve.configs import RunConfig
+from pipeserve.driver import Driver
+from pipeserve.errors import ConfigError
+from pipeserve.fleet import _how_far
+from pipeserve.launch import cli, starting
+from pipeserve.launch.loaded import loaded, num_parameters
+from pipeserve.stages.config import ModelConfig
+
+
+def run_config(model, **options):
+    plain = {"dtype": "float32", "num_gpu_blocks_override": 16}
+    return RunConfig(model=str(model), **plain | options)
+
+
+def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
+    folder = tiny_llama(tmp_path / "model")
+    size = 4 * sum(tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
+    said = []
+    config = run_config(folder, pipeline_parallel_size=3, pipeline_layers=(3, 0, 1))
+    with Driver(config, on_progress=said.append) as driver:
+        line = loaded(driver)
+        read = driver.fleet._loading
+        assert [read[stage].num_read for stage in range(3)] == [
+            stage.weight_bytes for stage in driver.stages
+        ]
+    assert sum(message.num_read for message in read.values()) == size
+    assert all(message.num_read == message.num_bytes for message in read.values())
+    assert said[0] == "waiting for keepers: 0 of 3 joined"
+    assert said[-1] == "loading weights: 0.00 of 0.00 GB, 100%"
+    assert line == (
+        f"{folder} (folder): LlamaForCausalLM, {size / 4e6:.1f} M parameters in float32; "
+        "3 stages of 3+0+1 layers, 0.00+0.00+0.00 GB"
+    )
+
+
+def test_how_far_in_words():
+    loading = {1: control.Loading(1, 10**9, 3 * 10**9)}
+    assert _how_far({}, 2) == "starting stages: 0 of 2 load weights"
+    assert _how_far(loading, 2) == "starting stages: 1 of 2 load weights"
+    loading[0] = control.Loading(0, 250_000_000, 10**9)
+    assert _how_far(loading, 2) == "loading weights: 1.25 of 4.00 GB, 31%"
+    assert _how_far({0: control.Loading(0, 0, 0)}, 1) == "loading weights: 0.00 of 0.00 GB, 100%"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "opt", "falcon_new"])
+def test_parameters_are_those_of_the_file(tmp_path, name):
+    """Of tied tables once, of experts all, with norms and biases."""
+    folder = tiny(name, tmp_path / "model")
+    tensors = load_file(f"{folder}/model.safetensors").values()
+    config = ModelConfig.from_folder(folder)
+    assert num_parameters(config) == sum(tensor.numel() for tensor in tensors)
+
+
+def test_the_summary_goes_to_stderr_and_the_text_to_stdout(tmp_path, capsys):
+    folder = tiny_llama(tmp_path / "model")
+    capsys.readouterr()
+    with starting.open_driver(run_config(folder)):
+        out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1
+    assert f"{folder} (folder): LlamaForCausalLM" in error and "1 stage of 4 layers" in error
+
+
+def test_what_resolving_says_reaches_who_waits(tmp_path, monkeypatch):
+    """Such as how far a download is, or that a GGUF file is converted."""
+
+    def found(model, on_progress):
+        on_progress("fetching org/tiny: 1.00 of 2.00 GB")
+        return tmp_path  # in which there is nothing
+
+    said = []
+    monkeypatch.setattr("pipeserve.driver.resolve", found)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        Driver(run_config("org/tiny"), on_progress=said.append)
+    assert said == ["fetching org/tiny: 1.00 of 2.00 GB"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--allowed-token-ids", "5,999999"], "allowed_token_ids has 999999, token ids are 0 to"),
+        (["--logit-bias", "999999=1"], "logit_bias has 999999"),
+        (["--stop-token-ids", "999999"], "stop_token_ids has 999999"),
+    ],
+)
+def test_token_ids_of_no_token_are_found_before_stages_start(
+    tmp_path, capsys, monkeypatch, flags, message
+):
+    folder = tiny_llama(tmp_path / "model")
+    capsys.readouterr()
+    monkeypatch.setattr("pipeserve.driver.Fleet", lambda *args: pytest.fail("stages were started"))
+    assert cli.main(["generate", folder, "--prompt", "x", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: prompt 0: {message}") and error.count("\n") == 1
+
+
+def test_calibrate_says_how_far_a_model_is(monkeypatch, tmp_path):
+    """It has to look for the model before anything else."""
+    told = []
+
+    def found(model, on_progress):
+        on_progress(f"fetching {model} [1]")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeserve.stages.sources.resolve", found)
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: told.append(text))
+    assert cli.main(["calibrate", "org/tiny", "--output", str(tmp_path / "profile.yaml")]) == 130
+    assert [text.plain for text in told] == ["fetching org/tiny [1]"]  # [1] is no style

@@ -36,6 +36,11 @@ class RunConfig:
     pipeline_layers: tuple[int, ...] | None = _option(
         None, "Layers of each stage, such as 16,14; by default split to even out the work."
     )
+    pipeline_window: int | None = _option(
+        None,
+        "Microbatches in flight, one that is planned ahead not counted; by default one a stage.",
+        least=1,
+    )
     dtype: str = _option(
         "auto",
         "Type of weights and activations; auto is the checkpoint's.",

@@ -100,7 +100,13 @@ def make_setup(config: RunConfig, shape: ModelShape | None = None) -> Setup:
     traits = get_policy(config.policy).traits
     max_model_len = config.max_model_len or shape.max_position_embeddings
     num_tokens = config.batched_tokens(traits.whole_prompts, max_model_len)
-    plan = plan_pipeline(shape, config.pipeline_parallel_size, config.pipeline_layers, num_tokens)
+    plan = plan_pipeline(
+        shape,
+        config.pipeline_parallel_size,
+        config.pipeline_layers,
+        num_tokens,
+        config.pipeline_window,
+    )
     limits = Limits(
         num_blocks=config.num_gpu_blocks_override or _num_blocks(config, shape, profile, plan),
         block_size=config.block_size,

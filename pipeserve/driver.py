@@ -16,6 +16,7 @@ from pipeserve.configs.device_profiles import load_profile
 from pipeserve.core.cost import PipelineCost
 from pipeserve.core.device import check_profile
 from pipeserve.core.engine import Engine, Limits
+from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.partition import plan_pipeline
 from pipeserve.core.policies import get_policy
@@ -23,7 +24,6 @@ from pipeserve.core.records import Completed, Ping, Recorder, ignore
 from pipeserve.core.view import CostModel
 from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.fleet import Fleet, Received
-from pipeserve.journal import Journal
 from pipeserve.kv_budget import num_kv_blocks
 from pipeserve.machine import device_name
 from pipeserve.shapes import shape_of
@@ -86,6 +86,7 @@ class Driver:
             config.pipeline_parallel_size,
             config.pipeline_layers,
             num_tokens,
+            config.pipeline_window,
         )
         num_blocks = num_kv_blocks(
             config,

@@ -96,7 +96,7 @@ def _windows(setting: Setting) -> Iterator[Change]:
             yield Change(
                 kind="window",
                 what=f"{window} microbatches in flight in place of {now}",
-                how=f"PipelinePlan.window = {window}",
+                how=f"--pipeline-window {window}",
                 setting=replace(setting, plan=replace(setting.plan, window=window)),
             )
 

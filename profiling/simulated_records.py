@@ -10,8 +10,9 @@ from math import inf, nan
 from typing import NamedTuple
 
 from pipeserve.core.engine import Engine
-from pipeserve.core.nouns import Microbatch, Output, Request, RequestId
-from pipeserve.core.records import Arrived, Completed, Ended, Fault, Planned, Recorder, Span
+from pipeserve.core.journal import Journal
+from pipeserve.core.nouns import Microbatch, Output, Request
+from pipeserve.core.records import Completed, Recorder, Span
 from pipeserve.profiling.stage_times import StageTimes
 
 
@@ -58,51 +59,26 @@ class Teller:
     """Hands a recorder what it is told, as records."""
 
     def __init__(self, engine: Engine, times: StageTimes, record: Recorder) -> None:
-        self._engine = engine
+        self._journal = Journal(engine, record)
         self._times = times
-        self._record = record
         num_stages = len(engine.pipeline.stages)
         self._spans: deque[list[Span]] = deque()  # of the outstanding microbatches
         self._busy = [deque([(-inf, -inf)]) for _ in range(num_stages)]  # start, end
-        self._num_outputs: dict[RequestId, int] = {}
-        self._waited_for = "no_requests"
-        self._woken: tuple[int, float] | None = None  # completion or -1, when
         self._idle_since_s = 0.0  # the driver's last deed
-        self._sent_s = 0.0
 
     def added(self, request: Request, now: float) -> None:
-        self._num_outputs[request.id] = 0
-        self._record(Arrived(request.id, now, len(request.prompt), request.params.max_tokens))
-        self._woken = self._woken or (-1, now)
+        self._journal.arrived(request, now)
 
     def waits(self, reason: str, now: float) -> None:
-        self._waited_for = reason
-        self._woken = None
-        self._idle_since_s = self._sent_s = now
+        if reason:
+            self._journal.waits(reason)
+        else:
+            self._journal.resumed(now)
+        self._idle_since_s = now
 
     def planned(self, microbatch: Microbatch, start_s: float, sent_s: float) -> None:
-        after, woken_s = -1, self._sent_s
-        if self._waited_for and self._woken is not None:
-            after, woken_s = self._woken
-        engine = self._engine
-        cost = engine.last.cost
-        self._record(
-            Planned(
-                microbatch.index,
-                self._waited_for,
-                after,
-                woken_s,
-                start_s,
-                sent_s,
-                microbatch.chunks,
-                engine.num_waiting,
-                engine.num_running,
-                engine.num_free_blocks,
-                cost.seconds if cost is not None else (),
-            )
-        )
-        self._waited_for, self._woken = "", None
-        self._sent_s = self._idle_since_s = sent_s
+        self._journal.planned(microbatch, start_s, sent_s)
+        self._idle_since_s = sent_s
 
     def flew(self, microbatch: Microbatch, flight: Flight) -> None:
         head_s = flight.ends_s[-1] - self._times.head_s(microbatch)
@@ -121,33 +97,22 @@ class Teller:
 
     def completed(self, flight: Flight, outputs: Iterable[Output], now: float) -> None:
         for span in self._spans.popleft():
-            self._record(span)
+            self._journal.computed(span)
             busy = self._busy[span.stage]
             while busy[0][0] < span.start_s:
                 busy.popleft()
-        self._record(Completed(flight.index, self._idle_since_s, now, now))
-        for output in outputs:
-            self._count(output, now)
-        if self._woken is None or self._waited_for != "no_requests":
-            self._woken = flight.index, now
-
-    def _count(self, output: Output, now: float) -> None:
-        request_id = output.request_id
-        self._num_outputs[request_id] += output.token is not None
-        if output.finish_reason is not None:
-            num_outputs = self._num_outputs.pop(request_id)
-            self._record(Ended(request_id, now, output.finish_reason, num_outputs))
+        self._journal.completed(Completed(flight.index, self._idle_since_s, now, now), outputs)
 
     def lost(self, stage: int, now: float) -> None:
         for spans in self._spans:
             for span in spans:
                 if span.end_s <= now:
-                    self._record(span)
+                    self._journal.computed(span)
         self._spans.clear()
         for busy in self._busy:
             busy.clear()
             busy.append((-inf, -inf))
-        self._record(Fault(stage, now, "a planted fault"))
+        self._journal.lost(stage, now, "a planted fault")
 
 
 def _seen(busy: Iterable[tuple[float, float]], at_s: float) -> float:

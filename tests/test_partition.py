@@ -4,7 +4,8 @@ from itertools import combinations
 
 import pytest
 
-from pipeserve.core.partition import split_explicitly, split_layers
+from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.partition import plan_pipeline, split_explicitly, split_layers
 from pipeserve.errors import ConfigError
 
 
@@ -50,6 +51,13 @@ def test_no_split_has_a_faster_slowest_stage(num_layers, num_stages, embedding, 
 )
 def test_known_splits(num_layers, num_stages, head_cost, expected):
     assert counts(split_layers(num_layers, num_stages, head_cost=head_cost)) == expected
+
+
+def test_the_window_is_one_microbatch_a_stage_unless_asked_for():
+    shape = load_shape("falcon-180b")
+    for counts in (None, [20, 20, 20, 20]):
+        assert plan_pipeline(shape, 4, counts, 512).window == 4
+        assert plan_pipeline(shape, 4, counts, 512, window=6).window == 6
 
 
 def test_a_plan_is_whole():

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from fake_driver import FakeDriver, byte_tokenizer
 
+from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, SamplingParams, StageCost
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Span
 from pipeserve.errors import ConfigError
-from pipeserve.journal import Journal
 from pipeserve.launch import cli, simulate, starting
 from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Ring, recording_of

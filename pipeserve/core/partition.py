@@ -1,6 +1,7 @@
 """Which stage holds which layers. Layers count as equal; costs are in units of a layer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeserve.core.nouns import PipelinePlan, StagePlan
 from pipeserve.core.shape import ModelShape
@@ -8,13 +9,20 @@ from pipeserve.errors import ConfigError
 
 
 def plan_pipeline(
-    shape: ModelShape, num_stages: int, counts: Sequence[int] | None, num_tokens: int
+    shape: ModelShape,
+    num_stages: int,
+    counts: Sequence[int] | None,
+    num_tokens: int,
+    window: int | None = None,
 ) -> PipelinePlan:
     """The split that the user listed, or the one that evens out predicted work in microbatches of
-    `num_tokens` tokens. Raises ConfigError for one that does not fit the model."""
+    `num_tokens` tokens; `window` microbatches may be outstanding, by default as many as there are
+    stages. Raises ConfigError for a split that does not fit the model."""
     if counts is not None:
-        return split_explicitly(shape.num_layers, num_stages, counts)
-    return split_layers(shape.num_layers, num_stages, head_cost=_head_cost(shape, num_tokens))
+        plan = split_explicitly(shape.num_layers, num_stages, counts)
+    else:
+        plan = split_layers(shape.num_layers, num_stages, head_cost=_head_cost(shape, num_tokens))
+    return plan if window is None else replace(plan, window=window)
 
 
 def _head_cost(shape: ModelShape, num_tokens: int) -> float:

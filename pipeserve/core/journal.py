@@ -1,6 +1,7 @@
-"""What a driver tells of its run (core/records.py): each deed of its loop, as the record of it.
+"""What the host of an engine tells of its run: each deed of its loop, as a record (records.py).
 
-Off is the recorder that ignores. Nothing here decides anything.
+The driver tells it of real stages, the simulator of its own. Off is the recorder that ignores.
+Nothing here decides anything.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from pipeserve.core.records import (
 
 
 class Journal:
-    """Told what the driver does; knows, between a wait and the plan that ends it, what ended it."""
+    """Told what the host does; knows, between a wait and the plan that ends it, what ended it."""
 
     def __init__(self, engine: Engine, record: Recorder) -> None:
         self._engine = engine
@@ -47,6 +48,10 @@ class Journal:
     def waits(self, reason: str) -> None:
         """The engine had no plan."""
         self._waited_for, self._woken = reason, None
+
+    def resumed(self, now: float) -> None:
+        """After a fault: stages are there again."""
+        self._waited_for, self._woken, self._handed_s = "", None, now
 
     def planned(self, microbatch: Microbatch, start_s: float, sent_s: float) -> None:
         engine, cost = self._engine, self._engine.last.cost

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import NamedTuple
 
 import zmq
@@ -24,6 +25,7 @@ _JOIN_TIMEOUT_S = 120.0
 _KEEPER_SILENCE_S = 30.0
 _LAST_WORD_S = 2.0
 _CLOSE_S = 5.0
+_AT_ONCE_S = 0.001
 
 
 class Received(NamedTuple):
@@ -44,7 +46,9 @@ class Fleet:
         self.num_ranks = num_ranks
         self.keepers: dict[int, control.KeeperHello] = {}
         self.waiting_s = 0.0
-        """Since when the latest `receive` waited."""
+        """Since when there has been nothing but waiting: no `broadcast`, and what was received was
+        taken up at once."""
+        self._returned_s = -inf
         self.lost_stage: int | None = None
         """Of the process whose end was raised."""
         self._boot_id = boot_id()
@@ -157,6 +161,7 @@ class Fleet:
         encoded = control.encode(message)
         for stage in range(self.num_ranks):
             self._send(control.stage_identity(stage), encoded)
+        self._returned_s = -inf
 
     def gather_memory(self) -> list[control.Memory]:
         """Ask every stage for its peak memory. Only while no microbatch is outstanding."""
@@ -177,7 +182,9 @@ class Fleet:
         Raises StageError (ConfigError, when its input was at fault) when a stage or a keeper ended.
         """
         messages, self._unread = self._unread, []
-        self.waiting_s = time.monotonic()
+        now = time.monotonic()
+        if now - self._returned_s > _AT_ONCE_S:
+            self.waiting_s = now
         if self._socket.poll(0 if messages else int(timeout_s * 1000)):
             with contextlib.suppress(zmq.Again):
                 while True:
@@ -185,6 +192,7 @@ class Fleet:
                     at_s = time.monotonic()
                     self._note(Received(control.decode_for_driver(payload), at_s), messages)
         self._check_keepers()
+        self._returned_s = time.monotonic()
         return messages
 
     def _note(self, received: Received, messages: list[Received]) -> None:

@@ -1,0 +1,270 @@
+"""The pictures of docs/timeline.md: real runs in which one cause was planted, as the report draws
+them.
+
+    python bench/timeline_pictures.py [CAUSE ...]
+
+Each is the clearest of a few runs on three stages: the part of it in which the cause takes most,
+drawn by report.html in a headless Chromium, with a legend of what can be seen there. Needs
+Chromium; better looking on a machine with a core for each stage.
+"""
+
+import argparse
+import base64
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from checkpoints import tiny_llama
+from chromium import Page
+from planted_real import (
+    FEW,
+    GROUPS,
+    LARGE_VOCABULARY,
+    PAIRS,
+    PROMPTS,
+    ROWS,
+    SMALL,
+    SMALL_LIMITS,
+    WIDE,
+    WIDE_LIMITS,
+    Scene,
+    Stages,
+    replace,
+)
+
+from pipeserve.profiling.causes import CAUSES
+from pipeserve.profiling.html_report import write_report
+from pipeserve.profiling.ledger import Ledger, explain
+from pipeserve.profiling.recording import Recording
+from pipeserve.profiling.simulator import Arrival
+
+FOLDER = Path(__file__).parents[1] / "docs" / "timeline"
+RUNS = 3
+WIDTH = 1200
+SHOWN = 0.012
+"""Of the time that is seen: what takes less is left out of the legend."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    cause: str
+    stages: str
+    """Of `stages_of`."""
+    scene: Scene
+    seconds: float
+    """How much of the run is seen."""
+    has_tracks: bool = False
+    """Whether KV and requests over time are seen too."""
+    lost: int | None = None
+    """Stage whose file was removed."""
+
+
+def groups(*sizes: int, num_tokens: int, apart_s: float = 0.05) -> list[Arrival]:
+    """Requests that come, and stay, in groups."""
+    return [
+        Arrival(apart_s * place, 16, num_tokens)
+        for place, size in enumerate(sizes)
+        for _ in range(size)
+    ]
+
+
+LONG = [Arrival(0.0, 1500, 60)] * 4
+PICTURES = (
+    Picture("fill", "even", PROMPTS, 0.32),
+    Picture("drain", "even", PROMPTS, 0.32),
+    Picture(
+        "no_requests",
+        "even",
+        replace(PROMPTS, arrivals=[Arrival(0.28 * (n // 3), 256, 1) for n in range(15)]),
+        0.9,
+        has_tracks=True,
+    ),
+    Picture("too_few_microbatches", "even", replace(PROMPTS, window=1), 0.4),
+    Picture(
+        "kv_full",
+        "even",
+        replace(PROMPTS, limits={**PROMPTS.limits, "num_blocks": 17}),
+        0.4,
+        has_tracks=True,
+    ),
+    Picture(
+        "prefill_length",
+        "even",
+        replace(PAIRS, arrivals=[Arrival(0.0, length, 1) for length in [64, 64, 1000] * 5]),
+        0.8,
+    ),
+    Picture(
+        "prefill_vs_decode",
+        "even",
+        Scene(
+            arrivals=[
+                *groups(4, 4, 4, num_tokens=60),
+                Arrival(0.3, 1000, 1),
+                Arrival(0.8, 1000, 1),
+            ],
+            policy="hybrid_only",
+        ),
+        0.45,
+    ),
+    Picture(
+        "context_length",
+        "even",
+        replace(GROUPS, arrivals=[*LONG, *[Arrival(0.0, 16, 60)] * 8], limits={"max_num_seqs": 12}),
+        0.15,
+    ),
+    Picture(
+        "decode_count",
+        "even",
+        Scene(arrivals=groups(2, 2, 90, num_tokens=60), policy="hybrid_only"),
+        0.2,
+    ),
+    Picture("stage_imbalance", "uneven", PROMPTS, 0.5),
+    Picture("head_and_sampling", "large", ROWS, 0.1),
+    Picture("token_feedback", "small", replace(FEW, feedback_s=0.03), 0.16),
+    Picture(
+        "planning",
+        "even",
+        replace(PROMPTS, pauses_s=lambda plan: 0.12 if plan % 8 == 4 else 0.0),
+        0.6,
+    ),
+    Picture("control", "small", replace(FEW, plans_s=0.03), 0.16),
+    Picture("link", "small", replace(FEW, link_s={1: 0.03}), 0.16),
+    Picture("jitter", "even", replace(PROMPTS, halted=(1, 0.12, 0.4)), 0.6),
+    Picture("fault", "killed", replace(PROMPTS, killed=(1, 12, 0.3)), 0.7),
+    Picture("unknown", "even", PROMPTS, 0.4, lost=1),
+)
+
+
+def stages_of(folder: Path) -> dict[str, Callable[[], Stages]]:
+    """How each kind is started."""
+    small = tiny_llama(folder / "small", **{**SMALL, "num_hidden_layers": 12})
+    wide = tiny_llama(folder / "wide", **{**WIDE, "num_hidden_layers": 15})
+    few = {**SMALL, "num_hidden_layers": 6}
+    large = tiny_llama(folder / "large", **few, vocab_size=LARGE_VOCABULARY)
+
+    def start(model: str, layers: tuple[int, ...], limits: dict) -> Callable[[], Stages]:
+        return lambda: Stages(model, 3, **limits, pipeline_layers=layers)
+
+    return {
+        "small": start(small, (4, 4, 4), SMALL_LIMITS),
+        "even": start(wide, (5, 5, 5), WIDE_LIMITS),
+        "uneven": start(wide, (4, 8, 3), WIDE_LIMITS),
+        "large": start(large, (2, 2, 2), SMALL_LIMITS),
+        "killed": start(wide, (5, 5, 5), WIDE_LIMITS),
+    }
+
+
+# ---- which part ---------------------------------------------------------------------------------
+
+
+def part(ledger: Ledger, picture: Picture) -> tuple[float, float, float]:
+    """From, to (seconds of the run) and how much of the time seen the cause takes."""
+    bins = max(round(ledger.seconds / picture.seconds * 20), 20)
+    by_cause = ledger.over_time(bins).sum(axis=0)
+    seen = min(20, bins)
+    sums = np.array([by_cause[i : i + seen].sum(axis=0) for i in range(bins - seen + 1)])
+    own = sums[:, list(CAUSES).index(picture.cause)]
+    others = sums.sum(axis=1) - own
+    best = int((own - 0.5 * others).argmax())
+    step_s = ledger.seconds / bins
+    from_s = best * step_s
+    return from_s, from_s + seen * step_s, float((own - 0.5 * others)[best])
+
+
+def clearest(stages: Stages, picture: Picture) -> tuple[Recording, Ledger, float, float]:
+    """Of a few runs, and the part of it to look at."""
+    found = []
+    for _ in range(1 if picture.scene.killed else RUNS):
+        recording = stages.record(picture.scene)
+        if picture.lost is not None:
+            recording.spans[picture.lost].clear()
+        ledger = explain(recording)
+        from_s, to_s, clearness = part(ledger, picture)
+        found.append((clearness, (recording, ledger, from_s, to_s)))
+    return max(found, key=lambda each: each[0])[1]
+
+
+# ---- drawing ------------------------------------------------------------------------------------
+
+_LAY_OUT = """(([cause, from, to, shown, hasTracks]) => {
+  const { timeline, axis, report } = pipeserveReport;
+  document.body.style.padding = document.querySelector("main").style.padding = "0";
+  const section = document.getElementById("timeline").closest("section");
+  for (const one of document.body.querySelectorAll("header, main > section")) {
+    if (one !== section) one.hidden = true;
+  }
+  for (const one of section.querySelectorAll(".heading, #minimap, .hint")) one.style.display = "none";
+  Object.assign(section.style, { margin: "0", border: "none", borderRadius: "0", padding: "12px 16px 6px" });
+  Object.assign(document.querySelector("main").style, { maxWidth: "none", margin: "0" });
+  timeline.tracks = hasTracks ? timeline.tracks.filter((track) => track.name !== "idle") : [];
+  const rows = [...timeline.rows, ...timeline.tracks];
+  if (hasTracks) {
+    let top = timeline.tracks[0].top - 72;
+    for (const track of timeline.tracks) { track.top = timeline.rows.at(-1).top + timeline.rows.at(-1).height + 10 + timeline.tracks.indexOf(track) * 47; }
+  }
+  timeline.height = Math.max(...rows.map((row) => row.top + row.height)) + 6;
+  axis.show(from / axis.tick_s, to / axis.tick_s);
+  timeline.draw();
+  const all = new Map();
+  for (const row of report.stages) row.between(Math.max(axis.from, 0), Math.min(axis.to, axis.stop))
+    .forEach((ticks, c) => all.set(c, (all.get(c) ?? 0) + ticks));
+  const total = [...all.values()].reduce((a, b) => a + b, 0);
+  for (const key of document.querySelectorAll(".key")) {
+    key.hidden = key.style.display = "";
+    const isOwn = key.innerText.trim() === cause;
+    if ((all.get(Number(key.dataset.category)) ?? 0) < shown * total && !isOwn) key.style.display = "none";
+    if (isOwn) Object.assign(key.style, { fontWeight: "650", border: "1.5px solid currentColor" });
+  }
+  const box = section.getBoundingClientRect();
+  return [box.left + scrollX, box.top + scrollY, box.width, box.height];
+})"""
+
+
+def draw(page: Page, path: Path, picture: Picture, from_s: float, to_s: float) -> bytes:
+    """The PNG of that part of a report."""
+    page.open(path)
+    page.settle()
+    given = [picture.cause.replace("_", " "), from_s, to_s, SHOWN, picture.has_tracks]
+    import json
+
+    page.run(f"{_LAY_OUT}({json.dumps(given)})")
+    page.settle()
+    x, y, width, height = page.run(f"{_LAY_OUT}({json.dumps(given)})")
+    clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+    shot = page.call("Page.captureScreenshot", format="png", clip=clip)
+    return base64.b64decode(shot["data"])
+
+
+def draw_all(wanted: list[str]) -> Iterator[tuple[str, int]]:
+    """Name and bytes of each."""
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as name, Page(WIDTH, 900) as page:
+        folder = Path(name)
+        for kind, start in stages_of(folder).items():
+            chosen = [p for p in PICTURES if p.stages == kind and (not wanted or p.cause in wanted)]
+            if not chosen:
+                continue
+            with start() as stages:
+                for picture in chosen:
+                    recording, ledger, from_s, to_s = clearest(stages, picture)
+                    write_report(folder / "report.html", recording, ledger)
+                    png = draw(page, folder / "report.html", picture, from_s, to_s)
+                    (FOLDER / f"{picture.cause}.png").write_bytes(png)
+                    yield picture.cause, len(png)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("causes", nargs="*", metavar="CAUSE", help="all by default")
+    for cause, num_bytes in draw_all(parser.parse_args().causes):
+        print(f"{cause}.png: {num_bytes / 1000:.1f} kB")
+
+
+if __name__ == "__main__":
+    main()

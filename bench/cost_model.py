@@ -16,10 +16,11 @@ from cost_model_plots import plot_attention, plot_prefill, plot_tiles
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost import PipelineCost, Work
+from pipeserve.core.cost import PipelineCost
 from pipeserve.core.kernels import Gemm, products
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.core.partition import split_layers
+from pipeserve.core.work import Work
 from pipeserve.profiling.fit import fit_gemm
 from pipeserve.profiling.measurements import (
     Iteration,

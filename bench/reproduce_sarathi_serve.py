@@ -19,8 +19,9 @@ from report import Row, plain_table, table
 from reproduce_sarathi import host_per_layer_s, on_profile
 
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.core.cost import PipelineCost, Work
+from pipeserve.core.cost import PipelineCost
 from pipeserve.core.device import DeviceProfile
+from pipeserve.core.work import Work
 from pipeserve.launch.simulate import Setup, make_setup
 from pipeserve.launch.traces import read_trace
 from pipeserve.profiling.capacity import (

@@ -24,9 +24,9 @@ from math import isnan
 from operator import add, sub
 from typing import NamedTuple
 
-from pipeserve.core.cost import work_of
 from pipeserve.core.nouns import RequestId
 from pipeserve.core.records import Planned, Span
+from pipeserve.core.work import work_of
 from pipeserve.profiling.causes import CAUSES
 from pipeserve.profiling.recording import Recording
 from pipeserve.profiling.step_parts import (

@@ -21,9 +21,9 @@ from operator import mul
 
 import numpy as np
 
-from pipeserve.core.cost import Work, work_of
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.records import Span
+from pipeserve.core.work import Work, work_of
 from pipeserve.errors import ConfigError
 from pipeserve.profiling.fit_tables import solve_relative
 from pipeserve.profiling.recorded_delays import Delays, delays_of

@@ -6,8 +6,8 @@ planned and every stage's seconds when they are known, on a real pipeline as on 
 
 from dataclasses import dataclass
 
-from pipeserve.core.cost import Work, work_of
 from pipeserve.core.nouns import Microbatch, StageCost
+from pipeserve.core.work import Work, work_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from math import exp
 from typing import Protocol
 
-from pipeserve.core.cost import Work, all_reduce_s, crossings, hop_seconds, work_of
+from pipeserve.core.cost import all_reduce_s, crossings, hop_seconds
 from pipeserve.core.device import DeviceProfile, check_profile
 from pipeserve.core.kernels import TILE
 from pipeserve.core.nouns import Microbatch, PipelinePlan
 from pipeserve.core.shape import ModelShape
+from pipeserve.core.work import Work, work_of
 
 _JITTERS = 8191  # prime, so that microbatches times stages do not soon repeat
 

@@ -22,8 +22,8 @@ from math import isnan
 
 import numpy as np
 
-from pipeserve.core.cost import Work, work_of
 from pipeserve.core.records import Planned, Span
+from pipeserve.core.work import Work, work_of
 from pipeserve.profiling.recording import Recording
 
 BASE, PREFILL, DECODES, CONTEXT, IMBALANCE, HEAD, JITTER = range(7)

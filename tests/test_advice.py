@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeserve.core.cost import work_of
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.partition import split_explicitly
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Ended
+from pipeserve.core.work import work_of
 from pipeserve.errors import ConfigError
 from pipeserve.launch.advice import advice_report, print_advice
 from pipeserve.profiling.advice import advise

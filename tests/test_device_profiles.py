@@ -7,9 +7,10 @@ import yaml
 
 from pipeserve.configs.device_profiles import load_profile, profile_names, save_profile
 from pipeserve.configs.model_shapes import load_shape, shape_names
-from pipeserve.core.cost import PipelineCost, Work
+from pipeserve.core.cost import PipelineCost
 from pipeserve.core.kernels import Tables
 from pipeserve.core.partition import split_layers
+from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 
 # Billions of parameters and bytes of KV a token at 2 bytes a value, as the papers have them.

@@ -9,11 +9,12 @@ import pytest
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost import PipelineCost, Work
+from pipeserve.core.cost import PipelineCost
 from pipeserve.core.device import Link
 from pipeserve.core.kernels import Gemm, products
 from pipeserve.core.partition import split_layers
 from pipeserve.core.shape import ModelShape
+from pipeserve.core.work import Work
 from pipeserve.profiling.fit import (
     fit_attention,
     fit_gemm,

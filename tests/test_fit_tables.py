@@ -5,11 +5,12 @@ from random import Random
 import pytest
 from made_up_profile import LINK, PLAN, SHAPE, TRUE
 
-from pipeserve.core.cost import PipelineCost, Work
+from pipeserve.core.cost import PipelineCost
 from pipeserve.core.device import DeviceProfile
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.core.policies import get_policy
+from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 from pipeserve.profiling.fit_tables import fit_tables
 from pipeserve.profiling.samples import Sample, Samples

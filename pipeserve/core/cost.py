@@ -13,6 +13,7 @@ from pipeserve.core.device import DeviceProfile, check_profile
 from pipeserve.core.kernels import TILE
 from pipeserve.core.nouns import Microbatch, PipelinePlan, StageCost
 from pipeserve.core.shape import ModelShape
+from pipeserve.core.work import Work, work_of
 
 _REMEMBERED = 1024
 """Predictions kept until they are observed: more than are ever outstanding."""
@@ -25,34 +26,6 @@ _RHO = 2.52
 """Makes the mean of the biweight function 1 for normal errors."""
 _LEAST_SCALE = 0.01
 """Or a change after a long calm would never be believed."""
-
-
-class Work(NamedTuple):
-    """All of a microbatch that its time depends on."""
-
-    num_tokens: int
-    num_logits: int
-    prefills: tuple[tuple[int, int], ...]
-    """(positions before it, positions) of each chunk longer than one position."""
-    num_decodes: int
-    """Chunks of one position."""
-    context: int
-    """Positions of KV that the decodes read, their own included."""
-
-
-def work_of(microbatch: Microbatch) -> Work:
-    """O(chunks), and little Python for a decode: 125 of them cost about 20 us."""
-    chunks = microbatch.chunks
-    starts = [chunk.start for chunk in chunks]
-    stops = [chunk.stop for chunk in chunks]
-    num_logits = sum([chunk.num_logits for chunk in chunks])
-    num_tokens = sum(stops) - sum(starts)
-    if num_tokens == len(chunks):
-        return Work(num_tokens, num_logits, (), num_tokens, sum(stops))
-    spans = zip(starts, stops, strict=True)
-    prefills = tuple([(start, stop - start) for start, stop in spans if stop - start > 1])
-    context = sum(stops) - sum([start + tokens for start, tokens in prefills])
-    return Work(num_tokens, num_logits, prefills, len(chunks) - len(prefills), context)
 
 
 class Terms(NamedTuple):

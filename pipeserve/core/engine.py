@@ -16,6 +16,7 @@ from functools import partial
 from itertools import islice, repeat
 
 from pipeserve.core.blocks import BlockPool
+from pipeserve.core.forecast import Forecast
 from pipeserve.core.nouns import (
     Admission,
     BlockId,
@@ -89,6 +90,7 @@ class Engine:
         self.pipeline = plan
         self._window = plan.window + policy.traits.plans_ahead
         self._cost = cost
+        self._forecast = Forecast(len(plan.stages))
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
         self._records: dict[RequestId, Record] = {}
         self._queues = Queues(policy.traits)
@@ -183,7 +185,7 @@ class Engine:
             for request_id in draft.preempt:
                 self._preempt(request_id)
             if draft.chunks:
-                return self._apply(draft)
+                return self._apply(draft, now)
             if draft.admit:
                 raise self._wrong(f"admits {list(draft.admit)} but gives them no chunk")
             if not draft.preempt:
@@ -198,6 +200,7 @@ class Engine:
         Raises ValueError for any other index, or for a wrong number of tokens.
         """
         flight = self._oldest(result)
+        self._forecast.completed(result.index, now)
         tokens = iter(result.tokens)
         logprobs = iter(result.logprobs or repeat(None))
         scored = iter(result.prompt_logprobs)
@@ -215,7 +218,7 @@ class Engine:
                 continue
             if sampled:
                 token = next(tokens)
-                reason = record.append(token)
+                reason = record.append(token, now)
                 told = record.prompt_logprobs
                 if told is not None:
                     told = record.tell_prompt_logprobs()
@@ -237,6 +240,7 @@ class Engine:
         Each request computes its KV again and goes on from its last known token. Indices go on.
         """
         self._in_flight.clear()
+        self._forecast.forget()
         self._released.clear()
         self._pool.reset()
         records = sorted(self._records.values(), key=lambda record: -record.number)
@@ -293,12 +297,15 @@ class Engine:
             decodes=queues.decodes,
             prefills=queues.prefills,
             num_decoding=queues.num_decoding,
+            decoding_context=queues.decoding_context,
             prefill_backlog=queues.prefill_backlog,
             free_blocks=self._pool.num_free,
             outstanding=tuple(flight.summary for flight in self._in_flight),
             last=self._last,
             prefix=self._prefix,
             freed_by=self._freed_by,
+            cost=self._cost,
+            forecast=self._forecast,
         )
 
     def _prefix(self, request_id: RequestId) -> Prefix:
@@ -313,7 +320,7 @@ class Engine:
         tables = (self._records[request_id].table for request_id in request_ids)
         return self._pool.num_freed(block for table in tables for block in table.blocks)
 
-    def _apply(self, draft: Draft) -> Microbatch:
+    def _apply(self, draft: Draft, now: float) -> Microbatch:
         """Makes the microbatch. Prefixes are shared before any block of this draft is published:
         its own prompts are not there yet when its chunks run."""
         num_tokens = sum(draft.chunks.values())
@@ -332,7 +339,10 @@ class Engine:
         microbatch = Microbatch(self._next_index, chunks, admitted, tuple(self._released))
         self._next_index += 1
         self._released.clear()
-        cost = self._cost.predict(microbatch) if self._cost is not None else None
+        cost = None
+        if self._cost is not None:
+            cost = self._cost.predict(microbatch)
+            self._forecast.planned(microbatch.index, cost.seconds, now)
         summary = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
         self._in_flight.append(_InFlight(microbatch, records, summary))
         self._last = summary

@@ -25,11 +25,13 @@ class Record:
         "_caches",
         "arrived",
         "backlog",
+        "context",
         "finished",
         "held",
         "id",
         "is_decoding",
         "keys",
+        "last_token_s",
         "limits",
         "num_imported",
         "num_known",
@@ -67,12 +69,14 @@ class Record:
         self.num_planned = 0
         self.num_on_way = 0  # tokens planned and not known yet
         self.token_from: int | None = None
+        self.last_token_s = arrived
         self.num_outstanding = 0
         self.running = False
         self.prefilling = True  # until a chunk reaches the end of the known tokens
         self.finished = False
         self.is_decoding = False  # as `Queues` last counted it
         self.backlog = 0  # likewise
+        self.context = 0  # likewise
         self.held: set[Record] = set()  # wait until this one's prompt is planned, to share it
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None  # of its tokens from 1; None: unasked
@@ -123,11 +127,12 @@ class Record:
             salt = self.request.cache_salt
             extend_keys(self.keys, self.tokens, self.limits.block_size, salt)
 
-    def append(self, token: int) -> str | None:
+    def append(self, token: int, now: float) -> str | None:
         """A sampled token became known, and a block may thereby be full of known tokens; the reason
         if it ends the request."""
         self.tokens.append(token)
         self.num_known += 1
+        self.last_token_s = now
         self.num_on_way -= 1
         if not self.num_on_way:
             self.token_from = None
@@ -212,6 +217,7 @@ class Queues:
         self.decodes: Mapping[RequestId, RequestView] = MappingProxyType(self._decodes)
         self.prefills: Mapping[RequestId, RequestView] = MappingProxyType(self._prefills)
         self.num_decoding = 0
+        self.decoding_context = 0
         self.prefill_backlog = 0
 
     def file(self, record: Record) -> None:
@@ -238,6 +244,8 @@ class Queues:
             return self._plan_prefill(record, index)
         record.num_on_way += 1
         record.token_from = index
+        record.context += 1
+        self.decoding_context += 1
         del self._decodes[record.id]
         self.file(record)
         return True
@@ -308,7 +316,10 @@ class Queues:
             self._prefills[record.id] = record
 
     def _count(self, record: Record, is_decoding: bool, backlog: int) -> None:
+        context = record.num_planned if is_decoding else 0
         self.num_decoding += is_decoding - record.is_decoding
+        self.decoding_context += context - record.context
         self.prefill_backlog += backlog - record.backlog
         record.is_decoding = is_decoding
+        record.context = context
         record.backlog = backlog

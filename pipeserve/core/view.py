@@ -5,11 +5,13 @@ positions in the next microbatch. The engine checks the draft and does the rest:
 token feedback, the prefix cache.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from pipeserve.core.forecast import Forecast
 from pipeserve.core.nouns import Microbatch, RequestId, StageCost
+from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 
 
@@ -32,6 +34,8 @@ class Limits:
     max_model_len: int
     """Tokens of one request, prompt and output."""
     enable_prefix_caching: bool = True
+    max_tbt_s: float | None = None
+    """Longest time between two tokens of a request that is wanted; None: as it comes."""
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -108,6 +112,11 @@ class RequestView(Protocol):
         """Microbatch that samples the token of its next decode, while that is on its way."""
         ...
 
+    @property
+    def last_token_s(self) -> float:
+        """The `now` of the completion that brought its newest token."""
+        ...
+
 
 class Prefix(NamedTuple):
     """What is there already of a waiting request: in the prefix cache, or imported."""
@@ -145,6 +154,8 @@ class View:
     """Running requests whose next prefill chunk may be planned now, by admission."""
     num_decoding: int
     """Running requests past their prefill with a decode still to plan, plannable now or not."""
+    decoding_context: int
+    """Positions that these have planned, all together."""
     prefill_backlog: int
     """Known tokens of waiting and prefilling requests that are not planned, cached or not."""
     free_blocks: int
@@ -155,6 +166,9 @@ class View:
     """What is there already of a waiting request."""
     freed_by: Callable[[Collection[RequestId]], int]
     """Blocks that come free when all of these running requests are preempted."""
+    cost: "CostModel | None"
+    forecast: Forecast
+    """Of the outstanding microbatches; knows nothing without a cost model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +201,10 @@ class CostModel(Protocol):
     """Predicts a microbatch's time on each stage, and learns from what stages observe."""
 
     def predict(self, microbatch: Microbatch) -> StageCost: ...
+
+    def seconds(self, work: Work) -> Sequence[float]:
+        """As `predict`, of work that no microbatch holds yet."""
+        ...
 
     def observe(self, index: int, stage: int, seconds: float) -> None:
         """A stage's own compute time; an index that it never predicted, or forgot, is fine."""

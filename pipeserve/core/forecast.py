@@ -1,0 +1,49 @@
+"""When the outstanding microbatches will be through, by what the cost model says of them. Pure.
+
+Stages are servers that take microbatches strictly in order, one at a time, so a microbatch's whole
+way follows from when each stage is free (the recurrence of a permutation flow shop: Johnson,
+"Optimal two- and three-stage production schedules", 1954). Links are left out: they overlap
+compute, and what they add is in the completions, by which the forecast is set right.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from math import inf
+
+
+class Forecast:
+    """Of one pipeline. The engine tells it of every microbatch that has a predicted cost; policies
+    only ask. Times are those of the engine's host, in seconds."""
+
+    def __init__(self, num_stages: int) -> None:
+        self._free_s = [-inf] * num_stages
+        self._through_s: OrderedDict[int, float] = OrderedDict()
+
+    def through_s(self, seconds: Sequence[float], now: float) -> float:
+        """When a microbatch that takes `seconds` on each stage would be through, planned now."""
+        for free_s, stage_s in zip(self._free_s, seconds, strict=True):
+            now = (free_s if free_s > now else now) + stage_s
+        return now
+
+    def known_s(self, index: int) -> float:
+        """When the tokens of an outstanding microbatch will be known."""
+        return self._through_s[index]
+
+    def planned(self, index: int, seconds: Sequence[float], now: float) -> None:
+        free_s = self._free_s
+        for stage, stage_s in enumerate(seconds):
+            now = free_s[stage] = max(free_s[stage], now) + stage_s
+        self._through_s[index] = now
+
+    def completed(self, index: int, now: float) -> None:
+        """What is behind it in the pipeline comes as much earlier or later as it did itself."""
+        expected_s = self._through_s.pop(index, now)
+        late_s = now - expected_s
+        self._free_s = [free_s + late_s for free_s in self._free_s]
+        for other in self._through_s:
+            self._through_s[other] += late_s
+
+    def forget(self) -> None:
+        """All that is outstanding is void."""
+        self._free_s = [-inf] * len(self._free_s)
+        self._through_s.clear()

@@ -25,6 +25,7 @@ import msgspec
 from pipeserve.journal import Journal
 
 from pipeserve import control
+from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, RequestId
 from pipeserve.core.records import Completed, Recorder, Span, ignore
@@ -54,7 +55,7 @@ class Runs:
     def __init__(self, driver: Driver, requests: int, prompt: int, output: int) -> None:
         self.driver = driver
         lengths = [(prompt, output)] * requests
-        vocab_size = driver.model_config.vocab_size
+        vocab_size = driver.shape.vocab_size
         self.items = random_items(lengths, 1, vocab_size, Random("recording cost"))
         self.ids = map(RequestId, count())
 
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=32, help="tokens of each")
     args = parser.parse_args()
     config = make_config({}, {"model": args.model, "pipeline_parallel_size": args.stages})
-    with Driver(config) as driver, tempfile.TemporaryDirectory() as folder:
+    with Driver(checkpoint_setup(config)) as driver, tempfile.TemporaryDirectory() as folder:
         runs = Runs(driver, args.requests, args.prompt, args.output)
         found, bytes_each = measure(runs, args.rounds, Path(folder))
         report(found)

@@ -29,7 +29,7 @@ class RunConfig:
     )
     tensor_parallel_size: int = _option(
         1,
-        "Ranks that share each stage's layers; over 1 only where stages are simulated.",
+        "Ranks that share each stage's layers; over 1 only where stages are simulated or emulated.",
         short="-tp",
         least=1,
     )
@@ -47,7 +47,9 @@ class RunConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = _option(
-        "auto", "Where stages compute; auto is cpu so far.", choices=("auto", "cpu")
+        "auto",
+        "Where stages compute; auto is cpu so far; emulated ones wait as their profile says.",
+        choices=("auto", "cpu", "emulated"),
     )
     attention: str = _option(
         "auto", "Attention kernel; auto is the fastest.", choices=("auto", "reference", "cpu")
@@ -77,7 +79,8 @@ class RunConfig:
         most=1,
     )
     device_profile: str | None = _option(
-        None, "Cost profile of the device, by name or file; what simulated stages go by."
+        None,
+        "Cost profile of the device, by name or file; what simulated and emulated stages go by.",
     )
     enable_prefix_caching: bool = _option(True, "Share KV blocks of equal prompt beginnings.")
     seed: int = _option(

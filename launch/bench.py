@@ -56,18 +56,21 @@ class Run:
 def bench(
     driver: "Driver",
     records: Records,
-    encode: Callable[[str], Sequence[int]],
+    encode: Callable[[str], Sequence[int]] | None,
     workload: Workload,
     repeat: int,
 ) -> dict[str, Any]:
     """Warm up, run the workload `repeat` times, and report the run of median duration. `records`
     are the driver's; files hold every run, one after the other, without the warm-up.
 
-    Returns the object that `--json` writes (docs/bench.md). `encode` makes ids of text prompts.
+    Returns the object that `--json` writes (docs/bench.md). `encode` makes ids of text prompts;
+    None where there is no tokenizer. Emulated stages have nothing to warm up.
     Raises ConfigError for a request over the context, CapacityError for one over the KV pool, and
     StageError.
     """
-    vocab_size = driver.model_config.vocab_size
+    vocab_size = driver.shape.vocab_size
+    if encode is None:
+        workload.token_lengths()  # raises for text
     items = [
         replace(item, prompt=tuple(encode(item.prompt))) if isinstance(item.prompt, str) else item
         for item in workload.with_ids(vocab_size)
@@ -81,8 +84,9 @@ def bench(
             )
     ids = map(RequestId, count())
     # A salt for each pass: no run finds its prompts in the prefix cache because an earlier one ran.
-    replay(driver, _warmup_items(items, vocab_size), "warm-up", ids)
-    driver.settle()
+    if driver.setup.kind == "real":
+        replay(driver, _warmup_items(items, vocab_size), "warm-up", ids)
+        driver.settle()
     records.start_writing()
     runs = [_run(driver, records, items, f"run {number}", ids) for number in range(repeat)]
     driver.refresh_memory()
@@ -182,6 +186,7 @@ def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, 
         "stages": stages,
         "policy": driver.config.policy,
         "workload": workload.name,
+        "kind": driver.setup.kind,
         "run_seconds": [run.summary.seconds for run in runs],
         "notes": median.notes,
         "config": asdict(driver.config),
@@ -192,6 +197,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     """The report as tables: the run, its stages, their memory."""
     console.print(run_table(report))
     console.print(stage_table(report["stages"]))
-    console.print(memory_table(report["stages"]))
+    if report["kind"] == "real":  # emulated stages hold nothing
+        console.print(memory_table(report["stages"]))
     for note in report["notes"]:
         console.print(f"note: {note}")

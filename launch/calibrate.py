@@ -98,7 +98,7 @@ def _design(driver: "Driver", rng: Random) -> list[list[WorkItem]]:
     As many times each as there are stages, so that all of them work at once: cores share caches,
     memory and sometimes more, and a stage alone on the machine is faster than when it serves.
     """
-    vocab_size, longest = driver.model_config.vocab_size, driver.max_model_len
+    vocab_size, longest = driver.shape.vocab_size, driver.max_model_len
     num_stages = len(driver.stages)
     phases = [[(length, 1)] * num_stages for length in _PROMPTS]
     phases += [
@@ -139,7 +139,7 @@ def _beside_compute_s(
     """Median seconds of a lone prompt's first token that no stage computed."""
     beside = []
     for probe in range(_PROBES):
-        (item,) = random_items([(num_tokens, 1)], 1, driver.model_config.vocab_size, rng)
+        (item,) = random_items([(num_tokens, 1)], 1, driver.shape.vocab_size, rng)
         ring.clear()
         (record,) = replay(driver, [item], f"probe {num_tokens}/{probe}", ids)
         driver.settle()

@@ -252,20 +252,29 @@ def bench(
     from pipeserve.launch import bench as verb
     from pipeserve.launch.jsonl import check_writable
     from pipeserve.launch.workload import read_workload
-    from pipeserve.tokenizer import Tokenizer
 
     run_config = _run_config(model, config, flags)
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed)
     if json_file is not None:
         check_writable(json_file)
-    with starting.recorded_driver(run_config, record) as (driver, records):
-        encode = Tokenizer(driver.model_folder).encode
-        with records.shown() if live else nullcontext():
-            report = verb.bench(driver, records, encode, work, repeat)
+    with (
+        starting.recorded_driver(run_config, record, may_emulate=True) as (driver, records),
+        records.shown() if live else nullcontext(),
+    ):
+        report = verb.bench(driver, records, _encoder(driver), work, repeat)
     verb.print_report(report, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _encoder(driver: "Driver") -> Callable[[str], Sequence[int]] | None:
+    """What makes ids of text, where there is a model to say how."""
+    if driver.model_folder is None:
+        return None
+    from pipeserve.tokenizer import Tokenizer
+
+    return Tokenizer(driver.model_folder).encode
 
 
 @app.command()

@@ -129,7 +129,7 @@ class Keeper:
     def _start(self, job: StartStage) -> None:
         cpus, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), *_local_place(self.rank))
         self.stage = subprocess.Popen(
-            [sys.executable, "-m", "pipeserve.worker"],
+            [sys.executable, "-m", job.module],
             stdin=subprocess.PIPE,
             env=_stage_environment(self.rank, num_threads),
             preexec_fn=functools.partial(_before_stage, os.getpid(), cpus),

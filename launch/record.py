@@ -115,10 +115,11 @@ def both(first: Recorder, second: Recorder) -> Recorder:
 
 
 def meta_of_driver(driver: "Driver") -> dict[str, Any]:
-    """What `run.json` says of a run on real stages."""
+    """What `run.json` says of a run on real or emulated stages."""
     hosts = [stage.host for stage in driver.stages]
     limits = driver.engine.limits
-    return run_meta("real", driver.config, driver.shape, driver.plan, limits, driver.dtype, hosts)
+    kind, config = driver.setup.kind, driver.config
+    return run_meta(kind, config, driver.shape, driver.plan, limits, driver.dtype, hosts)
 
 
 def run_meta(
@@ -131,7 +132,7 @@ def run_meta(
     hosts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `run.json` says; docs/timeline.md documents it. `kind`: "real", "simulated" or
-    "emulated"; `hosts`: of each real stage."""
+    "emulated"; `hosts`: of each stage that is a process."""
     return {
         "kind": kind,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -65,20 +65,27 @@ class Setup:
         """An engine without requests. What its policy may predict with is made from the profile,
         the stages' own times differ."""
         policy = get_policy(self.config.policy)
-        cost = None
-        if policy.traits.reads_cost:
-            size = self.config.tensor_parallel_size
-            cost = PipelineCost(self.profile, self.shape, self.plan, size)
-        return Engine(self.plan, policy, self.limits, cost)
+        return Engine(self.plan, policy, self.limits, self.make_cost())
+
+    def make_cost(self) -> PipelineCost | None:
+        """What the policy predicts with; None for one that does not."""
+        if not get_policy(self.config.policy).traits.reads_cost:
+            return None
+        size = self.config.tensor_parallel_size
+        return PipelineCost(self.profile, self.shape, self.plan, size)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        tables = self.profile.tables
+        return self.config.dtype if tables is None else tables.dtype
 
     def make_pipeline(self, record: Recorder = ignore) -> SimulatedPipeline:
         return SimulatedPipeline(self.make_engine(), self.times, record)
 
     def meta(self) -> dict[str, Any]:
         """What a recording says of the run."""
-        tables = self.profile.tables
-        dtype = self.config.dtype if tables is None else tables.dtype
-        return run_meta("simulated", self.config, self.shape, self.plan, self.limits, dtype)
+        return run_meta("simulated", self.config, self.shape, self.plan, self.limits, self.dtype)
 
 
 def make_setup(config: RunConfig, shape: ModelShape | None = None) -> Setup:

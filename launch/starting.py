@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeserve.core.view import CostModel
     from pipeserve.driver import Driver
     from pipeserve.launch.record import Records
+    from pipeserve.setup import Setup
     from pipeserve.stages.config import ModelConfig
 
 Check = Callable[["ModelConfig"], None]
@@ -27,14 +28,31 @@ def open_driver(
 ) -> "Driver":
     """Start the stages, unless `check` raises for their model. Says on stderr what was loaded and,
     on a terminal, what is being waited for until then."""
-    from pipeserve.driver import Driver
+    from pipeserve.checkpoint import checkpoint_setup
     from pipeserve.launch.loaded import loaded
+
+    return _start(lambda say: checkpoint_setup(run_config, say, cost, check), record, loaded)
+
+
+def open_emulated(run_config: RunConfig, record: Recorder = ignore) -> "Driver":
+    """As `open_driver`, on stages that wait as long as their device profile says."""
+    from pipeserve.launch.emulated import emulated, emulated_setup
+
+    return _start(lambda say: emulated_setup(run_config), record, emulated)
+
+
+def _start(
+    make_setup: "Callable[[Callable[[str], None]], Setup]",
+    record: Recorder,
+    describe: "Callable[[Driver], str]",
+) -> "Driver":
+    from pipeserve.driver import Driver
 
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: close what was opened
         signal.signal(ending, _exit_on_signal)
     with status("looking for the model") as say:
-        driver = Driver(run_config, on_progress=say, cost=cost, record=record, check=check)
-    print(loaded(driver), file=sys.stderr)
+        driver = Driver(make_setup(say), say, record)
+    print(describe(driver), file=sys.stderr)
     return driver
 
 
@@ -44,11 +62,15 @@ def recorded_driver(
     *,
     overwrite: bool = False,
     check: Check = lambda model_config: None,
+    may_emulate: bool = False,
 ) -> AbstractContextManager[tuple["Driver", "Records"]]:
-    """A driver, and its records, which `--record FOLDER` wants in files."""
+    """A driver, and its records, which `--record FOLDER` wants in files. Its stages are emulated
+    where the run says so and the caller can do with tokens that mean nothing (`may_emulate`)."""
     from pipeserve.launch.record import recorded
 
     def start(record: Recorder) -> "Driver":
+        if may_emulate and run_config.device == "emulated":
+            return open_emulated(run_config, record)
         return open_driver(run_config, record=record, check=check)
 
     return recorded(start, folder, overwrite=overwrite)

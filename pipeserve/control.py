@@ -35,15 +35,10 @@ class StartStage(_Message):
 
     stage: int
     num_stages: int
-    model_folder: str
-    first_layer: int
-    stop_layer: int
-    has_embedding: bool
-    has_head: bool
-    dtype: str
-    attention: str
-    num_blocks: int
-    block_size: int
+    module: str
+    """The stage's program, run as `python -m`."""
+    work: bytes
+    """What that program is to compute, encoded: for `pipeserve.worker` a `ModelShare`."""
     control: str
     """Endpoint of the driver, to which the stage connects its own control socket."""
     host: str
@@ -60,6 +55,23 @@ class Ping(_Message):
     """Ask for `Pong` at once: how the clocks of two machines are aligned."""
 
     sent_s: float
+
+
+# ---- in a StartStage -----------------------------------------------------------------------------
+
+
+class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What one stage holds of a checkpoint, and of KV."""
+
+    model_folder: str
+    first_layer: int
+    stop_layer: int
+    has_embedding: bool
+    has_head: bool
+    dtype: str
+    attention: str
+    num_blocks: int
+    block_size: int
 
 
 # ---- keeper -> driver ---------------------------------------------------------------------------
@@ -248,6 +260,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode_for_keeper = msgspec.msgpack.Decoder(ToKeeper).decode
 decode_for_stage = msgspec.msgpack.Decoder(ToStage).decode
 decode_for_driver = msgspec.msgpack.Decoder(ToDriver).decode
+decode_share = msgspec.msgpack.Decoder(ModelShare).decode
 
 
 _NO_RULES = LogitRules(1.0, 0.0, 0.0, None, (), None)

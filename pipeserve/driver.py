@@ -1,4 +1,4 @@
-"""The driver: runs the engine on real stages. It alone decides; stages replay.
+"""The driver: runs the engine on stages. It alone decides; stages replay.
 
 A microbatch's way: `engine.plan` -> one `Step` message to every stage -> stage 0 .. P-1 -> sampled
 ids to stage 0 and here -> `engine.complete` -> the caller.
@@ -8,28 +8,16 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from pipeserve import control
-from pipeserve.configs import RunConfig
-from pipeserve.configs.device_profiles import load_profile
-from pipeserve.core.cost import PipelineCost
-from pipeserve.core.device import check_profile
-from pipeserve.core.engine import Engine, Limits
+from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
-from pipeserve.core.partition import plan_pipeline
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Ping, Recorder, ignore
-from pipeserve.core.view import CostModel
-from pipeserve.errors import CapacityError, ConfigError, StageError
+from pipeserve.errors import CapacityError, StageError
 from pipeserve.fleet import Fleet, Received
-from pipeserve.kv_budget import num_kv_blocks
-from pipeserve.machine import device_name
-from pipeserve.shapes import shape_of
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.sources import resolve
-from pipeserve.stages.weights import check_checkpoint
+from pipeserve.setup import Setup
 
 _PING_S = 0.5
 
@@ -55,67 +43,35 @@ class StageInfo:
 class Driver:
     """One pipeline, ready to take requests. Single-threaded: nothing happens but in its methods.
 
-    Raises ConfigError (nothing was started, or a stage refused its input) and StageError (a process
-    could not start or died); after either, `close` has been called.
+    Raises ConfigError (a stage refused its input) and StageError (a process could not start or
+    died); after either, `close` has been called.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        setup: Setup,
         on_progress: Callable[[str], None] = lambda text: None,
-        cost: CostModel | None = None,
         record: Recorder = ignore,
-        check: Callable[[ModelConfig], None] = lambda model_config: None,
     ) -> None:
-        """Returns when all stages are ready. `on_progress` is told in words how far they are;
-        `check` may raise for the model before anything is started. `record` is handed what the run
-        tells of itself, from within `add`, `finish`, `poll` and `settle`, and must not raise."""
-        _check_runs_here(config)
-        self.config = config
-        self.model_folder: Path = resolve(config.model, on_progress)
-        self.model_config = ModelConfig.from_folder(self.model_folder)
-        check(self.model_config)
-        check_checkpoint(self.model_folder, self.model_config)
-        self.dtype = self.model_config.resolve_dtype(config.dtype)
-        self.max_model_len = _max_model_len(config, self.model_config)
-        policy = get_policy(config.policy)
-        num_tokens = config.batched_tokens(policy.traits.whole_prompts, self.max_model_len)
-        self.shape = shape_of(self.model_config, config.model, self.dtype)
-        self.plan = plan_pipeline(
-            self.shape,
-            config.pipeline_parallel_size,
-            config.pipeline_layers,
-            num_tokens,
-            config.pipeline_window,
-        )
-        num_blocks = num_kv_blocks(
-            config,
-            self.plan,
-            self.model_config.kv_bytes_per_token_per_layer(self.dtype),
-            self.max_model_len,
-        )
-        self.engine = Engine(
-            self.plan,
-            policy,
-            Limits(
-                num_blocks=num_blocks,
-                block_size=config.block_size,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=num_tokens,
-                max_model_len=self.max_model_len,
-                enable_prefix_caching=config.enable_prefix_caching,
-            ),
-            cost or self._profiled_cost(),
-        )
+        """Returns when all stages are ready. `on_progress` is told in words how far they are.
+        `record` is handed what the run tells of itself, from within `add`, `finish`, `poll` and
+        `settle`, and must not raise."""
+        self.setup = setup
+        self.config, self.dtype = setup.config, setup.dtype
+        self.shape, self.plan = setup.shape, setup.plan
+        self.model_folder, self.model_config = setup.model_folder, setup.model_config
+        self.max_model_len = setup.limits.max_model_len
+        policy = get_policy(self.config.policy)
+        self.engine = Engine(self.plan, policy, setup.limits, setup.cost)
         self.journal = Journal(self.engine, record)
         self._num_spans_due = 0
         self._next_ping_s = 0.0
         self._ended: str | None = None
         self._requests: dict[RequestId, Request] = {}
-        self.fleet = Fleet(len(self.plan.stages), config.launcher, config.control)
+        self.fleet = Fleet(len(self.plan.stages), self.config.launcher, self.config.control)
         try:
             self.fleet.wait_for_keepers(on_progress)
-            ready = self.fleet.start_stages(self._jobs(num_blocks), on_progress)
+            ready = self.fleet.start_stages(self._jobs(), on_progress)
         except BaseException:
             self.fleet.close()
             raise
@@ -134,35 +90,18 @@ class Driver:
             for stage, plan in zip(ready, self.plan.stages, strict=True)
         )
 
-    def _profiled_cost(self) -> CostModel | None:
-        """Of the device profile, if the run has one. Raises ConfigError when it is not of this
-        machine, model and type."""
-        if self.config.device_profile is None:
-            return None
-        profile = load_profile(self.config.device_profile)
-        model = self.config.model
-        check_profile(profile, model=model, device=device_name(), dtype=self.dtype, threads=1)
-        return PipelineCost(profile, self.shape, self.plan)
-
-    def _jobs(self, num_blocks: int) -> list[control.StartStage]:
+    def _jobs(self) -> list[control.StartStage]:
         return [
             control.StartStage(
                 stage=stage.stage,
                 num_stages=len(self.plan.stages),
-                model_folder=str(self.model_folder),
-                first_layer=stage.first_layer,
-                stop_layer=stage.stop_layer,
-                has_embedding=stage.has_embedding,
-                has_head=stage.has_head,
-                dtype=self.dtype,
-                attention=self.config.attention,
-                num_blocks=num_blocks,
-                block_size=self.config.block_size,
+                module=self.setup.module,
+                work=work,
                 control=f"tcp://{self.fleet.address}",
                 host=self.fleet.keepers[stage.ranks[0]].address,
                 traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
             )
-            for stage in self.plan.stages
+            for stage, work in zip(self.plan.stages, self.setup.works, strict=True)
         ]
 
     # ---- requests -------------------------------------------------------------------------------
@@ -301,23 +240,3 @@ class Driver:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _check_runs_here(config: RunConfig) -> None:
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, on real stages only 1 works "
-            "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
-        )
-
-
-def _max_model_len(config: RunConfig, model_config: ModelConfig) -> int:
-    longest = model_config.max_position_embeddings
-    if config.max_model_len is None:
-        return longest
-    if config.max_model_len > longest:
-        raise ConfigError(
-            f"--max-model-len {config.max_model_len} is over the {longest} positions that "
-            f"{config.model} was trained to; give at most {longest}"
-        )
-    return config.max_model_len

@@ -6,14 +6,19 @@ index is only compared. ZeroMQ's I/O thread carries the bytes while the stage co
 waits on all of its sockets at once, so a wait can always be interrupted, and the engine's window
 bounds what can queue up. `bench/links.py` measures this against plain sockets and gloo.
 
+Torch is imported where a tensor is: stages that compute nothing have none.
+
 A dead neighbour does not raise here: its keeper tells the driver, and the driver ends the wait.
 """
 
 import array
 import struct
+from typing import TYPE_CHECKING
 
-import torch
 import zmq
+
+if TYPE_CHECKING:
+    import torch
 
 _INDEX = struct.Struct("<q")
 
@@ -32,22 +37,26 @@ def connect(context: zmq.Context, endpoint: str) -> zmq.Socket:
     return socket
 
 
-def send_tensor(socket: zmq.Socket, index: int, tensor: torch.Tensor) -> int:
+def send_tensor(socket: zmq.Socket, index: int, tensor: "torch.Tensor") -> int:
     """Returns at once, with the number of bytes; keeps `tensor`'s memory until it is on its way. Do
     not write to it after."""
+    import torch
+
     flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     socket.send_multipart([_INDEX.pack(index), flat], copy=False)
     return _INDEX.size + flat.nbytes
 
 
 def receive_tensor(
-    frames: list[zmq.Frame], index: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
+    frames: list[zmq.Frame], index: int, shape: tuple[int, ...], dtype: "torch.dtype"
+) -> "torch.Tensor":
     """The tensor in `frames` (as from `recv_multipart(copy=False)`), sharing their memory.
 
     Raises RuntimeError when it is not the one expected: order is the runtime's guarantee, so that
     is our fault and nothing may be computed from it.
     """
+    import torch
+
     header, body = frames
     (sent_index,) = _INDEX.unpack(header.buffer)
     expected_bytes = dtype.itemsize

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.completion import Completion, Delta, Generation, completed
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
@@ -42,7 +43,7 @@ class LLM:
 
         Raises ConfigError (unknown keyword, wrong value, wrong model) and StageError.
         """
-        self._serve(Driver(make_config({}, {"model": model, **keywords})))
+        self._serve(Driver(checkpoint_setup(make_config({}, {"model": model, **keywords}))))
 
     @classmethod
     def on(cls, driver: Driver) -> "LLM":

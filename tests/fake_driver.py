@@ -6,6 +6,7 @@ a pure function of the prompt and the position.
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +59,8 @@ class FakeDriver:
         self.model_folder = folder
         self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
         self.max_model_len = max_model_len
-        self.shape = load_shape("llama2-7b")
+        self.setup = SimpleNamespace(kind="real")
+        self.shape = replace(load_shape("llama2-7b"), vocab_size=VOCAB_SIZE)
         self.plan = plan_pipeline(self.shape, 2, None, 512)
         self.dtype = "float32"
         limits = Limits(num_blocks=100, block_size=16, max_num_seqs=8, max_num_batched_tokens=512,

@@ -14,14 +14,15 @@ import pipeserve.driver
 from pipeserve import LLM, control
 from pipeserve.fleet import Fleet, Received
 from pipeserve.machine import boot_id
-from pipeserve.worker import StageWorker
+from pipeserve.stage_loop import StageLoop
+from pipeserve.worker import ModelCompute
 
 
 class LocalFleet(Fleet):
     """Stages are made where a keeper would be told to, and work while the driver waits for them."""
 
     def __init__(self, num_ranks: int, launcher: str, address: str | None) -> None:
-        self.workers: list[StageWorker] = []
+        self.workers: list[StageLoop] = []
         super().__init__(num_ranks, "external", address)
 
     def wait_for_keepers(self, on_progress) -> None:
@@ -50,7 +51,9 @@ class LocalFleet(Fleet):
         job = control.decode_for_keeper(payload)
         with torch.inference_mode():
             self.workers.append(
-                StageWorker(job, job.stage, self._context, self._connected(job.stage), baseline=0)
+                StageLoop(
+                    job, job.stage, self._context, self._connected(job.stage), ModelCompute, 0
+                )
             )
 
     def _connected(self, rank: int) -> zmq.Socket:
@@ -62,7 +65,7 @@ class LocalFleet(Fleet):
 
 
 @torch.inference_mode()
-def _work(worker: StageWorker) -> None:
+def _work(worker: StageLoop) -> None:
     """One round of the worker's loop, that does not wait."""
     worker._receive(seen_s=time.monotonic())
     while worker._is_ready():

@@ -24,6 +24,7 @@ from unittest import mock
 from late_links import LateLinks
 
 from pipeserve import control
+from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import make_config
 from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
@@ -107,7 +108,7 @@ class Stages:
 
         try:
             with mock.patch("pipeserve.driver.Fleet", LinkedFleet):
-                self.driver = Driver(self.config, record=self._records.append)
+                self.driver = Driver(checkpoint_setup(self.config), record=self._records.append)
         except BaseException:
             links.close()
             raise

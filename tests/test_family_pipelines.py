@@ -10,8 +10,8 @@ import torch
 
 import pipeserve
 from pipeserve import SamplingParams
+from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import RunConfig
-from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError
 
 from checkpoints import (  # isort: skip
@@ -122,6 +122,6 @@ def test_a_model_that_contradicts_its_config_is_refused_before_anything_starts(t
     edit_config(folder, num_kv_heads=3)
     lines = []
     with pytest.raises(ConfigError, match=r"query_key_value.weight has shape") as caught:
-        Driver(RunConfig(model=folder), lines.append)
+        checkpoint_setup(RunConfig(model=folder), lines.append)
     assert "\n" not in str(caught.value)
     assert lines == []

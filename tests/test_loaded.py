@@ -5,6 +5,7 @@ from checkpoints import tiny, tiny_llama
 from safetensors.torch import load_file
 
 from pipeserve import control
+from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import RunConfig
 from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError
@@ -24,7 +25,7 @@ def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     size = 4 * sum(tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
     said = []
     config = run_config(folder, pipeline_parallel_size=3, pipeline_layers=(3, 0, 1))
-    with Driver(config, on_progress=said.append) as driver:
+    with Driver(checkpoint_setup(config), on_progress=said.append) as driver:
         line = loaded(driver)
         read = driver.fleet._loading
         assert [read[stage].num_read for stage in range(3)] == [
@@ -75,9 +76,9 @@ def test_what_resolving_says_reaches_who_waits(tmp_path, monkeypatch):
         return tmp_path  # in which there is nothing
 
     said = []
-    monkeypatch.setattr("pipeserve.driver.resolve", found)
+    monkeypatch.setattr("pipeserve.checkpoint.resolve", found)
     with pytest.raises(ConfigError, match=r"config\.json"):
-        Driver(run_config("org/tiny"), on_progress=said.append)
+        checkpoint_setup(run_config("org/tiny"), said.append)
     assert said == ["fetching org/tiny: 1.00 of 2.00 GB"]
 
 

@@ -9,6 +9,7 @@ from math import inf, isfinite
 import msgspec
 import pytest
 
+from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import Request, SamplingParams, StageCost
 from pipeserve.core.records import Arrived, Ended, Fault, Planned
@@ -73,7 +74,7 @@ class Run:
         config = make_config({}, {"model": folder, "dtype": "float32", "max_num_seqs": 4,
                                   "max_num_batched_tokens": 24,
                                   "pipeline_parallel_size": num_stages})  # fmt: skip
-        with Driver(config, cost=self.cost, record=self.told.append) as driver:
+        with Driver(checkpoint_setup(config, cost=self.cost), record=self.told.append) as driver:
             keepers = driver.fleet.keepers
             keepers[1] = msgspec.structs.replace(keepers[1], boot_id="another machine")
             self.tokens = serve(driver, random_prompts(folder, lengths=LENGTHS))
@@ -265,7 +266,7 @@ def test_the_ledger_explains_it(run):
 def test_a_killed_stage_is_a_fault(folder):
     told = []
     config = make_config({}, {"model": folder, "dtype": "float32", "pipeline_parallel_size": 2})
-    with Driver(config, record=told.append) as driver:
+    with Driver(checkpoint_setup(config), record=told.append) as driver:
         driver.add(Request(id=0, prompt=(3, 4), params=SamplingParams(max_tokens=60, seed=0)))
         start_s = time.monotonic()
         os.kill(driver.stages[1].pid, signal.SIGKILL)

@@ -1,0 +1,273 @@
+"""One stage process: a single loop that waits for what the next microbatch needs, then has it
+computed. What computing is, a `Compute` says: `worker.py` runs the model's layers, the emulated
+stage waits as long as a device profile says. All else is here, the same for both, without torch.
+
+The next microbatch, strictly by index, needs its plan (control), its activations (from the previous
+stage) and, on the first stage, the tokens that are still on their way (from the last stage). All of
+them are polled together, so nothing can block the stage but its own computing. No thread of ours
+runs beside it.
+"""
+
+import gc
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import zmq
+
+from pipeserve import control, links
+from pipeserve.control import Connect, ReportMemory, StartStage, Step
+from pipeserve.core.records import Span
+from pipeserve.errors import PipeserveError
+from pipeserve.memory import peak_bytes, resident_bytes
+from pipeserve.sequences import Sequence, Sequences
+
+Tell = Callable[[control.ToDriver], None]
+
+
+class Turn(NamedTuple):
+    """The next microbatch, all of which is here, and when its compute began."""
+
+    step: Step
+    sequences: list[Sequence]
+    """Of each chunk."""
+    frames: list[zmq.Frame]
+    """The activations, as the stage before sent them; none on the first stage."""
+    start_s: float
+    start_cpu_s: float
+    """Of this thread."""
+
+
+class Done(NamedTuple):
+    """When a microbatch's compute was done, and what it took. As `Span` has it."""
+
+    num_tokens: int
+    head_s: float
+    end_s: float
+    sent_s: float
+    cpu_s: float
+    end_cpu_s: float
+    """Of this thread, at the end."""
+    num_bytes: int
+
+
+class Compute(Protocol):
+    """What a stage does with a microbatch."""
+
+    weight_bytes: int
+    kv_bytes: int
+
+    def take_in(self, step: Step, frames: list[zmq.Frame], seen_s: float) -> float:
+        """When the activations in `frames`, seen at `seen_s`, are there; returns not before."""
+        ...
+
+    def run(self, turn: Turn, stage: "StageLoop") -> Done:
+        """Computes it, and hands what comes of it to `stage.next_stage`; on the last stage, to
+        `stage.feed_back` and the driver."""
+        ...
+
+
+class StageLoop:
+    """Replays the driver's steps, one after the other. Decides nothing."""
+
+    def __init__(
+        self,
+        job: StartStage,
+        rank: int,
+        context: zmq.Context,
+        driver: zmq.Socket,
+        load: Callable[[StartStage, Tell], Compute],
+        baseline: int,
+    ) -> None:
+        self.job = job
+        self.is_first = job.stage == 0
+        self.is_last = job.stage == job.num_stages - 1
+        self.context = context
+        self.driver = driver
+        self.poller = zmq.Poller()
+        self.poller.register(driver, zmq.POLLIN)
+        self.next_stage: zmq.Socket | None = None
+        self.first_stage: zmq.Socket | None = None
+        # Each with the time when it was seen.
+        self.plans: deque[tuple[Step, float]] = deque()
+        self.activations: deque[tuple[list[zmq.Frame], float]] = deque()
+        self.sequences = Sequences()
+        self.compute = load(job, self.tell)
+        self.last_cpu_s = time.thread_time()
+        """Of this thread at the end of the microbatch before."""
+        self._listen()
+        self._report_ready(rank, baseline)
+
+    def tell(self, message: control.ToDriver) -> None:
+        self.driver.send(control.encode(message))
+
+    def feed_back(self, step: Step, tokens: list[int], now: float) -> float:
+        """What the last stage sampled, to the first before anything else, for it may be waiting.
+        Returns this thread's CPU time once it is on its way."""
+        if tokens and not self.is_first:
+            links.send_tokens(self.first_stage, step.index, tokens)
+        cpu_s = time.thread_time()  # a system call: not before the tokens are on their way
+        if tokens:
+            self.sequences.take_tokens(step.index, tokens, now)
+        return cpu_s
+
+    def _listen(self) -> None:
+        """Open the receiving ends of this stage's links."""
+        self.activation_source = self.token_source = None
+        self.activations_at = self.tokens_at = ""
+        if not self.is_first:
+            self.activation_source, self.activations_at = links.listen(self.context, self.job.host)
+            self.poller.register(self.activation_source, zmq.POLLIN)
+        elif not self.is_last:
+            self.token_source, self.tokens_at = links.listen(self.context, self.job.host)
+            self.poller.register(self.token_source, zmq.POLLIN)
+
+    def _report_ready(self, rank: int, baseline: int) -> None:
+        self.tell(
+            control.StageReady(
+                stage=self.job.stage,
+                rank=rank,
+                pid=os.getpid(),
+                host=self.job.host,
+                activations_at=self.activations_at,
+                tokens_at=self.tokens_at,
+                baseline_bytes=baseline,
+                weight_bytes=self.compute.weight_bytes,
+                kv_bytes=self.compute.kv_bytes,
+                cpus=sorted(os.sched_getaffinity(0)),
+            )
+        )
+
+    def run(self) -> None:
+        """Microbatch after microbatch, until the keeper ends this process."""
+        while True:
+            while not self._is_ready():
+                self._receive()
+            self._run_next()
+
+    # ---- waiting --------------------------------------------------------------------------------
+
+    def _is_ready(self) -> bool:
+        """Whether plan, activations and tokens of the next microbatch are all here."""
+        if not self.plans:
+            return False
+        if not self.is_first:
+            return bool(self.activations)
+        return self.sequences.has_tokens_for(self.plans[0][0])
+
+    def _receive(self, seen_s: float | None = None) -> None:
+        """Take everything that has arrived, as seen at `seen_s`: what came while the stage computed
+        was not waited for, however late it is taken. Without it, wait until something has arrived.
+        """
+        for socket, _ in self.poller.poll(None if seen_s is None else 0):
+            while True:
+                try:
+                    frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    break
+                now = time.monotonic() if seen_s is None else seen_s
+                if socket is self.driver:
+                    self._obey(control.decode_for_stage(frames[-1].buffer), now)
+                elif socket is self.activation_source:
+                    self.activations.append((frames, now))
+                else:
+                    self.sequences.take_tokens(*links.receive_tokens(frames[0].bytes), now)
+
+    def _obey(self, message: control.ToStage, now: float) -> None:
+        match message:
+            case Step():
+                self.plans.append((message, now))
+            case Connect():
+                if message.next_stage:
+                    self.next_stage = links.connect(self.context, message.next_stage)
+                if message.first_stage:
+                    self.first_stage = links.connect(self.context, message.first_stage)
+                self.tell(control.Connected(self.job.stage))
+            case ReportMemory():
+                self.tell(control.Memory(self.job.stage, peak_bytes()))
+
+    # ---- one microbatch -------------------------------------------------------------------------
+
+    def _run_next(self) -> None:
+        """The next microbatch, all of which is here. What is told of it comes last."""
+        span = self._compute(*self.plans.popleft())
+        self._receive(seen_s=span.end_s)
+        self.tell(control.Timing(span))
+
+    def _compute(self, step: Step, plan_s: float) -> Span:
+        """Have it computed and sent on; returns what is told of it."""
+        frames: list[zmq.Frame] = []
+        if not self.is_first:
+            frames, seen_s = self.activations.popleft()
+            input_s = self.compute.take_in(step, frames, seen_s)
+        start_s, start_cpu_s = time.monotonic(), time.thread_time()
+        sequences = self.sequences.apply(step)
+        if self.is_first:
+            input_s = max([sequence.token_s for sequence in sequences])
+        if self.is_first or self.is_last:
+            self.sequences.await_tokens(step, sequences)
+        done = self.compute.run(Turn(step, sequences, frames, start_s, start_cpu_s), self)
+        between_cpu_s, self.last_cpu_s = start_cpu_s - self.last_cpu_s, done.end_cpu_s
+        return Span(
+            stage=self.job.stage,
+            index=step.index,
+            num_tokens=done.num_tokens,
+            plan_s=plan_s,
+            input_s=input_s,
+            start_s=start_s,
+            head_s=done.head_s,
+            end_s=done.end_s,
+            sent_s=done.sent_s,
+            cpu_s=done.cpu_s,
+            between_cpu_s=between_cpu_s,
+            num_bytes=done.num_bytes,
+        )
+
+
+# ---- the process --------------------------------------------------------------------------------
+
+
+def serve(load: Callable[[StartStage, Tell], Compute]) -> None:
+    """Run the stage whose job comes on standard input; on failure, tell the driver and exit 1."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    baseline = resident_bytes()
+    job = control.decode_for_keeper(sys.stdin.buffer.read())
+    rank = int(os.environ["RANK"])
+    context = zmq.Context()
+    driver = _connect_to_driver(context, job.control, rank)
+    try:
+        stage = StageLoop(job, rank, context, driver, load, baseline)
+        gc.collect()
+        gc.freeze()
+        stage.run()
+    except Exception as error:
+        if job.traceback:
+            traceback.print_exc()
+        failed = control.StageFailed(job.stage, _reason(error), isinstance(error, PipeserveError))
+        driver.send(control.encode(failed))
+        context.destroy()
+        sys.exit(1)
+
+
+def _connect_to_driver(context: zmq.Context, endpoint: str, rank: int) -> zmq.Socket:
+    socket = context.socket(zmq.DEALER)
+    socket.identity = control.stage_identity(rank)
+    socket.set_hwm(0)
+    socket.linger = 2000  # ms; the last word, why the stage ended, has to reach the driver
+    socket.connect(endpoint)
+    return socket
+
+
+def _reason(error: Exception) -> str:
+    """One line for the user: what happened and, where it is known, the remedy."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, PipeserveError):
+        return text
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        return f"out of memory ({text}); use more stages or a smaller --kv-cache-memory-bytes"
+    return f"{type(error).__name__}: {text} (PIPESERVE_TRACEBACK=1 prints where)"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from pipeserve.configs import RunConfig
 from pipeserve.control import encode
+from pipeserve.errors import ConfigError
 from pipeserve.launch.emulated_stage import MODULE, EmulatedWork
 from pipeserve.launch.simulate import make_setup
 from pipeserve.setup import Setup
@@ -51,3 +52,16 @@ def emulated(driver: "Driver") -> str:
         f"{len(stages)} stage{'s' * (len(stages) > 1)} of {layers} layers"
         f"{f', each of {width} devices' if width > 1 else ''}; no weights, nothing computed"
     )
+
+
+def check_one_clock(driver: "Driver") -> None:
+    """Raises ConfigError for stages on several machines: a hop begins when it was sent, by the
+    sender's clock."""
+    keepers = driver.fleet.keepers.values()
+    if len({keeper.boot_id for keeper in keepers}) > 1:
+        hosts = ", ".join(sorted({keeper.host for keeper in keepers}))
+        driver.close()
+        raise ConfigError(
+            f"emulated stages were started on {hosts}: they wait by one clock; start all of them "
+            "on one machine"
+        )

@@ -245,7 +245,10 @@ def main() -> None:
         arguments.join_timeout,
         arguments.until_stdin_closes,
     )
-    sys.exit(keeper.run())
+    exit_code = keeper.run()
+    for ending in (signal.SIGTERM, signal.SIGINT):  # it ends already
+        signal.signal(ending, signal.SIG_IGN)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

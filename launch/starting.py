@@ -36,9 +36,11 @@ def open_driver(
 
 def open_emulated(run_config: RunConfig, record: Recorder = ignore) -> "Driver":
     """As `open_driver`, on stages that wait as long as their device profile says."""
-    from pipeserve.launch.emulated import emulated, emulated_setup
+    from pipeserve.launch.emulated import check_one_clock, emulated, emulated_setup
 
-    return _start(lambda say: emulated_setup(run_config), record, emulated)
+    driver = _start(lambda say: emulated_setup(run_config), record, emulated)
+    check_one_clock(driver)
+    return driver
 
 
 def _start(

@@ -64,6 +64,8 @@ class Driver:
         policy = get_policy(self.config.policy)
         self.engine = Engine(self.plan, policy, setup.limits, setup.cost)
         self.journal = Journal(self.engine, record)
+        self._may_plan = False
+        """Something came since the engine last had no plan; nothing else can give it one."""
         self._num_spans_due = 0
         self._next_ping_s = 0.0
         self._ended: str | None = None
@@ -119,6 +121,7 @@ class Driver:
             )
         now = time.monotonic()
         self.engine.add(request, now)
+        self._may_plan = True
         self._requests[request.id] = request
         self.journal.arrived(request, now)
 
@@ -126,6 +129,7 @@ class Driver:
         """End a request now (abort, stop string). Unknown and finished ids are ignored."""
         now = time.monotonic()
         output = self.engine.finish(request_id, reason, now)
+        self._may_plan = True
         self._requests.pop(request_id, None)
         if output is not None:
             self.journal.finished(output, now)
@@ -176,13 +180,14 @@ class Driver:
 
     def _plan_all(self) -> None:
         """Fill the window."""
-        while True:
+        while self._may_plan:
             now = time.monotonic()
             planned = self.engine.plan(now)
             if isinstance(planned, Wait):
                 self.journal.waits(planned.reason)
-                return
-            self._dispatch(planned, now)
+                self._may_plan = False
+            else:
+                self._dispatch(planned, now)
 
     def _dispatch(self, microbatch: Microbatch, start_s: float) -> None:
         message = control.step_message(microbatch, self._requests)
@@ -194,6 +199,7 @@ class Driver:
     def _complete(self, received: Received) -> list[Output]:
         result = control.step_result(received.message)
         outputs = self.engine.complete(result, time.monotonic())
+        self._may_plan = True
         waiting_s, received_s = self.fleet.waiting_s, received.at_s
         self.journal.completed(
             Completed(result.index, waiting_s, received_s, time.monotonic()), outputs

@@ -26,6 +26,8 @@ _KEEPER_SILENCE_S = 30.0
 _LAST_WORD_S = 2.0
 _CLOSE_S = 5.0
 _AT_ONCE_S = 0.001
+_CHECK_S = 0.05
+_READABLE = int(zmq.POLLIN)  # an enum's own & takes longer than the look
 
 
 class Received(NamedTuple):
@@ -49,6 +51,7 @@ class Fleet:
         """Since when there has been nothing but waiting: no `broadcast`, and what was received was
         taken up at once."""
         self._returned_s = -inf
+        self._next_check_s = -inf
         self.lost_stage: int | None = None
         """Of the process whose end was raised."""
         self._boot_id = boot_id()
@@ -61,6 +64,8 @@ class Fleet:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set_hwm(0)
         self._socket.linger = 1000
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
         self._socket.router_mandatory = True  # an unroutable message raises and is never dropped
         try:
             self.address = self._bind(address)
@@ -185,14 +190,16 @@ class Fleet:
         now = time.monotonic()
         if now - self._returned_s > _AT_ONCE_S:
             self.waiting_s = now
-        if self._socket.poll(0 if messages else int(timeout_s * 1000)):
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    _, payload = self._socket.recv_multipart(zmq.NOBLOCK)
-                    at_s = time.monotonic()
-                    self._note(Received(control.decode_for_driver(payload), at_s), messages)
-        self._check_keepers()
+        if self._poller.poll(0 if messages else int(timeout_s * 1000)):
+            while self._socket.getsockopt(zmq.EVENTS) & _READABLE:
+                _, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+                at_s = time.monotonic()
+                self._note(Received(control.decode_for_driver(payload), at_s), messages)
         self._returned_s = time.monotonic()
+        if self._returned_s >= self._next_check_s:  # a system call for each of them
+            self._check_keepers()
+            self._returned_s = time.monotonic()
+            self._next_check_s = self._returned_s + _CHECK_S
         return messages
 
     def _note(self, received: Received, messages: list[Received]) -> None:

@@ -27,6 +27,8 @@ from pipeserve.errors import PipeserveError
 from pipeserve.memory import peak_bytes, resident_bytes
 from pipeserve.sequences import Sequence, Sequences
 
+_READABLE = int(zmq.POLLIN)  # an enum's own & takes longer than the look
+
 Tell = Callable[[control.ToDriver], None]
 
 
@@ -165,11 +167,8 @@ class StageLoop:
         was not waited for, however late it is taken. Without it, wait until something has arrived.
         """
         for socket, _ in self.poller.poll(None if seen_s is None else 0):
-            while True:
-                try:
-                    frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    break
+            while socket.getsockopt(zmq.EVENTS) & _READABLE:
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
                 now = time.monotonic() if seen_s is None else seen_s
                 if socket is self.driver:
                     self._obey(control.decode_for_stage(frames[-1].buffer), now)

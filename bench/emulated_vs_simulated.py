@@ -1,0 +1,244 @@
+"""What the runtime itself costs: the same requests through emulated stages and the simulator.
+
+    python bench/emulated_vs_simulated.py [--cases PART,PART,...] [--policies NAME,...]
+                                          [--repeat N] [--json FILE]
+
+Each case runs a pipeline of emulated stages in real time: processes, control messages, link
+headers and token feedback are real, computing and moving activations are waited for. The simulator
+then serves the same requests, at the times at which they were added, on the same truth. What lies
+between the two is the runtime: idle time by cause of the ledger less the simulator's, and how late
+stages woke up from computing, for each microbatch. Of several repeats the median run counts.
+
+Use an idle machine: processes that wait for a core are late.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from report import plain_table
+
+from pipeserve.configs import RunConfig, load_recipe, make_config
+from pipeserve.core.nouns import RequestId
+from pipeserve.driver import Driver
+from pipeserve.launch.bench import replay
+from pipeserve.launch.emulated import emulated_setup
+from pipeserve.launch.record import meta_of_driver
+from pipeserve.launch.simulate import make_setup
+from pipeserve.launch.workload import Workload, read_workload
+from pipeserve.profiling.ledger import explain
+from pipeserve.profiling.recording import Recording, Ring, recording_of
+from pipeserve.profiling.request_times import records_of
+from pipeserve.profiling.simulator import Arrival, Simulation
+from pipeserve.profiling.summary import summarize
+from pipeserve.shapes import find_shape
+
+OWN = ("planning", "control", "token_feedback", "link", "jitter")
+"""Causes of which the simulator has none, or less: the runtime's."""
+_LLAMA = {"recipe": "llama2-70b-2x4xa100", "pipeline_parallel_size": 8, "tensor_parallel_size": 1}
+_FALCON = {"recipe": "falcon-180b-8xa100"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One run of eight stages."""
+
+    name: str
+    """About how long a microbatch takes on a stage."""
+    flags: Mapping[str, Any]
+    """Of the run, and the recipe that they change."""
+    scale: float
+    """What the lengths of ShareGPT are divided by."""
+    rate: float | None
+    num_prompts: int
+
+    def config(self, policy: str) -> RunConfig:
+        flags = {**self.flags, "policy": policy, "device": "emulated"}
+        return make_config(load_recipe(flags.pop("recipe")), flags)
+
+    def workload(self, seed: int) -> Workload:
+        return read_workload("sharegpt", self.num_prompts, self.scale, self.rate, seed)
+
+
+CASES = (
+    Case(name="20 ms", flags=_LLAMA | {"max_num_batched_tokens": 96}, scale=8, rate=None,
+         num_prompts=96),
+    Case(name="30 ms", flags=_FALCON | {"max_num_batched_tokens": 48}, scale=16, rate=None,
+         num_prompts=96),
+    Case(name="110 ms", flags=_FALCON, scale=4, rate=None, num_prompts=96),
+    Case(name="110 ms, Poisson", flags=_FALCON, scale=4, rate=5.0, num_prompts=160),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """What came of one of the two runs, from the first arrival to the last token. Seconds."""
+
+    seconds: float
+    output_tokens_per_s: float
+    tbt_p50_s: float
+    tbt_p99_s: float
+    microbatches: int
+    stage_ms: float
+    """Mean time of a microbatch on a stage, in milliseconds."""
+    idle: float
+    """Share of wall time, mean over the stages; likewise below."""
+    idle_us: dict[str, float]
+    """By cause, microseconds for each microbatch."""
+    late_us: float
+    """Microseconds that a microbatch's stages, together a P-th each, computed longer than the
+    profile says."""
+
+    @classmethod
+    def of(cls, recording: Recording) -> "Side":
+        ledger, summary = explain(recording), summarize(records_of(recording))
+        stages, num = range(recording.num_stages), len(recording.planned)
+        idle_s = [ledger.idle_s(stage) for stage in stages]
+        spans = [span for of_stage in recording.spans for span in of_stage]
+        late_s = [span.end_s - span.start_s - span.cpu_s for span in spans]
+        return cls(
+            seconds=ledger.seconds,
+            output_tokens_per_s=summary.output_tokens_per_s,
+            tbt_p50_s=summary.tbt_s.p50,
+            tbt_p99_s=summary.tbt_s.p99,
+            microbatches=num,
+            stage_ms=1e3 * fmean([span.end_s - span.start_s for span in spans]),
+            idle=1 - fmean(ledger.busy_s) / ledger.seconds,
+            idle_us={
+                cause: 1e6 * fmean([of_stage[cause] for of_stage in idle_s]) / num
+                for cause in idle_s[0]
+            },
+            late_us=1e6 * sum(late_s) / len(late_s) if recording.meta["kind"] == "emulated" else 0,
+        )
+
+
+# ---- the two runs -------------------------------------------------------------------------------
+
+
+def emulate(config: RunConfig, workload: Workload) -> Recording:
+    """On stages that are started for it."""
+    ring = Ring()
+    with Driver(emulated_setup(config), record=ring.record) as driver:
+        items = workload.with_ids(driver.shape.vocab_size)
+        replay(driver, items, "", map(RequestId, count()))
+        driver.settle()
+        return recording_of(ring, len(driver.stages), meta_of_driver(driver))
+
+
+def simulate(config: RunConfig, emulated: Recording) -> Recording:
+    """The same requests, at the times at which they were added."""
+    setup = make_setup(config, find_shape(config.model, config.dtype))
+    start_s = emulated.arrived[0].at_s
+    arrivals = [
+        Arrival(arrived.at_s - start_s, arrived.num_prompt_tokens, arrived.max_tokens)
+        for arrived in emulated.arrived
+    ]
+    if all(arrival.arrival_s < 0.05 for arrival in arrivals):  # all at once, as was meant
+        arrivals = [arrival._replace(arrival_s=0.0) for arrival in arrivals]
+    ring = Ring()
+    Simulation(setup.make_pipeline(ring.record), arrivals).run_until()
+    return recording_of(ring, len(setup.plan.stages), setup.meta())
+
+
+def num_alike(first: Recording, second: Recording) -> int:
+    """Microbatches before the first whose chunks differ."""
+    pairs = zip(first.planned, second.planned, strict=False)
+    for number, (one, other) in enumerate(pairs):
+        if [c[:3] for c in one.chunks] != [c[:3] for c in other.chunks]:
+            return number
+    return min(len(first.planned), len(second.planned))
+
+
+def run(case: Case, policy: str, repeat: int) -> dict[str, Any]:
+    """The figures of the run of median duration."""
+    found = []
+    for seed in range(repeat):
+        config = case.config(policy)
+        emulated = emulate(config, case.workload(seed))
+        simulated = simulate(config, emulated)
+        sides = Side.of(emulated), Side.of(simulated)
+        found.append(
+            (sides[0].seconds / sides[1].seconds, seed, sides, num_alike(emulated, simulated))
+        )
+    _, seed, (real, ideal), alike = sorted(found, key=lambda one: one[:2])[(repeat - 1) // 2]
+    own_us = {cause: real.idle_us[cause] - ideal.idle_us[cause] for cause in OWN}
+    own_us["late wake-ups"] = real.late_us
+    return {
+        "case": case.name,
+        "policy": policy,
+        "seed": seed,
+        "load": os.getloadavg()[0],
+        "emulated": asdict(real),
+        "simulated": asdict(ideal),
+        "microbatches_alike": alike,
+        "own_us": own_us,
+        "longer_us": 1e6 * (real.seconds - ideal.seconds) / ideal.microbatches,
+    }
+
+
+# ---- printing -----------------------------------------------------------------------------------
+
+
+def figures_table(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        real, ideal = result["emulated"], result["simulated"]
+        name = f"{result['case']}, {result['policy']}"
+        for what, key, unit in (
+            ("output tokens/s", "output_tokens_per_s", 1),
+            ("P50 TBT, ms", "tbt_p50_s", 1e3),
+            ("P99 TBT, ms", "tbt_p99_s", 1e3),
+        ):
+            difference = f"{real[key] / ideal[key] - 1:+.2%}"
+            values = (f"{unit * side[key]:.1f}" for side in (real, ideal))
+            rows.append([name, what, *values, difference])
+        points = f"{100 * (real['idle'] - ideal['idle']):+.2f} points"
+        rows.append([name, "idle", f"{real['idle']:.2%}", f"{ideal['idle']:.2%}", points])
+        counts = [str(side["microbatches"]) for side in (real, ideal)]
+        rows.append([name, "microbatches", *counts, f"{result['microbatches_alike']} alike"])
+    return plain_table(["run", "figure", "emulated", "simulated", "difference"], rows)
+
+
+def own_table(results: Sequence[dict[str, Any]]) -> str:
+    """Microseconds for each microbatch, of a stage in the mean."""
+    causes = list(results[0]["own_us"])
+    header = ["run", "a stage's ms", *causes, "sum", "wall time longer by"]
+    rows = []
+    for result in results:
+        own = result["own_us"]
+        cells = [*own.values(), sum(own.values()), result["longer_us"]]
+        name = f"{result['case']}, {result['policy']}"
+        stage_ms = f"{result['emulated']['stage_ms']:.1f}"
+        rows.append([name, stage_ms, *(f"{value:.0f}" for value in cells)])
+    return plain_table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", default="", help="parts of names, with commas; all by default")
+    parser.add_argument("--policies", default="sarathi_serve,uniform")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    wanted = arguments.cases.split(",")
+    results = [
+        run(case, policy, arguments.repeat)
+        for case in CASES
+        if any(part in case.name for part in wanted)
+        for policy in arguments.policies.split(",")
+    ]
+    print(figures_table(results))
+    print()
+    print(own_table(results))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

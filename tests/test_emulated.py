@@ -1,0 +1,303 @@
+"""Emulated stages: real processes that wait as long as the simulator says they would compute."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from itertools import count, pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from pipeserve import LLM
+from pipeserve.configs import load_recipe, make_config
+from pipeserve.control import Step
+from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.driver import Driver
+from pipeserve.errors import ConfigError, StageError
+from pipeserve.launch import cli
+from pipeserve.launch.bench import replay
+from pipeserve.launch.emulated import check_one_clock, emulated_setup
+from pipeserve.launch.emulated_stage import EmulatedCompute, wait_until
+from pipeserve.launch.record import meta_of_driver
+from pipeserve.launch.simulate import make_setup
+from pipeserve.profiling.ledger import explain
+from pipeserve.profiling.recording import Ring, recording_of
+from pipeserve.profiling.simulator import Simulation, in_order
+from pipeserve.profiling.workloads import WorkItem
+
+MODEL = {"model": "llama2-7b", "device_profile": "a100-80gb-dgx", "max_model_len": 1024}
+RUN = [
+    "llama2-7b", "--device-profile", "a100-80gb-dgx", "--max-model-len", "1024", "-pp", "3",
+    "--device", "emulated",
+]  # fmt: skip
+ITEMS = [WorkItem(prompt=(7,) * (40 + 90 * k), max_tokens=2 + k) for k in range(6)]
+
+
+def config_of(num_stages=3, **flags):
+    """Stages that take a few milliseconds."""
+    flags = {**MODEL, "pipeline_parallel_size": num_stages, "device": "emulated", **flags}
+    return make_config({}, flags)
+
+
+def record(config, items):
+    """Records of a run, and what the requests gave."""
+    ring = Ring()
+    with Driver(emulated_setup(config), record=ring.record) as driver:
+        served = replay(driver, items, "", map(RequestId, count()))
+        driver.settle()
+        return recording_of(ring, len(driver.stages), meta_of_driver(driver)), served
+
+
+@pytest.fixture(scope="module")
+def run():
+    return record(config_of(), ITEMS)[0]
+
+
+@pytest.fixture(scope="module")
+def times():
+    return make_setup(config_of()).times
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def processes_of(driver):
+    return [of.pid for of in (*driver.stages, *driver.fleet.keepers.values())]
+
+
+def wait_until_gone(pids, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"processes left behind: {left}"
+
+
+# ---- the run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["sarathi_serve", "vllm", "orca"])
+def test_the_schedule_is_the_simulator_s(policy):
+    """Where nothing depends on when: all requests are there at once."""
+    config = config_of(policy=policy, max_num_batched_tokens=1024)
+    emulated, _ = record(config, ITEMS)
+    ring, setup = Ring(), make_setup(config)
+    lengths = [(len(item.prompt), item.max_tokens) for item in ITEMS]
+    arrivals = in_order([0.0] * len(lengths), lengths)
+    Simulation(setup.make_pipeline(ring.record), arrivals).run_until()
+    simulated = recording_of(ring, 3, setup.meta())
+    assert [p.chunks for p in emulated.planned] == [p.chunks for p in simulated.planned]
+    assert emulated.meta["limits"] == simulated.meta["limits"]
+    assert emulated.meta["plan"] == simulated.meta["plan"]
+
+
+def test_every_token_comes(run):
+    assert [end.num_output_tokens for end in run.ended if end.reason == "length"] == sorted(
+        item.max_tokens for item in ITEMS
+    )
+    assert run.meta["kind"] == "emulated"
+
+
+def test_stages_compute_as_long_as_the_profile_says_and_in_order(run, times):
+    planned = {plan.index: plan for plan in run.planned}
+    for stage, spans in enumerate(run.spans):
+        assert [span.index for span in spans] == sorted(planned)
+        assert all(before.end_s <= after.start_s for before, after in pairwise(spans))
+        for span in spans:
+            seconds = times.compute_s(planned[span.index])[stage]
+            assert span.cpu_s == seconds
+            assert span.end_s >= span.start_s + seconds
+            assert span.num_tokens == sum(c.num_tokens for c in planned[span.index].chunks)
+    for span in run.spans[-1]:
+        head_s = times.head_s(planned[span.index])
+        assert span.end_s - span.head_s >= head_s > 0
+
+
+def test_activations_take_as_long_as_the_profile_says(run, times):
+    """A link carries one microbatch at a time."""
+    for stage in (1, 2):
+        free_s = 0.0
+        for plan, sender, receiver in zip(
+            run.planned, run.spans[stage - 1], run.spans[stage], strict=True
+        ):
+            free_s = max(sender.sent_s, free_s) + times.hop_s(plan)[stage - 1]
+            assert receiver.start_s >= receiver.input_s >= free_s
+
+
+def test_a_slow_link_is_waited_for():
+    """Of seconds, not microseconds: what nothing else in the run takes."""
+    sent = []
+    slow = SimpleNamespace(hop_s=lambda step: (0.0, 0.05))
+    compute = EmulatedCompute(slow, 2, 100)
+    begin_s = time.monotonic()
+    for index in range(2):
+        frames = [SimpleNamespace(buffer=struct.pack("<qd", index, begin_s))]
+        step = Step(index, (), [], [])
+        sent.append(compute.take_in(step, frames, begin_s))
+        assert time.monotonic() >= sent[-1]
+    assert sent == [begin_s + 0.05, begin_s + 0.05 + 0.05]
+
+
+def test_a_link_out_of_step_is_noticed():
+    compute = EmulatedCompute(SimpleNamespace(), 1, 100)
+    frames = [SimpleNamespace(buffer=struct.pack("<qd", 4, 0.0))]
+    with pytest.raises(RuntimeError, match="expected microbatch 5, got 4"):
+        compute.take_in(Step(5, (), [], []), frames, 0.0)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 0.0, 1e-4, 0.003])
+def test_a_wait_is_never_short(seconds):
+    time_s = time.monotonic() + seconds
+    wait_until(time_s)
+    assert time.monotonic() >= time_s
+
+
+def test_the_ledger_explains_it(run):
+    ledger = explain(run)
+    for stage, busy_s in enumerate(ledger.busy_s):
+        idle_s = ledger.idle_s(stage)
+        assert busy_s + sum(idle_s.values()) == pytest.approx(ledger.seconds)
+        assert idle_s["unknown"] < 0.02 * ledger.seconds
+
+
+def test_tokens_follow_from_the_seed_and_the_place():
+    def tokens_of(seeds):
+        tokens = {number: [] for number in range(len(seeds))}
+        with Driver(emulated_setup(config_of(2))) as driver:
+            for number, seed in enumerate(seeds):
+                params = SamplingParams(max_tokens=6, seed=seed, ignore_eos=True)
+                prompt = (1,) * (20 + 30 * number)
+                driver.add(Request(id=RequestId(number), prompt=prompt, params=params))
+            while driver.num_unfinished:
+                for output in driver.poll(0.1):
+                    tokens[output.request_id].append(output.token)
+            vocab_size = driver.shape.vocab_size
+        assert all(0 <= token < vocab_size for of in tokens.values() for token in of)
+        return list(tokens.values())
+
+    first, second, third = tokens_of([5, 5, 6])
+    assert len(first) == 6
+    assert first == second != third
+    assert len({*first}) > 1
+    assert tokens_of([5]) == [first]
+
+
+@pytest.mark.parametrize("victim", ["stage", "keeper"])
+def test_a_killed_process_is_one_error_and_leaves_nothing_behind(victim):
+    with Driver(emulated_setup(config_of())) as driver:
+        pids = processes_of(driver)
+        pid = driver.stages[1].pid if victim == "stage" else driver.fleet.keepers[1].pid
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(StageError, match="stage 1") as caught:
+            replay(driver, ITEMS, "", map(RequestId, count()))
+        assert "\n" not in str(caught.value)
+        wait_until_gone(pids)
+
+
+def test_nothing_is_left_of_a_closed_one():
+    with Driver(emulated_setup(config_of(8))) as driver:
+        pids = processes_of(driver)
+        assert len({*pids}) == 16 and all(map(is_running, pids))
+    wait_until_gone(pids)
+
+
+def test_tensor_parallel_stages_take_their_time():
+    """A stage is one process, however many devices it stands for."""
+    config = make_config(load_recipe("falcon-180b-2x4xa100"), {"device": "emulated"})
+    recording, _ = record(config, [WorkItem(prompt=(1,) * 10, max_tokens=2)])
+    whole = make_setup(config).times
+    assert recording.num_stages == 2
+    for stage, spans in enumerate(recording.spans):
+        for plan, span in zip(recording.planned, spans, strict=True):
+            assert span.cpu_s == whole.compute_s(plan)[stage]
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workload(tmp_path):
+    path = tmp_path / "work.jsonl"
+    lines = [{"prompt_token_ids": [5] * 30, "max_tokens": 4, "arrival_s": 0.01 * k} for k in (0, 1)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_bench_runs_records_and_reports(tmp_path, capsys, workload):
+    folder, result = tmp_path / "run", tmp_path / "result.json"
+    command = ["bench", *RUN, "--workload", workload, "--record", str(folder)]
+    assert cli.main([*command, "--json", str(result)]) == 0
+    said = capsys.readouterr()
+    assert "llama2-7b emulated on a100-80gb-dgx: 3 stages of" in said.err
+    assert "memory in MiB" not in said.out
+    report = json.loads(result.read_text())
+    assert report["kind"] == "emulated"
+    assert (report["requests"], report["output_tokens"]) == (2, 8)
+    assert json.loads((folder / "run.json").read_text())["kind"] == "emulated"
+    assert cli.main(["report", str(folder), "--json", str(result)]) == 0
+    assert len(json.loads(result.read_text())["stages"]) == 3
+
+
+def test_a_recipe_without_a_profile(capsys, workload):
+    command = ["bench", "llama2-7b", "--device", "emulated", "--workload", workload]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no device profile: give --device-profile")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", *RUN, "--prompt", "x"], "no tokens to give; use pipeserve bench"),
+        (["bench", *RUN, "--workload", "TEXT"], "there is no tokenizer; give prompt_token_ids"),
+        (["bench", *RUN, "--num-prompts", "3"], "the context holds 1024; use --scale"),
+        (["bench", *RUN, "--tensor-parallel-size", "5"], "give a size that divides"),
+    ],
+)
+def test_what_cannot_be_emulated_is_one_line(capsys, tmp_path, arguments, message):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"prompt": "x", "max_tokens": 2}\n')
+    assert cli.main([str(text) if word == "TEXT" else word for word in arguments]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+
+
+def test_there_is_no_text_to_give():
+    with pytest.raises(ConfigError, match="device is emulated"):
+        LLM("llama2-7b", device="emulated")
+
+
+def test_stages_of_two_machines_have_no_clock_in_common():
+    keepers = {rank: SimpleNamespace(boot_id=boot, host=boot) for rank, boot in enumerate("ab")}
+    driver = SimpleNamespace(fleet=SimpleNamespace(keepers=keepers), close=lambda: None)
+    with pytest.raises(ConfigError, match="on one machine"):
+        check_one_clock(driver)
+    keepers[1] = keepers[0]
+    check_one_clock(driver)
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers"):
+    sys.modules[name] = None
+import pipeserve.driver
+import pipeserve.launch.emulated
+sys.modules["numpy"] = None
+for name in [name for name in sys.modules if name.startswith("pipeserve")]:
+    del sys.modules[name]
+import pipeserve.launch.emulated_stage
+"""
+
+
+def test_neither_driver_nor_stages_need_torch():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -165,6 +165,7 @@ class Driver:
             match received.message:
                 case control.Sampled():
                     outputs += self._complete(received)
+                    self._plan_all()  # at once: of two results, the plan for the first is not late
                 case control.Timing(span):
                     self._num_spans_due -= 1
                     self.journal.computed(span)
@@ -174,7 +175,6 @@ class Driver:
         for output in outputs:
             if output.finish_reason is not None:
                 self._requests.pop(output.request_id, None)
-        self._plan_all()
         self._ping()
         return outputs
 

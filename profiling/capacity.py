@@ -47,6 +47,9 @@ class Trial:
     tbt_p99_s: float
     queueing_p50_s: float
     """From arrival to the first chunk; of one that still waits, until the window's end."""
+    ttft_p50_s: float
+    """From arrival to the first token; of one that has none, until the window's end."""
+    ttft_p99_s: float
     output_tokens_per_s: float
     busy: tuple[float, ...]
     """Share of the window in which each stage computed."""
@@ -177,7 +180,7 @@ def _lifetime_s(served: Sequence[Served], since_s: float, mean_output: float) ->
 def _measure(
     simulation: Simulation, rate: float, lifetime_s: float, start_s: float, stop_s: float
 ) -> Trial:
-    gaps, num_tokens, delays = [], 0, []
+    gaps, num_tokens, delays, ttfts = [], 0, [], []
     for request in simulation.served:
         times = np.frombuffer(request.token_times_s)
         first = np.searchsorted(times, start_s)
@@ -186,6 +189,7 @@ def _measure(
         if request.arrival_s >= start_s:
             started_s = stop_s if request.started_s is None else request.started_s
             delays.append(started_s - request.arrival_s)
+            ttfts.append((times[0] if len(times) else stop_s) - request.arrival_s)
     return Trial(
         rate=rate,
         window_s=stop_s - start_s,
@@ -193,6 +197,8 @@ def _measure(
         requests=len(delays),
         tbt_p99_s=float(np.percentile(np.concatenate(gaps), 99)),
         queueing_p50_s=float(np.median(delays)),
+        ttft_p50_s=float(np.median(ttfts)),
+        ttft_p99_s=float(np.percentile(ttfts, 99)),
         output_tokens_per_s=num_tokens / (stop_s - start_s),
         busy=busy_in(simulation.pipeline, start_s, stop_s),
     )

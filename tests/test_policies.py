@@ -148,7 +148,7 @@ def test_one_percent_of_the_blocks_stays_free_at_an_admission_but_not_for_a_lone
     assert list(sizes(plan(engine))) == [0]
 
 
-PREEMPTING = ["chunked_only", "hybrid_only", "sarathi_serve", "token_throttle", "uniform", "vllm"]
+PREEMPTING = ["chunked_only", "hybrid_only", "sarathi_serve", "token_throttle", "vllm"]
 
 
 @pytest.mark.parametrize("policy", PREEMPTING)
@@ -175,6 +175,32 @@ def test_the_latest_arrival_is_preempted_and_comes_back_first(policy):
 
 
 # ---- uniform ------------------------------------------------------------------------------------
+
+
+def test_uniform_leaves_a_block_for_each_request_that_runs():
+    engine = make_engine(
+        "uniform", 1, num_blocks=4, block_size=4, max_num_batched_tokens=64, max_model_len=64
+    )
+    add(engine, 0, 8, max_tokens=8)
+    add(engine, 1, 8, max_tokens=8)
+    assert list(sizes(plan(engine))) == [0]  # the other one's 2 would leave it none to grow into
+    assert engine.num_free_blocks == 2
+
+
+def test_uniform_preempts_the_latest_arrival_when_running_requests_outgrow_the_blocks():
+    engine = make_engine(
+        "uniform", 1, num_blocks=6, block_size=4, max_num_batched_tokens=64, max_model_len=64
+    )
+    add(engine, 0, 8, max_tokens=12)
+    add(engine, 1, 7, max_tokens=12)
+    microbatch, ended = plan(engine), {}
+    while isinstance(microbatch, Microbatch):
+        for output in complete(engine, microbatch):
+            if output.finish_reason:
+                ended[output.request_id] = output.finish_reason
+        microbatch = engine.plan(0.0)
+    assert ended == {0: "length", 1: "length"}
+    assert engine.stats.preemptions == 1
 
 
 def test_uniform_sends_the_next_chunk_at_once():
@@ -218,7 +244,7 @@ def test_uniform_spreads_waiting_prompts_over_the_microbatches():
 
 
 def test_uniform_uses_full_budgets_when_enough_waits():
-    engine = make_engine("uniform", 4)
+    engine = make_engine("uniform", 4, num_blocks=2000)
     for number in range(10):
         add(engine, number, 300)
     assert [plan(engine).num_tokens for _ in range(4)] == [512, 512, 512, 512]

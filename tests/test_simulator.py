@@ -123,7 +123,8 @@ def test_what_must_hold_of_any_run(policy, num_stages):
     times = Times(num_stages, base=0.1, per_token=0.01, hop=0.02, control=0.01)
     simulation = run(times, arrivals, policy, num_blocks=60)
     assert all(served.finished for served in simulation.served)
-    assert simulation.pipeline.engine.stats.preemptions > 0
+    if policy == "sarathi_serve":
+        assert simulation.pipeline.engine.stats.preemptions > 0
     assert simulation.pipeline.engine.num_free_blocks == 60
     flights = simulation.pipeline.flights
     for stage in range(num_stages):
@@ -226,7 +227,7 @@ def test_busy_counts_what_lies_inside_the_window():
 
 def test_within_takes_both_limits():
     trial = Trial(
-        rate=1.0, window_s=1, lifetime_s=1, requests=1, tbt_p99_s=0.5, queueing_p50_s=2.0,
+        rate=1.0, window_s=1, lifetime_s=1, requests=1, tbt_p99_s=0.5, queueing_p50_s=2.0, ttft_p50_s=3.0, ttft_p99_s=4.0,
         output_tokens_per_s=1, busy=(1.0,),
     )  # fmt: skip
     assert trial.within(0.5)

@@ -50,6 +50,9 @@ _new_chunk = partial(tuple.__new__, Chunk)
 _new_output = partial(tuple.__new__, Output)
 
 
+_FADING = 1 - 1 / 4096
+
+
 @dataclass(slots=True)
 class Stats:
     """Counted since the engine was made."""
@@ -91,6 +94,7 @@ class Engine:
         self._window = plan.window + policy.traits.plans_ahead
         self._cost = cost
         self._forecast = Forecast(len(plan.stages))
+        self._flow = (0.0, 0.0)
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
         self._records: dict[RequestId, Record] = {}
         self._queues = Queues(policy.traits)
@@ -304,6 +308,7 @@ class Engine:
             last=self._last,
             prefix=self._prefix,
             freed_by=self._freed_by,
+            flow=self._flow,
             cost=self._cost,
             forecast=self._forecast,
         )
@@ -342,10 +347,17 @@ class Engine:
         cost = None
         if self._cost is not None:
             cost = self._cost.predict(microbatch)
-            self._forecast.planned(microbatch.index, cost.seconds, now)
+            sources = {c.token_from for c in chunks if c.token_from is not None}
+            ready_s = max([now, *[self._forecast.known_s(index) for index in sources]])
+            self._forecast.planned(microbatch.index, cost.seconds, ready_s)
         summary = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
         self._in_flight.append(_InFlight(microbatch, records, summary))
         self._last = summary
+        prefill, decodes = self._flow
+        self._flow = (
+            _FADING * prefill + summary.num_prefill_tokens,
+            _FADING * decodes + num_decodes,
+        )
         return microbatch
 
     def _admit(self, request_id: RequestId, draft: Draft) -> Admission:

@@ -166,9 +166,22 @@ class View:
     """What is there already of a waiting request."""
     freed_by: Callable[[Collection[RequestId]], int]
     """Blocks that come free when all of these running requests are preempted."""
+    flow: tuple[float, float]
+    """Prefill tokens and decodes of all microbatches so far, older ones fading."""
     cost: "CostModel | None"
     forecast: Forecast
     """Of the outstanding microbatches; knows nothing without a cost model."""
+
+
+class Why(NamedTuple):
+    """Why a microbatch is no larger, for who asks (`--explain`)."""
+
+    bound: str
+    """What the budget came from."""
+    budget: float
+    """Seconds on the slowest stage; tokens without a cost model."""
+    due_s: float
+    """When it must be through, by the host's clock; inf without a limit between tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +197,7 @@ class Draft:
     """Running requests whose KV is given up and recomputed later."""
     wait: str = "token"
     """Why there are no chunks: "kv" when a waiting request did not fit, else "token"."""
+    why: Why | None = None
 
 
 class Policy(Protocol):

@@ -1,57 +1,305 @@
-"""Ours, and the default: stall-free batching that keeps the microbatches even.
+"""Ours, and the default: microbatches of equal predicted time on the bottleneck stage.
 
-`sarathi_serve` with the pipeline used to the full (the next chunk follows at once, one microbatch
-is planned ahead), plus two things that even microbatches out:
+A token's time between tokens (TBT) is the time of all microbatches of one turn through the
+pipeline, so what is budgeted is time. Without a cost model, a token counts as a unit of it.
 
-- a microbatch takes at most ceil(decoding requests / P) decodes, those that waited longest first,
-  so that P microbatches share the decodes and none misses its turn (gLLM's decode cap);
-- while the prompts that wait are fewer tokens than P full budgets, they are spread over P
-  microbatches, so that none goes without while another has plenty; but into pieces of no fewer than
-  64 tokens, below which reading the weights costs a stage more than the tokens do.
+- **How long** a microbatch may take (`_Budget`): its even share of the prompts at hand, so that
+  none goes without while another has plenty; never longer than P times of it fit into the limit
+  between tokens or, without a limit, than where larger ones hardly raise throughput; nor longer
+  than KV sustains, for slow turns keep more requests alive.
+- **Decodes** go first. With a limit between tokens, none that is ready misses its turn; without,
+  they are spread over the microbatches of a turn by what they cost, context length counted.
+- **Prompts** fill the rest. Chunks of one prompt follow one another at once, and are cut so that no
+  decode of this microbatch, or of those in flight, is predicted to come late. The order is arrival
+  plus `PATIENCE_S` for each token: a long prompt lets short ones pass that come soon after it.
+- **KV** is taken as decodes need it; an admission leaves a free block for each running request.
+- **In a lull**, where decodes alone would make many microbatches that mostly read weights, decodes
+  wait for the next to complete and go with it, as long as the turn stays well within the time that
+  it takes under load. Only with a limit between tokens, which says how long a turn may be.
 
-Microbatches are evened by tokens. Balancing by predicted time comes later.
+It plans one microbatch ahead. How it came about, and what it gives: docs/schedules.md.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
+from math import inf
 
-from pipeserve.core.policies.fcfs import fill, make_room
-from pipeserve.core.view import Draft, RequestView, Traits, View
+from pipeserve.core.kernels import TILE
+from pipeserve.core.nouns import RequestId
+from pipeserve.core.policies.fcfs import make_room
+from pipeserve.core.policies.mix import Mix, Price
+from pipeserve.core.view import Draft, RequestView, Traits, View, Why
 
+MARGIN = 0.97
+"""Of the limit between tokens: the rest is for what the forecast cannot know."""
+KNEE = 0.95
+"""Of the most tokens a second that a microbatch of any size reaches."""
+SUSTAINED = 0.95
+"""Of the KV pool that decodes fill when every microbatch is full."""
+TURNS = 8
+"""Over so many turns a prompt's tokens are spread when KV is all but full (gLLM's UT throttles
+likewise)."""
+TOLERANCE = 1.08
+"""A chunk may use up the step in the time of a matrix product that it has begun."""
+ROUND_UP = 0.7
+"""Part of a tile from which on (1 - it) a share is rounded up to a whole one."""
 MIN_PIECE = 64
+"""Prefill tokens below which reading the weights costs a stage more than the tokens do."""
+MIN_THROTTLED = 192
+"""Prefill tokens that KV never throttles a microbatch below: smaller ones would cost more than an
+uneven flow does."""
+PATIENCE_S = 0.005
+"""How much later another prompt may come, for each token that it is shorter, and go first."""
+COMPARED = 256
+"""Waiting prompts that are put in order, those that came first: bounds what planning costs."""
+HELD = 0.55
+"""Of the turn under load, as long as which decodes may take in a lull."""
 
 
 class Uniform:
     """See the module."""
 
     name = "uniform"
-    traits = Traits(plans_ahead=True, chunk_pipelining=True, one_in_flight=False)
+    traits = Traits(plans_ahead=True, chunk_pipelining=True, one_in_flight=False, reads_cost=True)
 
     def compose(self, view: View, now: float) -> Draft:
-        budget = view.limits.max_num_batched_tokens
-        room = make_room(view, _decodes_in_turn(view, budget))
-        return fill(view, room, min(budget - len(room.decodes), _prefill_share(view)))
+        price = Price(view)
+        budget = _Budget(view, price)
+        room = make_room(view, _decodes_in_turn(view, price))
+        if room.preempted:
+            return Draft(chunks=room.decodes, preempt=room.preempted)
+        decodes = [view.decodes[request_id] for request_id in room.decodes]
+        mix = Mix(price, view, decodes, now)
+        last_s = min((_last_token_s(view, decode) for decode in decodes), default=inf)
+        if decodes and _waits_for_more(view, price, budget, mix, last_s):
+            return Draft(wait="token")
+        bound, limit = budget.of_this()
+        due_s = _due_s(view, price, decodes, last_s)
+        prompts = _add_prompts(view, mix, room.free_blocks, limit, due_s)
+        return Draft(
+            chunks=prompts.chunks | room.decodes,
+            admit=prompts.reserve,
+            wait="kv" if prompts.out_of_blocks else "token",
+            why=Why(bound, limit, due_s),
+        )
 
 
-def _decodes_in_turn(view: View, budget: int) -> list[RequestView]:
-    """This microbatch's share of the decodes.
+# ---- how long a microbatch may take -------------------------------------------------------------
 
-    A decode whose token is still on its way is taken only when the window is full and the token
+
+class _Budget:
+    """Seconds on the bottleneck stage (tokens, without a cost model)."""
+
+    def __init__(self, view: View, price: Price) -> None:
+        self._view, self._price = view, price
+        # Of a mean microbatch of the turn.
+        self._num_decodes = view.num_decoding // view.window
+        self._context = view.decoding_context // view.window
+
+    def of_this(self) -> tuple[str, float]:
+        """What bounds the microbatch, and how long it may take."""
+        view = self._view
+        flying = sum([outstanding.num_prefill_tokens for outstanding in view.outstanding])
+        total = view.prefill_backlog + flying
+        pieces = max(1, min(view.window, total // MIN_PIECE))
+        bounds = {"share": -(-total // pieces), "kv": self._throttled(flying)}
+        if view.num_decoding:
+            bounds["kv at length"] = self._sustained()
+        bound = min(bounds, key=bounds.__getitem__)
+        even, longest = self._filled(bounds[bound]), self.longest()
+        return (bound, even) if even <= longest else ("longest", longest)
+
+    def of_full(self) -> float:
+        """What it would take with prompts in plenty."""
+        view = self._view
+        most = self._sustained() if view.num_decoding else view.limits.max_num_batched_tokens
+        return min(self.longest(), self._filled(most))
+
+    def longest(self) -> float:
+        """Whatever there is to do."""
+        view = self._view
+        most = view.limits.max_num_batched_tokens
+        if not self._price.is_time:
+            return most
+        if view.limits.max_tbt_s is not None:
+            return MARGIN * view.limits.max_tbt_s / view.window
+        return self._knee(most)
+
+    def _knee(self, most: int) -> float:
+        sizes = [size for size in (TILE << power for power in range(8)) if size < most] + [most]
+        seconds = [self._price.on_bottleneck(0, 0, size) for size in sizes]
+        rates = [size / each for size, each in zip(sizes, seconds, strict=True)]
+        enough = KNEE * max(rates)
+        return next(each for each, rate in zip(seconds, rates, strict=True) if rate >= enough)
+
+    def _throttled(self, flying: int) -> int:
+        """Prefill tokens, when what KV has room for is spread over `TURNS` turns."""
+        view = self._view
+        begun = sum([request.num_unplanned for request in view.prefills.values()])
+        free = max(0, view.free_blocks - len(view.running)) * view.limits.block_size
+        return max(MIN_THROTTLED, (begun + free + flying) // (view.window * TURNS))
+
+    def _sustained(self) -> int:
+        """Prefill tokens of a microbatch whose decodes, by now's mean of KV and the run's mix of
+        prompt and output, fill the pool: with more, KV fills up, and what was gained is lost
+        waiting for room."""
+        view = self._view
+        pool = view.limits.num_blocks * view.limits.block_size
+        num_decodes = SUSTAINED * pool * view.num_decoding / view.decoding_context / view.window
+        prefill, decodes = view.flow
+        return max(MIN_THROTTLED, int(num_decodes * prefill / max(decodes, 1.0)))
+
+    def _filled(self, num_prefill: int) -> float:
+        """Of `num_prefill` tokens beside a mean share of decodes, or of as many as make whole tiles
+        where these are cheaper for a token."""
+        price, num_decodes, context = self._price, self._num_decodes, self._context
+        even = price.on_bottleneck(num_decodes, context, num_prefill)
+        if not price.is_time:
+            return even
+        num_tokens = num_decodes + num_prefill
+        tiles = max(1, int(num_tokens / TILE + ROUND_UP)) * TILE
+        whole = price.on_bottleneck(num_decodes, context, max(tiles - num_decodes, 0))
+        return TOLERANCE * (whole if whole * num_tokens <= even * tiles else even)
+
+
+# ---- decodes ------------------------------------------------------------------------------------
+
+
+def _decodes_in_turn(view: View, price: Price) -> list[RequestView]:
+    """A decode whose token is still on its way is taken only when the window is full and the token
     comes with the oldest microbatch: then it is there about when stage 0 gets to it. Any earlier,
     stage 0 would stand still before it, and a prompt that arrives meanwhile would queue behind.
     """
-    share = min(budget, -(-view.num_decoding // view.window))
     is_full = len(view.outstanding) >= view.window
     oldest = view.outstanding[0].index if is_full else None
-    decodes = []
-    for decode in islice(view.decodes.values(), share):
+    decodes: list[RequestView] = []
+    for decode in islice(view.decodes.values(), view.limits.max_num_batched_tokens):
         if decode.token_from is not None and decode.token_from != oldest:
             break
         decodes.append(decode)
-    return decodes
+    if view.limits.max_tbt_s is not None and price.is_time:
+        return decodes
+    return decodes[: _share(view, price, decodes)]
 
 
-def _prefill_share(view: View) -> int:
-    """Prefill tokens for one of P microbatches; those outstanding count, so the share is steady."""
-    tokens = view.prefill_backlog + sum(o.num_prefill_tokens for o in view.outstanding)
-    pieces = max(1, min(view.window, tokens // MIN_PIECE))
-    return -(-tokens // pieces)
+def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
+    """How many of the decodes cost what each microbatch of a turn has to take of all."""
+    per_position = _tokens_per_position(view, price)
+    share = (view.num_decoding + per_position * view.decoding_context) / view.window
+    for place, decode in enumerate(decodes):
+        if share <= 0:
+            return place
+        share -= 1 + per_position * decode.num_planned
+    return len(decodes)
+
+
+def _tokens_per_position(view: View, price: Price) -> float:
+    """What reading a position of context costs, as a share of what a token does in the linear
+    layers when there are many."""
+    if not price.is_time or not view.decoding_context:
+        return 0.0
+    num_decodes, context = view.num_decoding // view.window + 1, view.decoding_context
+    reads = price.on_bottleneck(num_decodes, context) - price.on_bottleneck(num_decodes, 0)
+    tokens = price.on_bottleneck(8 * TILE, 0) - price.on_bottleneck(4 * TILE, 0)
+    return reads / context / (tokens / (4 * TILE))
+
+
+def _last_token_s(view: View, decode: RequestView) -> float:
+    """When the token came that the decode goes on from, or will, by the forecast."""
+    if decode.token_from is None:
+        return decode.last_token_s
+    return view.forecast.known_s(decode.token_from) if view.cost is not None else inf
+
+
+def _due_s(view: View, price: Price, decodes: Sequence[RequestView], last_s: float) -> float:
+    """When the microbatch has to be through: for its own decodes, and for those in flight, whose
+    next turn comes behind it. inf without a limit between tokens."""
+    max_tbt_s = view.limits.max_tbt_s
+    if max_tbt_s is None or not price.is_time:
+        return inf
+    here = {decode.token_from for decode in decodes}
+    mean = view.decoding_context // max(1, view.num_decoding)
+    for other in view.outstanding:
+        num_decodes = other.num_decodes
+        if num_decodes and other.index not in here:
+            turn_s = price.on_bottleneck(num_decodes, num_decodes * mean)
+            last_s = min(last_s, view.forecast.known_s(other.index) - turn_s)
+            break  # those behind it have more time
+    return last_s + MARGIN * max_tbt_s
+
+
+def _waits_for_more(view: View, price: Price, budget: _Budget, mix: Mix, last_s: float) -> bool:
+    """Whether the decodes can go with those of the oldest microbatch in flight."""
+    if view.limits.max_tbt_s is None or not price.is_time:
+        return False
+    if view.prefill_backlog or not view.outstanding or not view.outstanding[0].num_decodes:
+        return False
+    oldest = view.outstanding[0]
+    num_decodes = mix.num_decodes + oldest.num_decodes
+    if num_decodes > view.limits.max_num_batched_tokens:
+        return False
+    context = mix.context + oldest.num_decodes * (view.decoding_context // view.num_decoding)
+    seconds, full_s = price.of(num_decodes, context), budget.of_full()
+    through_s = view.forecast.through_s(seconds, view.forecast.known_s(oldest.index))
+    turn_s = min(MARGIN * view.limits.max_tbt_s, HELD * view.window * full_s)
+    return max(seconds) <= full_s and through_s <= last_s + turn_s
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Prompts:
+    chunks: dict[RequestId, int] = field(default_factory=dict)
+    reserve: dict[RequestId, int] = field(default_factory=dict)
+    out_of_blocks: bool = False
+
+
+def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) -> _Prompts:
+    """Chunks in order, until one does not fit whole. Prompts that KV has no room for yet let
+    running ones pass, and no others."""
+    prompts = _Prompts()
+    seats = view.limits.max_num_seqs - len(view.running)
+    for request in _in_order(view):
+        start, missing = request.num_planned, 0
+        is_waiting = request.id in view.waiting
+        if is_waiting:
+            if len(prompts.reserve) == seats or prompts.out_of_blocks:
+                continue
+            prefix = view.prefix(request.id)
+            start = prefix.num_tokens
+            needed = -(-request.num_known // view.limits.block_size)
+            missing = needed - prefix.num_blocks + prefix.num_idle
+            num_running = len(view.running) + len(prompts.reserve)
+            if missing + num_running > free and num_running:
+                prompts.out_of_blocks = True
+                continue
+        left = request.num_known - start
+        tokens = mix.fitting(start, left, limit, due_s)
+        if (
+            not tokens
+            and not prompts.chunks
+            and (not view.outstanding or mix.is_late(limit, due_s))
+        ):
+            # No size is small enough for the limit: prompts go on all the same.
+            tokens = min(MIN_PIECE, left, view.limits.max_num_batched_tokens - mix.num_tokens)
+        if not tokens:
+            break
+        mix.add(start, tokens)
+        prompts.chunks[request.id] = tokens
+        if is_waiting:
+            prompts.reserve[request.id] = request.num_known
+            free -= missing
+        if tokens < left:
+            break
+    return prompts
+
+
+def _in_order(view: View) -> list[RequestView]:
+    """Prompts that may go on or start now. A prompt's whole length counts, so that its place does
+    not change with its chunks."""
+    waiting = islice(view.waiting.values(), COMPARED)
+    prompts = [*view.prefills.values(), *[each for each in waiting if not each.num_outstanding]]
+    prompts.sort(key=lambda request: request.arrived + PATIENCE_S * request.num_known)
+    return prompts

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Any
 
@@ -31,7 +32,7 @@ from pipeserve.launch.bench import replay
 from pipeserve.launch.emulated import emulated_setup
 from pipeserve.launch.record import meta_of_driver
 from pipeserve.launch.simulate import make_setup
-from pipeserve.launch.workload import Workload, read_workload
+from pipeserve.launch.workload import Workload
 from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Recording, Ring, recording_of
 from pipeserve.profiling.request_times import records_of
@@ -53,8 +54,9 @@ class Case:
     """About how long a microbatch takes on a stage."""
     flags: Mapping[str, Any]
     """Of the run, and the recipe that they change."""
-    scale: float
-    """What the lengths of ShareGPT are divided by."""
+    prompt: int
+    """Mean tokens of a prompt, and below of an output; drawn between half and one and a half."""
+    output: int
     rate: float | None
     num_prompts: int
 
@@ -62,17 +64,26 @@ class Case:
         flags = {**self.flags, "policy": policy, "device": "emulated"}
         return make_config(load_recipe(flags.pop("recipe")), flags)
 
-    def workload(self, seed: int) -> Workload:
-        return read_workload("sharegpt", self.num_prompts, self.scale, self.rate, seed)
+    def requests(self, seed: int) -> Workload:
+        draw = Random(seed).randint
+        lengths = [
+            (
+                draw(self.prompt // 2, self.prompt * 3 // 2),
+                draw(self.output // 2, self.output * 3 // 2),
+            )
+            for _ in range(self.num_prompts)
+        ]
+        return Workload(name=self.name, lengths=tuple(lengths), rate=self.rate, seed=seed)
 
 
 CASES = (
-    Case(name="20 ms", flags=_LLAMA | {"max_num_batched_tokens": 96}, scale=8, rate=None,
-         num_prompts=96),
-    Case(name="30 ms", flags=_FALCON | {"max_num_batched_tokens": 48}, scale=16, rate=None,
-         num_prompts=96),
-    Case(name="110 ms", flags=_FALCON, scale=4, rate=None, num_prompts=96),
-    Case(name="110 ms, Poisson", flags=_FALCON, scale=4, rate=5.0, num_prompts=160),
+    Case(name="20 ms", flags=_LLAMA | {"max_num_batched_tokens": 224}, prompt=1500, output=12,
+         rate=None, num_prompts=128),
+    Case(name="30 ms", flags=_FALCON | {"max_num_batched_tokens": 48}, prompt=60, output=40,
+         rate=None, num_prompts=128),
+    Case(name="110 ms", flags=_FALCON | {"max_num_batched_tokens": 512}, prompt=2000, output=4, rate=None, num_prompts=64),
+    Case(name="110 ms, Poisson", flags=_FALCON | {"max_num_batched_tokens": 512}, prompt=2000, output=4, rate=1.6,
+         num_prompts=64),
 )  # fmt: skip
 
 
@@ -160,7 +171,7 @@ def run(case: Case, policy: str, repeat: int) -> dict[str, Any]:
     found = []
     for seed in range(repeat):
         config = case.config(policy)
-        emulated = emulate(config, case.workload(seed))
+        emulated = emulate(config, case.requests(seed))
         simulated = simulate(config, emulated)
         sides = Side.of(emulated), Side.of(simulated)
         found.append(

@@ -81,9 +81,10 @@ CASES = (
          rate=None, num_prompts=128),
     Case(name="30 ms", flags=_FALCON | {"max_num_batched_tokens": 48}, prompt=60, output=40,
          rate=None, num_prompts=128),
-    Case(name="110 ms", flags=_FALCON | {"max_num_batched_tokens": 512}, prompt=2000, output=4, rate=None, num_prompts=64),
-    Case(name="110 ms, Poisson", flags=_FALCON | {"max_num_batched_tokens": 512}, prompt=2000, output=4, rate=1.6,
-         num_prompts=64),
+    Case(name="110 ms", flags=_FALCON | {"max_num_batched_tokens": 512}, prompt=2000, output=4,
+         rate=None, num_prompts=64),
+    Case(name="110 ms, Poisson", flags=_FALCON | {"max_num_batched_tokens": 512}, prompt=2000,
+         output=4, rate=1.6, num_prompts=64),
 )  # fmt: skip
 
 

@@ -20,8 +20,9 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
 It plans one microbatch ahead. How it came about, and what it gives: docs/schedules.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop
 from itertools import islice
 from math import inf
 
@@ -196,13 +197,13 @@ def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
 
 def _tokens_per_position(view: View, price: Price) -> float:
     """What reading a position of context costs, as a share of what a token does in the linear
-    layers when there are many."""
+    layers when there are many. (A mean: the slope of a learnt cost may be nil or less.)"""
     if not price.is_time or not view.decoding_context:
         return 0.0
     num_decodes, context = view.num_decoding // view.window + 1, view.decoding_context
     reads = price.on_bottleneck(num_decodes, context) - price.on_bottleneck(num_decodes, 0)
-    tokens = price.on_bottleneck(8 * TILE, 0) - price.on_bottleneck(4 * TILE, 0)
-    return reads / context / (tokens / (4 * TILE))
+    tokens = price.on_bottleneck(8 * TILE, 0)
+    return reads / context / (tokens / (8 * TILE))
 
 
 def _last_token_s(view: View, decode: RequestView) -> float:
@@ -260,12 +261,15 @@ def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) ->
     """Chunks in order, until one does not fit whole. Prompts that KV has no room for yet let
     running ones pass, and no others."""
     prompts = _Prompts()
-    seats = view.limits.max_num_seqs - len(view.running)
+    seats, num_begun = view.limits.max_num_seqs - len(view.running), len(view.prefills)
     for request in _in_order(view):
         start, missing = request.num_planned, 0
         is_waiting = request.id in view.waiting
+        num_begun -= not is_waiting
         if is_waiting:
             if len(prompts.reserve) == seats or prompts.out_of_blocks:
+                if not num_begun:
+                    break
                 continue
             prefix = view.prefix(request.id)
             start = prefix.num_tokens
@@ -296,10 +300,17 @@ def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) ->
     return prompts
 
 
-def _in_order(view: View) -> list[RequestView]:
+def _in_order(view: View) -> Iterator[RequestView]:
     """Prompts that may go on or start now. A prompt's whole length counts, so that its place does
     not change with its chunks."""
-    waiting = islice(view.waiting.values(), COMPARED)
-    prompts = [*view.prefills.values(), *[each for each in waiting if not each.num_outstanding]]
-    prompts.sort(key=lambda request: request.arrived + PATIENCE_S * request.num_known)
-    return prompts
+    prompts = list(view.prefills.values())
+    if len(view.running) < view.limits.max_num_seqs:
+        waiting = islice(view.waiting.values(), COMPARED)
+        prompts += [each for each in waiting if not each.num_outstanding]
+    by_turn = [
+        (request.arrived + PATIENCE_S * request.num_known, place, request)
+        for place, request in enumerate(prompts)
+    ]
+    heapify(by_turn)  # few are looked at: most of a sort would be for nothing
+    while by_turn:
+        yield heappop(by_turn)[-1]

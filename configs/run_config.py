@@ -6,6 +6,7 @@ of the wrong type or out of range is a ConfigError here, before any process star
 the model (too many stages for its layers, a context longer than its own) is found by the driver.
 """
 
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
@@ -65,6 +66,12 @@ class RunConfig:
         least=1,
     )
     policy: str = _option("uniform", "Scheduling policy.")
+    slo_tbt: float | None = _option(
+        None,
+        "Longest time between two tokens that is wanted, seconds; what uniform plans by, where "
+        "there is a device profile.",
+        over=0,
+    )
     block_size: int = _option(16, "Tokens in one KV block.", least=1)
     kv_cache_memory_bytes: int | None = _option(
         None, "Bytes of the KV pool of each stage; by default from free memory.", least=1
@@ -155,8 +162,9 @@ def _check_field(name: str, value: Any, hint: Any, metadata: Any) -> None:
     if least is not None and value < least:
         raise ConfigError(f"{name} is {value}, must be at least {least}")
     over, most = metadata.get("over"), metadata.get("most")
-    if over is not None and not over < value <= most:
-        raise ConfigError(f"{name} is {value}, must be over {over} and at most {most}")
+    if over is not None and not over < value <= (sys.float_info.max if most is None else most):
+        limit = "finite" if most is None else f"at most {most}"
+        raise ConfigError(f"{name} is {value}, must be over {over} and {limit}")
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -333,11 +333,11 @@ def simulate(
         float | None, typer.Option(help="Requests a second (Poisson); by default the workload's.")
     ] = None,
     find_capacity: Annotated[
-        bool, typer.Option("--find-capacity", help="Search the highest rate within --slo-tbt.")
+        bool,
+        typer.Option(
+            "--find-capacity", help="Search the highest rate with 99 % of times within --slo-tbt."
+        ),
     ] = False,
-    slo_tbt: Annotated[
-        float | None, typer.Option(help="Longest time between tokens, seconds, for 99 % of them.")
-    ] = None,
     slo_ttft: Annotated[
         float | None, typer.Option(help="Longest time to a request's first token, seconds.")
     ] = None,
@@ -379,7 +379,7 @@ def simulate(
     wanted = Wanted(
         find_capacity=find_capacity,
         rate=rate,
-        slo_tbt_s=slo_tbt,
+        slo_tbt_s=run_config.slo_tbt,
         slo=read_slo(slo_ttft, slo_tpot, attainment),
         pools=read_pools(prefill_pool, decode_pool),
         nodes=read_nodes(place),

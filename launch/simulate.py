@@ -121,6 +121,7 @@ def make_setup(config: RunConfig, shape: ModelShape | None = None) -> Setup:
         max_num_batched_tokens=num_tokens,
         max_model_len=max_model_len,
         enable_prefix_caching=False,  # lengths have no content that could be shared
+        max_tbt_s=config.slo_tbt,
     )
     times = ProfiledTimes(profile, shape, plan, config.tensor_parallel_size, config.seed)
     setup = Setup(

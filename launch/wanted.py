@@ -41,6 +41,7 @@ class Wanted:
     find_capacity: bool = False
     rate: float | None = None
     slo_tbt_s: float | None = None
+    """The run's own, which also steers its policy."""
     slo: Slo | None = None
     pools: Pools | None = None
     nodes: tuple[int, int] | None = None
@@ -48,8 +49,6 @@ class Wanted:
     fast_network: bool = False
 
     def __post_init__(self) -> None:
-        if self.slo_tbt_s is not None and not 0 < self.slo_tbt_s < float("inf"):
-            raise ConfigError(f"--slo-tbt is {self.slo_tbt_s}, must be over 0 seconds")
         if self.find_capacity and self.rate is not None:
             raise ConfigError("--find-capacity looks for the rate; leave --rate out")
         if self.nodes is not None:
@@ -59,17 +58,13 @@ class Wanted:
         elif self.pools is not None:
             if self.slo is None:
                 raise ConfigError("pools are measured by --slo-ttft and --slo-tpot; give both")
-            if self.slo_tbt_s is not None:
-                raise ConfigError("--slo-tbt is for one pipeline; leave it out with pools")
         elif self.find_capacity and self.slo is not None:
             raise ConfigError(
                 "of one pipeline --find-capacity goes by --slo-tbt; leave --slo-ttft and "
                 "--slo-tpot out"
             )
-        elif self.find_capacity != (self.slo_tbt_s is not None):
-            raise ConfigError(
-                "--find-capacity and --slo-tbt SECONDS go together; give both or none"
-            )
+        elif self.find_capacity and self.slo_tbt_s is None:
+            raise ConfigError("--find-capacity goes by --slo-tbt; give --slo-tbt SECONDS")
 
     def _check_placement(self) -> None:
         if self.slo is None or self.rate is None:

@@ -59,6 +59,7 @@ def checkpoint_setup(
         max_num_batched_tokens=num_tokens,
         max_model_len=max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
+        max_tbt_s=config.slo_tbt,
     )
     return Setup(
         kind="real",

@@ -99,6 +99,10 @@ def test_the_schedule_is_the_simulator_s(policy):
     assert emulated.meta["plan"] == simulated.meta["plan"]
 
 
+def test_limits_are_those_of_the_flags():
+    assert emulated_setup(config_of(slo_tbt=0.5)).limits.max_tbt_s == 0.5
+
+
 def test_every_token_comes(run):
     assert [end.num_output_tokens for end in run.ended if end.reason == "length"] == sorted(
         item.max_tokens for item in ITEMS

@@ -41,6 +41,11 @@ def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     )
 
 
+def test_the_time_between_tokens_that_is_wanted_reaches_the_engine(tmp_path):
+    config = run_config(tiny_llama(tmp_path / "model"), slo_tbt=0.5)
+    assert checkpoint_setup(config).limits.max_tbt_s == 0.5
+
+
 def test_how_far_in_words():
     loading = {1: control.Loading(1, 10**9, 3 * 10**9)}
     assert _how_far({}, 2) == "starting stages: 0 of 2 load weights"

@@ -72,6 +72,22 @@ def test_the_same_seed_gives_the_same_run_and_another_another(simulate):
     assert first["seconds"] != other["seconds"]
 
 
+def test_a_wanted_time_between_tokens_steers_the_policy(simulate):
+    """Alone it searches nothing; what holds, holds for all but a few tokens."""
+    run = [*FALCON, "--max-num-batched-tokens", "2048", "--slo-tbt"]
+    loose, tight = simulate(*run, "5")[0], simulate(*run, "0.5")[0]
+    assert tight["limits"]["max_tbt_s"] == tight["config"]["slo_tbt"] == 0.5
+    assert tight["tbt_s"]["p99"] <= 0.5 < loose["tbt_s"]["p99"]
+
+
+def test_a_capacity_is_searched_within_what_the_recipe_wants(simulate, lengths, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: llama2-7b\ndevice_profile: a100-80gb-dgx\nslo_tbt: 1.0e-6\n")
+    search = ["simulate", "--config", str(recipe), "--workload", lengths, "--find-capacity"]
+    assert simulate(*search)[0]["capacity_rps"] == 0
+    assert simulate(*search, "--slo-tbt", "0.05")[0]["slo_tbt_s"] == 0.05
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_serves_everything(simulate, policy):
     result, _ = simulate(*SMALL, "--policy", policy, "--workload", "azure-conv", "--scale", "12",
@@ -114,9 +130,9 @@ def test_every_simulated_recipe_runs(simulate, name):
         ([*SMALL, "--rate", "0"], "--rate is 0"),
         ([*SMALL, "--rate", "-1"], "--rate is -1"),
         ([*SMALL, "--rate", "inf"], "--rate is inf"),
-        ([*SMALL, "--find-capacity"], "--find-capacity and --slo-tbt SECONDS go together"),
-        ([*SMALL, "--slo-tbt", "1"], "--find-capacity and --slo-tbt SECONDS go together"),
-        ([*SMALL, "--find-capacity", "--slo-tbt", "0"], "--slo-tbt is 0"),
+        ([*SMALL, "--find-capacity"], "give --slo-tbt SECONDS"),
+        ([*SMALL, "--slo-tbt", "inf"], "slo_tbt is inf, must be over 0 and finite"),
+        ([*SMALL, "--find-capacity", "--slo-tbt", "0"], "slo_tbt is 0"),
         ([*SMALL, "--find-capacity", "--slo-tbt", "1", "--rate", "2"], "leave --rate out"),
         ([*SMALL, "--max-model-len", "100"], "the context holds 100"),
         ([*SMALL, "--policy", "vllm", "--max-num-batched-tokens", "64"], "give at least max_model"),
@@ -135,7 +151,7 @@ def test_every_simulated_recipe_runs(simulate, name):
         ([*SMALL, *SLO, *POOLS[:2], "--decode-pool", "2"], "--decode-pool is '2'; give TPxPP"),
         ([*SMALL, *SLO, *POOLS[:2], "--decode-pool", "0x1"], "--decode-pool is '0x1'"),
         ([*SMALL, *POOLS], "pools are measured by --slo-ttft and --slo-tpot"),
-        ([*SMALL, *POOLS, *SLO, "--slo-tbt", "1"], "--slo-tbt is for one pipeline"),
+        ([*POOLED, *POOLS, *SLO, "--slo-tbt", "1"], "--slo-tbt has no effect on pools"),
         ([*SMALL, *SLO, "--place", "4"], "--place is '4'; give NODESxGPUS"),
         ([*SMALL, *SLO, "--place", "1x4"], "--place needs --slo-ttft, --slo-tpot and --rate"),
         ([*SMALL, *SLO, "--place", "1x4", "--rate", "1", *POOLS], "--place looks for pools"),

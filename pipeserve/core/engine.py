@@ -39,6 +39,7 @@ from pipeserve.core.view import (
     PolicyError,
     Prefix,
     View,
+    Why,
 )
 from pipeserve.errors import ConfigError
 
@@ -100,6 +101,7 @@ class Engine:
         self._queues = Queues(policy.traits)
         self._in_flight: deque[_InFlight] = deque()
         self._last: Outstanding | None = None
+        self._why: Why | None = None
         self._released: list[RequestId] = []
         self._num_added = 0
         self._next_index = 0
@@ -119,6 +121,17 @@ class Engine:
     def last(self) -> Outstanding | None:
         """The microbatch planned last, completed or not; None before the first."""
         return self._last
+
+    @property
+    def why(self) -> Why | None:
+        """Why the microbatch planned last is no larger, where its policy says so."""
+        return self._why
+
+    @property
+    def last_known_s(self) -> float:
+        """When the tokens of the microbatch planned last are predicted to be known, while it is
+        outstanding and there is a cost model."""
+        return self._forecast.known_s(self._last.index)
 
     @property
     def has_work(self) -> bool:
@@ -352,7 +365,7 @@ class Engine:
             self._forecast.planned(microbatch.index, cost.seconds, ready_s)
         summary = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
         self._in_flight.append(_InFlight(microbatch, records, summary))
-        self._last = summary
+        self._last, self._why = summary, draft.why
         prefill, decodes = self._flow
         self._flow = (
             _FADING * prefill + summary.num_prefill_tokens,

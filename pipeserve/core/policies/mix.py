@@ -81,16 +81,9 @@ class Mix:
                 too_many = middle
         return fits
 
-    def is_late(self, limit: float, due_s: float) -> bool:
-        """Whether it does not fit even as it is."""
-        return self.num_tokens > 0 and not self._is_in_time(self.seconds(), limit, due_s)
-
     def _fits(self, start: int, tokens: int, limit: float, due_s: float) -> bool:
         prefills = (*self._prefills, (start, tokens))
         seconds = self._price.of(self.num_decodes, self.context, prefills)
-        return self._is_in_time(seconds, limit, due_s)
-
-    def _is_in_time(self, seconds: Sequence[float], limit: float, due_s: float) -> bool:
         if max(seconds) > limit:
             return False
         return due_s == inf or self._forecast.through_s(seconds, self.ready_s) <= due_s

@@ -32,9 +32,9 @@ from pipeserve.core.policies.fcfs import make_room
 from pipeserve.core.policies.mix import Mix, Price
 from pipeserve.core.view import Draft, RequestView, Traits, View, Why
 
-MARGIN = 0.97
+MARGIN = 0.96
 """Of the limit between tokens: the rest is for what the forecast cannot know."""
-KNEE = 0.95
+KNEE = 0.98
 """Of the most tokens a second that a microbatch of any size reaches."""
 SUSTAINED = 0.95
 """Of the KV pool that decodes fill when every microbatch is full."""
@@ -50,7 +50,7 @@ MIN_PIECE = 64
 MIN_THROTTLED = 192
 """Prefill tokens that KV never throttles a microbatch below: smaller ones would cost more than an
 uneven flow does."""
-PATIENCE_S = 0.005
+PATIENCE_S = 0.01
 """How much later another prompt may come, for each token that it is shorter, and go first."""
 COMPARED = 256
 """Waiting prompts that are put in order, those that came first: bounds what planning costs."""
@@ -77,6 +77,8 @@ class Uniform:
             return Draft(wait="token")
         bound, limit = budget.of_this()
         due_s = _due_s(view, price, decodes, last_s)
+        if budget.is_hopeless(mix):
+            limit, due_s = budget.of_piece(mix), inf
         prompts = _add_prompts(view, mix, room.free_blocks, limit, due_s)
         return Draft(
             chunks=prompts.chunks | room.decodes,
@@ -123,16 +125,26 @@ class _Budget:
         most = view.limits.max_num_batched_tokens
         if not self._price.is_time:
             return most
-        if view.limits.max_tbt_s is not None:
-            return MARGIN * view.limits.max_tbt_s / view.window
-        return self._knee(most)
+        knee = self._knee(most)
+        if view.limits.max_tbt_s is None:
+            return knee
+        return min(knee, MARGIN * view.limits.max_tbt_s / view.window)
+
+    def is_hopeless(self, mix: Mix) -> bool:
+        """Whether no size keeps to the limit between tokens. Prompts go on all the same."""
+        least = max(mix.seconds()) if mix.num_decodes else self.of_piece(mix)
+        return least > self.longest()
+
+    def of_piece(self, mix: Mix) -> float:
+        """Of the decodes and the smallest chunk that is worth it."""
+        return self._price.on_bottleneck(mix.num_decodes, mix.context, MIN_PIECE)
 
     def _knee(self, most: int) -> float:
         sizes = [size for size in (TILE << power for power in range(8)) if size < most] + [most]
         seconds = [self._price.on_bottleneck(0, 0, size) for size in sizes]
         rates = [size / each for size, each in zip(sizes, seconds, strict=True)]
         enough = KNEE * max(rates)
-        return next(each for each, rate in zip(seconds, rates, strict=True) if rate >= enough)
+        return TOLERANCE * next(s for s, rate in zip(seconds, rates, strict=True) if rate >= enough)
 
     def _throttled(self, flying: int) -> int:
         """Prefill tokens, when what KV has room for is spread over `TURNS` turns."""
@@ -281,13 +293,6 @@ def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) ->
                 continue
         left = request.num_known - start
         tokens = mix.fitting(start, left, limit, due_s)
-        if (
-            not tokens
-            and not prompts.chunks
-            and (not view.outstanding or mix.is_late(limit, due_s))
-        ):
-            # No size is small enough for the limit: prompts go on all the same.
-            tokens = min(MIN_PIECE, left, view.limits.max_num_batched_tokens - mix.num_tokens)
         if not tokens:
             break
         mix.add(start, tokens)

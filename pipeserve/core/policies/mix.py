@@ -69,6 +69,10 @@ class Mix:
             return behind[0]
         return behind[1 + self._last_fitting(start, behind[1:], limit, due_s)]
 
+    def alone_s(self, start: int, tokens: int) -> float:
+        """Of a chunk, in a microbatch of its own, on the slowest stage."""
+        return max(self._price.of(0, 0, ((start, tokens),)))
+
     def _last_fitting(self, start: int, sizes: Sequence[int], limit: float, due_s: float) -> int:
         """Place in `sizes` of the largest that fits; the first does, what is behind the last does
         not."""

@@ -79,7 +79,8 @@ class Uniform:
         due_s = _due_s(view, price, decodes, last_s)
         if budget.is_hopeless(mix):
             limit, due_s = budget.of_piece(mix), inf
-        prompts = _add_prompts(view, mix, room.free_blocks, limit, due_s)
+        longest = max(limit, budget.longest)
+        prompts = _add_prompts(view, mix, room.free_blocks, limit, longest, due_s)
         return Draft(
             chunks=prompts.chunks | room.decodes,
             admit=prompts.reserve,
@@ -99,6 +100,8 @@ class _Budget:
         # Of a mean microbatch of the turn.
         self._num_decodes = view.num_decoding // view.window
         self._context = view.decoding_context // view.window
+        self.longest = self._longest()
+        """Whatever there is to do."""
 
     def of_this(self) -> tuple[str, float]:
         """What bounds the microbatch, and how long it may take."""
@@ -110,17 +113,16 @@ class _Budget:
         if view.num_decoding:
             bounds["kv at length"] = self._sustained()
         bound = min(bounds, key=bounds.__getitem__)
-        even, longest = self._filled(bounds[bound]), self.longest()
+        even, longest = self._filled(bounds[bound]), self.longest
         return (bound, even) if even <= longest else ("longest", longest)
 
     def of_full(self) -> float:
         """What it would take with prompts in plenty."""
         view = self._view
         most = self._sustained() if view.num_decoding else view.limits.max_num_batched_tokens
-        return min(self.longest(), self._filled(most))
+        return min(self.longest, self._filled(most))
 
-    def longest(self) -> float:
-        """Whatever there is to do."""
+    def _longest(self) -> float:
         view = self._view
         most = view.limits.max_num_batched_tokens
         if not self._price.is_time:
@@ -133,7 +135,7 @@ class _Budget:
     def is_hopeless(self, mix: Mix) -> bool:
         """Whether no size keeps to the limit between tokens. Prompts go on all the same."""
         least = max(mix.seconds()) if mix.num_decodes else self.of_piece(mix)
-        return least > self.longest()
+        return least > self.longest
 
     def of_piece(self, mix: Mix) -> float:
         """Of the decodes and the smallest chunk that is worth it."""
@@ -269,7 +271,9 @@ class _Prompts:
     out_of_blocks: bool = False
 
 
-def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) -> _Prompts:
+def _add_prompts(
+    view: View, mix: Mix, free: int, limit: float, longest: float, due_s: float
+) -> _Prompts:
     """Chunks in order, until one does not fit whole. Prompts that KV has no room for yet let
     running ones pass, and no others."""
     prompts = _Prompts()
@@ -293,6 +297,8 @@ def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) ->
                 continue
         left = request.num_known - start
         tokens = mix.fitting(start, left, limit, due_s)
+        if not tokens and not prompts.chunks:
+            tokens = _behind_prefix(view, mix, start, left, limit, longest, due_s)
         if not tokens:
             break
         mix.add(start, tokens)
@@ -303,6 +309,19 @@ def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) ->
         if tokens < left:
             break
     return prompts
+
+
+def _behind_prefix(
+    view: View, mix: Mix, start: int, left: int, limit: float, longest: float, due_s: float
+) -> int:
+    """Positions of a prompt of which none fits, should its long prefix be what is in the way: a
+    share is that of a chunk without one. Whatever the limits, where no wait would help."""
+    piece = min(left, MIN_PIECE)
+    if mix.alone_s(start, piece) > longest or not (view.outstanding or mix.num_tokens):
+        return mix.fitting(start, piece, inf, inf)
+    if start and mix.fitting(0, piece, limit, due_s) == piece:
+        return mix.fitting(start, piece, longest, due_s)
+    return 0
 
 
 def _in_order(view: View) -> Iterator[RequestView]:

@@ -3,9 +3,11 @@
     python bench/planning.py [--policy uniform|sarathi_serve] [--microbatches 200]
 
 No stage is behind it: the engine is driven by hand with invented tokens, always with its window
-full, so the figures are the engine's alone. Each cell starts R requests with prompts of 100..500
-tokens, prefills them, and then times a steady load: R requests decode, and every fourth microbatch
-one of them is ended and a new prompt takes its place. The first tenth is warm-up. Garbage
+full, so the figures are the engine's alone; its clock is when each result would come by a cost
+model of Falcon-180B on A100s, with which `uniform` plans. Each cell starts R requests with prompts
+of 100..500 tokens, prefills them, and then times a steady load: R requests decode, 300 wait, and
+every fourth microbatch one of them is ended and a new prompt arrives. The limit between tokens is
+what a turn of full microbatches takes, so that it binds. The first tenth is warm-up. Garbage
 collection stays on, as in a run. Columns: decodes and prefill tokens in a microbatch (means), then
 microseconds. Compare the growth down a column with the growth of the microbatch: `plan` has to
 follow the second, not the number of requests that run.
@@ -17,75 +19,99 @@ import statistics
 import time
 from collections import deque
 
+from pipeserve.configs.device_profiles import load_profile
+from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.cost import PipelineCost
 from pipeserve.core.engine import Engine, Limits
+from pipeserve.core.forecast import Forecast
 from pipeserve.core.nouns import Microbatch, Request, RequestId, SamplingParams, StepResult
 from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import POLICIES, get_policy
+from pipeserve.core.work import Work
 
 RUNNING = (10, 100, 1_000, 10_000)
-STAGES = (1, 8, 64)
+STAGES = (2, 4, 8, 16, 32, 64)
+WAITING = 300
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 4096
 
 
 class Load:
-    """One engine under a steady load; its clock is the count of microbatches."""
+    """One engine under a steady load; its clock is what the cost model predicts."""
 
     def __init__(self, policy: str, num_running: int, num_stages: int):
-        budget = max(2048, -(-num_running // num_stages) + 512)
+        shape = load_shape("falcon-180b")
+        plan = split_layers(shape.num_layers, num_stages)
+        self.cost = PipelineCost(load_profile("a100-80gb-dgx"), shape, plan)
+        num_decodes = -(-num_running // num_stages)
+        full = Work(num_decodes + 512, num_decodes, ((0, 512),), num_decodes, 400 * num_decodes)
         limits = Limits(
             num_blocks=num_running * 1500 // BLOCK_SIZE + 1000,
             block_size=BLOCK_SIZE,
             max_num_seqs=num_running,
-            max_num_batched_tokens=budget,
+            max_num_batched_tokens=max(2048, num_decodes + 512),
             max_model_len=MAX_MODEL_LEN,
+            max_tbt_s=num_stages * max(self.cost.seconds(full)),
         )
-        plan = split_layers(num_stages, num_stages)
-        self.engine = Engine(plan, get_policy(policy), limits)
+        self.engine = Engine(plan, get_policy(policy), limits, self.cost)
+        self.forecast = Forecast(num_stages)
+        self.now = 0.0
+        self.num_running = num_running
         self.random = random.Random(0)
         self.flying: deque[Microbatch] = deque()
-        self.started: set[RequestId] = set()
+        self.started: deque[RequestId] = deque()
+        self.begun: set[RequestId] = set()
         self.next_id = 0
-        for _ in range(num_running):
+        for _ in range(num_running + WAITING):
             self.add()
 
     def add(self) -> None:
         length = self.random.randint(100, 500)
         prompt = tuple(self.random.randrange(50_000) for _ in range(length))
         params = SamplingParams(max_tokens=MAX_MODEL_LEN)
-        self.engine.add(Request(id=RequestId(self.next_id), prompt=prompt, params=params), 0.0)
+        self.engine.add(Request(id=RequestId(self.next_id), prompt=prompt, params=params), self.now)
         self.next_id += 1
 
     def replace_one(self) -> None:
-        """The oldest request ends, and another arrives."""
-        self.engine.finish(RequestId(self.next_id - self.engine.num_unfinished), "abort", 0.0)
+        """The request that got its first token first ends, and another arrives."""
+        self.engine.finish(self.started.popleft(), "abort", self.now)
         self.add()
 
     def plan(self) -> Microbatch | None:
-        planned = self.engine.plan(0.0)
-        if not isinstance(planned, Microbatch):
-            return None
+        planned = self.engine.plan(self.now)
+        return planned if isinstance(planned, Microbatch) else None
+
+    def send(self, planned: Microbatch) -> None:
         self.flying.append(planned)
-        return planned
+        seconds = self.cost.predict(planned).seconds
+        sources = {c.token_from for c in planned.chunks if c.token_from is not None}
+        ready_s = max([self.now, *map(self.forecast.known_s, sources)])
+        self.forecast.planned(planned.index, seconds, ready_s)
 
     def complete(self) -> float:
         """Completes the oldest microbatch with invented tokens; microseconds of the call."""
         microbatch = self.flying.popleft()
+        self.now = self.forecast.known_s(microbatch.index)
+        self.forecast.completed(microbatch.index, self.now)
         sampled = sum(chunk.num_logits for chunk in microbatch.chunks)
         tokens = tuple(self.random.randrange(50_000) for _ in range(sampled))
         result = StepResult(microbatch.index, tokens)
-        elapsed, outputs = timed_us(lambda: self.engine.complete(result, 0.0))
-        self.started.update(output.request_id for output in outputs)
+        elapsed, outputs = timed_us(lambda: self.engine.complete(result, self.now))
+        new = [o.request_id for o in outputs if o.request_id not in self.begun]
+        self.begun.update(new)
+        self.started.extend(new)
         return elapsed
 
     def warm_up(self) -> None:
-        """Until every request has a token and the window is full."""
-        while len(self.started) < self.next_id:
-            while self.plan():
-                pass
+        """Until as many requests as may run have a token, and the window is full."""
+        while len(self.started) < self.num_running:
+            self.fill()
             self.complete()
-        while self.plan():
-            pass
+        self.fill()
+
+    def fill(self) -> None:
+        while (planned := self.plan()) is not None:
+            self.send(planned)
 
 
 def timed_us(call):
@@ -106,6 +132,7 @@ def measure(policy: str, num_running: int, num_stages: int, num_microbatches: in
         elapsed, microbatch = timed_us(load.plan)
         if microbatch is None:
             continue  # nothing plannable: a few requests on many stages
+        load.send(microbatch)
         plan_us.append(elapsed)
         sizes = [chunk.num_tokens for chunk in microbatch.chunks]
         decodes.append(sum(size == 1 for size in sizes))

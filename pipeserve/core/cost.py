@@ -67,7 +67,10 @@ class PipelineCost:
         self._flat: dict[int, tuple[float, float, float]] = {}
         self._heads: dict[int, float] = {0: 0.0}
         self._predicted: dict[int, tuple[int, list[float]]] = {}  # size class, uncorrected seconds
+        self._kinds = tuple(dict.fromkeys(self._stages))
+        self._kind_of = tuple(map(self._kinds.index, self._stages))
         self._by_stage = [Correction() for _ in plan.stages]
+        self._factors = [1.0] * len(plan.stages)  # what these levels come to
         self._by_size: dict[int, Correction] = {}
         self._typical = 0.0  # level of sizes in use: what one that was never seen starts from
         self._flat_of(1)  # a missing all-reduce is found here, not in a run
@@ -106,6 +109,7 @@ class PipelineCost:
         if by_size is None:
             by_size = self._by_size[size_class] = Correction(self._typical)
         by_stage.update(ratio - by_size.level)
+        self._factors[stage] = exp(by_stage.level)
         by_size.update(ratio - by_stage.level)
         self._typical += _WEIGHT * (by_size.level - self._typical)
 
@@ -136,16 +140,17 @@ class PipelineCost:
         linear, all_reduce, embedding = self._flat_of(work.num_tokens)
         layer = linear + all_reduce + sum(self._attention(work))
         head, host = self._head_of(work.num_logits), self.profile.host_s
-        return [
+        by_kind = [
             layers * layer + has_head * head + has_embedding * embedding + host
-            for layers, has_head, has_embedding in self._stages
+            for layers, has_head, has_embedding in self._kinds
         ]
+        return [by_kind[kind] for kind in self._kind_of]
 
     def _corrected(self, num_tokens: int, raw: list[float]) -> tuple[float, ...]:
         by_size = self._by_size.get(_size_class(num_tokens))
-        shift = by_size.level if by_size else self._typical
-        pairs = zip(raw, self._by_stage, strict=True)
-        return tuple([seconds * exp(shift + by_stage.level) for seconds, by_stage in pairs])
+        factor = exp(by_size.level if by_size else self._typical)
+        pairs = zip(raw, self._factors, strict=True)
+        return tuple([seconds * (factor * of_stage) for seconds, of_stage in pairs])
 
     def _flat_of(self, num_tokens: int) -> tuple[float, float, float]:
         """What follows from the number of tokens alone: linear and all-reduce seconds of a layer,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import inf
 
+from pipeserve.core.kernels import TILE
 from pipeserve.core.view import RequestView, View
 from pipeserve.core.work import Work
 
@@ -56,14 +57,29 @@ class Mix:
 
     def fitting(self, start: int, most: int, limit: float, due_s: float) -> int:
         """How many of the next `most` positions of a prompt, from `start` on, fit: the microbatch
-        takes no longer than `limit` on any stage and is through by `due_s`."""
+        takes no longer than `limit` on any stage and is through by `due_s`. Time steps up behind a
+        whole tile: it is mostly there that no more fits, so tiles are tried first."""
         most = min(most, self._most_tokens - self.num_tokens)
         if most <= 0 or self._fits(start, most, limit, due_s):
             return max(most, 0)
-        fits, too_many = 0, most
+        tiles = [0, *range(TILE - self.num_tokens % TILE, most, TILE), most]
+        place = self._last_fitting(start, tiles[:-1], limit, due_s)
+        behind = range(tiles[place], tiles[place + 1])
+        if len(behind) == 1 or not self._fits(start, behind[1], limit, due_s):
+            return behind[0]
+        return behind[1 + self._last_fitting(start, behind[1:], limit, due_s)]
+
+    def alone_s(self, start: int, tokens: int) -> float:
+        """Of a chunk, in a microbatch of its own, on the slowest stage."""
+        return max(self._price.of(0, 0, ((start, tokens),)))
+
+    def _last_fitting(self, start: int, sizes: Sequence[int], limit: float, due_s: float) -> int:
+        """Place in `sizes` of the largest that fits; the first does, what is behind the last does
+        not."""
+        fits, too_many = 0, len(sizes)
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
-            if self._fits(start, middle, limit, due_s):
+            if self._fits(start, sizes[middle], limit, due_s):
                 fits = middle
             else:
                 too_many = middle

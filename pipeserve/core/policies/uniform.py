@@ -20,8 +20,9 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
 It plans one microbatch ahead. How it came about, and what it gives: docs/schedules.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop
 from itertools import islice
 from math import inf
 
@@ -78,7 +79,8 @@ class Uniform:
         due_s = _due_s(view, price, decodes, last_s)
         if budget.is_hopeless(mix):
             limit, due_s = budget.of_piece(mix), inf
-        prompts = _add_prompts(view, mix, room.free_blocks, limit, due_s)
+        longest = max(limit, budget.longest)
+        prompts = _add_prompts(view, mix, room.free_blocks, limit, longest, due_s)
         return Draft(
             chunks=prompts.chunks | room.decodes,
             admit=prompts.reserve,
@@ -98,6 +100,8 @@ class _Budget:
         # Of a mean microbatch of the turn.
         self._num_decodes = view.num_decoding // view.window
         self._context = view.decoding_context // view.window
+        self.longest = self._longest()
+        """Whatever there is to do."""
 
     def of_this(self) -> tuple[str, float]:
         """What bounds the microbatch, and how long it may take."""
@@ -109,17 +113,16 @@ class _Budget:
         if view.num_decoding:
             bounds["kv at length"] = self._sustained()
         bound = min(bounds, key=bounds.__getitem__)
-        even, longest = self._filled(bounds[bound]), self.longest()
+        even, longest = self._filled(bounds[bound]), self.longest
         return (bound, even) if even <= longest else ("longest", longest)
 
     def of_full(self) -> float:
         """What it would take with prompts in plenty."""
         view = self._view
         most = self._sustained() if view.num_decoding else view.limits.max_num_batched_tokens
-        return min(self.longest(), self._filled(most))
+        return min(self.longest, self._filled(most))
 
-    def longest(self) -> float:
-        """Whatever there is to do."""
+    def _longest(self) -> float:
         view = self._view
         most = view.limits.max_num_batched_tokens
         if not self._price.is_time:
@@ -132,7 +135,7 @@ class _Budget:
     def is_hopeless(self, mix: Mix) -> bool:
         """Whether no size keeps to the limit between tokens. Prompts go on all the same."""
         least = max(mix.seconds()) if mix.num_decodes else self.of_piece(mix)
-        return least > self.longest()
+        return least > self.longest
 
     def of_piece(self, mix: Mix) -> float:
         """Of the decodes and the smallest chunk that is worth it."""
@@ -208,13 +211,13 @@ def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
 
 def _tokens_per_position(view: View, price: Price) -> float:
     """What reading a position of context costs, as a share of what a token does in the linear
-    layers when there are many."""
+    layers when there are many. (A mean: the slope of a learnt cost may be nil or less.)"""
     if not price.is_time or not view.decoding_context:
         return 0.0
     num_decodes, context = view.num_decoding // view.window + 1, view.decoding_context
     reads = price.on_bottleneck(num_decodes, context) - price.on_bottleneck(num_decodes, 0)
-    tokens = price.on_bottleneck(8 * TILE, 0) - price.on_bottleneck(4 * TILE, 0)
-    return reads / context / (tokens / (4 * TILE))
+    tokens = price.on_bottleneck(8 * TILE, 0)
+    return reads / context / (tokens / (8 * TILE))
 
 
 def _last_token_s(view: View, decode: RequestView) -> float:
@@ -268,16 +271,21 @@ class _Prompts:
     out_of_blocks: bool = False
 
 
-def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) -> _Prompts:
+def _add_prompts(
+    view: View, mix: Mix, free: int, limit: float, longest: float, due_s: float
+) -> _Prompts:
     """Chunks in order, until one does not fit whole. Prompts that KV has no room for yet let
     running ones pass, and no others."""
     prompts = _Prompts()
-    seats = view.limits.max_num_seqs - len(view.running)
+    seats, num_begun = view.limits.max_num_seqs - len(view.running), len(view.prefills)
     for request in _in_order(view):
         start, missing = request.num_planned, 0
         is_waiting = request.id in view.waiting
+        num_begun -= not is_waiting
         if is_waiting:
             if len(prompts.reserve) == seats or prompts.out_of_blocks:
+                if not num_begun:
+                    break
                 continue
             prefix = view.prefix(request.id)
             start = prefix.num_tokens
@@ -289,6 +297,8 @@ def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) ->
                 continue
         left = request.num_known - start
         tokens = mix.fitting(start, left, limit, due_s)
+        if not tokens and not prompts.chunks:
+            tokens = _behind_prefix(view, mix, start, left, limit, longest, due_s)
         if not tokens:
             break
         mix.add(start, tokens)
@@ -301,10 +311,30 @@ def _add_prompts(view: View, mix: Mix, free: int, limit: float, due_s: float) ->
     return prompts
 
 
-def _in_order(view: View) -> list[RequestView]:
+def _behind_prefix(
+    view: View, mix: Mix, start: int, left: int, limit: float, longest: float, due_s: float
+) -> int:
+    """Positions of a prompt of which none fits, should its long prefix be what is in the way: a
+    share is that of a chunk without one. Whatever the limits, where no wait would help."""
+    piece = min(left, MIN_PIECE)
+    if mix.alone_s(start, piece) > longest or not (view.outstanding or mix.num_tokens):
+        return mix.fitting(start, piece, inf, inf)
+    if start and mix.fitting(0, piece, limit, due_s) == piece:
+        return mix.fitting(start, piece, longest, due_s)
+    return 0
+
+
+def _in_order(view: View) -> Iterator[RequestView]:
     """Prompts that may go on or start now. A prompt's whole length counts, so that its place does
     not change with its chunks."""
-    waiting = islice(view.waiting.values(), COMPARED)
-    prompts = [*view.prefills.values(), *[each for each in waiting if not each.num_outstanding]]
-    prompts.sort(key=lambda request: request.arrived + PATIENCE_S * request.num_known)
-    return prompts
+    prompts = list(view.prefills.values())
+    if len(view.running) < view.limits.max_num_seqs:
+        waiting = islice(view.waiting.values(), COMPARED)
+        prompts += [each for each in waiting if not each.num_outstanding]
+    by_turn = [
+        (request.arrived + PATIENCE_S * request.num_known, place, request)
+        for place, request in enumerate(prompts)
+    ]
+    heapify(by_turn)  # few are looked at: most of a sort would be for nothing
+    while by_turn:
+        yield heappop(by_turn)[-1]

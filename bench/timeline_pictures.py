@@ -3,7 +3,7 @@ them.
 
     python bench/timeline_pictures.py [CAUSE ...]
 
-Each is the clearest of a few runs on three stages: the part of it in which the cause takes most,
+Each is the clearest of several runs on three stages: the part of it in which the cause takes most,
 drawn by report.html in a headless Chromium, with a legend of what can be seen there. Needs
 Chromium; better looking on a machine with a core for each stage.
 """
@@ -45,7 +45,7 @@ from pipeserve.profiling.recording import Recording
 from pipeserve.profiling.simulator import Arrival
 
 FOLDER = Path(__file__).parents[1] / "docs" / "timeline"
-RUNS = 3
+RUNS = 8
 WIDTH = 1200
 SHOWN = 0.012
 """Of the time that is seen: what takes less is left out of the legend."""
@@ -171,10 +171,10 @@ def part(ledger: Ledger, picture: Picture) -> tuple[float, float, float]:
     sums = np.array([by_cause[i : i + seen].sum(axis=0) for i in range(bins - seen + 1)])
     own = sums[:, list(CAUSES).index(picture.cause)]
     others = sums.sum(axis=1) - own
-    best = int((own - 0.5 * others).argmax())
+    best = int((own - 2 * others).argmax())
     step_s = ledger.seconds / bins
     from_s = best * step_s
-    return from_s, from_s + seen * step_s, float((own - 0.5 * others)[best])
+    return from_s, from_s + seen * step_s, float((own - 2 * others)[best])
 
 
 def clearest(stages: Stages, picture: Picture) -> tuple[Recording, Ledger, float, float]:

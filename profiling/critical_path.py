@@ -230,8 +230,8 @@ class Walk:
         self.busy_s[stage] += max(end_s - begin_s, 0.0)
 
     def _received(self, index: int) -> Event:
-        """The driver took up a result: when it came, or when the driver had done what it was at
-        (the latest plan, or something else that kept it)."""
+        """The driver took up a result: when it came, or when the driver had done what it was at:
+        the latest plan, or, where that was sent before, something that kept it for a while."""
         completed, event = self.completed.get(index), self.ends[-1].get(index)
         vector, time_s = self.sent
         if completed is None:
@@ -240,6 +240,8 @@ class Walk:
         if event is None:
             return _later(vector, _UNKNOWN, received_s - time_s), received_s
         if completed.waiting_s > event[1]:
+            if event[1] > time_s:
+                vector, time_s = event
             vector = _later(vector, _PLANNING, completed.waiting_s - time_s)
             return _later(vector, _CONTROL, received_s - completed.waiting_s), received_s
         return _later(event[0], _CONTROL, received_s - event[1]), received_s

@@ -336,6 +336,18 @@ def test_a_short_prompt_long_ago_does_not_make_a_long_one_its_like(noise):
     assert_is("prefill_vs_decode", *added(base, planted))
 
 
+def test_a_driver_that_looked_up_for_a_moment_had_not_been_planning_all_the_while():
+    """It took up a message just before each result, and was not back at once."""
+    scene = Scene(times=times(0.0, slow_hops={1: 0.03}), policy="sarathi_serve")
+    recording = record(scene)
+    idle = idle_of(explain(recording))
+    recording.completed[:] = [c._replace(waiting_s=c.received_s) for c in recording.completed]
+    found = idle_of(explain(recording))
+    moved_s = found["planning"] - idle["planning"]
+    assert 0 < moved_s < 0.01 * sum(idle.values())
+    assert idle["control"] - found["control"] == pytest.approx(moved_s, rel=0.1)
+
+
 # ---- what must hold of any run ------------------------------------------------------------------
 
 

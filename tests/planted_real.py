@@ -22,11 +22,11 @@ from typing import Any
 from unittest import mock
 
 from late_links import LateLinks
+from other_engine import go_on_under
 
 from pipeserve import control
 from pipeserve.configs import make_config
 from pipeserve.core.engine import Engine
-from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Request, SamplingParams
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Record
@@ -143,8 +143,8 @@ class Stages:
         plan = self.driver.plan
         plan = type(plan)(plan.stages, scene.window or plan.window)
         driver = self.driver
-        driver.engine = Engine(plan, Pausing(policy, scene.pauses_s), limits)
-        driver.journal = Journal(driver.engine, self._records.append)
+        engine = Engine(plan, Pausing(policy, scene.pauses_s), limits)
+        go_on_under(driver, engine, self._records.append)
 
     def _run(self, scene: Scene) -> None:
         """Adds each request when it is due, and polls."""
@@ -255,7 +255,7 @@ class Plant:
 SMALL = {"num_hidden_layers": 4, "max_position_embeddings": 4096}
 """Of the model whose microbatches take a millisecond: nothing beside what is waited for."""
 SMALL_LIMITS = {"max_num_batched_tokens": 2048}
-FEW = Scene(arrivals=(Arrival(0.0, 16, 8),) * 8)
+FEW = Scene(arrivals=(Arrival(0.0, 16, 7),) * 8)
 FEWER = Scene(arrivals=(Arrival(0.0, 16, 5),) * 8)
 MANY_STEPS = Scene(arrivals=(Arrival(0.0, 16, 120),) * 8)
 

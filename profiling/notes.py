@@ -33,7 +33,10 @@ def _seen(recording: Recording, ledger: Ledger | None) -> Iterator[str]:
         yield f"stage {fault.stage} was lost after {at_s:,.3f} s: {fault.reason}"
     under_way = len(recording.arrived) - len(recording.ended)
     if under_way > 0:
-        yield f"{under_way:,} of {len(recording.arrived):,} requests had not ended"
+        yield (
+            f"{under_way:,} of {len(recording.arrived):,} requests had not ended: the run was "
+            "killed, or its records were lost"
+        )
 
 
 def _num_out_of_order(spans: Sequence[Span]) -> int:

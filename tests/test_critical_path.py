@@ -13,7 +13,15 @@ from pipeserve.core.records import Arrived, Completed, Fault, Planned, Span
 from pipeserve.profiling.causes import CAUSES
 from pipeserve.profiling.ledger import Ledger, explain
 from pipeserve.profiling.recording import recording_of
-from pipeserve.profiling.step_parts import StepParts
+from pipeserve.profiling.step_parts import (
+    BASE,
+    CONTEXT,
+    DECODES,
+    IMBALANCE,
+    PREFILL,
+    StepParts,
+    counts_of,
+)
 
 
 def plan(index, sent_s, after=-1, *, waited_for="", woken_s=None, requests=(0,), there=(0, 2)):
@@ -186,6 +194,45 @@ def test_a_run_without_its_beginning_starts_when_every_stage_had_begun():
     assert ledger.busy_s == pytest.approx([3.0, 4.0])
 
 
+# ---- what is asked of a ledger -------------------------------------------------------------------
+
+
+def pauses() -> tuple[list, Ledger]:
+    """Steps of 1 s behind waits of 1, 2 and 3 s for requests 1, 2 and both; 9 s in all."""
+    records, at = [plan(0, 0.0), span(0, 0, 0.0, -inf, 0.0, 1.0), done(0, 1.0)], 1.0
+    for k, requests in ((1, (1,)), (2, (2,)), (3, (1, 2))):
+        at += k
+        records += [plan(k, at, waited_for="no_requests", requests=requests)]
+        records += [span(0, k, at, -inf, at, at + 1), done(k, at + 1)]
+        at += 1
+    return records, ledger_of(1, *records)
+
+
+def test_idle_time_by_microbatch_and_by_request():
+    """All requests of a microbatch waited for it. What follows the last one is of none."""
+    records, ledger = pauses()
+    by_microbatch = {k: sum(seconds) for k, seconds in ledger.by_microbatch().items()}
+    assert by_microbatch == pytest.approx({1: 1.0, 2: 2.0, 3: 3.0})
+    recording = recording_of(records, 1, {})
+    by_request = {k: sum(seconds) for k, seconds in ledger.by_request(recording).items()}
+    assert by_request == pytest.approx({0: 0.0, 1: 1.0 + 3.0, 2: 2.0 + 3.0})
+
+
+def test_nothing_is_put_down_to_a_microbatch_behind_the_last():
+    records = [plan(0, 0.0), span(0, 0, 0.0, -inf, 0.0, 1.0), done(0, 1.5)]
+    ledger = ledger_of(1, *records)
+    assert sum(ledger.idle_s(0).values()) == pytest.approx(0.5)
+    assert ledger.by_microbatch() == {}
+
+
+def test_idle_time_over_time_lies_where_it_was():
+    """Idle from 1 to 2, 3 to 5 and 6 to 9, of 10 s in all: by bins of 2 s."""
+    _, ledger = pauses()
+    assert ledger.seconds == pytest.approx(10.0)
+    waits = ledger.over_time(5)[0][:, list(CAUSES).index("no_requests")]
+    assert waits == pytest.approx([1.0, 1.0, 1.0, 2.0, 1.0])
+
+
 # ---- parts of a step -----------------------------------------------------------------------------
 
 
@@ -200,3 +247,33 @@ def test_a_step_whose_core_was_taken_in_its_head_does_not_spoil_the_fit():
     parts = StepParts.fit(recording_of(records, 1, {}))
     [of_stage] = parts.parts(work_of(records[0]))
     assert sum(of_stage) == pytest.approx(0.9)
+
+
+def prefill(index, start, tokens):
+    planned = plan(index, 2.0 * index)
+    return planned._replace(chunks=(Chunk(0, start, start + tokens, (), None, 1),))
+
+
+def test_what_a_step_counts():
+    """Position 10 to 13 see 10 to 13 before them and half of themselves: 4 x (10 + 2) pairs."""
+    assert counts_of(work_of(prefill(0, 10, 4))) == (1.0, 4, 48.0, 0, 0)
+    assert counts_of(work_of(plan(5, 0.0, requests=(1, 2)))) == (1.0, 0, 0, 2, 32)
+
+
+def test_what_the_form_misses_at_a_size_is_prefill_and_no_imbalance():
+    """10 ms a token; at 33 to 48 tokens, one and a half times that, on both stages. The second one
+    is twice as slow: each is half a stage off the mean, of the measured time."""
+    records, of_size = [], []
+    for k in range(60):
+        tokens = (20, 40, 100, 200)[k % 4]
+        seconds = 0.01 * tokens * (1.5 if tokens == 40 else 1.0)
+        planned, at = prefill(k, 0, tokens), 100.0 * k
+        records += [planned, span(0, k, at, at, at, at + seconds)]
+        records += [span(1, k, at, at + seconds, at + 10, at + 10 + 2 * seconds)]
+        of_size += [planned] if tokens == 40 else []
+    parts = StepParts.fit(recording_of(records, 2, {})).parts(work_of(of_size[0]))
+    assert [sum(of_stage) for of_stage in parts] == pytest.approx([0.6, 1.2], rel=0.02)
+    for of_stage, imbalance in zip(parts, (-0.3, 0.3), strict=True):
+        assert of_stage[PREFILL] + of_stage[BASE] == pytest.approx(0.9, rel=0.02)
+        assert of_stage[IMBALANCE] == pytest.approx(imbalance, rel=0.04)
+        assert of_stage[DECODES] == of_stage[CONTEXT] == 0.0

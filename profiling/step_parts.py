@@ -74,7 +74,8 @@ class StepParts:
             thetas.append(theta)
             fitted = design @ theta
             fitted = np.where(fitted > 0, fitted, measured)  # counts that no other step had
-            for span, ratio in zip(known, measured / fitted, strict=True):
+            over_fitted = np.divide(measured, fitted, out=np.ones_like(fitted), where=fitted > 0)
+            for span, ratio in zip(known, over_fitted, strict=True):
                 ratios.setdefault(_size_class(works[span.index]), []).append(ratio)
         found = [theta for theta in thetas if theta is not None]
         mean = np.mean(found, axis=0) if found else np.zeros(5)

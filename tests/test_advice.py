@@ -507,7 +507,7 @@ def test_the_terminal_shows_errors_changes_and_flags(advice):
     first = advice.suggestions[0]
     assert first.change.how in text and f"{first.tokens_gain:+.1%}" in text
     assert f"{advice.tokens_error:+.1%}" in text
-    assert "replica" in text and "no flag changes these" in text
+    assert "replica, an upper bound" in text and "no flag changes these" in text
 
 
 def test_the_report_is_json(advice):

@@ -323,6 +323,19 @@ def test_a_late_link_that_a_slow_stage_hides_is_not_blamed():
     assert_is("stage_imbalance", difference, total)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_a_short_prompt_long_ago_does_not_make_a_long_one_its_like(noise):
+    """The first group's prompts are on the path to an end and not on that to the next start, which
+    an arrival led to. What that leaves owing is milliseconds, not a step with prompts."""
+    groups = [Arrival(0.015 * (i // 4), 16, 200) for i in range(8)]
+    long = [Arrival(0.5 * (1 + i), 4096, 1) for i in range(4)]
+    base, planted = [
+        Scene(times=times(noise, 2), arrivals=arrivals, policy="hybrid_only", limits=BIG)
+        for arrivals in (groups, [*groups, *long])
+    ]
+    assert_is("prefill_vs_decode", *added(base, planted))
+
+
 # ---- what must hold of any run ------------------------------------------------------------------
 
 

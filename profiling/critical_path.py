@@ -223,11 +223,14 @@ class Walk:
         return _later(vector, _UNKNOWN, time_s - there_s)
 
     def _end(self, span: Span, event: Event) -> None:
+        """No moment counts twice, also where damaged spans overlap or run backwards."""
         stage = span.stage
-        self.last[stage] = self.ends[stage][span.index] = event
+        self.ends[stage][span.index] = event
         self.ends[stage].pop(span.index - _KEPT, None)
-        begin_s, end_s = max(span.start_s, self.start_s), min(span.end_s, self.stop_s)
+        free_s = self.last[stage][1]
+        begin_s, end_s = max(span.start_s, free_s), min(span.end_s, self.stop_s)
         self.busy_s[stage] += max(end_s - begin_s, 0.0)
+        self.last[stage] = event[0], max(span.end_s, span.start_s, free_s)
 
     def _received(self, index: int) -> Event:
         """The driver took up a result: when it came, or when the driver had done what it was at:
@@ -340,7 +343,9 @@ def _split(wanted: Vector, seconds: float) -> Vector:
     """An interval by component: what is below 0 is taken off the others in proportion."""
     positive = [value if value > 0 else 0.0 for value in wanted]
     total = sum(positive)
-    scale = seconds / total if total > 0 and seconds > 0 else 0.0
+    if not total:  # the records contradict each other
+        positive[_UNKNOWN] = total = 1.0
+    scale = max(seconds, 0.0) / total
     return [value * scale for value in positive]
 
 

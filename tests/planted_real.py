@@ -255,7 +255,7 @@ class Plant:
 SMALL = {"num_hidden_layers": 4, "max_position_embeddings": 4096}
 """Of the model whose microbatches take a millisecond: nothing beside what is waited for."""
 SMALL_LIMITS = {"max_num_batched_tokens": 2048}
-FEW = Scene(arrivals=(Arrival(0.0, 16, 7),) * 8)
+FEW = Scene(arrivals=(Arrival(0.0, 16, 8),) * 8)
 FEWER = Scene(arrivals=(Arrival(0.0, 16, 5),) * 8)
 MANY_STEPS = Scene(arrivals=(Arrival(0.0, 16, 120),) * 8)
 

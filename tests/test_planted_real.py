@@ -3,14 +3,14 @@
 Added idle is that of all stages of the planted run, less that of the run without it.
 
 `WAITS` are 150 ms and more beside microbatches of a millisecond, and no one computes meanwhile:
-what other processes do on the machine adds little to them, but for a stage that wakes up late. `WORK` is computed, and the wall time of
-that belongs to whoever has the core: where two stages share two cores with others (continuous
-integration, a colleague's build), half of it is `jitter`, and late wake-ups make links and messages
-late. That is so, and it is not what was planted; so these are held against the causes that a busy
-machine does not bring. Where one stage loses the core's caches to others and the other does not, the
-one is slower even by thread CPU time. So plants have three tries, each beside a baseline of its own;
-an attribution that is wrong is wrong in all. `bench/planted_causes.py` has the shares of all causes,
-for a machine of one's own.
+what other processes do on the machine adds little to them, but for a stage that wakes up late.
+`WORK` is computed, and the wall time of that belongs to whoever has the core: where two stages
+share two cores with others (continuous integration, a colleague's build), half of it is `jitter`,
+and late wake-ups make links and messages late. That is so, and it is not what was planted; so these
+are held against the causes that a busy machine does not bring. Where one stage loses the core's
+caches to others and the other does not, the one is slower even by thread CPU time. So plants have
+three tries, each beside a baseline of its own; an attribution that is wrong is wrong in all.
+`bench/planted_causes.py` has the shares of all causes, for a machine of one's own.
 """
 
 from contextlib import suppress

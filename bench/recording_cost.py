@@ -25,10 +25,10 @@ import msgspec
 
 from pipeserve import control
 from pipeserve.configs import make_config
+from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, RequestId
 from pipeserve.core.records import Completed, Recorder, Span, ignore
 from pipeserve.driver import Driver
-from pipeserve.journal import Journal
 from pipeserve.launch.bench import replay
 from pipeserve.launch.record import both, meta_of_driver
 from pipeserve.profiling.recording import Ring

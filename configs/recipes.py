@@ -1,6 +1,6 @@
 """Recipes: YAML files whose keys are RunConfig's fields. Shipped ones are named by their stem."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,6 +43,22 @@ def load_recipe(name_or_file: str) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return recipe
+
+
+def write_recipe(config: RunConfig, always: Collection[str], comment: str) -> str:
+    """The text of a recipe that makes this config: `comment`, what is not at its default, and
+    `always` these fields, where they are set."""
+    values = {item.name: getattr(config, item.name) for item in fields(RunConfig)}
+    kept = {
+        item.name: values[item.name]
+        for item in fields(RunConfig)
+        if values[item.name] != item.default or item.name in always
+        if values[item.name] is not None
+    }
+    if config.pipeline_layers is not None:
+        kept["pipeline_layers"] = ",".join(map(str, config.pipeline_layers))
+    lines = "".join(f"# {line}\n" for line in comment.splitlines())
+    return lines + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
 def make_config(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:

@@ -22,6 +22,18 @@ from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError, PipeserveError
 from pipeserve.launch import starting
 from pipeserve.launch.flags import given, run_flags, sampling_flags, with_flags
+from pipeserve.launch.options import (
+    Explain,
+    JsonTo,
+    Lengths,
+    Live,
+    Model,
+    NumLengths,
+    OverwriteOutput,
+    Recipe,
+    RecordTo,
+    Scale,
+)
 
 if TYPE_CHECKING:
     from pipeserve.driver import Driver
@@ -34,29 +46,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str | None,
-    typer.Argument(
-        help="Folder, GGUF file, hub id (org/name or org/name@revision), or smollm2-135m.",
-        show_default=False,
-    ),
-]
-Recipe = Annotated[
-    str | None,
-    typer.Option("--config", help="Recipe, by name or as a YAML file.", show_default=False),
-]
-RecordTo = Annotated[
-    Path | None,
-    typer.Option("--record", help="Folder to write the run's recording to.", show_default=False),
-]
-Live = Annotated[
-    bool,
-    typer.Option("--live", help="Show stages, microbatches and idle by cause while it runs."),
-]
-Explain = Annotated[
-    bool, typer.Option("--explain", help="Say on stderr why each microbatch looks as it does.")
-]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,14 +180,12 @@ def bench(
     num_prompts: Annotated[
         int | None, typer.Option(help="Requests; all of a file, 64 of a distribution.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Divide the lengths of a trace by this.")] = 1.0,
+    scale: Scale = 1.0,
     rate: Annotated[
         float | None, typer.Option(help="Requests a second (Poisson); by default all at once.")
     ] = None,
     repeat: Annotated[int, typer.Option(help="Runs; the median one is reported.", min=1)] = 1,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here, too.")
-    ] = None,
+    json_file: JsonTo = None,
     record: RecordTo = None,
     live: Live = False,
     explain: Explain = False,
@@ -247,9 +234,7 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="YAML file to write the profile to.")] = Path(
         "device-profile.yaml"
     ),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
-    ] = False,
+    overwrite: OverwriteOutput = False,
     config: Recipe = None,
     **flags: Any,
 ) -> int:
@@ -285,13 +270,9 @@ def calibrate(
 @with_flags(*run_flags())
 def simulate(
     model: Model = None,
-    workload: Annotated[
-        str, typer.Option(help="Trace, JSONL of token ids, or sharegpt, arxiv, azure-conv.")
-    ] = "sharegpt",
-    num_prompts: Annotated[
-        int | None, typer.Option(help="Requests; all of a file, 1000 of a distribution.")
-    ] = None,
-    scale: Annotated[float, typer.Option(help="Divide the lengths of a trace by this.")] = 1.0,
+    workload: Lengths = "sharegpt",
+    num_prompts: NumLengths = None,
+    scale: Scale = 1.0,
     rate: Annotated[
         float | None, typer.Option(help="Requests a second (Poisson); by default the workload's.")
     ] = None,
@@ -323,9 +304,7 @@ def simulate(
     fast_network: Annotated[
         bool, typer.Option("--fast-network", help="Of --place: KV may go between nodes.")
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here, too.")
-    ] = None,
+    json_file: JsonTo = None,
     record: RecordTo = None,
     explain: Explain = False,
     config: Recipe = None,
@@ -372,6 +351,52 @@ def simulate(
 
 
 @app.command()
+@with_flags(*run_flags())
+def tune(
+    model: Model = None,
+    workload: Lengths = "sharegpt",
+    num_prompts: NumLengths = None,
+    scale: Scale = 1.0,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second to serve; by default as many as can be.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs to use; by default as many as the run has.", min=1)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="YAML file to write the best recipe to; else it is printed.")
+    ] = None,
+    overwrite: OverwriteOutput = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option("--processes", help="To search with; by default one a core.", min=1),
+    ] = None,
+    json_file: JsonTo = None,
+    config: Recipe = None,
+    **flags: Any,
+) -> int:
+    """Search the layout, layer split, window and policy that serve a workload best within
+    --slo-tbt, on virtual time. What is given as a flag is not searched."""
+    from pipeserve.launch import tune as verb
+    from pipeserve.launch.jsonl import check_writable
+    from pipeserve.launch.workload import read_workload
+    from pipeserve.shapes import find_shape
+
+    run_config = _run_config(model, config, flags)
+    work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
+    if output is not None and output.exists() and not overwrite:
+        raise ConfigError(f"{output} exists; give --overwrite, or another --output")
+    for path in filter(None, (output, json_file)):
+        check_writable(path)
+    shape = find_shape(run_config.model, run_config.dtype)
+    fixed = given(RunConfig, flags)
+    report = verb.tune(run_config, shape, work, rate, gpus, fixed, num_processes, output)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+@app.command()
 def report(
     folders: Annotated[
         list[Path],
@@ -380,9 +405,7 @@ def report(
     html_file: Annotated[
         Path | None, typer.Option("--html", help="The page; by default DIR/report.html.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here, too.")
-    ] = None,
+    json_file: JsonTo = None,
     perfetto_file: Annotated[
         Path | None,
         typer.Option("--perfetto", help="Trace for ui.perfetto.dev; by default DIR/trace.json."),

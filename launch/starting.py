@@ -50,8 +50,7 @@ def _start(
 ) -> "Driver":
     from pipeserve.driver import Driver
 
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: close what was opened
-        signal.signal(ending, _exit_on_signal)
+    exit_on_signals()
     with status("looking for the model") as say:
         driver = Driver(make_setup(say), say, record)
     print(describe(driver), file=sys.stderr)
@@ -88,6 +87,12 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status(text) as shown:
         yield lambda text: shown.update(Text(text))  # names may have [brackets]
+
+
+def exit_on_signals() -> None:
+    """From now on, what ends the command does so as Ctrl-C does: what was opened is closed."""
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _exit_on_signal)
 
 
 def _exit_on_signal(signum: int, frame: object) -> None:

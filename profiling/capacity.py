@@ -92,9 +92,10 @@ def run_trial(
     min_requests: int,
     seed: int,
     lifetimes: int = WINDOW_LIFETIMES,
+    ramp: int = RAMP_LIFETIMES,
 ) -> Trial:
     """Serves `rate` requests a second and measures a window of at least so many mean lifetimes and
-    `min_requests` arrivals, after a ramp of two lifetimes.
+    `min_requests` arrivals, after a ramp of so many.
 
     A lifetime is the mean over the workload, from what was seen of tokens and not of ended
     requests: those that have ended by some time are the short ones.
@@ -106,10 +107,8 @@ def run_trial(
         simulation.run_until(stop_s)
         lifetime_s = _lifetime_s(simulation.served, ramp_s / 2, mean_output)
         if lifetime_s is not None:
-            ramp_s = RAMP_LIFETIMES * lifetime_s
-            wanted_s = ramp_s + max(
-                lifetimes * lifetime_s, min_requests / rate, MIN_WINDOW_S
-            )
+            ramp_s = ramp * lifetime_s
+            wanted_s = ramp_s + max(lifetimes * lifetime_s, min_requests / rate, MIN_WINDOW_S)
             if stop_s >= wanted_s:
                 return _measure(simulation, rate, lifetime_s, ramp_s, stop_s)
             # Lifetimes grow while the pipeline fills: go on in steps, and ask again.

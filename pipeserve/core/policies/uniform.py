@@ -34,7 +34,7 @@ from pipeserve.core.view import Draft, RequestView, Traits, View, Why
 
 MARGIN = 0.96
 """Of the limit between tokens: the rest is for what the forecast cannot know."""
-KNEE = 0.98
+KNEE = 0.95
 """Of the most tokens a second that a microbatch of any size reaches."""
 SUSTAINED = 0.95
 """Of the KV pool that decodes fill when every microbatch is full."""
@@ -54,6 +54,9 @@ PATIENCE_S = 0.01
 """How much later another prompt may come, for each token that it is shorter, and go first."""
 COMPARED = 256
 """Waiting prompts that are put in order, those that came first: bounds what planning costs."""
+AT_MOST = 1.25
+"""Of the turn under load, as long as which a turn may take, however long the limit is: or prompts
+that come in a burst would hold decodes up, which hold their KV meanwhile."""
 HELD = 0.55
 """Of the turn under load, as long as which decodes may take in a lull."""
 
@@ -76,7 +79,7 @@ class Uniform:
         if decodes and _waits_for_more(view, price, budget, mix, last_s):
             return Draft(wait="token")
         bound, limit = budget.of_this()
-        due_s = _due_s(view, price, decodes, last_s)
+        due_s = _due_s(view, price, budget, decodes, last_s)
         if budget.is_hopeless(mix):
             limit, due_s = budget.of_piece(mix), inf
         longest = max(limit, budget.longest)
@@ -227,7 +230,9 @@ def _last_token_s(view: View, decode: RequestView) -> float:
     return view.forecast.known_s(decode.token_from) if view.cost is not None else inf
 
 
-def _due_s(view: View, price: Price, decodes: Sequence[RequestView], last_s: float) -> float:
+def _due_s(
+    view: View, price: Price, budget: _Budget, decodes: Sequence[RequestView], last_s: float
+) -> float:
     """When the microbatch has to be through: for its own decodes, and for those in flight, whose
     next turn comes behind it. inf without a limit between tokens."""
     max_tbt_s = view.limits.max_tbt_s
@@ -241,7 +246,7 @@ def _due_s(view: View, price: Price, decodes: Sequence[RequestView], last_s: flo
             turn_s = price.on_bottleneck(num_decodes, num_decodes * mean)
             last_s = min(last_s, view.forecast.known_s(other.index) - turn_s)
             break  # those behind it have more time
-    return last_s + MARGIN * max_tbt_s
+    return last_s + min(MARGIN * max_tbt_s, AT_MOST * view.window * budget.of_full())
 
 
 def _waits_for_more(view: View, price: Price, budget: _Budget, mix: Mix, last_s: float) -> bool:

@@ -260,12 +260,11 @@ def search(case: Case, traces: Path | None, quick: bool) -> dict[str, Any]:
     return {"case": asdict(case), "capacity": found, "trials": [asdict(t) for t in kept.values()]}
 
 
-def at_rates(case: Case, traces: Path | None, rates: Sequence[float]) -> dict[str, Any]:
-    """Trials at these rates."""
+def at_rate(case: Case, traces: Path | None, rate: float, quick: bool) -> Trial:
     setup, lengths = setup_of(case), lengths_of(case.workload, traces)
+    lifetimes, ramp, requests = (1, 1, 200) if quick else (5, 2, 1000)
     make = partial(make_pipeline, case, setup)
-    trials = [run_trial(make, lengths, rate, 1000, SEED, 3) for rate in rates]
-    return {"case": asdict(case), "capacity": {}, "trials": [asdict(t) for t in trials]}
+    return run_trial(make, lengths, rate, requests, SEED, lifetimes, ramp)
 
 
 def cases(layouts: Sequence[str], workloads: Sequence[str]) -> Iterator[Case]:
@@ -405,6 +404,108 @@ def tables(cache: Cache, layouts: Sequence[str], workloads: Sequence[str], trace
     return "\n\n".join(parts)
 
 
+def ablation_table(cache: Cache, traces: Path | None) -> str:
+    rows = []
+    slo_s = SLOS["strict"]
+    for case in ablation_cases():
+        entry = cache.found.get(case.key)
+        if entry is None:
+            continue
+        top = ceiling_of(setup_of(case), lengths_of(case.workload, traces), slo_s)
+        rows.append([f"{case.policy}", *_row("", "", entry, slo_s, top)[1:]])
+    return plain_table(
+        ["part", "tokens", "requests/s", "of the ceiling", "TTFT P50", "TBT P99"], rows
+    )
+
+
+def at_equal_load(cache: Cache, how: dict[str, Any]) -> str:
+    """`uniform` beside the best `sarathi_serve` of the cell, at 0.9 of the latter's capacity."""
+    rows = []
+    for entry in list(cache.found.values()):
+        case = _case_of(entry)
+        if case.policy != "uniform" or case.wrong:
+            continue
+        rivals = [
+            e
+            for e in cache.found.values()
+            if e["case"]["policy"] == "sarathi_serve"
+            and _is_of(e, case.layout, case.workload, case.slo_s)
+        ]
+        if not rivals:
+            continue
+        rival = max(rivals, key=lambda e: e["capacity"][str(case.slo_s)])
+        rate = 0.9 * rival["capacity"][str(case.slo_s)]
+        if not rate:
+            continue
+        theirs, ours = (at_rate(c, rate=rate, **how) for c in (_case_of(rival), case))
+        rows.append(
+            [
+                f"{case.layout}, {case.workload}, {case.slo_s:g} s",
+                f"{rate:.2f}",
+                f"{theirs.ttft_p50_s:.2f} s",
+                f"{ours.ttft_p50_s:.2f} s",
+                f"{ours.ttft_p50_s / theirs.ttft_p50_s:.2f}",
+                f"{theirs.ttft_p99_s:.1f} s",
+                f"{ours.ttft_p99_s:.1f} s",
+            ]
+        )
+        print(rows[-1], flush=True)
+    header = ["cell", "requests/s", "sarathi_serve P50", "uniform P50", "ratio", "P99", "P99"]
+    return plain_table(header, rows)
+
+
+def at_ninety(cache: Cache, how: dict[str, Any]) -> str:
+    """Stage-seconds of `uniform` at 0.9 of the ceiling."""
+    rows = []
+    for entry in list(cache.found.values()):
+        case = _case_of(entry)
+        if case.policy != "uniform" or case.wrong:
+            continue
+        setup, lengths = setup_of(case), lengths_of(case.workload, how["traces"])
+        top = ceiling_of(setup, lengths, case.slo_s)
+        trial = at_rate(case, rate=0.9 * top.rate, **how)
+        seconds = max(trial.busy) / trial.rate
+        rows.append(
+            [
+                f"{case.layout}, {case.workload}, {case.slo_s:g} s",
+                f"{trial.rate:.2f}",
+                f"{seconds:.3f}",
+                f"{top.stage_seconds:.3f}",
+                f"{seconds / top.stage_seconds:.3f}",
+            ]
+        )
+        print(rows[-1], flush=True)
+    header = ["cell", "requests/s", "stage-seconds a request", "the ceiling's", "ratio"]
+    return plain_table(header, rows)
+
+
+WRONG = ((1.0, 1.0), (1.3, 0.7), (0.7, 1.3), (1.3, 1.3), (0.7, 0.7))
+
+
+def wrong_table(how: dict[str, Any]) -> str:
+    """What a cost profile that is off at the start changes, at 0.9 of the ceiling."""
+    rows = []
+    for layout in LAYOUTS:
+        for factors in WRONG:
+            knobs = (("max_num_batched_tokens", UNIFORM_TOKENS),)
+            case = Case(layout, "sharegpt", "uniform", knobs, SLOS["strict"], factors)
+            setup, lengths = setup_of(case), lengths_of(case.workload, how["traces"])
+            top = ceiling_of(setup, lengths, SLOS["strict"])
+            trial = at_rate(case, rate=0.9 * top.rate, **how)
+            rows.append(
+                [
+                    layout,
+                    f"{factors[0]:g}, {factors[1]:g}",
+                    f"{trial.output_tokens_per_s:.0f}",
+                    f"{trial.tbt_p99_s:.3f} s",
+                    f"{trial.ttft_p50_s:.2f} s",
+                ]
+            )
+            print(rows[-1], flush=True)
+    header = ["layout", "products, attention off by", "output tokens/s", "TBT P99", "TTFT P50"]
+    return plain_table(header, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -417,14 +518,22 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
     parser.add_argument("--workloads", nargs="*", default=list(TRACES))
     parser.add_argument("--policies", nargs="*")
-    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--ablation", action="store_true", help="what each part brings")
+    parser.add_argument("--loads", action="store_true", help="at equal loads, and wrong profiles")
     given = parser.parse_args()
     cache = Cache(given.cache)
     wanted = list(ablation_cases() if given.ablation else cases(given.layouts, given.workloads))
     if given.policies:
         wanted = [case for case in wanted if case.policy in given.policies]
-    if not given.print:
+    if not (given.print or given.loads):
         search_all(wanted, cache, given.processes, traces=given.traces, quick=given.quick)
+    if given.loads:
+        how = {"traces": given.traces, "quick": given.quick}
+        print(at_equal_load(cache, how), at_ninety(cache, how), wrong_table(how), sep="\n\n")
+        return
+    if given.ablation:
+        print(ablation_table(cache, given.traces))
+        return
     print(tables(cache, given.layouts, given.workloads, given.traces))
 
 

@@ -27,6 +27,7 @@ from pipeserve.journal import Journal
 from pipeserve import control
 from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import make_config
+from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, RequestId
 from pipeserve.core.records import Completed, Recorder, Span, ignore
 from pipeserve.driver import Driver

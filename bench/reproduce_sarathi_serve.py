@@ -156,6 +156,8 @@ def whole_run(setup: Setup, lengths: Lengths, seed: int, rate: float, *_: int) -
         requests=len(served),
         tbt_p99_s=tbt_p99_s(simulation),
         queueing_p50_s=float(np.median(delays)),
+        ttft_p50_s=0.0,
+        ttft_p99_s=0.0,
         output_tokens_per_s=sum(len(r.token_times_s) for r in served) / LIMIT_S,
         busy=(),
     )

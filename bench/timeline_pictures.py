@@ -3,13 +3,14 @@ them.
 
     python bench/timeline_pictures.py [CAUSE ...]
 
-Each is the clearest of a few runs on three stages: the part of it in which the cause takes most,
+Each is the clearest of several runs on three stages: the part of it in which the cause takes most,
 drawn by report.html in a headless Chromium, with a legend of what can be seen there. Needs
 Chromium; better looking on a machine with a core for each stage.
 """
 
 import argparse
 import base64
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,7 +25,6 @@ from checkpoints import tiny_llama
 from chromium import Page
 from planted_real import (
     FEW,
-    GROUPS,
     LARGE_VOCABULARY,
     PAIRS,
     PROMPTS,
@@ -45,7 +45,7 @@ from pipeserve.profiling.recording import Recording
 from pipeserve.profiling.simulator import Arrival
 
 FOLDER = Path(__file__).parents[1] / "docs" / "timeline"
-RUNS = 3
+RUNS = 8
 WIDTH = 1200
 SHOWN = 0.012
 """Of the time that is seen: what takes less is left out of the legend."""
@@ -74,18 +74,18 @@ def groups(*sizes: int, num_tokens: int, apart_s: float = 0.05) -> list[Arrival]
     ]
 
 
-LONG = [Arrival(0.0, 1500, 60)] * 4
+LONG = [Arrival(0.0, 900, 60)] * 4
+SHORT = [Arrival(0.0, 16, 60)] * 8
 PICTURES = (
-    Picture("fill", "even", PROMPTS, 0.32),
-    Picture("drain", "even", PROMPTS, 0.32),
+    Picture("fill", "even", PROMPTS, 0.2),
+    Picture("drain", "even", PROMPTS, 0.2),
     Picture(
         "no_requests",
         "even",
         replace(PROMPTS, arrivals=[Arrival(0.28 * (n // 3), 256, 1) for n in range(15)]),
         0.9,
-        has_tracks=True,
     ),
-    Picture("too_few_microbatches", "even", replace(PROMPTS, window=1), 0.4),
+    Picture("too_few_microbatches", "even", replace(PROMPTS, window=1), 0.25),
     Picture(
         "kv_full",
         "even",
@@ -115,16 +115,16 @@ PICTURES = (
     Picture(
         "context_length",
         "even",
-        replace(GROUPS, arrivals=[*LONG, *[Arrival(0.0, 16, 60)] * 8], limits={"max_num_seqs": 12}),
-        0.15,
+        Scene(arrivals=[*LONG, *SHORT], policy="request_level", limits={"max_num_seqs": 12}),
+        0.12,
     ),
     Picture(
         "decode_count",
         "even",
         Scene(arrivals=groups(2, 2, 90, num_tokens=60), policy="hybrid_only"),
-        0.2,
+        0.14,
     ),
-    Picture("stage_imbalance", "uneven", PROMPTS, 0.5),
+    Picture("stage_imbalance", "uneven", PROMPTS, 0.3),
     Picture("head_and_sampling", "large", ROWS, 0.1),
     Picture("token_feedback", "small", replace(FEW, feedback_s=0.03), 0.16),
     Picture(
@@ -144,7 +144,7 @@ PICTURES = (
 def stages_of(folder: Path) -> dict[str, Callable[[], Stages]]:
     """How each kind is started."""
     small = tiny_llama(folder / "small", **{**SMALL, "num_hidden_layers": 12})
-    wide = tiny_llama(folder / "wide", **{**WIDE, "num_hidden_layers": 15})
+    wide = tiny_llama(folder / "wide", **{**WIDE, "num_hidden_layers": 9})
     few = {**SMALL, "num_hidden_layers": 6}
     large = tiny_llama(folder / "large", **few, vocab_size=LARGE_VOCABULARY)
 
@@ -153,10 +153,10 @@ def stages_of(folder: Path) -> dict[str, Callable[[], Stages]]:
 
     return {
         "small": start(small, (4, 4, 4), SMALL_LIMITS),
-        "even": start(wide, (5, 5, 5), WIDE_LIMITS),
-        "uneven": start(wide, (4, 8, 3), WIDE_LIMITS),
+        "even": start(wide, (3, 3, 3), WIDE_LIMITS),
+        "uneven": start(wide, (2, 5, 2), WIDE_LIMITS),
         "large": start(large, (2, 2, 2), SMALL_LIMITS),
-        "killed": start(wide, (5, 5, 5), WIDE_LIMITS),
+        "killed": start(wide, (3, 3, 3), WIDE_LIMITS),
     }
 
 
@@ -171,10 +171,10 @@ def part(ledger: Ledger, picture: Picture) -> tuple[float, float, float]:
     sums = np.array([by_cause[i : i + seen].sum(axis=0) for i in range(bins - seen + 1)])
     own = sums[:, list(CAUSES).index(picture.cause)]
     others = sums.sum(axis=1) - own
-    best = int((own - 0.5 * others).argmax())
+    best = int((own - 2 * others).argmax())
     step_s = ledger.seconds / bins
     from_s = best * step_s
-    return from_s, from_s + seen * step_s, float((own - 0.5 * others)[best])
+    return from_s, from_s + seen * step_s, float((own - 2 * others)[best])
 
 
 def clearest(stages: Stages, picture: Picture) -> tuple[Recording, Ledger, float, float]:
@@ -192,38 +192,7 @@ def clearest(stages: Stages, picture: Picture) -> tuple[Recording, Ledger, float
 
 # ---- drawing ------------------------------------------------------------------------------------
 
-_LAY_OUT = """(([cause, from, to, shown, hasTracks]) => {
-  const { timeline, axis, report } = pipeserveReport;
-  document.body.style.padding = document.querySelector("main").style.padding = "0";
-  const section = document.getElementById("timeline").closest("section");
-  for (const one of document.body.querySelectorAll("header, main > section")) {
-    if (one !== section) one.hidden = true;
-  }
-  for (const one of section.querySelectorAll(".heading, #minimap, .hint")) one.style.display = "none";
-  Object.assign(section.style, { margin: "0", border: "none", borderRadius: "0", padding: "12px 16px 6px" });
-  Object.assign(document.querySelector("main").style, { maxWidth: "none", margin: "0" });
-  timeline.tracks = hasTracks ? timeline.tracks.filter((track) => track.name !== "idle") : [];
-  const rows = [...timeline.rows, ...timeline.tracks];
-  if (hasTracks) {
-    let top = timeline.tracks[0].top - 72;
-    for (const track of timeline.tracks) { track.top = timeline.rows.at(-1).top + timeline.rows.at(-1).height + 10 + timeline.tracks.indexOf(track) * 47; }
-  }
-  timeline.height = Math.max(...rows.map((row) => row.top + row.height)) + 6;
-  axis.show(from / axis.tick_s, to / axis.tick_s);
-  timeline.draw();
-  const all = new Map();
-  for (const row of report.stages) row.between(Math.max(axis.from, 0), Math.min(axis.to, axis.stop))
-    .forEach((ticks, c) => all.set(c, (all.get(c) ?? 0) + ticks));
-  const total = [...all.values()].reduce((a, b) => a + b, 0);
-  for (const key of document.querySelectorAll(".key")) {
-    key.hidden = key.style.display = "";
-    const isOwn = key.innerText.trim() === cause;
-    if ((all.get(Number(key.dataset.category)) ?? 0) < shown * total && !isOwn) key.style.display = "none";
-    if (isOwn) Object.assign(key.style, { fontWeight: "650", border: "1.5px solid currentColor" });
-  }
-  const box = section.getBoundingClientRect();
-  return [box.left + scrollX, box.top + scrollY, box.width, box.height];
-})"""
+_LAY_OUT = Path(__file__).with_suffix(".js").read_text()
 
 
 def draw(page: Page, path: Path, picture: Picture, from_s: float, to_s: float) -> bytes:
@@ -231,11 +200,10 @@ def draw(page: Page, path: Path, picture: Picture, from_s: float, to_s: float) -
     page.open(path)
     page.settle()
     given = [picture.cause.replace("_", " "), from_s, to_s, SHOWN, picture.has_tracks]
-    import json
-
-    page.run(f"{_LAY_OUT}({json.dumps(given)})")
+    lay_out = f"({_LAY_OUT})({json.dumps(given)})"
+    page.run(lay_out)
     page.settle()
-    x, y, width, height = page.run(f"{_LAY_OUT}({json.dumps(given)})")
+    x, y, width, height = page.run(lay_out)
     clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
     shot = page.call("Page.captureScreenshot", format="png", clip=clip)
     return base64.b64decode(shot["data"])

@@ -11,6 +11,9 @@ from pipeserve.profiling.replay import Figures
 
 _LEAST_WORTH = 0.005
 """Share of tokens/s, or of P99 TBT, under which a wish is not shown."""
+_AT_MOST = {"replica": "replica, an upper bound"}
+"""Kind -> how it is shown. Two devices that take turns at half the time each would need even loads
+and KV that both can read."""
 
 
 def print_advice(advice: Advice, console: Console) -> None:
@@ -32,7 +35,8 @@ def print_advice(advice: Advice, console: Console) -> None:
     if worths:
         table = _table("what it is worth: no flag changes these", "cause, and what if it were gone")
         for prediction in worths:
-            change = f"{prediction.change.kind}\n[dim]{prediction.change.what}[/]"
+            kind = prediction.change.kind
+            change = f"{_AT_MOST.get(kind, kind)}\n[dim]{prediction.change.what}[/]"
             table.add_row(*_cells(prediction), change)
         console.print(table)
     for note in advice.notes:

@@ -8,10 +8,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from difflib import get_close_matches
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,13 +19,12 @@ import typer
 import pipeserve
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.core.nouns import SamplingParams
-from pipeserve.errors import ConfigError, PipeserveError, StageError
+from pipeserve.errors import ConfigError, PipeserveError
 from pipeserve.launch import starting
 from pipeserve.launch.flags import given, run_flags, sampling_flags, with_flags
 
 if TYPE_CHECKING:
     from pipeserve.driver import Driver
-    from pipeserve.launch.record import Records
 
 # typer may carry its own copy of click, so its classes are reached through what typer exports.
 UsageError = typer.BadParameter.__base__
@@ -56,8 +54,9 @@ Live = Annotated[
     bool,
     typer.Option("--live", help="Show stages, microbatches and idle by cause while it runs."),
 ]
-# Starts a driver; its records go to files too, where the user wants that.
-Start = Callable[[], AbstractContextManager[tuple["Driver", "Records"]]]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Say on stderr why each microbatch looks as it does.")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,6 +117,7 @@ def generate(
     ] = False,
     record: RecordTo = None,
     live: Live = False,
+    explain: Explain = False,
     config: Recipe = None,
     **flags: Any,
 ) -> int:
@@ -128,6 +128,7 @@ def generate(
     logprobs and prompt_logprobs where asked for, and all samples as outputs where n is over 1.
     """
     from pipeserve.launch import generate as verb
+    from pipeserve.launch import prompts as given_prompts
     from pipeserve.params import params_from
 
     run_config = _run_config(model, config, flags)
@@ -138,6 +139,7 @@ def generate(
         raise ConfigError("--output and --print each take the results; give one")
     if live and output is None and sys.stdout.isatty():
         raise ConfigError("--live takes the terminal, and so do the results; give --output FILE")
+    _check_terminal(live, explain)
     if print_text and _wants_logprobs(params):
         raise ConfigError("--print shows no logprobs; leave it out to have them in JSON")
     if resume and (prompts is None or output is None):
@@ -145,22 +147,24 @@ def generate(
     if resume and overwrite:
         raise ConfigError("--resume keeps the output file, --overwrite replaces it; give one")
     if prompts is None:
-        lines = [verb.one_prompt(prompt, params, chat)]
+        lines = [given_prompts.one_prompt(prompt, params, chat)]
     else:
-        lines = verb.read_prompts(prompts, params, chat)
-    lines = verb.with_seeds(lines, run_config.seed)
+        lines = given_prompts.read_prompts(prompts, params, chat)
+    lines = given_prompts.with_seeds(lines, run_config.seed)
     start = partial(
         starting.recorded_driver,
         run_config,
         record,
         overwrite=overwrite,
-        check=partial(verb.check_lines, lines),
+        explained=explain,
+        check=partial(given_prompts.check_lines, lines),
     )
     if output is not None:
-        return _generate_to(output, run_config, lines, overwrite, resume, start, live)
+        job = given_prompts.job_of(run_config, lines)
+        return verb.write_to(output, job, lines, overwrite, resume, start, live)
     if prompts is not None or _wants_logprobs(params):
         write = verb.print_text if print_text else verb.print_json
-        return _generate(start, lines, write, live)
+        return verb.run(start, lines, write, live)
     with start() as (driver, records), records.shown() if live else nullcontext():
         from pipeserve.llm import LLM
 
@@ -168,59 +172,13 @@ def generate(
         return verb.stream_text(LLM.on(driver), lines[0])
 
 
+def _check_terminal(live: bool, explain: bool) -> None:
+    if live and explain:
+        raise ConfigError("--live and --explain both write to stderr; give one")
+
+
 def _wants_logprobs(params: SamplingParams) -> bool:
     return params.logprobs is not None or params.prompt_logprobs is not None
-
-
-def _generate_to(
-    output: Path,
-    run_config: RunConfig,
-    lines: Sequence[Any],
-    overwrite: bool,
-    resume: bool,
-    start: Start,
-    live: bool,
-) -> int:
-    """Write the results of those `lines` that `output` does not hold yet."""
-    from pipeserve.launch.generate import job_of
-    from pipeserve.launch.jsonl import ResultFile
-
-    job = job_of(run_config, lines)
-    with ResultFile(output, job, overwrite=overwrite, resume=resume) as results:
-        done = results.done
-        if resume:
-            print(f"{output}: {len(done.indices)} of {len(lines)} are done", file=sys.stderr)
-        left = [line for line in lines if line.index not in done.indices]
-        try:
-            exit_code = _generate(start, left, results.write, live) if left else 0
-        except StageError as error:
-            raise StageError(f"{error}; --resume goes on from there") from None
-    if done.num_errors:
-        print(
-            f"error: {done.num_errors} of the {len(done.indices)} kept could not run; "
-            "their lines say why",
-            file=sys.stderr,
-        )
-    return 1 if done.num_errors else exit_code
-
-
-def _generate(
-    start: Start, lines: Sequence[Any], write: Callable[[dict[str, Any]], None], live: bool
-) -> int:
-    from pipeserve.launch.generate import write_results
-    from pipeserve.llm import LLM
-    from pipeserve.profiling.summary import busy_shares
-
-    with start() as (driver, records):
-
-        def busy(start_s: float, stop_s: float) -> list[float]:
-            driver.settle()
-            spans = list(chain.from_iterable(records.recording().spans))
-            start_s = max(start_s, records.ring.whole_from_s)
-            return busy_shares(spans, len(driver.stages), start_s, stop_s)
-
-        records.start_writing()
-        return write_results(LLM.on(driver), lines, write, busy, records.shown if live else None)
 
 
 @app.command()
@@ -243,6 +201,7 @@ def bench(
     ] = None,
     record: RecordTo = None,
     live: Live = False,
+    explain: Explain = False,
     config: Recipe = None,
     **flags: Any,
 ) -> int:
@@ -254,11 +213,15 @@ def bench(
     from pipeserve.launch.workload import read_workload
 
     run_config = _run_config(model, config, flags)
+    _check_terminal(live, explain)
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed)
     if json_file is not None:
         check_writable(json_file)
     with (
-        starting.recorded_driver(run_config, record, may_emulate=True) as (driver, records),
+        starting.recorded_driver(run_config, record, explained=explain, may_emulate=True) as (
+            driver,
+            records,
+        ),
         records.shown() if live else nullcontext(),
     ):
         report = verb.bench(driver, records, _encoder(driver), work, repeat)
@@ -364,6 +327,7 @@ def simulate(
         Path | None, typer.Option("--json", help="Write the numbers here, too.")
     ] = None,
     record: RecordTo = None,
+    explain: Explain = False,
     config: Recipe = None,
     **flags: Any,
 ) -> int:
@@ -388,16 +352,20 @@ def simulate(
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
     if json_file is not None:
         check_writable(json_file)
+    if find_capacity or wanted.pools or wanted.nodes:
+        for flag, is_given in (("--record", record is not None), ("--explain", explain)):
+            if is_given:
+                raise ConfigError(
+                    f"{flag} is for one run of one pipeline, and not a search or pools"
+                )
     if record is not None:
-        if find_capacity or wanted.pools or wanted.nodes:
-            raise ConfigError("--record records one run of one pipeline, and not a search or pools")
         check_recordable(record)
     shape = find_shape(run_config.model, run_config.dtype)
     if wanted.pools or wanted.nodes:
         disaggregate.check_flags(given(RunConfig, flags))
         report = disaggregate.run(run_config, shape, work, wanted)
     else:
-        report = simulate.run(run_config, shape, work, wanted, record)
+        report = simulate.run(run_config, shape, work, wanted, record, explain)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0

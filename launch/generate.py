@@ -1,4 +1,4 @@
-"""`pipeserve generate`: one prompt, or a JSONL file of them, through an `LLM` that runs already.
+"""`pipeserve generate`: prompts through an `LLM`, with results that go to a file or are shown.
 
 A result is one JSON object: "index" (line of the file, from 0), the prompt as it was given, then of
 its first sample "text", "token_ids", "finish_reason", and "logprobs" where asked for; then
@@ -7,13 +7,11 @@ over 1, "outputs": all samples, each with its "index" and the same keys. A promp
 has "error" instead. Logprobs are {"sampled": of the token itself, "top": {token id: logprob}}.
 """
 
-import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,80 +19,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeserve.completion import Completion, CompletionOutput, Delta, completed
-from pipeserve.configs import RunConfig
-from pipeserve.configs.recipes import check_keys
-from pipeserve.core.nouns import SamplingParams, TokenLogprobs
-from pipeserve.errors import ConfigError, PipeserveError, StageError
-from pipeserve.launch.jsonl import read_objects
-from pipeserve.params import PARAM_NAMES, check_params, params_from, seeded
+from pipeserve.core.nouns import TokenLogprobs
+from pipeserve.errors import PipeserveError, StageError
+from pipeserve.launch.jsonl import ResultFile
+from pipeserve.launch.prompts import PROMPT_KEYS, PromptLine
+from pipeserve.llm import LLM
 
 if TYPE_CHECKING:
-    from pipeserve.llm import LLM, Prompt
-    from pipeserve.stages.config import ModelConfig
+    from pipeserve.driver import Driver
+    from pipeserve.launch.record import Records
 
-_PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptLine:
-    """One prompt of the input."""
-
-    index: int
-    """Line number in the file, from 0."""
-    shown: dict[str, Any]
-    """The key and value that the result repeats."""
-    prompt: "Prompt"
-    params: SamplingParams
+# Starts a driver; its records go to files too, where the user wants that.
+Start = Callable[[], AbstractContextManager[tuple["Driver", "Records"]]]
 
 
-def read_prompts(path: Path, defaults: SamplingParams, chat: bool) -> list[PromptLine]:
-    """The prompts of a JSONL file, each with `defaults` but for what its line says.
-
-    A line is {"prompt": text | "prompt_token_ids": [...] | "messages": [...]} and any field of
-    SamplingParams. Raises ConfigError (FILE:LINE) for a line that is not.
-    """
-    prompts = []
-    for index, line in read_objects(path):
-        try:
-            prompts.append(_parse_line(index, line, defaults, chat))
-        except ConfigError as error:
-            raise ConfigError(f"{path}:{index + 1}: {error}") from None
-    return prompts
-
-
-def one_prompt(text: str, params: SamplingParams, chat: bool) -> PromptLine:
-    """What `--prompt` gives."""
-    return PromptLine(
-        index=0, shown={"prompt": text}, prompt=_as_chat(text) if chat else text, params=params
-    )
-
-
-def with_seeds(lines: Sequence[PromptLine], run_seed: int) -> list[PromptLine]:
-    """`lines`, each with a seed of its own that depends on its number in the file and not on which
-    lines run beside it: a resumed run draws what an uninterrupted one does."""
-    return [replace(line, params=seeded(line.params, run_seed, line.index)) for line in lines]
-
-
-def check_lines(lines: Iterable[PromptLine], model_config: "ModelConfig") -> None:
-    """Raise ConfigError for the first line whose sampling this model cannot do."""
-    for line in lines:
-        try:
-            check_params(line.params, model_config.vocab_size)
-        except ConfigError as error:
-            raise ConfigError(f"prompt {line.index}: {error}") from None
-
-
-def job_of(config: RunConfig, lines: Sequence[PromptLine]) -> str:
-    """16 hex digits that stand for all that results depend on: `lines` with their prompts, sampling
-    and seeds, the model as it was named, and the dtype. How it is served (stages, policy, memory)
-    is left out, so that a run may be resumed on another machine."""
-    digest = hashlib.sha256(f"{config.model} {config.dtype}".encode())
-    for line in lines:
-        digest.update(f"\n{line!r}".encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()[:16]
-
-
-def stream_text(llm: "LLM", line: PromptLine) -> int:
+def stream_text(llm: LLM, line: PromptLine) -> int:
     """Write the text of one prompt to stdout as it comes. Returns the exit code."""
     with closing(llm.stream(line.prompt, line.params)) as deltas:
         for text in _sample_after_sample(deltas, line.params.n):
@@ -123,8 +62,51 @@ def _sample_after_sample(deltas: Iterable[Delta], num_samples: int) -> Iterator[
             held[shown] = ""
 
 
+def write_to(
+    output: Path,
+    job: str,
+    lines: Sequence[PromptLine],
+    overwrite: bool,
+    resume: bool,
+    start: Start,
+    live: bool,
+) -> int:
+    """Write the results of those `lines` that `output` does not hold yet; `job` stands for all that
+    they depend on. Returns the exit code."""
+    with ResultFile(output, job, overwrite=overwrite, resume=resume) as results:
+        done = results.done
+        if resume:
+            print(f"{output}: {len(done.indices)} of {len(lines)} are done", file=sys.stderr)
+        left = [line for line in lines if line.index not in done.indices]
+        try:
+            exit_code = run(start, left, results.write, live) if left else 0
+        except StageError as error:
+            raise StageError(f"{error}; --resume goes on from there") from None
+    if done.num_errors:
+        print(
+            f"error: {done.num_errors} of the {len(done.indices)} kept could not run; "
+            "their lines say why",
+            file=sys.stderr,
+        )
+    return 1 if done.num_errors else exit_code
+
+
+def run(
+    start: Start, lines: Sequence[PromptLine], write: Callable[[dict[str, Any]], None], live: bool
+) -> int:
+    """Start a driver, and `write` the result of each of `lines`. Returns the exit code."""
+    with start() as (driver, records):
+
+        def busy(start_s: float, stop_s: float) -> list[float]:
+            driver.settle()
+            return records.busy_shares(start_s, stop_s)
+
+        records.start_writing()
+        return write_results(LLM.on(driver), lines, write, busy, records.shown if live else None)
+
+
 def write_results(
-    llm: "LLM",
+    llm: LLM,
     lines: Sequence[PromptLine],
     write: Callable[[dict[str, Any]], None],
     busy: Callable[[float, float], list[float]],
@@ -183,7 +165,7 @@ def print_json(result: dict[str, Any]) -> None:
 
 def print_text(result: dict[str, Any]) -> None:
     """A result as people read it: the prompt, and what came back."""
-    prompt = next(result[key] for key in _PROMPT_KEYS if key in result)
+    prompt = next(result[key] for key in PROMPT_KEYS if key in result)
     if "error" in result:
         answers = [f"error: {result['error']}"]
     elif "outputs" in result:
@@ -230,41 +212,6 @@ class _Progress:
 
     def __exit__(self, *exc: object) -> None:
         self._progress.stop()
-
-
-def _parse_line(
-    index: int, line: dict[str, Any], defaults: SamplingParams, chat: bool
-) -> PromptLine:
-    check_keys(line, [*_PROMPT_KEYS, *PARAM_NAMES])
-    keys = [key for key in _PROMPT_KEYS if key in line]
-    if len(keys) != 1:
-        found = " and ".join(keys) or "none of them"
-        raise ConfigError(f"a line has one of {', '.join(_PROMPT_KEYS)}; this one has {found}")
-    key = keys[0]
-    prompt = _check_prompt(key, line[key])
-    return PromptLine(
-        index=index,
-        shown={key: line[key]},
-        prompt=_as_chat(prompt) if chat and key == "prompt" else prompt,
-        params=params_from({name: line[name] for name in PARAM_NAMES if name in line}, defaults),
-    )
-
-
-def _check_prompt(key: str, value: Any) -> Any:
-    if key == "prompt":
-        if not isinstance(value, str):
-            raise ConfigError(f"prompt is {value!r}, must be text")
-        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            raise ConfigError("prompt has half a surrogate pair, which is no text; leave it out")
-        return value
-    kind, what = (int, "token ids") if key == "prompt_token_ids" else (dict, "objects")
-    if not isinstance(value, list) or any(type(part) is not kind for part in value):
-        raise ConfigError(f"{key} is {value!r}, must be a list of {what}")
-    return value
-
-
-def _as_chat(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 def _result(line: PromptLine, completion: Completion) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,13 @@ from pipeserve.core.records import Record, Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.core.view import Limits
 from pipeserve.errors import StageError
+from pipeserve.launch.explain import explaining
 from pipeserve.launch.live import live_view
 from pipeserve.profiling.clocks import align
 from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Recording, Ring, recording_of
 from pipeserve.profiling.recording_writer import RecordingWriter, check_recordable
+from pipeserve.profiling.summary import busy_shares
 
 if TYPE_CHECKING:
     from pipeserve.driver import Driver
@@ -39,13 +42,19 @@ class Records:
     """What is run: `Recording.meta`."""
     num_stages: int
     start_writing: Callable[[], None]
-    """From now on, records go into files too, where the user wants that. Called once."""
+    """From now on, records go into files too, and microbatches are explained, where the user wants
+    that. Called once."""
     shown: Callable[[], AbstractContextManager[None]]
     """While it is entered, the run is shown in the terminal (`--live`)."""
 
     def recording(self) -> Recording:
         """What the ring holds, on the driver's clock."""
         return align(recording_of(self.ring, self.num_stages, self.meta)).recording
+
+    def busy_shares(self, start_s: float, stop_s: float) -> list[float]:
+        """Of each stage, of that time, or of its end where the ring does not hold all of it."""
+        spans = list(chain.from_iterable(self.recording().spans))
+        return busy_shares(spans, self.num_stages, max(start_s, self.ring.whole_from_s), stop_s)
 
 
 def stage_shares(recording: Recording) -> list[dict[str, Any]]:
@@ -68,24 +77,32 @@ def ring_notes(ring: Ring) -> list[str]:
 
 @contextmanager
 def recorded(
-    open_driver: Callable[[Recorder], "Driver"], folder: Path | None, *, overwrite: bool = False
+    open_driver: Callable[[Recorder], "Driver"],
+    folder: Path | None,
+    *,
+    overwrite: bool = False,
+    explained: bool = False,
 ) -> Iterator[tuple["Driver", Records]]:
-    """A driver from `open_driver`, closed at the end, and its records. Raises ConfigError, before
-    it is opened, when there can be no files in `folder`."""
+    """A driver from `open_driver`, closed at the end, and its records. With `explained`, each
+    microbatch is, on stderr. Raises ConfigError, before it is opened, when there can be no files in
+    `folder`."""
     if folder is not None:
         check_recordable(folder, overwrite)
-    ring, to_files, to_view = Ring(), ignore, ignore
+    ring, to_files, to_lines, to_view = Ring(), ignore, ignore, ignore
 
     def record(entry: Record) -> None:
         ring.record(entry)
         to_files(entry)
+        to_lines(entry)
         to_view(entry)
 
     with ExitStack() as files, open_driver(record) as driver:
         meta = meta_of_driver(driver)
 
         def start_writing() -> None:
-            nonlocal to_files
+            nonlocal to_files, to_lines
+            if explained:
+                to_lines = explaining(driver.engine)
             if folder is not None:
                 writer = files.enter_context(RecordingWriter(folder, meta, overwrite=overwrite))
                 to_files = writer.record

@@ -113,6 +113,7 @@ def _advise(run: Run, console: Console) -> dict[str, Any] | None:
 
     if run.ledger is None:
         return None
-    advice = advise(run.recording)
+    with console.status("replaying the run with one change at a time"):
+        advice = advise(run.recording)
     print_advice(advice, console)
     return advice_report(advice)

@@ -25,6 +25,7 @@ from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.errors import ConfigError
+from pipeserve.launch.explain import explaining
 from pipeserve.launch.record import both, ring_notes, run_meta, stage_shares
 from pipeserve.launch.tables import attainment_line, run_table, stage_table
 from pipeserve.launch.wanted import Wanted
@@ -181,15 +182,17 @@ def run(
     workload: Workload,
     wanted: Wanted,
     record: Path | None = None,
+    explained: bool = False,
 ) -> dict[str, Any]:
     """Answers, prints, and returns the object that `--json` writes; a run of the workload is
-    recorded in the folder `record`. Raises ConfigError and CapacityError."""
+    recorded in the folder `record`, and explained on stderr. Raises ConfigError and
+    CapacityError."""
     setup, console = make_setup(config, shape), Console()
     if wanted.find_capacity:
         report = search_capacity(setup, workload, wanted.slo_tbt_s)
         print_capacity(report, console)
     else:
-        report = simulate(setup, workload, wanted.slo, record)
+        report = simulate(setup, workload, wanted.slo, record, explained)
         print_report(report, console)
     return report
 
@@ -198,22 +201,28 @@ def run(
 
 
 def simulate(
-    setup: Setup, workload: Workload, slo: Slo | None = None, record: Path | None = None
+    setup: Setup,
+    workload: Workload,
+    slo: Slo | None = None,
+    record: Path | None = None,
+    explained: bool = False,
 ) -> dict[str, Any]:
-    """Serves the workload to its end, counts what was within `slo`, and records it in the folder
-    `record`.
+    """Serves the workload to its end, counts what was within `slo`, records it in the folder
+    `record` and, if that is wanted, explains each microbatch on stderr.
 
     Returns the object that `--json` writes (docs/simulate.md).
     Raises ConfigError for a request over the context, CapacityError for one over the KV pool.
     """
     arrivals = _arrivals(setup, workload)
-    ring, meta = Ring(), setup.meta()
+    engine, ring, meta = setup.make_engine(), Ring(), setup.meta()
     with ExitStack() as stack:
         tell = ring.record
         if record is not None:
             writer = stack.enter_context(RecordingWriter(record, meta))
-            tell = both(ring.record, writer.record)
-        pipeline = setup.make_pipeline(tell)
+            tell = both(tell, writer.record)
+        if explained:
+            tell = both(tell, explaining(engine))
+        pipeline = SimulatedPipeline(engine, setup.times, tell)
         simulation = Simulation(pipeline, arrivals)
         simulation.run_until()
     records = [served.record() for served in simulation.served]

@@ -63,11 +63,13 @@ def recorded_driver(
     folder: Path | None,
     *,
     overwrite: bool = False,
+    explained: bool = False,
     check: Check = lambda model_config: None,
     may_emulate: bool = False,
 ) -> AbstractContextManager[tuple["Driver", "Records"]]:
-    """A driver, and its records, which `--record FOLDER` wants in files. Its stages are emulated
-    where the run says so and the caller can do with tokens that mean nothing (`may_emulate`)."""
+    """A driver, and its records, which `--record FOLDER` wants in files and `--explain` in words.
+    Its stages are emulated where the run says so and the caller can do with tokens that mean
+    nothing (`may_emulate`)."""
     from pipeserve.launch.record import recorded
 
     def start(record: Recorder) -> "Driver":
@@ -75,7 +77,7 @@ def recorded_driver(
             return open_emulated(run_config, record)
         return open_driver(run_config, record=record, check=check)
 
-    return recorded(start, folder, overwrite=overwrite)
+    return recorded(start, folder, overwrite=overwrite, explained=explained)
 
 
 @contextmanager

@@ -48,8 +48,9 @@ class Fleet:
         self.num_ranks = num_ranks
         self.keepers: dict[int, control.KeeperHello] = {}
         self.waiting_s = 0.0
-        """Since when there has been nothing but waiting: no `broadcast`, and what was received was
-        taken up at once."""
+        """Since when the driver only waits; a result from before then waited for the driver.
+        Taking a message up at once does not end the waiting (or a stage's timing that comes just
+        ahead of a result would make the driver look busy), `broadcast` does."""
         self._returned_s = -inf
         self._next_check_s = -inf
         self.lost_stage: int | None = None

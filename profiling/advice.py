@@ -30,6 +30,10 @@ _JUDGING = (1, 2)
 """Seeds of the jitter: what looks best by one draw is judged by others."""
 _LEAST_GAIN = 0.01
 _LEAST_TBT_GAIN = 0.05
+_MOST_TBT_LOSS = 1.0
+"""A change that more than doubles P99 TBT is no advice, whatever it gives."""
+_FAR = 2.0
+"""Microbatches over so many times the largest recorded one: their times are guesses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Prediction:
     output_tokens_per_s: float
     """The recorded figures with these gains."""
     tbt_p99_s: float | None
+    is_far: bool = False
+    """Whether it runs microbatches far larger than any that was recorded."""
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -52,6 +58,8 @@ class Prediction:
 
     @property
     def is_worthwhile(self) -> bool:
+        if self.is_far or (self.tbt_gain or 0.0) > _MOST_TBT_LOSS:
+            return False
         if self.tokens_gain >= _LEAST_GAIN:
             return True
         return self.tokens_gain > -_LEAST_GAIN and (self.tbt_gain or 0.0) <= -_LEAST_TBT_GAIN
@@ -162,6 +170,7 @@ def _prediction(change: Change, before: Figures, after: Figures, recorded: Figur
         tbt_gain=None if tbt is None else tbt - 1,
         output_tokens_per_s=recorded.output_tokens_per_s * tokens,
         tbt_p99_s=None if tbt is None or recorded.tbt_p99_s is None else recorded.tbt_p99_s * tbt,
+        is_far=after.most_tokens > _FAR * recorded.most_tokens,
     )
 
 
@@ -171,6 +180,7 @@ def _mean(drawn: Sequence[Figures]) -> Figures:
         output_tokens_per_s=fmean(figures.output_tokens_per_s for figures in drawn),
         tbt_p99_s=fmean(tbts) if tbts else None,
         idle=tuple(map(fmean, zip(*(figures.idle for figures in drawn), strict=True))),
+        most_tokens=max(figures.most_tokens for figures in drawn),
     )
 
 

@@ -91,8 +91,9 @@ def run_trial(
     rate: float,
     min_requests: int,
     seed: int,
+    lifetimes: int = WINDOW_LIFETIMES,
 ) -> Trial:
-    """Serves `rate` requests a second and measures a window of at least five mean lifetimes and
+    """Serves `rate` requests a second and measures a window of at least so many mean lifetimes and
     `min_requests` arrivals, after a ramp of two lifetimes.
 
     A lifetime is the mean over the workload, from what was seen of tokens and not of ended
@@ -107,7 +108,7 @@ def run_trial(
         if lifetime_s is not None:
             ramp_s = RAMP_LIFETIMES * lifetime_s
             wanted_s = ramp_s + max(
-                WINDOW_LIFETIMES * lifetime_s, min_requests / rate, MIN_WINDOW_S
+                lifetimes * lifetime_s, min_requests / rate, MIN_WINDOW_S
             )
             if stop_s >= wanted_s:
                 return _measure(simulation, rate, lifetime_s, ramp_s, stop_s)
@@ -118,7 +119,11 @@ def run_trial(
 
 
 def find_capacity(
-    trial: Callable[[float], Trial], slo_tbt_s: float, ceiling: float, lone: Trial
+    trial: Callable[[float], Trial],
+    slo_tbt_s: float,
+    ceiling: float,
+    lone: Trial,
+    resolution: float = RESOLUTION,
 ) -> Capacity:
     """Bisects down from `ceiling` to the highest rate whose trial is within the limits; should the
     ceiling itself be within them, down from the first of its doubles that is not.
@@ -134,7 +139,7 @@ def find_capacity(
         trials.append(at_high)
         low, high = high, 2 * high
     trials.append(at_high)
-    while high - low > RESOLUTION * high:
+    while high - low > resolution * high:
         trials.append(trial((low + high) / 2))
         if trials[-1].within(slo_tbt_s):
             low = trials[-1].rate

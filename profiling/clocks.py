@@ -117,28 +117,28 @@ def _moved(spans: list[Span], line: _Line) -> list[Span]:
 
 
 def _messages(recording: Recording, stages: list[int]) -> Iterator[_Messages]:
-    """All between two machines that is in the recording."""
+    """All between two machines that is in the recording. A plan or an input is there by the start
+    that needs it; when it came is stamped early where it came while the stage computed."""
+    starts_s = [{span.index: span.start_s for span in spans} for spans in recording.spans]
     for stage in stages:
         pings = [ping for ping in recording.pings if ping.stage == stage]
         remote_s = [ping.remote_s for ping in pings]
         yield _made(_DRIVER, stage, [ping.sent_s for ping in pings], remote_s)
         yield _made(stage, _DRIVER, remote_s, [ping.received_s for ping in pings])
         sent_s = {planned.index: planned.sent_s for planned in recording.planned}
-        plan_s = {span.index: span.plan_s for span in recording.spans[stage]}
-        yield _matched(_DRIVER, stage, sent_s, plan_s)
+        yield _matched(_DRIVER, stage, sent_s, starts_s[stage])
     last = recording.num_stages - 1
     sent = [{span.index: span.sent_s for span in spans} for spans in recording.spans]
-    there = [{span.index: span.input_s for span in spans} for spans in recording.spans]
     for stage in range(last):
         if stage in stages or stage + 1 in stages:
-            yield _matched(stage, stage + 1, sent[stage], there[stage + 1])
+            yield _matched(stage, stage + 1, sent[stage], starts_s[stage + 1])
     if last in stages:
         received_s = {completed.index: completed.received_s for completed in recording.completed}
         yield _matched(last, _DRIVER, sent[last], received_s)
     if last and (last in stages or 0 in stages):
         sources = [(p.index, c.token_from) for p in recording.planned for c in p.chunks]
         fed = {i: sent[last][source] for i, source in sources if source in sent[last]}
-        yield _matched(last, 0, fed, there[0])
+        yield _matched(last, 0, fed, starts_s[0])
 
 
 def _matched(

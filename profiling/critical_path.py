@@ -45,10 +45,12 @@ from pipeserve.profiling.step_parts import (
 
 # Components of a vector: the parts of compute, what lies between, and two counts of steps.
 _LINK, _FEEDBACK, _PLANNING, _CONTROL, _NO_REQUESTS, _FAULT, _UNKNOWN = range(NUM_PARTS, 14)
-_STEPS, _PREFILL_STEPS, _SIZE = 14, 15, 16
+_PREFILL_STEPS, _STEPS, _SIZE = 14, 15, 16
 
 _PLACE = {cause: place for place, cause in enumerate(CAUSES)}
 _PLACE_OF = {
+    PREFILL: _PLACE["prefill_length"],
+    _PREFILL_STEPS: _PLACE["prefill_vs_decode"],
     DECODES: _PLACE["decode_count"],
     CONTEXT: _PLACE["context_length"],
     IMBALANCE: _PLACE["stage_imbalance"],
@@ -69,7 +71,7 @@ _FORGETTING = 0.99
 
 Vector = list[float]
 Event = tuple[Vector, float]
-"""What led to it, and when; the first `_STEPS` components sum to the time since the start."""
+"""What led to it, and when; the first 14 components sum to the time since the start."""
 
 
 class Idle(NamedTuple):
@@ -139,7 +141,7 @@ class Walk:
                 parts = [span.end_s - span.start_s] + [0.0] * (NUM_PARTS - 1)
             else:
                 parts = measured_parts(predicted[stage], span)
-            parts += [0.0] * (_STEPS - NUM_PARTS) + [1.0, float(prefills)]
+            parts += [0.0] * (_PREFILL_STEPS - NUM_PARTS) + [float(prefills), 1.0]
             self.last_parts[stage] = parts
             self._end(span, (list(map(add, start, parts)), span.end_s))
         if planned is not None:
@@ -221,15 +223,18 @@ class Walk:
         return _later(vector, _UNKNOWN, time_s - there_s)
 
     def _end(self, span: Span, event: Event) -> None:
+        """No moment counts twice, also where damaged spans overlap or run backwards."""
         stage = span.stage
-        self.last[stage] = self.ends[stage][span.index] = event
+        self.ends[stage][span.index] = event
         self.ends[stage].pop(span.index - _KEPT, None)
-        begin_s, end_s = max(span.start_s, self.start_s), min(span.end_s, self.stop_s)
+        free_s = self.last[stage][1]
+        begin_s, end_s = max(span.start_s, free_s), min(span.end_s, self.stop_s)
         self.busy_s[stage] += max(end_s - begin_s, 0.0)
+        self.last[stage] = event[0], max(span.end_s, span.start_s, free_s)
 
     def _received(self, index: int) -> Event:
-        """The driver took up a result: when it came, or when the driver had done what it was at
-        (the latest plan, or something else that kept it)."""
+        """The driver took up a result: when it came, or when the driver had done what it was at:
+        the latest plan, or, where that was sent before, something that kept it for a while."""
         completed, event = self.completed.get(index), self.ends[-1].get(index)
         vector, time_s = self.sent
         if completed is None:
@@ -238,6 +243,8 @@ class Walk:
         if event is None:
             return _later(vector, _UNKNOWN, received_s - time_s), received_s
         if completed.waiting_s > event[1]:
+            if event[1] > time_s:
+                vector, time_s = event
             vector = _later(vector, _PLANNING, completed.waiting_s - time_s)
             return _later(vector, _CONTROL, received_s - completed.waiting_s), received_s
         return _later(event[0], _CONTROL, received_s - event[1]), received_s
@@ -302,7 +309,8 @@ def _later(vector: Vector, component: int, seconds: float) -> Vector:
 
 
 # ---- differences ------------------------------------------------------------------------------
-# Of the paths to a start and to the end before; `_STEPS` then holds seconds of missing steps.
+# Of the paths to a start and to the end before. Their counts become seconds: `_STEPS` those of
+# missing steps, `_PREFILL_STEPS` those of prefill that one path has in more steps than the other.
 
 
 def _step_by_step(difference: Vector, last_parts: Vector) -> Vector:
@@ -316,6 +324,10 @@ def _step_by_step(difference: Vector, last_parts: Vector) -> Vector:
     # Equal for all steps; what is left of it, nothing explains.
     difference[JITTER] += difference[BASE]
     difference[BASE] = 0.0
+    if difference[PREFILL] * difference[_PREFILL_STEPS] > 0:
+        difference[_PREFILL_STEPS], difference[PREFILL] = difference[PREFILL], 0.0
+    else:
+        difference[_PREFILL_STEPS] = 0.0
     return difference
 
 
@@ -323,15 +335,18 @@ def _at_an_edge(difference: Vector) -> Vector:
     """Before a stage's first step and behind its last, all steps are missing ones."""
     difference[_STEPS] = sum(difference[:NUM_PARTS])
     difference[:NUM_PARTS] = [0.0] * NUM_PARTS
+    difference[_PREFILL_STEPS] = 0.0
     return difference
 
 
 def _split(wanted: Vector, seconds: float) -> Vector:
     """An interval by component: what is below 0 is taken off the others in proportion."""
-    positive = [value if value > 0 else 0.0 for value in wanted[:_PREFILL_STEPS]]
+    positive = [value if value > 0 else 0.0 for value in wanted]
     total = sum(positive)
-    scale = seconds / total if total > 0 and seconds > 0 else 0.0
-    return [*[value * scale for value in positive], wanted[_PREFILL_STEPS]]
+    if not total:  # the records contradict each other
+        positive[_UNKNOWN] = total = 1.0
+    scale = max(seconds, 0.0) / total
+    return [value * scale for value in positive]
 
 
 def _carry(wanted: Vector, split: Vector) -> Vector:
@@ -342,7 +357,6 @@ def _carry(wanted: Vector, split: Vector) -> Vector:
     were there before.
     """
     left = [_FORGETTING * value for value in map(sub, wanted, split)]
-    left[_PREFILL_STEPS] = 0.0 if split[PREFILL] > 0 else _FORGETTING * wanted[_PREFILL_STEPS]
     if left[_STEPS] < 0:
         positive = sum([value for value in left[:_STEPS] if value > 0])
         kept = 1 + left[_STEPS] / positive if positive > 0 else 0.0
@@ -354,8 +368,6 @@ def _carry(wanted: Vector, split: Vector) -> Vector:
 def _by_cause(split: Vector, missing: str) -> tuple[float, ...]:
     causes = [0.0] * len(CAUSES)
     causes[_PLACE[missing]] = split[_STEPS]
-    prefill = "prefill_vs_decode" if split[_PREFILL_STEPS] > 0.5 else "prefill_length"
-    causes[_PLACE[prefill]] += split[PREFILL]
     for component, place in _PLACE_OF.items():
         causes[place] += split[component]
     return tuple(causes)

@@ -24,6 +24,7 @@ BLOCK = 256
 """Microbatches whose details are packed together."""
 _MAX_TICKS = 2**32 - 1
 _SHARES = 255  # a whole interval
+_MOST = 2.0**53  # of JavaScript's whole numbers; what is beyond is damaged
 
 
 class Columns:
@@ -235,7 +236,7 @@ class _StageDetails:
 
 def _whole(values: np.ndarray) -> list[int | None]:
     known = np.isfinite(values)
-    numbers = np.where(known, values, 0.0).astype(np.int64).tolist()
+    numbers = np.where(known, values, 0.0).clip(-_MOST, _MOST).astype(np.int64).tolist()
     if known.all():
         return numbers
     return [number if is_known else None for number, is_known in zip(numbers, known, strict=True)]

@@ -66,7 +66,7 @@ def page(recording: Recording, ledger: Ledger) -> str:
         "title": _escaped(head["title"]),
         "style": _read("style.css"),
         "script": "\n".join(map(_read, _SCRIPTS)),
-        "head": json.dumps(head, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
+        "head": json.dumps(head, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         "columns": columns.text(),
         "details": "\n".join(html_data.details(recording, clock, indices)),
     }

@@ -16,7 +16,6 @@ Head, links, messages and planning are what they took where somebody waited for 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isnan
 from operator import mul
 
 import numpy as np
@@ -29,7 +28,7 @@ from pipeserve.profiling.fit_tables import solve_relative
 from pipeserve.profiling.recorded_delays import Delays, delays_of
 from pipeserve.profiling.recording import Recording
 from pipeserve.profiling.stage_times import StageTimes
-from pipeserve.profiling.step_parts import counts_of
+from pipeserve.profiling.step_parts import counts_of, own_share
 
 _LEAST_ROWS = 8
 """Microbatches that a size class needs to be drawn from; else the nearest that has them answers."""
@@ -232,8 +231,7 @@ def _layers_s(span: Span) -> float:
 
 def _undisturbed_s(span: Span) -> float:
     """Without the time that others had the stage's core, which is no slow device but jitter."""
-    robbed_s = 0.0 if isnan(span.cpu_s) else span.end_s - span.start_s - span.cpu_s
-    return max(_layers_s(span) - max(robbed_s, 0.0), 1e-9)
+    return max(_layers_s(span) * own_share(span), 1e-9)
 
 
 def _fit_factors(seconds: np.ndarray, num_layers: np.ndarray) -> np.ndarray:

@@ -234,8 +234,3 @@ def _note_missing(recording: Recording, names: set[str]) -> None:
             notes.append(f"stage-{stage}.jsonl lacks {num_lost} of {len(completed)} microbatches")
     if not any(recording.spans):
         notes.append("no stage computed anything: the run was empty, or ended before its first")
-    if num_open := len(recording.arrived) - len(recording.ended):
-        notes.append(
-            f"{num_open} of {len(recording.arrived)} requests have no end: the run was killed, or "
-            "its records were lost"
-        )

@@ -67,6 +67,8 @@ class Figures:
     """None where no request has two tokens."""
     idle: tuple[float, ...]
     """Share of wall time in which each stage did not compute."""
+    most_tokens: int = 0
+    """Of the largest microbatch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,8 @@ def replay(
         ]
         for stage, own in enumerate(own_s)
     ]
-    return figures(records, spans, load)
+    most_tokens = max([flight.num_tokens for flight in pipeline.flights], default=0)
+    return replace(figures(records, spans, load), most_tokens=most_tokens)
 
 
 class _Replayed(SimulatedPipeline):
@@ -178,4 +181,5 @@ def figures(
 def recorded_figures(recording: Recording, load: Load) -> Figures:
     """What was recorded of the load."""
     spans = [[(span.start_s, span.end_s) for span in of_stage] for of_stage in recording.spans]
-    return figures(records_of(recording), spans, load)
+    most_tokens = max([span.num_tokens for span in recording.spans[0]], default=0)
+    return replace(figures(records_of(recording), spans, load), most_tokens=most_tokens)

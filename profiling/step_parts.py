@@ -8,7 +8,7 @@ s, with the mean stage's theta:
     theta . x(k)            by count: prefill, decodes, their context, and the base that each has
     (theta_s - theta).x(k)  the stage is not the mean one: imbalance
     end - head              vocabulary head and sampling, measured
-    wall - thread CPU       the stage's core was taken: jitter
+    wall - thread CPU       the stage's core was taken: jitter, off layers and head alike
     the rest                jitter
 
 What the linear form misses at a number of tokens on all stages alike (tile steps, the library's
@@ -69,12 +69,13 @@ class StepParts:
                 thetas.append(None)
                 continue
             design = np.array([counts[span.index] for span in known])
-            measured = np.array([max(_layers_s(span), 1e-9) for span in known])
+            measured = np.array([_layers_s(span) for span in known])
             theta = _fit(design, measured)
             thetas.append(theta)
             fitted = design @ theta
             fitted = np.where(fitted > 0, fitted, measured)  # counts that no other step had
-            for span, ratio in zip(known, measured / fitted, strict=True):
+            over_fitted = np.divide(measured, fitted, out=np.ones_like(fitted), where=fitted > 0)
+            for span, ratio in zip(known, over_fitted, strict=True):
                 ratios.setdefault(_size_class(works[span.index]), []).append(ratio)
         found = [theta for theta in thetas if theta is not None]
         mean = np.mean(found, axis=0) if found else np.zeros(5)
@@ -102,18 +103,24 @@ class StepParts:
 def measured_parts(predicted: Sequence[float], span: Span) -> list[float]:
     """`predicted` (one of `parts`) with head and jitter as measured: sums to the span's time."""
     parts = list(predicted)
-    head = span.end_s - span.head_s
+    head = (span.end_s - span.head_s) * own_share(span)
     parts[HEAD] = head
     parts[JITTER] = span.end_s - span.start_s - head - sum(predicted)
     return parts
 
 
+def own_share(span: Span) -> float:
+    """Of its time, what the stage had its core for. Where in the span others took it, nobody knows:
+    so layers and head lose alike."""
+    seconds = span.end_s - span.start_s
+    if isnan(span.cpu_s) or seconds <= 0:
+        return 1.0
+    return min(max(span.cpu_s / seconds, 0.0), 1.0)
+
+
 def _layers_s(span: Span) -> float:
     """The layers' own time: what others took of the core is not theirs."""
-    seconds = span.head_s - span.start_s
-    if isnan(span.cpu_s):
-        return seconds
-    return seconds - max(span.end_s - span.start_s - span.cpu_s, 0.0)
+    return (span.head_s - span.start_s) * own_share(span)
 
 
 def _size_class(work: Work) -> tuple[int, bool]:
@@ -121,8 +128,12 @@ def _size_class(work: Work) -> tuple[int, bool]:
 
 
 def _fit(design: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Non-negative least squares of relative errors, again without the outliers."""
-    rows = design / measured[:, None]
+    """Non-negative least squares of relative errors, again without the outliers; of the steps that
+    took any time."""
+    some = measured > 0
+    if not some.any():
+        return np.zeros(design.shape[1])
+    rows = design[some] / measured[some, None]
     theta = _nnls(rows)
     errors = np.abs(rows @ theta - 1.0)
     kept = errors <= max(_OUTLIER * 1.4826 * float(np.median(errors)), _NEVER_OUTLIER)

@@ -41,7 +41,7 @@ class LateLinks:
         return [msgspec.structs.replace(ready[0], tokens_at=next(there)), *others]
 
     def late_s(self, by_seam: Mapping[int, float], feedback_s: float, plans_s: float) -> None:
-        """From now on. Only while no message is under way."""
+        """From now on; what is under way comes at once."""
         seams = [by_seam.get(seam, 0.0) for seam in range(self._num_stages - 1)]
         self._ask(*map(str, [*[plans_s, 0.0] * self._num_stages, *seams, feedback_s]))
 
@@ -69,6 +69,12 @@ class _Way:
         while self.source.poll(0):
             frames = self.source.recv_multipart(copy=False)
             self.waiting.append((time.monotonic() + self.late_s, frames))
+
+    def change(self, late_s: float) -> None:
+        """The tokens of a run that has ended keep those of the next one waiting no longer."""
+        self.take()
+        self.late_s = late_s
+        self.waiting = deque((0.0, frames) for _, frames in self.waiting)
 
     def give(self) -> float:
         """What is due; returns when the next will be."""
@@ -118,7 +124,7 @@ def main() -> None:
                 print(*[address for address, _ in made], flush=True)
             else:
                 for way, late_s in zip(ways, words, strict=True):
-                    way.late_s = float(late_s)
+                    way.change(float(late_s))
                 print(flush=True)
         for way in ways:
             way.take()

@@ -22,12 +22,12 @@ from typing import Any
 from unittest import mock
 
 from late_links import LateLinks
+from other_engine import go_on_under
 
 from pipeserve import control
 from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import make_config
 from pipeserve.core.engine import Engine
-from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Request, SamplingParams
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Record
@@ -144,8 +144,8 @@ class Stages:
         plan = self.driver.plan
         plan = type(plan)(plan.stages, scene.window or plan.window)
         driver = self.driver
-        driver.engine = Engine(plan, Pausing(policy, scene.pauses_s), limits)
-        driver.journal = Journal(driver.engine, self._records.append)
+        engine = Engine(plan, Pausing(policy, scene.pauses_s), limits)
+        go_on_under(driver, engine, self._records.append)
 
     def _run(self, scene: Scene) -> None:
         """Adds each request when it is due, and polls."""
@@ -256,8 +256,9 @@ class Plant:
 SMALL = {"num_hidden_layers": 4, "max_position_embeddings": 4096}
 """Of the model whose microbatches take a millisecond: nothing beside what is waited for."""
 SMALL_LIMITS = {"max_num_batched_tokens": 2048}
-FEW = Scene(arrivals=(Arrival(0.0, 16, 12),) * 8)
+FEW = Scene(arrivals=(Arrival(0.0, 16, 8),) * 8)
 FEWER = Scene(arrivals=(Arrival(0.0, 16, 5),) * 8)
+MANY_STEPS = Scene(arrivals=(Arrival(0.0, 16, 120),) * 8)
 
 WAITS = {
     "a link is late": Plant("link", FEW, replace(FEW, link_s={0: 0.15})),
@@ -276,18 +277,19 @@ WAITS = {
 """Time that passes while no one computes."""
 
 WIDE = {
-    "num_hidden_layers": 16,
+    "num_hidden_layers": 8,
     "hidden_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "head_dim": 128,
     "intermediate_size": 512,
     "max_position_embeddings": 4096,
 }
 """Of the model whose microbatches of 256 tokens take some 30 ms of a core: much beside what
-messages take."""
-WIDE_LIMITS = {"max_num_batched_tokens": 4096}
+messages take; and whose heads are wide, so that a context is much beside a decode."""
+WIDE_LIMITS = {"max_num_batched_tokens": 4096, "num_gpu_blocks_override": 768}
 PROMPTS = Scene(
-    arrivals=(Arrival(0.0, 256, 1),) * 30,
+    arrivals=(Arrival(0.0, 256, 1),) * 20,
     policy="sarathi_serve",
     limits={"max_num_batched_tokens": 256},
 )
@@ -296,7 +298,21 @@ DECODES = Scene(
 )
 """In two groups, one for each stage."""
 PAIRS = Scene(policy="orca", limits={"max_num_batched_tokens": 1025})
-GROUPS = Scene(limits={"max_num_seqs": 8})
+
+
+def groups(*max_tokens: int) -> Scene:
+    """Three batches of four, of which two run at a time; the first has long contexts."""
+    lengths = (900, 16, 16)
+    return Scene(
+        arrivals=[
+            Arrival(0.0, length, tokens)
+            for length, tokens in zip(lengths, max_tokens, strict=True)
+            for _ in range(4)
+        ],
+        policy="request_level",
+        limits={"max_num_seqs": 8},
+    )
+
 
 WORK = {
     "the window is one": Plant("too_few_microbatches", PROMPTS, replace(PROMPTS, window=1)),
@@ -317,17 +333,17 @@ WORK = {
     ),
     "a group has long contexts": Plant(
         "context_length",
-        replace(GROUPS, arrivals=[Arrival(0.0, 1500, 1)] * 4 + [Arrival(0.0, 16, 80)] * 4),
-        replace(GROUPS, arrivals=[Arrival(0.0, 1500, 80)] * 4 + [Arrival(0.0, 16, 80)] * 4),
+        groups(1, 40, 40),
+        groups(40, 40, 1),
     ),
 }
 """Microbatches that compute more, or are too few: as good as the core is one's own."""
 
-SPLITS = {"even": (8, 8), "uneven": (2, 14)}
+SPLITS = {"even": (4, 4), "uneven": (1, 7)}
 """Layers of the stages of `WIDE`."""
 ROWS = Scene(arrivals=(Arrival(0.0, 16, 40),) * 64)
 """Many rows for the head."""
-LARGE_VOCABULARY = 32_000
+LARGE_VOCABULARY = 128_000
 
 
 def idle_of(recording: Recording) -> dict[str, float]:

@@ -21,7 +21,7 @@ from pipeserve.core.records import Ended
 from pipeserve.core.work import work_of
 from pipeserve.errors import ConfigError
 from pipeserve.launch.advice import advice_report, print_advice
-from pipeserve.profiling.advice import advise
+from pipeserve.profiling.advice import Prediction, advise
 from pipeserve.profiling.changes import best_split, choices, stage_s, wishes
 from pipeserve.profiling.recorded_times import RecordedTimes, Tweak, fit, nearest, size_class
 from pipeserve.profiling.recording import recording_of
@@ -507,7 +507,7 @@ def test_the_terminal_shows_errors_changes_and_flags(advice):
     first = advice.suggestions[0]
     assert first.change.how in text and f"{first.tokens_gain:+.1%}" in text
     assert f"{advice.tokens_error:+.1%}" in text
-    assert "replica" in text and "no flag changes these" in text
+    assert "replica, an upper bound" in text and "no flag changes these" in text
 
 
 def test_the_report_is_json(advice):
@@ -516,3 +516,17 @@ def test_the_report_is_json(advice):
     assert report["suggestions"][0]["tokens_gain"] == advice.suggestions[0].tokens_gain
     assert report["error"]["output_tokens_per_s"] == advice.tokens_error
     assert len(report["error"]["idle"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tbt", "is_far", "worthwhile"),
+    [
+        (0.05, 0.5, False, True),
+        (0.05, 1.5, False, False),  # P99 TBT more than doubles
+        (0.5, -0.5, True, False),  # of microbatches that nobody measured
+        (0.0, -0.2, False, True),
+    ],
+)
+def test_what_is_advised(tokens, tbt, is_far, worthwhile):
+    prediction = Prediction(None, tokens, tbt, 100.0, 0.1, is_far)
+    assert prediction.is_worthwhile == worthwhile

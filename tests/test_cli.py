@@ -16,8 +16,9 @@ from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import PipeserveError
 from pipeserve.launch import cli, starting
 from pipeserve.launch.flags import run_flags, sampling_flags
-from pipeserve.launch.generate import one_prompt, write_results
+from pipeserve.launch.generate import write_results
 from pipeserve.launch.jsonl import ResultFile
+from pipeserve.launch.prompts import one_prompt
 from pipeserve.launch.workload import read_workload
 from pipeserve.llm import LLM
 from pipeserve.profiling.workloads import DISTRIBUTIONS

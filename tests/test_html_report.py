@@ -442,3 +442,19 @@ def test_a_killed_run_without_any_token_still_draws(tmp_path):
         page.settle(0.2)
         assert page.complaints() == []
         assert "had not ended" in page.run("document.getElementById('notes').innerText")
+
+
+@needs_chromium
+def test_names_that_look_like_markup_are_text(tmp_path):
+    """Also those that would keep the browser from seeing the end of a script."""
+    evil = "</script><script>window.was_run = true</script><b>x<!--<script>"
+    made = made_up_recording(num_requests=4)
+    meta = {**made.meta, "policy": evil, "config": {"model": evil}}
+    faults = [Fault(0, made.completed[-1].done_s, evil)]
+    named = dataclasses.replace(made, meta=meta, notes=[evil], faults=faults)
+    write_report(tmp_path / "report.html", named, explain(named))
+    with chromium.Page() as page:
+        page.open(tmp_path / "report.html")
+        assert page.complaints() == []
+        assert page.run("window.was_run ?? false") is False
+        assert evil in page.run("document.getElementById('notes').innerText")

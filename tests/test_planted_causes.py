@@ -323,6 +323,31 @@ def test_a_late_link_that_a_slow_stage_hides_is_not_blamed():
     assert_is("stage_imbalance", difference, total)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_a_short_prompt_long_ago_does_not_make_a_long_one_its_like(noise):
+    """The first group's prompts are on the path to an end and not on that to the next start, which
+    an arrival led to. What that leaves owing is milliseconds, not a step with prompts."""
+    groups = [Arrival(0.015 * (i // 4), 16, 200) for i in range(8)]
+    long = [Arrival(0.5 * (1 + i), 4096, 1) for i in range(4)]
+    base, planted = [
+        Scene(times=times(noise, 2), arrivals=arrivals, policy="hybrid_only", limits=BIG)
+        for arrivals in (groups, [*groups, *long])
+    ]
+    assert_is("prefill_vs_decode", *added(base, planted))
+
+
+def test_a_driver_that_looked_up_for_a_moment_had_not_been_planning_all_the_while():
+    """It took up a message just before each result, and was not back at once."""
+    scene = Scene(times=times(0.0, slow_hops={1: 0.03}), policy="sarathi_serve")
+    recording = record(scene)
+    idle = idle_of(explain(recording))
+    recording.completed[:] = [c._replace(waiting_s=c.received_s) for c in recording.completed]
+    found = idle_of(explain(recording))
+    moved_s = found["planning"] - idle["planning"]
+    assert 0 < moved_s < 0.01 * sum(idle.values())
+    assert idle["control"] - found["control"] == pytest.approx(moved_s, rel=0.1)
+
+
 # ---- what must hold of any run ------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from other_engine import go_on_under
 
 import pipeserve
 from pipeserve import SamplingParams
@@ -50,18 +51,14 @@ def start(folder: str, num_stages: int) -> pipeserve.LLM:
 def schedule_by(policy: str, llm: pipeserve.LLM, **limits: int) -> None:
     """The pipeline goes on under another policy."""
     driver = llm.driver
-    assert not driver.engine.has_work
     budget = 128 if traits(policy).whole_prompts else 24
-    driver.engine = Engine(
-        driver.plan,
-        get_policy(policy),
-        replace(
-            driver.engine.limits,
-            max_num_batched_tokens=budget,
-            enable_prefix_caching=False,
-            **limits,
-        ),
+    limits = replace(
+        driver.engine.limits,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=False,
+        **limits,
     )
+    go_on_under(driver, Engine(driver.plan, get_policy(policy), limits))
 
 
 def traits(policy: str) -> Traits:

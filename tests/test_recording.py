@@ -13,6 +13,7 @@ from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Plann
 from pipeserve.errors import ConfigError
 from pipeserve.launch import cli, simulate, starting
 from pipeserve.profiling.ledger import explain
+from pipeserve.profiling.notes import notes_of
 from pipeserve.profiling.recording import Ring, recording_of
 from pipeserve.profiling.recording_reader import read_recording
 from pipeserve.profiling.recording_writer import RecordingWriter, check_recordable
@@ -229,8 +230,10 @@ def test_files_of_two_runs(tmp_path):
 
 def test_a_killed_run(tmp_path):
     folder = written(tmp_path, list(records())[:-5])
-    recording = assert_notes(folder, "2 of 2 requests have no end")
+    recording = assert_notes(folder)
     assert len(recording.completed) == NUM - 1
+    [note] = notes_of(recording, None)
+    assert note.startswith("2 of 2 requests had not ended")
 
 
 def test_an_empty_run(tmp_path):
@@ -269,6 +272,18 @@ def test_a_newer_schema_is_read_by_the_names_of_its_fields(tmp_path):
     expected = recording_of(records(), 2, {})
     for ours, theirs in zip(lists_of(recording), lists_of(expected), strict=True):
         assert list(map(repr, ours)) == list(map(repr, theirs))
+
+
+def test_a_line_that_is_too_short_for_its_names_is_damaged(tmp_path):
+    folder = written(tmp_path)
+    file = folder / "stage-0.jsonl"
+    head, *lines = map(json.loads, file.read_text().splitlines())
+    head["fields"]["span"].reverse()
+    lines = [list(reversed(line)) for line in lines]
+    del lines[1][3:]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [head, *lines]))
+    beginnings = "stage-0.jsonl: 1 damaged", f"stage-0.jsonl lacks 1 of {NUM} microbatches"
+    assert len(assert_notes(folder, *beginnings).spans[0]) == NUM - 1
 
 
 def test_nothing_that_can_be_read_is_an_error_of_one_line(tmp_path):

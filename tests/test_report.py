@@ -271,6 +271,21 @@ def test_a_truncated_stage_is_said_and_the_rest_is_shown(folder, capsys):
     assert (folder / "trace.json").exists()
 
 
+def test_a_damaged_time_is_said_and_no_moment_counts_twice(recording):
+    """A span that seems to last into the ones behind it, and one that ends before it starts."""
+    first = list(recording.spans[0])
+    first[3] = first[3]._replace(end_s=first[6].end_s)
+    second = list(recording.spans[1])
+    second[5] = second[5]._replace(end_s=second[5].start_s - 1.0)
+    damaged = dataclasses.replace(recording, spans=[first, second])
+    found = report_of("run", damaged, explain(damaged))
+    for stage in found["stages"]:
+        assert stage["busy"] + sum(stage["idle_by_cause"].values()) == pytest.approx(1, abs=1e-9)
+    said = [note for note in found["notes"] if "damaged" in note]
+    assert [note.partition(" microbatches ")[0] for note in said] == ["stage 0: 1", "stage 1: 1"]
+    assert not any("damaged" in note for note in report_of("run", recording, None)["notes"])
+
+
 def test_files_of_another_run_are_left_out_and_said(folder, tmp_path, capsys, recording):
     write(tmp_path / "other", recording)
     (folder / "stage-1.jsonl").write_bytes((tmp_path / "other" / "stage-1.jsonl").read_bytes())

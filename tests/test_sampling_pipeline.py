@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from other_engine import go_on_under
 
 import pipeserve
 from pipeserve import SamplingParams, control
@@ -36,10 +37,8 @@ def start(folder, num_stages, **options):
 def renew(llm, **limits):
     """A fresh engine over the same stages."""
     driver = llm.driver
-    assert not driver.engine.has_work
-    driver.engine = Engine(
-        driver.plan, get_policy("uniform"), replace(driver.engine.limits, **limits)
-    )
+    limits = replace(driver.engine.limits, **limits)
+    go_on_under(driver, Engine(driver.plan, get_policy("uniform"), limits))
     return llm
 
 

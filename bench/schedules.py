@@ -1,0 +1,421 @@
+"""Every schedule on the Falcon-180B job, each with its published setting and the best of a sweep,
+beside the ceiling that none can pass. Makes the tables of docs/schedules.md.
+
+    python bench/schedules.py --traces DIR --cache FILE.jsonl [--processes 2] [--quick] [--print]
+
+`--traces`: a folder with the published traces; without it the built-in distributions are used,
+which are fitted to them. Every search is kept in the cache, so that a run that was ended goes on;
+`--print` makes the tables of what is there.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from math import inf
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from report import plain_table
+
+from pipeserve.configs import load_recipe, make_config
+from pipeserve.core.cost import PipelineCost
+from pipeserve.core.engine import Engine
+from pipeserve.core.policies import get_policy, uniform
+from pipeserve.core.policies.sarathi_serve import SarathiServe
+from pipeserve.core.policies.uniform import Uniform
+from pipeserve.core.view import Policy, Traits
+from pipeserve.launch.simulate import Setup, make_setup
+from pipeserve.launch.traces import read_trace
+from pipeserve.profiling.capacity import Lengths, Trial, find_capacity, run_trial
+from pipeserve.profiling.ceiling import Ceiling, ceiling
+from pipeserve.profiling.simulator import SimulatedPipeline
+from pipeserve.profiling.workloads import DISTRIBUTIONS, draw_lengths
+
+LAYOUTS = {"TP1xPP8": "falcon-180b-8xa100", "TP4xPP2": "falcon-180b-2x4xa100"}
+TRACES = {
+    "sharegpt": "sharegpt_8k_filtered_stats_llama2_tokenizer.csv.gz",
+    "arxiv": "arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv.gz",
+    "azure-conv": "AzureLLMInferenceTrace_conv.csv.gz",
+}
+SLOS = {"strict": 1.0, "relaxed": 5.0}
+"""Sarathi-Serve's for Falcon-180B (OSDI'24, table 3): P99 of the time between tokens."""
+MAX_MODEL_LEN = 16_384
+MAX_NUM_SEQS = 768
+UNIFORM_TOKENS = 2048
+"""The one setting of `uniform`: a hard limit that nothing reaches."""
+SEED = 1
+"""`uniform` was made looking at seed 0 of the built-in distributions."""
+
+LONGEST = MAX_MODEL_LEN + MAX_NUM_SEQS  # a whole prompt beside every decode
+PUBLISHED = {
+    "request_level": [{"max_num_seqs": 8, "max_num_batched_tokens": LONGEST}],
+    "orca": [{"max_num_seqs": 8, "max_num_batched_tokens": LONGEST}],
+    "vllm": [{"max_num_seqs": 128, "max_num_batched_tokens": LONGEST}],
+    "sarathi": [{"max_num_batched_tokens": 256}],
+    "sarathi_serve": [{"max_num_batched_tokens": 512}, {"max_num_batched_tokens": 2048}],
+    "splitfuse": [{"max_num_batched_tokens": 2048}],
+    "token_throttle": [{"max_num_batched_tokens": 2048}],
+}
+"""As papers or code have them; of sarathi_serve the strict and the relaxed one."""
+SWEPT = {
+    "request_level": [{"max_num_seqs": 32, "max_num_batched_tokens": LONGEST}],
+    "orca": [{"max_num_seqs": 64, "max_num_batched_tokens": LONGEST}],
+    "vllm": [{"max_num_batched_tokens": LONGEST}],
+    "sarathi": [{"max_num_batched_tokens": 512}],
+    "sarathi_serve": [{"max_num_batched_tokens": n} for n in (256, 384, 768, 1024)],
+    "splitfuse": [{"max_num_batched_tokens": n} for n in (384, 512)],
+    "token_throttle": [{"max_num_batched_tokens": n} for n in (512, 1024, 4096)],
+}
+HOPELESS = {"request_level": 0.35, "orca": 0.5, "vllm": 0.9, "sarathi": 0.9}
+"""Share of the ceiling from which on a policy is not tried: saves trials."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A policy with its knobs, on a workload. Without an SLO of its own unless it heeds one."""
+
+    layout: str
+    workload: str
+    policy: str
+    knobs: tuple[tuple[str, int], ...]
+    slo_s: float | None = None
+    wrong: tuple[float, ...] = ()
+    """Factors of the profile's terms that the policy's cost model starts from."""
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+# ---- making pipelines ---------------------------------------------------------------------------
+
+
+def make_policy(name: str) -> Policy:
+    return PARTS[name]() if name in PARTS else get_policy(name)
+
+
+def setup_of(case: Case) -> Setup:
+    known = case.policy not in PARTS
+    values = {
+        "policy": case.policy if known else "sarathi_serve",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": MAX_NUM_SEQS,
+        **dict(case.knobs),
+    }
+    setup = make_setup(make_config(load_recipe(LAYOUTS[case.layout]), values))
+    return replace(setup, limits=replace(setup.limits, max_tbt_s=case.slo_s))
+
+
+def make_pipeline(case: Case, setup: Setup) -> SimulatedPipeline:
+    policy = make_policy(case.policy)
+    cost = None
+    if policy.traits.reads_cost:
+        profile = wrong_by(setup.profile, case.wrong) if case.wrong else setup.profile
+        size = setup.config.tensor_parallel_size
+        cost = PipelineCost(profile, setup.shape, setup.plan, size)
+    return SimulatedPipeline(Engine(setup.plan, policy, setup.limits, cost), setup.times)
+
+
+def wrong_by(profile: Any, factors: Sequence[float]) -> Any:
+    """The profile with its terms off by these factors: matrix products, attention."""
+    linear, attention = factors
+    return replace(
+        profile,
+        linear=_scaled(profile.linear, linear),
+        attention=_scaled(profile.attention, attention),
+    )
+
+
+class _Scaled:
+    """Times of another, times a factor."""
+
+    def __init__(self, times: Any, factor: float) -> None:
+        self._times, self._factor = times, factor
+
+    def __getattr__(self, name: str) -> Any:
+        method, factor = getattr(self._times, name), self._factor
+        return lambda *where: factor * method(*where)
+
+
+def _scaled(times: Any, factor: float) -> Any:
+    return _Scaled(times, factor)
+
+
+# ---- what each part brings ----------------------------------------------------------------------
+
+
+class Pipelined(SarathiServe):
+    traits = Traits(plans_ahead=False, chunk_pipelining=True, one_in_flight=False)
+
+
+class Ahead(SarathiServe):
+    traits = Traits(plans_ahead=True, chunk_pipelining=True, one_in_flight=False)
+
+
+class Balanced(Ahead):
+    """Decodes capped at their share of a turn, as gLLM does."""
+
+    def compose(self, view: Any, now: float) -> Any:
+        share = -(-view.num_decoding // view.window)
+        first = dict(list(view.decodes.items())[:share])
+        return super().compose(replace(view, decodes=first), now)
+
+
+class _Without(Uniform):
+    """`uniform` with some of its parts off."""
+
+    off: dict[str, float] = {}
+
+    def compose(self, view: Any, now: float) -> Any:
+        kept = {name: getattr(uniform, name) for name in self.off}
+        vars(uniform).update(self.off)
+        try:
+            return super().compose(view, now)
+        finally:
+            vars(uniform).update(kept)
+
+
+class TimeBudget(_Without):
+    off = {"SUSTAINED": inf, "MIN_THROTTLED": 10**9, "PATIENCE_S": 0.0, "HELD": 0.0}
+
+
+class KvAsNeeded(_Without):
+    off = {"PATIENCE_S": 0.0, "HELD": 0.0}
+
+
+class Patient(_Without):
+    off = {"HELD": 0.0}
+
+
+PARTS = {
+    "sarathi_serve as published": SarathiServe,
+    "+ chunk pipelining": Pipelined,
+    "+ planned ahead": Ahead,
+    "+ balanced decodes": Balanced,
+    "+ time budget": TimeBudget,
+    "+ KV as needed": KvAsNeeded,
+    "+ short prompts pass": Patient,
+    "+ decodes merged in lulls (uniform)": Uniform,
+}
+
+
+# ---- searching ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def lengths_of(workload: str, traces: Path | None) -> Lengths:
+    """(prompt, output) of requests that fit the context."""
+    if traces is not None and (traces / TRACES[workload]).exists():
+        lengths = read_trace(traces / TRACES[workload]).lengths
+    else:
+        lengths = draw_lengths(DISTRIBUTIONS[workload], 20_000, Random(0))
+    return [(p, o) for p, o in lengths if p + o <= MAX_MODEL_LEN and o > 1]
+
+
+def ceiling_of(setup: Setup, lengths: Lengths, slo_s: float) -> Ceiling:
+    return ceiling(
+        setup.times,
+        lengths,
+        num_stages=len(setup.plan.stages),
+        slo_tbt_s=slo_s,
+        kv_positions=setup.limits.num_blocks * setup.limits.block_size,
+    )
+
+
+def search(case: Case, traces: Path | None, quick: bool) -> dict[str, Any]:
+    """Capacities within each SLO that the case is for, from one set of trials."""
+    os.nice(5)
+    setup, lengths = setup_of(case), lengths_of(case.workload, traces)
+    kept: dict[float, Trial] = {}
+
+    def trial(rate: float) -> Trial:
+        if rate not in kept:
+            lifetimes, requests = (2, 200) if quick else (3, 1000)
+            make = partial(make_pipeline, case, setup)
+            kept[rate] = run_trial(make, lengths, rate, requests, SEED, lifetimes)
+        return kept[rate]
+
+    slos = [case.slo_s] if case.slo_s is not None else list(SLOS.values())
+    highest = ceiling_of(setup, lengths, max(slos)).rate * HOPELESS.get(case.policy, 1.0)
+    lone = trial(highest / 100)
+    resolution = 0.05 if quick else 0.025
+    found = {}
+    for slo_s in slos:
+        capacity = find_capacity(trial, slo_s, highest, lone, resolution)
+        found[str(slo_s)] = capacity.rate
+    return {"case": asdict(case), "capacity": found, "trials": [asdict(t) for t in kept.values()]}
+
+
+def at_rates(case: Case, traces: Path | None, rates: Sequence[float]) -> dict[str, Any]:
+    """Trials at these rates."""
+    setup, lengths = setup_of(case), lengths_of(case.workload, traces)
+    make = partial(make_pipeline, case, setup)
+    trials = [run_trial(make, lengths, rate, 1000, SEED, 3) for rate in rates]
+    return {"case": asdict(case), "capacity": {}, "trials": [asdict(t) for t in trials]}
+
+
+def cases(layouts: Sequence[str], workloads: Sequence[str]) -> Iterator[Case]:
+    for layout in layouts:
+        for workload in workloads:
+            for slo_s in SLOS.values():
+                knobs = (("max_num_batched_tokens", UNIFORM_TOKENS),)
+                yield Case(layout, workload, "uniform", knobs, slo_s)
+            for policy, settings in PUBLISHED.items():
+                for knobs in [*settings, *SWEPT[policy]]:
+                    yield Case(layout, workload, policy, tuple(sorted(knobs.items())))
+
+
+def ablation_cases() -> Iterator[Case]:
+    for name in PARTS:
+        heeds = issubclass(PARTS[name], Uniform)
+        tokens = UNIFORM_TOKENS if heeds else 512
+        knobs = (("max_num_batched_tokens", tokens),)
+        yield Case("TP1xPP8", "sharegpt", name, knobs, SLOS["strict"])
+        if not heeds:
+            knobs = (("max_num_batched_tokens", 384),)
+            yield Case("TP1xPP8", "sharegpt", name, knobs, SLOS["strict"])
+
+
+class Cache:
+    """Searches that were done, in a file of lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.found: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                self.found[_case_of(entry).key] = entry
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.found[_case_of(entry).key] = entry
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _case_of(entry: dict[str, Any]) -> Case:
+    values = entry["case"]
+    knobs = tuple((name, value) for name, value in values["knobs"])
+    return Case(**{**values, "knobs": knobs, "wrong": tuple(values["wrong"])})
+
+
+def search_all(wanted: Sequence[Case], cache: Cache, processes: int, **how: Any) -> None:
+    todo = [case for case in wanted if case.key not in cache.found]
+    with ProcessPoolExecutor(processes, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(search, case, **how): case for case in todo}
+        for number, future in enumerate(as_completed(futures)):
+            entry = future.result()
+            cache.add(entry)
+            case = futures[future]
+            print(
+                f"{number + 1}/{len(todo)} {case.layout} {case.workload} {case.policy} "
+                f"{dict(case.knobs)} slo {case.slo_s}: {entry['capacity']}",
+                flush=True,
+            )
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def best_trial(entry: dict[str, Any], slo_s: float) -> dict[str, Any] | None:
+    rate = entry["capacity"].get(str(slo_s), 0.0)
+    return next((t for t in entry["trials"] if t["rate"] == rate and rate), None)
+
+
+def cell_table(cache: Cache, layout: str, workload: str, slo_s: float, top: Ceiling) -> str:
+    rows = []
+    entries = [e for e in cache.found.values() if _is_of(e, layout, workload, slo_s)]
+    for policy in ["uniform", *PUBLISHED]:
+        mine = [e for e in entries if e["case"]["policy"] == policy]
+        if not mine:
+            continue
+        published = [e for e in mine if _is_published(e, slo_s)]
+        best = max(mine, key=lambda e: e["capacity"].get(str(slo_s), 0.0))
+        for name, entry in [("published", e) for e in published] + [("best swept", best)]:
+            if policy == "uniform":
+                name = "one setting"
+                if entry is not best:
+                    continue
+            rows.append(_row(policy, name, entry, slo_s, top))
+    return plain_table(
+        ["policy", "setting", "requests/s", "of the ceiling", "TTFT P50", "TBT P99"], rows
+    )
+
+
+def _row(policy: str, name: str, entry: dict[str, Any], slo_s: float, top: Ceiling) -> list[str]:
+    trial, rate = best_trial(entry, slo_s), entry["capacity"].get(str(slo_s), 0.0)
+    knobs = ", ".join(f"{value}" for _, value in entry["case"]["knobs"])
+    return [
+        f"`{policy}`",
+        f"{name} ({knobs})",
+        f"{rate:.2f}" if rate else "cannot",
+        f"{rate / top.rate:.2f}",
+        f"{trial['ttft_p50_s']:.2f} s" if trial else "",
+        f"{trial['tbt_p99_s']:.2f} s" if trial else "",
+    ]
+
+
+def _is_of(entry: dict[str, Any], layout: str, workload: str, slo_s: float) -> bool:
+    case = entry["case"]
+    return (
+        (case["layout"], case["workload"]) == (layout, workload)
+        and str(slo_s) in entry["capacity"]
+        and not case["wrong"]
+    )
+
+
+def _is_published(entry: dict[str, Any], slo_s: float) -> bool:
+    case = entry["case"]
+    settings = PUBLISHED.get(case["policy"], [])
+    if case["policy"] == "sarathi_serve":
+        settings = settings[:1] if slo_s == SLOS["strict"] else settings[1:]
+    return dict(map(tuple, case["knobs"])) in settings
+
+
+def tables(cache: Cache, layouts: Sequence[str], workloads: Sequence[str], traces: Any) -> str:
+    parts = []
+    for layout in layouts:
+        for workload in workloads:
+            case = Case(layout, workload, "sarathi_serve", (("max_num_batched_tokens", 512),))
+            setup, lengths = setup_of(case), lengths_of(workload, traces)
+            for slo, slo_s in SLOS.items():
+                top = ceiling_of(setup, lengths, slo_s)
+                parts.append(
+                    f"### {layout}, {workload}, {slo} ({slo_s:g} s)\n\nCeiling: {top.rate:.2f} "
+                    f"requests/s, microbatches of {top.num_tokens} tokens and "
+                    f"{top.microbatch_s * 1e3:.0f} ms (bound by: {top.bound}).\n\n"
+                    + cell_table(cache, layout, workload, slo_s, top)
+                )
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--traces", type=Path)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="shorter trials, coarser search")
+    parser.add_argument("--print", action="store_true", help="only the tables of what is there")
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
+    parser.add_argument("--workloads", nargs="*", default=list(TRACES))
+    parser.add_argument("--policies", nargs="*")
+    parser.add_argument("--ablation", action="store_true")
+    given = parser.parse_args()
+    cache = Cache(given.cache)
+    wanted = list(ablation_cases() if given.ablation else cases(given.layouts, given.workloads))
+    if given.policies:
+        wanted = [case for case in wanted if case.policy in given.policies]
+    if not given.print:
+        search_all(wanted, cache, given.processes, traces=given.traces, quick=given.quick)
+    print(tables(cache, given.layouts, given.workloads, given.traces))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The rate that no schedule can pass: what a pipeline would serve if every microbatch were the best.
+
+In a steady state every microbatch holds the mix's own proportion of prefill tokens and decodes, a
+fraction x of a mean request, and takes T(x) on the slowest stage, so that x / T(x) requests are
+served a second. What bounds x: P microbatches are a turn, so P T(x) is the least time between
+tokens; and P times its decodes, at their mean context, are in the KV pool. Microbatches of several
+sizes may be mixed, so T is its own lower convex envelope.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from pipeserve.core.nouns import Chunk, Microbatch, RequestId
+from pipeserve.profiling.stage_times import StageTimes
+
+_STEP = 16  # tokens between the sizes that are tried: a part of every tile
+_SAMPLES = 16  # executions that a time is the mean of: each has a jitter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceiling:
+    """The best rate, and the microbatch that gives it."""
+
+    rate: float
+    """Requests a second."""
+    microbatch_s: float
+    num_tokens: int
+    bound: str
+    """What keeps microbatches from being larger: "slo", "kv", or "none" where larger ones give no
+    more."""
+    stage_seconds: float
+    """Of the slowest stage, for one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Means of a workload, in tokens."""
+
+    prompt: float
+    output: float
+    prompt_context: float
+    """Positions before a prompt token, on average over prompt tokens."""
+    decode_context: float
+    """Positions that a decode reads, on average over decodes; also the KV of a running decode."""
+
+
+def mix_of(lengths: Sequence[tuple[int, int]]) -> Mix:
+    """`lengths`: (prompt tokens, output tokens) of each request."""
+    num = len(lengths)
+    prompts, outputs = sum(p for p, _ in lengths), sum(o for _, o in lengths)
+    return Mix(
+        prompts / num,
+        outputs / num,
+        sum(p * p for p, _ in lengths) / 2 / prompts,
+        sum(o * (p + o / 2) for p, o in lengths) / outputs,
+    )
+
+
+def ceiling(
+    times: StageTimes,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    num_stages: int,
+    slo_tbt_s: float,
+    kv_positions: int,
+    most_tokens: int = 4096,
+) -> Ceiling:
+    """Of a workload with these lengths within a limit between tokens; `kv_positions` of the pool
+    of a stage; microbatches of at most `most_tokens`."""
+    mix = mix_of(lengths)
+    per_request = mix.prompt + mix.output
+    sizes = range(_STEP, most_tokens + 1, _STEP)
+    hull = _lower_hull([(float(size), _seconds(times, mix, size)) for size in sizes])
+    most_by_kv = kv_positions / (num_stages * mix.decode_context) / mix.output * per_request
+    best = Ceiling(rate=0.0, microbatch_s=0.0, num_tokens=0, bound="slo", stage_seconds=0.0)
+    for size in sizes:
+        seconds = _on(hull, size)
+        if seconds * num_stages > slo_tbt_s or size > most_by_kv:
+            is_last = best.num_tokens == size - _STEP
+            reason = "kv" if size > most_by_kv else "slo"
+            return replace(best, bound=reason) if is_last or not best.num_tokens else best
+        rate = size / per_request / seconds
+        if rate > best.rate:
+            best = Ceiling(
+                rate=rate,
+                microbatch_s=seconds,
+                num_tokens=size,
+                bound="none",
+                stage_seconds=1 / rate,
+            )
+    return best
+
+
+def _seconds(times: StageTimes, mix: Mix, num_tokens: int) -> float:
+    """Of the slowest stage, for the mix's own proportion at its mean contexts."""
+    num_decodes = round(num_tokens * mix.output / (mix.prompt + mix.output))
+    context, before = round(mix.decode_context), round(mix.prompt_context)
+    chunks = [
+        Chunk(RequestId(number), context, context + 1, (), None, 1) for number in range(num_decodes)
+    ]
+    prefill = num_tokens - num_decodes
+    if prefill:
+        chunks.append(Chunk(RequestId(num_decodes), before, before + prefill, (), None, 1))
+    samples = [times.compute_s(Microbatch(index, tuple(chunks))) for index in range(_SAMPLES)]
+    return max(sum(stage) / _SAMPLES for stage in zip(*samples, strict=True))
+
+
+def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the lower convex envelope; points by size (Andrew's monotone chain, 1979)."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(hull) > 1 and _is_above(hull[-2], hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def _is_above(
+    left: tuple[float, float], middle: tuple[float, float], right: tuple[float, float]
+) -> bool:
+    slope = (right[1] - left[1]) / (right[0] - left[0])
+    return middle[1] >= left[1] + slope * (middle[0] - left[0])
+
+
+def _on(hull: Sequence[tuple[float, float]], x: float) -> float:
+    for (x0, y0), (x1, y1) in pairwise(hull):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return hull[-1][1]

@@ -5,7 +5,7 @@
 No stage is behind it: the engine is driven by hand with invented tokens, always with its window
 full, so the figures are the engine's alone; its clock is when each result would come by a cost
 model of Falcon-180B on A100s, with which `uniform` plans. Each cell starts R requests with prompts
-of 100..500 tokens, prefills them, and then times a steady load: R requests decode, 300 wait, and
+of 100..500 tokens, whose KV is there, and times a steady load: R requests decode, 300 wait, and
 every fourth microbatch one of them is ended and a new prompt arrives. The limit between tokens is
 what a turn of full microbatches takes, so that it binds. The first tenth is warm-up. Garbage
 collection stays on, as in a run. Columns: decodes and prefill tokens in a microbatch (means), then
@@ -62,14 +62,21 @@ class Load:
         self.started: deque[RequestId] = deque()
         self.begun: set[RequestId] = set()
         self.next_id = 0
-        for _ in range(num_running + WAITING):
-            self.add()
+        for number in range(num_running + WAITING):
+            self.add(imports=number < num_running)
 
-    def add(self) -> None:
+    def add(self, imports: bool = False) -> None:
+        """`imports`: all but the last position, so that a load is there at once."""
         length = self.random.randint(100, 500)
         prompt = tuple(self.random.randrange(50_000) for _ in range(length))
         params = SamplingParams(max_tokens=MAX_MODEL_LEN)
-        self.engine.add(Request(id=RequestId(self.next_id), prompt=prompt, params=params), self.now)
+        request = Request(
+            id=RequestId(self.next_id),
+            prompt=prompt,
+            params=params,
+            num_imported=imports * (length - 1),
+        )
+        self.engine.add(request, self.now)
         self.next_id += 1
 
     def replace_one(self) -> None:

@@ -102,6 +102,9 @@ def test_where_larger_ones_are_dearer_the_best_is_in_between():
 
 def test_more_of_anything_never_lowers_it():
     times = Linear(base=0.05, per_token=0.001, per_position=1e-6)
-    for name, values in (("slo_tbt_s", (0.2, 0.4, 1.0, 5.0)), ("kv_positions", (2000, 9000, 10**6))):
+    for name, values in (
+        ("slo_tbt_s", (0.2, 0.4, 1.0, 5.0)),
+        ("kv_positions", (2000, 9000, 10**6)),
+    ):
         rates = [ceiling_of(times, **{name: value}).rate for value in values]
         assert rates == sorted(rates) and rates[0] < rates[-1]

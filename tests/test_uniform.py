@@ -1,0 +1,408 @@
+"""What `uniform` promises, on virtual time: who is late, what is even, who waits for whom."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from math import ceil, inf
+from random import Random
+from statistics import fmean, pstdev
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from linear_times import LinearCost, LinearTimes
+from made_up_profile import SHAPE, TRUE
+
+from pipeserve.core.cost import PipelineCost
+from pipeserve.core.engine import _FADING, Engine, Limits
+from pipeserve.core.nouns import (
+    Microbatch,
+    RequestId,
+    StageCost,
+    StepResult,
+    Wait,
+)
+from pipeserve.core.partition import split_layers
+from pipeserve.core.policies import get_policy, uniform
+from pipeserve.core.work import Work, work_of
+from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, request_of
+from pipeserve.profiling.stage_times import ProfiledTimes
+
+LIMITS = Limits(
+    num_blocks=6000,
+    block_size=16,
+    max_num_seqs=64,
+    max_num_batched_tokens=512,
+    max_model_len=4096,
+    enable_prefix_caching=False,
+)
+
+
+class Run:
+    """A simulation that keeps its microbatches, with what was predicted of each."""
+
+    def __init__(self, times, arrivals, cost="right", **limits):
+        plan = split_layers(times.num_stages, times.num_stages)
+        model = LinearCost(times) if cost == "right" else cost
+        self.limits = replace(LIMITS, **limits)
+        self.engine = Engine(plan, get_policy("uniform"), self.limits, model)
+        self.planned: list[tuple[Microbatch, Work, StageCost | None]] = []
+        self._plan, self.engine.plan = self.engine.plan, self.plan
+        self.pipeline = SimulatedPipeline(self.engine, times)
+        self.simulation = Simulation(self.pipeline, arrivals)
+        self.simulation.run_until()
+        self.served = self.simulation.served
+
+    def plan(self, now):
+        planned = self._plan(now)
+        if isinstance(planned, Microbatch):
+            self.planned.append((planned, work_of(planned), self.engine.last.cost))
+        return planned
+
+    def gaps(self) -> list[float]:
+        """All times between tokens, shortest first."""
+        times = [served.token_times_s for served in self.served]
+        return sorted(b - a for each in times for a, b in pairwise(each))
+
+    def p99(self) -> float:
+        gaps = self.gaps()
+        return gaps[int(0.99 * len(gaps))]
+
+    def longest_s(self) -> float:
+        return uniform.MARGIN * self.limits.max_tbt_s / self.engine.pipeline.window
+
+
+def poisson(rate, count, prompts, outputs, seed=0) -> list[Arrival]:
+    rng, now, arrivals = Random(seed), 0.0, []
+    for _ in range(count):
+        now += rng.expovariate(rate)
+        arrivals.append(Arrival(now, rng.randint(*prompts), rng.randint(*outputs)))
+    return arrivals
+
+
+def prefill_tokens(work: Work) -> int:
+    return sum(tokens for _, tokens in work.prefills)
+
+
+def variation(values: Sequence[float]) -> float:
+    return pstdev(values) / fmean(values)
+
+
+# ---- the limit between tokens -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
+def test_with_a_right_cost_model_tokens_keep_to_the_limit(num_stages):
+    times = LinearTimes(num_stages, base=0.005, per_token=1e-4, per_position=1e-7, per_pair=1e-8)
+    arrivals = poisson(12.0, 150, (1, 1500), (1, 120))
+    run = Run(times, arrivals, max_tbt_s=0.03 * num_stages)
+    assert all(served.finished for served in run.served)
+    assert run.p99() <= 0.03 * num_stages
+    # It is a limit that binds: some come close to it.
+    assert run.gaps()[-1] > 0.6 * 0.03 * num_stages
+
+
+@pytest.mark.parametrize("slow", [{}, {0: 2.0}, {2: 1.5}, {3: 2.0}])
+def test_no_microbatch_takes_longer_than_its_part_of_the_limit(slow):
+    times = LinearTimes(4, base=0.005, per_token=1e-4, per_pair=1e-8, slow=slow)
+    run = Run(times, poisson(6.0, 100, (1, 1500), (1, 100)), max_tbt_s=0.25)
+    assert len(run.planned) > 100
+    for _, work, cost in run.planned:
+        if prefill_tokens(work) > uniform.MIN_PIECE:
+            assert max(cost.seconds) <= run.longest_s() + 1e-9
+
+
+def test_prompts_without_decodes_do_not_make_those_in_flight_late():
+    """A group of decodes is in flight when a long prompt comes: as long as they are, stage after
+    stage, chunks that are planned before its tokens are back are in its next turn's way."""
+    times = LinearTimes(4, base=0.01, per_token=2e-4)
+    arrivals = [Arrival(0.0, 16, 200)] * 8 + [Arrival(1.0 + i, 2000, 2) for i in range(12)]
+    run = Run(times, arrivals, max_tbt_s=0.15)
+    assert run.gaps()[-1] <= 0.15
+
+
+@pytest.mark.parametrize("late", [1e-6, 0.01, 0.05])
+def test_a_limit_that_nothing_meets_starves_no_one(late):
+    """A prompt that comes among decodes gets a chunk in each turn, and so does one after it."""
+    times = LinearTimes(4, base=0.05, per_token=1e-3)
+    arrivals = [Arrival(0.0, 8, 400)] * 8 + [Arrival(5.0, 300, 3), Arrival(5.0, 300, 3)]
+    run = Run(times, arrivals, max_tbt_s=late)
+    assert all(served.finished for served in run.served)
+    for served in run.served[8:]:
+        assert served.token_times_s[0] - 5.0 < 10.0  # the decodes go on until 100 and more
+    assert run.served[0].token_times_s[-1] > 50.0
+
+
+def test_a_long_prefix_starves_no_one():
+    """A prompt of which any chunk costs more than a share does, among decodes that go on."""
+    times = LinearTimes(4, base=0.01, per_token=1e-4, per_pair=1e-6)
+    arrivals = [Arrival(0.0, 8, 2000)] * 8 + [Arrival(1.0, 3000, 3)]
+    run = Run(times, arrivals, max_tbt_s=0.3)
+    assert run.served[8].token_times_s[0] < 20.0
+    assert run.served[0].token_times_s[-1] > 60.0
+
+
+def test_a_prefix_that_alone_is_over_the_limit_starves_no_one():
+    times = LinearTimes(2, base=0.01, per_token=1e-4, per_pair=1e-4)
+    run = Run(times, [Arrival(0.0, 3000, 3)], max_tbt_s=0.1)
+    assert run.served[0].finished
+
+
+# ---- evenness -----------------------------------------------------------------------------------
+
+
+def steady(engine, num_microbatches) -> list[Microbatch]:
+    """Keeps the window full; the microbatches that were planned."""
+    planned, flying, now = [], [], 0.0
+    while len(planned) < num_microbatches:
+        microbatch = engine.plan(now)
+        if isinstance(microbatch, Wait):
+            oldest = flying.pop(0)
+            now += 1.0
+            tokens = (7,) * sum(chunk.num_logits for chunk in oldest.chunks)
+            engine.complete(StepResult(oldest.index, tokens), now)
+        else:
+            planned.append(microbatch)
+            flying.append(microbatch)
+    return planned
+
+
+def test_decodes_are_shared_out_by_what_their_context_costs():
+    """Half of the decodes have a context of 20 and half of 2,000, of which 100 cost a token. Their
+    KV is imported, so that all are there at once."""
+    times = LinearTimes(2, base=0.0, per_token=1e-3, per_position=1e-5)
+    engine = Engine(split_layers(2, 2), get_policy("uniform"), LIMITS, LinearCost(times))
+    for number in range(64):
+        length = 20 if number < 32 else 2000
+        request = request_of(number, Arrival(0.0, length, 1000))
+        engine.add(replace(request, num_imported=length - 1), 0.0)
+    turns = steady(engine, 100)[-40:]
+    seconds = [times.compute_s(microbatch)[0] for microbatch in turns]
+    counts = [len(microbatch.chunks) for microbatch in turns]
+    assert max(counts) > 2 * min(counts)
+    assert max(seconds) < 1.1 * min(seconds)
+    # One decode in each turn, all of them: by number they would have been 32 and 32.
+    assert all(sum(pair) == 64 for pair in pairwise(counts))
+
+
+def test_prefill_is_shared_out_over_the_microbatches_of_a_turn():
+    """None of them as large as it may be."""
+    times = LinearTimes(4, base=0.01, per_token=1e-4)
+    run = Run(times, [Arrival(0.0, 100, 1) for _ in range(10)])
+    sizes = [work.num_tokens for _, work, _ in run.planned]
+    assert sum(sizes) == 1000 and len(sizes) == 4
+    assert max(sizes) < 0.6 * LIMITS.max_num_batched_tokens
+
+
+@pytest.mark.parametrize(
+    ("sustained", "turns"), [(uniform.SUSTAINED, uniform.TURNS), (uniform.SUSTAINED, 1e-9)]
+)
+def test_near_a_full_pool_full_and_empty_phases_do_not_alternate(sustained, turns, monkeypatch):
+    """Either of the two bounds that KV sets would do here; without them, it comes in waves."""
+
+    def unevenness(sustained, turns):
+        monkeypatch.setattr(uniform, "MIN_THROTTLED", 16)  # the pool is as small
+        monkeypatch.setattr(uniform, "SUSTAINED", sustained)
+        monkeypatch.setattr(uniform, "TURNS", turns)
+        times = LinearTimes(4, base=0.01, per_token=1e-4)
+        arrivals = poisson(40.0, 200, (200, 300), (100, 200), seed=3)
+        run = Run(times, arrivals, max_tbt_s=0.24, num_blocks=1200, max_num_seqs=256)
+        count = len(run.planned)
+        middle = run.planned[count // 4 : -count // 4]
+        return variation([max(cost.seconds) for _, _, cost in middle])
+
+    assert unevenness(sustained, turns) < 0.45 < unevenness(1e9, 1e-9)
+
+
+# ---- lulls --------------------------------------------------------------------------------------
+
+
+def test_in_a_lull_decodes_go_together_and_none_is_late():
+    times = LinearTimes(4, base=0.02, per_token=1e-4)
+    arrivals = [Arrival(0.03 * number, 20, 100) for number in range(12)]
+    limited, free = Run(times, arrivals, max_tbt_s=1.0), Run(times, arrivals)
+    assert all(served.finished for served in limited.served)
+    assert len(limited.planned) < 0.6 * len(free.planned)
+    assert limited.gaps()[-1] <= 1.0
+
+
+def test_without_a_limit_no_decode_waits_for_others():
+    times = LinearTimes(4, base=0.02, per_token=1e-4)
+    run = Run(times, [Arrival(0.03 * number, 20, 100) for number in range(12)])
+    # A turn of four stages: a token each time that its microbatch has come round.
+    assert run.gaps()[-1] < 4 * 0.03
+
+
+def test_decodes_do_not_wait_while_a_prompt_does():
+    times = LinearTimes(2, base=0.02, per_token=1e-4)
+    arrivals = [Arrival(0.0, 20, 60)] * 4 + [Arrival(0.5, 1000, 1)]
+    run = Run(times, arrivals, max_tbt_s=2.0)
+    assert run.served[4].token_times_s[0] < 0.5 + 0.4
+
+
+# ---- order --------------------------------------------------------------------------------------
+
+
+def first_of(long_came_before_s) -> RequestId:
+    """Of a prompt of 2,000 tokens and one of 100 that came later, while another one was on."""
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), LIMITS)
+    for number, (arrived, length) in enumerate(
+        [(0.0, 2000), (long_came_before_s, 100)],
+    ):
+        engine.add(request_of(number, Arrival(arrived, length, 5)), arrived)
+    return engine.plan(100.0).chunks[0].request_id
+
+
+def test_a_short_prompt_passes_a_long_one_that_came_just_before():
+    assert first_of(0.5 * uniform.PATIENCE_S * 1900) == 1
+
+
+def test_a_short_prompt_does_not_pass_a_long_one_that_has_waited_for_its_length():
+    assert first_of(1.1 * uniform.PATIENCE_S * 1900) == 0
+
+
+def test_the_place_of_a_prompt_does_not_change_with_its_chunks():
+    """The first one has only 10 tokens left when the other comes, and goes on behind it."""
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), LIMITS)
+    engine.add(request_of(0, Arrival(0.0, 522, 5)), 0.0)
+    engine.plan(0.0)
+    engine.add(request_of(1, Arrival(0.0, 100, 5)), 0.0)
+    assert [chunk.request_id for chunk in engine.plan(0.0).chunks] == [1, 0]
+
+
+# ---- costs that a learning model may come to ----------------------------------------------------
+
+
+class Odd(LinearCost):
+    def __init__(self, of, num_stages=2):
+        self.seconds = lambda work: (of(work),) * num_stages
+
+
+@pytest.mark.parametrize("max_tbt_s", [None, 1e-3, 2.0])
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda work: 0.1,
+        lambda work: 0.1 + 1e-4 * work.context + (0.3 if work.num_tokens <= 512 else 0.0),
+        lambda work: 1.0 / (1 + work.num_tokens) + 1e-6 * work.context,
+        lambda work: 0.01 * (1 + work.num_tokens % 7),
+    ],
+    ids=["flat", "cheaper beyond 4 tiles", "falling", "ragged"],
+)
+def test_costs_that_do_not_rise_with_the_tokens_stop_nothing(of, max_tbt_s):
+    times = LinearTimes(2)
+    arrivals = poisson(20.0, 40, (1, 600), (1, 60))
+    run = Run(times, arrivals, cost=Odd(of), max_tbt_s=max_tbt_s)
+    assert all(served.finished for served in run.served)
+
+
+# ---- whatever comes -----------------------------------------------------------------------------
+
+
+class Counted(Engine):
+    """Compares what is counted along the way with a recount after every call."""
+
+    num_turns_waited = 0
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._known: dict[RequestId, int] = {}
+        self._fading = (0.0, 0.0)
+
+    def plan(self, now):
+        planned = super().plan(now)
+        if isinstance(planned, Microbatch):
+            self._taken(planned)
+        self._check()
+        return planned
+
+    def complete(self, result, now):
+        outputs = super().complete(result, now)
+        self._check()
+        return outputs
+
+    def _taken(self, microbatch):
+        assert microbatch.num_tokens <= self.limits.max_num_batched_tokens
+        self._known |= {a.request_id: len(a.token_ids) for a in microbatch.admitted}
+        prefill = sum(
+            c.num_tokens for c in microbatch.chunks if c.start < self._known[c.request_id]
+        )
+        decodes = microbatch.num_tokens - prefill
+        fading = self._fading
+        self._fading = (_FADING * fading[0] + prefill, _FADING * fading[1] + decodes)
+        assert self._flow == pytest.approx(self._fading)
+        assert (self.last.num_prefill_tokens, self.last.num_decodes) == (prefill, decodes)
+
+    def _check(self):
+        records = self._records.values()
+        decoding = [
+            r for r in records if not r.prefilling and r.num_known + r.num_on_way < r.num_longest
+        ]
+        queues = self._queues
+        assert queues.num_decoding == len(decoding)
+        assert queues.decoding_context == sum(r.num_planned for r in decoding)
+        assert queues.prefill_backlog == sum(r.num_unplanned for r in records if r.prefilling)
+        assert len(queues.running) <= self.limits.max_num_seqs
+
+
+def wrong_by(factor: float):
+    """The made-up profile with every term off: matrix products one way, attention the other."""
+    layer = tuple((tokens, seconds * factor) for tokens, seconds in TRUE.tables.layer)
+    attention = replace(
+        TRUE.attention,
+        prefix_flops_per_s=TRUE.attention.prefix_flops_per_s * factor,
+        causal_flops_per_s=TRUE.attention.causal_flops_per_s * factor,
+        decode_bytes_per_s=TRUE.attention.decode_bytes_per_s * factor,
+    )
+    return replace(TRUE, tables=replace(TRUE.tables, layer=layer), attention=attention)
+
+
+@st.composite
+def cases(draw):
+    lengths = st.tuples(st.integers(1, 200), st.integers(1, 30))
+    requests = draw(st.lists(lengths, min_size=1, max_size=25))
+    times = draw(st.lists(st.floats(0, 5), min_size=len(requests), max_size=len(requests)))
+    arrivals = [Arrival(at, *each) for at, each in zip(sorted(times), requests, strict=True)]
+    aborts = draw(st.lists(st.tuples(st.floats(0, 8), st.integers(0, 24)), max_size=6))
+    block_size = draw(st.sampled_from([1, 4, 16]))
+    limits = Limits(
+        num_blocks=ceil(230 / block_size) + draw(st.integers(0, 60)),
+        block_size=block_size,
+        max_num_seqs=draw(st.integers(1, 16)),
+        max_num_batched_tokens=draw(st.sampled_from([1, 7, 64, 200, 512])),
+        max_model_len=256,
+        enable_prefix_caching=False,
+        max_tbt_s=draw(st.sampled_from([None, None, 1e-6, 0.05, 0.3, 100.0])),
+    )
+    num_stages = draw(st.integers(1, 5))
+    model = draw(st.sampled_from(["none", "right", "dear", "cheap"]))
+    return arrivals, sorted(aborts), limits, num_stages, model
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_every_request_ends_whatever_comes(case):
+    arrivals, aborts, limits, num_stages, model = case
+    plan = split_layers(30, num_stages)
+    profile = {"none": None, "right": TRUE, "dear": wrong_by(1.3), "cheap": wrong_by(0.7)}[model]
+    cost = PipelineCost(profile, SHAPE, plan) if profile else None
+    engine = Counted(plan, get_policy("uniform"), limits, cost)
+    pipeline = SimulatedPipeline(engine, ProfiledTimes(TRUE, SHAPE, plan))
+    events = [(a.arrival_s, n, a) for n, a in enumerate(arrivals)]
+    events = sorted(events + [(at, number, None) for at, number in aborts], key=lambda e: e[0])
+    ended, added, now = set(), set(), 0.0
+    for _ in range(20_000):
+        event_s = events[0][0] if events else inf
+        now = min(event_s, pipeline.next_event_s)
+        if now == inf:
+            break
+        if event_s == now:
+            _, number, arrival = events.pop(0)
+            if arrival is not None:
+                pipeline.add(request_of(number, arrival), now)
+                added.add(number)
+            elif engine.finish(RequestId(number), "abort", now):
+                ended.add(number)
+        ended |= {o.request_id for o in pipeline.advance(now) if o.finish_reason}
+    assert ended == added == set(range(len(arrivals)))
+    assert not engine.has_work and engine.num_free_blocks == limits.num_blocks

@@ -227,7 +227,8 @@ def test_busy_counts_what_lies_inside_the_window():
 
 def test_within_takes_both_limits():
     trial = Trial(
-        rate=1.0, window_s=1, lifetime_s=1, requests=1, tbt_p99_s=0.5, queueing_p50_s=2.0, ttft_p50_s=3.0, ttft_p99_s=4.0,
+        rate=1.0, window_s=1, lifetime_s=1, requests=1, tbt_p99_s=0.5, queueing_p50_s=2.0,
+        ttft_p50_s=3.0, ttft_p99_s=4.0,
         output_tokens_per_s=1, busy=(1.0,),
     )  # fmt: skip
     assert trial.within(0.5)

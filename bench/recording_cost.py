@@ -22,7 +22,6 @@ from random import Random
 from types import SimpleNamespace
 
 import msgspec
-from pipeserve.journal import Journal
 
 from pipeserve import control
 from pipeserve.checkpoint import checkpoint_setup

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from pipeserve.launch.tables import run_table
 
+_SPELT_OUT = 5  # stages, in 80 columns
 _LEAST = 5e-4
 """Share of the time under which a cause is not printed."""
 _CAPTION = "idle is not always loss: --advise tries out what a change would give"
@@ -28,19 +29,28 @@ def print_report(found: dict[str, Any], console: Console) -> None:
 
 
 def _stage_table(stages: Sequence[dict[str, Any]], causes: Sequence[str]) -> Table:
-    """A column for each stage, so that many causes fit."""
-    table = Table(title="stages, shares of the time")
-    table.add_column("")
+    """A column for each stage, so that many causes fit; narrow ones where there are many."""
+    is_wide = len(stages) > _SPELT_OUT
+    unit, digits = (" in percent", ".1f") if is_wide else ("", ".1%")
+    scale = 100 if is_wide else 1
+
+    def cells(shares: Sequence[float], least: float = 0.0) -> list[str]:
+        return [f"{scale * share:{digits}}" if share >= least else "" for share in shares]
+
+    table = Table(title=f"stages, shares of the time{unit}")
+    table.add_column("stage\nlayers" if is_wide else "", no_wrap=True)
     for number, stage in enumerate(stages):
-        layers = f"\n{stage['layers']} layers" if "layers" in stage else ""
-        table.add_column(f"stage {number}{layers}", justify="right")
-    table.add_row("busy", *(f"[bold]{stage['busy']:.1%}[/]" for stage in stages))
-    table.add_row("idle", *(f"{1 - stage['busy']:.1%}" for stage in stages), end_section=True)
+        parts = [str(number) if is_wide else f"stage {number}"]
+        if "layers" in stage:
+            parts.append(str(stage["layers"]) + ("" if is_wide else " layers"))
+        table.add_column("\n".join(parts), justify="right")
+    busy = [stage["busy"] for stage in stages]
+    table.add_row("busy", *[f"[bold]{cell}[/]" for cell in cells(busy)])
+    table.add_row("idle", *cells([1 - share for share in busy]), end_section=True)
     for cause in causes:
         shares = [stage["idle_by_cause"].get(cause, 0.0) for stage in stages]
         if max(shares) >= _LEAST:
-            cells = (f"{share:.1%}" if share >= _LEAST else "" for share in shares)
-            table.add_row(f"  {cause}", *cells)
+            table.add_row(cause, *cells(shares, _LEAST))
     return table
 
 

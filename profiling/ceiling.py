@@ -1,4 +1,4 @@
-"""The rate that no schedule can pass: what a pipeline would serve if every microbatch were the best.
+"""The rate that no schedule can pass: what a pipeline serves if every microbatch is the best.
 
 In a steady state every microbatch holds the mix's own proportion of prefill tokens and decodes, a
 fraction x of a mean request, and takes T(x) on the slowest stage, so that x / T(x) requests are

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
@@ -183,7 +182,7 @@ class _Without(Uniform):
 
 
 class TimeBudget(_Without):
-    off: ClassVar = {"SUSTAINED": inf, "MIN_THROTTLED": 10**9, "PATIENCE_S": 0.0, "HELD": 0.0}
+    off: ClassVar = {"SUSTAINED": 1e6, "MIN_THROTTLED": 10**9, "PATIENCE_S": 0.0, "HELD": 0.0}
 
 
 class KvAsNeeded(_Without):

@@ -255,7 +255,7 @@ def calibrate(
     with starting.status("looking for the model") as say:
         num_layers = ModelConfig.from_folder(resolve(run_config.model, say)).num_layers
     samples = Samples(run_config.pipeline_parallel_size)
-    measured, ring = verb.with_uneven_layers(run_config, num_layers), Ring()
+    measured, ring = verb.measured_run(run_config, num_layers), Ring()
     with starting.open_driver(measured, samples, ring.record) as driver:
         profile, fit = verb.calibrate(driver, ring, samples, device_name(), total_memory_bytes())
     save_profile(profile, output)

@@ -8,7 +8,7 @@ from checkpoints import tiny_llama
 from pipeserve.configs import RunConfig
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.launch import cli
-from pipeserve.launch.calibrate import with_uneven_layers
+from pipeserve.launch.calibrate import measured_run
 from pipeserve.machine import device_name
 
 
@@ -67,11 +67,11 @@ def test_an_old_profile_is_not_overwritten(checkpoint, tmp_path, capsys):
 )
 def test_calibrated_stages_differ_by_layers(num_layers, num_stages, layers):
     config = RunConfig(model="m", pipeline_parallel_size=num_stages)
-    assert with_uneven_layers(config, num_layers).pipeline_layers == layers
+    assert measured_run(config, num_layers).pipeline_layers == layers
 
 
 def test_listed_layers_and_a_lone_stage_stay_as_they_are():
     listed = RunConfig(model="m", pipeline_parallel_size=2, pipeline_layers=(3, 3))
-    assert with_uneven_layers(listed, 6) == listed
+    assert measured_run(listed, 6) == listed
     alone = RunConfig(model="m")
-    assert with_uneven_layers(alone, 6) == alone
+    assert measured_run(alone, 6) == alone

@@ -22,8 +22,13 @@ from local_fleet import local_llm  # isort: skip
 MAX_TOKENS = 8
 CUTS = [(4,), (3, 1), (1, 2, 1), (1, 1, 1, 1)]
 """Layers of each stage."""
-SCARCE = {"max_num_batched_tokens": 13, "block_size": 4, "num_gpu_blocks_override": 28}
-"""Prompts of up to 73 tokens in chunks; room for two of them."""
+SCARCE = {
+    "max_num_batched_tokens": 13,
+    "block_size": 4,
+    "num_gpu_blocks_override": 28,
+    "policy": "sarathi_serve",
+}
+"""Prompts of up to 73 tokens in chunks; room for two of them, of which one is preempted."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -72,6 +72,5 @@ def test_calibrated_stages_differ_by_layers(num_layers, num_stages, layers):
 
 def test_listed_layers_and_a_lone_stage_stay_as_they_are():
     listed = RunConfig(model="m", pipeline_parallel_size=2, pipeline_layers=(3, 3))
-    assert measured_run(listed, 6) == listed
-    alone = RunConfig(model="m")
-    assert measured_run(alone, 6) == alone
+    assert measured_run(listed, 6).pipeline_layers == (3, 3)
+    assert measured_run(RunConfig(model="m"), 6).pipeline_layers is None

@@ -7,20 +7,28 @@ from pipeserve.profiling.stage_times import StageTimes
 
 class LinearTimes(StageTimes):
     """Every stage takes `base`, and so much for each token, for each position that a decode reads
-    and for each pair of a prompt position and one before its chunk; `slow` stages take longer."""
+    and for each pair of a prompt position (of whole `rows`) and one before its chunk; `slow` stages
+    take longer."""
 
     control_s = 0.0
 
     def __init__(
-        self, num_stages, base=0.01, per_token=1e-4, per_position=0.0, per_pair=0.0, slow=None
+        self,
+        num_stages,
+        base=0.01,
+        per_token=1e-4,
+        per_position=0.0,
+        per_pair=0.0,
+        rows=1,
+        slow=None,
     ):
         self.num_stages = num_stages
         self.base, self.per_token, self.per_position = base, per_token, per_position
-        self.per_pair = per_pair
+        self.per_pair, self.rows = per_pair, rows
         self.slow = slow or {}
 
     def of(self, work: Work) -> tuple[float, ...]:
-        pairs = sum(start * tokens for start, tokens in work.prefills)
+        pairs = sum(start * -(-tokens // self.rows) * self.rows for start, tokens in work.prefills)
         seconds = (
             self.base
             + self.per_token * work.num_tokens

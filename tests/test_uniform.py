@@ -135,11 +135,19 @@ def test_a_limit_that_nothing_meets_starves_no_one(late):
 
 def test_a_long_prefix_starves_no_one():
     """A prompt of which any chunk costs more than a share does, among decodes that go on."""
-    times = LinearTimes(4, base=0.01, per_token=1e-4, per_pair=1e-6)
-    arrivals = [Arrival(0.0, 8, 2000)] * 8 + [Arrival(1.0, 3000, 3)]
+    times = LinearTimes(4, base=0.01, per_token=1e-4, per_pair=5e-8, rows=128)
+    arrivals = [Arrival(0.0, 8, 2000)] * 8 + [Arrival(1.0, 3900, 3)]
     run = Run(times, arrivals, max_tbt_s=0.3)
     assert run.served[8].token_times_s[0] < 20.0
     assert run.served[0].token_times_s[-1] > 60.0
+
+
+def test_decodes_that_are_over_the_limit_by_themselves_starve_no_one():
+    times = LinearTimes(1, base=0.01, per_token=1e-4, per_position=1e-5)
+    arrivals = [Arrival(0.0, 2000, 300)] * 8 + [Arrival(5.0, 300, 3)]
+    run = Run(times, arrivals, max_tbt_s=0.1)
+    assert run.served[8].token_times_s[0] < 10.0
+    assert run.served[0].token_times_s[-1] > 30.0
 
 
 def test_a_prefix_that_alone_is_over_the_limit_starves_no_one():
@@ -195,7 +203,8 @@ def test_prefill_is_shared_out_over_the_microbatches_of_a_turn():
 
 
 @pytest.mark.parametrize(
-    ("sustained", "turns"), [(uniform.SUSTAINED, uniform.TURNS), (uniform.SUSTAINED, 1e-9)]
+    ("sustained", "turns"),
+    [(uniform.SUSTAINED, uniform.TURNS), (uniform.SUSTAINED, 1e-9), (1e9, uniform.TURNS)],
 )
 def test_near_a_full_pool_full_and_empty_phases_do_not_alternate(sustained, turns, monkeypatch):
     """Either of the two bounds that KV sets would do here; without them, it comes in waves."""
@@ -224,6 +233,16 @@ def test_in_a_lull_decodes_go_together_and_none_is_late():
     assert all(served.finished for served in limited.served)
     assert len(limited.planned) < 0.6 * len(free.planned)
     assert limited.gaps()[-1] <= 1.0
+
+
+@pytest.mark.parametrize("max_tbt_s", [0.12, 0.15, 0.2])
+def test_no_decode_is_held_that_would_be_late(max_tbt_s):
+    """A turn takes 0.084 s; to wait for a group half a turn behind would be late at 0.12."""
+    times = LinearTimes(4, base=0.02, per_token=1e-4)
+    rng = Random(2)
+    arrivals = sorted(Arrival(rng.uniform(0, 20), 20, rng.randint(20, 100)) for _ in range(30))
+    run = Run(times, arrivals, max_tbt_s=max_tbt_s)
+    assert run.gaps()[-1] <= max_tbt_s
 
 
 def test_without_a_limit_no_decode_waits_for_others():
@@ -268,6 +287,16 @@ def test_the_place_of_a_prompt_does_not_change_with_its_chunks():
     engine.plan(0.0)
     engine.add(request_of(1, Arrival(0.0, 100, 5)), 0.0)
     assert [chunk.request_id for chunk in engine.plan(0.0).chunks] == [1, 0]
+
+
+def test_nothing_new_passes_a_prompt_that_waits_for_kv():
+    engine = Engine(
+        split_layers(1, 1), get_policy("uniform"), replace(LIMITS, num_blocks=70, block_size=16)
+    )
+    for number, length in enumerate([512, 600, 16]):  # the first two do not fit together
+        engine.add(request_of(number, Arrival(0.0, length, 50)), 10.0 * number)
+    started = [a.request_id for microbatch in steady(engine, 100) for a in microbatch.admitted]
+    assert started == [0, 1, 2]
 
 
 # ---- costs that a learning model may come to ----------------------------------------------------

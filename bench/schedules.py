@@ -116,20 +116,22 @@ def make_pipeline(case: Case, setup: Setup) -> SimulatedPipeline:
     policy = make_policy(case.policy)
     cost = None
     if policy.traits.reads_cost:
-        profile = wrong_by(setup.profile, case.wrong) if case.wrong else setup.profile
+        profile = WrongProfile(setup.profile, *case.wrong) if case.wrong else setup.profile
         size = setup.config.tensor_parallel_size
         cost = PipelineCost(profile, setup.shape, setup.plan, size)
     return SimulatedPipeline(Engine(setup.plan, policy, setup.limits, cost), setup.times)
 
 
-def wrong_by(profile: Any, factors: Sequence[float]) -> Any:
-    """The profile with its terms off by these factors: matrix products, attention."""
-    linear, attention = factors
-    return replace(
-        profile,
-        linear=_scaled(profile.linear, linear),
-        attention=_scaled(profile.attention, attention),
-    )
+class WrongProfile:
+    """A profile whose matrix products and attention are off by these factors."""
+
+    def __init__(self, profile: Any, linear: float, attention: float) -> None:
+        self._profile = profile
+        self.linear = _Scaled(profile.linear, linear)
+        self.attention = _Scaled(profile.attention, attention)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._profile, name)
 
 
 class _Scaled:
@@ -141,10 +143,6 @@ class _Scaled:
     def __getattr__(self, name: str) -> Any:
         method, factor = getattr(self._times, name), self._factor
         return lambda *where: factor * method(*where)
-
-
-def _scaled(times: Any, factor: float) -> Any:
-    return _Scaled(times, factor)
 
 
 # ---- what each part brings ----------------------------------------------------------------------
@@ -362,7 +360,7 @@ def _row(policy: str, name: str, entry: dict[str, Any], slo_s: float, top: Ceili
     return [
         f"`{policy}`",
         f"{name} ({knobs})",
-        f"{rate:.2f}" if rate else "cannot",
+        f"{rate:.2f}" if rate else f"under {top.rate / 20:.2f}",
         f"{rate / top.rate:.2f}",
         f"{trial['ttft_p50_s']:.2f} s" if trial else "",
         f"{trial['tbt_p99_s']:.2f} s" if trial else "",

@@ -103,6 +103,7 @@ def lose_what_is_outstanding(driver):
             if isinstance(message, control.Sampled):
                 assert message.index == outstanding.pop(0)
     driver.engine.lost(time.monotonic())
+    driver._may_plan = True
 
 
 def lose_now_and_then(llm, monkeypatch, at_polls):

@@ -34,11 +34,11 @@ def start(folder, num_stages, **options):
     )
 
 
-def renew(llm, **limits):
+def renew(llm, policy="uniform", **limits):
     """A fresh engine over the same stages."""
     driver = llm.driver
     limits = replace(driver.engine.limits, **limits)
-    go_on_under(driver, Engine(driver.plan, get_policy("uniform"), limits))
+    go_on_under(driver, Engine(driver.plan, get_policy(policy), limits))
     return llm
 
 
@@ -225,7 +225,11 @@ def reference_logprobs(transformers_llama, prompt, num_logprobs):
 
 @pytest.mark.parametrize(
     "limits",
-    [{}, {"max_num_batched_tokens": 7}, {"num_blocks": 41, "max_num_batched_tokens": 24}],
+    [
+        {},
+        {"max_num_batched_tokens": 7},
+        {"num_blocks": 41, "max_num_batched_tokens": 24, "policy": "sarathi_serve"},
+    ],
     ids=["whole", "chunked", "preempted"],
 )
 def test_prompt_logprobs_are_those_of_transformers(llm, model, transformers_llama, limits):

@@ -5,6 +5,10 @@ fraction x of a mean request, and takes T(x) on the slowest stage, so that x / T
 served a second. What bounds x: P microbatches are a turn, so P T(x) is the least time between
 tokens; and P times its decodes, at their mean context, are in the KV pool. Microbatches of several
 sizes may be mixed, so T is its own lower convex envelope.
+
+That is more than a pipeline can do. Of the microbatches of a turn, the longest passes all P stages,
+and the next token of its requests comes no sooner: with one of b seconds in it a turn takes P b, not
+P times the mean. Without the envelope (`mixed=False`) the rate is that of equal microbatches.
 """
 
 from collections.abc import Sequence
@@ -65,21 +69,24 @@ def ceiling(
     slo_tbt_s: float,
     kv_positions: int,
     most_tokens: int = 4096,
+    mixed: bool = True,
 ) -> Ceiling:
     """Of a workload with these lengths within a limit between tokens; `kv_positions` of the pool
-    of a stage; microbatches of at most `most_tokens`."""
+    of a stage; microbatches of at most `most_tokens`, of several sizes or (not `mixed`) of one."""
     mix = mix_of(lengths)
     per_request = mix.prompt + mix.output
     sizes = range(_STEP, most_tokens + 1, _STEP)
-    hull = _lower_hull([(float(size), _seconds(times, mix, size)) for size in sizes])
+    points = [(float(size), _seconds(times, mix, size)) for size in sizes]
+    if mixed:
+        points = _lower_hull(points)
     most_by_kv = kv_positions / (num_stages * mix.decode_context) / mix.output * per_request
     best = Ceiling(rate=0.0, microbatch_s=0.0, num_tokens=0, bound="slo", stage_seconds=0.0)
     for size in sizes:
-        seconds = _on(hull, size)
+        seconds = _on(points, size)
         if seconds * num_stages > slo_tbt_s or size > most_by_kv:
-            is_last = best.num_tokens == size - _STEP
-            reason = "kv" if size > most_by_kv else "slo"
-            return replace(best, bound=reason) if is_last or not best.num_tokens else best
+            if best.num_tokens in (0, size - _STEP):
+                best = replace(best, bound="kv" if size > most_by_kv else "slo")
+            continue
         rate = size / per_request / seconds
         if rate > best.rate:
             best = Ceiling(
@@ -123,8 +130,8 @@ def _is_above(
     return middle[1] >= left[1] + slope * (middle[0] - left[0])
 
 
-def _on(hull: Sequence[tuple[float, float]], x: float) -> float:
-    for (x0, y0), (x1, y1) in pairwise(hull):
+def _on(points: Sequence[tuple[float, float]], x: float) -> float:
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return hull[-1][1]
+    return points[-1][1]

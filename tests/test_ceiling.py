@@ -88,6 +88,26 @@ def test_sizes_between_whole_tiles_are_mixed_of_tiles():
     assert mixed.rate == pytest.approx(192 / 64 / 0.25)
 
 
+def test_equal_microbatches_are_worth_less_between_tiles():
+    times = Linear(base=0.1, per_token=0.1 / 128, tile=128)
+    # 0.25 s: 128 tokens take 0.2, 144 and more 0.3.
+    even = ceiling_of(times, most_tokens=256, slo_tbt_s=0.5 + 1e-9, mixed=False)
+    assert (even.num_tokens, even.bound) == (128, "slo")
+    assert even.rate == pytest.approx(128 / 64 / 0.2)
+    # At a whole tile, nothing is to be won by mixing.
+    whole = [ceiling_of(times, slo_tbt_s=0.6 + 1e-9, mixed=mixed).rate for mixed in (False, True)]
+    assert whole[0] == pytest.approx(whole[1])
+
+
+def test_a_size_that_is_faster_than_smaller_ones_is_found():
+    class Lucky(Linear):
+        def compute_s(self, microbatch):
+            return [0.4 if 200 < microbatch.num_tokens < 250 else 0.3]
+
+    even = ceiling_of(Lucky(), slo_tbt_s=0.7, mixed=False)
+    assert (even.num_tokens, even.bound) == (480, "none")
+
+
 def test_where_larger_ones_are_dearer_the_best_is_in_between():
     class Steep(Linear):
         def compute_s(self, microbatch):

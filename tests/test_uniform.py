@@ -14,7 +14,7 @@ from linear_times import LinearCost, LinearTimes
 from made_up_profile import SHAPE, TRUE
 
 from pipeserve.core.cost import PipelineCost
-from pipeserve.core.engine import _FADING, Engine, Limits
+from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import (
     Microbatch,
     RequestId,
@@ -357,9 +357,9 @@ class Counted(Engine):
             c.num_tokens for c in microbatch.chunks if c.start < self._known[c.request_id]
         )
         decodes = microbatch.num_tokens - prefill
-        fading = self._fading
-        self._fading = (_FADING * fading[0] + prefill, _FADING * fading[1] + decodes)
-        assert self._flow == pytest.approx(self._fading)
+        fading, kept = self._fading, 1 - 1 / 4096
+        self._fading = (kept * fading[0] + prefill, kept * fading[1] + decodes)
+        assert (self._flow.prefill_tokens, self._flow.decodes) == pytest.approx(self._fading)
         assert (self.last.num_prefill_tokens, self.last.num_decodes) == (prefill, decodes)
 
     def _check(self):

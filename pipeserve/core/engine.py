@@ -33,6 +33,7 @@ from pipeserve.core.record import Queues, Record, check_fits
 from pipeserve.core.view import (
     CostModel,
     Draft,
+    Flow,
     Limits,
     Outstanding,
     Policy,
@@ -49,9 +50,6 @@ __all__ = ["Engine", "Limits", "Stats"]
 # What NamedTuple's own constructor does, without a Python call for every token.
 _new_chunk = partial(tuple.__new__, Chunk)
 _new_output = partial(tuple.__new__, Output)
-
-
-_FADING = 1 - 1 / 4096
 
 
 @dataclass(slots=True)
@@ -95,7 +93,7 @@ class Engine:
         self._window = plan.window + policy.traits.plans_ahead
         self._cost = cost
         self._forecast = Forecast(len(plan.stages))
-        self._flow = (0.0, 0.0)
+        self._flow = Flow()
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
         self._records: dict[RequestId, Record] = {}
         self._queues = Queues(policy.traits)
@@ -256,6 +254,7 @@ class Engine:
 
         Each request computes its KV again and goes on from its last known token. Indices go on.
         """
+        self._flow.admitted -= len(self._queues.running)
         self._in_flight.clear()
         self._forecast.forget()
         self._released.clear()
@@ -282,6 +281,7 @@ class Engine:
 
     def _end(self, record: Record) -> None:
         record.finished = True
+        self._flow.ended += record.running
         self._queues.drop(record)
         self._queues.let_go(record)
         self._give_up_kv(record)
@@ -291,6 +291,7 @@ class Engine:
         record = self._records.get(request_id)
         if record is None or not record.running:
             raise self._wrong(f"preempts request {request_id}, which does not run")
+        self._flow.admitted -= 1
         self._give_up_kv(record)
         record.rewind()
         self._queues.to_front(record)
@@ -341,6 +342,7 @@ class Engine:
     def _apply(self, draft: Draft, now: float) -> Microbatch:
         """Makes the microbatch. Prefixes are shared before any block of this draft is published:
         its own prompts are not there yet when its chunks run."""
+        self._flow.fade()
         num_tokens = sum(draft.chunks.values())
         if num_tokens > self.limits.max_num_batched_tokens:
             raise self._wrong(
@@ -366,11 +368,8 @@ class Engine:
         summary = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
         self._in_flight.append(_InFlight(microbatch, records, summary))
         self._last, self._why = summary, draft.why
-        prefill, decodes = self._flow
-        self._flow = (
-            _FADING * prefill + summary.num_prefill_tokens,
-            _FADING * decodes + num_decodes,
-        )
+        self._flow.prefill_tokens += summary.num_prefill_tokens
+        self._flow.decodes += num_decodes
         return microbatch
 
     def _admit(self, request_id: RequestId, draft: Draft) -> Admission:
@@ -386,6 +385,7 @@ class Engine:
         record = self._records[request_id]
         blocks = [] if record.num_imported else self._pool.match(record.matchable_keys)
         record.start(blocks)
+        self._flow.admitted += 1
         self.stats.cached_prefix_tokens += record.num_slots
         self._queues.admit(record)
         tokens, num_prompt = tuple(record.tokens), len(record.request.prompt)

@@ -14,6 +14,8 @@ from pipeserve.core.nouns import Microbatch, RequestId, StageCost
 from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 
+_FADING = 1 - 1 / 4096
+
 
 class PolicyError(RuntimeError):
     """A policy drafted what may not be: a bug in the policy, not a mistake of the user."""
@@ -137,6 +139,25 @@ class Outstanding(NamedTuple):
     """None where the engine was given no cost model."""
 
 
+@dataclass(slots=True)
+class Flow:
+    """What went through the engine so far; what is older counts less."""
+
+    prefill_tokens: float = 0.0
+    decodes: float = 0.0
+    admitted: float = 0.0
+    """Requests, of which those that were preempted or lost count when they are admitted again."""
+    ended: float = 0.0
+    """Of those that ran."""
+
+    def fade(self) -> None:
+        """At every microbatch: after 4096 of them, what went through counts a third."""
+        self.prefill_tokens *= _FADING
+        self.decodes *= _FADING
+        self.admitted *= _FADING
+        self.ended *= _FADING
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """The engine's state during one `compose`. The mappings are read-only and ordered."""
@@ -166,8 +187,7 @@ class View:
     """What is there already of a waiting request."""
     freed_by: Callable[[Collection[RequestId]], int]
     """Blocks that come free when all of these running requests are preempted."""
-    flow: tuple[float, float]
-    """Prefill tokens and decodes of all microbatches so far, older ones fading."""
+    flow: Flow
     cost: "CostModel | None"
     forecast: Forecast
     """Of the outstanding microbatches; knows nothing without a cost model."""

@@ -34,10 +34,12 @@ from pipeserve.core.view import Draft, RequestView, Traits, View, Why
 
 MARGIN = 0.96
 """Of the limit between tokens: the rest is for what the forecast cannot know."""
-KNEE = 0.95
+KNEE = 0.99
 """Of the most tokens a second that a microbatch of any size reaches."""
 SUSTAINED = 0.95
 """Of the KV pool that decodes fill when every microbatch is full."""
+ENOUGH_ENDED = 20
+"""Requests that say something of how long outputs are."""
 TURNS = 8
 """Over so many turns a prompt's tokens are spread when KV is all but full (gLLM's UT throttles
 likewise)."""
@@ -67,9 +69,13 @@ class Uniform:
     name = "uniform"
     traits = Traits(plans_ahead=True, chunk_pipelining=True, one_in_flight=False, reads_cost=True)
 
+    def __init__(self) -> None:
+        self._knee = 0
+
     def compose(self, view: View, now: float) -> Draft:
         price = Price(view)
-        budget = _Budget(view, price)
+        self._knee = self._knee or _knee(view, price)
+        budget = _Budget(view, price, self._knee)
         room = make_room(view, _decodes_in_turn(view, price))
         if room.preempted:
             return Draft(chunks=room.decodes, preempt=room.preempted)
@@ -98,8 +104,8 @@ class Uniform:
 class _Budget:
     """Seconds on the bottleneck stage (tokens, without a cost model)."""
 
-    def __init__(self, view: View, price: Price) -> None:
-        self._view, self._price = view, price
+    def __init__(self, view: View, price: Price, knee: int) -> None:
+        self._view, self._price, self._knee = view, price, knee
         # Of a mean microbatch of the turn.
         self._num_decodes = view.num_decoding // view.window
         self._context = view.decoding_context // view.window
@@ -112,25 +118,26 @@ class _Budget:
         flying = sum([outstanding.num_prefill_tokens for outstanding in view.outstanding])
         total = view.prefill_backlog + flying
         pieces = max(1, min(view.window, total // MIN_PIECE))
-        bounds = {"share": -(-total // pieces), "kv": self._throttled(flying)}
+        bounds: dict[str, float] = {"share": -(-total // pieces), "kv": self._throttled(flying)}
         if view.num_decoding:
             bounds["kv at length"] = self._sustained()
         bound = min(bounds, key=bounds.__getitem__)
-        even, longest = self._filled(bounds[bound]), self.longest
+        even, longest = self._filled(int(bounds[bound])), self.longest
         return (bound, even) if even <= longest else ("longest", longest)
 
     def of_full(self) -> float:
         """What it would take with prompts in plenty."""
         view = self._view
-        most = self._sustained() if view.num_decoding else view.limits.max_num_batched_tokens
-        return min(self.longest, self._filled(most))
+        most: float = view.limits.max_num_batched_tokens
+        if view.num_decoding:
+            most = min(most, self._sustained())
+        return min(self.longest, self._filled(int(most)))
 
     def _longest(self) -> float:
         view = self._view
-        most = view.limits.max_num_batched_tokens
         if not self._price.is_time:
-            return most
-        knee = self._knee(most)
+            return view.limits.max_num_batched_tokens
+        knee = TOLERANCE * self._price.on_bottleneck(0, 0, self._knee)
         if view.limits.max_tbt_s is None:
             return knee
         return min(knee, MARGIN * view.limits.max_tbt_s / view.window)
@@ -144,13 +151,6 @@ class _Budget:
         """Of the decodes and the smallest chunk that is worth it."""
         return self._price.on_bottleneck(mix.num_decodes, mix.context, MIN_PIECE)
 
-    def _knee(self, most: int) -> float:
-        sizes = [size for size in (TILE << power for power in range(8)) if size < most] + [most]
-        seconds = [self._price.on_bottleneck(0, 0, size) for size in sizes]
-        rates = [size / each for size, each in zip(sizes, seconds, strict=True)]
-        enough = KNEE * max(rates)
-        return TOLERANCE * next(s for s, rate in zip(seconds, rates, strict=True) if rate >= enough)
-
     def _throttled(self, flying: int) -> int:
         """Prefill tokens, when what KV has room for is spread over `TURNS` turns."""
         view = self._view
@@ -158,15 +158,19 @@ class _Budget:
         free = max(0, view.free_blocks - len(view.running)) * view.limits.block_size
         return max(MIN_THROTTLED, (begun + free + flying) // (view.window * TURNS))
 
-    def _sustained(self) -> int:
-        """Prefill tokens of a microbatch whose decodes, by now's mean of KV and the run's mix of
-        prompt and output, fill the pool: with more, KV fills up, and what was gained is lost
-        waiting for room."""
-        view = self._view
+    def _sustained(self) -> float:
+        """Prefill tokens of a microbatch whose decodes fill the pool, by now's mean of KV and the
+        run's mix of prompt and output: with more, KV fills up, and what was gained is lost waiting
+        for room. While outputs have hardly begun to end nobody knows how long they are."""
+        view, flow = self._view, self._view.flow
+        if flow.ended < ENOUGH_ENDED:
+            return inf
         pool = view.limits.num_blocks * view.limits.block_size
-        num_decodes = SUSTAINED * pool * view.num_decoding / view.decoding_context / view.window
-        prefill, decodes = view.flow
-        return max(MIN_THROTTLED, int(num_decodes * prefill / max(decodes, 1.0)))
+        by_kv = pool * view.num_decoding / view.decoding_context
+        num_decodes = SUSTAINED * min(by_kv, view.limits.max_num_seqs) / view.window
+        # Prompts come first: until as many requests end as begin, there are too few decodes yet.
+        mix = flow.prefill_tokens / flow.decodes * min(1.0, flow.ended / flow.admitted)
+        return max(MIN_THROTTLED, num_decodes * mix)
 
     def _filled(self, num_prefill: int) -> float:
         """Of `num_prefill` tokens beside a mean share of decodes, or of as many as make whole tiles
@@ -179,6 +183,16 @@ class _Budget:
         tiles = max(1, int(num_tokens / TILE + ROUND_UP)) * TILE
         whole = price.on_bottleneck(num_decodes, context, max(tiles - num_decodes, 0))
         return TOLERANCE * (whole if whole * num_tokens <= even * tiles else even)
+
+
+def _knee(view: View, price: Price) -> int:
+    """Prefill tokens from which on larger microbatches hardly raise throughput. Found once: a cost
+    that is learnt size by size would move it back and forth, and turns with it."""
+    most = view.limits.max_num_batched_tokens
+    sizes = [size for size in (TILE << power for power in range(8)) if size < most] + [most]
+    rates = [size / price.on_bottleneck(0, 0, size) for size in sizes]
+    enough = KNEE * max(rates)
+    return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
 
 
 # ---- decodes ------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ served a second. What bounds x: P microbatches are a turn, so P T(x) is the leas
 tokens; and P times its decodes, at their mean context, are in the KV pool. Microbatches of several
 sizes may be mixed, so T is its own lower convex envelope.
 
-That is more than a pipeline can do. Of the microbatches of a turn, the longest passes all P stages,
-and the next token of its requests comes no sooner: with one of b seconds in it a turn takes P b, not
+That is more than a pipeline can do. Of the microbatches of a turn the longest passes all P stages,
+and the next token of its requests comes no sooner: with one of b seconds in it a turn is P b, not
 P times the mean. Without the envelope (`mixed=False`) the rate is that of equal microbatches.
 """
 

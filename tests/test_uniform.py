@@ -336,7 +336,8 @@ class Counted(Engine):
     def __init__(self, *args):
         super().__init__(*args)
         self._known: dict[RequestId, int] = {}
-        self._fading = (0.0, 0.0)
+        self._fading = [0.0] * 4  # prefill tokens, decodes, admitted, ended
+        self._num_preempted = 0
 
     def plan(self, now):
         planned = super().plan(now)
@@ -347,8 +348,13 @@ class Counted(Engine):
 
     def complete(self, result, now):
         outputs = super().complete(result, now)
+        self._fading[3] += sum(output.finish_reason is not None for output in outputs)
         self._check()
         return outputs
+
+    def finish(self, request_id, reason, now):
+        self._fading[3] += request_id in self._queues.running
+        return super().finish(request_id, reason, now)
 
     def _taken(self, microbatch):
         assert microbatch.num_tokens <= self.limits.max_num_batched_tokens
@@ -357,9 +363,14 @@ class Counted(Engine):
             c.num_tokens for c in microbatch.chunks if c.start < self._known[c.request_id]
         )
         decodes = microbatch.num_tokens - prefill
-        fading, kept = self._fading, 1 - 1 / 4096
-        self._fading = (kept * fading[0] + prefill, kept * fading[1] + decodes)
-        assert (self._flow.prefill_tokens, self._flow.decodes) == pytest.approx(self._fading)
+        self._fading[2] -= self.stats.preemptions - self._num_preempted
+        self._num_preempted = self.stats.preemptions
+        self._fading = [each * (1 - 1 / 4096) for each in self._fading]
+        for place, came in enumerate((prefill, decodes, len(microbatch.admitted))):
+            self._fading[place] += came
+        flow = self._flow
+        counted = (flow.prefill_tokens, flow.decodes, flow.admitted, flow.ended)
+        assert counted == pytest.approx(self._fading)
         assert (self.last.num_prefill_tokens, self.last.num_decodes) == (prefill, decodes)
 
     def _check(self):

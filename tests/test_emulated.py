@@ -10,22 +10,25 @@ import time
 from itertools import count, pairwise
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from pipeserve import LLM
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.control import Step
+from pipeserve.control import Step, StepChunk
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError, StageError
+from pipeserve.fleet import Fleet
 from pipeserve.launch import cli
 from pipeserve.launch.bench import replay
 from pipeserve.launch.emulated import check_one_clock, emulated_setup
-from pipeserve.launch.emulated_stage import EmulatedCompute, wait_until
+from pipeserve.launch.emulated_stage import EmulatedCompute, EmulatedWork, wait_until
 from pipeserve.launch.record import meta_of_driver
 from pipeserve.launch.simulate import make_setup
 from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Ring, recording_of
+from pipeserve.profiling.recording_reader import read_recording
 from pipeserve.profiling.simulator import Simulation, in_order
 from pipeserve.profiling.workloads import WorkItem
 
@@ -97,6 +100,17 @@ def test_the_schedule_is_the_simulator_s(policy):
     assert [p.chunks for p in emulated.planned] == [p.chunks for p in simulated.planned]
     assert emulated.meta["limits"] == simulated.meta["limits"]
     assert emulated.meta["plan"] == simulated.meta["plan"]
+
+
+def test_stages_are_told_the_simulator_s_truth():
+    """Of the flags' seed, which draws what a profile's formulae are off by."""
+    config = config_of(seed=3)
+    step = Step(0, (), [], [StepChunk(0, 0, 40, (), None, 1, 0)])
+    told = [msgspec.msgpack.decode(w, type=EmulatedWork) for w in emulated_setup(config).works]
+    assert len(told) == 3
+    for work in told:
+        assert work.times().compute_s(step) == make_setup(config).times.compute_s(step)
+    assert told[0].times().compute_s(step) != make_setup(config_of()).times.compute_s(step)
 
 
 def test_limits_are_those_of_the_flags():
@@ -238,14 +252,17 @@ def workload(tmp_path):
 def test_bench_runs_records_and_reports(tmp_path, capsys, workload):
     folder, result = tmp_path / "run", tmp_path / "result.json"
     command = ["bench", *RUN, "--workload", workload, "--record", str(folder)]
+    command += ["--max-model-len", "8192"]
     assert cli.main([*command, "--json", str(result)]) == 0
     said = capsys.readouterr()
     assert "llama2-7b emulated on a100-80gb-dgx: 3 stages of" in said.err
     assert "memory in MiB" not in said.out
+    assert "note: llama2-7b was trained to 4,096 positions" in said.out
     report = json.loads(result.read_text())
     assert report["kind"] == "emulated"
     assert (report["requests"], report["output_tokens"]) == (2, 8)
     assert json.loads((folder / "run.json").read_text())["kind"] == "emulated"
+    assert read_recording(folder).planned[0].index == 0, "a warm-up was run"
     assert cli.main(["report", str(folder), "--json", str(result)]) == 0
     assert len(json.loads(result.read_text())["stages"]) == 3
 
@@ -287,6 +304,20 @@ def test_stages_of_two_machines_have_no_clock_in_common():
         check_one_clock(driver)
     keepers[1] = keepers[0]
     check_one_clock(driver)
+
+
+def test_a_command_with_stages_on_two_machines_leaves_nothing_behind(monkeypatch, capsys, workload):
+    hellos, welcome = [], Fleet._welcome
+
+    def from_two_machines(fleet, hello):
+        hellos.append(msgspec.structs.replace(hello, boot_id=f"machine {hello.rank % 2}"))
+        welcome(fleet, hellos[-1])
+
+    monkeypatch.setattr(Fleet, "_welcome", from_two_machines)
+    assert cli.main(["bench", *RUN, "--workload", workload]) == 2
+    assert "start all of them on one machine" in capsys.readouterr().err.splitlines()[-1]
+    assert len(hellos) == 3
+    wait_until_gone([hello.pid for hello in hellos])
 
 
 WITHOUT_TORCH = """

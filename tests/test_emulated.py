@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import count, pairwise
 from types import SimpleNamespace
 
@@ -150,6 +151,12 @@ def test_activations_take_as_long_as_the_profile_says(run, times):
             assert receiver.start_s >= receiver.input_s >= free_s
 
 
+def test_what_came_while_a_stage_computed_was_not_waited_for(run):
+    """However late the stage looks: it was there when the microbatch before ended."""
+    pairs = [pair for spans in run.spans[1:] for pair in pairwise(spans)]
+    assert any(after.input_s == before.end_s for before, after in pairs)
+
+
 def test_a_slow_link_is_waited_for():
     """Of seconds, not microseconds: what nothing else in the run takes."""
     sent = []
@@ -218,6 +225,30 @@ def test_a_killed_process_is_one_error_and_leaves_nothing_behind(victim):
             replay(driver, ITEMS, "", map(RequestId, count()))
         assert "\n" not in str(caught.value)
         wait_until_gone(pids)
+
+
+def test_ctrl_c_in_a_terminal_is_the_driver_s_to_handle():
+    """Under a launcher of the user's it reaches the stages too."""
+    with Driver(emulated_setup(config_of(2))) as driver:
+        for stage in driver.stages:
+            os.kill(stage.pid, signal.SIGINT)
+        served = replay(driver, ITEMS[:1], "", map(RequestId, count()))
+    assert len(served[0].token_times_s) == ITEMS[0].max_tokens
+
+
+@pytest.mark.parametrize(
+    ("work", "error", "reason"),
+    [
+        ({"tensor_parallel_size": 64}, ConfigError, r"stage \d: .*64"),
+        ({"plan": None}, StageError, r"stage \d: ValidationError: .*PIPESERVE_TRACEBACK=1"),
+    ],
+)
+def test_a_stage_that_cannot_start_says_why(work, error, reason):
+    """And whether what it was given is at fault."""
+    setup = emulated_setup(config_of(2))
+    given = {**msgspec.msgpack.decode(setup.works[0]), **work}
+    with pytest.raises(error, match=reason):
+        Driver(replace(setup, works=(msgspec.msgpack.encode(given),) * 2))
 
 
 def test_nothing_is_left_of_a_closed_one():

@@ -17,11 +17,11 @@ import pytest
 from pipeserve import LLM
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.control import Step, StepChunk
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Request, RequestId, SamplingParams, Wait
 from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.fleet import Fleet
-from pipeserve.launch import cli
+from pipeserve.launch import cli, starting
 from pipeserve.launch.bench import replay
 from pipeserve.launch.emulated import check_one_clock, emulated_setup
 from pipeserve.launch.emulated_stage import EmulatedCompute, EmulatedWork, wait_until
@@ -227,6 +227,17 @@ def test_a_killed_process_is_one_error_and_leaves_nothing_behind(victim):
         wait_until_gone(pids)
 
 
+def test_what_can_be_planned_is_planned_before_outputs_are_handed_on():
+    """Stages do not wait for what the caller does with them."""
+    with Driver(emulated_setup(config_of(2, policy="sarathi_serve"))) as driver:
+        for number in range(4):
+            params = SamplingParams(max_tokens=4, seed=0, ignore_eos=True)
+            driver.add(Request(id=RequestId(number), prompt=(1,) * 20, params=params))
+        while driver.num_unfinished:
+            driver.poll(0.1)
+            assert isinstance(driver.engine.plan(time.monotonic()), Wait)
+
+
 def test_ctrl_c_in_a_terminal_is_the_driver_s_to_handle():
     """Under a launcher of the user's it reaches the stages too."""
     with Driver(emulated_setup(config_of(2))) as driver:
@@ -349,6 +360,21 @@ def test_a_command_with_stages_on_two_machines_leaves_nothing_behind(monkeypatch
     assert "start all of them on one machine" in capsys.readouterr().err.splitlines()[-1]
     assert len(hellos) == 3
     wait_until_gone([hello.pid for hello in hellos])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(signal.SIG_DFL, starting._exit_on_signal), (signal.SIG_IGN, signal.SIG_IGN)],
+)
+def test_a_command_under_nohup_outlives_its_terminal(before, after):
+    found = {ending: signal.getsignal(ending) for ending in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, before)
+        starting.exit_on_signals()
+        assert signal.getsignal(signal.SIGHUP) == after
+    finally:
+        for ending, handler in found.items():
+            signal.signal(ending, handler)
 
 
 WITHOUT_TORCH = """

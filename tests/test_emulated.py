@@ -238,6 +238,22 @@ def test_what_can_be_planned_is_planned_before_outputs_are_handed_on():
             assert isinstance(driver.engine.plan(time.monotonic()), Wait)
 
 
+def test_what_an_abort_frees_is_given_to_who_waits_for_it():
+    """At the next look, not when something else completes."""
+    params = SamplingParams(max_tokens=20, seed=0, ignore_eos=True)
+    config = config_of(2, policy="sarathi_serve", num_gpu_blocks_override=8)
+    with Driver(emulated_setup(config)) as driver:
+        driver.add(Request(id=RequestId(0), prompt=(1,) * 60, params=params))
+        while not driver.poll(0.1):
+            pass
+        driver.add(Request(id=RequestId(1), prompt=(1,) * 100, params=params))
+        driver.poll(0.0)
+        assert (driver.engine.num_running, driver.engine.num_waiting) == (1, 1)
+        driver.finish(RequestId(0), "abort")
+        driver.poll(0.0)
+        assert (driver.engine.num_running, driver.engine.num_waiting) == (1, 0)
+
+
 def test_ctrl_c_in_a_terminal_is_the_driver_s_to_handle():
     """Under a launcher of the user's it reaches the stages too."""
     with Driver(emulated_setup(config_of(2))) as driver:

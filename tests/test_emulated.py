@@ -149,6 +149,7 @@ def test_activations_take_as_long_as_the_profile_says(run, times):
         ):
             free_s = max(sender.sent_s, free_s) + times.hop_s(plan)[stage - 1]
             assert receiver.start_s >= receiver.input_s >= free_s
+            assert sender.num_bytes == 16, "more than an index and a time was sent"
 
 
 def test_what_came_while_a_stage_computed_was_not_waited_for(run):

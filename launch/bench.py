@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.errors import ConfigError
-from pipeserve.launch.record import Records, ring_notes, stage_shares
+from pipeserve.launch.record import Records, context_notes, ring_notes, stage_shares
 from pipeserve.launch.tables import memory_table, run_table, stage_table
 from pipeserve.launch.workload import Workload
 from pipeserve.profiling.recording import Recording
@@ -188,7 +188,7 @@ def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, 
         "workload": workload.name,
         "kind": driver.setup.kind,
         "run_seconds": [run.summary.seconds for run in runs],
-        "notes": median.notes,
+        "notes": [*context_notes(driver.shape, driver.engine.limits), *median.notes],
         "config": asdict(driver.config),
     }
 

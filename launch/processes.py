@@ -40,7 +40,7 @@ def processes(num: int) -> Iterator[Run]:
     )
 
     def run(work: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        with _ignoring_ctrl_c():
+        with _holding_ctrl_c_back():
             futures = {pool.submit(work, thing): thing for thing in things}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -59,14 +59,14 @@ def processes(num: int) -> Iterator[Run]:
 
 
 @contextmanager
-def _ignoring_ctrl_c() -> Iterator[None]:
-    """A process that is started meanwhile ignores it from its first moment: a terminal sends it to
-    all, and it is this one's to handle."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _holding_ctrl_c_back() -> Iterator[None]:
+    """A process that is started meanwhile never gets it, from its first moment: a terminal sends it
+    to all, and it is this one's to handle; what came meanwhile, at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with(parent: int) -> None:

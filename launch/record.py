@@ -68,6 +68,17 @@ def stage_shares(recording: Recording) -> list[dict[str, Any]]:
     ]
 
 
+def context_notes(shape: ModelShape, limits: Limits) -> list[str]:
+    """What a reader has to know of a run that computes nothing, and so may go on past it."""
+    trained = shape.max_position_embeddings
+    if limits.max_model_len <= trained:
+        return []
+    return [
+        f"{shape.name} was trained to {trained:,} positions; its context is set to "
+        f"{limits.max_model_len:,} here, for the schedule's sake"
+    ]
+
+
 def ring_notes(ring: Ring) -> list[str]:
     """What a reader of shares of the ring's records has to know."""
     if ring.whole_from_s == -inf:

@@ -5,13 +5,17 @@ runs, cause by cause.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from pipeserve.configs.device_profiles import load_profile
+from pipeserve.core.cost import PipelineCost
+from pipeserve.core.nouns import PipelinePlan
+from pipeserve.core.shape import ModelShape
 from pipeserve.errors import ConfigError
 from pipeserve.launch.jsonl import check_writable
 from pipeserve.launch.report_numbers import compare, report_of
@@ -113,7 +117,23 @@ def _advise(run: Run, console: Console) -> dict[str, Any] | None:
 
     if run.ledger is None:
         return None
+    make_cost, notes = None, ()
+    try:
+        make_cost = cost_maker(run.recording.meta)
+    except ConfigError as error:
+        notes = (f"what policies predicted with is not here, they are replayed without: {error}",)
     with console.status("replaying the run with one change at a time"):
-        advice = advise(run.recording)
+        advice = advise(run.recording, make_cost=make_cost)
+    advice = replace(advice, notes=(*advice.notes, *notes))
     print_advice(advice, console)
     return advice_report(advice)
+
+
+def cost_maker(meta: Mapping[str, Any]) -> Callable[[PipelinePlan], PipelineCost] | None:
+    """Of what the run's policy predicted with, for any plan; None where it had no profile. Raises
+    ConfigError where the profile cannot be read any more."""
+    if meta.get("device_profile") is None or "shape" not in meta:
+        return None
+    profile, shape = load_profile(meta["device_profile"]), ModelShape(**meta["shape"])
+    size = meta["config"]["tensor_parallel_size"]
+    return lambda plan: PipelineCost(profile, shape, plan, size)

@@ -26,7 +26,13 @@ from pipeserve.core.records import Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.errors import ConfigError
 from pipeserve.launch.explain import explaining
-from pipeserve.launch.record import both, ring_notes, run_meta, stage_shares
+from pipeserve.launch.record import (
+    both,
+    context_notes,
+    ring_notes,
+    run_meta,
+    stage_shares,
+)
 from pipeserve.launch.tables import attainment_line, run_table, stage_table
 from pipeserve.launch.wanted import Wanted
 from pipeserve.launch.workload import Workload
@@ -165,17 +171,6 @@ def _num_blocks(
     )
 
 
-def notes(setup: Setup) -> list[str]:
-    """What a reader of the result has to know."""
-    trained = setup.shape.max_position_embeddings
-    if setup.limits.max_model_len > trained:
-        return [
-            f"{setup.shape.name} was trained to {trained:,} positions; its context is set to "
-            f"{setup.limits.max_model_len:,} here, for the schedule's sake"
-        ]
-    return []
-
-
 def run(
     config: RunConfig,
     shape: ModelShape,
@@ -235,7 +230,7 @@ def simulate(
         "microbatches": len(pipeline.flights),
         **({"attainment": attainment(simulation.served, slo)._asdict()} if slo else {}),
         **_common(setup, workload, stages),
-        "notes": [*notes(setup), *ring_notes(ring)],
+        "notes": [*context_notes(setup.shape, setup.limits), *ring_notes(ring)],
     }
 
 
@@ -260,7 +255,7 @@ def _common(setup: Setup, workload: Workload, stages: Sequence[dict[str, Any]]) 
         "policy": setup.config.policy,
         "workload": workload.name,
         "simulated": setup.profile.name,
-        "notes": notes(setup),
+        "notes": context_notes(setup.shape, setup.limits),
         "limits": asdict(setup.limits),
         "config": asdict(setup.config),
     }

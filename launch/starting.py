@@ -90,9 +90,11 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
 
 
 def exit_on_signals() -> None:
-    """From now on, what ends the command does so as Ctrl-C does: what was opened is closed."""
+    """From now on, what ends the command does so as Ctrl-C does: what was opened is closed. What
+    it was started to ignore (nohup) it goes on ignoring."""
     for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _exit_on_signal)
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            signal.signal(ending, _exit_on_signal)
 
 
 def _exit_on_signal(signum: int, frame: object) -> None:

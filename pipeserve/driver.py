@@ -43,8 +43,8 @@ class StageInfo:
 class Driver:
     """One pipeline, ready to take requests. Single-threaded: nothing happens but in its methods.
 
-    Raises ConfigError (a stage refused its input) and StageError (a process could not start or
-    died); after either, `close` has been called.
+    Raises ConfigError (--control is busy, a launcher of another size, a stage refused its input)
+    and StageError (a process could not start or died); after either, `close` has been called.
     """
 
     def __init__(

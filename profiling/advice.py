@@ -5,11 +5,13 @@ change at a time. A replay without a change says how far the simulator is off on
 between two replays, so that what it is off by cancels as far as it can.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import fmean
 
+from pipeserve.core.nouns import PipelinePlan
+from pipeserve.core.view import CostModel
 from pipeserve.errors import CapacityError, ConfigError
 from pipeserve.profiling.changes import Change, choices, wishes
 from pipeserve.profiling.recorded_times import Fitted, fit
@@ -101,14 +103,19 @@ class Advice:
         return tuple(replayed - recorded for replayed, recorded in pairs)
 
 
-def advise(recording: Recording, most_chunks: int = MOST_CHUNKS) -> Advice:
+def advise(
+    recording: Recording,
+    most_chunks: int = MOST_CHUNKS,
+    make_cost: Callable[[PipelinePlan], CostModel] | None = None,
+) -> Advice:
     """Tries every change on the recording, whose spans are on the driver's clock.
 
-    Of a long run the beginning is replayed, up to `most_chunks` planned chunks.
+    Of a long run the beginning is replayed, up to `most_chunks` planned chunks. `make_cost`: of
+    what the run's policy predicted with, for any plan.
 
     Raises ConfigError for a recording that is too short or does not say how it was run.
     """
-    setting = setting_of(recording.meta)
+    setting = setting_of(recording.meta, make_cost)
     fitted = fit(recording, setting.num_layers)
     load = load_of(recording, most_chunks)
     recorded = recorded_figures(recording, load)

@@ -188,7 +188,10 @@ def wishes(setting: Setting, fitted: Fitted) -> list[Change]:
         Change(kind=kind, what=what, setting=setting, tweak=tweak)
         for kind, (what, tweak) in tweaks.items()
     ]
-    limits = replace(setting.limits, num_blocks=1000 * setting.limits.num_blocks)
+    limits = setting.limits
+    blocks_of_all = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size)
+    num_blocks = max(limits.num_blocks, min(blocks_of_all, 1000 * limits.num_blocks))
+    limits = replace(limits, num_blocks=num_blocks)
     return [
         *found,
         Change(kind="kv_full", what="KV without end", setting=replace(setting, limits=limits)),

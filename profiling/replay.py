@@ -1,6 +1,6 @@
 """A recorded run once more, on virtual time: its requests through the same engine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
@@ -9,6 +9,7 @@ from typing import Any
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import PipelinePlan, Request, RequestId, StagePlan
 from pipeserve.core.policies import get_policy
+from pipeserve.core.view import CostModel
 from pipeserve.errors import ConfigError
 from pipeserve.profiling.recorded_times import Fitted, RecordedTimes, Tweak
 from pipeserve.profiling.recording import Recording
@@ -24,6 +25,8 @@ class Setting:
     plan: PipelinePlan
     policy: str
     limits: Limits
+    make_cost: Callable[[PipelinePlan], CostModel] | None = None
+    """Of what a policy that goes by predictions has; None: nothing, as where the run had none."""
 
     @property
     def num_layers(self) -> tuple[int, ...]:
@@ -39,7 +42,9 @@ class Setting:
         return replace(self, plan=replace(self.plan, stages=tuple(stages)))
 
 
-def setting_of(meta: Mapping[str, Any]) -> Setting:
+def setting_of(
+    meta: Mapping[str, Any], make_cost: Callable[[PipelinePlan], CostModel] | None = None
+) -> Setting:
     """What a recording's meta says of its run. Raises ConfigError where it does not."""
     try:
         stages = [
@@ -50,6 +55,7 @@ def setting_of(meta: Mapping[str, Any]) -> Setting:
             plan=PipelinePlan(tuple(stages), meta["plan"]["window"]),
             policy=meta["policy"],
             limits=Limits(**meta["limits"]),
+            make_cost=make_cost,
         )
     except (KeyError, TypeError) as error:
         raise ConfigError(
@@ -130,7 +136,10 @@ def replay(
     """Serves the load. Raises ConfigError and CapacityError for a setting that cannot."""
     times = RecordedTimes(fitted, setting.num_layers, tweak, seed)
     limits = replace(setting.limits, enable_prefix_caching=False)  # lengths have no content
-    pipeline = _Replayed(Engine(setting.plan, get_policy(setting.policy), limits), times)
+    policy, cost = get_policy(setting.policy), None
+    if setting.make_cost is not None and policy.traits.reads_cost:
+        cost = setting.make_cost(setting.plan)
+    pipeline = _Replayed(Engine(setting.plan, policy, limits, cost), times)
     pipeline.num_cached = load.num_cached
     simulation = Simulation(pipeline, load.arrivals)
     simulation.run_until(load.stop_s)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pipeserve.configs.device_profiles import load_profile, save_profile
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.partition import split_explicitly
@@ -20,11 +21,14 @@ from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Ended
 from pipeserve.core.work import work_of
 from pipeserve.errors import ConfigError
+from pipeserve.launch import cli
 from pipeserve.launch.advice import advice_report, print_advice
+from pipeserve.launch.report import cost_maker
 from pipeserve.profiling.advice import Prediction, advise
 from pipeserve.profiling.changes import best_split, choices, stage_s, wishes
 from pipeserve.profiling.recorded_times import RecordedTimes, Tweak, fit, nearest, size_class
 from pipeserve.profiling.recording import recording_of
+from pipeserve.profiling.recording_reader import read_recording
 from pipeserve.profiling.replay import load_of, recorded_figures, replay, setting_of
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
 from pipeserve.profiling.stage_times import StageTimes
@@ -426,6 +430,15 @@ def test_suggestions_are_ranked_and_are_what_a_user_can_set(advice):
 # ---- what is tried ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("now", "enough"), [(17, 17_000), (4000, 32_768), (50_000, 50_000)])
+def test_kv_without_end_is_no_more_than_all_requests_can_fill(uneven, now, enough):
+    """A pool of a thousand times a large one would take gigabytes of the user's memory."""
+    setting = setting_of(uneven.meta)
+    setting = replace(setting, limits=replace(LIMITS, num_blocks=now))
+    [wish] = [w for w in wishes(setting, fit(uneven, setting.num_layers)) if w.kind == "kv_full"]
+    assert wish.setting.limits.num_blocks == enough
+
+
 @pytest.mark.parametrize("factors", [(1, 1, 1), (1, 1.7, 1), (2.0, 1, 1)])
 def test_no_split_is_better_than_the_best(factors):
     recording = recorded((4, 4, 4), requests(30), factors=factors)
@@ -530,3 +543,35 @@ def test_the_report_is_json(advice):
 def test_what_is_advised(tokens, tbt, is_far, worthwhile):
     prediction = Prediction(None, tokens, tbt, 100.0, 0.1, is_far)
     assert prediction.is_worthwhile == worthwhile
+
+
+def simulated(folder, profile, num_requests, scale):
+    recipe = ["--config", "falcon-180b-8xa100", "--device-profile", profile]
+    work = ["--scale", str(scale), "--rate", "1.5", "--num-prompts", str(num_requests)]
+    assert cli.main(["simulate", *recipe, *work, "--record", str(folder)]) == 0
+
+
+def test_a_replayed_policy_predicts_with_the_run_s_profile(tmp_path):
+    """Decodes too few for all stages: `uniform` holds them together, as long as it knows the time
+    that they take."""
+    simulated(tmp_path / "run", "a100-80gb-dgx", 30, 16)
+    recording = read_recording(tmp_path / "run")
+    setting = setting_of(recording.meta, cost_maker(recording.meta))
+    load = load_of(recording, 10**6)
+    found = replay(setting, fit(recording, setting.num_layers), load)
+    recorded = recorded_figures(recording, load)
+    assert found.idle == pytest.approx(recorded.idle, abs=0.02)
+    without = replay(setting_of(recording.meta), fit(recording, setting.num_layers), load)
+    assert without.idle[0] < recorded.idle[0] - 0.2
+
+
+def test_a_profile_that_is_not_there_any_more_is_said(tmp_path):
+    folder, profile = tmp_path / "run", tmp_path / "profile.yaml"
+    save_profile(load_profile("a100-80gb-dgx"), profile)
+    simulated(folder, str(profile), 3, 100)
+    command = ["report", str(folder), "--advise", "--json", str(tmp_path / "report.json")]
+    for there in (True, False):
+        assert cli.main(command) == 0
+        notes = json.loads((tmp_path / "report.json").read_text())["advice"]["notes"]
+        assert any("replayed without" in note for note in notes) is not there
+        profile.unlink(missing_ok=True)

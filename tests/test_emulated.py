@@ -7,25 +7,29 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import count, pairwise
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from pipeserve import LLM
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.control import Step
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.control import Step, StepChunk
+from pipeserve.core.nouns import Request, RequestId, SamplingParams, Wait
 from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError, StageError
-from pipeserve.launch import cli
+from pipeserve.fleet import Fleet
+from pipeserve.launch import cli, starting
 from pipeserve.launch.bench import replay
 from pipeserve.launch.emulated import check_one_clock, emulated_setup
-from pipeserve.launch.emulated_stage import EmulatedCompute, wait_until
+from pipeserve.launch.emulated_stage import EmulatedCompute, EmulatedWork, wait_until
 from pipeserve.launch.record import meta_of_driver
 from pipeserve.launch.simulate import make_setup
 from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Ring, recording_of
+from pipeserve.profiling.recording_reader import read_recording
 from pipeserve.profiling.simulator import Simulation, in_order
 from pipeserve.profiling.workloads import WorkItem
 
@@ -99,6 +103,17 @@ def test_the_schedule_is_the_simulator_s(policy):
     assert emulated.meta["plan"] == simulated.meta["plan"]
 
 
+def test_stages_are_told_the_simulator_s_truth():
+    """Of the flags' seed, which draws what a profile's formulae are off by."""
+    config = config_of(seed=3)
+    step = Step(0, (), [], [StepChunk(0, 0, 40, (), None, 1, 0)])
+    told = [msgspec.msgpack.decode(w, type=EmulatedWork) for w in emulated_setup(config).works]
+    assert len(told) == 3
+    for work in told:
+        assert work.times().compute_s(step) == make_setup(config).times.compute_s(step)
+    assert told[0].times().compute_s(step) != make_setup(config_of()).times.compute_s(step)
+
+
 def test_limits_are_those_of_the_flags():
     assert emulated_setup(config_of(slo_tbt=0.5)).limits.max_tbt_s == 0.5
 
@@ -134,6 +149,13 @@ def test_activations_take_as_long_as_the_profile_says(run, times):
         ):
             free_s = max(sender.sent_s, free_s) + times.hop_s(plan)[stage - 1]
             assert receiver.start_s >= receiver.input_s >= free_s
+            assert sender.num_bytes == 16, "more than an index and a time was sent"
+
+
+def test_what_came_while_a_stage_computed_was_not_waited_for(run):
+    """However late the stage looks: it was there when the microbatch before ended."""
+    pairs = [pair for spans in run.spans[1:] for pair in pairwise(spans)]
+    assert any(after.input_s == before.end_s for before, after in pairs)
 
 
 def test_a_slow_link_is_waited_for():
@@ -206,6 +228,57 @@ def test_a_killed_process_is_one_error_and_leaves_nothing_behind(victim):
         wait_until_gone(pids)
 
 
+def test_what_can_be_planned_is_planned_before_outputs_are_handed_on():
+    """Stages do not wait for what the caller does with them."""
+    with Driver(emulated_setup(config_of(2, policy="sarathi_serve"))) as driver:
+        for number in range(4):
+            params = SamplingParams(max_tokens=4, seed=0, ignore_eos=True)
+            driver.add(Request(id=RequestId(number), prompt=(1,) * 20, params=params))
+        while driver.num_unfinished:
+            driver.poll(0.1)
+            assert isinstance(driver.engine.plan(time.monotonic()), Wait)
+
+
+def test_what_an_abort_frees_is_given_to_who_waits_for_it():
+    """At the next look, not when something else completes."""
+    params = SamplingParams(max_tokens=20, seed=0, ignore_eos=True)
+    config = config_of(2, policy="sarathi_serve", num_gpu_blocks_override=8)
+    with Driver(emulated_setup(config)) as driver:
+        driver.add(Request(id=RequestId(0), prompt=(1,) * 60, params=params))
+        while not driver.poll(0.1):
+            pass
+        driver.add(Request(id=RequestId(1), prompt=(1,) * 100, params=params))
+        driver.poll(0.0)
+        assert (driver.engine.num_running, driver.engine.num_waiting) == (1, 1)
+        driver.finish(RequestId(0), "abort")
+        driver.poll(0.0)
+        assert (driver.engine.num_running, driver.engine.num_waiting) == (1, 0)
+
+
+def test_ctrl_c_in_a_terminal_is_the_driver_s_to_handle():
+    """Under a launcher of the user's it reaches the stages too."""
+    with Driver(emulated_setup(config_of(2))) as driver:
+        for stage in driver.stages:
+            os.kill(stage.pid, signal.SIGINT)
+        served = replay(driver, ITEMS[:1], "", map(RequestId, count()))
+    assert len(served[0].token_times_s) == ITEMS[0].max_tokens
+
+
+@pytest.mark.parametrize(
+    ("work", "error", "reason"),
+    [
+        ({"tensor_parallel_size": 64}, ConfigError, r"stage \d: .*64"),
+        ({"plan": None}, StageError, r"stage \d: ValidationError: .*PIPESERVE_TRACEBACK=1"),
+    ],
+)
+def test_a_stage_that_cannot_start_says_why(work, error, reason):
+    """And whether what it was given is at fault."""
+    setup = emulated_setup(config_of(2))
+    given = {**msgspec.msgpack.decode(setup.works[0]), **work}
+    with pytest.raises(error, match=reason):
+        Driver(replace(setup, works=(msgspec.msgpack.encode(given),) * 2))
+
+
 def test_nothing_is_left_of_a_closed_one():
     with Driver(emulated_setup(config_of(8))) as driver:
         pids = processes_of(driver)
@@ -238,14 +311,17 @@ def workload(tmp_path):
 def test_bench_runs_records_and_reports(tmp_path, capsys, workload):
     folder, result = tmp_path / "run", tmp_path / "result.json"
     command = ["bench", *RUN, "--workload", workload, "--record", str(folder)]
+    command += ["--max-model-len", "8192"]
     assert cli.main([*command, "--json", str(result)]) == 0
     said = capsys.readouterr()
     assert "llama2-7b emulated on a100-80gb-dgx: 3 stages of" in said.err
     assert "memory in MiB" not in said.out
+    assert "note: llama2-7b was trained to 4,096 positions" in said.out
     report = json.loads(result.read_text())
     assert report["kind"] == "emulated"
     assert (report["requests"], report["output_tokens"]) == (2, 8)
     assert json.loads((folder / "run.json").read_text())["kind"] == "emulated"
+    assert read_recording(folder).planned[0].index == 0, "a warm-up was run"
     assert cli.main(["report", str(folder), "--json", str(result)]) == 0
     assert len(json.loads(result.read_text())["stages"]) == 3
 
@@ -287,6 +363,35 @@ def test_stages_of_two_machines_have_no_clock_in_common():
         check_one_clock(driver)
     keepers[1] = keepers[0]
     check_one_clock(driver)
+
+
+def test_a_command_with_stages_on_two_machines_leaves_nothing_behind(monkeypatch, capsys, workload):
+    hellos, welcome = [], Fleet._welcome
+
+    def from_two_machines(fleet, hello):
+        hellos.append(msgspec.structs.replace(hello, boot_id=f"machine {hello.rank % 2}"))
+        welcome(fleet, hellos[-1])
+
+    monkeypatch.setattr(Fleet, "_welcome", from_two_machines)
+    assert cli.main(["bench", *RUN, "--workload", workload]) == 2
+    assert "start all of them on one machine" in capsys.readouterr().err.splitlines()[-1]
+    assert len(hellos) == 3
+    wait_until_gone([hello.pid for hello in hellos])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(signal.SIG_DFL, starting._exit_on_signal), (signal.SIG_IGN, signal.SIG_IGN)],
+)
+def test_a_command_under_nohup_outlives_its_terminal(before, after):
+    found = {ending: signal.getsignal(ending) for ending in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, before)
+        starting.exit_on_signals()
+        assert signal.getsignal(signal.SIGHUP) == after
+    finally:
+        for ending, handler in found.items():
+            signal.signal(ending, handler)
 
 
 WITHOUT_TORCH = """

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.launch import cli, tune
+from pipeserve.launch.processes import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["falcon-180b", "--device-profile", "a100-80gb-dgx", "--max-model-len", "2048"]
@@ -171,6 +173,22 @@ def test_other_things_that_cannot_be(error_of, tmp_path):
     assert "has two output tokens" in error_of("-pp", "8", "--slo-tbt", "1", "--workload", str(one))
 
 
+def test_ctrl_c_while_processes_start_is_not_lost():
+    def things():
+        yield 1
+        os.kill(os.getpid(), signal.SIGINT)
+        yield 2
+
+    found = {ending: signal.getsignal(ending) for ending in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(KeyboardInterrupt), processes(2) as run:
+            list(run(abs, things()))
+    finally:
+        for ending, handler in found.items():
+            signal.signal(ending, handler)
+    assert not active_children()
+
+
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_search_leaves_no_process_and_no_file(tmp_path, ending):
     recipe = tmp_path / "best.yaml"
@@ -181,12 +199,15 @@ def test_an_interrupted_search_leaves_no_process_and_no_file(tmp_path, ending):
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE,
         start_new_session=True,
     ) as search:  # fmt: skip
-        workers = _wait(lambda: len(found := _spawned_by(search.pid)) == 2 and found, 60)
-        if ending == signal.SIGINT:  # a terminal sends it to all
-            os.killpg(search.pid, ending)
-        else:
-            search.send_signal(ending)
-        said = search.communicate(timeout=30)[1].decode()  # when the last of them has ended
+        try:
+            workers = _wait(lambda: len(found := _spawned_by(search.pid)) == 2 and found, 60)
+            if ending == signal.SIGINT:  # a terminal sends it to all
+                os.killpg(search.pid, ending)
+            else:
+                search.send_signal(ending)
+            said = search.communicate(timeout=30)[1].decode()  # when the last of them has ended
+        finally:
+            search.kill()  # or a failure would wait for the search's end
     assert search.returncode == {2: 130, 15: 143, 9: -9}[ending]
     assert ending == signal.SIGKILL or said.strip() in ("", "Aborted!")
     assert not recipe.exists()

@@ -1,6 +1,6 @@
 """How a pipeline's own cost grows: planning, messages and idle stages, by stages and load.
 
-    python bench/growth.py [--plot docs/schedules/growth.svg] [--turns 20]
+    python bench/growth.py [--plot FILE.svg] [--page docs/schedules.md] [--turns 20]
 
 Simulates Falcon-180B on A100s under `uniform`, P stages of one GPU each, with R requests running at
 all times and 300 more waiting, and looks at `--turns` turns of P microbatches, at least 100
@@ -23,7 +23,7 @@ from itertools import count
 from math import log10
 from pathlib import Path
 
-from report import plain_table
+from report import plain_table, show
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
@@ -143,7 +143,8 @@ def measure(num_stages: int, num_running: int, turns: int) -> Cell:
     while len(load.begun) < num_running:
         now = load.advance()
     wanted = max(turns * num_stages, MIN_MICROBATCHES)
-    for _ in range(2 * num_stages):  # the load becomes steady
+    load.forget()
+    while len(load.plan_us) < 5 * num_stages:  # the load becomes steady
         now = load.advance()
     load.forget()
     start_s = now
@@ -252,10 +253,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--page", type=Path, help="docs/schedules.md: where the table is put")
     parser.add_argument("--turns", type=int, default=20)
     args = parser.parse_args()
     cells = [measure(p, r, args.turns) for r in RUNNING for p in STAGES]
-    print(table(cells))
+    show(table(cells), "growth", args.page)
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     args.plot.write_text(svg(cells))
 

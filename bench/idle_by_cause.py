@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from random import Random
 
-from report import plain_table
+from report import plain_table, show
 
 REFERENCE = ["--workload", "sharegpt", "--scale", "8", "--num-prompts", "64"]
 LIMITS = ["--max-model-len", "2048", "--num-gpu-blocks-override", "2048"]
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--stages", default="2")
     parser.add_argument("--policies", default="sarathi_serve,uniform")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--page", type=Path, help="docs/schedules.md: where the table is put")
     args = parser.parse_args()
     model = [args.model, "-pp", args.stages]
     rows = []
@@ -99,7 +100,7 @@ def main() -> None:
                 print(*rows[-1], file=sys.stderr, flush=True)
     header = ["mix", "policy", "output tokens/s", "TTFT P50", "TBT P99", "idle of each stage",
               "by cause, mean of the stages"]  # fmt: skip
-    print(plain_table(header, rows))
+    show(plain_table(header, rows), "idle by cause", args.page)
 
 
 if __name__ == "__main__":

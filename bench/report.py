@@ -1,7 +1,8 @@
-"""What a reproduction reports: a paper's figure, ours, their ratio, in a Markdown table."""
+"""Markdown tables of what benches find, and their places in the pages of docs/."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,16 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table of what has no target."""
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def show(text: str, name: str, page: Path | None) -> None:
+    """Prints it or, where a page is given, puts it there in place of what an earlier run said:
+    between the comments `begin NAME` and `end NAME`."""
+    if page is None:
+        print(text)
+        return
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    before, _, rest = page.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    assert found, f"{page} has no place for {name}"
+    page.write_text(f"{before}{begin}{text}\n{end}{after}")

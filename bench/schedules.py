@@ -17,22 +17,24 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any, ClassVar
 
-from report import plain_table
+from report import plain_table, show
 
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.core.cost import PipelineCost
 from pipeserve.core.engine import Engine
+from pipeserve.core.nouns import Microbatch
 from pipeserve.core.policies import get_policy, uniform
 from pipeserve.core.policies.sarathi_serve import SarathiServe
 from pipeserve.core.policies.uniform import Uniform
 from pipeserve.core.view import Policy, Traits
 from pipeserve.launch.simulate import Setup, make_setup
 from pipeserve.launch.traces import read_trace
-from pipeserve.profiling.capacity import Lengths, Trial, run_trial
+from pipeserve.profiling.capacity import Lengths, Trial, poisson_arrivals, run_trial
 from pipeserve.profiling.ceiling import Ceiling, ceiling
-from pipeserve.profiling.simulator import SimulatedPipeline
+from pipeserve.profiling.simulator import SimulatedPipeline, Simulation
 from pipeserve.profiling.workloads import DISTRIBUTIONS, draw_lengths
 
 LAYOUTS = {"TP1xPP8": "falcon-180b-8xa100", "TP4xPP2": "falcon-180b-2x4xa100"}
@@ -485,6 +487,39 @@ def at_ninety(cache: Cache, how: dict[str, Any]) -> str:
     return plain_table(header, rows)
 
 
+LEARNT = 0.03
+"""Median error of the predictions of `AMONG` microbatches in a row, of their mean over stages."""
+AMONG = 5
+
+
+def learnt_after(case: Case, traces: Path | None, rate: float) -> tuple[int, float] | None:
+    """From a profile that is wrong: microbatches, and seconds, until predictions are right."""
+    setup, lengths = setup_of(case), lengths_of(case.workload, traces)
+    pipeline = make_pipeline(case, setup)
+    engine, predicted_s = pipeline.engine, []
+    plan = engine.plan
+
+    def noted(now: float) -> Any:
+        planned = plan(now)
+        if isinstance(planned, Microbatch):
+            predicted_s.append(sum(engine.last.cost.seconds))
+        return planned
+
+    engine.plan = noted
+    Simulation(pipeline, poisson_arrivals(lengths, rate, SEED)).run_until(LEARNING_S)
+    flights = pipeline.flights
+    errors = [
+        abs(predicted / (sum(flight.ends_s) - sum(flight.starts_s)) - 1)
+        for predicted, flight in zip(predicted_s, flights, strict=False)
+        if len(flight.ends_s) == len(setup.plan.stages)
+    ]
+    for first in range(len(errors) - AMONG):
+        if median(errors[first : first + AMONG]) <= LEARNT:
+            return first, flights[first].planned_s
+    return None
+
+
+LEARNING_S = 300.0
 WRONG = ((1.0, 1.0), (1.3, 0.7), (0.7, 1.3), (1.3, 1.3), (0.7, 0.7))
 
 
@@ -498,17 +533,26 @@ def wrong_table(how: dict[str, Any]) -> str:
             setup, lengths = setup_of(case), lengths_of(case.workload, how["traces"])
             top = ceiling_of(setup, lengths, SLOS["strict"])
             trial = at_rate(case, rate=0.9 * top.rate, **how)
+            learnt = learnt_after(case, how["traces"], 0.9 * top.rate)
             rows.append(
                 [
                     layout,
                     f"{factors[0]:g}, {factors[1]:g}",
+                    "never" if learnt is None else f"{learnt[1]:.0f} s ({learnt[0]} microbatches)",
                     f"{trial.output_tokens_per_s:.0f}",
                     f"{trial.tbt_p99_s:.3f} s",
                     f"{trial.ttft_p50_s:.2f} s",
                 ]
             )
             print(rows[-1], flush=True)
-    header = ["layout", "products, attention off by", "output tokens/s", "TBT P99", "TTFT P50"]
+    header = [
+        "layout",
+        "products, attention off by",
+        "learnt after",
+        "output tokens/s",
+        "TBT P99",
+        "TTFT P50",
+    ]
     return plain_table(header, rows)
 
 
@@ -526,21 +570,23 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*")
     parser.add_argument("--ablation", action="store_true", help="what each part brings")
     parser.add_argument("--loads", action="store_true", help="at equal loads, and wrong profiles")
+    parser.add_argument("--page", type=Path, help="docs/schedules.md: where the tables are put")
     given = parser.parse_args()
     cache = Cache(given.cache)
     wanted = list(ablation_cases() if given.ablation else cases(given.layouts, given.workloads))
     if given.policies:
         wanted = [case for case in wanted if case.policy in given.policies]
+    how = {"traces": given.traces, "quick": given.quick}
     if not (given.print or given.loads):
-        search_all(wanted, cache, given.processes, traces=given.traces, quick=given.quick)
+        search_all(wanted, cache, given.processes, **how)
     if given.loads:
-        how = {"traces": given.traces, "quick": given.quick}
-        print(at_equal_load(cache, how), at_ninety(cache, how), wrong_table(how), sep="\n\n")
-        return
-    if given.ablation:
-        print(ablation_table(cache, given.traces))
-        return
-    print(tables(cache, given.layouts, given.workloads, given.traces))
+        show(at_equal_load(cache, how), "equal load", given.page)
+        show(at_ninety(cache, how), "stage-seconds", given.page)
+        show(wrong_table(how), "wrong profile", given.page)
+    elif given.ablation:
+        show(ablation_table(cache, given.traces), "parts", given.page)
+    else:
+        show(tables(cache, given.layouts, given.workloads, given.traces), "cells", given.page)
 
 
 if __name__ == "__main__":

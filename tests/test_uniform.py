@@ -315,8 +315,9 @@ class Odd(LinearCost):
         lambda work: 0.1 + 1e-4 * work.context + (0.3 if work.num_tokens <= 512 else 0.0),
         lambda work: 1.0 / (1 + work.num_tokens) + 1e-6 * work.context,
         lambda work: 0.01 * (1 + work.num_tokens % 7),
+        lambda work: max(1e-6, 0.1 + 1e-3 * work.num_tokens - 1e-2 * work.context),
     ],
-    ids=["flat", "cheaper beyond 4 tiles", "falling", "ragged"],
+    ids=["flat", "cheaper beyond 4 tiles", "falling", "ragged", "cheaper with context"],
 )
 def test_costs_that_do_not_rise_with_the_tokens_stop_nothing(of, max_tbt_s):
     times = LinearTimes(2)

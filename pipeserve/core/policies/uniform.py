@@ -214,13 +214,14 @@ def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
 
 def _tokens_per_position(view: View, price: Price) -> float:
     """What reading a position of context costs, as a share of what a token does in the linear
-    layers when there are many. (A mean: the slope of a learnt cost may be nil or less.)"""
+    layers when there are many; never less than nothing, whatever a cost model says, or a turn's
+    share might be no decode at all. (A mean: the slope of a learnt cost may be nil or less.)"""
     if not price.is_time or not view.decoding_context:
         return 0.0
     num_decodes, context = view.num_decoding // view.window + 1, view.decoding_context
     reads = price.on_bottleneck(num_decodes, context) - price.on_bottleneck(num_decodes, 0)
     tokens = price.on_bottleneck(8 * TILE, 0)
-    return reads / context / (tokens / (8 * TILE))
+    return max(0.0, reads / context / (tokens / (8 * TILE)))
 
 
 def _last_token_s(view: View, decode: RequestView) -> float:

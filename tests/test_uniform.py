@@ -41,8 +41,9 @@ LIMITS = Limits(
 class Run:
     """A simulation that keeps its microbatches, with what was predicted of each."""
 
-    def __init__(self, times, arrivals, cost="right", **limits):
+    def __init__(self, times, arrivals, cost="right", window=None, **limits):
         plan = split_layers(times.num_stages, times.num_stages)
+        plan = replace(plan, window=window or plan.window)
         model = LinearCost(times) if cost == "right" else cost
         self.limits = replace(LIMITS, **limits)
         self.engine = Engine(plan, get_policy("uniform"), self.limits, model)
@@ -154,6 +155,27 @@ def test_a_prefix_that_alone_is_over_the_limit_starves_no_one():
     times = LinearTimes(2, base=0.01, per_token=1e-4, per_pair=1e-4)
     run = Run(times, [Arrival(0.0, 3000, 3)], max_tbt_s=0.1)
     assert run.served[0].finished
+
+
+@pytest.mark.parametrize("max_tbt_s", [0.5, 100.0])
+def test_a_window_shorter_than_the_pipeline_starves_no_one(max_tbt_s):
+    """One microbatch in flight: a turn is as long as four stages, however short the window."""
+    times = LinearTimes(4, base=0.05, per_token=1e-4)
+    arrivals = [Arrival(0.0, 8, 400)] * 8 + [Arrival(5.0, 300, 3)]
+    run = Run(times, arrivals, window=1, max_tbt_s=max_tbt_s)
+    assert run.served[8].token_times_s[0] - 5.0 < 2.0
+    assert run.gaps()[-1] <= max_tbt_s
+    assert run.served[0].token_times_s[-1] > 50.0
+
+
+def test_long_contexts_that_came_together_part_again():
+    """Decodes that are most of the work. As one group they would have one stage busy at a time, and
+    all that is behind it would be late, prompts too, however long the limit."""
+    times = LinearTimes(8, base=0.02, per_token=1e-4, per_position=1e-5)
+    arrivals = [Arrival(0.0, 3500, 60) for _ in range(12)]
+    free, limited = Run(times, arrivals), Run(times, arrivals, max_tbt_s=20.0)
+    ends = [max(each.token_times_s[-1] for each in run.served) for run in (free, limited)]
+    assert ends[1] < 1.25 * ends[0]
 
 
 # ---- evenness -----------------------------------------------------------------------------------

@@ -321,6 +321,21 @@ def test_nothing_new_passes_a_prompt_that_waits_for_kv():
     assert started == [0, 1, 2]
 
 
+def test_cached_blocks_that_count_as_free_are_not_counted_twice():
+    """Four blocks of the first request are kept and free. The third would share them, and needs as
+    many again, while the second holds all but two of the others."""
+    limits = replace(LIMITS, num_blocks=10, enable_prefix_caching=True)
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), limits)
+    engine.add(replace(request_of(0, Arrival(0.0, 65, 1)), prompt=(1,) * 65), 0.0)
+    steady(engine, 1)
+    engine.complete(StepResult(0, (7,)), 1.0)
+    engine.add(replace(request_of(1, Arrival(1.0, 60, 4)), prompt=(2,) * 60), 1.0)
+    first = engine.plan(1.0)
+    engine.add(replace(request_of(2, Arrival(2.0, 128, 1)), prompt=(1,) * 128), 2.0)
+    assert engine.plan(2.0).admitted == ()
+    assert engine.num_running == 1 and first.admitted[0].request_id == 1
+
+
 # ---- costs that a learning model may come to ----------------------------------------------------
 
 

@@ -336,6 +336,13 @@ def test_cached_blocks_that_count_as_free_are_not_counted_twice():
     assert engine.num_running == 1 and first.admitted[0].request_id == 1
 
 
+def test_two_prompts_that_fit_only_one_at_a_time_do_not_start_together():
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), replace(LIMITS, num_blocks=10))
+    for number, length in enumerate([80, 96]):  # 5 and 6 blocks of 16
+        engine.add(request_of(number, Arrival(0.0, length, 4)), 0.0)
+    assert [each.request_id for each in engine.plan(0.0).admitted] == [0]
+
+
 # ---- costs that a learning model may come to ----------------------------------------------------
 
 

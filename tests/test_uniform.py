@@ -245,6 +245,22 @@ def test_near_a_full_pool_full_and_empty_phases_do_not_alternate(sustained, turn
     assert unevenness(sustained, turns) < 0.45 < unevenness(1e9, 1e-9)
 
 
+def test_what_kv_sustains_goes_by_the_mix_of_prompt_and_output():
+    """The pool holds 7 decodes and a half at their length, each of which comes with 30 prompt tokens
+    or, at first, more."""
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), replace(LIMITS, num_blocks=300))
+    for number in range(20):
+        engine.add(request_of(number, Arrival(0.0, 600, 21)), 0.0)
+    whys = []
+    engine_plan = engine.plan
+    engine.plan = lambda now: (engine_plan(now), whys.append((engine.why, engine.last)))[0]
+    steady(engine, 60)
+    budgets = [
+        why.budget - last.num_decodes for why, last in whys if why and why.bound == "kv at length"
+    ]
+    assert budgets and min(budgets) >= 7 * 30
+
+
 # ---- lulls --------------------------------------------------------------------------------------
 
 
@@ -341,6 +357,15 @@ def test_two_prompts_that_fit_only_one_at_a_time_do_not_start_together():
     for number, length in enumerate([80, 96]):  # 5 and 6 blocks of 16
         engine.add(request_of(number, Arrival(0.0, length, 4)), 0.0)
     assert [each.request_id for each in engine.plan(0.0).admitted] == [0]
+
+
+def test_a_wait_for_blocks_says_so():
+    engine = Engine(split_layers(2, 2), get_policy("uniform"), replace(LIMITS, num_blocks=10))
+    for number in range(2):
+        engine.add(request_of(number, Arrival(0.0, 96, 4)), 0.0)
+    while isinstance(planned := engine.plan(0.0), Microbatch):
+        assert {chunk.request_id for chunk in planned.chunks} == {0}
+    assert planned == Wait("kv")
 
 
 # ---- costs that a learning model may come to ----------------------------------------------------

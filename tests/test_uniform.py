@@ -246,8 +246,8 @@ def test_near_a_full_pool_full_and_empty_phases_do_not_alternate(sustained, turn
 
 
 def test_what_kv_sustains_goes_by_the_mix_of_prompt_and_output():
-    """The pool holds 7 decodes and a half at their length, each of which comes with 30 prompt tokens
-    or, at first, more."""
+    """The pool holds 7 decodes and a half at their length, each of which comes with 30 prompt
+    tokens or, at first, more."""
     engine = Engine(split_layers(1, 1), get_policy("uniform"), replace(LIMITS, num_blocks=300))
     for number in range(20):
         engine.add(request_of(number, Arrival(0.0, 600, 21)), 0.0)

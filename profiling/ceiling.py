@@ -14,6 +14,7 @@ P times the mean. Without the envelope (`mixed=False`) the rate is that of equal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf
 
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.profiling.stage_times import StageTimes
@@ -42,22 +43,23 @@ class Mix:
     """Means of a workload, in tokens."""
 
     prompt: float
-    output: float
+    decodes: float
+    """Of a request: its output tokens but the first, which its prompt's last chunk gives."""
     prompt_context: float
     """Positions before a prompt token, on average over prompt tokens."""
     decode_context: float
-    """Positions that a decode reads, on average over decodes; also the KV of a running decode."""
+    """Positions that a decode reads, on average over decodes; also the KV of a running one."""
 
 
 def mix_of(lengths: Sequence[tuple[int, int]]) -> Mix:
     """`lengths`: (prompt tokens, output tokens) of each request."""
     num = len(lengths)
-    prompts, outputs = sum(p for p, _ in lengths), sum(o for _, o in lengths)
+    prompts, decodes = sum(p for p, _ in lengths), sum(o - 1 for _, o in lengths)
     return Mix(
         prompts / num,
-        outputs / num,
+        decodes / num,
         sum(p * p for p, _ in lengths) / 2 / prompts,
-        sum(o * (p + o / 2) for p, o in lengths) / outputs,
+        sum((o - 1) * (p + o / 2) for p, o in lengths) / max(decodes, 1),
     )
 
 
@@ -74,12 +76,13 @@ def ceiling(
     """Of a workload with these lengths within a limit between tokens; `kv_positions` of the pool
     of a stage; microbatches of at most `most_tokens`, of several sizes or (not `mixed`) of one."""
     mix = mix_of(lengths)
-    per_request = mix.prompt + mix.output
+    per_request = mix.prompt + mix.decodes
     sizes = range(_STEP, most_tokens + 1, _STEP)
     points = [(float(size), _seconds(times, mix, size)) for size in sizes]
     if mixed:
         points = _lower_hull(points)
-    most_by_kv = kv_positions / (num_stages * mix.decode_context) / mix.output * per_request
+    kv_per_token = num_stages * mix.decode_context * mix.decodes / per_request
+    most_by_kv = kv_positions / kv_per_token if kv_per_token else inf
     best = Ceiling(rate=0.0, microbatch_s=0.0, num_tokens=0, bound="slo", stage_seconds=0.0)
     for size in sizes:
         seconds = _on(points, size)
@@ -100,14 +103,16 @@ def ceiling(
 
 
 def _seconds(times: StageTimes, mix: Mix, num_tokens: int) -> float:
-    """Of the slowest stage, for the mix's own proportion at its mean contexts."""
-    num_decodes = round(num_tokens * mix.output / (mix.prompt + mix.output))
-    context, before = round(mix.decode_context), round(mix.prompt_context)
+    """Of the slowest stage, for the mix's own proportion at its mean contexts. All prefill tokens
+    are one chunk, which is cheapest, with the mean context in its middle."""
+    num_decodes = round(num_tokens * mix.decodes / (mix.prompt + mix.decodes))
+    context = round(mix.decode_context)
     chunks = [
-        Chunk(RequestId(number), context, context + 1, (), None, 1) for number in range(num_decodes)
+        Chunk(RequestId(number), context - 1, context, (), None, 1) for number in range(num_decodes)
     ]
     prefill = num_tokens - num_decodes
     if prefill:
+        before = max(0, round(mix.prompt_context - prefill / 2))
         chunks.append(Chunk(RequestId(num_decodes), before, before + prefill, (), None, 1))
     samples = [times.compute_s(Microbatch(index, tuple(chunks))) for index in range(_SAMPLES)]
     return max(sum(stage) / _SAMPLES for stage in zip(*samples, strict=True))

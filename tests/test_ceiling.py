@@ -3,12 +3,17 @@
 from math import ceil
 
 import pytest
+from linear_times import LinearCost, LinearTimes
 
+from pipeserve.core.engine import Engine, Limits
+from pipeserve.core.partition import split_layers
+from pipeserve.core.policies import get_policy
 from pipeserve.core.work import work_of
 from pipeserve.profiling.ceiling import ceiling, mix_of
+from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
 from pipeserve.profiling.stage_times import StageTimes
 
-MIX = [(48, 16)]  # 3 of 4 tokens are prompt; a decode reads 56 positions
+MIX = [(48, 17)]  # 3 of 4 tokens are prompt, the others decodes; a decode reads 56.5 positions
 
 
 class Linear(StageTimes):
@@ -33,11 +38,12 @@ def ceiling_of(times, **changes):
 
 def test_means_of_a_workload():
     mix = mix_of([(100, 10), (20, 30)])
-    assert (mix.prompt, mix.output) == (60, 20)
+    # The first token of an output comes with the prompt.
+    assert (mix.prompt, mix.decodes) == (60, 19)
     # Over prompt tokens: 100 of them have 50 before them on average, 20 have 10.
     assert mix.prompt_context == pytest.approx((100 * 50 + 20 * 10) / 120)
-    # Over decodes: 10 read 105 on average, 30 read 35.
-    assert mix.decode_context == pytest.approx((10 * 105 + 30 * 35) / 40)
+    # Over decodes: 9 read 101 to 109, and 29 read 21 to 49.
+    assert mix.decode_context == pytest.approx((9 * 105 + 29 * 35) / 38)
 
 
 def test_without_a_bound_the_largest_microbatch_is_best():
@@ -58,15 +64,52 @@ def test_the_limit_between_tokens_bounds_a_turn_of_all_stages():
 
 
 def test_kv_bounds_the_decodes_of_a_turn():
-    # 2 * 56 positions for each decode of a microbatch: 4200 are 37.5 decodes, of 150 tokens.
+    # 2 * 56.5 positions for each decode of a microbatch: 4200 are 37.2 decodes, of 149 tokens.
     found = ceiling_of(Linear(base=0.1, per_token=0.001), kv_positions=4200)
     assert (found.num_tokens, found.bound) == (144, "kv")
 
 
 def test_decodes_read_their_context():
-    # 144 tokens are 36 decodes that read 57 positions each: 56 before and their own.
+    # 144 tokens are 36 decodes that read 56 positions each.
     found = ceiling_of(Linear(base=0.1, per_position=1e-4), kv_positions=4200)
-    assert found.microbatch_s == pytest.approx(0.1 + 36 * 57 * 1e-4)
+    assert found.microbatch_s == pytest.approx(0.1 + 36 * 56 * 1e-4)
+
+
+def test_prompt_tokens_have_their_mean_context_before_them():
+    class Pairs(Linear):
+        def compute_s(self, microbatch):
+            ((before, tokens),) = work_of(microbatch).prefills
+            return [1e-6 * (before + tokens / 2) * tokens]
+
+    # 3 of 4 tokens are prompt, with 300 positions before them on average.
+    found = ceiling(
+        Pairs(), [(600, 201)], num_stages=1, slo_tbt_s=1e9, kv_positions=10**9, most_tokens=480
+    )
+    assert found.stage_seconds == pytest.approx(1e-6 * 300 * 600)
+
+
+def test_outputs_of_one_token_hold_no_kv():
+    times = Linear(base=0.1, per_token=0.001)
+    found = ceiling(times, [(50, 1)], num_stages=2, slo_tbt_s=1e9, kv_positions=1, most_tokens=480)
+    assert (found.num_tokens, found.bound) == (480, "none")
+    assert found.rate == pytest.approx(480 / 50 / 0.58)
+
+
+@pytest.mark.parametrize("lengths", [(40, 2), (100, 30)])
+def test_no_schedule_passes_it_in_a_simulation(lengths):
+    """Prompts in plenty at once, on stages that take so long for a token and nothing else: what is
+    served a second comes close to the ceiling, and not beyond."""
+    times = LinearTimes(2, base=0.0, per_token=1e-3)
+    found = ceiling(times, [lengths], num_stages=2, slo_tbt_s=1e9, kv_positions=10**6)
+    limits = Limits(
+        num_blocks=6000, block_size=16, max_num_seqs=64, max_num_batched_tokens=256,
+        max_model_len=512, enable_prefix_caching=False,
+    )  # fmt: skip
+    engine = Engine(split_layers(2, 2), get_policy("uniform"), limits, LinearCost(times))
+    simulation = Simulation(SimulatedPipeline(engine, times), 400 * [Arrival(0.0, *lengths)])
+    simulation.run_until()
+    rate = 400 / max(served.token_times_s[-1] for served in simulation.served)
+    assert 0.95 * found.rate < rate <= found.rate * (1 + 1e-9)
 
 
 def test_a_limit_that_no_microbatch_meets_gives_nothing():

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from math import ceil, inf
 from random import Random
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -41,8 +41,9 @@ LIMITS = Limits(
 class Run:
     """A simulation that keeps its microbatches, with what was predicted of each."""
 
-    def __init__(self, times, arrivals, cost="right", **limits):
+    def __init__(self, times, arrivals, cost="right", window=None, **limits):
         plan = split_layers(times.num_stages, times.num_stages)
+        plan = replace(plan, window=window or plan.window)
         model = LinearCost(times) if cost == "right" else cost
         self.limits = replace(LIMITS, **limits)
         self.engine = Engine(plan, get_policy("uniform"), self.limits, model)
@@ -156,6 +157,27 @@ def test_a_prefix_that_alone_is_over_the_limit_starves_no_one():
     assert run.served[0].finished
 
 
+@pytest.mark.parametrize("max_tbt_s", [0.5, 100.0])
+def test_a_window_shorter_than_the_pipeline_starves_no_one(max_tbt_s):
+    """One microbatch in flight: a turn is as long as four stages, however short the window."""
+    times = LinearTimes(4, base=0.05, per_token=1e-4)
+    arrivals = [Arrival(0.0, 8, 400)] * 8 + [Arrival(5.0, 300, 3)]
+    run = Run(times, arrivals, window=1, max_tbt_s=max_tbt_s)
+    assert run.served[8].token_times_s[0] - 5.0 < 2.0
+    assert run.gaps()[-1] <= max_tbt_s
+    assert run.served[0].token_times_s[-1] > 50.0
+
+
+def test_long_contexts_that_came_together_part_again():
+    """Decodes that are most of the work. As one group they would have one stage busy at a time, and
+    all that is behind it would be late, prompts too, however long the limit."""
+    times = LinearTimes(8, base=0.02, per_token=1e-4, per_position=1e-5)
+    arrivals = [Arrival(0.0, 3500, 60) for _ in range(12)]
+    free, limited = Run(times, arrivals), Run(times, arrivals, max_tbt_s=20.0)
+    ends = [max(each.token_times_s[-1] for each in run.served) for run in (free, limited)]
+    assert ends[1] < 1.25 * ends[0]
+
+
 # ---- evenness -----------------------------------------------------------------------------------
 
 
@@ -221,6 +243,23 @@ def test_near_a_full_pool_full_and_empty_phases_do_not_alternate(sustained, turn
         return variation([max(cost.seconds) for _, _, cost in middle])
 
     assert unevenness(sustained, turns) < 0.45 < unevenness(1e9, 1e-9)
+
+
+def test_what_kv_sustains_goes_by_the_mix_of_prompt_and_output(monkeypatch):
+    """Without the rule for blocks that are free now. The pool holds 7 decodes and a half at their length, each of which comes with 30 prompt
+    tokens. As long as outputs have not ended, nothing is said of them."""
+    monkeypatch.setattr(uniform, "TURNS", 1e-9)
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), replace(LIMITS, num_blocks=300))
+    for number in range(200):
+        engine.add(request_of(number, Arrival(0.0, 600, 21)), 0.0)
+    whys = []
+    engine_plan = engine.plan
+    engine.plan = lambda now: (engine_plan(now), whys.append((engine.why, engine.last)))[0]
+    steady(engine, 600)
+    at = [n for n, (why, _) in enumerate(whys) if why and why.bound == "kv at length"]
+    budgets = [whys[n][0].budget - whys[n][1].num_decodes for n in at]
+    assert median(budgets[-50:]) == pytest.approx(uniform.SUSTAINED * 7.5 * 30, rel=0.1)
+    assert at[0] > 2 * uniform.ENOUGH_ENDED  # a prompt of 600 tokens takes more than two of them
 
 
 # ---- lulls --------------------------------------------------------------------------------------
@@ -299,6 +338,37 @@ def test_nothing_new_passes_a_prompt_that_waits_for_kv():
     assert started == [0, 1, 2]
 
 
+def test_cached_blocks_that_count_as_free_are_not_counted_twice():
+    """Four blocks of the first request are kept and free. The third would share them, and needs as
+    many again, while the second holds all but two of the others."""
+    limits = replace(LIMITS, num_blocks=10, enable_prefix_caching=True)
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), limits)
+    engine.add(replace(request_of(0, Arrival(0.0, 65, 1)), prompt=(1,) * 65), 0.0)
+    steady(engine, 1)
+    engine.complete(StepResult(0, (7,)), 1.0)
+    engine.add(replace(request_of(1, Arrival(1.0, 60, 4)), prompt=(2,) * 60), 1.0)
+    first = engine.plan(1.0)
+    engine.add(replace(request_of(2, Arrival(2.0, 128, 1)), prompt=(1,) * 128), 2.0)
+    assert engine.plan(2.0).admitted == ()
+    assert engine.num_running == 1 and first.admitted[0].request_id == 1
+
+
+def test_two_prompts_that_fit_only_one_at_a_time_do_not_start_together():
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), replace(LIMITS, num_blocks=10))
+    for number, length in enumerate([80, 96]):  # 5 and 6 blocks of 16
+        engine.add(request_of(number, Arrival(0.0, length, 4)), 0.0)
+    assert [each.request_id for each in engine.plan(0.0).admitted] == [0]
+
+
+def test_a_wait_for_blocks_says_so():
+    engine = Engine(split_layers(2, 2), get_policy("uniform"), replace(LIMITS, num_blocks=10))
+    for number in range(2):
+        engine.add(request_of(number, Arrival(0.0, 96, 4)), 0.0)
+    while isinstance(planned := engine.plan(0.0), Microbatch):
+        assert {chunk.request_id for chunk in planned.chunks} == {0}
+    assert planned == Wait("kv")
+
+
 # ---- costs that a learning model may come to ----------------------------------------------------
 
 
@@ -315,8 +385,9 @@ class Odd(LinearCost):
         lambda work: 0.1 + 1e-4 * work.context + (0.3 if work.num_tokens <= 512 else 0.0),
         lambda work: 1.0 / (1 + work.num_tokens) + 1e-6 * work.context,
         lambda work: 0.01 * (1 + work.num_tokens % 7),
+        lambda work: max(1e-6, 0.1 + 1e-3 * work.num_tokens - 1e-2 * work.context),
     ],
-    ids=["flat", "cheaper beyond 4 tiles", "falling", "ragged"],
+    ids=["flat", "cheaper beyond 4 tiles", "falling", "ragged", "cheaper with context"],
 )
 def test_costs_that_do_not_rise_with_the_tokens_stop_nothing(of, max_tbt_s):
     times = LinearTimes(2)

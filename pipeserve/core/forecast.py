@@ -19,6 +19,10 @@ class Forecast:
         self._free_s = [-inf] * num_stages
         self._through_s: OrderedDict[int, float] = OrderedDict()
 
+    @property
+    def num_stages(self) -> int:
+        return len(self._free_s)
+
     def through_s(self, seconds: Sequence[float], now: float) -> float:
         """When a microbatch that takes `seconds` on each stage would be through, planned now."""
         for free_s, stage_s in zip(self._free_s, seconds, strict=True):

@@ -8,7 +8,8 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
   between tokens or, without a limit, than where larger ones hardly raise throughput; nor longer
   than KV sustains, for slow turns keep more requests alive.
 - **Decodes** go first. With a limit between tokens, none that is ready misses its turn; without,
-  they are spread over the microbatches of a turn by what they cost, context length counted.
+  and where they are over the limit by themselves, they are spread over the microbatches of a turn
+  by what they cost, context length counted.
 - **Prompts** fill the rest. Chunks of one prompt follow one another at once, and are cut so that no
   decode of this microbatch, or of those in flight, is predicted to come late. The order is arrival
   plus `PATIENCE_S` for each token: a long prompt lets short ones pass that come soon after it.
@@ -61,6 +62,12 @@ AT_MOST = 1.25
 that come in a burst would hold decodes up, which hold their KV meanwhile."""
 HELD = 0.55
 """Of the turn under load, as long as which decodes may take in a lull."""
+PAYS = 0.5
+"""Seconds of a stage that merging two groups of decodes has to save, for each second that it adds
+to their turn. (Where reading weights is what takes long, one group costs hardly more.)"""
+SPLITS = 0.75
+"""Of the time of decodes that are over the limit by themselves: below that, a share of them goes
+alone."""
 
 
 class Uniform:
@@ -76,7 +83,7 @@ class Uniform:
         price = Price(view)
         self._knee = self._knee or _knee(view, price)
         budget = _Budget(view, price, self._knee)
-        room = make_room(view, _decodes_in_turn(view, price))
+        room = make_room(view, _decodes_in_turn(view, price, budget))
         if room.preempted:
             return Draft(chunks=room.decodes, preempt=room.preempted)
         decodes = [view.decodes[request_id] for request_id in room.decodes]
@@ -109,6 +116,8 @@ class _Budget:
         # Of a mean microbatch of the turn.
         self._num_decodes = view.num_decoding // view.window
         self._context = view.decoding_context // view.window
+        self.in_turn = max(view.window, view.forecast.num_stages)
+        """Microbatches that a turn takes as long as: a pipeline is no shorter than its stages."""
         self.longest = self._longest()
         """Whatever there is to do."""
 
@@ -140,7 +149,7 @@ class _Budget:
         knee = TOLERANCE * self._price.on_bottleneck(0, 0, self._knee)
         if view.limits.max_tbt_s is None:
             return knee
-        return min(knee, MARGIN * view.limits.max_tbt_s / view.window)
+        return min(knee, MARGIN * view.limits.max_tbt_s / self.in_turn)
 
     def is_hopeless(self, mix: Mix) -> bool:
         """Whether no size keeps to the limit between tokens. Prompts go on all the same."""
@@ -198,7 +207,22 @@ def _knee(view: View, price: Price) -> int:
 # ---- decodes ------------------------------------------------------------------------------------
 
 
-def _decodes_in_turn(view: View, price: Price) -> list[RequestView]:
+def _decodes_in_turn(view: View, price: Price, budget: _Budget) -> Sequence[RequestView]:
+    """With a limit between tokens, all that are ready; their share where all would be over it and
+    the share takes much less: groups that came together would pass through as one for good, with
+    one stage busy at a time. (Where reading weights is what takes long, nothing is gained.)"""
+    decodes = _ready(view)
+    share = decodes[: _share(view, price, decodes)]
+    if view.limits.max_tbt_s is None or not price.is_time:
+        return share
+    all_s, share_s = (
+        price.on_bottleneck(len(some), sum([each.num_planned + 1 for each in some]))
+        for some in (decodes, share)
+    )
+    return share if all_s > budget.longest and share_s < SPLITS * all_s else decodes
+
+
+def _ready(view: View) -> list[RequestView]:
     """A decode whose token is still on its way is taken only when the window is full and the token
     comes with the oldest microbatch: then it is there about when stage 0 gets to it. Any earlier,
     stage 0 would stand still before it, and a prompt that arrives meanwhile would queue behind.
@@ -210,9 +234,7 @@ def _decodes_in_turn(view: View, price: Price) -> list[RequestView]:
         if decode.token_from is not None and decode.token_from != oldest:
             break
         decodes.append(decode)
-    if view.limits.max_tbt_s is not None and price.is_time:
-        return decodes
-    return decodes[: _share(view, price, decodes)]
+    return decodes
 
 
 def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
@@ -228,13 +250,14 @@ def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
 
 def _tokens_per_position(view: View, price: Price) -> float:
     """What reading a position of context costs, as a share of what a token does in the linear
-    layers when there are many. (A mean: the slope of a learnt cost may be nil or less.)"""
+    layers when there are many; never less than nothing, whatever a cost model says, or a turn's
+    share might be no decode at all. (A mean: the slope of a learnt cost may be nil or less.)"""
     if not price.is_time or not view.decoding_context:
         return 0.0
     num_decodes, context = view.num_decoding // view.window + 1, view.decoding_context
     reads = price.on_bottleneck(num_decodes, context) - price.on_bottleneck(num_decodes, 0)
     tokens = price.on_bottleneck(8 * TILE, 0)
-    return reads / context / (tokens / (8 * TILE))
+    return max(0.0, reads / context / (tokens / (8 * TILE)))
 
 
 def _last_token_s(view: View, decode: RequestView) -> float:
@@ -260,11 +283,11 @@ def _due_s(
             turn_s = price.on_bottleneck(num_decodes, num_decodes * mean)
             last_s = min(last_s, view.forecast.known_s(other.index) - turn_s)
             break  # those behind it have more time
-    return last_s + min(MARGIN * max_tbt_s, AT_MOST * view.window * budget.of_full())
+    return last_s + min(MARGIN * max_tbt_s, AT_MOST * budget.in_turn * budget.of_full())
 
 
 def _waits_for_more(view: View, price: Price, budget: _Budget, mix: Mix, last_s: float) -> bool:
-    """Whether the decodes can go with those of the oldest microbatch in flight."""
+    """Whether the decodes can go with those of the oldest microbatch in flight, and that pays."""
     if view.limits.max_tbt_s is None or not price.is_time:
         return False
     if view.prefill_backlog or not view.outstanding or not view.outstanding[0].num_decodes:
@@ -275,9 +298,14 @@ def _waits_for_more(view: View, price: Price, budget: _Budget, mix: Mix, last_s:
         return False
     context = mix.context + oldest.num_decodes * (view.decoding_context // view.num_decoding)
     seconds, full_s = price.of(num_decodes, context), budget.of_full()
+    alone_s = price.on_bottleneck(oldest.num_decodes, context - mix.context)
+    here_s, merged_s = max(mix.seconds()), max(seconds)
+    saved_s, longer_s = here_s + alone_s - merged_s, merged_s - max(here_s, alone_s)
+    if saved_s < PAYS * budget.in_turn * longer_s:
+        return False
     through_s = view.forecast.through_s(seconds, view.forecast.known_s(oldest.index))
-    turn_s = min(MARGIN * view.limits.max_tbt_s, HELD * view.window * full_s)
-    return max(seconds) <= full_s and through_s <= last_s + turn_s
+    turn_s = min(MARGIN * view.limits.max_tbt_s, HELD * budget.in_turn * full_s)
+    return merged_s <= full_s and through_s <= last_s + turn_s
 
 
 # ---- prompts ------------------------------------------------------------------------------------

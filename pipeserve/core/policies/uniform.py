@@ -62,7 +62,7 @@ AT_MOST = 1.25
 that come in a burst would hold decodes up, which hold their KV meanwhile."""
 HELD = 0.55
 """Of the turn under load, as long as which decodes may take in a lull."""
-PAYS = 0.5
+PAYS = 0.25
 """Seconds of a stage that merging two groups of decodes has to save, for each second that it adds
 to their turn. (Where reading weights is what takes long, one group costs hardly more.)"""
 SPLITS = 0.75

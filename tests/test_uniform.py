@@ -246,8 +246,9 @@ def test_near_a_full_pool_full_and_empty_phases_do_not_alternate(sustained, turn
 
 
 def test_what_kv_sustains_goes_by_the_mix_of_prompt_and_output(monkeypatch):
-    """Without the rule for blocks that are free now. The pool holds 7 decodes and a half at their length, each of which comes with 30 prompt
-    tokens. As long as outputs have not ended, nothing is said of them."""
+    """Without the rule for blocks that are free now. The pool holds 7 decodes and a half at their
+    length, each of which comes with 30 prompt tokens. As long as outputs have not ended, nothing is
+    said of them."""
     monkeypatch.setattr(uniform, "TURNS", 1e-9)
     engine = Engine(split_layers(1, 1), get_policy("uniform"), replace(LIMITS, num_blocks=300))
     for number in range(200):

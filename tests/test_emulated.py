@@ -143,18 +143,16 @@ def test_a_slow_link_is_waited_for():
     compute = EmulatedCompute(slow, 2, 100)
     begin_s = time.monotonic()
     for index in range(2):
-        frames = [SimpleNamespace(buffer=struct.pack("<qd", index, begin_s))]
         step = Step(index, (), [], [])
-        sent.append(compute.take_in(step, frames, begin_s))
+        sent.append(compute.take_in(step, struct.pack("<qd", index, begin_s), begin_s))
         assert time.monotonic() >= sent[-1]
     assert sent == [begin_s + 0.05, begin_s + 0.05 + 0.05]
 
 
 def test_a_link_out_of_step_is_noticed():
     compute = EmulatedCompute(SimpleNamespace(), 1, 100)
-    frames = [SimpleNamespace(buffer=struct.pack("<qd", 4, 0.0))]
     with pytest.raises(RuntimeError, match="expected microbatch 5, got 4"):
-        compute.take_in(Step(5, (), [], []), frames, 0.0)
+        compute.take_in(Step(5, (), [], []), struct.pack("<qd", 4, 0.0), 0.0)
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 0.0, 1e-4, 0.003])

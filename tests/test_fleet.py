@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-import zmq
 
 from pipeserve import control, fleet
+from pipeserve.connection import Sources, connect
 
 
 class OneStage:
@@ -15,21 +15,21 @@ class OneStage:
         self.now_s = 100.0
         monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         self.fleet = fleet.Fleet(1, "external", None)
-        self._context = zmq.Context()
-        self._stage = self._context.socket(zmq.DEALER)
-        self._stage.identity = control.stage_identity(0)
-        self._stage.connect(f"tcp://{self.fleet.address}")
+        self._sources = Sources()
+        self._stage = connect(self.fleet.stages_address, self._sources, "control")
+        self._stage.send(control.encode(control.StageHello(0)))
+        self.fleet.receive(10.0)  # it has called
         self.says_something()
         self.fleet.receive(10.0)  # now the two are connected
 
     def says_something(self):
-        self._stage.send(control.encode(control.Heartbeat(0)))
+        self._stage.send(control.encode(control.Connected(0)))
 
     def passes(self, seconds):
         self.now_s += seconds
 
     def close(self):
-        self._context.destroy(linger=0)
+        self._sources.close()
         self.fleet.close()
 
 

@@ -76,6 +76,7 @@ class EmulatedCompute:
     """The `stage_loop.Compute` that waits."""
 
     weight_bytes = kv_bytes = 0
+    is_elsewhere = True
 
     def __init__(self, times: StageTimes, stage: int, vocab_size: int) -> None:
         self._times = times
@@ -110,6 +111,7 @@ class EmulatedCompute:
             tokens = self._sample(step, turn.sequences)
             head_s -= self._times.head_s(step)
         num_tokens = sum([chunk.stop - chunk.start for chunk in step.chunks])
+        stage.tell_span()
         wait_until(due_s)
         end_s = time.monotonic()
         if stage.is_last:

@@ -281,14 +281,17 @@ class Fleet:
                     f"nothing heard from the keeper of stage {rank} on {self.keepers[rank].host} "
                     f"for {_KEEPER_SILENCE_S:g} s; is the machine up?"
                 )
+        self._check_connections()
+
+    def _check_connections(self) -> None:
         for stage, connection in self._stages.items():
-            if connection.has_ended:  # why, its keeper tells within moments
+            if connection.has_ended:  # why, its keeper says within moments
                 hung_up_s = self._hung_up_s.setdefault(stage, time.monotonic())
                 if time.monotonic() - hung_up_s > _LAST_WORD_S:
                     self.lost_stage = stage
                     raise StageError(
-                        f"the connection to stage {stage} on {self.keepers[stage].host} ended; "
-                        "is the network between the two up?"
+                        f"stage {stage} hung up, and its keeper on {self.keepers[stage].host} does "
+                        "not say why; is the network between the two up?"
                     )
 
     def _tell_keeper(self, rank: int, message: control.ToKeeper) -> None:

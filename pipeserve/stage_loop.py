@@ -18,11 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from pipeserve import connection, control, links
+from pipeserve import connection, control
 from pipeserve.connection import Connection, Listener, Sources
 from pipeserve.control import Connect, ReportMemory, StartStage, Step
 from pipeserve.core.records import Span
 from pipeserve.errors import PipeserveError
+from pipeserve.links import ActivationLinks, send_tokens, unpack_tokens
 from pipeserve.memory import peak_bytes, resident_bytes
 from pipeserve.sequences import Sequence, Sequences
 
@@ -62,7 +63,9 @@ class Compute(Protocol):
 
     weight_bytes: int
     kv_bytes: int
-    links: links.ActivationLinks
+    links: ActivationLinks
+    is_elsewhere: bool
+    """The computing is not this thread's, which can tell what it has to tell meanwhile."""
 
     def take_in(self, step: Step, activations: Any, seen_s: float) -> float:
         """When `activations`, a message of the link, seen at `seen_s`, are there; returns not
@@ -71,7 +74,8 @@ class Compute(Protocol):
 
     def run(self, turn: Turn, stage: "StageLoop") -> Done:
         """Computes it, and hands what comes of it to its link with the next stage; on the last
-        stage, to `stage.feed_back` and the driver."""
+        stage, to `stage.feed_back` and the driver. One that is elsewhere calls `stage.tell_span`
+        meanwhile."""
         ...
 
 
@@ -98,6 +102,8 @@ class StageLoop:
         self.activations: deque[tuple[Any, float]] = deque()
         self.sequences = Sequences()
         self.compute = load(job, self.tell)
+        self.untold: Span | None = None
+        """Of the microbatch before."""
         self.last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
         self._listen()
@@ -105,6 +111,11 @@ class StageLoop:
 
     def tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message))
+
+    def tell_span(self) -> None:
+        if self.untold is not None:
+            self.tell(control.Timing(self.untold))
+            self.untold = None
 
     def close(self) -> None:
         self.sources.close()
@@ -114,7 +125,7 @@ class StageLoop:
         """What the last stage sampled, to the first before anything else, for it may be waiting.
         Returns this thread's CPU time once it is on its way."""
         if tokens and not self.is_first:
-            links.send_tokens(self.first_stage, step.index, tokens)
+            send_tokens(self.first_stage, step.index, tokens)
         cpu_s = time.thread_time()  # a system call: not before the tokens are on their way
         if tokens:
             self.sequences.take_tokens(step.index, tokens, now)
@@ -175,7 +186,7 @@ class StageLoop:
                     case "activations":
                         self.activations.append((message, now))
                     case "tokens":
-                        self.sequences.take_tokens(*links.unpack_tokens(message), now)
+                        self.sequences.take_tokens(*unpack_tokens(message), now)
         if self.driver.has_ended:
             sys.exit(1)  # as its keeper would have it
 
@@ -196,10 +207,12 @@ class StageLoop:
     # ---- one microbatch -------------------------------------------------------------------------
 
     def _run_next(self) -> None:
-        """The next microbatch, all of which is here. What is told of it comes last."""
-        span = self._compute(*self.plans.popleft())
+        """The next microbatch, all of which is here. What is told of it comes last: when the one
+        after it has begun, if that is here and takes none of this thread's time."""
+        self.untold = span = self._compute(*self.plans.popleft())
         self._receive(seen_s=span.end_s)
-        self.tell(control.Timing(span))
+        if not (self.compute.is_elsewhere and self._is_ready()):
+            self.tell_span()
 
     def _compute(self, step: Step, plan_s: float) -> Span:
         """Have it computed and sent on; returns what is told of it."""

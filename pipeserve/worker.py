@@ -29,6 +29,8 @@ _LOADING_REPORT_S = 0.25
 class ModelCompute:
     """This stage's layers and their KV: the `stage_loop.Compute` of a checkpoint."""
 
+    is_elsewhere = False
+
     def __init__(self, job: StartStage, tell: Tell) -> None:
         """Reads the weights, and tells how far that is."""
         self._stage = job.stage

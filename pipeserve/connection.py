@@ -1,5 +1,5 @@
-"""Plain TCP between two processes of a pipeline, for messages that are small and urgent: whole, in
-order, and at the cost of one wake-up.
+"""Plain sockets between two processes of a pipeline, for messages that are small and urgent: whole,
+in order, and at the cost of one wake-up. On one machine they are local ones, between two TCP.
 
 A ZeroMQ message wakes three threads one after the other: the sender's I/O thread, the receiver's,
 and the receiver. Here the sending thread itself hands the bytes to the kernel, and the receiver
@@ -11,6 +11,7 @@ raise: `has_ended` says so, and its keeper tells the driver why.
 """
 
 import contextlib
+import secrets
 import socket
 import struct
 import time
@@ -23,6 +24,7 @@ _PREFIX = struct.Struct("<4sI")
 _OURS = b"ppsv"
 """Ahead of every message: whoever else finds the port does not say it."""
 _RECEIVE_BYTES = 1 << 16
+_SEND_BYTES = 4 << 20
 _CONNECT_S = 10.0
 _READABLE = int(zmq.POLLIN)  # an enum's own & takes longer than the look
 
@@ -66,16 +68,19 @@ class Sources:
 
     def close(self) -> None:
         """And every source."""
-        for source in list(self._by_socket.values()):
+        for source in set(self._by_socket.values()):
             source.close()
 
 
 class Connection:
-    """One end of a TCP connection that carries messages both ways."""
+    """One end of a connection that carries messages both ways."""
 
     def __init__(self, connected: socket.socket, sources: Sources, carries: str) -> None:
         connected.setblocking(False)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connected.family == socket.AF_UNIX:  # which has fewer by default, and does not take more
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        else:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.carries = carries
         self.has_ended = False
         """The peer is gone, and all that it said was received; or this end is closed."""
@@ -172,36 +177,58 @@ class Listener:
     """Takes in whoever connects: from then on a `Connection` among the same sources."""
 
     def __init__(self, host: str, sources: Sources, carries: str) -> None:
-        """On a free port of `host`. Raises OSError."""
+        """On a free port of `host`, and under a name that this machine alone knows: a message to it
+        takes 30 us less that way. `address` is HOST:PORT/NAME. Raises OSError."""
         self.carries = carries
         self._sources = sources
-        self._socket = socket.create_server((host, 0))
-        self._socket.setblocking(False)
-        self.address = f"{host}:{self._socket.getsockname()[1]}"
-        sources.add(self, self._socket.fileno())
+        name = secrets.token_hex(8)
+        self._tcp, self._local = socket.create_server((host, 0)), socket.socket(socket.AF_UNIX)
+        self._local.bind(f"\0{name}")  # "\0": in no file system, and gone with its process
+        self._local.listen()
+        self.address = f"{host}:{self._tcp.getsockname()[1]}/{name}"
+        for listening in (self._tcp, self._local):
+            listening.setblocking(False)
+            sources.add(self, listening.fileno())
 
     def receive(self) -> list[bytearray]:
         """Nothing: connections are what comes here."""
-        with contextlib.suppress(OSError):  # it is gone again
-            Connection(self._socket.accept()[0], self._sources, self.carries)
+        for listening in (self._tcp, self._local):
+            with contextlib.suppress(OSError):  # nobody, or gone again
+                Connection(listening.accept()[0], self._sources, self.carries)
         return []
 
     def close(self) -> None:
-        self._sources.remove(self._socket.fileno())
-        self._socket.close()
+        for listening in (self._tcp, self._local):
+            self._sources.remove(listening.fileno())
+            listening.close()
 
 
 def connect(address: str, sources: Sources, carries: str) -> Connection:
-    """The sending end of a connection to the listener at `address` (HOST:PORT).
+    """The other end of a connection to the listener at `address` (HOST:PORT/NAME or HOST:PORT).
 
     Raises ConnectionError when it cannot be reached within 10 seconds.
     """
-    host, port = address.rsplit(":", 1)
+    place, _, name = address.partition("/")
+    return Connection(_local(name) or _tcp(place), sources, carries)
+
+
+def _local(name: str) -> socket.socket | None:
+    """None: no one of this name is on this machine."""
+    connected = socket.socket(socket.AF_UNIX)
     try:
-        connected = socket.create_connection((host, int(port)), _CONNECT_S)
+        connected.connect(f"\0{name}")
+    except OSError:
+        connected.close()
+        return None
+    return connected
+
+
+def _tcp(place: str) -> socket.socket:
+    host, port = place.rsplit(":", 1)
+    try:
+        return socket.create_connection((host, int(port)), _CONNECT_S)
     except OSError as error:
-        raise ConnectionError(f"{address} cannot be reached: {error}") from None
-    return Connection(connected, sources, carries)
+        raise ConnectionError(f"{place} cannot be reached: {error}") from None
 
 
 class FromZmq:

@@ -43,7 +43,7 @@ class StartStage(_Message):
     work: bytes
     """What that program is to compute, encoded: for `pipeserve.worker` a `ModelShare`."""
     control: str
-    """HOST:PORT at which the driver listens for stages."""
+    """Where the driver listens for stages: the address of its `connection.Listener`."""
     host: str
     """Address on which this stage listens for its neighbours."""
     traceback: bool

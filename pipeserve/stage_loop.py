@@ -65,7 +65,7 @@ class Compute(Protocol):
     kv_bytes: int
     links: ActivationLinks
     is_elsewhere: bool
-    """The computing is not this thread's, which can tell what it has to tell meanwhile."""
+    """The computing is not this thread's, which can do something else meanwhile."""
 
     def take_in(self, step: Step, activations: Any, seen_s: float) -> float:
         """When `activations`, a message of the link, seen at `seen_s`, are there; returns not
@@ -74,8 +74,8 @@ class Compute(Protocol):
 
     def run(self, turn: Turn, stage: "StageLoop") -> Done:
         """Computes it, and hands what comes of it to its link with the next stage; on the last
-        stage, to `stage.feed_back` and the driver. One that is elsewhere calls `stage.tell_span`
-        meanwhile."""
+        stage, to `stage.feed_back` and the driver. One that is elsewhere calls `stage.meanwhile`
+        before it is done."""
         ...
 
 
@@ -112,7 +112,12 @@ class StageLoop:
     def tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message))
 
-    def tell_span(self) -> None:
+    def meanwhile(self) -> None:
+        """What need not wait for the end of a microbatch that is computed elsewhere."""
+        self._tell_span()
+        self._receive(seen_s=time.monotonic())
+
+    def _tell_span(self) -> None:
         if self.untold is not None:
             self.tell(control.Timing(self.untold))
             self.untold = None
@@ -208,11 +213,12 @@ class StageLoop:
 
     def _run_next(self) -> None:
         """The next microbatch, all of which is here. What is told of it comes last: when the one
-        after it has begun, if that is here and takes none of this thread's time."""
+        after it has begun, if that can begin and is computed elsewhere."""
         self.untold = span = self._compute(*self.plans.popleft())
-        self._receive(seen_s=span.end_s)
         if not (self.compute.is_elsewhere and self._is_ready()):
-            self.tell_span()
+            self._receive(seen_s=span.end_s)
+        if not (self.compute.is_elsewhere and self._is_ready()):
+            self._tell_span()
 
     def _compute(self, step: Step, plan_s: float) -> Span:
         """Have it computed and sent on; returns what is told of it."""

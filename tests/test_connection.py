@@ -12,6 +12,11 @@ from pipeserve.connection import Connection, Listener, Sources, connect
 PREFIX = 8
 
 
+def by_tcp(address):
+    """As whoever is on another machine takes it."""
+    return address.partition("/")[0]
+
+
 def accepted(sources):
     """The connection that a listener among `sources` is about to have."""
     (listener,) = sources.ready(5000)
@@ -19,11 +24,12 @@ def accepted(sources):
     return next(s for s in sources._by_socket.values() if isinstance(s, Connection))
 
 
-@pytest.fixture
-def ends():
+@pytest.fixture(params=["local", "tcp"])
+def ends(request):
     """Two ends of one connection; each thread of a test has its own."""
     ours, theirs = Sources(), Sources()
-    there = connect(Listener("127.0.0.1", ours, "words").address, theirs, "words")
+    address = Listener("127.0.0.1", ours, "words").address
+    there = connect(address if request.param == "local" else by_tcp(address), theirs, "words")
     there.send(b"hello")  # a connection that says nothing is not accepted yet
     here = accepted(ours)
     assert receive(ours, here, 1) == [b"hello"]
@@ -37,7 +43,7 @@ def by_hand():
     """A connection, and a plain socket at its other end."""
     sources = Sources()
     address = Listener("127.0.0.1", sources, "words").address
-    host, port = address.split(":")
+    host, port = by_tcp(address).split(":")
     with socket.create_connection((host, int(port))) as plain:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield accepted(sources), sources, plain
@@ -60,9 +66,9 @@ def receive(sources, connection, num):
 def wire_form(messages):
     """What a connection makes of them, as bytes."""
     ours, theirs = Sources(), Sources()
-    there = connect(Listener("127.0.0.1", ours, "").address, theirs, "")
+    there = connect(by_tcp(Listener("127.0.0.1", ours, "").address), theirs, "")
     (listener,) = ours.ready(5000)
-    plain, _ = listener._socket.accept()
+    plain, _ = listener._tcp.accept()
     with plain:
         plain.settimeout(5)
         for message in messages:
@@ -80,7 +86,7 @@ def wire_form(messages):
 
 def test_messages_come_whole_and_in_order(ends):
     here, ours, there, _ = ends
-    sent = [bytes([n % 256]) * (n % 40) for n in range(500)]  # the empty one, too
+    sent = [bytes([n % 256]) * (n % 40) for n in range(200)]  # the empty one, too
     for message in sent:
         there.send(message)
     assert receive(ours, here, len(sent)) == sent
@@ -235,6 +241,15 @@ def test_who_is_gone_with_something_still_to_send_keeps_nobody_awake(ends):
     assert ours.ready(0) == []
 
 
+def test_a_name_of_another_machine_is_no_obstacle():
+    ours, theirs = Sources(), Sources()
+    address = by_tcp(Listener("127.0.0.1", ours, "words").address)
+    connect(f"{address}/0123456789abcdef", theirs, "words").send(b"hello")
+    assert receive(ours, accepted(ours), 1) == [b"hello"]
+    ours.close()
+    theirs.close()
+
+
 def test_nobody_there_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -248,6 +263,7 @@ def test_closed_sources_leave_no_file_open():
     address = Listener("127.0.0.1", ours, "words").address
     for _ in range(3):
         connect(address, theirs, "words")
+        connect(by_tcp(address), theirs, "words")
     for listener in ours.ready(5000):
         listener.receive()
     ours.close()

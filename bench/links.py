@@ -3,7 +3,8 @@
     python bench/links.py [--rounds 200]
 
 First a message of 16 bytes, as control, tokens and emulated headers are: how long after `send` its
-receiver has it, which sleeps until then, over a `Connection` and over ZeroMQ. Then tensors, half a
+receiver has it, which sleeps until then, over a `Connection` on one machine and as between two,
+and over ZeroMQ. Then tensors, half a
 round trip with one core each: the link that stages use (ZeroMQ PAIR, zero-copy frames) beside a
 plain TCP socket that receives into a reused buffer and gloo. There also how long `send` keeps the
 caller: what a stage cannot compute meanwhile. Minimum and median of each size, bf16 rows of 576; no
@@ -35,8 +36,8 @@ _PAUSE_S = 0.01
 # ---- small messages -----------------------------------------------------------------------------
 
 
-class Plain:
-    """connection.py"""
+class Local:
+    """connection.py, on one machine"""
 
     def listen(self):
         self.sources, self.received = Sources(), []
@@ -52,7 +53,16 @@ class Plain:
         return self.received.pop(0)
 
 
+class Tcp(Local):
+    """As between two."""
+
+    def connect(self, address):
+        super().connect(address.partition("/")[0])
+
+
 class Zmq:
+    """Over TCP, too."""
+
     def listen(self):
         self.socket = zmq.Context().socket(zmq.PAIR)
         self.poller = zmq.Poller()
@@ -186,7 +196,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     spawn = multiprocessing.get_context("spawn")
     print(f"{'16 bytes':<12}{'p10 us':>18}{'median us':>11}{'p90 us':>15}")
-    for way in (Plain, Zmq, Plain, Zmq):
+    for way in (Local, Tcp, Zmq) * 2:
         deciles = statistics.quantiles(one_way(way(), rounds, spawn), n=10)
         print(f"{way.__name__:<12}", end="")
         print(f"{deciles[0] * 1e6:18.0f}{deciles[4] * 1e6:11.0f}{deciles[8] * 1e6:15.0f}")

@@ -213,12 +213,16 @@ class StageLoop:
 
     def _run_next(self) -> None:
         """The next microbatch, all of which is here. What is told of it comes last: when the one
-        after it has begun, if that can begin and is computed elsewhere."""
+        after it has begun, if it can."""
         self.untold = span = self._compute(*self.plans.popleft())
-        if not (self.compute.is_elsewhere and self._is_ready()):
+        if not self._can_go_on():
             self._receive(seen_s=span.end_s)
-        if not (self.compute.is_elsewhere and self._is_ready()):
+        if not self._can_go_on():
             self._tell_span()
+
+    def _can_go_on(self) -> bool:
+        """Whether the next microbatch can begin, and leaves time for all that is put off to it."""
+        return self.compute.is_elsewhere and self._is_ready()
 
     def _compute(self, step: Step, plan_s: float) -> Span:
         """Have it computed and sent on; returns what is told of it."""

@@ -217,8 +217,8 @@ class StageLoop:
         self.untold = span = self._compute(*self.plans.popleft())
         if not self._can_go_on():
             self._receive(seen_s=span.end_s)
-        if not self._can_go_on():
-            self._tell_span()
+            if not self._can_go_on():
+                self._tell_span()
 
     def _can_go_on(self) -> bool:
         """Whether the next microbatch can begin, and leaves time for all that is put off to it."""

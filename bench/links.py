@@ -44,7 +44,8 @@ class Local:
         return Listener("127.0.0.1", self.sources, "").address
 
     def connect(self, address):
-        self.send = connect(address, Sources(), "").send
+        self.sources = Sources()
+        self.send = connect(address, self.sources, "").send
 
     def receive(self):
         while not self.received:

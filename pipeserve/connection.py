@@ -15,6 +15,7 @@ import secrets
 import socket
 import struct
 import time
+import weakref
 from collections import deque
 from typing import Any, Protocol
 
@@ -43,7 +44,11 @@ class Source(Protocol):
 
 
 class Sources:
-    """All that one thread waits for, at once."""
+    """All that one thread waits for, at once. To be kept as long as any of them.
+
+    They know it by weak references alone: of a ring of objects, the garbage collector may take a
+    ZeroMQ context before its sockets, and waits for them then, for ever.
+    """
 
     def __init__(self) -> None:
         self._poller = zmq.Poller()
@@ -85,7 +90,7 @@ class Connection:
         self.has_ended = False
         """The peer is gone, and all that it said was received; or this end is closed."""
         self._socket = connected
-        self._sources = sources
+        self._sources = weakref.ref(sources)
         self._incoming = bytearray()
         self._outgoing: deque[memoryview] = deque()
         self._waits_for_room = False
@@ -119,7 +124,7 @@ class Connection:
         if self.has_ended:
             return
         self.has_ended = True
-        self._sources.remove(self._socket.fileno())
+        self._sources().remove(self._socket.fileno())
         with contextlib.suppress(OSError), self._socket:
             if wait_s:
                 self._see_off(time.monotonic() + wait_s)
@@ -142,7 +147,7 @@ class Connection:
             outgoing.clear()
         if self._waits_for_room != bool(outgoing):
             self._waits_for_room = not self._waits_for_room
-            self._sources.wait_for_room(self._socket.fileno(), self._waits_for_room)
+            self._sources().wait_for_room(self._socket.fileno(), self._waits_for_room)
 
     def _whole(self) -> list[bytearray]:
         """Take the messages that are whole out of what has come."""
@@ -180,7 +185,7 @@ class Listener:
         """On a free port of `host`, and under a name that this machine alone knows: a message to it
         takes 30 us less that way. `address` is HOST:PORT/NAME. Raises OSError."""
         self.carries = carries
-        self._sources = sources
+        self._sources = weakref.ref(sources)
         name = secrets.token_hex(8)
         self._tcp, self._local = socket.create_server((host, 0)), socket.socket(socket.AF_UNIX)
         self._local.bind(f"\0{name}")  # "\0": in no file system, and gone with its process
@@ -194,12 +199,12 @@ class Listener:
         """Nothing: connections are what comes here."""
         for listening in (self._tcp, self._local):
             with contextlib.suppress(OSError):  # nobody, or gone again
-                Connection(listening.accept()[0], self._sources, self.carries)
+                Connection(listening.accept()[0], self._sources(), self.carries)
         return []
 
     def close(self) -> None:
         for listening in (self._tcp, self._local):
-            self._sources.remove(listening.fileno())
+            self._sources().remove(listening.fileno())
             listening.close()
 
 
@@ -237,7 +242,7 @@ class FromZmq:
     def __init__(self, socket: zmq.Socket, sources: Sources, carries: str) -> None:
         self.carries = carries
         self._socket = socket
-        self._sources = sources
+        self._sources = weakref.ref(sources)
         sources.add(self, socket)
 
     def receive(self) -> list[list[zmq.Frame]]:
@@ -247,5 +252,5 @@ class FromZmq:
         return messages
 
     def close(self) -> None:
-        self._sources.remove(self._socket)
+        self._sources().remove(self._socket)
         self._socket.close()

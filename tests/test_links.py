@@ -78,8 +78,8 @@ def test_another_microbatch_or_size_is_refused(seam, index, shape):
 
 
 def test_tokens_arrive_with_their_microbatch():
-    sources = Sources()
-    last_stage = connect(Listener("127.0.0.1", sources, "tokens").address, Sources(), "tokens")
+    sources, theirs = Sources(), Sources()
+    last_stage = connect(Listener("127.0.0.1", sources, "tokens").address, theirs, "tokens")
     links.send_tokens(last_stage, 12, [5, 0, 131071])
     (listener,) = sources.ready(5000)
     assert listener.receive() == []

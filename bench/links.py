@@ -1,11 +1,14 @@
-"""What one seam costs: half a round trip between two processes, one core each.
+"""What one seam costs, between two processes.
 
     python bench/links.py [--rounds 200]
 
-Compares the link that stages use (ZeroMQ PAIR, zero-copy frames) with a plain TCP socket that
-receives into a reused buffer and with gloo. Also shows how long `send` keeps the caller: what a
-stage cannot compute meanwhile. Minimum and median of each size, bf16 rows of 576; no absolute
-number is promised, only their relation on one machine.
+First a message of 16 bytes, as control, tokens and emulated headers are: how long after `send` its
+receiver has it, which sleeps until then, over a `Connection` on one machine and as between two,
+and over ZeroMQ. Then tensors, half a
+round trip with one core each: the link that stages use (ZeroMQ PAIR, zero-copy frames) beside a
+plain TCP socket that receives into a reused buffer and gloo. There also how long `send` keeps the
+caller: what a stage cannot compute meanwhile. Minimum and median of each size, bf16 rows of 576; no
+absolute number is promised, only their relation on one machine.
 """
 
 import argparse
@@ -13,38 +16,113 @@ import multiprocessing
 import os
 import socket
 import statistics
+import struct
 import time
 
 import torch
 import torch.distributed as dist
 import zmq
 
-from pipeserve import links
+from pipeserve.connection import Listener, Sources, connect
+from pipeserve.links import TensorLinks, unpack_tensor
 
 HIDDEN = 576
 ROWS = (1, 16, 128, 512, 2048)
+_NOW = struct.Struct("<qd")
+_PAUSE_S = 0.01
+"""Between small messages: their receiver sleeps when the next one comes."""
+
+
+# ---- small messages -----------------------------------------------------------------------------
+
+
+class Local:
+    """connection.py, on one machine"""
+
+    def listen(self):
+        self.sources, self.received = Sources(), []
+        return Listener("127.0.0.1", self.sources, "").address
+
+    def connect(self, address):
+        self.sources = Sources()
+        self.send = connect(address, self.sources, "").send
+
+    def receive(self):
+        while not self.received:
+            for source in self.sources.ready(None):
+                self.received += source.receive()
+        return self.received.pop(0)
+
+
+class Tcp(Local):
+    """As between two."""
+
+    def connect(self, address):
+        super().connect(address.partition("/")[0])
+
+
+class Zmq:
+    """Over TCP, too."""
+
+    def listen(self):
+        self.socket = zmq.Context().socket(zmq.PAIR)
+        self.poller = zmq.Poller()
+        self.poller.register(self.socket, zmq.POLLIN)
+        return f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
+
+    def connect(self, address):
+        self.socket = zmq.Context().socket(zmq.PAIR)
+        self.socket.connect(address)
+        self.send = self.socket.send
+
+    def receive(self):
+        self.poller.poll()
+        return self.socket.recv()
+
+
+def receive_small(way, results, rounds):
+    results.send(way.listen())
+    took = []
+    for _ in range(rounds):
+        _, sent_s = _NOW.unpack(way.receive())
+        took.append(time.monotonic() - sent_s)
+    results.send(took)
+
+
+def one_way(way, rounds, spawn):
+    """Seconds, sorted."""
+    results, results_end = spawn.Pipe(duplex=False)
+    receiver = spawn.Process(target=receive_small, args=(way, results_end, rounds))
+    receiver.start()
+    way.connect(results.recv())
+    for index in range(rounds):
+        time.sleep(_PAUSE_S)
+        way.send(_NOW.pack(index, time.monotonic()))
+    took = sorted(results.recv())
+    receiver.join()
+    return took
+
+
+# ---- tensors ------------------------------------------------------------------------------------
 
 
 class ZmqLink:
     """links.py, both ways."""
 
     def __init__(self, rank, ports):
-        self.context = zmq.Context()
-        if rank == 0:
-            self.incoming, endpoint = links.listen(self.context, "127.0.0.1")
-            ports.send(endpoint)
-            self.outgoing = links.connect(self.context, ports.recv())
-        else:
-            self.incoming, endpoint = links.listen(self.context, "127.0.0.1")
-            self.outgoing = links.connect(self.context, ports.recv())
-            ports.send(endpoint)
+        self.links, self.sources = TensorLinks(), Sources()
+        ports.send(self.links.listen("127.0.0.1", self.sources))
+        self.links.connect(ports.recv(), self.sources)
+        self.received = []
 
     def send(self, tensor):
-        links.send_tensor(self.outgoing, 0, tensor)
+        self.links.send(0, tensor)
 
     def receive(self, shape):
-        frames = self.incoming.recv_multipart(copy=False)
-        return links.receive_tensor(frames, 0, shape, torch.bfloat16)
+        while not self.received:
+            for source in self.sources.ready(None):
+                self.received += source.receive()
+        return unpack_tensor(self.received.pop(0), 0, shape, torch.bfloat16)
 
 
 class PlainSocket:
@@ -118,6 +196,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     rounds = parser.parse_args().rounds
     spawn = multiprocessing.get_context("spawn")
+    print(f"{'16 bytes':<12}{'p10 us':>18}{'median us':>11}{'p90 us':>15}")
+    for way in (Local, Tcp, Zmq) * 2:
+        deciles = statistics.quantiles(one_way(way(), rounds, spawn), n=10)
+        print(f"{way.__name__:<12}", end="")
+        print(f"{deciles[0] * 1e6:18.0f}{deciles[4] * 1e6:11.0f}{deciles[8] * 1e6:15.0f}")
+    print()
     print(f"{'link':<12}{'KiB':>8}{'min us':>10}{'median us':>11}{'send keeps us':>15}")
     for make_link in (ZmqLink, PlainSocket, Gloo):
         left, right = spawn.Pipe()

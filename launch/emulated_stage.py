@@ -15,9 +15,9 @@ import time
 from zlib import crc32
 
 import msgspec
-import zmq
 
-from pipeserve import control
+from pipeserve import connection, control
+from pipeserve.connection import Connection, Listener, Sources
 from pipeserve.control import StartStage, Step
 from pipeserve.core.device import DeviceProfile
 from pipeserve.core.nouns import PipelinePlan
@@ -34,6 +34,8 @@ _PR_SET_TIMERSLACK = 29
 _SPIN_S = 150e-6
 """Before the end of a wait: a sleeping thread wakes late by 100 us, 130 us at the 90th percentile
 (on the virtual machine that this was written on)."""
+_AHEAD_S = 600e-6
+"""Before the end of a microbatch: enough to wake up late and to take in what has arrived."""
 
 
 class EmulatedWork(msgspec.Struct, frozen=True):
@@ -51,25 +53,48 @@ class EmulatedWork(msgspec.Struct, frozen=True):
         )
 
 
+class HeaderLinks:
+    """The `links.ActivationLinks` of stages that have no activations: a message is 16 bytes."""
+
+    def __init__(self) -> None:
+        self._next_stage: Connection | None = None
+
+    def listen(self, host: str, sources: Sources) -> str:
+        return Listener(host, sources, "activations").address
+
+    def connect(self, address: str, sources: Sources) -> None:
+        self._next_stage = connection.connect(address, sources, "activations")
+
+    def send(self, index: int, sent_s: float) -> int:
+        """Returns the number of bytes."""
+        self._next_stage.send(_HEADER.pack(index, sent_s))
+        return _HEADER.size
+
+    def close(self) -> None:
+        """Nothing: both ends are among the stage's sources, which close them."""
+
+
 class EmulatedCompute:
     """The `stage_loop.Compute` that waits."""
 
     weight_bytes = kv_bytes = 0
+    is_elsewhere = True
 
     def __init__(self, times: StageTimes, stage: int, vocab_size: int) -> None:
         self._times = times
         self._stage = stage
         self._vocab_size = vocab_size
         self._link_free_s = 0.0
+        self.links = HeaderLinks()
 
     @classmethod
     def load(cls, job: StartStage, tell: Tell) -> "EmulatedCompute":
         work = msgspec.msgpack.decode(job.work, type=EmulatedWork)
         return cls(work.times(), job.stage, work.shape.vocab_size)
 
-    def take_in(self, step: Step, frames: list[zmq.Frame], seen_s: float) -> float:
+    def take_in(self, step: Step, activations: bytes | bytearray, seen_s: float) -> float:
         """The link carries one microbatch at a time, each as long as the profile says."""
-        index, sent_s = _HEADER.unpack(frames[0].buffer)
+        index, sent_s = _HEADER.unpack(activations)
         if index != step.index:
             raise RuntimeError(f"link out of step: expected microbatch {step.index}, got {index}")
         hop_s = self._times.hop_s(step)[self._stage - 1]
@@ -88,15 +113,24 @@ class EmulatedCompute:
             tokens = self._sample(step, turn.sequences)
             head_s -= self._times.head_s(step)
         num_tokens = sum([chunk.stop - chunk.start for chunk in step.chunks])
-        wait_until(due_s)
+        self._wait_until(due_s, stage)
         end_s = time.monotonic()
         if stage.is_last:
             end_cpu_s = stage.feed_back(step, tokens, end_s)
             stage.tell(control.Sampled(step.index, tokens, [], []))
             return Done(num_tokens, head_s, end_s, end_s, seconds, end_cpu_s, 0)
-        stage.next_stage.send(_HEADER.pack(step.index, end_s))
+        num_bytes = self.links.send(step.index, end_s)
         end_cpu_s = time.thread_time()
-        return Done(num_tokens, end_s, end_s, end_s, seconds, end_cpu_s, _HEADER.size)
+        return Done(num_tokens, end_s, end_s, end_s, seconds, end_cpu_s, num_bytes)
+
+    def _wait_until(self, due_s: float, stage: StageLoop) -> None:
+        """Shortly before the end the stage looks what there is to do next, as it could while a
+        device computes: two microbatches do not wait for that between them."""
+        time.sleep(max(due_s - time.monotonic() - _AHEAD_S, 0.0))
+        stage.meanwhile()
+        if stage.plans:
+            self._times.hop_s(stage.plans[0][0])  # reckoned once, and needed as soon as it is begun
+        wait_until(due_s)
 
     def _sample(self, step: Step, sequences: list[Sequence]) -> list[int]:
         """Token ids that follow from the request's seed and the place in its output."""

@@ -1,9 +1,12 @@
 """What driver, keepers and stages say to each other: one fixed msgspec schema, array-encoded.
 
-All of it travels over one ROUTER socket of the driver; each keeper and each stage is a DEALER whose
-identity names it (`keeper_identity`, `stage_identity`). A request is registered once, with prompt
-and outputs so far; after that a step names only its new positions and new blocks. Never PUB, whose
-drops become hangs: ROUTER_MANDATORY raises instead.
+A stage has a plain `Connection` to the driver, on which a message costs one wake-up. Keepers, which
+are never in a hurry, are DEALERs of one ROUTER socket of the driver, by the names that
+`keeper_identity` gives them: ZeroMQ finds out who is there and who is gone. Never PUB, whose drops
+become hangs: ROUTER_MANDATORY raises instead.
+
+A request is registered once, with prompt and outputs so far; after that a step names only its new
+positions and new blocks.
 
 Activations and sampled tokens do not pass here: see links.py.
 """
@@ -40,7 +43,7 @@ class StartStage(_Message):
     work: bytes
     """What that program is to compute, encoded: for `pipeserve.worker` a `ModelShare`."""
     control: str
-    """Endpoint of the driver, to which the stage connects its own control socket."""
+    """Where the driver listens for stages: the address of its `connection.Listener`."""
     host: str
     """Address on which this stage listens for its neighbours."""
     traceback: bool
@@ -178,6 +181,12 @@ class ReportMemory(_Message):
 # ---- stage -> driver ----------------------------------------------------------------------------
 
 
+class StageHello(_Message):
+    """Whose connection this is: the first message on it."""
+
+    stage: int
+
+
 class Loading(_Message):
     """How far a stage is with its weights; a few times a second, and at their end."""
 
@@ -247,6 +256,7 @@ ToDriver = (
     | Heartbeat
     | Pong
     | StageExited
+    | StageHello
     | Loading
     | StageReady
     | Connected
@@ -268,10 +278,6 @@ _NO_RULES = LogitRules(1.0, 0.0, 0.0, None, (), None)
 
 def keeper_identity(rank: int) -> bytes:
     return b"keeper-%d" % rank
-
-
-def stage_identity(rank: int) -> bytes:
-    return b"stage-%d" % rank
 
 
 def pack_tokens(token_ids: tuple[int, ...]) -> bytes:

@@ -99,7 +99,7 @@ class Driver:
                 num_stages=len(self.plan.stages),
                 module=self.setup.module,
                 work=work,
-                control=f"tcp://{self.fleet.address}",
+                control=self.fleet.stages_address,
                 host=self.fleet.keepers[stage.ranks[0]].address,
                 traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
             )

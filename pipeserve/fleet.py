@@ -1,4 +1,5 @@
-"""The processes of one pipeline as the driver sees them: keepers, stages, and one socket to all.
+"""The processes of one pipeline as the driver sees them: keepers over one ZeroMQ socket, stages
+each over a connection of its own.
 
 Keepers are started here (`spawn`) or by torchrun and its kind (`external`); after that the two are
 the same. A stage that fails or dies becomes one `StageError` that says which and why, raised from
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import zmq
 
 from pipeserve import control
+from pipeserve.connection import Connection, FromZmq, Listener, Sources
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.machine import boot_id
 
@@ -27,7 +29,6 @@ _LAST_WORD_S = 2.0
 _CLOSE_S = 5.0
 _AT_ONCE_S = 0.001
 _CHECK_S = 0.05
-_READABLE = int(zmq.POLLIN)  # an enum's own & takes longer than the look
 
 
 class Received(NamedTuple):
@@ -41,9 +42,10 @@ class Fleet:
     """P keepers, each with one stage. Single-threaded: nothing happens but inside its methods."""
 
     def __init__(self, num_ranks: int, launcher: str, address: str | None) -> None:
-        """Bind the control socket; with `launcher="spawn"`, start the keepers.
+        """Listen for keepers at `address` (HOST:PORT) and for stages on a free port of the same
+        host; with `launcher="spawn"`, start the keepers.
 
-        Raises ConfigError when `address` (HOST:PORT) is malformed or busy.
+        Raises ConfigError when `address` is malformed or busy.
         """
         self.num_ranks = num_ranks
         self.keepers: dict[int, control.KeeperHello] = {}
@@ -57,19 +59,24 @@ class Fleet:
         """Of the process whose end was raised."""
         self._boot_id = boot_id()
         self._last_heard: dict[int, float] = {}
+        self._hung_up_s: dict[int, float] = {}
+        """When a stage was found to have ended its connection."""
         self._loading: dict[int, control.Loading] = {}
         self._unread: list[Received] = []
         self._exited: control.StageExited | None = None
         self._processes: list[subprocess.Popen] = []
+        self._sources = Sources()
+        self._stages: dict[int, Connection] = {}
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.set_hwm(0)
-        self._socket.linger = 1000
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._socket.router_mandatory = True  # an unroutable message raises and is never dropped
+        self._keeper_socket = self._context.socket(zmq.ROUTER)
+        self._keeper_socket.set_hwm(0)
+        self._keeper_socket.linger = 1000
+        # An unroutable message raises and is never dropped.
+        self._keeper_socket.router_mandatory = True
+        FromZmq(self._keeper_socket, self._sources, "keepers")
         try:
             self.address = self._bind(address)
+            self.stages_address = self._listen_for_stages()
             if launcher == "spawn":
                 self._processes = [self._spawn_keeper(rank) for rank in range(num_ranks)]
         except BaseException:
@@ -80,18 +87,23 @@ class Fleet:
 
     def _bind(self, address: str | None) -> str:
         if address is None:
-            return f"127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
+            return f"127.0.0.1:{self._keeper_socket.bind_to_random_port('tcp://127.0.0.1')}"
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise ConfigError(f"--control {address!r} is not HOST:PORT, such as 127.0.0.1:29600")
         try:
-            self._socket.bind(f"tcp://{address}")
+            self._keeper_socket.bind(f"tcp://{address}")
         except zmq.ZMQError as error:
             raise ConfigError(
                 f"--control {address}: {error.strerror}; choose another port, "
                 "or leave --control out to take any free one"
             ) from None
         return address
+
+    def _listen_for_stages(self) -> str:
+        endpoint = self._keeper_socket.last_endpoint.decode()  # numeric, whatever was asked for
+        host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+        return Listener(host, self._sources, "stages").address
 
     def _spawn_keeper(self, rank: int) -> subprocess.Popen:
         return subprocess.Popen(
@@ -131,7 +143,7 @@ class Fleet:
         """Start each rank's stage, connect neighbours; returns when all can take a step."""
         on_progress("starting stages")
         for rank, job in enumerate(jobs):
-            self._send(control.keeper_identity(rank), control.encode(job))
+            self._tell_keeper(rank, job)
         ready = self._gather(
             control.StageReady, lambda: on_progress(_how_far(self._loading, self.num_ranks))
         )
@@ -141,7 +153,7 @@ class Fleet:
                 next_stage="" if is_last else ready[stage + 1].activations_at,
                 first_stage=ready[0].tokens_at if is_last else "",
             )
-            self._send(control.stage_identity(stage), control.encode(links))
+            self._stages[stage].send(control.encode(links))
         self._gather(control.Connected)
         return ready
 
@@ -163,10 +175,11 @@ class Fleet:
     # ---- running --------------------------------------------------------------------------------
 
     def broadcast(self, message: control.ToStage) -> None:
-        """The same bytes to every stage."""
+        """The same bytes to every stage, first to the first, which may be waiting for them. That
+        one has ended, `receive` says."""
         encoded = control.encode(message)
         for stage in range(self.num_ranks):
-            self._send(control.stage_identity(stage), encoded)
+            self._stages[stage].send(encoded)
         self._returned_s = -inf
 
     def gather_memory(self) -> list[control.Memory]:
@@ -179,8 +192,7 @@ class Fleet:
         as any other message."""
         for rank, keeper in self.keepers.items():
             if keeper.boot_id != self._boot_id:
-                ping = control.encode(control.Ping(time.monotonic()))
-                self._send(control.keeper_identity(rank), ping)
+                self._tell_keeper(rank, control.Ping(time.monotonic()))
 
     def receive(self, timeout_s: float) -> list[Received]:
         """What stages said, waiting at most `timeout_s` for the first of it.
@@ -191,11 +203,17 @@ class Fleet:
         now = time.monotonic()
         if now - self._returned_s > _AT_ONCE_S:
             self.waiting_s = now
-        if self._poller.poll(0 if messages else int(timeout_s * 1000)):
-            while self._socket.getsockopt(zmq.EVENTS) & _READABLE:
-                _, payload = self._socket.recv_multipart(zmq.NOBLOCK)
-                at_s = time.monotonic()
-                self._note(Received(control.decode_for_driver(payload), at_s), messages)
+        for source in self._sources.ready(0 if messages else int(timeout_s * 1000)):
+            payloads = source.receive()
+            at_s = time.monotonic()
+            for payload in payloads:
+                if source.carries == "keepers":
+                    payload = payload[-1].buffer
+                message = control.decode_for_driver(payload)
+                if isinstance(message, control.StageHello):
+                    self._stages[message.stage] = source
+                else:
+                    self._note(Received(message, at_s), messages)
         self._returned_s = time.monotonic()
         if self._returned_s >= self._next_check_s:  # a system call for each of them
             self._check_keepers()
@@ -237,8 +255,11 @@ class Fleet:
             return
         self._exited = exited
         self.lost_stage = exited.rank
+        stage = self._stages.get(exited.rank)
         deadline = time.monotonic() + _LAST_WORD_S
         while exited.exit_code > 0 and time.monotonic() < deadline:
+            if stage is not None and stage.has_ended:
+                break
             self.receive(0.1)
         raise StageError(
             f"stage {exited.rank} (pid {exited.pid} on {self.keepers[exited.rank].host}) died: "
@@ -260,15 +281,28 @@ class Fleet:
                     f"nothing heard from the keeper of stage {rank} on {self.keepers[rank].host} "
                     f"for {_KEEPER_SILENCE_S:g} s; is the machine up?"
                 )
+        self._check_connections()
 
-    def _send(self, identity: bytes, payload: bytes) -> None:
+    def _check_connections(self) -> None:
+        for stage, connection in self._stages.items():
+            if connection.has_ended:  # why, its keeper says within moments
+                hung_up_s = self._hung_up_s.setdefault(stage, time.monotonic())
+                if time.monotonic() - hung_up_s > _LAST_WORD_S:
+                    self.lost_stage = stage
+                    raise StageError(
+                        f"stage {stage} hung up, and its keeper on {self.keepers[stage].host} does "
+                        "not say why; is the network between the two up?"
+                    )
+
+    def _tell_keeper(self, rank: int, message: control.ToKeeper) -> None:
+        identity = control.keeper_identity(rank)
         try:
-            self._socket.send_multipart([identity, payload])
+            self._keeper_socket.send_multipart([identity, control.encode(message)])
         except zmq.ZMQError as error:
             deadline = time.monotonic() + _LAST_WORD_S
             while time.monotonic() < deadline:
                 self.receive(0.1)  # raises when it learns why
-            self.lost_stage = int(identity.rpartition(b"-")[2])
+            self.lost_stage = rank
             raise StageError(f"{identity.decode()} cannot be reached: {error.strerror}") from None
 
     # ---- ending ---------------------------------------------------------------------------------
@@ -277,7 +311,7 @@ class Fleet:
         """End every keeper and stage. Safe to call twice, and from a half-made fleet."""
         for rank in self.keepers:
             with contextlib.suppress(zmq.ZMQError):
-                self._socket.send_multipart(
+                self._keeper_socket.send_multipart(
                     [control.keeper_identity(rank), control.encode(control.Stop())]
                 )
         self.keepers = {}
@@ -286,6 +320,7 @@ class Fleet:
         for process in self._processes:
             _end_keeper(process)
         self._processes = []
+        self._sources.close()
         self._context.destroy()
 
 

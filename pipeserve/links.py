@@ -1,10 +1,14 @@
-"""The seams between stages: bare tensors one way, in microbatch order.
+"""The seams between stages, in microbatch order: activations one way, sampled tokens back.
 
-A link is one ZeroMQ PAIR socket a seam. Its frames are the tensor's own bytes behind an 8-byte
-microbatch index: shape and dtype follow from the microbatch that both ends already hold, and the
-index is only compared. ZeroMQ's I/O thread carries the bytes while the stage computes; the stage
-waits on all of its sockets at once, so a wait can always be interrupted, and the engine's window
-bounds what can queue up. `bench/links.py` measures this against plain sockets and gloo.
+Activations are bare tensors, over one ZeroMQ PAIR socket a seam: the tensor's own bytes behind an
+8-byte microbatch index. Shape and dtype follow from the microbatch that both ends already hold, and
+the index is only compared. They may be megabytes, and ZeroMQ's I/O thread carries those while the
+stage computes the next microbatch; that is worth the two more wake-ups that it costs.
+
+Tokens are a few bytes that the first stage may be waiting for: over a plain `Connection`.
+
+A stage waits on all of its sockets at once, so a wait can always be interrupted, and the engine's
+window bounds what can queue up. `bench/links.py` measures both ways, and gloo.
 
 Torch is imported where a tensor is: stages that compute nothing have none.
 
@@ -13,9 +17,11 @@ A dead neighbour does not raise here: its keeper tells the driver, and the drive
 
 import array
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import zmq
+
+from pipeserve.connection import Connection, FromZmq, Sources
 
 if TYPE_CHECKING:
     import torch
@@ -23,34 +29,63 @@ if TYPE_CHECKING:
 _INDEX = struct.Struct("<q")
 
 
-def listen(context: zmq.Context, host: str) -> tuple[zmq.Socket, str]:
-    """The receiving end of a link on a free port of `host`, and its endpoint."""
-    socket = _pair(context)
-    port = socket.bind_to_random_port(f"tcp://{host}")
-    return socket, f"tcp://{host}:{port}"
+class ActivationLinks(Protocol):
+    """A stage's links with its neighbours: what a stage does to have them. What it sends, and what
+    a message of the source `listen` adds is, are a `Compute`'s own."""
+
+    def listen(self, host: str, sources: Sources) -> str:
+        """From the stage before, as a source that carries "activations"; returns its address."""
+        ...
+
+    def connect(self, address: str, sources: Sources) -> None:
+        """To the stage behind, that listens at `address`."""
+        ...
+
+    def close(self) -> None: ...
 
 
-def connect(context: zmq.Context, endpoint: str) -> zmq.Socket:
-    """The sending end of the link that listens at `endpoint`."""
-    socket = _pair(context)
-    socket.connect(endpoint)
-    return socket
+class TensorLinks:
+    """The `ActivationLinks` of stages that compute. A message is a list of two frames."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._next_stage: zmq.Socket | None = None
+
+    def listen(self, host: str, sources: Sources) -> str:
+        socket = self._pair()
+        port = socket.bind_to_random_port(f"tcp://{host}")
+        FromZmq(socket, sources, "activations")
+        return f"{host}:{port}"
+
+    def connect(self, address: str, sources: Sources) -> None:
+        self._next_stage = self._pair()
+        self._next_stage.connect(f"tcp://{address}")
+
+    def send(self, index: int, tensor: "torch.Tensor") -> int:
+        """Returns at once, with the number of bytes; keeps `tensor`'s memory until it is on its
+        way. Do not write to it after."""
+        import torch
+
+        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        self._next_stage.send_multipart([_INDEX.pack(index), flat], copy=False)
+        return _INDEX.size + flat.nbytes
+
+    def close(self) -> None:
+        """What is on its way is lost."""
+        self._context.destroy(linger=0)
+
+    def _pair(self) -> zmq.Socket:
+        socket = self._context.socket(zmq.PAIR)
+        # The window bounds what is on the way; a full queue would only turn into a hang.
+        socket.set_hwm(0)
+        socket.linger = 0
+        return socket
 
 
-def send_tensor(socket: zmq.Socket, index: int, tensor: "torch.Tensor") -> int:
-    """Returns at once, with the number of bytes; keeps `tensor`'s memory until it is on its way. Do
-    not write to it after."""
-    import torch
-
-    flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    socket.send_multipart([_INDEX.pack(index), flat], copy=False)
-    return _INDEX.size + flat.nbytes
-
-
-def receive_tensor(
+def unpack_tensor(
     frames: list[zmq.Frame], index: int, shape: tuple[int, ...], dtype: "torch.dtype"
 ) -> "torch.Tensor":
-    """The tensor in `frames` (as from `recv_multipart(copy=False)`), sharing their memory.
+    """The tensor in `frames`, sharing their memory.
 
     Raises RuntimeError when it is not the one expected: order is the runtime's guarantee, so that
     is our fault and nothing may be computed from it.
@@ -70,20 +105,12 @@ def receive_tensor(
     return torch.frombuffer(body.buffer, dtype=dtype).view(shape)
 
 
-def send_tokens(socket: zmq.Socket, index: int, tokens: list[int]) -> None:
+def send_tokens(first_stage: Connection, index: int, tokens: list[int]) -> None:
     """The last stage's sampled ids of microbatch `index`, to the first stage."""
-    socket.send(_INDEX.pack(index) + array.array("i", tokens).tobytes())
+    first_stage.send(_INDEX.pack(index) + array.array("i", tokens).tobytes())
 
 
-def receive_tokens(message: bytes) -> tuple[int, list[int]]:
+def unpack_tokens(message: bytes | bytearray) -> tuple[int, list[int]]:
     """The microbatch's index and its sampled ids."""
     (index,) = _INDEX.unpack_from(message)
     return index, array.array("i", message[_INDEX.size :]).tolist()
-
-
-def _pair(context: zmq.Context) -> zmq.Socket:
-    socket = context.socket(zmq.PAIR)
-    # The window bounds what is on the way; a full queue would only turn into a hang.
-    socket.set_hwm(0)
-    socket.linger = 0
-    return socket

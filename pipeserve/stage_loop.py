@@ -16,18 +16,18 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import zmq
-
-from pipeserve import control, links
+from pipeserve import connection, control
+from pipeserve.connection import Connection, Listener, Sources
 from pipeserve.control import Connect, ReportMemory, StartStage, Step
 from pipeserve.core.records import Span
 from pipeserve.errors import PipeserveError
+from pipeserve.links import ActivationLinks, send_tokens, unpack_tokens
 from pipeserve.memory import peak_bytes, resident_bytes
 from pipeserve.sequences import Sequence, Sequences
 
-_READABLE = int(zmq.POLLIN)  # an enum's own & takes longer than the look
+_LAST_WORD_S = 2.0
 
 Tell = Callable[[control.ToDriver], None]
 
@@ -38,8 +38,8 @@ class Turn(NamedTuple):
     step: Step
     sequences: list[Sequence]
     """Of each chunk."""
-    frames: list[zmq.Frame]
-    """The activations, as the stage before sent them; none on the first stage."""
+    activations: Any
+    """What the link with the stage before brought; None on the first stage."""
     start_s: float
     start_cpu_s: float
     """Of this thread."""
@@ -63,14 +63,19 @@ class Compute(Protocol):
 
     weight_bytes: int
     kv_bytes: int
+    links: ActivationLinks
+    is_elsewhere: bool
+    """The computing is not this thread's, which can do something else meanwhile."""
 
-    def take_in(self, step: Step, frames: list[zmq.Frame], seen_s: float) -> float:
-        """When the activations in `frames`, seen at `seen_s`, are there; returns not before."""
+    def take_in(self, step: Step, activations: Any, seen_s: float) -> float:
+        """When `activations`, a message of the link, seen at `seen_s`, are there; returns not
+        before."""
         ...
 
     def run(self, turn: Turn, stage: "StageLoop") -> Done:
-        """Computes it, and hands what comes of it to `stage.next_stage`; on the last stage, to
-        `stage.feed_back` and the driver."""
+        """Computes it, and hands what comes of it to its link with the next stage; on the last
+        stage, to `stage.feed_back` and the driver. One that is elsewhere calls `stage.meanwhile`
+        before it is done."""
         ...
 
 
@@ -81,25 +86,24 @@ class StageLoop:
         self,
         job: StartStage,
         rank: int,
-        context: zmq.Context,
-        driver: zmq.Socket,
+        sources: Sources,
+        driver: Connection,
         load: Callable[[StartStage, Tell], Compute],
         baseline: int,
     ) -> None:
         self.job = job
         self.is_first = job.stage == 0
         self.is_last = job.stage == job.num_stages - 1
-        self.context = context
+        self.sources = sources
         self.driver = driver
-        self.poller = zmq.Poller()
-        self.poller.register(driver, zmq.POLLIN)
-        self.next_stage: zmq.Socket | None = None
-        self.first_stage: zmq.Socket | None = None
+        self.first_stage: Connection | None = None
         # Each with the time when it was seen.
         self.plans: deque[tuple[Step, float]] = deque()
-        self.activations: deque[tuple[list[zmq.Frame], float]] = deque()
+        self.activations: deque[tuple[Any, float]] = deque()
         self.sequences = Sequences()
         self.compute = load(job, self.tell)
+        self.untold: Span | None = None
+        """Of the microbatch before."""
         self.last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
         self._listen()
@@ -108,11 +112,25 @@ class StageLoop:
     def tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message))
 
+    def meanwhile(self) -> None:
+        """What need not wait for the end of a microbatch that is computed elsewhere."""
+        self._tell_span()
+        self._receive(seen_s=time.monotonic())
+
+    def _tell_span(self) -> None:
+        if self.untold is not None:
+            self.tell(control.Timing(self.untold))
+            self.untold = None
+
+    def close(self) -> None:
+        self.sources.close()
+        self.compute.links.close()
+
     def feed_back(self, step: Step, tokens: list[int], now: float) -> float:
         """What the last stage sampled, to the first before anything else, for it may be waiting.
         Returns this thread's CPU time once it is on its way."""
         if tokens and not self.is_first:
-            links.send_tokens(self.first_stage, step.index, tokens)
+            send_tokens(self.first_stage, step.index, tokens)
         cpu_s = time.thread_time()  # a system call: not before the tokens are on their way
         if tokens:
             self.sequences.take_tokens(step.index, tokens, now)
@@ -120,14 +138,11 @@ class StageLoop:
 
     def _listen(self) -> None:
         """Open the receiving ends of this stage's links."""
-        self.activation_source = self.token_source = None
         self.activations_at = self.tokens_at = ""
         if not self.is_first:
-            self.activation_source, self.activations_at = links.listen(self.context, self.job.host)
-            self.poller.register(self.activation_source, zmq.POLLIN)
+            self.activations_at = self.compute.links.listen(self.job.host, self.sources)
         elif not self.is_last:
-            self.token_source, self.tokens_at = links.listen(self.context, self.job.host)
-            self.poller.register(self.token_source, zmq.POLLIN)
+            self.tokens_at = Listener(self.job.host, self.sources, "tokens").address
 
     def _report_ready(self, rank: int, baseline: int) -> None:
         self.tell(
@@ -166,16 +181,19 @@ class StageLoop:
         """Take everything that has arrived, as seen at `seen_s`: what came while the stage computed
         was not waited for, however late it is taken. Without it, wait until something has arrived.
         """
-        for socket, _ in self.poller.poll(None if seen_s is None else 0):
-            while socket.getsockopt(zmq.EVENTS) & _READABLE:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                now = time.monotonic() if seen_s is None else seen_s
-                if socket is self.driver:
-                    self._obey(control.decode_for_stage(frames[-1].buffer), now)
-                elif socket is self.activation_source:
-                    self.activations.append((frames, now))
-                else:
-                    self.sequences.take_tokens(*links.receive_tokens(frames[0].bytes), now)
+        for source in self.sources.ready(None if seen_s is None else 0):
+            messages = source.receive()
+            now = time.monotonic() if seen_s is None else seen_s
+            for message in messages:
+                match source.carries:
+                    case "control":
+                        self._obey(control.decode_for_stage(message), now)
+                    case "activations":
+                        self.activations.append((message, now))
+                    case "tokens":
+                        self.sequences.take_tokens(*unpack_tokens(message), now)
+        if self.driver.has_ended:
+            sys.exit(1)  # as its keeper would have it
 
     def _obey(self, message: control.ToStage, now: float) -> None:
         match message:
@@ -183,9 +201,10 @@ class StageLoop:
                 self.plans.append((message, now))
             case Connect():
                 if message.next_stage:
-                    self.next_stage = links.connect(self.context, message.next_stage)
+                    self.compute.links.connect(message.next_stage, self.sources)
                 if message.first_stage:
-                    self.first_stage = links.connect(self.context, message.first_stage)
+                    at = message.first_stage
+                    self.first_stage = connection.connect(at, self.sources, "tokens")
                 self.tell(control.Connected(self.job.stage))
             case ReportMemory():
                 self.tell(control.Memory(self.job.stage, peak_bytes()))
@@ -193,24 +212,31 @@ class StageLoop:
     # ---- one microbatch -------------------------------------------------------------------------
 
     def _run_next(self) -> None:
-        """The next microbatch, all of which is here. What is told of it comes last."""
-        span = self._compute(*self.plans.popleft())
-        self._receive(seen_s=span.end_s)
-        self.tell(control.Timing(span))
+        """The next microbatch, all of which is here. What is told of it comes last: when the one
+        after it has begun, if it can."""
+        self.untold = span = self._compute(*self.plans.popleft())
+        if not self._can_go_on():
+            self._receive(seen_s=span.end_s)
+            if not self._can_go_on():
+                self._tell_span()
+
+    def _can_go_on(self) -> bool:
+        """Whether the next microbatch can begin, and leaves time for all that is put off to it."""
+        return self.compute.is_elsewhere and self._is_ready()
 
     def _compute(self, step: Step, plan_s: float) -> Span:
         """Have it computed and sent on; returns what is told of it."""
-        frames: list[zmq.Frame] = []
+        activations = None
         if not self.is_first:
-            frames, seen_s = self.activations.popleft()
-            input_s = self.compute.take_in(step, frames, seen_s)
+            activations, seen_s = self.activations.popleft()
+            input_s = self.compute.take_in(step, activations, seen_s)
         start_s, start_cpu_s = time.monotonic(), time.thread_time()
         sequences = self.sequences.apply(step)
         if self.is_first:
             input_s = max([sequence.token_s for sequence in sequences])
         if self.is_first or self.is_last:
             self.sequences.await_tokens(step, sequences)
-        done = self.compute.run(Turn(step, sequences, frames, start_s, start_cpu_s), self)
+        done = self.compute.run(Turn(step, sequences, activations, start_s, start_cpu_s), self)
         between_cpu_s, self.last_cpu_s = start_cpu_s - self.last_cpu_s, done.end_cpu_s
         return Span(
             stage=self.job.stage,
@@ -237,10 +263,14 @@ def serve(load: Callable[[StartStage, Tell], Compute]) -> None:
     baseline = resident_bytes()
     job = control.decode_for_keeper(sys.stdin.buffer.read())
     rank = int(os.environ["RANK"])
-    context = zmq.Context()
-    driver = _connect_to_driver(context, job.control, rank)
+    sources = Sources()
     try:
-        stage = StageLoop(job, rank, context, driver, load, baseline)
+        driver = connection.connect(job.control, sources, "control")
+    except ConnectionError as error:
+        sys.exit(f"error: stage {job.stage}: the driver at {error}")
+    driver.send(control.encode(control.StageHello(job.stage)))
+    try:
+        stage = StageLoop(job, rank, sources, driver, load, baseline)
         gc.collect()
         gc.freeze()
         stage.run()
@@ -249,17 +279,8 @@ def serve(load: Callable[[StartStage, Tell], Compute]) -> None:
             traceback.print_exc()
         failed = control.StageFailed(job.stage, _reason(error), isinstance(error, PipeserveError))
         driver.send(control.encode(failed))
-        context.destroy()
+        driver.close(wait_s=_LAST_WORD_S)
         sys.exit(1)
-
-
-def _connect_to_driver(context: zmq.Context, endpoint: str, rank: int) -> zmq.Socket:
-    socket = context.socket(zmq.DEALER)
-    socket.identity = control.stage_identity(rank)
-    socket.set_hwm(0)
-    socket.linger = 2000  # ms; the last word, why the stage ended, has to reach the driver
-    socket.connect(endpoint)
-    return socket
 
 
 def _reason(error: Exception) -> str:

@@ -29,6 +29,8 @@ _LOADING_REPORT_S = 0.25
 class ModelCompute:
     """This stage's layers and their KV: the `stage_loop.Compute` of a checkpoint."""
 
+    is_elsewhere = False
+
     def __init__(self, job: StartStage, tell: Tell) -> None:
         """Reads the weights, and tells how far that is."""
         self._stage = job.stage
@@ -60,6 +62,7 @@ class ModelCompute:
             dtype=self.dtype,
         )
         self.kv_bytes = self.kv.num_bytes
+        self.links = links.TensorLinks()
 
     def _report_loading(self, num_read: int, num_bytes: int) -> None:
         now = time.monotonic()
@@ -67,7 +70,7 @@ class ModelCompute:
             self._next_report_s = now + _LOADING_REPORT_S
             self._tell(control.Loading(self._stage, num_read, num_bytes))
 
-    def take_in(self, step: Step, frames: list[zmq.Frame], seen_s: float) -> float:
+    def take_in(self, step: Step, activations: list[zmq.Frame], seen_s: float) -> float:
         """They are there when they are seen."""
         return seen_s
 
@@ -86,7 +89,7 @@ class ModelCompute:
             sent_s=end_s,
             cpu_s=end_cpu_s - turn.start_cpu_s,
             end_cpu_s=end_cpu_s,
-            num_bytes=links.send_tensor(stage.next_stage, turn.step.index, hidden),
+            num_bytes=self.links.send(turn.step.index, hidden),
         )
 
     def _build_inputs(self, turn: Turn, is_first: bool) -> StageInputs:
@@ -101,7 +104,7 @@ class ModelCompute:
 
     def _unpack(self, turn: Turn, inputs: StageInputs) -> torch.Tensor:
         shape = (inputs.num_tokens, self.config.hidden_size)
-        return links.receive_tensor(turn.frames, turn.step.index, shape, self.dtype)
+        return links.unpack_tensor(turn.activations, turn.step.index, shape, self.dtype)
 
     def _answer(
         self, turn: Turn, stage: StageLoop, inputs: StageInputs, hidden_RD: torch.Tensor

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 import zmq
 
-from pipeserve import control, links
+from pipeserve.connection import Connection, FromZmq, Listener, Source, Sources, connect
 from pipeserve.control import StageReady, StartStage
 
 _NEVER = float("inf")
@@ -36,14 +37,16 @@ class LateLinks:
 
     def between(self, ready: Sequence[StageReady]) -> list[StageReady]:
         """The same stages, which reach each other by way of here."""
-        there = iter(self._ask(*[s.activations_at for s in ready[1:]], ready[0].tokens_at))
+        seams = [f"tcp://{stage.activations_at}" for stage in ready[1:]]
+        there = iter(self._ask(*seams, ready[0].tokens_at))
         others = [msgspec.structs.replace(s, activations_at=next(there)) for s in ready[1:]]
         return [msgspec.structs.replace(ready[0], tokens_at=next(there)), *others]
 
     def late_s(self, by_seam: Mapping[int, float], feedback_s: float, plans_s: float) -> None:
         """From now on; what is under way comes at once."""
         seams = [by_seam.get(seam, 0.0) for seam in range(self._num_stages - 1)]
-        self._ask(*map(str, [*[plans_s, 0.0] * self._num_stages, *seams, feedback_s]))
+        # Of a connection first the way from who listens to who connects, and then the other.
+        self._ask(*map(str, [*[plans_s, 0.0] * self._num_stages, *seams, 0.0, feedback_s]))
 
     def close(self) -> None:
         self._process.stdin.close()  # by which it ends
@@ -59,77 +62,106 @@ class LateLinks:
 class _Way:
     """One direction."""
 
-    def __init__(self, source: zmq.Socket, target: zmq.Socket) -> None:
-        self.source, self.target = source, target
+    def __init__(self, give: Callable[[Any], None]) -> None:
         self.late_s = 0.0
-        self.waiting: deque[tuple[float, list[zmq.Frame]]] = deque()
+        self._give = give
+        self._waiting: deque[tuple[float, Any]] = deque()
 
-    def take(self) -> None:
-        """All that has come."""
-        while self.source.poll(0):
-            frames = self.source.recv_multipart(copy=False)
-            self.waiting.append((time.monotonic() + self.late_s, frames))
+    def take(self, messages: Sequence[Any]) -> None:
+        due_s = time.monotonic() + self.late_s
+        self._waiting.extend((due_s, message) for message in messages)
 
     def change(self, late_s: float) -> None:
         """The tokens of a run that has ended keep those of the next one waiting no longer."""
-        self.take()
         self.late_s = late_s
-        self.waiting = deque((0.0, frames) for _, frames in self.waiting)
+        self._waiting = deque((0.0, message) for _, message in self._waiting)
 
     def give(self) -> float:
         """What is due; returns when the next will be."""
-        while self.waiting and self.waiting[0][0] <= time.monotonic():
-            self.target.send_multipart(self.waiting.popleft()[1], copy=False)
-        return self.waiting[0][0] if self.waiting else _NEVER
+        while self._waiting and self._waiting[0][0] <= time.monotonic():
+            self._give(self._waiting.popleft()[1])
+        return self._waiting[0][0] if self._waiting else _NEVER
 
 
-def _to_driver(context: zmq.Context, endpoint: str, stage: int) -> tuple[str, list[_Way]]:
-    """Where the stage finds its driver, and the ways from and to it."""
-    driver, here = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
-    driver.identity = control.stage_identity(stage)
-    driver.connect(endpoint)
-    port = here.bind_to_random_port("tcp://127.0.0.1")
-    return f"tcp://127.0.0.1:{port}", [_Way(driver, here), _Way(here, driver)]
+class _Relay:
+    """All ways, by what they are called: each source carries the name of the way that it begins."""
+
+    def __init__(self) -> None:
+        self.sources = Sources()
+        self.ways: dict[str, _Way] = {}
+        self._context = zmq.Context()
+        self._by_name: dict[str, Connection] = {}
+
+    def around(self, address: str) -> str:
+        """Where to connect to, to reach what listens at `address`, which may be of ZeroMQ."""
+        if address.startswith("tcp://"):
+            return self._around_pair(address)
+        number = len(self.ways)  # the driver's address comes once for each stage
+        there, here = f"there {number}", f"here {number}"
+        self._by_name[there] = connect(address, self.sources, there)
+        for name, other in ((there, here), (here, there)):
+            self.ways[name] = _Way(lambda message, other=other: self._by_name[other].send(message))
+        return Listener("127.0.0.1", self.sources, here).address
+
+    def _around_pair(self, address: str) -> str:
+        source, target = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        port = source.bind_to_random_port("tcp://127.0.0.1")
+        target.connect(address)
+        FromZmq(source, self.sources, address)
+        self.ways[address] = _Way(lambda frames: target.send_multipart(frames, copy=False))
+        return f"127.0.0.1:{port}"
+
+    def take(self, source: Source) -> None:
+        """All that has come."""
+        if isinstance(source, Connection):
+            self._by_name[source.carries] = source
+        self.ways[source.carries].take(source.receive())
+
+    def close(self) -> None:
+        self.sources.close()
+        self._context.destroy(linger=0)
 
 
-def _to_stage(context: zmq.Context, endpoint: str) -> tuple[str, list[_Way]]:
-    source, address = links.listen(context, "127.0.0.1")
-    return address, [_Way(source, links.connect(context, endpoint))]
+class _Lines:
+    """Standard input, among the sources: what it said last."""
+
+    carries = "lines"
+
+    def __init__(self, sources: Sources) -> None:
+        sources.add(self, sys.stdin.fileno())
+
+    def receive(self) -> list[str]:
+        return sys.stdin.readline().split()
+
+    def close(self) -> None: ...
 
 
 def main() -> None:
-    """Lines from standard input: endpoints of the driver, then of the stages, then, any number of
-    times, the delays of all ways."""
-    context = zmq.Context()
-    poller = zmq.Poller()
-    poller.register(sys.stdin, zmq.POLLIN)
-    ways: list[_Way] = []
+    """Lines from standard input: addresses of the driver, one for each stage, then of the stages,
+    then, any number of times, the delays of all ways."""
+    relay = _Relay()
+    lines = _Lines(relay.sources)
     num_lines, due_s = 0, _NEVER
     while True:
-        # `poll` rounds up to milliseconds: the last one is spent looking.
+        # `ready` rounds up to milliseconds: the last one is spent looking.
         timeout = None if due_s == _NEVER else max(int((due_s - time.monotonic()) * 1000), 0)
-        if sys.stdin.fileno() in dict(poller.poll(timeout)):
-            words = sys.stdin.readline().split()
+        ready = relay.sources.ready(timeout)
+        for source in ready:
+            if source is not lines:
+                relay.take(source)
+        if lines in ready:
+            words = lines.receive()
             if not words:
                 break
             num_lines += 1
             if num_lines <= 2:
-                made = [
-                    _to_driver(context, word, place) if num_lines == 1 else _to_stage(context, word)
-                    for place, word in enumerate(words)
-                ]
-                ways += [way for _, new in made for way in new]
-                for way in ways:
-                    poller.register(way.source, zmq.POLLIN)
-                print(*[address for address, _ in made], flush=True)
+                print(*[relay.around(word) for word in words], flush=True)
             else:
-                for way, late_s in zip(ways, words, strict=True):
+                for way, late_s in zip(relay.ways.values(), words, strict=True):
                     way.change(float(late_s))
                 print(flush=True)
-        for way in ways:
-            way.take()
-        due_s = min([way.give() for way in ways], default=_NEVER)
-    context.destroy(linger=0)
+        due_s = min([way.give() for way in relay.ways.values()], default=_NEVER)
+    relay.close()
 
 
 if __name__ == "__main__":

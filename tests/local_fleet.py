@@ -8,10 +8,10 @@ every family can be taken through every number of stages.
 import time
 
 import torch
-import zmq
 
 import pipeserve.driver
 from pipeserve import LLM, control
+from pipeserve.connection import Sources, connect
 from pipeserve.fleet import Fleet, Received
 from pipeserve.machine import boot_id
 from pipeserve.stage_loop import StageLoop
@@ -43,25 +43,16 @@ class LocalFleet(Fleet):
     def close(self) -> None:
         self.keepers = {}  # there is nobody to be told
         super().close()
+        for worker in self.workers:
+            worker.close()
+        self.workers = []
 
-    def _send(self, identity: bytes, payload: bytes) -> None:
-        if not identity.startswith(b"keeper-"):
-            super()._send(identity, payload)
-            return
-        job = control.decode_for_keeper(payload)
+    def _tell_keeper(self, rank: int, job: control.StartStage) -> None:
+        sources = Sources()
+        driver = connect(job.control, sources, "control")
+        driver.send(control.encode(control.StageHello(job.stage)))
         with torch.inference_mode():
-            self.workers.append(
-                StageLoop(
-                    job, job.stage, self._context, self._connected(job.stage), ModelCompute, 0
-                )
-            )
-
-    def _connected(self, rank: int) -> zmq.Socket:
-        socket = self._context.socket(zmq.DEALER)
-        socket.identity = control.stage_identity(rank)
-        socket.set_hwm(0)
-        socket.connect(f"tcp://{self.address}")
-        return socket
+            self.workers.append(StageLoop(job, rank, sources, driver, ModelCompute, 0))
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -16,7 +17,16 @@ import pytest
 
 from pipeserve import LLM
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.control import Step, StepChunk
+from pipeserve.connection import Listener, Sources
+from pipeserve.control import (
+    StageHello,
+    StageReady,
+    StartStage,
+    Step,
+    StepChunk,
+    decode_for_driver,
+    encode,
+)
 from pipeserve.core.nouns import Request, RequestId, SamplingParams, Wait
 from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError, StageError
@@ -165,18 +175,16 @@ def test_a_slow_link_is_waited_for():
     compute = EmulatedCompute(slow, 2, 100)
     begin_s = time.monotonic()
     for index in range(2):
-        frames = [SimpleNamespace(buffer=struct.pack("<qd", index, begin_s))]
         step = Step(index, (), [], [])
-        sent.append(compute.take_in(step, frames, begin_s))
+        sent.append(compute.take_in(step, struct.pack("<qd", index, begin_s), begin_s))
         assert time.monotonic() >= sent[-1]
     assert sent == [begin_s + 0.05, begin_s + 0.05 + 0.05]
 
 
 def test_a_link_out_of_step_is_noticed():
     compute = EmulatedCompute(SimpleNamespace(), 1, 100)
-    frames = [SimpleNamespace(buffer=struct.pack("<qd", 4, 0.0))]
     with pytest.raises(RuntimeError, match="expected microbatch 5, got 4"):
-        compute.take_in(Step(5, (), [], []), frames, 0.0)
+        compute.take_in(Step(5, (), [], []), struct.pack("<qd", 4, 0.0), 0.0)
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 0.0, 1e-4, 0.003])
@@ -284,6 +292,57 @@ def test_nothing_is_left_of_a_closed_one():
         pids = processes_of(driver)
         assert len({*pids}) == 16 and all(map(is_running, pids))
     wait_until_gone(pids)
+
+
+def test_a_closed_driver_leaves_no_file_open():
+    def closed():
+        with Driver(emulated_setup(config_of(2))) as driver:
+            replay(driver, ITEMS, "", map(RequestId, count()))
+
+    closed()  # what is opened once
+    before = len(os.listdir("/proc/self/fd"))
+    closed()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def start_stage(address):
+    """A stage as its keeper would start it, whose driver is at `address`."""
+    setup = emulated_setup(config_of(1))
+    job = StartStage(0, 1, setup.module, setup.works[0], address, "127.0.0.1", traceback=False)
+    stage = subprocess.Popen(
+        [sys.executable, "-m", setup.module],
+        env={**os.environ, "RANK": "0"},
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    stage.stdin.write(encode(job))
+    stage.stdin.close()
+    stage.stdin = None
+    return stage
+
+
+def test_a_stage_without_a_driver_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "{}:{}".format(*server.getsockname())
+    stage = start_stage(address)
+    _, stderr = stage.communicate(timeout=30)
+    assert stage.returncode == 1
+    assert stderr.decode().startswith(f"error: stage 0: the driver at {address} cannot be reached")
+    assert stderr.count(b"\n") == 1
+
+
+def test_a_stage_ends_with_its_driver():
+    sources = Sources()
+    stage = start_stage(Listener("127.0.0.1", sources, "").address)
+    said = []
+    while not any(isinstance(message, StageReady) for message in said):
+        for source in sources.ready(30_000):
+            said += map(decode_for_driver, source.receive())
+    assert said[0] == StageHello(0)
+    assert stage.poll() is None
+    sources.close()
+    _, stderr = stage.communicate(timeout=30)
+    assert (stage.returncode, stderr) == (1, b"")
 
 
 def test_tensor_parallel_stages_take_their_time():

@@ -1,11 +1,14 @@
-"""Since when the driver has only waited: of that depends whether a late result is its fault."""
+"""Since when the driver has only waited: of that depends whether a late result is its fault. And
+what it and a stage say to each other, until one of them hangs up."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
-import zmq
 
 from pipeserve import control, fleet
+from pipeserve.connection import Sources, connect
+from pipeserve.errors import StageError
 
 
 class OneStage:
@@ -15,21 +18,21 @@ class OneStage:
         self.now_s = 100.0
         monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         self.fleet = fleet.Fleet(1, "external", None)
-        self._context = zmq.Context()
-        self._stage = self._context.socket(zmq.DEALER)
-        self._stage.identity = control.stage_identity(0)
-        self._stage.connect(f"tcp://{self.fleet.address}")
+        self._sources = Sources()
+        self._stage = connect(self.fleet.stages_address, self._sources, "control")
+        self._stage.send(control.encode(control.StageHello(0)))
+        self.fleet.receive(10.0)  # it has called
         self.says_something()
         self.fleet.receive(10.0)  # now the two are connected
 
     def says_something(self):
-        self._stage.send(control.encode(control.Heartbeat(0)))
+        self._stage.send(control.encode(control.Connected(0)))
 
     def passes(self, seconds):
         self.now_s += seconds
 
     def close(self):
-        self._context.destroy(linger=0)
+        self._sources.close()
         self.fleet.close()
 
 
@@ -59,3 +62,43 @@ def test_who_sent_a_plan_waits_anew(stage):
     stage.fleet.broadcast(control.ReportMemory())
     stage.fleet.receive(0.0)
     assert stage.fleet.waiting_s == 100.0005
+
+
+def test_both_send_more_than_the_kernel_takes(stage):
+    """And neither takes anything until it has sent all of its own."""
+    tokens, large = os.urandom(16 << 20), list(range(1, 4_000_000))
+    admitted = control.Registration(1, tokens, 1, [], 0, 0, 1, 0, 0, 0, [], None, None, None)
+    stage.fleet.broadcast(control.Step(0, (), [admitted], []))
+    stage.fleet.broadcast(control.ReportMemory())
+    stage._stage.send(control.encode(control.Sampled(0, large, [], [])))
+    stage.says_something()
+    here, there = [], []
+    while len(here) < 2 or len(there) < 2:
+        here += stage.fleet.receive(0.01)
+        for source in stage._sources.ready(10):
+            there += map(control.decode_for_stage, source.receive())
+    assert [type(received.message) for received in here] == [control.Sampled, control.Connected]
+    assert here[0].message.tokens == large
+    assert there[0].admitted[0].token_ids == tokens
+    assert there[1] == control.ReportMemory()
+
+
+def test_the_last_word_of_a_stage_is_what_the_driver_raises(stage):
+    stage._stage.send(control.encode(control.StageFailed(0, "no layer 7", False)))
+    stage._stage.close()
+    stage.fleet.broadcast(control.ReportMemory())  # nobody is there
+    with pytest.raises(StageError, match=r"^stage 0: no layer 7$"):
+        while True:
+            stage.fleet.receive(1.0)
+
+
+def test_a_stage_that_hangs_up_is_an_error_if_no_keeper_says_why(stage):
+    stage.fleet.keepers[0] = control.KeeperHello(0, 1, "afar", "", 0, "")
+    stage._stage.close()
+    for seconds in (1.0, 1.5, 1.0):
+        stage.fleet.receive(1.0)
+        stage.passes(seconds)
+    with pytest.raises(StageError, match=r"stage 0 hung up, .* on afar does not say why"):
+        stage.fleet.receive(1.0)
+    assert stage.fleet.lost_stage == 0
+    stage.fleet.keepers = {}

@@ -35,7 +35,7 @@ from pipeserve.core.view import Draft, RequestView, Traits, View, Why
 
 MARGIN = 0.96
 """Of the limit between tokens: the rest is for what the forecast cannot know."""
-KNEE = 0.99
+KNEE = 0.98
 """Of the most tokens a second that a microbatch of any size reaches."""
 SUSTAINED = 0.95
 """Of the KV pool that decodes fill when every microbatch is full."""
@@ -199,9 +199,15 @@ def _knee(view: View, price: Price) -> int:
     that is learnt size by size would move it back and forth, and turns with it."""
     most = view.limits.max_num_batched_tokens
     sizes = [size for size in (TILE << power for power in range(8)) if size < most] + [most]
-    rates = [size / price.on_bottleneck(0, 0, size) for size in sizes]
+    rates = [size / _of_tiles(price, size) for size in sizes]
     enough = KNEE * max(rates)
     return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
+
+
+def _of_tiles(price: Price, num_tokens: int) -> float:
+    """In chunks of a tile: what a long chunk reads of itself, its prompt has to read in any case."""
+    whole, rest = divmod(num_tokens, TILE)
+    return max(price.of(0, 0, ((0, TILE),) * whole + ((0, rest),) * (rest > 0)))
 
 
 # ---- decodes ------------------------------------------------------------------------------------

@@ -113,6 +113,23 @@ def test_no_microbatch_takes_longer_than_its_part_of_the_limit(slow):
             assert max(cost.seconds) <= run.longest_s() + 1e-9
 
 
+class Curved(LinearTimes):
+    """A chunk also reads what is before each position in itself."""
+
+    def of(self, work):
+        own = sum(tokens * tokens for _, tokens in work.prefills)
+        return tuple(seconds + 1e-6 * own for seconds in super().of(work))
+
+
+@pytest.mark.parametrize("times", [LinearTimes, Curved])
+def test_without_a_limit_the_knee_is_where_reading_weights_is_made_up_for(times):
+    """0.01 s of weights are 2 % of what 490 tokens take more: 512 are the first power of two."""
+    truth = times(2, base=0.01, per_token=1e-3)
+    run = Run(truth, [Arrival(0.0, 2048, 2)] * 20, max_num_batched_tokens=4096)
+    largest = max(prefill_tokens(work) for _, work, _ in run.planned)
+    assert 512 <= largest < 640
+
+
 def test_prompts_without_decodes_do_not_make_those_in_flight_late():
     """A group of decodes is in flight when a long prompt comes: as long as they are, stage after
     stage, chunks that are planned before its tokens are back are in its next turn's way."""

@@ -205,7 +205,7 @@ def _knee(view: View, price: Price) -> int:
 
 
 def _of_tiles(price: Price, num_tokens: int) -> float:
-    """In chunks of a tile: what a long chunk reads of itself, its prompt has to read in any case."""
+    """In chunks of a tile: what a long chunk reads of itself, its prompt has to read anyway."""
     whole, rest = divmod(num_tokens, TILE)
     return max(price.of(0, 0, ((0, TILE),) * whole + ((0, rest),) * (rest > 0)))
 

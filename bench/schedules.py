@@ -43,6 +43,8 @@ TRACES = {
     "arxiv": "arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv.gz",
     "azure-conv": "AzureLLMInferenceTrace_conv.csv.gz",
 }
+UNSEEN = {"mooncake": "mooncake_synthetic_trace.jsonl.gz"}
+"""Not looked at while `uniform` was made; of its requests, those that fit the context."""
 SLOS = {"strict": 1.0, "relaxed": 5.0}
 """Sarathi-Serve's for Falcon-180B (OSDI'24, table 3): P99 of the time between tokens."""
 MAX_MODEL_LEN = 16_384
@@ -215,8 +217,9 @@ PARTS = {
 @cache
 def lengths_of(workload: str, traces: Path | None) -> Lengths:
     """(prompt, output) of requests that fit the context."""
-    if traces is not None and (traces / TRACES[workload]).exists():
-        lengths = read_trace(traces / TRACES[workload]).lengths
+    path = traces / {**TRACES, **UNSEEN}[workload] if traces is not None else None
+    if path is not None and path.exists():
+        lengths = read_trace(path).lengths
     else:
         lengths = draw_lengths(DISTRIBUTIONS[workload], 20_000, Random(0))
     return [(p, o) for p, o in lengths if p + o <= MAX_MODEL_LEN and o > 1]
@@ -430,7 +433,7 @@ def cells_of(cache: Cache) -> list[Case]:
     """Of `uniform`, in the order of the tables."""
     cases = map(_case_of, cache.found.values())
     cells = [case for case in cases if case.policy == "uniform" and not case.wrong]
-    order = [*LAYOUTS, *TRACES]
+    order = [*LAYOUTS, *TRACES, *UNSEEN]
     return sorted(cells, key=lambda c: (order.index(c.layout), order.index(c.workload), c.slo_s))
 
 
@@ -595,7 +598,8 @@ def main() -> None:
     elif given.ablation:
         show(ablation_table(cache, given.traces), "parts", given.page)
     else:
-        show(tables(cache, given.layouts, given.workloads, given.traces), "cells", given.page)
+        name = "cells" if given.workloads == list(TRACES) else "unseen"
+        show(tables(cache, given.layouts, given.workloads, given.traces), name, given.page)
 
 
 if __name__ == "__main__":

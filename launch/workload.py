@@ -81,9 +81,11 @@ def read_workload(
     Of a trace with arrivals the first `num_prompts` rows are taken, of one without any. Raises
     ConfigError: unknown name, unreadable file, FILE:LINE of a bad line, a number out of range.
     """
-    for flag, value in (("--num-prompts", num_prompts), ("--scale", scale), ("--rate", rate)):
+    if num_prompts is not None and num_prompts < 1:
+        raise ConfigError(f"--num-prompts is {num_prompts}, must be at least 1")
+    for flag, value in (("--scale", scale), ("--rate", rate)):
         if value is not None and not _LEAST < value < float("inf"):
-            raise ConfigError(f"{flag} is {value}, must be over {_LEAST:g}")
+            raise ConfigError(f"{flag} is {value}, must be over {_LEAST:g} and finite")
     shared = {"name": name, "rate": rate, "seed": seed}
     rng = Random(f"{seed}/lengths")
     if name in DISTRIBUTIONS:

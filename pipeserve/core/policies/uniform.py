@@ -196,9 +196,10 @@ class _Budget:
 
 def _knee(view: View, price: Price) -> int:
     """Prefill tokens from which on larger microbatches hardly raise throughput. Found once: a cost
-    that is learnt size by size would move it back and forth, and turns with it."""
+    that is learnt size by size would move it back and forth, and turns with it. One tile is
+    never enough: the decodes beside it would begin another."""
     most = view.limits.max_num_batched_tokens
-    sizes = [size for size in (TILE << power for power in range(8)) if size < most] + [most]
+    sizes = [size for size in (2 * TILE << power for power in range(7)) if size < most] + [most]
     rates = [size / _of_tiles(price, size) for size in sizes]
     enough = KNEE * max(rates)
     return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)

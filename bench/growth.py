@@ -191,7 +191,12 @@ def svg(cells: Sequence[Cell]) -> str:
     """Three panels over the number of stages, a line for each number of requests."""
     panels = [
         ("planning, us", lambda cell: log10(cell.plan_us), (2, 3, 4, 5), lambda y: f"{10**y:,}"),
-        ("message, bytes", lambda c: log10(c.message_bytes), (2, 3, 4, 5), lambda y: f"{10**y:,}"),
+        (
+            "message, bytes",
+            lambda c: log10(c.message_bytes),
+            (1, 2, 3, 4, 5),
+            lambda y: f"{10**y:,}",
+        ),
         (
             "idle share, slowest stage",
             lambda cell: cell.idle,

@@ -280,6 +280,15 @@ def test_what_kv_sustains_goes_by_the_mix_of_prompt_and_output(monkeypatch):
     assert at[0] > 2 * uniform.ENOUGH_ENDED  # a prompt of 600 tokens takes more than two of them
 
 
+def test_decodes_that_came_together_are_evened_out_and_none_is_late():
+    """Sixty prompts of a token fill one microbatch, so that all decodes are one group at first."""
+    times = LinearTimes(4, base=0.002, per_token=1e-3)
+    run = Run(times, [Arrival(0.0, 1, 200)] * 60, max_tbt_s=0.5)
+    middle = run.planned[len(run.planned) // 4 : -len(run.planned) // 4]
+    assert all(12 <= work.num_decodes <= 20 for _, work, _ in middle)
+    assert run.gaps()[-1] <= 0.5
+
+
 # ---- lulls --------------------------------------------------------------------------------------
 
 

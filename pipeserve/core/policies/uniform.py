@@ -7,9 +7,9 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
   none goes without while another has plenty; never longer than P times of it fit into the limit
   between tokens or, without a limit, than where larger ones hardly raise throughput; nor longer
   than KV sustains, for slow turns keep more requests alive.
-- **Decodes** go first. With a limit between tokens, none that is ready misses its turn; without,
-  and where they are over the limit by themselves, they are spread over the microbatches of a turn
-  by what they cost, context length counted.
+- **Decodes** go first, spread over the microbatches of a turn by what they cost, context length
+  counted. With a limit between tokens all that are ready go at once, unless there are so many more
+  than a share that they are evened out, and none is late for it.
 - **Prompts** fill the rest. Chunks of one prompt follow one another at once, and are cut so that no
   decode of this microbatch, or of those in flight, is predicted to come late. The order is arrival
   plus `PATIENCE_S` for each token: a long prompt lets short ones pass that come soon after it.
@@ -66,8 +66,7 @@ PAYS = 0.25
 """Seconds of a stage that merging two groups of decodes has to save, for each second that it adds
 to their turn. (Where reading weights is what takes long, one group costs hardly more.)"""
 SPLITS = 0.75
-"""Of the time of decodes that are over the limit by themselves: below that, a share of them goes
-alone."""
+"""Of the time of all decodes that are ready: below that, their share of a turn goes alone."""
 
 
 class Uniform:
@@ -83,7 +82,7 @@ class Uniform:
         price = Price(view)
         self._knee = self._knee or _knee(view, price)
         budget = _Budget(view, price, self._knee)
-        room = make_room(view, _decodes_in_turn(view, price, budget))
+        room = make_room(view, _decodes_in_turn(view, price, budget, now))
         if room.preempted:
             return Draft(chunks=room.decodes, preempt=room.preempted)
         decodes = [view.decodes[request_id] for request_id in room.decodes]
@@ -214,19 +213,26 @@ def _of_tiles(price: Price, num_tokens: int) -> float:
 # ---- decodes ------------------------------------------------------------------------------------
 
 
-def _decodes_in_turn(view: View, price: Price, budget: _Budget) -> Sequence[RequestView]:
-    """With a limit between tokens, all that are ready; their share where all would be over it and
-    the share takes much less: groups that came together would pass through as one for good, with
-    one stage busy at a time. (Where reading weights is what takes long, nothing is gained.)"""
+def _decodes_in_turn(
+    view: View, price: Price, budget: _Budget, now: float
+) -> Sequence[RequestView]:
+    """With a limit between tokens, all that are ready; but their share, where that takes much less
+    time and the others, which go with the next microbatch, are not late for it. Groups that came
+    together would stay as uneven as they came, or pass through as one for good, with one stage busy
+    at a time. (Where reading weights is what takes long, nothing is gained.)"""
     decodes = _ready(view)
     share = decodes[: _share(view, price, decodes)]
-    if view.limits.max_tbt_s is None or not price.is_time:
+    if view.limits.max_tbt_s is None or not price.is_time or len(share) == len(decodes):
         return share
     all_s, share_s = (
-        price.on_bottleneck(len(some), sum([each.num_planned + 1 for each in some]))
+        price.of(len(some), sum([each.num_planned + 1 for each in some]))
         for some in (decodes, share)
     )
-    return share if all_s > budget.longest and share_s < SPLITS * all_s else decodes
+    if max(share_s) >= SPLITS * max(all_s):
+        return decodes
+    next_s = view.forecast.through_s(share_s, now) + max(share_s)
+    due_s = _last_token_s(view, decodes[len(share)]) + MARGIN * view.limits.max_tbt_s
+    return share if max(all_s) > budget.longest or next_s <= due_s else decodes
 
 
 def _ready(view: View) -> list[RequestView]:

@@ -1,6 +1,11 @@
 """What several test files share."""
 
+import signal
+
 import pytest
+
+# In the background of a shell SIGINT is ignored, and by whatever is started there: tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def test_no_schedule_passes_it_in_a_simulation(lengths):
     simulation = Simulation(SimulatedPipeline(engine, times), 400 * [Arrival(0.0, *lengths)])
     simulation.run_until()
     rate = 400 / max(served.token_times_s[-1] for served in simulation.served)
-    assert 0.95 * found.rate < rate <= found.rate * (1 + 1e-9)
+    assert 0.93 * found.rate < rate <= found.rate * (1 + 1e-9)
 
 
 def test_a_limit_that_no_microbatch_meets_gives_nothing():

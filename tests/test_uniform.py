@@ -445,8 +445,10 @@ class Counted(Engine):
         return planned
 
     def complete(self, result, now):
+        running = set(self._queues.running)  # one that was preempted may end by what is on its way
         outputs = super().complete(result, now)
-        self._fading[3] += sum(output.finish_reason is not None for output in outputs)
+        ended = {output.request_id for output in outputs if output.finish_reason is not None}
+        self._fading[3] += len(ended & running)
         self._check()
         return outputs
 

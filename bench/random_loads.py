@@ -52,7 +52,9 @@ def main() -> int:
                 traceback.print_exc()
     by_policy = ", ".join(f"{name} {count}" for name, count in tried.items())
     seconds = time.process_time() - started
-    print(f"{sum(tried.values())} loads ({by_policy}): {failed} failed; {seconds:.0f} s of CPU time")
+    print(
+        f"{sum(tried.values())} loads ({by_policy}): {failed} failed; {seconds:.0f} s of CPU time"
+    )
     return 1 if failed else 0
 
 

@@ -142,7 +142,9 @@ class CheckedEngine(Engine):
         """Every prompt position in a microbatch of its own, and some to spare."""
         if self._num_fruitless < 1000 and self._num_fruitless % 64:
             return self._num_fruitless
-        return 8 * self.checker.most_outstanding + sum([r.num_known for r in self._records.values()])
+        return 8 * self.checker.most_outstanding + sum(
+            [r.num_known for r in self._records.values()]
+        )
 
     def complete(self, result: StepResult, now: float) -> list[Output]:
         microbatch, stories = self.checker.outstanding[0], self.checker.stories
@@ -213,7 +215,9 @@ class CheckedEngine(Engine):
             assert self.scores.get(request_id) == (story.scores if got else None)
             if finish is not None and self.reasons[request_id] == finish.reason:
                 assert got == story.outputs[: len(got)]
-                assert finish.at_s is not None or len(got) >= min(finish.num_tokens, len(story.outputs))
+                assert finish.at_s is not None or len(got) >= min(
+                    finish.num_tokens, len(story.outputs)
+                )
             else:
                 assert (got, self.reasons[request_id]) == (story.outputs, story.reason)
 

@@ -6,9 +6,8 @@ the host finds, requests that fail, faults. `load_runs.py` runs one.
 """
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from model_stages import VOCAB, Story
@@ -215,18 +214,20 @@ def make_load(seed: int) -> Load:
     kinds = tuple(rng.choices(list(KINDS), k=rng.choice((1, 2, 2, 3))))
     if rng.random() < 0.2:
         kinds = ("one-token jobs", *rng.choices(("chat", "turns", "document")))
-    most = rng.choice((4, 15, 15, 40, 40, 80, 200))
+    most = rng.choice((4, 15, 40, 40, 100, 200, 200))
     for kind in kinds:
         KINDS[kind](sender, -(-most // len(kinds)))
         sender.pause(rng.choice((0.0, 0.1, 3.0)))
     num_stages = rng.randint(1, 8)
-    arrivals = sender.sent[:200]
+    max_num_seqs = rng.choice((1, 2, 8, 32, 256, 256))
+    budget = rng.choice((1, 2, 7, 32, 64, 512, 512, 2048))
+    arrivals = sender.sent[: 20 if min(max_num_seqs, budget) < 8 else 200]
     return Load(
         seed=seed,
         policy=policy,
         num_stages=num_stages,
         window=rng.choice((num_stages, num_stages, rng.randint(1, num_stages + 2))),
-        limits=_limits(rng, policy, arrivals, longest),
+        limits=_limits(rng, policy, arrivals, longest, max_num_seqs, budget),
         cost=rng.choice(COSTS),
         clock=rng.choice(CLOCKS),
         slow=rng.choice((1.0, 1.0, 0.1, 5.0, 0.0)),
@@ -237,18 +238,19 @@ def make_load(seed: int) -> Load:
     )
 
 
-def _limits(rng: random.Random, policy: str, arrivals: list, longest: int) -> Limits:
+def _limits(
+    rng: random.Random, policy: str, arrivals: list, longest: int, max_num_seqs: int, budget: int
+) -> Limits:
     """A pool of what the largest request can reach, upward."""
     block_size = rng.choice((1, 4, 16, 16))
     reach = max([min(len(r.prompt) + r.params.max_tokens, longest) - 1 for _, r in arrivals])
     extra = rng.choice((0, 1, rng.randint(0, 3 * reach), rng.randint(0, 30 * reach)))
-    budget = rng.choice((1, 2, 7, 32, 64, 64, 512, 512, 2048))
     if get_policy(policy).traits.whole_prompts:
         budget += longest
     return Limits(
         num_blocks=-(-reach // block_size) + -(-extra // block_size),
         block_size=block_size,
-        max_num_seqs=rng.choice((1, 2, 8, 8, 32, 256)),
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=longest,
         enable_prefix_caching=rng.random() < 0.7,
@@ -267,7 +269,9 @@ def _finishes(rng: random.Random, arrivals: list) -> dict[RequestId, Finish]:
             reason = rng.choice(("abort", "stop", "error"))
             later_s = at_s + rng.choice((0.0, rng.expovariate(1.0)))
             finishes[request.id] = (
-                Finish(reason, later_s) if reason == "abort" else Finish(reason, None, rng.randint(1, 6))
+                Finish(reason, later_s)
+                if reason == "abort"
+                else Finish(reason, None, rng.randint(1, 6))
             )
     return finishes
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from load_runs import run
-from loads import make_load
+from loads import make_load, policy_of
 
 from pipeserve.core.policies import POLICIES
 
@@ -32,9 +32,9 @@ def main() -> int:
     seeds = range(args.first, args.first + args.loads)
     started, tried, failed = time.process_time(), Counter(), 0
     for seed in seeds:
-        load = make_load(seed)
-        if args.policy not in (None, load.policy):
+        if args.policy not in (None, policy_of(seed)):
             continue
+        load = make_load(seed)
         tried[load.policy] += 1
         if args.verbose:
             print(load)

@@ -7,7 +7,7 @@ index, so what a slot holds when a stage gets to a microbatch is settled by then
 import random
 from collections import deque
 from dataclasses import replace
-from math import ceil, inf, nan
+from math import ceil, inf, isclose, nan
 
 from linear_times import LinearCost, LinearTimes
 from loads import Finish, Load
@@ -30,8 +30,9 @@ from pipeserve.core.nouns import (
 )
 from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
-from pipeserve.core.view import CostModel
+from pipeserve.core.view import CostModel, Flow
 from pipeserve.core.work import Work, work_of
+from pipeserve.errors import CapacityError
 from pipeserve.profiling.simulator import SimulatedPipeline
 from pipeserve.profiling.stage_times import StageTimes
 
@@ -74,10 +75,22 @@ class Host:
                 if isinstance(what, Finish):
                     self.engine.finish(request_id, what.reason, now)
                 else:
-                    self.pipeline.add(what, now)
+                    self.add(what, now)
             if self.look_for_ends(self.pipeline.advance(now), now):
                 self.pipeline.advance(now)
         raise AssertionError("no end")
+
+    def add(self, request: Request, now: float) -> None:
+        """Before some, one that can never run: it is refused, and nothing has changed."""
+        if request.id % 16 == 5:
+            impossible = replace(request, prompt=(0,) * self.engine.limits.max_model_len)
+            try:
+                Engine.add(self.engine, impossible, now)
+            except CapacityError:
+                pass
+            else:
+                raise AssertionError("a request that can never run was not refused")
+        self.pipeline.add(request, now)
 
     def look_for_ends(self, outputs: list[Output], now: float) -> bool:
         """Of text, which is made where the engine does not see it."""
@@ -103,7 +116,9 @@ class CheckedEngine(Engine):
         self.scores: dict[RequestId, tuple] = {}
         self._rng = random.Random(load.seed)
         self._num_fruitless = 0
-        """Microbatches since a token became known or something came from outside."""
+        """Microbatches since a token became known or all was lost."""
+        self._flow_recount = Flow()
+        self._admitted: set[RequestId] = set()
         self._shift_s = {"far on": 3e9, "coarse": 1e16}.get(load.clock, 0.0)
 
     def clock(self, now: float) -> float:
@@ -120,8 +135,12 @@ class CheckedEngine(Engine):
         ended = super().finish(request_id, reason, self.clock(now))
         assert (ended is None) == (request_id in self.reasons)
         if ended is not None:
-            self.reasons[request_id] = reason
+            self._ended(request_id, reason)
         return ended
+
+    def _ended(self, request_id: RequestId, reason: str) -> None:
+        self.reasons[request_id] = reason
+        self._flow_recount.ended += request_id in self._admitted
 
     def plan(self, now: float) -> Microbatch | Wait:
         planned = super().plan(self.clock(now))
@@ -131,20 +150,18 @@ class CheckedEngine(Engine):
         self.checker.planned(planned)
         stories = self.checker.stories
         self.stage.run(planned, [stories[chunk.request_id].states for chunk in planned.chunks])
-        self.check_flow()
+        self.check_flow(planned)
+        self._num_fruitless += 1
         if planned.index % 8 == 0:
             self.check_counts()
-        self._num_fruitless += 1
-        assert self._num_fruitless <= self.most_fruitless(), "no progress"
+            self.check_progress()
         return planned
 
-    def most_fruitless(self) -> int:
-        """Every prompt position in a microbatch of its own, and some to spare."""
-        if self._num_fruitless < 1000 and self._num_fruitless % 64:
-            return self._num_fruitless
-        return 8 * self.checker.most_outstanding + sum(
-            [r.num_known for r in self._records.values()]
-        )
+    def check_progress(self) -> None:
+        """There is no need for more microbatches without a token than each known position in one
+        of its own, and some for what is in flight."""
+        num_known = sum([record.num_known for record in self._records.values()])
+        assert self._num_fruitless <= num_known + 8 * self.checker.most_outstanding
 
     def complete(self, result: StepResult, now: float) -> list[Output]:
         microbatch, stories = self.checker.outstanding[0], self.checker.stories
@@ -166,7 +183,7 @@ class CheckedEngine(Engine):
                 assert request_id not in self.scores, "told twice"
                 self.scores[request_id] = told
             if reason is not None:
-                self.reasons[request_id] = reason
+                self._ended(request_id, reason)
         if outputs:
             self._num_fruitless = 0
         return outputs
@@ -181,15 +198,28 @@ class CheckedEngine(Engine):
         self.checker.lost()
         self.stage = ModelStage(self.limits)
         self._num_fruitless = 0
-        self.check_flow()
+        assert self.last_known_s is None
         self.check_counts()
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def check_flow(self) -> None:
-        flow = self._flow
-        assert min(flow.prefill_tokens, flow.decodes, flow.admitted, flow.ended) >= 0, flow
-        assert (self.last_known_s is None) == (not self.outstanding or self._cost is None)
+    def check_flow(self, planned: Microbatch) -> None:
+        """What went through, of which what is older counts less, by a recount."""
+        plans, flow = self.checker.plans, self._flow_recount
+        prefill = [c for c in planned.chunks if c.start < plans[c.request_id].num_prefill]
+        num_prefill_tokens = sum([chunk.num_tokens for chunk in prefill])
+        num_decodes = len(planned.chunks) - len(prefill)
+        assert self.last[:3] == (planned.index, num_decodes, num_prefill_tokens)
+        first_time = {a.request_id for a in planned.admitted} - self._admitted
+        self._admitted |= first_time
+        flow.fade()
+        flow.prefill_tokens += num_prefill_tokens
+        flow.decodes += num_decodes
+        flow.admitted += len(first_time)
+        for name in ("prefill_tokens", "decodes", "admitted", "ended"):
+            counted, recount = getattr(self._flow, name), getattr(flow, name)
+            assert counted >= 0 and isclose(counted, recount, abs_tol=1e-9), name
+        assert (self.last_known_s is None) == (self._cost is None)
 
     def check_counts(self) -> None:
         """What is counted along the way is what a recount gives."""
@@ -215,9 +245,8 @@ class CheckedEngine(Engine):
             assert self.scores.get(request_id) == (story.scores if got else None)
             if finish is not None and self.reasons[request_id] == finish.reason:
                 assert got == story.outputs[: len(got)]
-                assert finish.at_s is not None or len(got) >= min(
-                    finish.num_tokens, len(story.outputs)
-                )
+                at_least = 0 if finish.at_s is not None else finish.num_tokens
+                assert len(got) >= min(at_least, len(story.outputs))
             else:
                 assert (got, self.reasons[request_id]) == (story.outputs, story.reason)
 
@@ -254,7 +283,14 @@ def _costs(load: Load, plan: PipelinePlan) -> tuple[CostModel | None, StageTimes
     factors = [load.slow] * num_stages
     if load.cost in ("none", "right", "tiled"):
         kind = LinearTimes if load.cost == "right" else Tiled
-        cost = LinearCost(kind(num_stages, base=0.01, per_token=2e-4, per_position=1e-6))
+        rng = random.Random(f"prices {load.seed}")
+        prices = {
+            "base": rng.choice((0.0, 1e-3, 1e-2, 1e-2)),
+            "per_token": rng.choice((1e-5, 2e-4, 2e-3)),
+            "per_position": rng.choice((0.0, 1e-6, 1e-4)),
+            "per_pair": rng.choice((0.0, 1e-7, 1e-5)),
+        }
+        cost = LinearCost(kind(num_stages, **prices))
         return None if load.cost == "none" else cost, Scaled(cost, factors)
     wrong = {"dear": 1.3, "cheap": 0.7}.get(load.cost, 1.0)
     if load.cost == "one slow stage":

@@ -17,6 +17,8 @@ class Plan:
     next_position: int
     num_tokens: int
     """Known or on their way."""
+    num_prefill: int
+    """Tokens that were known when it was admitted."""
     blocks: list[BlockId]
     sampled_by: dict[int, int] = field(default_factory=dict)
     """Position of a token -> index of the microbatch that samples it."""
@@ -123,13 +125,13 @@ class PlanChecker:
         blocks = list(admission.blocks)
         assert len(set(blocks)) == len(blocks)
         self._hold(blocks, 1)
-        self.plans[request_id] = Plan(start, num_known, blocks)
+        self.plans[request_id] = Plan(start, num_known, num_known, blocks)
 
     def _chunk(self, chunk: Chunk, index: int) -> None:
         request_id, start, stop, new_blocks, _, num_logits, num_scored = chunk
         request, plan = self.requests[request_id], self.plans[request_id]
         if new_blocks:
-            assert not any([self.num_holders[block] for block in new_blocks]), "a block of another"
+            assert not any(self.num_holders[block] for block in new_blocks), "a block of another"
             self._hold(new_blocks, 1)
             plan.blocks += new_blocks
         assert start == plan.next_position < stop <= plan.num_tokens

@@ -5,29 +5,30 @@
 
 import pytest
 from load_runs import run
-from loads import make_load
+from loads import make_load, policy_of
 
 from pipeserve.core.policies import POLICIES
 
 QUICK, ALL = 150, 1000
 
 
-def serve(seed: int) -> None:
-    load = make_load(seed)
-    try:
-        run(load)
-    except Exception as error:
-        error.add_note(f"{load}\nalone: python bench/random_loads.py --first {seed} --loads 1")
-        raise
+def serve(policy: str, seeds: range) -> None:
+    for seed in seeds:
+        if policy_of(seed) != policy:
+            continue
+        load = make_load(seed)
+        try:
+            run(load)
+        except Exception as error:
+            error.add_note(f"{load}\nalone: python bench/random_loads.py --first {seed} --loads 1")
+            raise
 
 
-@pytest.mark.parametrize("place", range(len(POLICIES)), ids=list(POLICIES))
-def test_quick_loads(place):
-    for seed in range(place, QUICK, len(POLICIES)):
-        serve(seed)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_quick_loads(policy):
+    serve(policy, range(QUICK))
 
 
-@pytest.mark.parametrize("place", range(len(POLICIES)), ids=list(POLICIES))
-def test_more_loads(place):
-    for seed in range(QUICK + place, ALL, len(POLICIES)):
-        serve(seed)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_more_loads(policy):
+    serve(policy, range(QUICK, ALL))

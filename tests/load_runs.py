@@ -15,6 +15,8 @@ from made_up_profile import SHAPE, TRUE
 from model_stages import ModelStage
 from plan_checker import PlanChecker
 
+from pipeserve.configs.device_profiles import load_profile
+from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost import PipelineCost
 from pipeserve.core.device import DeviceProfile
 from pipeserve.core.engine import Engine
@@ -37,6 +39,7 @@ from pipeserve.profiling.simulator import SimulatedPipeline
 from pipeserve.profiling.stage_times import StageTimes
 
 MAX_EVENTS = 200_000
+GPU = load_profile("a100-80gb-dgx"), load_shape("falcon-180b")
 GARBAGE = (0.0, -1.0, nan, inf, 1e-300, 1e300, 1e-9, 1e9)
 
 
@@ -295,6 +298,8 @@ def _costs(load: Load, plan: PipelinePlan) -> tuple[CostModel | None, StageTimes
     wrong = {"dear": 1.3, "cheap": 0.7}.get(load.cost, 1.0)
     if load.cost == "one slow stage":
         factors[load.seed % num_stages] *= 3
+    if load.cost == "gpu":
+        return PipelineCost(*GPU, plan), Scaled(PipelineCost(*GPU, plan), factors)
     cost = PipelineCost(wrong_by(wrong), SHAPE, plan)
     return cost, Scaled(PipelineCost(TRUE, SHAPE, plan), factors)
 

@@ -16,10 +16,14 @@ from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.view import Limits
 
-COSTS = ("none", "none", "right", "tiled", "learning", "dear", "cheap", "one slow stage", "garbage")
-"""What the policy predicts with. `right` and `tiled` are the truth, which steps up at whole tiles;
-`learning` starts from the true profile, `dear` and `cheap` 30 % off it; with `one slow stage` the
-truth has one that the profile knows nothing of; `garbage` is told nonsense by its stages."""
+COSTS = (
+    *("none", "none", "right", "tiled", "gpu"),
+    *("learning", "dear", "cheap", "one slow stage", "garbage"),
+)
+"""What the policy predicts with. `right` and `tiled` are the truth, which goes by whole tiles in
+the second; `gpu` and `learning` start from the true profile, `dear` and `cheap` from one 30 % off;
+with `one slow stage` the truth has one that the profile knows nothing of; `garbage` is told
+nonsense by its stages."""
 CLOCKS = ("runs", "runs", "runs", "runs", "far on", "coarse", "stands still")
 
 
@@ -90,9 +94,11 @@ class Sender:
     def send(self, prompt: tuple[int, ...], max_tokens: int, **fields) -> Request:
         rng = self.rng
         prompt = prompt[: self.longest - 1]
+        if "num_imported" in fields:
+            fields["num_imported"] = min(fields["num_imported"], len(prompt) - 1)
         scored = rng.random() < self.score_share and not fields.get("num_imported")
         params = SamplingParams(
-            max_tokens=max(1, min(max_tokens, self.longest - len(prompt))),
+            max_tokens=max_tokens,
             min_tokens=rng.choice((0, 0, 2)),
             seed=len(self.sent),
             prompt_logprobs=0 if scored else None,
@@ -134,7 +140,8 @@ def equal_prompts(sender: Sender, num: int) -> None:
     prompt = sender.tokens(rng.randint(1, 64))
     for _ in range(num):
         tail = sender.tokens(rng.choice((0, 0, 0, 1, 5)))
-        sender.send(prompt + tail, rng.randint(1, 10), cache_salt=rng.choice(("", "", "", "own")))
+        salt, there = rng.choice(("", "", "", "own")), rng.choice((0, 0, 0, len(prompt) - 1))
+        sender.send(prompt + tail, rng.randint(1, 10), cache_salt=salt, num_imported=there)
         if rng.random() < 0.1:
             sender.pause(0.3)
 
@@ -176,9 +183,7 @@ def imports(sender: Sender, num: int) -> None:
     for _ in range(num):
         length = sender.rng.randint(1, 60)
         there = sender.rng.choice((length - 1, sender.rng.randrange(length)))
-        prompt = sender.tokens(min(length, sender.longest - 1))
-        there = min(there, len(prompt) - 1)
-        sender.send(prompt, sender.rng.randint(1, 20), num_imported=there)
+        sender.send(sender.tokens(length), sender.rng.randint(1, 20), num_imported=there)
         sender.pause(0.02)
 
 

@@ -129,7 +129,7 @@ def census(microbatches) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", ["chunked_only", "request_level", "vllm"])
-@checked(150)
+@checked(60)
 @given(scenario=scenarios())
 def test_prompts_and_decodes_never_share_a_microbatch(name, scenario):
     pipeline = play(get_policy(name), scenario)
@@ -137,7 +137,7 @@ def test_prompts_and_decodes_never_share_a_microbatch(name, scenario):
 
 
 @pytest.mark.parametrize("name", WORST_CASE)
-@checked(150)
+@checked(60)
 @given(scenario=scenarios())
 def test_who_reserves_the_worst_case_preempts_nobody(name, scenario):
     assert play(get_policy(name), scenario).engine.stats.preemptions == 0
@@ -353,7 +353,7 @@ def test_sarathi_2023_with_the_longest_chunk_is_orca_at_its_best():
     assert [step(engine) for _ in range(2)] == [{0: 3000}, {1: 2000, 0: 1}]
 
 
-@checked(150)
+@checked(60)
 @given(scenario=scenarios())
 def test_sarathi_2023_has_one_chunk_and_at_most_b_requests(scenario):
     pipeline = play(get_policy("sarathi"), scenario)

@@ -15,8 +15,10 @@ from pipeserve.stages.padding import pad_rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
+    "swish": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 """By Hugging Face's names."""

@@ -64,7 +64,7 @@ class Stage(nn.Module):
         shared = LayerInputs(
             plan=self.attention.prepare(inputs, kv, self.windows),
             rotations={
-                rope: make_rotation(positions_T, frequencies_h, x_TD.dtype)
+                rope: make_rotation(positions_T, frequencies_h, x_TD.dtype, rope.attention_factor)
                 for rope, frequencies_h in self.frequencies.items()
             },
         )

@@ -10,6 +10,8 @@ from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.leaf import Embedding, whole
 from pipeserve.stages.linear import Linear
 
+_HEAD = "lm_head"
+
 
 class TokenEmbedding(nn.Module):
     """`projection`: where the table is narrower than D. `positions`: a learned row for each
@@ -36,11 +38,21 @@ class TokenEmbedding(nn.Module):
         return x_TD
 
 
+def token_table(config: ModelConfig, size: int, table: str, scale: float = 1.0) -> Embedding:
+    """Rows of `size`. `table`: what the checkpoint calls it.
+
+    Of a tied embedding and head the checkpoint may hold either, which then serves as both, or both,
+    which may differ and are then used as they are: as transformers does (`tie_weights`).
+    """
+    instead = _HEAD if config.tie_word_embeddings else ""
+    source = [whole(table, config.vocab_size, instead)]
+    return Embedding(config.vocab_size, size, source, scale)
+
+
 def vocabulary(config: ModelConfig, size: int, table: str) -> Linear:
-    """[R, size] -> logits. A tied head is the embedding, which the checkpoint calls `table`; but
-    where it holds a head all the same, that may differ, and it is what transformers takes."""
-    name = table if config.tie_word_embeddings else "lm_head"
-    return Linear(size, config.vocab_size, [whole(name, config.vocab_size, rather="lm_head")])
+    """[R, size] -> logits. `table`: what the checkpoint calls the embedding."""
+    instead = table if config.tie_word_embeddings else ""
+    return Linear(size, config.vocab_size, [whole(_HEAD, config.vocab_size, instead)])
 
 
 class Head(nn.Module):

@@ -21,13 +21,13 @@ class Rows:
     of: int
     start: int
     stop: int
-    rather: str = field(default="", compare=False)
-    """The tensor that is read instead, where the checkpoint has one of this name."""
+    instead: str = field(default="", compare=False)
+    """The tensor that is read where the checkpoint has none of the name."""
 
 
-def whole(name: str, num_rows: int, rather: str = "") -> Rows:
+def whole(name: str, num_rows: int, instead: str = "") -> Rows:
     """All rows of a tensor."""
-    return Rows(name, num_rows, 0, num_rows, rather)
+    return Rows(name, num_rows, 0, num_rows, instead)
 
 
 class Leaf(nn.Module):
@@ -59,7 +59,9 @@ class Leaf(nn.Module):
 class Embedding(Leaf):
     """A table of rows; `scale` multiplies what is looked up, rounded to the table's dtype."""
 
-    def __init__(self, num_rows: int, size: int, source: str, scale: float = 1.0) -> None:
+    def __init__(
+        self, num_rows: int, size: int, source: str | Sequence[Rows], scale: float = 1.0
+    ) -> None:
         super().__init__((num_rows, size), source)
         self.scale = scale
 

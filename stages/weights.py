@@ -204,8 +204,9 @@ class Checkpoint:
 
     def _find(self, rows: Rows, part: str) -> _Entry:
         name = self._stored_name(f"{rows.name}.{part}")
-        if f"{rows.rather}.{part}" in self._shard_of:
-            name = f"{rows.rather}.{part}"
+        instead = self._stored_name(f"{rows.instead}.{part}")
+        if name not in self._shard_of and instead in self._shard_of:
+            name = instead
         path = self._shard_of.get(name)
         if path is None:
             raise ConfigError(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
+from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import qkv_width
 from pipeserve.stages.kv import PoolLayer
-from pipeserve.stages.leaf import Embedding, Rows
+from pipeserve.stages.leaf import Rows
 from pipeserve.stages.linear import Linear
 from pipeserve.stages.mlp import ACTIVATIONS, Mlp
 from pipeserve.stages.norms import LayerNorm
@@ -125,9 +125,8 @@ def _qkv_rows(config: FalconConfig, prefix: str) -> tuple[Rows, ...]:
 
 
 def _make_embedding(config: FalconConfig) -> TokenEmbedding:
-    return TokenEmbedding(
-        Embedding(config.vocab_size, config.hidden_size, "transformer.word_embeddings")
-    )
+    table = token_table(config, config.hidden_size, "transformer.word_embeddings")
+    return TokenEmbedding(table)
 
 
 def _make_head(config: FalconConfig) -> Head:

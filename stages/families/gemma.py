@@ -13,11 +13,10 @@ from pipeserve.errors import ConfigError
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig, RopeConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
+from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import gate_up_rows, qkv_rows, qkv_width
 from pipeserve.stages.kv import PoolLayer
-from pipeserve.stages.leaf import Embedding
 from pipeserve.stages.linear import Linear
 from pipeserve.stages.mlp import ACTIVATIONS, GatedMlp
 from pipeserve.stages.norms import OffsetRMSNorm
@@ -180,7 +179,7 @@ def _mlp(config: GemmaConfig, prefix: str) -> GatedMlp:
 
 def _make_embedding(config: GemmaConfig) -> TokenEmbedding:
     size = config.hidden_size
-    return TokenEmbedding(Embedding(config.vocab_size, size, "model.embed_tokens", size**0.5))
+    return TokenEmbedding(token_table(config, size, "model.embed_tokens", scale=size**0.5))
 
 
 def _make_head(config: GemmaConfig) -> Head:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig, RopeConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
+from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.kv import PoolLayer
-from pipeserve.stages.leaf import Embedding, Rows, whole
+from pipeserve.stages.leaf import Rows, whole
 from pipeserve.stages.linear import Linear
 from pipeserve.stages.mlp import ACTIVATIONS, Experts, GatedMlp
 from pipeserve.stages.norms import RMSNorm
@@ -151,7 +151,7 @@ def _experts(config: LlamaConfig, prefix: str) -> Experts:
 
 
 def make_embedding(config: ModelConfig) -> TokenEmbedding:
-    return TokenEmbedding(Embedding(config.vocab_size, config.hidden_size, "model.embed_tokens"))
+    return TokenEmbedding(token_table(config, config.hidden_size, "model.embed_tokens"))
 
 
 def make_head(config: ModelConfig) -> Head:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
+from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import qkv_rows, qkv_width
 from pipeserve.stages.kv import PoolLayer
@@ -93,7 +93,7 @@ def _attention(config: OPTConfig, prefix: str, attention: Attention) -> SelfAtte
 def _make_embedding(config: OPTConfig) -> TokenEmbedding:
     size, narrow = config.hidden_size, config.embedding_size
     return TokenEmbedding(
-        Embedding(config.vocab_size, narrow, f"{_DECODER}.embed_tokens"),
+        token_table(config, narrow, f"{_DECODER}.embed_tokens"),
         projection=Linear(narrow, size, f"{_DECODER}.project_in") if narrow != size else None,
         positions=Embedding(
             config.max_position_embeddings + _OFFSET, size, f"{_DECODER}.embed_positions"

@@ -150,6 +150,7 @@ def test_nothing_within_the_slo_writes_nothing(run, capsys, tmp_path):
         (["--slo-tbt", "1", "--gpus", "4", "-pp", "3"], "no layout of 4 GPUs has the sizes"),
         (["--slo-tbt", "1", "-pp", "8", "--max-model-len", "99"], "the shortest has 1708 tokens"),
         (["--slo-tbt", "1", "--rate", "-1"], "--rate is -1"),
+        (["--slo-tbt", "1", "--rate", "inf"], "--rate is inf"),
         (["--slo-tbt", "1"], "no room for KV"),
         (["--slo-tbt", "1e-6", "-pp", "8"], "on no layout is a turn"),
         (["--slo-tbt", "1", "--policy", "unform"], "there is no policy 'unform'"),

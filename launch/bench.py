@@ -6,7 +6,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain, count
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from rich.console import Console
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.launch.record import Records, context_notes, ring_notes, stage_shares
-from pipeserve.launch.tables import memory_table, run_table, stage_table
+from pipeserve.launch.tables import memory_table, print_notes, run_table, stage_table
 from pipeserve.launch.workload import Workload
 from pipeserve.profiling.recording import Recording
 from pipeserve.profiling.summary import (
@@ -69,12 +69,8 @@ def bench(
     StageError.
     """
     vocab_size = driver.shape.vocab_size
-    if encode is None:
-        workload.token_lengths()  # raises for text
-    items = [
-        replace(item, prompt=tuple(encode(item.prompt))) if isinstance(item.prompt, str) else item
-        for item in workload.with_ids(vocab_size)
-    ]
+    workload = workload.tokenized(encode)
+    items = workload.with_ids(vocab_size)
     for index, item in enumerate(items):
         check_fits(index, len(item.prompt), item.max_tokens, driver.max_model_len)
         if any(not 0 <= token < vocab_size for token in item.prompt):
@@ -188,7 +184,11 @@ def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, 
         "workload": workload.name,
         "kind": driver.setup.kind,
         "run_seconds": [run.summary.seconds for run in runs],
-        "notes": [*context_notes(driver.shape, driver.engine.limits), *median.notes],
+        "notes": [
+            *workload.notes,
+            *context_notes(driver.shape, driver.engine.limits),
+            *median.notes,
+        ],
         "config": asdict(driver.config),
     }
 
@@ -199,5 +199,4 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(stage_table(report["stages"]))
     if report["kind"] == "real":  # emulated stages hold nothing
         console.print(memory_table(report["stages"]))
-    for note in report["notes"]:
-        console.print(f"note: {note}")
+    print_notes(report, console)

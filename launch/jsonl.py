@@ -26,6 +26,8 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     if not any(map(str.strip, lines)):
         raise ConfigError(f"{path}: empty; give one JSON object a line")
+    if next(filter(str.strip, lines)).lstrip().startswith("["):
+        raise ConfigError(f"{path}: a JSON array, not JSONL; give one JSON object a line")
     for number, line in enumerate(lines):
         if not line.strip():
             continue

@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import replace
-from math import exp, sqrt
+from math import exp, inf, sqrt
 
 import pytest
 
@@ -362,6 +362,18 @@ def test_what_cannot_be_used_changes_nothing(cost):
     assert once.seconds[0] > before.seconds[0]
     cost.observe(7, 0, 1.0)  # a second time
     assert cost.predict(microbatch(11, decodes=[5])) == once
+
+
+@pytest.mark.parametrize("nonsense", [(1.7e308,), (1e300,), (5e-324,), (1.7e308, 5e-324)], ids=str)
+def test_nonsense_is_survived_and_what_is_right_is_learnt_after_it(cost, nonsense):
+    """A stage whose clock jumps."""
+    for index in range(2000):
+        expected = cost.predict(microbatch(index, decodes=[5] * (1 + index % 40))).seconds
+        assert all(0 < seconds < inf for seconds in expected)
+        for stage in range(2):
+            cost.observe(index, stage, nonsense[(index + stage) % len(nonsense)])
+    observed(cost, (2.0, 0.5), range(2000, 4000))
+    assert observed(cost, (2.0, 0.5), [4000]) == pytest.approx([2.0, 0.5], rel=0.02)
 
 
 def test_stages_may_report_in_any_order_and_some_never(cost):

@@ -48,6 +48,7 @@ class Record:
         "table",
         "token_from",
         "tokens",
+        "was_admitted",
     )
 
     def __init__(
@@ -72,6 +73,7 @@ class Record:
         self.last_token_s = arrived
         self.num_outstanding = 0
         self.running = False
+        self.was_admitted = False  # once, whatever came after
         self.prefilling = True  # until a chunk reaches the end of the known tokens
         self.finished = False
         self.is_decoding = False  # as `Queues` last counted it
@@ -146,6 +148,7 @@ class Record:
 
     def start(self, shared: list[BlockId]) -> None:
         """Admitted: goes on after what was imported, or else after the blocks that it shares."""
+        self.was_admitted = True
         self.table.share(shared)
         self.num_slots = self.table.num_slots
         self.num_planned = self.num_imported or self.num_slots

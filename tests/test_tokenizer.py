@@ -8,8 +8,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pipeserve.detokenizer import Detokenizer
 from pipeserve.errors import ConfigError
-from pipeserve.tokenizer import Detokenizer, StopStrings, Tokenizer
+from pipeserve.stop_strings import StopStrings
+from pipeserve.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -96,8 +96,8 @@ class Record:
     @property
     def matchable_keys(self) -> list[bytes]:
         """Keys of the blocks that may be shared: never all, the last token must be computed; and
-        none of a prompt whose positions are still to be scored."""
-        if self.num_unscored:
+        none of a prompt whose positions are still to be scored, or that is not to be shared."""
+        if self.num_unscored or self.request.params.skip_reading_prefix_cache:
             return []
         return self.keys[: (self.num_known - 1) // self.limits.block_size]
 

@@ -58,7 +58,7 @@ class Detokenizer:
         if data is None:
             text = self._end_bytes() + self._push_text(token_id)
         else:
-            text = self._without_begun(self._end_text() + self._utf8.decode(data))
+            text = self._without_begun(self._end_text() + self._take_bytes(data))
             self._window, self._num_read = [token_id], 1
         if self._joins_added:
             text = self._joined(token_id, text)
@@ -69,6 +69,14 @@ class Detokenizer:
         return self._end_text() + self._end_bytes()
 
     # ---- bytes ----------------------------------------------------------------------------------
+
+    def _take_bytes(self, data: bytes) -> str:
+        text = self._utf8.decode(data)
+        held, _ = self._utf8.getstate()
+        if held[:1] == b"\xed" and held[1:] >= b"\xa0":
+            # Half a surrogate pair: Python waits for the rest of it, which is no character either.
+            text += self._utf8.decode(b"", final=True)
+        return text
 
     def _begin(self, known: Sequence[int]) -> str:
         """Takes in a character that the prompt began, if it did. Whole, it is new text; what it is

@@ -177,8 +177,7 @@ class LLM:
         plain = plain_prompt(prompt)
         token_ids = self._encode(plain)
         if params.max_tokens is None:
-            room = self.driver.max_model_len - len(token_ids)
-            params = replace(params, max_tokens=max(1, room))  # too long a prompt is refused later
+            params = replace(params, max_tokens=self._room_behind(token_ids))
         return Request(
             id=RequestId(number),
             prompt=token_ids,
@@ -187,6 +186,13 @@ class LLM:
             bad_word_ids=bad_word_ids,
             cache_salt=plain.cache_salt,
         )
+
+    def _room_behind(self, prompt: Sequence[int]) -> int:
+        """Tokens until the context or the KV pool is full; 1 where there is no room, which the
+        driver refuses."""
+        limits = self.driver.engine.limits
+        longest = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
+        return max(1, longest - len(prompt))
 
     @cached_property
     def _eos_ids(self) -> tuple[int, ...]:

@@ -67,11 +67,13 @@ def _no_constant(name: str) -> None:
 def strict_line(value: Any, *, ascii_only: bool = False) -> str:
     """One line of JSON, without its newline, that every reader takes."""
     try:
-        line = json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False)
         line.encode()
     except ValueError:  # not finite, or no text: of such a line only
         value = _strict(value)
-        line = json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if ascii_only:
+        return json.dumps(value)
     return line if line.isascii() else line.translate(_ESCAPED)
 
 

@@ -47,7 +47,12 @@ class LLM:
 
         Raises ConfigError (unknown keyword, wrong value, wrong model) and StageError.
         """
-        self._serve(Driver(checkpoint_setup(make_config({}, {"model": model, **keywords}))))
+        driver = Driver(checkpoint_setup(make_config({}, {"model": model, **keywords})))
+        try:
+            self._serve(driver)
+        except BaseException:
+            driver.close()
+            raise
 
     @classmethod
     def on(cls, driver: Driver) -> "LLM":

@@ -122,6 +122,7 @@ def _read_items(path: Path) -> list[WorkItem]:
 
 def _parse_item(line: dict[str, Any]) -> WorkItem:
     check_keys(line, ["prompt", "prompt_token_ids", "max_tokens", "arrival_s"])
+    line = {key: value for key, value in line.items() if value is not None}
     prompt, ids = line.get("prompt"), line.get("prompt_token_ids")
     if (prompt is None) == (ids is None):
         raise ConfigError("a line has one of prompt and prompt_token_ids")

@@ -5,6 +5,7 @@ One prompt is text; a list of token ids; `{"prompt": text}` or `{"prompt_token_i
 tokenizer returns, a mapping with `input_ids`. Many prompts are a list of these.
 """
 
+import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,8 +59,9 @@ def plain_prompt(prompt: Any) -> PlainPrompt:
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """A conversation with every content as text: parts of text are joined by newlines, as vLLM
-    does. Raises ConfigError for parts of other kinds, by name."""
+    """A conversation as templates expect it, by vLLM's rules (`entrypoints/chat_utils.py`): every
+    content is text, of several parts joined by newlines; arguments of a tool call are an object,
+    which OpenAI's form writes as text. Raises ConfigError for parts of other kinds, by name."""
     return tuple(_plain_message(number, message) for number, message in enumerate(messages))
 
 
@@ -129,7 +131,28 @@ def _plain_message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
         )
     if content is not None:
         _checked_text(content, f"message {number}")
-    return {**message, **({"content": content} if "content" in message else {})}
+    plain = dict(message)
+    if plain.get("tool_calls"):
+        plain["tool_calls"] = [_plain_call(number, call) for call in plain["tool_calls"]]
+    else:
+        plain.pop("tool_calls", None)  # an empty list would take a template's other branch
+        content = content or ""  # many templates write None out
+    return {**plain, "content": content}
+
+
+def _plain_call(number: int, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ConfigError(f"message {number} has a tool call without function; give its name")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise ConfigError(
+                f"message {number} has a tool call whose arguments are no JSON: {arguments[:60]!r}"
+            ) from None
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _text_of(part: Any, place: str) -> str:

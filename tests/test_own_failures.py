@@ -81,6 +81,16 @@ def test_a_prompt_s_own_text_that_cannot_be_made(folder, breaks_at_x):
     assert whole.finish_reason == "length"
 
 
+@pytest.mark.parametrize("token", [-1, 2**32, 2**63])
+def test_an_id_that_no_tokenizer_can_take(folder, token):
+    """vllm#21951: what a broken kernel samples."""
+    driver = FakeDriver(folder, reply=lambda prompt: [97, token] if bytes(prompt) == b"1" else [])
+    broken, whole = LLM.on(driver).generate(["1", "2"], _greedy())
+    assert (broken.finish_reason, broken.text) == ("error", "a")
+    assert broken.error.startswith("no text can be made: ")
+    assert whole.finish_reason == "length"
+
+
 def test_ctrl_c_is_no_failure_of_a_request(folder, breaks_at_x):
     breaks_at_x(KeyboardInterrupt())
     driver = FakeDriver(folder, reply=_replies(b"abX"))

@@ -189,10 +189,41 @@ def test_other_parts_are_refused_by_name(asked, kind):
 
 
 def test_what_a_template_may_need_stays():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    """transformers' templates want the arguments of a call as an object, OpenAI sends text."""
+    function = {"name": "f", "arguments": '{"x": [1, "y"]}'}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": function}]}
     result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "4"}]}
-    assert plain_messages([call, result]) == (call, {**result, "content": "4"})
-    assert plain_messages([{"role": "assistant"}]) == ({"role": "assistant"},)
+    plain_call, plain_result = plain_messages([call, result])
+    assert plain_result == {**result, "content": "4"}
+    assert plain_call["content"] is None and plain_call["tool_calls"][0]["id"] == "1"
+    assert plain_call["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": [1, "y"]}}
+    assert function["arguments"] == '{"x": [1, "y"]}'  # the caller's own is as it was
+    for arguments in (None, "", {}):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        (plain,) = plain_messages([{"role": "assistant", "tool_calls": [call]}])
+        assert plain["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("message", [{}, {"content": None}, {"content": "", "tool_calls": []},
+                                     {"tool_calls": None}])  # fmt: skip
+def test_no_content_is_no_text(message):
+    """And not the word None, nor a branch of the template that looks for calls."""
+    assert plain_messages([{"role": "assistant", **message}]) == (
+        {"role": "assistant", "content": ""},
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"function": {"name": "f", "arguments": "{x"}}, "arguments are no JSON: '{x'"),
+        ({"id": "1"}, "a tool call without function"),
+        ("f()", "a tool call without function"),
+    ],
+)
+def test_a_tool_call_that_is_none(call, message):
+    with pytest.raises(ConfigError, match=f"message 0 has .*{message}"):
+        plain_messages([{"role": "assistant", "tool_calls": [call]}])
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def test_held_back_text_comes_when_it_was_no_stop_string():
         (["cd", "abcd", "bcd"], "zabcd", "z"),  # all at once: the one that begins first
         (["aab"], "aaab", "a"),
         (["abab", "aba"], "ababab", ""),
+        (["ababba"], "beforeabababbaafter", "beforeab"),  # streamsearch#19
+        (["\u4e16a"], "A \u4e16\u4e16ab", "A \u4e16"),
         (["a" * 300], "a" * 299 + "b" + "a" * 300, "a" * 299 + "b"),
     ],
 )

@@ -273,6 +273,25 @@ def test_added_tokens_are_decoded_as_the_tokenizer_does(tmp_path):
     assert "".join(_pieces(tokenizer, [97], ids)) == loaded.decode(ids[:-1])
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "sentencepiece", "hidden"])
+def test_ids_that_the_tokenizer_does_not_have(request, name):
+    """vllm#44682: a model has more rows than its tokenizer has tokens; in the prompt, too."""
+    tokenizer = request.getfixturevalue(name)
+    words = {"sentencepiece": [2, 3]}.get(name, b"ab")
+    assert (
+        "".join(_pieces(tokenizer, [1, 5000, 6000], [words[0], 5000, words[1], 6000]))
+        == (tokenizer.decode([1, *words])[len(tokenizer.decode([1])) :])
+    )
+
+
+def test_text_behind_broken_bytes(sentencepiece):
+    """vllm#17448: three bytes of a character and then a word is "Invalid prefix" to tokenizers."""
+    ids = [4 + byte for byte in b"\xf0\x9f\x8e"]
+    assert _pieces(sentencepiece, [1], [*ids, 2, *ids, 3]) == [
+        "", "", "", "\ufffd\ufffd\ufffd world", "", "", "", "\ufffd\ufffd\ufffd!", "",
+    ]  # fmt: skip
+
+
 # ---- special tokens ------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """vLLM's `SamplingParams`, field by field: each works as there, or is refused by its name."""
 
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from fake_driver import EOS, FakeDriver, byte_tokenizer
@@ -79,6 +81,14 @@ def _run(folder, reply, prompt="x", **params):
 def test_every_field_of_vllm_is_known():
     assert {item.name for item in fields(SamplingParams)} == WORKS.keys() | NOT_HERE | OLDER
     assert REFUSED.keys() == NOT_HERE | OLDER
+
+
+def test_the_page_names_every_field():
+    page = (Path(__file__).parent.parent / "docs" / "generate.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|") and "`" in line]
+    for names, words in ((WORKS, "work"), (NOT_HERE, "are refused"), (OLDER, "of older")):
+        (row,) = [row for row in rows if row.startswith(f"| {words}")]
+        assert set(re.findall(r"`(\w+)`", row)) == set(names)
 
 
 @pytest.mark.parametrize("name", WORKS)

@@ -90,6 +90,11 @@ class RunConfig:
         "Cost profile of the device, by name or file; what simulated and emulated stages go by.",
     )
     enable_prefix_caching: bool = _option(True, "Share KV blocks of equal prompt beginnings.")
+    generation_config: str = _option(
+        "auto",
+        "Where sampling parameters that are left out come from: auto is the model's "
+        "generation_config.json, vllm is vLLM's defaults, else a folder with such a file.",
+    )
     seed: int = _option(
         0, "From which requests that name no seed of their own get theirs.", least=0
     )

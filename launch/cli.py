@@ -52,6 +52,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code; errors meant for users are one line on stderr."""
     command = typer.main.get_command(app)
+    _take_all_text(sys.stdout)
     try:
         return command.main(arguments, prog_name="pipeserve", standalone_mode=False) or 0
     except UsageError as error:
@@ -119,10 +120,11 @@ def generate(
     """
     from pipeserve.launch import generate as verb
     from pipeserve.launch import prompts as given_prompts
-    from pipeserve.params import params_from
 
     run_config = _run_config(model, config, flags)
-    params = params_from(given(SamplingParams, flags, without="seed"), SamplingParams())
+    options = given(SamplingParams, flags, without="seed")
+    given_prompts.check_options(options)
+    wants_logprobs = bool({"logprobs", "prompt_logprobs"} & options.keys())
     if (prompt is None) == (prompts is None):
         raise ConfigError("give one of --prompt TEXT and --prompts FILE.jsonl")
     if output is not None and print_text:
@@ -130,17 +132,16 @@ def generate(
     if live and output is None and sys.stdout.isatty():
         raise ConfigError("--live takes the terminal, and so do the results; give --output FILE")
     _check_terminal(live, explain)
-    if print_text and _wants_logprobs(params):
+    if print_text and wants_logprobs:
         raise ConfigError("--print shows no logprobs; leave it out to have them in JSON")
     if resume and (prompts is None or output is None):
         raise ConfigError("--resume goes on with an --output file of --prompts; give both")
     if resume and overwrite:
         raise ConfigError("--resume keeps the output file, --overwrite replaces it; give one")
     if prompts is None:
-        lines = [given_prompts.one_prompt(prompt, params, chat)]
+        lines = [given_prompts.one_prompt(prompt, options, chat)]
     else:
-        lines = given_prompts.read_prompts(prompts, params, chat)
-    lines = given_prompts.with_seeds(lines, run_config.seed)
+        lines = given_prompts.read_prompts(prompts, options, chat)
     start = partial(
         starting.recorded_driver,
         run_config,
@@ -152,7 +153,7 @@ def generate(
     if output is not None:
         job = given_prompts.job_of(run_config, lines)
         return verb.write_to(output, job, lines, overwrite, resume, start, live)
-    if prompts is not None or _wants_logprobs(params):
+    if prompts is not None or wants_logprobs:
         write = verb.print_text if print_text else verb.print_json
         return verb.run(start, lines, write, live)
     with start() as (driver, records), records.shown() if live else nullcontext():
@@ -165,10 +166,6 @@ def generate(
 def _check_terminal(live: bool, explain: bool) -> None:
     if live and explain:
         raise ConfigError("--live and --explain both write to stderr; give one")
-
-
-def _wants_logprobs(params: SamplingParams) -> bool:
-    return params.logprobs is not None or params.prompt_logprobs is not None
 
 
 @app.command()
@@ -451,6 +448,12 @@ def _name_nearest(message: str) -> str:
     verbs = [command.callback.__name__ for command in app.registered_commands]
     nearest = get_close_matches(message.split("'")[1], verbs, n=1, cutoff=0.5)
     return f"{message} Did you mean {nearest[0]!r}?" if nearest else f"{message} Verbs: {verbs}"
+
+
+def _take_all_text(stream: Any) -> None:
+    """What the stream's encoding cannot say is escaped, as on stderr, instead of an error."""
+    if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, exit_code: int) -> int:

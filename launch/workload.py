@@ -218,6 +218,7 @@ def _parse_item(line: dict[str, Any]) -> WorkItem:
     if "output_tokens" in line and "max_tokens" not in line:  # so in vLLM's custom data sets
         line["max_tokens"] = line.pop("output_tokens")
     check_keys(line, ["prompt", "prompt_token_ids", "max_tokens", "arrival_s"])
+    line = {key: value for key, value in line.items() if value is not None}
     prompt, ids = line.get("prompt"), line.get("prompt_token_ids")
     if (prompt is None) == (ids is None):
         raise ConfigError("a line has one of prompt and prompt_token_ids")

@@ -239,7 +239,7 @@ class Engine:
                 told = record.prompt_logprobs
                 if told is not None:
                     told = record.tell_prompt_logprobs()
-                outputs.append(_new_output((record.id, token, reason, next(logprobs), told)))
+                outputs.append(_new_output((record.id, token, reason, next(logprobs), told, None)))
                 if reason is not None:
                     self._end(record)
                     continue

@@ -1,6 +1,5 @@
 """Work spread over processes, none of which outlives the command, however that ends."""
 
-import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -11,9 +10,8 @@ from multiprocessing import active_children, get_context
 from typing import Any, Protocol
 
 from pipeserve.errors import PipeserveError
+from pipeserve.launch.stage_process import end_with
 from pipeserve.launch.starting import exit_on_signals
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Run(Protocol):
@@ -36,7 +34,7 @@ def processes(num: int) -> Iterator[Run]:
         return
     exit_on_signals()
     pool = ProcessPoolExecutor(
-        num, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+        num, get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
     )
 
     def run(work: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -67,10 +65,3 @@ def _holding_ctrl_c_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with(parent: int) -> None:
-    """This process when its parent does, which may be killed: by then, or before this was said."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -16,16 +16,17 @@ class LoadWatch:
 
     def __init__(self, num_stages: int, now: float) -> None:
         self._num_stages = num_stages
-        self._weights: dict[int, control.Loading] = {}
+        self.weights: dict[int, control.Loading] = {}
+        """What each stage said of them last."""
         self._num_moved = [0] * num_stages
         self._progress_s = [now] * num_stages
 
     def take(self, loading: control.Loading, now: float) -> None:
         """What a stage says of its weights."""
-        before = self._weights.get(loading.stage)
+        before = self.weights.get(loading.stage)
         if before is None or loading.num_read > before.num_read:
             self._progress_s[loading.stage] = now
-        self._weights[loading.stage] = loading
+        self.weights[loading.stage] = loading
 
     def moved(self, stage: int, num_bytes: int, now: float) -> None:
         """What the kernel says of its process: how many so far."""
@@ -40,16 +41,16 @@ class LoadWatch:
 
     def how_far(self, stage: int) -> str:
         """One stage, in words."""
-        if stage not in self._weights:
+        if stage not in self.weights:
             return "before its first weight"
-        read = self._weights[stage]
+        read = self.weights[stage]
         return f"with {read.num_read / 1e9:.2f} of {read.num_bytes / 1e9:.2f} GB of weights read"
 
     def __str__(self) -> str:
         """What the stages together have read of their weights."""
-        if len(self._weights) < self._num_stages:  # what there is to read is not known yet
-            return f"starting stages: {len(self._weights)} of {self._num_stages} load weights"
-        done = sum(stage.num_read for stage in self._weights.values())
-        total = sum(stage.num_bytes for stage in self._weights.values())
+        if len(self.weights) < self._num_stages:  # what there is to read is not known yet
+            return f"starting stages: {len(self.weights)} of {self._num_stages} load weights"
+        done = sum(stage.num_read for stage in self.weights.values())
+        total = sum(stage.num_bytes for stage in self.weights.values())
         share = done / total if total else 1.0  # stages without layers have nothing to read
         return f"loading weights: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {share:.0%}"

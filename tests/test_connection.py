@@ -142,10 +142,10 @@ def test_both_ends_send_more_than_the_kernel_takes(ends):
     """Each has sent all before the other begins to receive."""
     here, ours, there, theirs = ends
     large = os.urandom(24 << 20)
-    for connection in (here, there):
-        connection.send(b"before")
-        connection.send(large)
-        connection.send(b"behind")
+    for end in (here, there):
+        end.send(b"before")
+        end.send(large)
+        end.send(b"behind")
     got = {here: [], there: []}
     deadline = time.monotonic() + 60
     while any(len(of) < 3 for of in got.values()):

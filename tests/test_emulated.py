@@ -431,11 +431,12 @@ def test_stages_of_two_machines_have_no_clock_in_common():
 def test_a_command_with_stages_on_two_machines_leaves_nothing_behind(monkeypatch, capsys, workload):
     hellos, welcome = [], Fleet._welcome
 
-    def from_two_machines(fleet, hello):
+    def from_two_machines(fleet, hello, source):
         hellos.append(msgspec.structs.replace(hello, boot_id=f"machine {hello.rank % 2}"))
-        welcome(fleet, hellos[-1])
+        welcome(fleet, hellos[-1], source)
 
     monkeypatch.setattr(Fleet, "_welcome", from_two_machines)
+    monkeypatch.setattr(Fleet, "_check_addresses", lambda fleet: None)  # they are on one
     assert cli.main(["bench", *RUN, "--workload", workload]) == 2
     assert "start all of them on one machine" in capsys.readouterr().err.splitlines()[-1]
     assert len(hellos) == 3

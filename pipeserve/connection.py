@@ -123,12 +123,13 @@ class Sources:
         """Its handshake is, either way."""
         self._unproved.pop(connection, None)
 
-    def drop_a_stranger(self, why: str) -> None:
+    def drop_a_stranger(self, why: str) -> bool:
         """The oldest, if there is one."""
         strangers = (connection for connection in self._unproved if connection.is_accepted)
         oldest = next(strangers, None)
         if oldest is not None:
             oldest.turn_away(why)
+        return oldest is not None
 
     def close(self) -> None:
         """And every source."""

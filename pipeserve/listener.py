@@ -77,16 +77,16 @@ class Listener:
             return False
         except OSError as error:
             if error.errno in _OUT_OF_FILES:
-                self._turn_one_away(listening)
-                return False
+                return self._make_room(listening)
             return True  # who was there is gone again
         Connection(accepted, self._sources, "", self)
         return True
 
-    def _turn_one_away(self, listening: socket.socket) -> None:
-        """There is no file descriptor left to take it in. It would be ready for ever, and this
-        process never sleep."""
-        self._sources.drop_a_stranger("no more files may be opened")
+    def _make_room(self, listening: socket.socket) -> bool:
+        """There is no file descriptor left to take in who waits: the oldest stranger goes, or else
+        who waits. Left there, it would be ready for ever, and this process never sleep."""
+        if self._sources.drop_a_stranger("no more files may be opened"):
+            return True
         os.close(self._spare)
         try:
             listening.accept()[0].close()
@@ -95,6 +95,7 @@ class Listener:
         finally:
             self._spare = os.open(os.devnull, os.O_RDONLY)
         self._sources.turned_away.note(self.name, "somebody", "no more files may be opened")
+        return False
 
     def takes(self, connection: Connection) -> bool:
         """Whether one that has proved itself is taken in."""

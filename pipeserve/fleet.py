@@ -82,8 +82,6 @@ class Fleet:
         """When a keeper got the first heartbeat that it has not answered."""
         self._hung_up_s: dict[Connection, float] = {}
         """When a keeper or a stage was found to have ended its connection."""
-        self._num_not_wanted = 0
-        self._last_not_wanted = ""
         self._loading = LoadWatch(num_ranks, inf)
         self._unread: list[Received] = []
         self._exited: control.StageExited | None = None
@@ -149,16 +147,17 @@ class Fleet:
                 missing = sorted(set(range(self.num_ranks)) - set(self.keepers))
                 raise StageError(
                     f"no keeper of {_ranks(missing)} joined {self.address} within {join_s:g} s"
-                    f"{self._who_was_not_wanted()}; start them with torchrun -m "
+                    f"{self._who_was_turned_away()}; start them with torchrun -m "
                     f"pipeserve.launch.keeper --control {self.address}, or raise --join-timeout"
                 )
             self.receive(min(left_s, 0.5))
         self._check_addresses()
 
-    def _who_was_not_wanted(self) -> str:
-        if not self._num_not_wanted:
+    def _who_was_turned_away(self) -> str:
+        turned_away = self._sources.turned_away
+        if not turned_away.counts:
             return ""
-        return f" ({self._num_not_wanted} turned away, the last one: {self._last_not_wanted})"
+        return f" ({turned_away.counts.total():,} were turned away, the last: {turned_away.last})"
 
     def _check_addresses(self) -> None:
         """Stages of several machines find each other by the addresses of their keepers."""
@@ -275,7 +274,7 @@ class Fleet:
                 try:
                     message = _DECODE[source.carries](payload)
                 except msgspec.DecodeError:
-                    source.turn_away(f"{source.carries}: what it says is not understood")
+                    source.turn_away("what it says is not understood")
                     break
                 self._note(Received(message, at_s), source, messages)
         self._returned_s = time.monotonic()
@@ -316,8 +315,6 @@ class Fleet:
     def _welcome(self, hello: control.KeeperHello, source: Connection) -> None:
         why = self._why_not(hello)
         if why:
-            self._num_not_wanted += 1
-            self._last_not_wanted = why
             source.send(control.encode(control.NotWanted(why)))
             source.turn_away(why)
             return

@@ -13,6 +13,8 @@ class TurnedAway:
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str, str]] = Counter()
         """By (port, address of the peer, why)."""
+        self.last = ""
+        """Why the last one was."""
 
     def note(self, port: str, peer: str, why: str) -> None:
         """One more."""
@@ -20,6 +22,7 @@ class TurnedAway:
         if kind not in self.counts and len(self.counts) >= _MOST_KINDS:
             kind = (port, "others", "they are too many to be told apart")
         self.counts[kind] += 1
+        self.last = why
         if self.counts[kind] == 1:
             print(f"warning: {peer} was turned away from {port}: {why}", file=sys.stderr)
 

@@ -1,6 +1,5 @@
 """Work spread over processes, none of which outlives the command, however that ends."""
 
-import ctypes
 import os
 import signal
 import time
@@ -12,9 +11,9 @@ from multiprocessing import active_children, get_context
 from typing import Any, Protocol
 
 from pipeserve.errors import PipeserveError
+from pipeserve.launch.stage_process import end_with
 from pipeserve.launch.starting import exit_on_signals
 
-_PR_SET_PDEATHSIG = 1
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REAPED_WITHIN_S = 0.005
 
@@ -39,7 +38,7 @@ def processes(num: int) -> Iterator[Run]:
         return
     exit_on_signals()
     pool = ProcessPoolExecutor(
-        num, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+        num, get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
     )
 
     def run(work: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -85,10 +84,3 @@ def _holding_signals_back() -> Iterator[None]:
             signal.signal(each, handlers[each])
         for each in came[:1]:
             signal.raise_signal(each)
-
-
-def _end_with(parent: int) -> None:
-    """This process when its parent does, which may be killed: by then, or before this was said."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)

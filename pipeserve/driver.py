@@ -19,8 +19,6 @@ from pipeserve.errors import CapacityError, StageError
 from pipeserve.fleet import Fleet, Received
 from pipeserve.setup import Setup
 
-_PING_S = 0.5
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageInfo:
@@ -67,10 +65,9 @@ class Driver:
         self._may_plan = False
         """Something came since the engine last had no plan; nothing else can give it one."""
         self._num_spans_due = 0
-        self._next_ping_s = 0.0
         self._ended: str | None = None
         self._requests: dict[RequestId, Request] = {}
-        self.fleet = Fleet(len(self.plan.stages), self.config.launcher, self.config.control)
+        self.fleet = Fleet(len(self.plan.stages), self.config)
         try:
             self.fleet.wait_for_keepers(on_progress)
             ready = self.fleet.start_stages(self._jobs(), on_progress)
@@ -99,7 +96,7 @@ class Driver:
                 num_stages=len(self.plan.stages),
                 module=self.setup.module,
                 work=work,
-                control=self.fleet.stages_address,
+                control=f"/{self.fleet.local_name}",
                 host=self.fleet.keepers[stage.ranks[0]].address,
                 traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
             )
@@ -170,12 +167,11 @@ class Driver:
                     self._num_spans_due -= 1
                     self.journal.computed(span)
                     self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
-                case control.Pong(rank, sent_s, remote_s):
+                case control.Pong(rank, sent_s, remote_s):  # of another machine
                     self.journal.pinged(Ping(rank, sent_s, remote_s, received.at_s))
         for output in outputs:
             if output.finish_reason is not None:
                 self._requests.pop(output.request_id, None)
-        self._ping()
         return outputs
 
     def _plan_all(self) -> None:
@@ -205,13 +201,6 @@ class Driver:
             Completed(result.index, waiting_s, received_s, time.monotonic()), outputs
         )
         return outputs
-
-    def _ping(self) -> None:
-        """Now and then, so that the clocks of other machines can be aligned; waits for nothing."""
-        now = time.monotonic()
-        if now >= self._next_ping_s:
-            self._next_ping_s = now + _PING_S
-            self.fleet.ping_remote()
 
     def settle(self, timeout_s: float = 2.0) -> None:
         """Let what is outstanding run out and take what the stages tell of it, when no request is

@@ -1,6 +1,6 @@
 """The stage process that computes: the model's layers on this machine, inside the stage's loop.
 
-python -m pipeserve.worker < job        (started by the keeper; the job is a StartStage message)
+Started by its keeper, which says what it is to do on standard input (control.Launch).
 """
 
 import os
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 
 import torch
-import zmq
 
 from pipeserve import control, links
 from pipeserve.control import StartStage, Step, StepChunk
@@ -70,7 +69,7 @@ class ModelCompute:
             self._next_report_s = now + _LOADING_REPORT_S
             self._tell(control.Loading(self._stage, num_read, num_bytes))
 
-    def take_in(self, step: Step, activations: list[zmq.Frame], seen_s: float) -> float:
+    def take_in(self, step: Step, activations: bytearray, seen_s: float) -> float:
         """They are there when they are seen."""
         return seen_s
 

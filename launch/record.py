@@ -47,9 +47,10 @@ class Records:
     shown: Callable[[], AbstractContextManager[None]]
     """While it is entered, the run is shown in the terminal (`--live`)."""
 
-    def recording(self) -> Recording:
-        """What the ring holds, on the driver's clock."""
-        return align(recording_of(self.ring, self.num_stages, self.meta)).recording
+    def recording(self, ring: Ring | None = None) -> Recording:
+        """What the ring holds, or one that was taken from it, on the driver's clock."""
+        kept = self.ring if ring is None else ring
+        return align(recording_of(kept, self.num_stages, self.meta)).recording
 
     def busy_shares(self, start_s: float, stop_s: float) -> list[float]:
         """Of each stage, of that time, or of its end where the ring does not hold all of it."""

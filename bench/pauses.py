@@ -6,8 +6,9 @@ LLaMA2-70B on emulated A100s, five stages of about 10 ms, some 64 decodes in a m
 two looks at what the stages said the driver takes up results, tells its records, hands out tokens
 and plans. Columns: milliseconds of its thread's CPU time from one look to the next, planning left
 out, and planning alone (wall time beside each: the machine's other work is in that), then the
-garbage collections by generation. CPU time hardly depends on what else the machine does; the
-stages only wait, so a run takes microbatches x 10 ms.
+garbage collections by generation. What comes before the first microbatch is not counted: nothing
+waits for the driver then. CPU time hardly depends on what else the machine does; the stages only
+wait, so a run takes microbatches x 10 ms.
 """
 
 import argparse
@@ -44,9 +45,6 @@ class Clock:
         self.wall_s.append(wall_s)
         self.cpu_s.append(cpu_s)
 
-    def clear(self) -> None:
-        del self.wall_s[:], self.cpu_s[:]
-
 
 class Collections:
     """Each garbage collection, while it is entered."""
@@ -76,7 +74,10 @@ class Watch:
 
     def __init__(self, driver: Driver) -> None:
         self.between, self.planning = Clock(), Clock()
-        self._left = self._now()
+        self.at_s = array("d")
+        """Of each look, when it was."""
+        self.began = self._now()
+        self._left = self.began
         self._planned = (0.0, 0.0)
         sources = driver.fleet._sources
         sources.ready = self._looking(sources.ready)
@@ -89,7 +90,9 @@ class Watch:
         def look(timeout_ms: int | None) -> list:
             (wall_s, cpu_s), (left_s, left_cpu_s) = self._now(), self._left
             planned_s, planned_cpu_s = self._planned
-            self.between.add(wall_s - left_s - planned_s, cpu_s - left_cpu_s - planned_cpu_s)
+            if self.planning.cpu_s:
+                self.between.add(wall_s - left_s - planned_s, cpu_s - left_cpu_s - planned_cpu_s)
+                self.at_s.append(wall_s - self.began[0])
             self._planned = (0.0, 0.0)
             found = ready(timeout_ms)
             self._left = self._now()
@@ -127,7 +130,9 @@ def rows(name: str, clock: Clock) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--microbatches", type=int, default=25_000)
-    parser.add_argument("--seqs", type=int, default=_DECODES * 6, help="requests that run at a time")
+    parser.add_argument(
+        "--seqs", type=int, default=_DECODES * 6, help="requests that run at a time"
+    )
     parser.add_argument("--policy", default="uniform")
     args = parser.parse_args()
     flags = {
@@ -162,6 +167,8 @@ def main() -> None:
     print(plain_table(["ms", "", "number", "P50", "P99", "P99.9", "most"], table))
     for name, clock in (("looks", watch.between), ("plans", watch.planning)):
         print(f"{sum(s > 2e-3 for s in clock.cpu_s):,} {name} over 2 ms of CPU time")
+    longest = sorted(zip(watch.between.cpu_s, watch.at_s, strict=True), reverse=True)[:6]
+    print("the longest: " + ", ".join(f"{1e3 * s:.1f} ms at {at_s:.0f} s" for s, at_s in longest))
     print(
         f"at the end: {tracked:,} tracked objects, {frozen:,} frozen; peak memory {peak:,} MiB; "
         f"the ring holds {len(records.ring):,} records"

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from pipeserve.driver import Driver
 
 _POLL_S = 0.5
+_ADDED_AT_ONCE = 16
+"""Requests of a burst, between two looks at what the stages say."""
 _WARMUP_REQUESTS = 8
 _WARMUP_TOKENS = 8
 
@@ -105,13 +107,14 @@ def replay(
     requests = dict(numbered)
     # Arrays, of which the garbage collector walks nothing while the run goes on.
     token_times_s = {request_id: array("d") for request_id in requests}
+    num_at_once = len(due)  # at first nothing is under way that would wait for the driver
     while due or driver.num_unfinished:
-        timeout_s = _POLL_S
-        while due:
-            timeout_s = due[0][1].arrival_s - (time.monotonic() - start_s)
-            if timeout_s > 0:
+        for _ in range(num_at_once):
+            if not due or due[0][1].arrival_s > time.monotonic() - start_s:
                 break
             driver.add(_request(*due.popleft(), salt))
+        num_at_once = _ADDED_AT_ONCE
+        timeout_s = due[0][1].arrival_s - (time.monotonic() - start_s) if due else _POLL_S
         outputs = driver.poll(min(max(timeout_s, 0.0), _POLL_S))
         now_s = time.monotonic()
         for output in outputs:

@@ -21,6 +21,7 @@ from pipeserve.core.records import Record, Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.core.view import Limits
 from pipeserve.errors import StageError
+from pipeserve.launch.collector import short_collections
 from pipeserve.launch.explain import explaining
 from pipeserve.launch.live import live_view
 from pipeserve.profiling.clocks import align
@@ -108,7 +109,7 @@ def recorded(
         to_lines(entry)
         to_view(entry)
 
-    with ExitStack() as files, open_driver(record) as driver:
+    with ExitStack() as files, open_driver(record) as driver, short_collections():
         meta = meta_of_driver(driver)
 
         def start_writing() -> None:

@@ -51,7 +51,7 @@ class ModelCompute:
             attention=share.attention,
             progress=self._report_loading,
         )
-        self.weight_bytes = self.model.num_parameters * self.dtype.itemsize
+        self.weight_bytes = self.model.num_bytes
         # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
         self.head, self.model.head = self.model.head, None
         self.kv = KVCache(
@@ -89,7 +89,7 @@ class ModelCompute:
             sent_s=end_s,
             cpu_s=end_cpu_s - turn.start_cpu_s,
             end_cpu_s=end_cpu_s,
-            num_bytes=self.links.send(turn.step.index, hidden),
+            num_bytes=self.links.send(turn.step.index, hidden.to(self.dtype)),
         )
 
     def _build_inputs(self, turn: Turn, is_first: bool) -> StageInputs:

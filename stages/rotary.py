@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeserve.stages.config import RopeConfig
 
 Rotation = tuple[Tensor, Tensor]
-"""(cos, signed sin) of each token, [T, 1, H]."""
+"""(cos, signed sin) of each token, float32 [T, 1, H]."""
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -36,9 +36,9 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
 
 
-def make_rotation(positions_T: Tensor, frequencies_h: Tensor, dtype: torch.dtype) -> Rotation:
+def make_rotation(positions_T: Tensor, frequencies_h: Tensor) -> Rotation:
     angles_Th = positions_T[:, None].float() * frequencies_h
-    cos_Th, sin_Th = angles_Th.cos().to(dtype), angles_Th.sin().to(dtype)
+    cos_Th, sin_Th = angles_Th.cos(), angles_Th.sin()
     return (
         torch.cat((cos_Th, cos_Th), -1)[:, None],
         torch.cat((-sin_Th, sin_Th), -1)[:, None],
@@ -46,7 +46,8 @@ def make_rotation(positions_T: Tensor, frequencies_h: Tensor, dtype: torch.dtype
 
 
 def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:
-    """Does not modify its arguments."""
+    """In float32. Does not modify its arguments."""
     cos_T1H, signed_sin_T1H = rotation
+    heads_TXH = heads_TXH.float()
     swapped_TXH = heads_TXH.roll(heads_TXH.shape[-1] // 2, -1)
     return (heads_TXH * cos_T1H).addcmul_(swapped_TXH, signed_sin_T1H)

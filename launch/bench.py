@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
-from pipeserve.errors import ConfigError
+from pipeserve.errors import ConfigError, StageError
 from pipeserve.launch.record import Records, context_notes, ring_notes, stage_shares
 from pipeserve.launch.tables import memory_table, print_notes, run_table, stage_table
 from pipeserve.launch.workload import Workload
@@ -114,6 +114,8 @@ def replay(
         outputs = driver.poll(min(max(timeout_s, 0.0), _POLL_S))
         now_s = time.monotonic()
         for output in outputs:
+            if output.error is not None:
+                raise StageError(f"request {output.request_id}: {output.error}")
             if output.token is not None:
                 token_times_s[output.request_id].append(now_s)
     return [

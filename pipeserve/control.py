@@ -244,6 +244,9 @@ class Sampled(_Message):
     """Parallel to `tokens`, or empty: (of the sampled token, the most likely ones)."""
     prompt_logprobs: list[tuple[float, list[tuple[int, float]]]]
     """Likewise of each scored prompt token, chunk after chunk."""
+    failed: dict[int, str] = {}
+    """Why, for each chunk (by its place in the step) that has no result; its entries above mean
+    nothing."""
 
 
 class Timing(_Message):
@@ -343,6 +346,7 @@ def step_result(sampled: Sampled) -> StepResult:
         tuple(sampled.tokens),
         tuple(None if entry is None else _token_logprobs(entry) for entry in sampled.logprobs),
         tuple(_token_logprobs(entry) for entry in sampled.prompt_logprobs),
+        sampled.failed,
     )
 
 

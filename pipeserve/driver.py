@@ -15,7 +15,7 @@ from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Ping, Recorder, ignore
-from pipeserve.errors import CapacityError, StageError
+from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.fleet import Fleet, Received
 from pipeserve.setup import Setup
 
@@ -108,9 +108,11 @@ class Driver:
     def add(self, request: Request) -> None:
         """Queue a request; `request.params.seed` must be set.
 
-        Raises CapacityError, and StageError when the pipeline has ended.
+        Raises CapacityError, ConfigError for token ids that the model does not have, and StageError
+        when the pipeline has ended.
         """
         self._check_open()
+        _check_token_ids(request, self.shape.vocab_size)
         if request.num_imported:
             raise CapacityError(
                 f"request {request.id} imports the KV of {request.num_imported} positions; stages "
@@ -235,3 +237,15 @@ class Driver:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _check_token_ids(request: Request, vocab_size: int) -> None:
+    """A stage would end at one that is not in its tables, and the run with it."""
+    allowed, bias = request.params.allowed_token_ids, request.params.logit_bias
+    for ids in (request.prompt, allowed or (), bias or (), *request.bad_word_ids):
+        for token in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"request {request.id}: {token} is no token id; this model's are 0 to "
+                    f"{vocab_size - 1}"
+                )

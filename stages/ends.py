@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.leaf import Embedding, whole
+from pipeserve.stages.leaf import Embedding, Leaf, whole
 from pipeserve.stages.linear import Linear
 
 _HEAD = "lm_head"
@@ -56,7 +56,11 @@ def vocabulary(config: ModelConfig, size: int, table: str) -> Linear:
 
 
 class Head(nn.Module):
-    """Final norm and projection, where there are any, and the logits, perhaps soft-capped."""
+    """Final norm and projection, where there are any, and the logits, perhaps soft-capped.
+
+    All of it in float32: in bf16 a logit of 25 is a multiple of 1/8, and of two likeliest tokens
+    that come out alike the lower id would win.
+    """
 
     def __init__(
         self,
@@ -70,12 +74,15 @@ class Head(nn.Module):
         self.norm, self.projection = norm, projection
         self.vocabulary = vocabulary
         self.softcap = softcap
+        for module in self.modules():
+            if isinstance(module, Leaf):
+                module.is_float32 = True
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """[R, D] -> [R, V] float32."""
         for part in (self.norm, self.projection):
             x_RD = x_RD if part is None else part(x_RD)
-        logits_RV = self.vocabulary(x_RD).float()
+        logits_RV = self.vocabulary(x_RD)
         if self.softcap is None:
             return logits_RV
         return torch.tanh(logits_RV / self.softcap) * self.softcap

@@ -37,6 +37,9 @@ class Leaf(nn.Module):
     tensor of that name as it is.
     """
 
+    is_float32 = False
+    """Kept in float32 whatever the run's dtype: small, or what the likeliest token hangs on."""
+
     def __init__(
         self, shape: tuple[int, ...], source: str | Sequence[Rows], has_bias: bool = False
     ) -> None:
@@ -51,13 +54,19 @@ class Leaf(nn.Module):
     def num_parameters(self) -> int:
         return math.prod(self.shape) + self.has_bias * self.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of what is set."""
+        return sum(part.nbytes for part in (self.weight, self.bias) if part is not None)
+
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Takes `weight`, of `shape`, and `bias` over."""
         self.weight, self.bias = weight, bias
 
 
 class Embedding(Leaf):
-    """A table of rows; `scale` multiplies what is looked up, rounded to the table's dtype."""
+    """A table of rows, looked up as float32; `scale` multiplies them, rounded to the table's dtype
+    as transformers does it."""
 
     def __init__(
         self, num_rows: int, size: int, source: str | Sequence[Rows], scale: float = 1.0
@@ -66,5 +75,7 @@ class Embedding(Leaf):
         self.scale = scale
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        rows_TD = F.embedding(ids_T, self.weight)
-        return rows_TD if self.scale == 1.0 else rows_TD * rows_TD.new_tensor(self.scale)
+        rows_TD = F.embedding(ids_T, self.weight).float()
+        if self.scale == 1.0:
+            return rows_TD
+        return rows_TD * self.weight.new_tensor(self.scale).float()

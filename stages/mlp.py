@@ -58,6 +58,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.router = router
+        router.is_float32 = True
         self.experts = nn.ModuleList(experts)
         self.num_taken = num_taken
         self.normalize = normalize
@@ -67,7 +68,6 @@ class Experts(nn.Module):
         weights_TA, taken_TA = likings_TE.topk(self.num_taken, -1)
         if self.normalize:
             weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
-        weights_TA = weights_TA.to(x_TD.dtype)
         out_TD = torch.zeros_like(x_TD)
         for number in taken_TA.unique().tolist():
             rows, place = torch.where(taken_TA == number)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeserve.stages.config import RopeConfig
 
 Rotation = tuple[Tensor, Tensor]
-"""(cos, signed sin) of each token, [T, 1, H or what is rotated of it]."""
+"""(cos, signed sin) of each token, float32 [T, 1, H or what is rotated of it]."""
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -68,12 +68,10 @@ def _ramp(low: float, high: float, length: int) -> Tensor:
     return ((torch.arange(length, dtype=torch.float32) - low) / rise).clamp(0, 1)
 
 
-def make_rotation(
-    positions_T: Tensor, frequencies_h: Tensor, dtype: torch.dtype, factor: float = 1.0
-) -> Rotation:
+def make_rotation(positions_T: Tensor, frequencies_h: Tensor, factor: float = 1.0) -> Rotation:
     """`factor` multiplies what is rotated."""
     angles_Th = positions_T[:, None].float() * frequencies_h
-    cos_Th, sin_Th = (x.mul_(factor).to(dtype) for x in (angles_Th.cos(), angles_Th.sin()))
+    cos_Th, sin_Th = angles_Th.cos().mul_(factor), angles_Th.sin().mul_(factor)
     return (
         torch.cat((cos_Th, cos_Th), -1)[:, None],
         torch.cat((-sin_Th, sin_Th), -1)[:, None],
@@ -81,8 +79,10 @@ def make_rotation(
 
 
 def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:
-    """Does not modify its arguments. Dimensions behind those of `rotation` stay as they are."""
+    """In float32. Does not modify its arguments. Dimensions behind those of `rotation` stay as they
+    are."""
     cos_T1H, signed_sin_T1H = rotation
+    heads_TXH = heads_TXH.float()
     size = cos_T1H.shape[-1]
     if size < heads_TXH.shape[-1]:
         return torch.cat((rotate(heads_TXH[..., :size], rotation), heads_TXH[..., size:]), -1)

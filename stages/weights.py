@@ -63,7 +63,8 @@ def load_stage(
         progress(0, num_bytes)
         checkpoint.on_read = lambda num_read: progress(num_read, num_bytes)
         for leaf in stage.leaves():
-            leaf.set(*(checkpoint.read(leaf.source, *part, dtype) for part in _parts(leaf)))
+            own = torch.float32 if leaf.is_float32 else dtype
+            leaf.set(*(checkpoint.read(leaf.source, *part, own) for part in _parts(leaf)))
     return stage
 
 

@@ -110,3 +110,15 @@ def test_reset_forgets_content_and_holders():
     pool.reset()
     assert pool.num_free == 2
     assert pool.match(keys_of([1, 2])) == []
+
+
+def test_what_is_withdrawn_is_found_no_more():
+    pool = BlockPool(4, 2)
+    held, left = filled(pool, [1, 2, 3, 4]), filled(pool, [7, 8])
+    left.clear()
+    pool.withdraw([*keys_of([1, 2, 3, 4]), *keys_of([7, 8]), *keys_of([5, 5])])
+    assert pool.match(keys_of([1, 2, 3, 4])) == pool.match(keys_of([7, 8])) == []
+    assert pool.num_free == 2
+    held.clear()
+    assert pool.num_free == 4
+    assert len(pool.allocate(4)) == 4

@@ -146,6 +146,17 @@ class BlockPool:
             self._is_cached[block] = True
             self._keys[block * KEY_BYTES : (block + 1) * KEY_BYTES] = key
 
+    def withdraw(self, keys: Iterable[bytes]) -> None:
+        """No later request finds these contents; who shares them already goes on."""
+        for key in keys:
+            block = self._cached.pop(key, None)
+            if block is None:
+                continue
+            del self._key_of[block]
+            if not self._holders[block]:
+                del self._idle[block]
+                self._free.append(block)
+
     def release(self, blocks: Sequence[BlockId]) -> None:
         """One holder fewer for each; `blocks` in position order.
 

@@ -210,6 +210,9 @@ class StepResult:
     """Parallel to `tokens`, or empty when no request of the microbatch asked for any."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each scored position, chunk after chunk in the microbatch's order."""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Why, for each chunk (by its place in the microbatch) that has no result; what stands for it
+    above means nothing."""
 
 
 class Output(NamedTuple):
@@ -218,12 +221,12 @@ class Output(NamedTuple):
     request_id: RequestId
     token: int | None
     finish_reason: str | None = None
-    """None while it goes on; "stop", "length", or what `finish` was called with."""
+    """None while it goes on; "stop", "length", "error", or what `finish` was called with."""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """With the first token of a request that asked for them: of each prompt token but the first."""
     error: str | None = None
-    """What went wrong, where `finish_reason` is "error"."""
+    """What went wrong and what helps, where `finish_reason` is "error"."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from pipeserve.launch.options import (
     Recipe,
     RecordTo,
     Scale,
+    TimeUnit,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code; errors meant for users are one line on stderr."""
     command = typer.main.get_command(app)
+    _take_all_text(sys.stdout)
     try:
         return command.main(arguments, prog_name="pipeserve", standalone_mode=False) or 0
     except UsageError as error:
@@ -118,10 +120,11 @@ def generate(
     """
     from pipeserve.launch import generate as verb
     from pipeserve.launch import prompts as given_prompts
-    from pipeserve.params import params_from
 
     run_config = _run_config(model, config, flags)
-    params = params_from(given(SamplingParams, flags, without="seed"), SamplingParams())
+    options = given(SamplingParams, flags, without="seed")
+    given_prompts.check_options(options)
+    wants_logprobs = bool({"logprobs", "prompt_logprobs"} & options.keys())
     if (prompt is None) == (prompts is None):
         raise ConfigError("give one of --prompt TEXT and --prompts FILE.jsonl")
     if output is not None and print_text:
@@ -129,17 +132,16 @@ def generate(
     if live and output is None and sys.stdout.isatty():
         raise ConfigError("--live takes the terminal, and so do the results; give --output FILE")
     _check_terminal(live, explain)
-    if print_text and _wants_logprobs(params):
+    if print_text and wants_logprobs:
         raise ConfigError("--print shows no logprobs; leave it out to have them in JSON")
     if resume and (prompts is None or output is None):
         raise ConfigError("--resume goes on with an --output file of --prompts; give both")
     if resume and overwrite:
         raise ConfigError("--resume keeps the output file, --overwrite replaces it; give one")
     if prompts is None:
-        lines = [given_prompts.one_prompt(prompt, params, chat)]
+        lines = [given_prompts.one_prompt(prompt, options, chat)]
     else:
-        lines = given_prompts.read_prompts(prompts, params, chat)
-    lines = given_prompts.with_seeds(lines, run_config.seed)
+        lines = given_prompts.read_prompts(prompts, options, chat)
     start = partial(
         starting.recorded_driver,
         run_config,
@@ -151,7 +153,7 @@ def generate(
     if output is not None:
         job = given_prompts.job_of(run_config, lines)
         return verb.write_to(output, job, lines, overwrite, resume, start, live)
-    if prompts is not None or _wants_logprobs(params):
+    if prompts is not None or wants_logprobs:
         write = verb.print_text if print_text else verb.print_json
         return verb.run(start, lines, write, live)
     with start() as (driver, records), records.shown() if live else nullcontext():
@@ -166,24 +168,23 @@ def _check_terminal(live: bool, explain: bool) -> None:
         raise ConfigError("--live and --explain both write to stderr; give one")
 
 
-def _wants_logprobs(params: SamplingParams) -> bool:
-    return params.logprobs is not None or params.prompt_logprobs is not None
-
-
 @app.command()
 @with_flags(*run_flags())
 def bench(
     model: Model = None,
     workload: Annotated[
-        str, typer.Option(help="JSONL of requests, CSV trace, or sharegpt, arxiv, azure-conv.")
+        str,
+        typer.Option(help="Prompts, conversations, a trace, or sharegpt, arxiv, azure-conv."),
     ] = "sharegpt",
     num_prompts: Annotated[
         int | None, typer.Option(help="Requests; all of a file, 64 of a distribution.")
     ] = None,
     scale: Scale = 1.0,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second (Poisson); by default all at once.")
+        float | None,
+        typer.Option(help="Requests a second (Poisson), inf: all at once; by default the file's."),
     ] = None,
+    time_unit: TimeUnit = None,
     repeat: Annotated[int, typer.Option(help="Runs; the median one is reported.", min=1)] = 1,
     json_file: JsonTo = None,
     record: RecordTo = None,
@@ -201,7 +202,7 @@ def bench(
 
     run_config = _run_config(model, config, flags)
     _check_terminal(live, explain)
-    work = read_workload(workload, num_prompts, scale, rate, run_config.seed)
+    work = read_workload(workload, num_prompts, scale, rate, run_config.seed, unit_s=time_unit)
     if json_file is not None:
         check_writable(json_file)
     with (
@@ -274,8 +275,10 @@ def simulate(
     num_prompts: NumLengths = None,
     scale: Scale = 1.0,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second (Poisson); by default the workload's.")
+        float | None,
+        typer.Option(help="Requests a second (Poisson), inf: all at once; by default the file's."),
     ] = None,
+    time_unit: TimeUnit = None,
     find_capacity: Annotated[
         bool,
         typer.Option(
@@ -328,7 +331,16 @@ def simulate(
         nodes=read_nodes(place),
         fast_network=fast_network,
     )
-    work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
+    work = read_workload(
+        workload,
+        num_prompts,
+        scale,
+        rate,
+        run_config.seed,
+        default_num=1000,
+        unit_s=time_unit,
+        timed=not find_capacity,
+    )
     if json_file is not None:
         check_writable(json_file)
     if find_capacity or wanted.pools or wanted.nodes:
@@ -383,7 +395,9 @@ def tune(
     from pipeserve.shapes import find_shape
 
     run_config = _run_config(model, config, flags)
-    work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
+    work = read_workload(
+        workload, num_prompts, scale, rate, run_config.seed, default_num=1000, timed=False
+    )
     if output is not None and output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; give --overwrite, or another --output")
     for path in filter(None, (output, json_file)):
@@ -434,6 +448,12 @@ def _name_nearest(message: str) -> str:
     verbs = [command.callback.__name__ for command in app.registered_commands]
     nearest = get_close_matches(message.split("'")[1], verbs, n=1, cutoff=0.5)
     return f"{message} Did you mean {nearest[0]!r}?" if nearest else f"{message} Verbs: {verbs}"
+
+
+def _take_all_text(stream: Any) -> None:
+    """What the stream's encoding cannot say is escaped, as on stderr, instead of an error."""
+    if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, exit_code: int) -> int:

@@ -30,10 +30,15 @@ _SAMPLING_HELP = MappingProxyType(
         "allowed_token_ids": "Sample only these token ids, such as 16,14.",
         "stop": "End before this text; may be given several times.",
         "stop_token_ids": "End at this token id; may be given several times.",
+        "include_stop_str_in_output": "Keep the stop string, or the stop token's text.",
         "ignore_eos": "Go on after the model's end-of-sequence token.",
         "logprobs": "Report, in JSON, this many log-probabilities at each position; 0: the "
-        "sampled one's.",
+        "sampled one's; -1: all.",
         "prompt_logprobs": "The same for each token of the prompt but the first.",
+        "detokenize": "Make text of tokens.",
+        "skip_special_tokens": "Leave special tokens out of the text.",
+        "spaces_between_special_tokens": "Keep what the tokenizer puts between added tokens.",
+        "skip_reading_prefix_cache": "Compute the prompt though the cache has its beginning.",
     }
 )
 
@@ -45,8 +50,8 @@ def run_flags() -> list[inspect.Parameter]:
 
 
 def sampling_flags() -> list[inspect.Parameter]:
-    """A flag for each field of SamplingParams but `seed`: `--seed` is the run's, from which each
-    request's follows."""
+    """A flag for each field of SamplingParams that is not refused, but `seed`: `--seed` is the
+    run's, from which each request's follows."""
     return _flags_of(SamplingParams, _SAMPLING_HELP, without="seed", panel="Sampling")
 
 
@@ -101,7 +106,7 @@ def _flags_of(
     return [
         _flag(item, hints[item.name], help_of[item.name], panel)
         for item in fields(noun)
-        if item.name != without
+        if item.name != without and "refused" not in item.metadata
     ]
 
 

@@ -4,10 +4,11 @@ A result is one JSON object: "index" (line of the file, from 0), the prompt as i
 its first sample "text", "token_ids", "finish_reason", and "logprobs" where asked for; then
 "num_prompt_tokens", "prompt_logprobs" where asked for (null for the first token), and, where `n` is
 over 1, "outputs": all samples, each with its "index" and the same keys. A prompt that cannot run
-has "error" instead. Logprobs are {"sampled": of the token itself, "top": {token id: logprob}}.
+has "error" instead; a sample that cannot go on has it too, beside the finish reason "error" and
+what there was until then. Logprobs are {"sampled": of the token itself, "top": {token id:
+logprob}}.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeserve.completion import Completion, CompletionOutput, Delta, completed
 from pipeserve.core.nouns import TokenLogprobs
 from pipeserve.errors import PipeserveError, StageError
-from pipeserve.launch.jsonl import ResultFile
+from pipeserve.launch.jsonl import ResultFile, has_error, strict_line
 from pipeserve.launch.prompts import PROMPT_KEYS, PromptLine
 from pipeserve.llm import LLM
 
@@ -35,11 +36,22 @@ Start = Callable[[], AbstractContextManager[tuple["Driver", "Records"]]]
 
 def stream_text(llm: LLM, line: PromptLine) -> int:
     """Write the text of one prompt to stdout as it comes. Returns the exit code."""
-    with closing(llm.stream(line.prompt, line.params)) as deltas:
-        for text in _sample_after_sample(deltas, line.params.n):
+    params = line.params(llm.get_default_sampling_params(), llm.driver.config.seed)
+    errors: list[str] = []
+    with closing(llm.stream([line.prompt], params)) as deltas:
+        for text in _sample_after_sample(_noting(errors, deltas), params.n):
             sys.stdout.write(text)
             sys.stdout.flush()
-    return 0
+    if errors:
+        print(f"error: {errors[0]}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _noting(errors: list[str], deltas: Iterable[Delta]) -> Iterator[Delta]:
+    for delta in deltas:
+        if delta.error is not None:
+            errors.append(delta.error)
+        yield delta
 
 
 def _sample_after_sample(deltas: Iterable[Delta], num_samples: int) -> Iterator[str]:
@@ -117,12 +129,15 @@ def write_results(
 
     A prompt that cannot run gets a result with "error", and the others go on. Returns the exit
     code: 0, or 1 if there was any such. `busy` gives each stage's busy share between two times.
-    Raises StageError, which then says how many results were written.
+    Raises StageError, which then says how many results were written, and ConfigError for sampling
+    that contradicts what the model's generation_config.json says.
     """
-    errors: list[PipeserveError] = []
+    errors: list[str] = []
+    defaults, run_seed = llm.get_default_sampling_params(), llm.driver.config.seed
+    params = [line.params(defaults, run_seed) for line in lines]
 
     def on_error(place: int, error: PipeserveError) -> None:
-        errors.append(error)
+        errors.append(str(error))
         write({"index": lines[place].index, **lines[place].shown, "error": str(error)})
         progress.advance()
 
@@ -130,13 +145,14 @@ def write_results(
     start_s = time.monotonic()
     show = shown or nullcontext
     with show(), _Progress(len(lines), hidden=shown is not None) as progress:
-        deltas = llm.stream(
-            [line.prompt for line in lines], [line.params for line in lines], on_error=on_error
-        )
+        deltas = llm.stream([line.prompt for line in lines], params, on_error=on_error)
         try:
             with closing(deltas):
                 for place, completion in completed(progress.counted(deltas)):
-                    write(_result(lines[place], completion))
+                    result = _result(lines[place], completion)
+                    write(result)
+                    if has_error(result):
+                        errors += [out.error for out in completion.outputs if out.error][:1]
                     num_done += 1
                     num_tokens += sum(len(output.token_ids) for output in completion.outputs)
                     progress.advance()
@@ -159,8 +175,9 @@ def write_results(
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """One line of JSON, flushed."""
-    print(json.dumps(result, ensure_ascii=False), flush=True)
+    """One line of JSON, flushed; in ASCII where standard output can take no more."""
+    ascii_only = sys.stdout.encoding.lower().replace("-", "") != "utf8"
+    print(strict_line(result, ascii_only=ascii_only), flush=True)
 
 
 def print_text(result: dict[str, Any]) -> None:
@@ -235,6 +252,8 @@ def _sample(output: CompletionOutput) -> dict[str, Any]:
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
     }
+    if output.error is not None:
+        sample["error"] = output.error
     if output.logprobs is not None:
         sample["logprobs"] = _as_json(output.logprobs)
     return sample

@@ -1,15 +1,23 @@
-"""JSON Lines in and out: input errors name file and line; results are on disk as soon as made."""
+"""JSON Lines in and out: input errors name file and line; results are on disk as soon as made.
+
+What is written is strict: no NaN, no half a surrogate pair, and no character but the newline at
+which a reader might end a line.
+"""
 
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeserve.errors import ConfigError, PipeserveError
+from pipeserve.errors import ConfigError, PipeserveError, one_line
+
+_BOM = "\ufeff"  # at the start of a file that Windows wrote, and within one that was put together
+_ESCAPED = {char: f"\\u{char:04x}" for char in (0x85, 0x2028, 0x2029)}  # line ends, to some readers
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -24,19 +32,64 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ConfigError(f"{path}: {error.strerror}; give a readable JSONL file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    lines = [line.lstrip(_BOM) for line in lines]
     if not any(map(str.strip, lines)):
         raise ConfigError(f"{path}: empty; give one JSON object a line")
+    if next(filter(str.strip, lines)).lstrip().startswith("["):
+        raise ConfigError(f"{path}: a JSON array, not JSONL; give one JSON object a line")
     for number, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object, parse_constant=_no_constant)
         except json.JSONDecodeError as error:
             reason = f"not JSON: {error.msg} at column {error.colno}"
             raise ConfigError(f"{path}:{number + 1}: {reason}") from None
+        except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits
+            raise ConfigError(f"{path}:{number + 1}: not JSON: {one_line(error)}") from None
         if not isinstance(value, dict):
             raise ConfigError(f'{path}:{number + 1}: not an object such as {{"prompt": "Hello"}}')
         yield number, value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose keys are there once: of two it would be a guess which is meant."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice!r} is there twice; give it once")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def strict_line(value: Any, *, ascii_only: bool = False) -> str:
+    """One line of JSON, without its newline, that every reader takes."""
+    try:
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        line.encode()
+    except ValueError:  # not finite, or no text: of such a line only
+        value = _strict(value)
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if ascii_only:
+        return json.dumps(value)
+    return line if line.isascii() else line.translate(_ESCAPED)
+
+
+def _strict(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, and U+FFFD for half a surrogate pair."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_strict(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return value
 
 
 def check_writable(path: Path) -> None:
@@ -80,9 +133,14 @@ def read_done(path: Path, job: str) -> Done:
                     "were others; give what it was begun with, or --overwrite, or another --output"
                 )
             indices.add(result["index"])
-            num_errors += "error" in result
+            num_errors += has_error(result)
             num_bytes += len(line)
     return Done(indices=frozenset(indices), num_errors=num_errors, num_bytes=num_bytes)
+
+
+def has_error(result: dict[str, Any]) -> bool:
+    """Whether the prompt, or one of its samples, could not be run to its end."""
+    return any("error" in part for part in (result, *result.get("outputs", ())))
 
 
 def _parse_result(line: bytes, place: str) -> dict[str, Any]:
@@ -154,8 +212,7 @@ class ResultFile:
             if self._replaces and os.fstat(self._file.fileno()).st_size:
                 self._file.truncate(0)
             self._replaces = False
-            line = json.dumps({**result, "job": self._job}, ensure_ascii=False)
-            self._file.write(line + "\n")
+            self._file.write(strict_line({**result, "job": self._job}) + "\n")
             self._file.flush()
         except OSError as error:
             raise PipeserveError(

@@ -2,9 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from pipeserve.core.nouns import Output, Request, TokenLogprobs
-from pipeserve.tokenizer import Detokenizer, StopStrings, Tokenizer
+from pipeserve.detokenizer import Detokenizer
+from pipeserve.errors import one_line
+from pipeserve.stop_strings import StopStrings
+from pipeserve.tokenizer import Tokenizer
+
+_RUST_PANIC = "PanicException"  # of `tokenizers`, and no Exception
 
 PromptLogprobs = tuple[TokenLogprobs | None, ...]
 """One for each token of the prompt. None for the first, which nothing precedes, as in vLLM."""
@@ -20,9 +26,11 @@ class CompletionOutput:
     """With the token that ended it, eos too, which `text` is without."""
     text: str
     finish_reason: str
-    """"stop" (eos, a stop id or a stop string) or "length" (max_tokens or the context)."""
+    """"stop" (eos, a stop id or a stop string), "length" (max_tokens or the context) or "error"."""
     logprobs: tuple[TokenLogprobs, ...] | None
     """One for each of `token_ids`; None when not asked for."""
+    error: str | None = None
+    """What went wrong with this sample alone, where `finish_reason` is "error"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +63,10 @@ class Completion:
     def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
         return self.outputs[0].logprobs
 
+    @property
+    def error(self) -> str | None:
+        return self.outputs[0].error
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
@@ -75,6 +87,8 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] | None
     prompt_logprobs: PromptLogprobs | None
     """In the first delta of sample 0, where they were asked for."""
+    error: str | None = None
+    """As CompletionOutput's, in the last one of the sample."""
 
 
 class Generation:
@@ -88,15 +102,28 @@ class Generation:
         self._sample = sample
         self._unfinished = unfinished
         self._request = request
-        self._detokenizer = Detokenizer(tokenizer, request.prompt)
-        self._stop_strings = StopStrings(request.params.stop)
+        self._tokenizer = tokenizer
+        params = request.params
+        self._stop_strings = StopStrings(params.stop, params.include_stop_str_in_output)
         self._num_tokens = 0
 
+    @cached_property
+    def _detokenizer(self) -> Detokenizer:
+        """Made with the first token, so that its errors are this request's too."""
+        return Detokenizer(self._tokenizer, self._request.prompt, self._request.params)
+
     def take(self, output: Output) -> Delta:
-        """The next delta. Its finish reason is "stop" too when a stop string was found; the
-        engine does not know of that, so the caller ends the request there."""
-        text = self._text(output)
-        finish_reason = "stop" if self._stop_strings.found else output.finish_reason
+        """The next delta. It may end the sample where the engine goes on, which knows nothing of
+        text: a stop string was found, or no text can be made. The caller ends the request then."""
+        finish_reason, error, text = output.finish_reason, output.error, ""
+        try:
+            text = self._text(output)
+        except BaseException as wrong:  # of a tokenizer, which may raise whatever it likes
+            if not isinstance(wrong, Exception) and type(wrong).__name__ != _RUST_PANIC:
+                raise
+            finish_reason, error = "error", f"no text can be made: {one_line(wrong)}"
+        if self._stop_strings.found:
+            finish_reason, error = "stop", None
         if finish_reason is not None:
             self._unfinished.discard(self._sample)
         logprobs = prompt_logprobs = None
@@ -114,22 +141,25 @@ class Generation:
             finished=not self._unfinished,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            error=error,
         )
 
     def _text(self, output: Output) -> str:
-        text = ""
-        ended_by_token = output.finish_reason == "stop" and output.token in self._request.stop_ids
+        """What is now safe to show: neither half a character, nor what may begin a stop string."""
+        params, text = self._request.params, ""
+        if not params.detokenize:
+            return ""
         if output.token is not None:
             self._num_tokens += 1
-            if not ended_by_token:
+            ends = output.finish_reason == "stop" and output.token in self._request.stop_ids
+            if not ends or params.include_stop_str_in_output:
                 text = self._detokenizer.push(output.token)
-        ends = output.finish_reason is not None
-        if ends:
+        is_last = output.finish_reason is not None
+        if is_last:
             text += self._detokenizer.flush()
-        if self._num_tokens <= self._request.params.min_tokens:
-            return text
-        text = self._stop_strings.push(text)
-        return text + self._stop_strings.flush() if ends else text
+        may_end = self._num_tokens > params.min_tokens
+        text = self._stop_strings.push(text, may_end=may_end)
+        return text + self._stop_strings.flush() if is_last else text
 
 
 @dataclass(slots=True)
@@ -167,6 +197,7 @@ def _join(deltas: list[Delta]) -> CompletionOutput:
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         text="".join(delta.text for delta in deltas),
         finish_reason=last.finish_reason,
+        error=last.error,
         logprobs=None
         if last.logprobs is None
         else tuple(entry for delta in deltas for entry in delta.logprobs or ()),

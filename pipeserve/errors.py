@@ -9,6 +9,8 @@ Every message is one line: the value, the limit, the remedy. Imports nothing, so
 the project may import it.
 """
 
+_LONGEST_QUOTE = 300  # characters; some errors quote their whole input
+
 
 class PipeserveError(Exception):
     """Base of every error that a user is meant to read."""
@@ -24,3 +26,10 @@ class CapacityError(PipeserveError):
 
 class StageError(PipeserveError):
     """A stage process could not start, died, or lost a neighbour."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, on one line and not too long; its name, where it says
+    nothing."""
+    text = " ".join(str(error).split())
+    return text[:_LONGEST_QUOTE] if text else type(error).__name__

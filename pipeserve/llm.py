@@ -3,13 +3,16 @@
     with LLM("smollm2-135m", pipeline_parallel_size=2) as llm:
         completions = llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=16))
 
-A prompt is text, a list of token ids, or a conversation (a list of dicts of `role` and `content`).
+A prompt is text, a list of token ids, or a conversation (a list of dicts of `role` and `content`);
+`prompt_forms.py` has all forms.
 """
 
 import contextlib
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from pipeserve.checkpoint import checkpoint_setup
@@ -18,10 +21,11 @@ from pipeserve.configs import make_config
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError, PipeserveError
+from pipeserve.generation_config import default_params, eos_token_ids
 from pipeserve.params import check_leaves_a_token, check_params, seeded
+from pipeserve.prompt_forms import PlainPrompt, Prompt, as_prompts, plain_prompt
 from pipeserve.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 OnError = Callable[[int, PipeserveError], None]
 
 _POLL_S = 0.5  # how long one wait lasts while nothing becomes known; no token waits for it
@@ -43,7 +47,12 @@ class LLM:
 
         Raises ConfigError (unknown keyword, wrong value, wrong model) and StageError.
         """
-        self._serve(Driver(checkpoint_setup(make_config({}, {"model": model, **keywords}))))
+        driver = Driver(checkpoint_setup(make_config({}, {"model": model, **keywords})))
+        try:
+            self._serve(driver)
+        except BaseException:
+            driver.close()
+            raise
 
     @classmethod
     def on(cls, driver: Driver) -> "LLM":
@@ -55,20 +64,27 @@ class LLM:
     def _serve(self, driver: Driver) -> None:
         self.driver = driver
         self.tokenizer = Tokenizer(driver.model_folder)
+        self._default_params = default_params(driver.config, driver.model_folder)
         self._calls: dict[RequestId, _Call] = {}
+        self._abandoned: deque[RequestId] = deque()
+        self._is_within = False
+        self._thread: int | None = None
+        """Which called the driver last, and whether it is still within."""
         self._num_requests = 0
 
     # ---- what users call ------------------------------------------------------------------------
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | Mapping[str, Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """The completions of one or many prompts, in the order of the prompts, each with its
         `SamplingParams.n` samples.
 
-        `sampling_params` is one for all or one for each. All or nothing: an empty or too long
+        `sampling_params` is one for all or one for each; None is the model's own
+        (`get_default_sampling_params`). A sample that cannot go on, because no text can be made of
+        its tokens, say, has the finish reason "error". All or nothing: an empty or too long
         prompt is a CapacityError that names its index, and nothing of the call is run. Raises
         ConfigError for wrong parameters, StageError when a stage dies.
         """
@@ -85,7 +101,7 @@ class LLM:
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | Mapping[str, Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_error: OnError | None = None,
@@ -107,6 +123,11 @@ class LLM:
         finally:
             self._abandon(call)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` goes by without any: of the model's generation_config.json, unless
+        `generation_config` says otherwise."""
+        return self._default_params
+
     def close(self) -> None:
         """End every process of the pipeline. Safe to call twice."""
         self.driver.close()
@@ -120,8 +141,8 @@ class LLM:
     # ---- submitting -----------------------------------------------------------------------------
 
     def _submit(self, call: _Call, prompts: Any, params: Any, on_error: OnError | None) -> None:
-        prompts = _as_prompts(prompts)
-        pairs = zip(prompts, _as_params(params, len(prompts)), strict=True)
+        prompts = as_prompts(prompts)
+        pairs = zip(prompts, self._as_params(params, len(prompts)), strict=True)
         for index, (prompt, own) in enumerate(pairs):
             try:
                 self._add(call, index, self._request(self._next_number(), prompt, own))
@@ -139,12 +160,12 @@ class LLM:
         unfinished = set(range(first.params.n))
         for sample in range(first.params.n):
             request = self._sample(first, sample)
-            self.driver.add(request)
+            self._within(self.driver.add, request)
             generation = Generation(index, sample, unfinished, request, self.tokenizer)
             call.running[request.id] = generation
             self._calls[request.id] = call
 
-    def _request(self, number: int, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(self, number: int, prompt: Any, params: SamplingParams) -> Request:
         """The first sample of a prompt, but for its seed."""
         params = check_params(params, self.driver.model_config.vocab_size)
         if params.stop and not self.tokenizer.exists:
@@ -152,17 +173,36 @@ class LLM:
                 f"stop is {params.stop!r}, but {self.driver.model_folder} has no tokenizer; "
                 "use stop_token_ids"
             )
-        eos = () if params.ignore_eos else self.driver.model_config.eos_token_ids
+        if params.detokenize:
+            self.tokenizer.load()
+        eos = () if params.ignore_eos else self._eos_ids
         stop_ids = frozenset((*params.stop_token_ids, *eos))
         bad_word_ids = self._bad_word_ids(params)
         check_leaves_a_token(params, stop_ids, bad_word_ids)
+        plain = plain_prompt(prompt)
+        token_ids = self._encode(plain)
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=self._room_behind(token_ids))
         return Request(
             id=RequestId(number),
-            prompt=tuple(self._encode(prompt)),
+            prompt=token_ids,
             params=params,
             stop_ids=stop_ids,
             bad_word_ids=bad_word_ids,
+            cache_salt=plain.cache_salt,
         )
+
+    def _room_behind(self, prompt: Sequence[int]) -> int:
+        """Tokens until the context or the KV pool is full; 1 where there is no room, which the
+        driver refuses."""
+        limits = self.driver.engine.limits
+        longest = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
+        return max(1, longest - len(prompt))
+
+    @cached_property
+    def _eos_ids(self) -> tuple[int, ...]:
+        """Not before it is needed, for it needs the tokenizer."""
+        return eos_token_ids(self.driver.config, self.driver.model_config, self.tokenizer)
 
     def _sample(self, first: Request, sample: int) -> Request:
         """The request of one sample: its own id and seed. The first one computes the prompt, whose
@@ -186,57 +226,73 @@ class LLM:
         vocab_size = self.driver.model_config.vocab_size
         return tuple(ids for ids in words if max(ids) < vocab_size)  # others cannot be sampled
 
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
+    def _encode(self, prompt: PlainPrompt) -> tuple[int, ...]:
         """Checked whoever made the ids: a tokenizer may know more of them than the model does."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        elif prompt and all(isinstance(part, dict) for part in prompt):
-            ids = self.tokenizer.encode_chat(prompt)
-        else:
-            ids = prompt
+        ids: Sequence[int] = prompt.token_ids or ()
+        if prompt.text is not None:
+            ids = self.tokenizer.encode(prompt.text)
+        elif prompt.messages is not None:
+            ids = self.tokenizer.encode_chat(prompt.messages)
         vocab_size = self.driver.model_config.vocab_size
         for token in ids:
-            if type(token) is not int or not 0 <= token < vocab_size:
+            if not 0 <= token < vocab_size:
                 raise ConfigError(
                     f"{token!r} is no token id; this model's are 0 to {vocab_size - 1}"
                 )
-        return ids
+        return tuple(ids)
+
+    def _as_params(self, params: Any, num_prompts: int) -> list[SamplingParams]:
+        """One for all prompts or one for each, as one for each; None is the model's own."""
+        given = list(params) if isinstance(params, (list, tuple)) else [params] * num_prompts
+        if len(given) != num_prompts:
+            raise ConfigError(
+                f"{len(given)} sampling_params for {num_prompts} prompts; give one, or one for each"
+            )
+        for own in given:
+            if own is not None and not isinstance(own, SamplingParams):
+                raise ConfigError(
+                    f"sampling_params are of type {type(own).__name__}; give "
+                    "pipeserve.SamplingParams, one or a list"
+                )
+        return [self._default_params if own is None else own for own in given]
 
     # ---- running --------------------------------------------------------------------------------
 
     def _poll(self) -> None:
         """Let the driver work, and put what became known into the inbox of its call."""
-        for output in self.driver.poll(_POLL_S):
+        self._end_abandoned()
+        for output in self._within(self.driver.poll, _POLL_S):
             call = self._calls.get(output.request_id)
             if call is None:
-                continue  # of a request that a stop string ended within this very batch
+                continue  # of a request that ended within this very batch, or was abandoned
             delta = call.running[output.request_id].take(output)
             call.inbox.append(delta)
             if delta.finish_reason is not None:
-                del call.running[output.request_id], self._calls[output.request_id]
+                call.running.pop(output.request_id, None)
+                self._calls.pop(output.request_id, None)
                 if output.finish_reason is None:
-                    self.driver.finish(output.request_id, delta.finish_reason)
+                    self._within(self.driver.finish, output.request_id, delta.finish_reason)
+
+    def _within(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a method of the driver, during which nothing else may: Python may collect a dropped
+        stream at any moment, on any thread, and close it there."""
+        self._is_within, self._thread = True, threading.get_ident()
+        try:
+            return method(*arguments)
+        finally:
+            self._is_within = False
 
     def _abandon(self, call: _Call) -> None:
+        """Ends what still runs of a call: now, or with the next poll where this comes from within
+        the driver or from a thread that is not its own."""
         for request_id in call.running:
-            del self._calls[request_id]
+            self._calls.pop(request_id, None)
+            self._abandoned.append(request_id)
+        if not self._is_within and self._thread == threading.get_ident():
+            self._end_abandoned()
+
+    def _end_abandoned(self) -> None:
+        while self._abandoned:
+            request_id = self._abandoned.popleft()
             with contextlib.suppress(PipeserveError):  # a dead stage was reported already
-                self.driver.finish(request_id, "abort")
-
-
-def _as_prompts(prompts: Any) -> list[Prompt]:
-    """One prompt or many, as many. A list of numbers or of dicts is one prompt."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, dict))):
-        return [prompts]
-    return list(prompts)
-
-
-def _as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
-    """One for all prompts or one for each, as one for each."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    if len(params) != num_prompts:
-        raise ConfigError(
-            f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one for each"
-        )
-    return list(params)
+                self._within(self.driver.finish, request_id, "abort")

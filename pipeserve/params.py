@@ -11,52 +11,75 @@ from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError
 
 PARAM_NAMES = tuple(item.name for item in fields(SamplingParams))
+REFUSED = {item.name: item.metadata["refused"] for item in fields(SamplingParams) if item.metadata}
+"""Of vLLM's parameters those that are not here, and why."""
+_DEFAULTS = {item.name: item.default for item in fields(SamplingParams)}
+_MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 _MAX_SEED = 2**63 - 1  # what a 64-bit field of a message carries
 _MAX_COUNT = 2**31 - 1
 _MAX_SAMPLES = 16384  # as vLLM's VLLM_MAX_N_SEQUENCES
 _MAX_LOGPROBS = 256  # of each position, all of which the driver holds until the request ends
+_MAX_DIGITS = 10  # of a token id, which is 31 bits at most
 _MAX_BIAS = 100  # as OpenAI's; what is to be banned, or alone allowed, has fields of its own
 
 
 def params_from(values: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
-    """`defaults` with `values` (of a JSON object) in their place, checked.
+    """`defaults` with `values` (of a JSON object) in their place, checked. null is as if absent.
 
     Raises ConfigError for an unknown key (the nearest is named) and for what `check_params` does.
     """
     check_keys(values, list(PARAM_NAMES))
-    return check_params(replace(defaults, **values))
+    given = {name: value for name, value in values.items() if value is not None}
+    return check_params(replace(defaults, **given))
 
 
 def check_params(params: SamplingParams, vocab_size: int | None = None) -> SamplingParams:
-    """`params` with lists made tuples, a single stop string too, keys of `logit_bias` numbers, and
-    a `top_k` of -1 (all, as some write it) 0.
+    """`params` with defaults for None, lists made tuples, a single stop string too, keys of
+    `logit_bias` numbers, and what vLLM writes as -1: a `top_k` of all is 0, no seed None.
 
-    Raises ConfigError (name, value, limit) for a wrong type, a value out of range, and values that
-    contradict each other. `vocab_size` bounds token ids, where the model is known.
+    Raises ConfigError (name, value, limit) for a wrong type, a value out of range, values that
+    contradict each other, and what is not here at all. `vocab_size` bounds token ids, and is how
+    many log-probabilities -1 asks for, where the model is known.
     """
+    params = _without_none(params)
     stop = (params.stop,) if isinstance(params.stop, str) else params.stop
     allowed = params.allowed_token_ids
     params = replace(
         params,
         top_k=0 if params.top_k == -1 else params.top_k,
+        seed=None if params.seed == -1 else params.seed,
+        logprobs=_all_of(params.logprobs, vocab_size),
+        prompt_logprobs=_all_of(params.prompt_logprobs, vocab_size),
         stop=_tuple_of(str, "stop", stop),
         stop_token_ids=_tuple_of(int, "stop_token_ids", params.stop_token_ids),
         bad_words=_tuple_of(str, "bad_words", params.bad_words),
         allowed_token_ids=None if allowed is None else _tuple_of(int, "allowed_token_ids", allowed),
         logit_bias=_bias_of(params.logit_bias),
     )
-    _check_counts(params)
+    _check_counts(params, vocab_size)
     _check_numbers(params)
     _check_texts(params)
     _check_token_ids(params, vocab_size)
-    if type(params.ignore_eos) is not bool:
-        raise ConfigError(f"ignore_eos is {params.ignore_eos!r}, must be true or false")
     if params.n > 1 and params.temperature == 0:
         raise ConfigError(
             f"n is {params.n} at temperature 0, which gives one text {params.n} times; "
             "raise the temperature or leave n out"
         )
     return params
+
+
+def _without_none(params: SamplingParams) -> SamplingParams:
+    """Raises ConfigError for a parameter that is refused by its name."""
+    for name, why in REFUSED.items():
+        if getattr(params, name) is not None:
+            raise ConfigError(f"{name} is a parameter of vLLM that pipeserve does not take: {why}")
+    unset = [name for name in PARAM_NAMES if getattr(params, name) is None]
+    unset = {name: _DEFAULTS[name] for name in unset if name not in _MAY_BE_NONE}
+    return replace(params, **unset)
+
+
+def _all_of(count: Any, vocab_size: int | None) -> Any:
+    return vocab_size if count == -1 and vocab_size is not None else count
 
 
 def check_leaves_a_token(
@@ -86,7 +109,7 @@ def seeded(
     return replace(params, seed=int.from_bytes(digest, "little") & _MAX_SEED)
 
 
-def _check_counts(params: SamplingParams) -> None:
+def _check_counts(params: SamplingParams, vocab_size: int | None) -> None:
     limits = {
         "n": (1, _MAX_SAMPLES),
         "max_tokens": (1, _MAX_COUNT),
@@ -98,13 +121,16 @@ def _check_counts(params: SamplingParams) -> None:
     }
     for name, (least, most) in limits.items():
         value = getattr(params, name)
-        if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
+        if value is None and name in _MAY_BE_NONE:
             continue
         if type(value) is not int:
             raise ConfigError(f"{name} is {value!r}, must be a whole number")
+        if most == _MAX_LOGPROBS and value in (-1, vocab_size):
+            continue
         if not least <= value <= most:
-            raise ConfigError(f"{name} is {value}, must be {least} to {most}")
-    if params.min_tokens > params.max_tokens:
+            also = "; or -1, all" if most == _MAX_LOGPROBS else ""
+            raise ConfigError(f"{name} is {value}, must be {least} to {most}{also}")
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise ConfigError(
             f"min_tokens is {params.min_tokens}, over max_tokens {params.max_tokens}; "
             "lower the one or raise the other"
@@ -134,6 +160,17 @@ def _check_numbers(params: SamplingParams) -> None:
 
 
 def _check_texts(params: SamplingParams) -> None:
+    for item in fields(SamplingParams):
+        value = getattr(params, item.name)
+        if type(item.default) is bool and type(value) is not bool:
+            raise ConfigError(f"{item.name} is {value!r}, must be true or false")
+    if params.stop and not params.detokenize:
+        raise ConfigError(
+            f"stop is {params.stop!r}, but detokenize is false: no text is made; use stop_token_ids"
+        )
+    for name in ("stop", "bad_words"):
+        if not all(map(is_text, getattr(params, name))):
+            raise ConfigError(f"{name} has half a surrogate pair, which is no text; leave it out")
     if "" in params.stop:
         raise ConfigError("stop has an empty string, which ends every text at once; leave it out")
     if not all(word.strip() for word in params.bad_words):
@@ -154,8 +191,16 @@ def _check_token_ids(params: SamplingParams, vocab_size: int | None) -> None:
             raise ConfigError(f"{name} is {count}, the vocabulary has {vocab_size} tokens")
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can say it: a JSON escape or a file name may hold half a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # a whole number over every float
+        return False
 
 
 def _bias_of(given: Any) -> dict[int, float] | None:
@@ -166,7 +211,7 @@ def _bias_of(given: Any) -> dict[int, float] | None:
         raise ConfigError(f"logit_bias is {given!r}, must map token ids to numbers")
     bias = {}
     for token, value in given.items():
-        if isinstance(token, str) and token.isdecimal():
+        if isinstance(token, str) and token.isdecimal() and len(token) <= _MAX_DIGITS:
             token = int(token)
         if type(token) is not int:
             raise ConfigError(f"logit_bias has {token!r}, which is no token id")

@@ -1,18 +1,20 @@
-"""Text in, text out: the checkpoint's own tokenizer, and text that grows token by token.
+"""Text in, text out: the checkpoint's own tokenizer. `detokenizer.py` has text that grows.
 
 transformers is imported only when text is needed; a folder without a tokenizer serves ids.
 """
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeserve.errors import ConfigError
+from pipeserve.errors import ConfigError, one_line
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-_UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no whole UTF-8 character
-_CONTEXT_TOKENS = 5  # prompt tokens that the first decode sees; as many as vLLM and TGI take
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how sentencepiece writes a byte
 
 
 class Tokenizer:
@@ -21,10 +23,18 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.exists = any((folder / name).is_file() for name in _FILES)
+        self._bytes: dict[int, bytes | None] = {}
 
-    def encode(self, text: str) -> list[int]:
+    def load(self) -> None:
+        """Loads it now, where there is one. Raises ConfigError when it cannot be read."""
+        if self.exists:
+            _ = self._loaded
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the special tokens that the model expects in front. ConfigError."""
-        return self._loaded.encode(text)
+        loaded = self._loaded
+        with _as_one_line("the model's tokenizer cannot take this text"):
+            return loaded.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as token ids, at the beginning of a text and behind a space. ConfigError.
@@ -34,7 +44,7 @@ class Tokenizer:
         forms: list[tuple[int, ...]] = []
         for word in words:
             plain, spaced = (
-                tuple(self._loaded.encode(space + word.lstrip(), add_special_tokens=False))
+                tuple(self.encode(space + word.lstrip(), add_special_tokens=False))
                 for space in ("", " ")
             )
             if not plain:
@@ -51,26 +61,90 @@ class Tokenizer:
         """
         if not self._loaded.chat_template:
             raise ConfigError(f"{self.folder} has no chat template; give a prompt, not messages")
-        import jinja2
-
-        try:
-            text = self._loaded.apply_chat_template(
+        loaded = self._loaded
+        with _as_one_line("the model's chat template refuses these messages"):
+            # transformers runs the template in a sandbox, without a way to files or code.
+            text = loaded.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"the model's chat template refuses these messages: {reason}"
-            ) from None
-        return self._loaded.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids` without special tokens; '' where there is no tokenizer."""
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`; '' where there is no tokenizer."""
         if not self.exists:
             return ""
         return self._loaded.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token adds to the bytes of a text, where the tokenizer cuts texts into bytes, as
+        byte-level BPE does, or this token stands for one. None: it adds text, which may depend on
+        the tokens before it."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._find_bytes(token_id)
+        return self._bytes[token_id]
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """None too where there is no tokenizer."""
+        return self._loaded.eos_token_id if self.exists else None
+
+    @cached_property
+    def added_tokens(self) -> Mapping[int, str]:
+        """Ids and texts of the tokens that were added to the vocabulary, special ones too."""
+        if not self.exists:
+            return {}
+        return {number: str(token) for number, token in self._loaded.added_tokens_decoder.items()}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Those that `skip_special_tokens` leaves out."""
+        if not self.exists:
+            return frozenset()
+        added = self._loaded.added_tokens_decoder
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @cached_property
+    def bytes_are_replaced_singly(self) -> bool:
+        """Whether a broken character is a replacement character for each of its bytes, as in
+        sentencepiece, or one for all of them."""
+        return self.exists and "ByteLevel" not in self._decoder_kinds
+
+    @cached_property
+    def hides_bytes(self) -> bool:
+        """Whether a token may be part of a character and `token_bytes` does not say so."""
+        return self.exists and (
+            not self._loaded.is_fast
+            or ("ByteLevel" in self._decoder_kinds and self._decoder_kinds != ["ByteLevel"])
+        )
+
+    @cached_property
+    def _decoder_kinds(self) -> list[str]:
+        """The steps by which the tokenizer makes text of tokens, as `tokenizers` names them."""
+        if not self._loaded.is_fast:
+            return ["ByteFallback"]  # written in Python, over sentencepiece for the most part
+        decoder = self._loaded.backend_tokenizer.decoder
+        if decoder is None:
+            return []
+        state = json.loads(decoder.__getstate__())
+        return [step["type"] for step in state.get("decoders", [state])]
+
+    def _find_bytes(self, token_id: int) -> bytes | None:
+        if not self.exists:
+            return b""
+        kinds = self._decoder_kinds
+        piece = self._loaded.convert_ids_to_tokens(token_id)
+        if not isinstance(piece, str):
+            return b""  # the model has more rows than the tokenizer has tokens
+        if kinds == ["ByteLevel"]:
+            if all(char in _BYTE_OF for char in piece):
+                return bytes(_BYTE_OF[char] for char in piece)
+            return piece.encode()
+        match = _BYTE_PIECE.fullmatch(piece)
+        if match and "ByteFallback" in kinds:
+            return bytes.fromhex(match[1])
+        return None
 
     @cached_property
     def _loaded(self) -> Any:
@@ -81,90 +155,51 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"the tokenizer in {self.folder} cannot be read: {reason}") from None
+            with _as_one_line(f"the tokenizer in {self.folder} cannot be read"):
+                return AutoTokenizer.from_pretrained(
+                    self.folder, local_files_only=True, trust_remote_code=False
+                )
+        except ConfigError as error:
+            classes = _own_classes(self.folder)
+            if classes and "trust_remote_code" in str(error):
+                raise ConfigError(
+                    f"the tokenizer in {self.folder} is the model's own class {classes}, whose "
+                    "code is never run; give a folder with a tokenizer.json and no auto_map"
+                ) from None
+            raise
 
 
-class Detokenizer:
-    """The text of one request as its tokens come, never half a character.
-
-    A token's text depends on the tokens around it, so each step decodes a short window twice,
-    without and with what is new, and takes the difference (the prefix and read offsets of
-    text-generation-inference and vLLM). Measured: 5 us a token, so there is one way only, streamed
-    or not.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._window = list(prompt[-_CONTEXT_TOKENS:])
-        self._num_read = self._num_whole_tokens()
-        self._begun = self._new_text()  # of a character that the prompt began, if it did
-
-    def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; '' while a character is unfinished."""
-        self._window.append(token_id)
-        text = self._new_text()
-        if text.endswith(_UNFINISHED):
-            return ""
-        text = text.removeprefix(self._begun)
-        if text:
-            self._begun = ""
-            # What was just read is all the context that the next token needs.
-            self._window = self._window[self._num_read :]
-            self._num_read = len(self._window)
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end: the replacement character for a character cut short."""
-        text = self._new_text().removeprefix(self._begun)
-        self._num_read = len(self._window)
-        return text
-
-    def _new_text(self) -> str:
-        read = self._tokenizer.decode(self._window[: self._num_read])
-        return self._tokenizer.decode(self._window)[len(read) :]
-
-    def _num_whole_tokens(self) -> int:
-        """How much of the prompt's end is whole characters. A character that the prompt began, in
-        at most three tokens, is new text once it is whole; what looks begun and stays as it is (a
-        replacement character of the user's own looks so) is the prompt's."""
-        length = len(self._window)
-        for num_read in range(length, max(length - 4, -1), -1):
-            if not self._tokenizer.decode(self._window[:num_read]).endswith(_UNFINISHED):
-                return num_read
-        return length
+@contextmanager
+def _as_one_line(what: str) -> Iterator[None]:
+    """ConfigError, beginning with `what`, for whatever a library of others raises. BaseException,
+    because a panic of the tokenizers, which are written in Rust, is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ConfigError(f"{what}: {one_line(error)}") from None
 
 
-class StopStrings:
-    """Cuts growing text at the first stop string; holds back what may be the beginning of one."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """The text that is now safe to show. Sets `found`, and ends before the stop string."""
-        text = self._held + text
-        starts = [start for stop in self._stop if (start := text.find(stop)) >= 0]
-        if starts:
-            self.found, self._held = True, ""
-            return text[: min(starts)]
-        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
-
-    def flush(self) -> str:
-        """What was held back, when no stop string came of it."""
-        text, self._held = self._held, ""
-        return text
+def _own_classes(folder: Path) -> str:
+    """The classes of the folder's own code that its files name for the tokenizer; '' if none."""
+    for name in ("tokenizer_config.json", "config.json"):
+        try:
+            named = json.loads((folder / name).read_text())["auto_map"]
+            named = named["AutoTokenizer"] if isinstance(named, dict) else named
+            return ", ".join(each for each in named if each)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return ""
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with (all of `stop` not counted)."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+def _gpt2_letters() -> dict[str, int]:
+    """The byte of each letter in which byte-level BPE writes it: what can be printed in Latin-1
+    stands for itself, the others stand from 256 on. Source: `bytes_to_unicode` of GPT-2."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    letters = {chr(byte): byte for byte in printed}
+    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _gpt2_letters()

@@ -21,6 +21,7 @@ from pipeserve.launch.jsonl import ResultFile
 from pipeserve.launch.prompts import one_prompt
 from pipeserve.launch.workload import read_workload
 from pipeserve.llm import LLM
+from pipeserve.params import REFUSED
 from pipeserve.profiling.workloads import DISTRIBUTIONS
 
 
@@ -71,7 +72,7 @@ def test_every_field_is_a_flag():
     names = {flag.name for flag in run_flags()} | {"model"}
     assert names == {item.name for item in fields(RunConfig)}
     names = {flag.name for flag in sampling_flags()} | {"seed"}
-    assert names == {item.name for item in fields(SamplingParams)}
+    assert names == {item.name for item in fields(SamplingParams)} - REFUSED.keys()
     assert all(flag.default is None for flag in [*run_flags(), *sampling_flags()])
     assert all(flag.kind is inspect.Parameter.KEYWORD_ONLY for flag in run_flags())
 
@@ -255,7 +256,7 @@ def test_results_of_several_samples(driver, tmp_path, capsys):
 def test_which_sample_is_which(folder):
     """Samples that end in another order than they began in."""
     llm = LLM.on(FakeDriver(folder))
-    line = one_prompt("ab", SamplingParams(n=3, max_tokens=5), chat=False)
+    line = one_prompt("ab", {"n": 3, "max_tokens": 5}, chat=False)
     tokens = {0: [*b"zero"], 1: [*b"1"], 2: [*b"two"]}
     replies = iter(tokens.values())
     llm.driver._reply = lambda prompt: [*next(replies), EOS]
@@ -276,8 +277,8 @@ def test_the_bar_counts_prompts(folder, monkeypatch):
             super().stop()
 
     monkeypatch.setattr("pipeserve.launch.generate.Progress", Bar)
-    params = SamplingParams(n=3, max_tokens=2)
-    lines = [one_prompt(text, params, chat=False) for text in ("a", "b" * 64, "c")]
+    options = {"n": 3, "max_tokens": 2}
+    lines = [one_prompt(text, options, chat=False) for text in ("a", "b" * 64, "c")]
     assert write_results(llm, lines, lambda result: None, lambda start, stop: [0.0]) == 1
     assert bars == [[(3, 3)]]
 

@@ -16,7 +16,7 @@ from pipeserve.completion import completed
 from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.launch.flags import given, sampling_flags
 from pipeserve.llm import LLM
-from pipeserve.params import check_params, params_from, seeded
+from pipeserve.params import REFUSED, check_params, params_from, seeded
 
 ROOT = Path(__file__).parent.parent
 
@@ -232,7 +232,6 @@ def test_unknown_keyword_names_the_nearest():
     [
         ({"max_tokens": 0}, "max_tokens is 0, must be 1 to"),
         ({"max_tokens": 1.5}, "max_tokens is 1.5, must be a whole number"),
-        ({"max_tokens": None}, "max_tokens is None"),
         ({"max_tokens": True}, "max_tokens is True"),
         ({"min_tokens": -1}, "min_tokens is -1"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5, over max_tokens 4"),
@@ -243,7 +242,7 @@ def test_unknown_keyword_names_the_nearest():
         ({"top_k": 2**70}, "must be 0 to 2147483647"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"seed": -1}, "seed is -1, must be 0 to"),
+        ({"seed": -2}, "seed is -2, must be 0 to"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"stop": [""]}, "stop has an empty string"),
         ({"stop": [1]}, "stop is [1], must be a list of strings"),
@@ -251,10 +250,10 @@ def test_unknown_keyword_names_the_nearest():
         ({"stop_token_ids": [-1]}, "stop_token_ids has -1"),
         ({"stop_token_ids": [9]}, "stop_token_ids has 9, token ids are 0 to 8"),
         ({"ignore_eos": 1}, "ignore_eos is 1"),
-        ({"logprobs": -1}, "logprobs is -1"),
+        ({"logprobs": -2}, "logprobs is -2, must be 0 to 256; or -1, all"),
         ({"logprobs": 10}, "logprobs is 10, the vocabulary has 9"),
         ({"logprobs": 10**6}, "logprobs is 1000000, must be 0 to 256"),
-        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"prompt_logprobs": -2}, "prompt_logprobs is -2"),
         ({"prompt_logprobs": 10}, "prompt_logprobs is 10, the vocabulary has 9"),
         ({"prompt_logprobs": True}, "prompt_logprobs is True, must be a whole number"),
         ({"n": 0}, "n is 0, must be 1 to 16384"),
@@ -262,7 +261,14 @@ def test_unknown_keyword_names_the_nearest():
         ({"n": 2, "temperature": 0}, "n is 2 at temperature 0"),
         ({"min_p": -0.1}, "min_p is -0.1, must be 0"),
         ({"min_p": 1.1}, "min_p is 1.1"),
-        ({"min_p": None}, "min_p is None, must be a finite number"),
+        ({"min_p": True}, "min_p is True, must be a finite number"),
+        ({"temperature": 10**400}, "must be a finite number"),
+        ({"logit_bias": {"9" * 5000: 1.0}}, "which is no token id"),
+        ({"detokenize": 0}, "detokenize is 0, must be true or false"),
+        ({"include_stop_str_in_output": "no"}, "include_stop_str_in_output is 'no'"),
+        ({"stop": ["x"], "detokenize": False}, "detokenize is false: no text is made"),
+        ({"stop": ["\ud83d"]}, "stop has half a surrogate pair"),
+        ({"bad_words": ["\udfff"]}, "bad_words has half a surrogate pair"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0, must be over 0"),
         ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
@@ -448,4 +454,5 @@ def test_params_are_checked_whole():
     source = (ROOT / "pipeserve" / "params.py").read_text()
     named = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
     named |= {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
-    assert {item.name for item in fields(SamplingParams)} <= named
+    by_type = {item.name for item in fields(SamplingParams) if type(item.default) is bool}
+    assert {item.name for item in fields(SamplingParams)} <= named | by_type | REFUSED.keys()

@@ -1,4 +1,7 @@
-"""Text that grows token by token: whole characters only, and stop strings that span tokens."""
+"""Text that grows token by token: whole characters, as soon as they are, at the same cost each."""
+
+import json
+from itertools import product
 
 import pytest
 from fake_driver import EOS, byte_tokenizer
@@ -8,8 +11,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pipeserve.core.nouns import SamplingParams
+from pipeserve.detokenizer import Detokenizer
 from pipeserve.errors import ConfigError
-from pipeserve.tokenizer import Detokenizer, StopStrings, Tokenizer
+from pipeserve.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +24,12 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory):
-    """As Llama 2's: words begin with a mark for the space before, unknown letters are bytes."""
+    """As Llama 2's: words begin with a mark for the space before, unknown letters are bytes.
+    0 is special, 1 to 3 are words, 4 to 259 bytes."""
+    return _sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
+
+
+def _sentencepiece(folder):
     words = [
         "<unk>",
         "\u2581Hello",
@@ -39,13 +49,33 @@ def sentencepiece(tmp_path_factory):
             decoders.Strip(" ", 1, 0),
         ]
     )
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
     return Tokenizer(folder)
 
 
-def _pieces(tokenizer, prompt, token_ids):
-    detokenizer = Detokenizer(tokenizer, prompt)
+@pytest.fixture(scope="module")
+def hidden(tmp_path_factory):
+    """Byte-level, with a step behind it: what bytes a token has is not known."""
+    folder = byte_tokenizer(tmp_path_factory.mktemp("hidden"))
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    state["decoder"] = {"type": "Sequence", "decoders": [state["decoder"], {"type": "Fuse"}]}
+    path.write_text(json.dumps(state))
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory):
+    """Without a decoder: tokens are joined by spaces. 0 and 1 are words, 2 and 3 special."""
+    folder = tmp_path_factory.mktemp("spaced")
+    backend = Backend(models.WordLevel(vocab={"a": 0, "b": 1}, unk_token="a"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return Tokenizer(folder)
+
+
+def _pieces(tokenizer, prompt, token_ids, **params):
+    detokenizer = Detokenizer(tokenizer, prompt, SamplingParams(**params))
     return [*(detokenizer.push(token) for token in token_ids), detokenizer.flush()]
 
 
@@ -133,42 +163,168 @@ def test_chat_template_that_refuses(tmp_path):
         tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 
 
-def test_stop_string_over_three_pieces():
-    stops = StopStrings(["STOP"])
-    assert [stops.push(piece) for piece in ("abS", "TO", "Pxyz")] == ["ab", "", ""]
-    assert stops.found
+# ---- bytes that are no text ---------------------------------------------------------------------
 
 
-def test_held_back_text_comes_when_it_was_no_stop_string():
-    stops = StopStrings(["STOP"])
-    assert [stops.push(piece) for piece in ("aST", "Sb", "S")] == ["a", "STSb", ""]
-    assert stops.flush() == "S" and not stops.found
+def _may_become_whole(data):
+    """Whether bytes that follow can make the end of `data` a character: all are tried that matter
+    (the least and the greatest of each range that UTF-8 tells apart)."""
+    for size in range(1, min(3, len(data)) + 1):
+        for num_more in range(1, 4):
+            for more in product((0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF), repeat=num_more):
+                try:
+                    whole = (data[-size:] + bytes(more)).decode()
+                except UnicodeDecodeError:
+                    continue
+                if len(whole) == 1:
+                    return size
+    return 0
 
 
-def test_the_earliest_of_several_stop_strings():
-    stops = StopStrings(["yy", "x"])
-    assert stops.push("abxyy") == "ab"
+_odd_bytes = st.lists(
+    st.sampled_from([0x41, 0x80, 0x9F, 0xA0, 0xBF, 0xC1, 0xC3, 0xE0, 0xE2, 0xED, 0xF0, 0xF4, 0xFF]),
+    max_size=10,
+)
 
 
-_letters = st.text(alphabet="ab", max_size=12)
+@settings(max_examples=200, deadline=None)
+@given(data=_odd_bytes.map(bytes))
+def test_bytes_are_let_go_as_soon_as_nothing_can_complete_them(tokenizer, data):
+    detokenizer, shown = Detokenizer(tokenizer, [97]), ""
+    for size in range(1, len(data) + 1):
+        shown += detokenizer.push(data[size - 1])
+        num_held = _may_become_whole(data[:size])
+        assert shown == tokenizer.decode(list(data[: size - num_held]))
+    assert shown + detokenizer.flush() == tokenizer.decode(list(data))
 
 
-@given(pieces=st.lists(_letters, max_size=8), stop=st.lists(_letters.filter(bool), max_size=3))
-def test_stop_strings_against_the_whole_text(pieces, stop):
-    stops, shown = StopStrings(stop), ""
-    for piece in pieces:
-        shown += stops.push(piece)
-        if stops.found:
-            break
-    shown += stops.flush()
-    assert _is_cut_rightly(shown, "".join(pieces), stop, stops.found)
+def _said_by_sentencepiece(token_ids):
+    """As the library itself: of a run of bytes each that is in no character is replaced."""
+    text, run = "", b""
+    for token in [*(token for token in token_ids if token), None]:  # 0 is special
+        if token is not None and token >= 4:
+            run += bytes([token - 4])
+            continue
+        while run:
+            for size in range(min(4, len(run)), 0, -1):
+                try:
+                    char = run[:size].decode()
+                except UnicodeDecodeError:
+                    continue
+                if len(char) == 1:
+                    break
+            else:
+                size, char = 1, "\ufffd"
+            text, run = text + char, run[size:]
+        text += {1: " Hello", 2: " world", 3: "!"}.get(token, "")
+    return text
 
 
-def _is_cut_rightly(shown, text, stop, found):
-    if not found:
-        return shown == text and not any(s in text for s in stop)
-    return (
-        text.startswith(shown)
-        and not any(s in shown for s in stop)
-        and any(text[len(shown) :].startswith(s) for s in stop)
+@settings(max_examples=300, deadline=None)
+@given(
+    token_ids=st.lists(
+        st.one_of(st.integers(0, 3), _odd_bytes.filter(bool).map(lambda data: data[0] + 4)),
+        max_size=12,
+    ),
+    words=st.lists(st.integers(0, 3), max_size=3),
+)
+def test_words_and_bytes_of_sentencepiece(sentencepiece, words, token_ids):
+    expected = _said_by_sentencepiece(token_ids)
+    assert "".join(_pieces(sentencepiece, [1, *words], token_ids)) == expected
+    if "\ufffd" not in expected:
+        prompt = sentencepiece.decode([1, *words])
+        assert sentencepiece.decode([1, *words, *token_ids]) == prompt + expected
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "sentencepiece", "hidden"])
+@pytest.mark.parametrize("token", [0x80, 0xFF, 0xE2, 0x6F])
+def test_a_token_costs_the_same_however_many_came_before(request, monkeypatch, name, token):
+    """sglang#34852: the same byte over and over, whether it is a character or none."""
+    tokenizer, widest = request.getfixturevalue(name), 0
+
+    def decode(token_ids, skip_special_tokens=True):
+        nonlocal widest
+        widest = max(widest, len(token_ids))
+        return Tokenizer.decode(tokenizer, token_ids, skip_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    token += 4 * (name == "sentencepiece")
+    detokenizer = Detokenizer(tokenizer, [token] * 8)
+    pieces = [detokenizer.push(token) for _ in range(400)]
+    assert widest <= 10
+    assert any(pieces[:4])  # it flows from the beginning
+    monkeypatch.undo()
+    assert len("".join(pieces) + detokenizer.flush()) == 400
+
+
+def test_a_character_of_a_tokenizer_whose_bytes_are_not_known(hidden):
+    assert hidden.hides_bytes
+    assert _pieces(hidden, [97], "a\u20acb".encode()) == ["a", "", "", "\u20ac", "b", ""]
+    assert "".join(_pieces(hidden, [97], b"\xe2\x82")) == "\ufffd"
+
+
+def test_added_tokens_are_decoded_as_the_tokenizer_does(tmp_path):
+    """In byte-level BPE an added token is its own text, or bytes where each letter of it is one."""
+    folder = byte_tokenizer(tmp_path)
+    tokenizer = Tokenizer(folder)
+    loaded = tokenizer._loaded
+    loaded.add_tokens(["caf\u00e9", "a b", "\u20ac", "\u0120x", "<think>"])
+    ids = [97, *range(257, len(loaded)), 98, 99999]
+    assert "".join(_pieces(tokenizer, [97], ids)) == loaded.decode(ids[:-1])
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "sentencepiece", "hidden"])
+def test_ids_that_the_tokenizer_does_not_have(request, name):
+    """vllm#44682: a model has more rows than its tokenizer has tokens; in the prompt, too."""
+    tokenizer = request.getfixturevalue(name)
+    words = {"sentencepiece": [2, 3]}.get(name, b"ab")
+    assert (
+        "".join(_pieces(tokenizer, [1, 5000, 6000], [words[0], 5000, words[1], 6000]))
+        == (tokenizer.decode([1, *words])[len(tokenizer.decode([1])) :])
     )
+
+
+def test_text_behind_broken_bytes(sentencepiece):
+    """vllm#17448: three bytes of a character and then a word is "Invalid prefix" to tokenizers."""
+    ids = [4 + byte for byte in b"\xf0\x9f\x8e"]
+    assert _pieces(sentencepiece, [1], [*ids, 2, *ids, 3]) == [
+        "", "", "", "\ufffd\ufffd\ufffd world", "", "", "", "\ufffd\ufffd\ufffd!", "",
+    ]  # fmt: skip
+
+
+# ---- special tokens ------------------------------------------------------------------------------
+
+
+def test_special_tokens_are_text_where_that_is_wanted(tokenizer, sentencepiece):
+    shown = {"skip_special_tokens": False}
+    assert _pieces(tokenizer, [97], [98, EOS, 99], **shown) == ["b", "<eos>", "c", ""]
+    # tokenizers' own decoding of all: no space is lost or made by the special token.
+    ids = [2, 0, 2, 3]
+    assert "".join(_pieces(sentencepiece, [1], ids, **shown)) == " world<unk> world!"
+    assert "".join(_pieces(sentencepiece, [1], ids)) == " world world!"
+
+
+def test_a_character_goes_on_behind_a_special_token_that_is_left_out(tokenizer):
+    assert _pieces(tokenizer, [97], [0xC3, EOS, 0xA9]) == ["", "", "\u00e9", ""]
+    shown = _pieces(tokenizer, [97], [0xC3, EOS, 0xA9], skip_special_tokens=False)
+    assert shown == ["", "\ufffd<eos>", "\ufffd", ""]
+
+
+def test_the_space_in_front_survives_a_prompt_that_ends_with_special_tokens(sentencepiece):
+    assert "".join(_pieces(sentencepiece, [1, *[0] * 9], [2])) == " world"
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({}, " a b"),
+        ({"skip_special_tokens": False}, " a <s> </s> b <s>"),
+        ({"skip_special_tokens": False, "spaces_between_special_tokens": False},
+         " a <s></s> b <s>"),
+        ({"spaces_between_special_tokens": False}, " a b"),
+    ],
+)  # fmt: skip
+def test_spaces_between_special_tokens(spaced, params, text):
+    start, end = spaced.encode("<s></s>")
+    pieces = _pieces(spaced, [0], [0, start, end, 1, start], **params)
+    assert "".join(pieces) == text

@@ -212,7 +212,8 @@ class Engine:
         return Wait(draft.wait)
 
     def complete(self, result: StepResult, now: float) -> list[Output]:
-        """Takes what the last stage sampled for the oldest outstanding microbatch.
+        """Takes what the last stage sampled for the oldest outstanding microbatch. A request whose
+        chunk failed ends with the finish reason "error".
 
         Raises ValueError for any other index, or for a wrong number of tokens.
         """
@@ -221,8 +222,10 @@ class Engine:
         tokens = iter(result.tokens)
         logprobs = iter(result.logprobs or repeat(None))
         scored = iter(result.prompt_logprobs)
-        outputs = []
-        for chunk, record in zip(flight.microbatch.chunks, flight.records, strict=True):
+        failed, outputs = result.failed, []
+        for place, (chunk, record) in enumerate(
+            zip(flight.microbatch.chunks, flight.records, strict=True)
+        ):
             record.num_outstanding -= 1
             sampled = chunk.num_logits
             if chunk.num_scored:
@@ -233,13 +236,20 @@ class Engine:
                     next(tokens), next(logprobs)
                     self.stats.wasted_decodes += 1
                 continue
+            if place in failed:
+                if sampled:
+                    next(tokens), next(logprobs)
+                outputs.append(Output(record.id, None, "error", error=failed[place]))
+                self._pool.withdraw(record.keys)
+                self._end(record)
+                continue
             if sampled:
                 token = next(tokens)
                 reason = record.append(token, now)
                 told = record.prompt_logprobs
                 if told is not None:
                     told = record.tell_prompt_logprobs()
-                outputs.append(_new_output((record.id, token, reason, next(logprobs), told)))
+                outputs.append(_new_output((record.id, token, reason, next(logprobs), told, None)))
                 if reason is not None:
                     self._end(record)
                     continue

@@ -168,25 +168,33 @@ class CheckedEngine(Engine):
 
     def complete(self, result: StepResult, now: float) -> list[Output]:
         microbatch, stories = self.checker.outstanding[0], self.checker.stories
-        tokens, scores = [], []
-        for request_id, _, stop, _, _, num_logits, num_scored in microbatch.chunks:
+        tokens, scores, failed = [], [], {}
+        for place, chunk in enumerate(microbatch.chunks):
+            request_id, _, stop, _, _, num_logits, num_scored = chunk
             story = stories[request_id]
+            if num_logits and stop > self.load.fails.get(request_id, inf):
+                failed[place] = "made up"
             if num_scored:
                 first = stop - num_logits
                 scores += story.scores[first : first + num_scored]
             if num_logits > num_scored:  # a decode planned ahead may be behind the end
                 tokens.append(story.tokens[stop] if stop < len(story.tokens) else 0)
         self.checker.completed(result.index)
-        result = StepResult(result.index, tuple(tokens), prompt_logprobs=tuple(scores))
+        result = StepResult(
+            result.index, tuple(tokens), prompt_logprobs=tuple(scores), failed=failed
+        )
         outputs = super().complete(result, self.clock(now))
-        for request_id, token, reason, _, told in outputs:
+        for output in outputs:
+            request_id = output.request_id
             assert request_id not in self.reasons, "output after the end"
-            self.outputs[request_id].append(token)
-            if told is not None:
+            assert (output.token is None) == (output.error is not None)
+            if output.token is not None:
+                self.outputs[request_id].append(output.token)
+            if output.prompt_logprobs is not None:
                 assert request_id not in self.scores, "told twice"
-                self.scores[request_id] = told
-            if reason is not None:
-                self._ended(request_id, reason)
+                self.scores[request_id] = output.prompt_logprobs
+            if output.finish_reason is not None:
+                self._ended(request_id, output.finish_reason)
         if outputs:
             self._num_fruitless = 0
         return outputs
@@ -244,14 +252,21 @@ class CheckedEngine(Engine):
         assert self.num_free_blocks == self.limits.num_blocks, "leaked blocks"
         self.check_counts()
         for request_id, story in self.checker.stories.items():
-            got, finish = self.outputs[request_id], self.load.finishes.get(request_id)
+            got, reason = self.outputs[request_id], self.reasons[request_id]
             assert self.scores.get(request_id) == (story.scores if got else None)
-            if finish is not None and self.reasons[request_id] == finish.reason:
-                assert got == story.outputs[: len(got)]
+            assert got == story.outputs[: len(got)]
+            finish, fails = self.load.finishes.get(request_id), self.load.fails.get(request_id)
+            num_before = inf  # tokens that come before it fails
+            if fails is not None:
+                num_before = max(0, fails + 1 - len(story.tokens) + len(story.outputs))
+            if reason == "error" and len(got) == num_before:
+                continue
+            assert len(got) <= num_before
+            if finish is not None and reason == finish.reason:
                 at_least = 0 if finish.at_s is not None else finish.num_tokens
                 assert len(got) >= min(at_least, len(story.outputs))
             else:
-                assert (got, self.reasons[request_id]) == (story.outputs, story.reason)
+                assert (got, reason) == (story.outputs, story.reason)
 
 
 # ---- what stages take, and what is predicted ----------------------------------------------------

@@ -56,6 +56,8 @@ class Load:
     arrivals: list[tuple[float, Request]]
     """By time."""
     finishes: dict[RequestId, Finish] = field(default_factory=dict)
+    fails: dict[RequestId, int] = field(default_factory=dict)
+    """Positions from which on a request's logits are not finite."""
     faults: list[Fault] = field(default_factory=list)
     kinds: tuple[str, ...] = ()
 
@@ -64,7 +66,7 @@ class Load:
         return (
             f"load {self.seed}: {self.policy} P={self.num_stages} window={self.window} "
             f"cost={self.cost} clock={self.clock} {'+'.join(self.kinds)}, "
-            f"{len(self.arrivals)} requests, {len(self.finishes)} ended, "
+            f"{len(self.arrivals)} requests, {len(self.finishes)} ended, {len(self.fails)} fail, "
             f"{len(self.faults)} faults, {limits.num_blocks} blocks of {limits.block_size}, "
             f"{limits.max_num_seqs} seqs, {limits.max_num_batched_tokens} tokens, "
             f"SLO {limits.max_tbt_s}, caching {limits.enable_prefix_caching}"
@@ -246,6 +248,7 @@ def make_load(seed: int) -> Load:
         slow=rng.choice((1.0, 1.0, 0.1, 5.0, 0.0)),
         arrivals=arrivals,
         finishes=_finishes(rng, arrivals),
+        fails=_fails(rng, arrivals),
         faults=_faults(rng, num_stages, sender.now),
         kinds=kinds,
     )
@@ -287,6 +290,15 @@ def _finishes(rng: random.Random, arrivals: list) -> dict[RequestId, Finish]:
                 else Finish(reason, None, rng.randint(1, 6))
             )
     return finishes
+
+
+def _fails(rng: random.Random, arrivals: list) -> dict[RequestId, int]:
+    share = rng.choice((0.0, 0.0, 0.1, 0.4))
+    return {
+        request.id: rng.randrange(len(request.prompt) + rng.choice((1, 10)))
+        for _, request in arrivals
+        if rng.random() < share
+    }
 
 
 def _faults(rng: random.Random, num_stages: int, until_s: float) -> list[Fault]:

@@ -149,12 +149,12 @@ class BlockPool:
     def withdraw(self, keys: Iterable[bytes]) -> None:
         """No later request finds these contents; who shares them already goes on."""
         for key in keys:
-            block = self._cached.pop(key, None)
+            block = self._cached[key[0]].pop(key, None)
             if block is None:
                 continue
-            del self._key_of[block]
+            self._is_cached[block] = False
             if not self._holders[block]:
-                del self._idle[block]
+                self._idle.remove(block)
                 self._free.append(block)
 
     def release(self, blocks: Sequence[BlockId]) -> None:

@@ -5,14 +5,16 @@ transformers is imported only when text is needed; a folder without a tokenizer 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeserve.errors import ConfigError, PipeserveError, one_line
+from pipeserve.errors import ConfigError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_LONGEST_REASON = 500  # characters of what a library says
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how sentencepiece writes a byte
 
 
@@ -29,16 +31,9 @@ class Tokenizer:
         if self.exists:
             _ = self._loaded
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the model expects in front. ConfigError."""
-        try:
-            return self._loaded.encode(text, add_special_tokens=add_special_tokens)
-        except PipeserveError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"the model's tokenizer cannot take this text: {one_line(error)}"
-            ) from None
+        return self._encode(text)
 
     def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as token ids, at the beginning of a text and behind a space. ConfigError.
@@ -48,7 +43,7 @@ class Tokenizer:
         forms: list[tuple[int, ...]] = []
         for word in words:
             plain, spaced = (
-                tuple(self.encode(space + word.lstrip(), add_special_tokens=False))
+                tuple(self._encode(space + word.lstrip(), add_special_tokens=False))
                 for space in ("", " ")
             )
             if not plain:
@@ -65,15 +60,13 @@ class Tokenizer:
         """
         if not self._loaded.chat_template:
             raise ConfigError(f"{self.folder} has no chat template; give a prompt, not messages")
-        try:
-            text = self._loaded.apply_chat_template(
+        loaded = self._loaded
+        with _as_one_line("the model's chat template refuses these messages"):
+            # transformers runs the template in a sandbox, without a way to files or code.
+            text = loaded.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template is a program, and may raise anything
-            raise ConfigError(
-                f"the model's chat template refuses these messages: {one_line(error)}"
-            ) from None
-        return self.encode(text, add_special_tokens=False)
+        return self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; '' where there is no tokenizer."""
@@ -152,6 +145,11 @@ class Tokenizer:
             return bytes.fromhex(match[1])
         return None
 
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        loaded = self._loaded
+        with _as_one_line(f"the tokenizer in {self.folder} cannot encode this text"):
+            return loaded.encode(text, **options)
+
     @cached_property
     def _loaded(self) -> Any:
         if not self.exists:
@@ -161,10 +159,43 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"the tokenizer in {self.folder} cannot be read: {reason}") from None
+            with _as_one_line(f"the tokenizer in {self.folder} cannot be read"):
+                return AutoTokenizer.from_pretrained(
+                    self.folder, local_files_only=True, trust_remote_code=False
+                )
+        except ConfigError as error:
+            classes = _own_classes(self.folder)
+            if classes and "trust_remote_code" in str(error):
+                raise ConfigError(
+                    f"the tokenizer in {self.folder} is the model's own class {classes}, whose "
+                    "code is never run; give a folder with a tokenizer.json and no auto_map"
+                ) from None
+            raise
+
+
+@contextmanager
+def _as_one_line(what: str) -> Iterator[None]:
+    """ConfigError, beginning with `what`, for whatever a library of others raises. BaseException,
+    because a panic of the tokenizers, which are written in Rust, is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{what}: {reason[:_LONGEST_REASON]}") from None
+
+
+def _own_classes(folder: Path) -> str:
+    """The classes of the folder's own code that its files name for the tokenizer; '' if none."""
+    for name in ("tokenizer_config.json", "config.json"):
+        try:
+            named = json.loads((folder / name).read_text())["auto_map"]
+            named = named["AutoTokenizer"] if isinstance(named, dict) else named
+            return ", ".join(each for each in named if each)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return ""
 
 
 def _gpt2_letters() -> dict[str, int]:

@@ -218,12 +218,12 @@ class Output(NamedTuple):
     request_id: RequestId
     token: int | None
     finish_reason: str | None = None
-    """None while it goes on; "stop", "length", or what `finish` was called with."""
+    """None while it goes on; "stop", "length", "error", or what `finish` was called with."""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """With the first token of a request that asked for them: of each prompt token but the first."""
     error: str | None = None
-    """What went wrong, where `finish_reason` is "error"."""
+    """What went wrong and what helps, where the finish reason is "error"."""
 
 
 @dataclass(frozen=True, slots=True)

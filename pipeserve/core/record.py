@@ -14,8 +14,6 @@ from pipeserve.core.nouns import BlockId, Request, RequestId, TokenLogprobs
 from pipeserve.core.view import Limits, RequestView, Traits
 from pipeserve.errors import CapacityError
 
-_MAX_TOKEN_ID = 2**31 - 1  # as wide as messages carry them
-
 MAX_ON_WAY = 2
 """Tokens of a request on their way: one in flight, one planned ahead (DESIGN.md, 'Order')."""
 
@@ -183,12 +181,6 @@ def check_fits(request: Request, limits: Limits) -> None:
     num_prompt = len(request.prompt)
     if num_prompt == 0:
         raise CapacityError(f"the prompt of request {request.id} is empty: give it a token")
-    for token in (min(request.prompt), max(request.prompt)):
-        if not 0 <= token <= _MAX_TOKEN_ID:
-            raise CapacityError(
-                f"request {request.id} has the token id {token}, ids are 0 to {_MAX_TOKEN_ID}: "
-                "give the ids of the model's own tokenizer"
-            )
     if request.params.max_tokens < 1:
         raise CapacityError(f"max_tokens is {request.params.max_tokens}: ask for at least 1")
     if num_prompt >= limits.max_model_len:

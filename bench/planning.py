@@ -7,10 +7,11 @@ full, so the figures are the engine's alone; its clock is when each result would
 model of Falcon-180B on A100s, with which `uniform` plans. Each cell starts R requests with prompts
 of 100..500 tokens, whose KV is there, and times a steady load: R requests decode, 300 wait, and
 every fourth microbatch one of them is ended and a new prompt arrives. The limit between tokens is
-what a turn of full microbatches takes, so that it binds. The first tenth is warm-up. Garbage
-collection stays on, as in a run. Columns: decodes and prefill tokens in a microbatch (means), then
-microseconds. Compare the growth down a column with the growth of the microbatch: `plan` has to
-follow the second, not the number of requests that run.
+what a turn of full microbatches takes, so that it binds. The first tenth is warm-up. Columns:
+decodes and prefill tokens in a microbatch (means); microseconds of this thread's CPU time, which
+hardly depends on what else the machine does; garbage collections, which go on as in a run of
+`pipeserve`, and the longest of them. Compare the growth down a column with the growth of the
+microbatch: `plan` has to follow the second, not the number of requests that run.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import random
 import statistics
 import time
 from collections import deque
+
+from pauses import Collections
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
@@ -28,6 +31,7 @@ from pipeserve.core.nouns import Microbatch, Request, RequestId, SamplingParams,
 from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.work import Work
+from pipeserve.launch.collector import short_collections
 
 RUNNING = (10, 100, 1_000, 10_000)
 STAGES = (2, 4, 8, 16, 32, 64)
@@ -122,9 +126,9 @@ class Load:
 
 
 def timed_us(call):
-    start = time.perf_counter_ns()
+    start = time.thread_time_ns()
     value = call()
-    return (time.perf_counter_ns() - start) / 1000, value
+    return (time.thread_time_ns() - start) / 1000, value
 
 
 def measure(policy: str, num_running: int, num_stages: int, num_microbatches: int) -> str:
@@ -132,22 +136,26 @@ def measure(policy: str, num_running: int, num_stages: int, num_microbatches: in
     load = Load(policy, num_running, num_stages)
     load.warm_up()
     plan_us, complete_us, decodes, prefill = [], [], [], []
-    for step in range(num_microbatches):
-        if step % 4 == 0:
-            load.replace_one()
-        complete_us.append(load.complete())
-        elapsed, microbatch = timed_us(load.plan)
-        if microbatch is None:
-            continue  # nothing plannable: a few requests on many stages
-        load.send(microbatch)
-        plan_us.append(elapsed)
-        sizes = [chunk.num_tokens for chunk in microbatch.chunks]
-        decodes.append(sum(size == 1 for size in sizes))
-        prefill.append(sum(size for size in sizes if size > 1))
+    with short_collections(), Collections() as collections:
+        for step in range(num_microbatches):
+            if step % 4 == 0:
+                load.replace_one()
+            complete_us.append(load.complete())
+            elapsed, microbatch = timed_us(load.plan)
+            if microbatch is None:
+                continue  # nothing plannable: a few requests on many stages
+            load.send(microbatch)
+            plan_us.append(elapsed)
+            sizes = [chunk.num_tokens for chunk in microbatch.chunks]
+            decodes.append(sum(size == 1 for size in sizes))
+            prefill.append(sum(size for size in sizes if size > 1))
     skip = num_microbatches // 10
     cells = [f"{statistics.mean(decodes):8.0f} {statistics.mean(prefill):8.0f}"]
     for values in (plan_us[skip:], complete_us[skip:]):
-        cells.append(f"{statistics.median(values):9.0f} {quantile(values, 0.99):9.0f}")
+        figures = statistics.median(values), quantile(values, 0.99), max(values)
+        cells.append("".join(f"{figure:9.0f}" for figure in figures))
+    cpu_s = [s for clock in collections.clocks for s in clock.cpu_s]
+    cells.append(f"{len(cpu_s):6} {1e6 * max(cpu_s, default=0.0):8.0f}")
     return " |".join(cells)
 
 
@@ -159,11 +167,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", choices=sorted(POLICIES), default="uniform")
     parser.add_argument("--microbatches", type=int, default=200)
+    parser.add_argument("--running", type=int, nargs="*", help="requests; all sizes by default")
+    parser.add_argument("--stages", type=int, nargs="*", help="likewise")
     args = parser.parse_args()
-    print(f"policy {args.policy}; microseconds of plan and complete: median, 99th percentile")
-    print(" running   P | decodes  prefill |     plan       p99 | complete       p99")
-    for num_running in RUNNING:
-        for num_stages in STAGES:
+    print(f"policy {args.policy}; microseconds of plan, complete and the longest collection")
+    print(
+        " running   P | decodes  prefill |     plan      P99     most | complete      P99     most"
+        " | collections"
+    )
+    for num_running in args.running or RUNNING:
+        for num_stages in args.stages or STAGES:
             row = measure(args.policy, num_running, num_stages, args.microbatches)
             print(f"{num_running:8} {num_stages:3} |{row}", flush=True)
 

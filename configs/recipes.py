@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 
 from pipeserve.configs.run_config import RunConfig
+from pipeserve.core.policies import POLICIES
 from pipeserve.errors import ConfigError
 
 _FOLDER = Path(__file__).parent
+_KV_SIZES = ("kv_cache_memory_bytes", "num_gpu_blocks_override")
 
 
 def recipe_names() -> list[str]:
@@ -64,9 +66,11 @@ def write_recipe(config: RunConfig, always: Collection[str], comment: str) -> st
 def make_config(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
     """A RunConfig of `recipe`'s values with those of `overrides` in their place.
 
-    Does not modify either. `pipeline_layers` may be "16,14" or a list. Raises ConfigError.
+    Does not modify either. `pipeline_layers` may be "16,14" or a list. What the recipe says of
+    stages or of a policy that `overrides` replaces is left out where the new one cannot take it.
+    Raises ConfigError.
     """
-    values = {**recipe, **overrides}
+    values = {**_still_meant(recipe, overrides), **overrides}
     check_keys(values, [item.name for item in fields(RunConfig)])
     if values.get("model") is None:
         raise ConfigError("no model: give MODEL (a folder or an alias), or a recipe that names one")
@@ -74,6 +78,28 @@ def make_config(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunC
     if "pipeline_layers" in values:
         values["pipeline_layers"] = _parse_layers(values["pipeline_layers"])
     return RunConfig(**values)
+
+
+def _still_meant(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`recipe` without what it says for values that `overrides` replaces: the budget of whole
+    prompts where they are cut now, or the other way round; layers of another number of stages; the
+    KV pool in the other measure."""
+    kept = dict(recipe)
+    if _runs_whole_prompts(recipe) != _runs_whole_prompts({**recipe, **overrides}):
+        kept.pop("max_num_batched_tokens", None)
+    num_stages = overrides.get("pipeline_parallel_size")
+    if num_stages is not None and num_stages != recipe.get("pipeline_parallel_size"):
+        kept.pop("pipeline_layers", None)
+    for one, other in (_KV_SIZES, _KV_SIZES[::-1]):
+        if overrides.get(one) is not None:
+            kept.pop(other, None)
+    return kept
+
+
+def _runs_whole_prompts(values: Mapping[str, Any]) -> bool:
+    """Whether their policy does. RunConfig's default, where they name none, does not."""
+    policy = POLICIES.get(str(values.get("policy")))
+    return policy is not None and policy.traits.whole_prompts
 
 
 def check_keys(values: Mapping[str, Any], known: list[str]) -> None:

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
+from pipeserve.configs.addresses import split_address
 from pipeserve.errors import ConfigError
 
 _DEFAULT_BUDGET = 512
@@ -106,6 +107,18 @@ class RunConfig:
     control: str | None = _option(
         None, "HOST:PORT that keepers join; by default a free port of this machine."
     )
+    control_secret: str | None = _option(
+        None,
+        "File with the secret that driver and keepers share; by default PIPESERVE_CONTROL_SECRET. "
+        "Needed where --control is reached from other machines.",
+    )
+    join_timeout: float = _option(120.0, "Seconds until every keeper has to have joined.", over=0)
+    load_timeout: float = _option(
+        60.0, "Seconds that a stage may load without reading or writing a byte.", over=0
+    )
+    heartbeat_interval: float = _option(
+        2.0, "Seconds between heartbeats of a keeper; one that misses five is lost.", over=0
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(RunConfig)
@@ -146,12 +159,13 @@ class RunConfig:
                     "keepers are started with"
                 )
             return
-        host, _, port = self.control.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        try:
+            split_address(self.control)
+        except ValueError:
             raise ConfigError(
                 f"control is {self.control!r}, not HOST:PORT with a port of 1 to 65535; "
-                "give one such as 127.0.0.1:29600"
-            )
+                "give one such as 127.0.0.1:29600 or [::1]:29600"
+            ) from None
 
 
 def _check_field(name: str, value: Any, hint: Any, metadata: Any) -> None:

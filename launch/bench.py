@@ -4,9 +4,10 @@
 """
 
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain, count
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
-from pipeserve.errors import ConfigError
+from pipeserve.errors import ConfigError, StageError
 from pipeserve.launch.record import Records, context_notes, ring_notes, stage_shares
-from pipeserve.launch.tables import memory_table, run_table, stage_table
+from pipeserve.launch.tables import memory_table, print_notes, run_table, stage_table
 from pipeserve.launch.workload import Workload
-from pipeserve.profiling.recording import Recording
+from pipeserve.profiling.recording import Ring
 from pipeserve.profiling.summary import (
     RequestRecord,
     Summary,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from pipeserve.driver import Driver
 
 _POLL_S = 0.5
+_ADDED_AT_ONCE = 16
+"""Requests of a burst, between two looks at what the stages say."""
 _WARMUP_REQUESTS = 8
 _WARMUP_TOKENS = 8
 
@@ -45,9 +48,10 @@ class Run:
     """One pass over the workload."""
 
     summary: Summary
-    cpu: list[float]
-    recording: Recording
-    notes: list[str]
+    window: tuple[float, float]
+    """First submission and last token, seconds."""
+    ring: Ring
+    """What was told of it: encoded, so that the next run is not stopped to walk through it."""
 
 
 # ---- running ----------------------------------------------------------------------------------
@@ -69,12 +73,8 @@ def bench(
     StageError.
     """
     vocab_size = driver.shape.vocab_size
-    if encode is None:
-        workload.token_lengths()  # raises for text
-    items = [
-        replace(item, prompt=tuple(encode(item.prompt))) if isinstance(item.prompt, str) else item
-        for item in workload.with_ids(vocab_size)
-    ]
+    workload = workload.tokenized(encode)
+    items = workload.with_ids(vocab_size)
     for index, item in enumerate(items):
         check_fits(index, len(item.prompt), item.max_tokens, driver.max_model_len)
         if any(not 0 <= token < vocab_size for token in item.prompt):
@@ -90,7 +90,7 @@ def bench(
     records.start_writing()
     runs = [_run(driver, records, items, f"run {number}", ids) for number in range(repeat)]
     driver.refresh_memory()
-    return _report(driver, workload, runs)
+    return _report(driver, records, workload, runs)
 
 
 def replay(
@@ -101,17 +101,21 @@ def replay(
     numbered = [(next(ids), item) for item in items]
     due = deque(sorted(numbered, key=lambda pair: pair[1].arrival_s))
     requests = dict(numbered)
-    token_times_s: dict[RequestId, list[float]] = {request_id: [] for request_id in requests}
+    # Arrays, of which the garbage collector walks nothing while the run goes on.
+    token_times_s = {request_id: array("d") for request_id in requests}
+    num_at_once = len(due)  # at first nothing is under way that would wait for the driver
     while due or driver.num_unfinished:
-        timeout_s = _POLL_S
-        while due:
-            timeout_s = due[0][1].arrival_s - (time.monotonic() - start_s)
-            if timeout_s > 0:
+        for _ in range(num_at_once):
+            if not due or due[0][1].arrival_s > time.monotonic() - start_s:
                 break
             driver.add(_request(*due.popleft(), salt))
+        num_at_once = _ADDED_AT_ONCE
+        timeout_s = due[0][1].arrival_s - (time.monotonic() - start_s) if due else _POLL_S
         outputs = driver.poll(min(max(timeout_s, 0.0), _POLL_S))
         now_s = time.monotonic()
         for output in outputs:
+            if output.error is not None:
+                raise StageError(f"request {output.request_id}: {output.error}")
             if output.token is not None:
                 token_times_s[output.request_id].append(now_s)
     return [
@@ -146,27 +150,23 @@ def _run(
     salt: str,
     ids: Iterator[RequestId],
 ) -> Run:
-    ring = records.ring
-    ring.clear()
+    records.ring.clear()
     served = replay(driver, items, salt, ids)
     driver.settle()
-    start_s, stop_s = window(served)
-    recording = records.recording()
-    spans = chain.from_iterable(recording.spans)
-    return Run(
-        summary=summarize(served),
-        cpu=cpu_shares(spans, len(driver.stages), max(start_s, ring.whole_from_s), stop_s),
-        recording=recording,
-        notes=ring_notes(ring),
-    )
+    return Run(summary=summarize(served), window=window(served), ring=records.ring.take())
 
 
 # ---- reporting --------------------------------------------------------------------------------
 
 
-def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, Any]:
+def _report(
+    driver: "Driver", records: Records, workload: Workload, runs: list[Run]
+) -> dict[str, Any]:
     by_duration = sorted(runs, key=lambda run: run.summary.seconds)
     median = by_duration[(len(runs) - 1) // 2]
+    recording, (start_s, stop_s) = records.recording(median.ring), median.window
+    spans = chain.from_iterable(recording.spans)
+    from_s = max(start_s, median.ring.whole_from_s)
     stages = [
         {
             **shares,
@@ -178,7 +178,10 @@ def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, 
             "peak_bytes": info.peak_bytes,
         }
         for info, shares, cpu in zip(
-            driver.stages, stage_shares(median.recording), median.cpu, strict=True
+            driver.stages,
+            stage_shares(recording),
+            cpu_shares(spans, len(driver.stages), from_s, stop_s),
+            strict=True,
         )
     ]
     return {
@@ -188,7 +191,11 @@ def _report(driver: "Driver", workload: Workload, runs: list[Run]) -> dict[str, 
         "workload": workload.name,
         "kind": driver.setup.kind,
         "run_seconds": [run.summary.seconds for run in runs],
-        "notes": [*context_notes(driver.shape, driver.engine.limits), *median.notes],
+        "notes": [
+            *workload.notes,
+            *context_notes(driver.shape, driver.engine.limits),
+            *ring_notes(median.ring),
+        ],
         "config": asdict(driver.config),
     }
 
@@ -199,5 +206,4 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(stage_table(report["stages"]))
     if report["kind"] == "real":  # emulated stages hold nothing
         console.print(memory_table(report["stages"]))
-    for note in report["notes"]:
-        console.print(f"note: {note}")
+    print_notes(report, console)

@@ -33,6 +33,7 @@ from pipeserve.launch.options import (
     Recipe,
     RecordTo,
     Scale,
+    TimeUnit,
 )
 
 if TYPE_CHECKING:
@@ -172,15 +173,18 @@ def _check_terminal(live: bool, explain: bool) -> None:
 def bench(
     model: Model = None,
     workload: Annotated[
-        str, typer.Option(help="JSONL of requests, CSV trace, or sharegpt, arxiv, azure-conv.")
+        str,
+        typer.Option(help="Prompts, conversations, a trace, or sharegpt, arxiv, azure-conv."),
     ] = "sharegpt",
     num_prompts: Annotated[
         int | None, typer.Option(help="Requests; all of a file, 64 of a distribution.")
     ] = None,
     scale: Scale = 1.0,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second (Poisson); by default all at once.")
+        float | None,
+        typer.Option(help="Requests a second (Poisson), inf: all at once; by default the file's."),
     ] = None,
+    time_unit: TimeUnit = None,
     repeat: Annotated[int, typer.Option(help="Runs; the median one is reported.", min=1)] = 1,
     json_file: JsonTo = None,
     record: RecordTo = None,
@@ -198,7 +202,7 @@ def bench(
 
     run_config = _run_config(model, config, flags)
     _check_terminal(live, explain)
-    work = read_workload(workload, num_prompts, scale, rate, run_config.seed)
+    work = read_workload(workload, num_prompts, scale, rate, run_config.seed, unit_s=time_unit)
     if json_file is not None:
         check_writable(json_file)
     with (
@@ -271,8 +275,10 @@ def simulate(
     num_prompts: NumLengths = None,
     scale: Scale = 1.0,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second (Poisson); by default the workload's.")
+        float | None,
+        typer.Option(help="Requests a second (Poisson), inf: all at once; by default the file's."),
     ] = None,
+    time_unit: TimeUnit = None,
     find_capacity: Annotated[
         bool,
         typer.Option(
@@ -325,7 +331,16 @@ def simulate(
         nodes=read_nodes(place),
         fast_network=fast_network,
     )
-    work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
+    work = read_workload(
+        workload,
+        num_prompts,
+        scale,
+        rate,
+        run_config.seed,
+        default_num=1000,
+        unit_s=time_unit,
+        timed=not find_capacity,
+    )
     if json_file is not None:
         check_writable(json_file)
     if find_capacity or wanted.pools or wanted.nodes:
@@ -380,7 +395,9 @@ def tune(
     from pipeserve.shapes import find_shape
 
     run_config = _run_config(model, config, flags)
-    work = read_workload(workload, num_prompts, scale, rate, run_config.seed, default_num=1000)
+    work = read_workload(
+        workload, num_prompts, scale, rate, run_config.seed, default_num=1000, timed=False
+    )
     if output is not None and output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; give --overwrite, or another --output")
     for path in filter(None, (output, json_file)):

@@ -18,7 +18,7 @@ from pipeserve.core.partition import split_layers
 from pipeserve.core.shape import ModelShape
 from pipeserve.errors import ConfigError
 from pipeserve.launch.simulate import check_made_for
-from pipeserve.launch.tables import attainment_line, run_table
+from pipeserve.launch.tables import attainment_line, print_notes, run_table
 from pipeserve.launch.wanted import Pools, Wanted
 from pipeserve.launch.workload import Workload
 from pipeserve.profiling.capacity import busy_in, ceiling_rate, poisson_arrivals
@@ -68,6 +68,8 @@ def run(config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted
     else:
         report = simulate(service, pools, workload)
         print_report(report, console)
+    report["notes"] = list(workload.notes)
+    print_notes(report, console)
     return report
 
 

@@ -1,7 +1,5 @@
 """The stage process that computes nothing: inside the stage's loop, it waits as long as a device
-profile says.
-
-    python -m pipeserve.launch.emulated_stage < job        (started by the keeper)
+profile says. Started by its keeper, as `pipeserve.worker` is.
 
 Control messages, link headers, token feedback and processes are the runtime's own; only the time
 of computing and of moving activations is waited for instead of spent. How long that is, is the
@@ -17,11 +15,12 @@ from zlib import crc32
 import msgspec
 
 from pipeserve import connection, control
-from pipeserve.connection import Connection, Listener, Sources
+from pipeserve.connection import Connection, Sources
 from pipeserve.control import StartStage, Step
 from pipeserve.core.device import DeviceProfile
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.core.shape import ModelShape
+from pipeserve.listener import Listener
 from pipeserve.profiling.stage_times import ProfiledTimes, StageTimes
 from pipeserve.sequences import Sequence
 from pipeserve.stage_loop import Done, StageLoop, Tell, Turn, serve
@@ -60,18 +59,16 @@ class HeaderLinks:
         self._next_stage: Connection | None = None
 
     def listen(self, host: str, sources: Sources) -> str:
-        return Listener(host, sources, "activations").address
+        return Listener(host, sources, ("activations",), once=True).address
 
-    def connect(self, address: str, sources: Sources) -> None:
+    def connect(self, address: str, sources: Sources) -> Connection:
         self._next_stage = connection.connect(address, sources, "activations")
+        return self._next_stage
 
     def send(self, index: int, sent_s: float) -> int:
         """Returns the number of bytes."""
         self._next_stage.send(_HEADER.pack(index, sent_s))
         return _HEADER.size
-
-    def close(self) -> None:
-        """Nothing: both ends are among the stage's sources, which close them."""
 
 
 class EmulatedCompute:

@@ -35,6 +35,8 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     lines = [line.lstrip(_BOM) for line in lines]
     if not any(map(str.strip, lines)):
         raise ConfigError(f"{path}: empty; give one JSON object a line")
+    if next(filter(str.strip, lines)).lstrip().startswith("["):
+        raise ConfigError(f"{path}: a JSON array, not JSONL; give one JSON object a line")
     for number, line in enumerate(lines):
         if not line.strip():
             continue

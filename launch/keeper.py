@@ -4,30 +4,33 @@
     torchrun --nproc-per-node 2 -m pipeserve.launch.keeper --control HOST:PORT
 
 torchrun and its kind end every rank when one dies, so what they see is this process, which loads no
-torch and cannot run out of memory. It starts the stage when the driver says so, with a parent-death
-signal, reports how the stage ended, and ends when the driver says so or is gone.
+torch and cannot run out of memory. It starts the stage when the driver says so, answers heartbeats,
+reports how the stage ended, and ends when the driver says so (exit code 0) or is gone (1). A driver
+that will not have it says why, in one line (2).
 """
 
 import argparse
 import contextlib
-import ctypes
-import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import zmq
-from zmq.utils.monitor import parse_monitor_message
+import msgspec
 
-from pipeserve import control
-from pipeserve.control import Ping, StartStage, Stop
+from pipeserve import connection, control
+from pipeserve.configs.addresses import split_address
+from pipeserve.connection import Connection, Descriptor, Source, Sources
+from pipeserve.control import NotWanted, Ping, StartStage, Stop
+from pipeserve.errors import ConfigError
+from pipeserve.listener import is_loopback
 from pipeserve.machine import boot_id
+from pipeserve.secret import VARIABLE, control_secret
 
-_HEARTBEAT_S = 1.0
-_PR_SET_PDEATHSIG = 1
+_RETRY_S = 0.2
 _STDIN = 0
 
 
@@ -35,84 +38,75 @@ class Keeper:
     """Starts, watches and ends one stage process."""
 
     def __init__(
-        self,
-        endpoint: str,
-        rank: int,
-        world_size: int,
-        join_timeout_s: float,
-        until_stdin_closes: bool,
+        self, address: str, rank: int, world_size: int, join_timeout_s: float, secret: bytes
     ) -> None:
+        """Of the driver at `address` (HOST:PORT)."""
+        self.address = address
         self.rank = rank
         self.world_size = world_size
         self.join_timeout_s = join_timeout_s
         self.deadline = time.monotonic() + join_timeout_s
-        self.is_connected = False
+        self.secret = secret
+        self.sources = Sources(secret)
+        self.driver: Connection | None = None
+        self.has_joined = False
+        self.failure = "nobody listens there"
+        """Of the attempt to join before."""
         self.exit_code: int | None = None
         self.stage: subprocess.Popen | None = None
-        self.stage_exited: int | None = None  # a pidfd: readable once the stage has ended
-        self.context = zmq.Context()
-        self.driver = self.context.socket(zmq.DEALER)
-        self.driver.identity = control.keeper_identity(rank)
-        self.driver.set_hwm(0)
-        self.driver.linger = 2000
-        if not until_stdin_closes:
-            # A driver whose machine vanished closes no connection: ZeroMQ's heartbeats notice.
-            self.driver.heartbeat_ivl = 2000
-            self.driver.heartbeat_timeout = 20_000
-        self.connection = self.driver.get_monitor_socket(
-            zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
-        )
-        self.driver.connect(endpoint)
-        self.endpoint = endpoint
-        self.poller = zmq.Poller()
-        self.poller.register(self.driver, zmq.POLLIN)
-        self.poller.register(self.connection, zmq.POLLIN)
-        if until_stdin_closes:
-            self.poller.register(_STDIN, zmq.POLLIN)
+        self.stage_ended: Descriptor | None = None
+        self.stage_pidfd = -1
+
+    def end_with_stdin(self) -> None:
+        """The driver holds its other end."""
+        Descriptor(_STDIN, self.sources, "stdin")
 
     def run(self) -> int:
-        """Until the driver says stop (0), or is gone or cannot be reached (1)."""
-        self._tell(self._hello())
+        """Until the driver says stop (0), is gone or cannot be reached (1), or will not have this
+        keeper (2)."""
         try:
             while self.exit_code is None:
-                ready = dict(self.poller.poll(int(_HEARTBEAT_S * 1000)))
-                # One thing a turn, what the driver said before that it went.
-                if self.driver in ready:
-                    self._obey(control.decode_for_keeper(self.driver.recv()))
-                elif self.stage_exited in ready:
-                    self._report_exit()
-                elif self.connection in ready:
-                    self._note_connection()
-                elif _STDIN in ready:
-                    self.exit_code = 1  # the driver is gone; perhaps before it ever answered
-                elif not self.is_connected and time.monotonic() > self.deadline:
-                    self._give_up()
-                self._tell(control.Heartbeat(self.rank))
+                if not self.has_joined:
+                    self._join()
+                for source in self.sources.ready(None if self.has_joined else _RETRY_S * 1000):
+                    self._take(source)
+                if self.has_joined and self.driver.has_ended and self.exit_code is None:
+                    self.exit_code = 1  # the driver is gone
         finally:
             self._end_stage()
-            self.context.destroy(linger=0 if self.exit_code == 1 else None)
+            self.sources.close()
         return self.exit_code
 
-    def _obey(self, message: control.ToKeeper) -> None:
-        match message:
-            case StartStage():
-                self._start(message)
-            case Stop():
-                self.exit_code = 0
-            case Ping():
-                self._tell(control.Pong(self.rank, message.sent_s, time.monotonic()))
+    # ---- joining --------------------------------------------------------------------------------
 
-    def _note_connection(self) -> None:
-        event = parse_monitor_message(self.connection.recv_multipart())["event"]
-        self.is_connected = event == zmq.EVENT_CONNECTED
-        if not self.is_connected:  # the driver is gone
-            self.exit_code = 1
+    def _join(self) -> None:
+        """One step of it."""
+        if self.driver is None:
+            self._call()
+        elif self.driver.is_open:
+            self.has_joined = True
+            self._tell(self._hello())
+        elif self.driver.is_refused:
+            self._say(f"refused by the driver at {self.address}: {self.driver.refusal}")
+            self.exit_code = 2
+        elif self.driver.has_ended:  # displaced by strangers, or no driver: another time
+            self.failure = self.driver.refusal
+            self.driver = None
+        if self.exit_code is None and not self.has_joined and time.monotonic() > self.deadline:
+            self._give_up()
+
+    def _call(self) -> None:
+        try:
+            self.driver = connection.connect(self.address, self.sources, "keeper")
+        except ConnectionError as error:
+            self.failure = str(error)
+        else:
+            self.driver.watch_host()
 
     def _give_up(self) -> None:
-        print(
-            f"error: keeper of rank {self.rank}: no driver at {self.endpoint} within "
-            f"{self.join_timeout_s:g} s; start it with --launcher external",
-            file=sys.stderr,
+        self._say(
+            f"no driver at {self.address} within {self.join_timeout_s:g} s ({self.failure}); "
+            "start it with --launcher external, or raise --join-timeout"
         )
         self.exit_code = 1
 
@@ -121,30 +115,70 @@ class Keeper:
             rank=self.rank,
             world_size=self.world_size,
             host=socket.gethostname(),
-            address=_address_towards(self.endpoint),
+            address=self.driver.own_host,
             pid=os.getpid(),
             boot_id=boot_id(),
         )
 
+    # ---- once it has joined ---------------------------------------------------------------------
+
+    def _take(self, source: Source) -> None:
+        messages = source.receive()
+        match source.carries:
+            case "keeper":
+                for message in messages:
+                    self._obey(control.decode_for_keeper(message))
+            case "stage's end":
+                self._report_exit()
+            case "stdin" if self.exit_code is None:
+                self.exit_code = 1  # the driver is gone; perhaps before it ever answered
+
+    def _obey(self, message: control.ToKeeper) -> None:
+        match message:
+            case StartStage():
+                self._start(message)
+            case Stop():
+                self.exit_code = 0
+            case NotWanted():
+                self._say(f"not wanted by the driver at {self.address}: {message.why}")
+                self.exit_code = 2
+            case Ping():
+                now = time.monotonic()
+                self._tell(control.Pong(self.rank, message.sent_s, now, self._num_moved()))
+
     def _start(self, job: StartStage) -> None:
-        cpus, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), *_local_place(self.rank))
-        self.stage = subprocess.Popen(
-            [sys.executable, "-m", job.module],
-            stdin=subprocess.PIPE,
-            env=_stage_environment(self.rank, num_threads),
-            preexec_fn=functools.partial(_before_stage, os.getpid(), cpus),
-        )
-        self.stage_exited = os.pidfd_open(self.stage.pid)
-        self.poller.register(self.stage_exited, zmq.POLLIN)
-        with contextlib.suppress(BrokenPipeError):  # it ended at once: the pidfd tells
-            self.stage.stdin.write(control.encode(job))
-            self.stage.stdin.close()
+        cores, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), *_local_place(self.rank))
+        if job.control.startswith("/"):
+            job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
+        with _file_of(control.encode(control.Launch(job, self.rank, self.secret))) as launch:
+            self.stage = subprocess.Popen(
+                [
+                    sys.executable,
+                    *("-m", "pipeserve.launch.stage_process"),
+                    *(str(os.getpid()), ",".join(map(str, cores)), job.module),
+                ],
+                stdin=launch,
+                env=_stage_environment(self.rank, num_threads),
+            )
+        self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
+        self.stage_ended = Descriptor(self.stage_pidfd, self.sources, "stage's end")
+
+    def _num_moved(self) -> int:
+        """Bytes that the stage has read and written, from memory or disk."""
+        if self.stage is None or self.stage_ended is None:
+            return 0
+        try:
+            lines = Path(f"/proc/{self.stage.pid}/io").read_text("ascii").splitlines()
+        except OSError:  # it is ending, or may not be looked at
+            return 0
+        counts = dict(line.split(": ") for line in lines)
+        return sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes"))
 
     def _report_exit(self) -> None:
         code = self.stage.wait()
-        self.poller.unregister(self.stage_exited)
-        os.close(self.stage_exited)
-        self.stage_exited = None
+        self.stage_ended.close()
+        os.close(self.stage_pidfd)
+        self.stage_ended = None
         self._tell(control.StageExited(self.rank, self.stage.pid, code))
 
     def _end_stage(self) -> None:
@@ -155,6 +189,9 @@ class Keeper:
 
     def _tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message))
+
+    def _say(self, what: str) -> None:
+        print(f"error: keeper of rank {self.rank}: {what}", file=sys.stderr)
 
 
 def stage_cpus(
@@ -183,68 +220,108 @@ def _stage_environment(rank: int, num_threads: int) -> dict[str, str]:
     Huge pages for large allocations (glibc 2.35 and newer; others ignore it): gathering KV touches
     many pages; one pair of runs of the mix in docs/bench.md took 25.4 s with and 27.0 s without.
     """
-    return {
+    environment = {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         **os.environ,
         "RANK": str(rank),
         "OMP_NUM_THREADS": str(num_threads),
     }
+    environment.pop(VARIABLE, None)  # it is told in another way
+    return environment
 
 
-def _address_towards(endpoint: str) -> str:
-    """The address of the interface that leads to `endpoint` (tcp://HOST:PORT); sends nothing."""
-    host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))
-        return probe.getsockname()[0]
-
-
-def _before_stage(keeper_pid: int, cpus: list[int]) -> None:
-    """In the child, before it becomes the stage: take its cores; end when the keeper ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != keeper_pid:  # it ended before the line above
-        os._exit(1)
-    os.sched_setaffinity(0, cpus)
+@contextlib.contextmanager
+def _file_of(content: bytes):
+    """A file in memory: unlike a pipe it takes all of it, though its reader may be stopped."""
+    with open(os.memfd_create("stage"), "r+b") as file:
+        file.write(content)
+        file.seek(0)
+        yield file
 
 
 def _end_on_signal(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
 
 
-def main() -> None:
+# ---- the command --------------------------------------------------------------------------------
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeserve.launch.keeper", description=__doc__)
     parser.add_argument(
         "--control",
         default=os.environ.get("PIPESERVE_CONTROL"),
         help="HOST:PORT of the driver (default: $PIPESERVE_CONTROL)",
     )
+    parser.add_argument(
+        "--control-secret",
+        metavar="FILE",
+        help="file with the secret that the driver has, too (default: $PIPESERVE_CONTROL_SECRET)",
+    )
     parser.add_argument("--rank", type=int, default=os.environ.get("RANK"))
     parser.add_argument("--world-size", type=int, default=os.environ.get("WORLD_SIZE"))
     parser.add_argument(
         "--join-timeout",
         type=float,
-        default=120.0,
+        default=600.0,
         metavar="SECONDS",
-        help="how long to look for the driver (default: 120)",
+        help="how long to look for the driver, which may have a model to fetch or to convert "
+        "before it listens (default: 600)",
     )
     parser.add_argument(
         "--until-stdin-closes",
         action="store_true",
-        help="end when standard input does: the driver holds its other end",
+        help="end when standard input does; its first line is the secret, in hexadecimal digits",
     )
     arguments = parser.parse_args()
     for name in ("control", "rank", "world_size"):
         if getattr(arguments, name) is None:
             parser.error(f"--{name.replace('_', '-')} is needed where the launcher does not set it")
+    return arguments
+
+
+def _find_secret(arguments: argparse.Namespace) -> bytes:
+    """Empty: none was given, and none is needed. Raises ConfigError."""
+    if arguments.until_stdin_closes:
+        return bytes.fromhex(sys.stdin.readline())
+    secret = control_secret(arguments.control_secret)
+    try:
+        host, _ = split_address(arguments.control)
+        is_near = secret is not None or is_loopback(host)
+    except ValueError:
+        raise ConfigError(
+            f"--control {arguments.control!r} is not HOST:PORT, such as 10.0.0.1:29600 or "
+            "[::1]:29600"
+        ) from None
+    except OSError:  # a name that nobody knows yet
+        is_near = False
+    if not is_near:
+        raise ConfigError(
+            f"the driver at {arguments.control} is on another machine, which takes a shared "
+            "secret: give driver and keepers the same --control-secret FILE or "
+            "PIPESERVE_CONTROL_SECRET"
+        )
+    return secret or b""
+
+
+def main() -> None:
+    arguments = _parse()
     signal.signal(signal.SIGTERM, _end_on_signal)
     signal.signal(signal.SIGINT, _end_on_signal)
+    try:
+        secret = _find_secret(arguments)
+    except ConfigError as error:
+        print(f"error: keeper of rank {arguments.rank}: {error}", file=sys.stderr)
+        sys.exit(2)
     keeper = Keeper(
-        f"tcp://{arguments.control}",
+        arguments.control,
         int(arguments.rank),
         int(arguments.world_size),
         arguments.join_timeout,
-        arguments.until_stdin_closes,
+        secret,
     )
+    if arguments.until_stdin_closes:
+        keeper.end_with_stdin()
     exit_code = keeper.run()
     for ending in (signal.SIGTERM, signal.SIGINT):  # it ends already
         signal.signal(ending, signal.SIG_IGN)

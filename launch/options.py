@@ -34,6 +34,14 @@ Lengths = Annotated[
 NumLengths = Annotated[
     int | None, typer.Option(help="Requests; all of a file, 1000 of a distribution.")
 ]
+TimeUnit = Annotated[
+    float | None,
+    typer.Option(
+        "--timed-trace-sec-multiplier",
+        help="Seconds of one unit of a trace's times (0.001: milliseconds); by default as its "
+        "format or its numbers say.",
+    ),
+]
 JsonTo = Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")]
 OverwriteOutput = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output file if it exists.")

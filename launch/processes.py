@@ -1,8 +1,8 @@
 """Work spread over processes, none of which outlives the command, however that ends."""
 
-import ctypes
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -11,9 +11,11 @@ from multiprocessing import active_children, get_context
 from typing import Any, Protocol
 
 from pipeserve.errors import PipeserveError
+from pipeserve.launch.stage_process import end_with
 from pipeserve.launch.starting import exit_on_signals
 
-_PR_SET_PDEATHSIG = 1
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_REAPED_WITHIN_S = 0.005
 
 
 class Run(Protocol):
@@ -36,11 +38,11 @@ def processes(num: int) -> Iterator[Run]:
         return
     exit_on_signals()
     pool = ProcessPoolExecutor(
-        num, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+        num, get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
     )
 
     def run(work: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        with _holding_ctrl_c_back():
+        with _holding_signals_back():
             futures = {pool.submit(work, thing): thing for thing in things}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -52,25 +54,33 @@ def processes(num: int) -> Iterator[Run]:
             f"one of {num} processes was killed, perhaps for want of memory; give fewer --processes"
         ) from None
     finally:  # what still runs, is not wanted any more
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in active_children():
-            process.kill()
-            process.join()
+        with _holding_signals_back():
+            pool.shutdown(wait=False, cancel_futures=True)
+            while left := active_children():  # the pool's own thread may be who reaps them
+                for process in left:
+                    process.kill()
+                time.sleep(_REAPED_WITHIN_S)
 
 
 @contextmanager
-def _holding_ctrl_c_back() -> Iterator[None]:
-    """A process that is started meanwhile never gets it, from its first moment: a terminal sends it
-    to all, and it is this one's to handle; what came meanwhile, at the end."""
+def _holding_signals_back() -> Iterator[None]:
+    """What ends the command is handled at the end of this: a process half started, or half ended,
+    would be lost. Blocking them is not enough, for the kernel then hands them to another thread,
+    and Python handles them in this one all the same; so their handlers wait.
+
+    Ctrl-C is blocked besides, so that a process that is started meanwhile never gets it, from its
+    first moment: a terminal sends it to all, and it is this one's to handle."""
+    came: list[int] = []
+    handlers = {each: signal.getsignal(each) for each in _ENDINGS}
+    held = [each for each in _ENDINGS if handlers[each] is not signal.SIG_IGN]
+    for each in held:
+        signal.signal(each, lambda signum, frame: came.append(signum))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with(parent: int) -> None:
-    """This process when its parent does, which may be killed: by then, or before this was said."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
+        for each in held:
+            signal.signal(each, handlers[each])
+        for each in came[:1]:
+            signal.raise_signal(each)

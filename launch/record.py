@@ -21,6 +21,7 @@ from pipeserve.core.records import Record, Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.core.view import Limits
 from pipeserve.errors import StageError
+from pipeserve.launch.collector import short_collections
 from pipeserve.launch.explain import explaining
 from pipeserve.launch.live import live_view
 from pipeserve.profiling.clocks import align
@@ -47,9 +48,10 @@ class Records:
     shown: Callable[[], AbstractContextManager[None]]
     """While it is entered, the run is shown in the terminal (`--live`)."""
 
-    def recording(self) -> Recording:
-        """What the ring holds, on the driver's clock."""
-        return align(recording_of(self.ring, self.num_stages, self.meta)).recording
+    def recording(self, ring: Ring | None = None) -> Recording:
+        """What the ring holds, or one that was taken from it, on the driver's clock."""
+        kept = self.ring if ring is None else ring
+        return align(recording_of(kept, self.num_stages, self.meta)).recording
 
     def busy_shares(self, start_s: float, stop_s: float) -> list[float]:
         """Of each stage, of that time, or of its end where the ring does not hold all of it."""
@@ -107,7 +109,7 @@ def recorded(
         to_lines(entry)
         to_view(entry)
 
-    with ExitStack() as files, open_driver(record) as driver:
+    with ExitStack() as files, open_driver(record) as driver, short_collections():
         meta = meta_of_driver(driver)
 
         def start_writing() -> None:

@@ -33,7 +33,7 @@ from pipeserve.launch.record import (
     run_meta,
     stage_shares,
 )
-from pipeserve.launch.tables import attainment_line, run_table, stage_table
+from pipeserve.launch.tables import attainment_line, print_notes, run_table, stage_table
 from pipeserve.launch.wanted import Wanted
 from pipeserve.launch.workload import Workload
 from pipeserve.profiling.capacity import (
@@ -230,7 +230,7 @@ def simulate(
         "microbatches": len(pipeline.flights),
         **({"attainment": attainment(simulation.served, slo)._asdict()} if slo else {}),
         **_common(setup, workload, stages),
-        "notes": [*context_notes(setup.shape, setup.limits), *ring_notes(ring)],
+        "notes": [*_notes(setup, workload), *ring_notes(ring)],
     }
 
 
@@ -255,10 +255,14 @@ def _common(setup: Setup, workload: Workload, stages: Sequence[dict[str, Any]]) 
         "policy": setup.config.policy,
         "workload": workload.name,
         "simulated": setup.profile.name,
-        "notes": context_notes(setup.shape, setup.limits),
+        "notes": _notes(setup, workload),
         "limits": asdict(setup.limits),
         "config": asdict(setup.config),
     }
+
+
+def _notes(setup: Setup, workload: Workload) -> list[str]:
+    return [*workload.notes, *context_notes(setup.shape, setup.limits)]
 
 
 # ---- capacity -----------------------------------------------------------------------------------
@@ -308,7 +312,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(stage_table(report["stages"]))
     if "attainment" in report:
         console.print(attainment_line(report["attainment"]))
-    _print_notes(report, console)
+    print_notes(report, console)
 
 
 def print_capacity(report: dict[str, Any], console: Console) -> None:
@@ -340,9 +344,4 @@ def print_capacity(report: dict[str, Any], console: Console) -> None:
             f"cannot: even requests that hardly meet are not within the limits ({limits}); "
             "give a longer --slo-tbt, a smaller --max-num-batched-tokens or fewer stages"
         )
-    _print_notes(report, console)
-
-
-def _print_notes(report: dict[str, Any], console: Console) -> None:
-    for note in report["notes"]:
-        console.print(f"note: {note}")
+    print_notes(report, console)

@@ -1,8 +1,9 @@
 """The tables that verbs print of a report, the object that `--json` writes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 
@@ -52,3 +53,9 @@ def attainment_line(shares: dict[str, float]) -> str:
         f"within the SLO: TTFT {shares['ttft']:.1%}, TPOT {shares['tpot']:.1%}, "
         f"both {shares['both']:.1%} of requests"
     )
+
+
+def print_notes(report: Mapping[str, Any], console: Console) -> None:
+    """What a reader of the report has to know."""
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False)

@@ -1,21 +1,28 @@
-"""Request traces: lengths, and arrivals where the file has them. CSV[.gz] or JSONL[.gz]."""
+"""Request traces: lengths, and arrivals where the file has them."""
 
-import csv
-import gzip
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from itertools import pairwise
+from math import isfinite, isnan
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pipeserve.errors import ConfigError
+from pipeserve.launch.rows import Row, read_rows
+from pipeserve.launch.trace_formats import MILLISECOND, NANOSECOND, Columns, find_columns, same_name
 
-# By the names that published traces use: Azure's, Vidur's, Sarathi-Serve's, Mooncake's.
-_PROMPT = ("prefill", "context", "input_length")
-_OUTPUT = ("decode", "generated", "output_length")
-_ARRIVAL = ("timestamp", "arriv")
 _MOST_TOKENS = 10**9
 _MOST_SECONDS = 1e12
+
+_NUMBER, _ZONED, _LOCAL = "a number", "a date with a zone", "a date without a zone"
+# A first time as large as this is counted from 1970, in this unit.
+_SINCE_1970 = (
+    (1e17, NANOSECOND, "nanoseconds"),
+    (1e14, 1e-6, "microseconds"),
+    (1e11, MILLISECOND, "milliseconds"),
+    (1e9, 1.0, "seconds"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,127 +33,209 @@ class Trace:
     """(prompt tokens, output tokens), each at least 1."""
     arrivals_s: tuple[float, ...] = ()
     """Seconds after the first, parallel to `lengths`; empty where the trace has none."""
+    notes: tuple[str, ...] = ()
+    """What was left out."""
+    time_notes: tuple[str, ...] = ()
+    """What was taken for granted of the times."""
 
 
-def is_trace(path: Path) -> bool:
-    """Whether a file holds lengths: any CSV, and JSONL whose first object has `input_length`."""
-    suffixes = path.suffixes[-2:]
-    if ".csv" in suffixes or suffixes == [".jsonl", ".gz"]:
-        return True
-    try:
-        with path.open(encoding="utf-8") as file:
-            return '"input_length"' in file.readline()
-    except (OSError, UnicodeDecodeError):
-        return False  # whoever reads it as prompts says what is wrong
+class _Moment(NamedTuple):
+    """A time as it stands in the file; a date as seconds since 1970."""
+
+    place: str
+    value: float
+    kind: str
 
 
-def read_trace(path: Path) -> Trace:
-    """The requests of a trace whose columns (or JSON keys) are named prefill, context or
-    input_length; decode, generated or output_length; and timestamp or arrived_at, if it has times.
+def read_trace(path: Path, num_rows: int | None = None, unit_s: float | None = None) -> Trace:
+    """The requests of a trace in one of `trace_formats.FORMATS`; see `trace_of`."""
+    return trace_of(path, read_rows(path), num_rows, unit_s)
 
-    Times are seconds, dates, or milliseconds where the rows are JSON (Mooncake's). Raises
-    ConfigError: unreadable, a column missing, FILE:LINE of a length below 1 or of a time before the
-    one above it.
+
+def trace_of(
+    path: Path, rows: Iterable[Row], num_rows: int | None = None, unit_s: float | None = None
+) -> Trace:
+    """The requests of `rows`; of a trace with times the first `num_rows` that are no failures.
+
+    Rows without prompt or output tokens are requests that failed: left out, and counted in a note.
+    Times are numbers or dates. A unit that the format does not settle is judged by the numbers,
+    and a note says how; `unit_s`, the seconds of one unit, overrules it. Dates without a zone are
+    taken as they stand, whatever the zone of this machine. Rows out of order are sorted by time.
+
+    Raises ConfigError: no rows, no known columns, the place of a length or time that is none.
     """
-    rows = _read_rows(path)
-    columns = list(rows[0][1]) if rows else []
-    prompt, output = _find(columns, _PROMPT), _find(columns, _OUTPUT)
-    if prompt is None or output is None:
-        raise ConfigError(
-            f"{path}: no rows with a prefill (or context) and a decode (or generated) column; "
-            f"columns here: {', '.join(columns) or 'none'}"
-        )
-    lengths = tuple(
-        (_length(path, line, row, prompt), _length(path, line, row, output)) for line, row in rows
-    )
-    arrival = _find(columns, _ARRIVAL)
-    arrivals_s = _arrivals(path, rows, arrival) if arrival is not None else ()
-    return Trace(lengths=lengths, arrivals_s=arrivals_s)
-
-
-def _read_rows(path: Path) -> list[tuple[int, Mapping[str, object]]]:
-    """(line number from 1, row) of each row."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", newline="", encoding="utf-8") as file:
-            if ".jsonl" in path.suffixes:
-                return list(_json_rows(path, file))
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-            _check_names(path, reader.fieldnames or ())
-            return rows
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: {reason}; give a readable trace") from None
-
-
-def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
-    for number, line in enumerate(lines):
-        if not line.strip():
+    columns, lengths, moments = None, [], []
+    num_failed, clock = 0, 0.0
+    for row in rows:
+        if columns is None:
+            columns = find_columns(str(path), row.values)
+        pair = _length(row, columns.prompt), _length(row, columns.output)
+        if columns.arrival is not None:
+            moment = _moment(row, columns.arrival, is_first=not (moments or num_failed), of=columns)
+            if columns.are_gaps:
+                clock += moment.value
+                moment = moment._replace(value=clock)
+        if 0 in pair:
+            num_failed += 1
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number + 1}: not JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}:{number + 1}: not a JSON object")
-        yield number + 1, row
-
-
-def _check_names(path: Path, names: Sequence[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{path}: column {name!r} is there twice; keep one")
-
-
-def _find(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    return next((c for c in columns if c and any(name in c.lower() for name in names)), None)
-
-
-def _length(path: Path, line: int, row: Mapping[str, object], column: str) -> int:
-    value = row.get(column)
-    shown = repr(value)[:40]
-    try:
-        number = int(float(str(value)))
-        if number > _MOST_TOKENS:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise ConfigError(
-            f"{path}:{line}: {column} is {shown}, must be a number of at most {_MOST_TOKENS}"
-        ) from None
-    if number < 1:
-        raise ConfigError(
-            f"{path}:{line}: {column} is {value}, must be at least 1 token; drop the row"
+        lengths.append(pair)
+        if columns.arrival is None:
+            continue
+        moments.append(moment)
+        if len(lengths) == num_rows:
+            break
+    if not lengths:
+        raise ConfigError(f"{path}: no row with prompt and output tokens; give a trace with some")
+    notes = []
+    if num_failed:
+        notes.append(
+            f"{num_failed:,} of the {num_failed + len(lengths):,} rows read have no prompt or no "
+            "output tokens (failed requests) and were left out"
         )
-    return number
-
-
-def _arrivals(
-    path: Path, rows: Sequence[tuple[int, Mapping[str, object]]], column: str
-) -> tuple[float, ...]:
-    unit_s = 1e-3 if ".jsonl" in path.suffixes else 1.0
-    times: list[float] = []
-    for line, row in rows:
-        value = str(row.get(column))
-        try:
-            times.append(_seconds(value) * unit_s)
-            if not abs(times[-1]) < _MOST_SECONDS:
-                raise ValueError
-        except ValueError:
+    if not moments:
+        if unit_s is not None:
             raise ConfigError(
-                f"{path}:{line}: {column} is {value[:40]!r}, must be seconds or a date"
-            ) from None
-        if len(times) > 1 and not times[-1] >= times[-2]:
-            raise ConfigError(
-                f"{path}:{line}: {column} is {value}, before the row above; sort the trace by time"
+                f"--timed-trace-sec-multiplier is for times, and {path} has none; leave it out"
             )
-    return tuple(time - times[0] for time in times)
+        return Trace(lengths=tuple(lengths), notes=tuple(notes))
+    time_notes: list[str] = []
+    in_order = _in_order(moments, columns, time_notes)
+    unit_s = _unit(moments, columns, unit_s, time_notes)
+    first = moments[in_order[0]].value
+    return Trace(
+        lengths=tuple(lengths[index] for index in in_order),
+        arrivals_s=tuple((moments[index].value - first) * unit_s for index in in_order),
+        notes=tuple(notes),
+        time_notes=tuple(time_notes),
+    )
 
 
-def _seconds(value: str) -> float:
+def _length(row: Row, column: str) -> int:
+    value = row.values.get(column)
+    number = _number(value)
+    if number is None or not number.is_integer() or not 0 <= number <= _MOST_TOKENS:
+        raise ConfigError(
+            f"{row.place}: {column} is {_shown(value)}, must be a whole number of 0 to "
+            f"{_MOST_TOKENS:,} tokens"
+        )
+    return int(number)
+
+
+def _moment(row: Row, column: str, *, is_first: bool, of: Columns) -> _Moment:
+    value = row.values.get(column)
+    if of.are_gaps:
+        gap = _gap(value, is_first)
+        if gap is None:
+            raise ConfigError(
+                f"{row.place}: {column} is {_shown(value)}, must be seconds since the row above"
+            )
+        return _Moment(row.place, gap, _NUMBER)
+    number = _number(value)
+    if number is not None and isfinite(number):
+        return _Moment(row.place, number, _NUMBER)
+    date = _date(value)
+    if date is None:
+        raise ConfigError(f"{row.place}: {column} is {_shown(value)}, must be a number or a date")
+    kind = _LOCAL if date.tzinfo is None else _ZONED
+    return _Moment(row.place, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp(), kind)
+
+
+def _gap(value: Any, is_first: bool) -> float | None:
+    """Seconds since the row above; before the first there is none, so it may be blank."""
+    number = _number(value)
+    if is_first and (value in (None, "") or (number is not None and isnan(number))):
+        return 0.0
+    return number if number is not None and 0 <= number < _MOST_SECONDS else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
     try:
         return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _date(value: Any) -> datetime | None:
+    """Digits after the sixth of a second's are dropped: Azure's traces have seven."""
+    try:
+        return datetime.fromisoformat(str(value).strip().replace(" UTC", "Z"))
     except ValueError:
-        # Azure's traces have seven digits after the second, Python's dates six.
-        whole, _, part = value.partition(".")
-        return datetime.fromisoformat(whole).timestamp() + float(f"0.{part or 0}")
+        return None
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:40]
+
+
+def _in_order(moments: Sequence[_Moment], columns: Columns, notes: list[str]) -> list[int]:
+    """Indices by time, rows of the same time as they stand. Raises ConfigError: kinds of times
+    mixed; a date without a zone before the one above, which may be a clock that was set back."""
+    num_late = 0
+    for before, moment in pairwise(moments):
+        if moment.kind != before.kind:
+            raise ConfigError(
+                f"{moment.place}: {columns.arrival} is {moment.kind}, above it is {before.kind}; "
+                "write all alike"
+            )
+        if moment.value < before.value:
+            num_late += 1
+            if moment.kind == _LOCAL:
+                raise ConfigError(
+                    f"{moment.place}: {columns.arrival} is before the row above, and has no zone: "
+                    "perhaps its clock was set back; give a zone, or sort the rows"
+                )
+    if num_late:
+        notes.append(f"{num_late:,} rows come before the row above them; they were sorted by time")
+    return sorted(range(len(moments)), key=lambda index: moments[index].value)
+
+
+def _unit(
+    moments: Sequence[_Moment], columns: Columns, given_s: float | None, notes: list[str]
+) -> float:
+    """Seconds of one unit of the times."""
+    values = [moment.value for moment in moments]
+    if moments[0].kind != _NUMBER:
+        if given_s is not None:
+            raise ConfigError(
+                f"--timed-trace-sec-multiplier is for numbers, and {columns.arrival} is "
+                f"{moments[0].kind}; leave it out"
+            )
+        return 1.0
+    unit_s = given_s or columns.unit_s
+    if unit_s is None:
+        unit_s, unit, reason = _judged(values, columns)
+        notes.append(
+            f"{columns.arrival} was taken as {unit}, for {reason}; "
+            "--timed-trace-sec-multiplier gives another unit, in seconds"
+        )
+    span_s = (max(values) - min(values)) * unit_s
+    if not span_s < _MOST_SECONDS:
+        raise ConfigError(
+            f"{columns.arrival} spans {span_s:.3g} s, over {_MOST_SECONDS:g}; see to its unit with "
+            "--timed-trace-sec-multiplier"
+        )
+    return unit_s
+
+
+def _judged(values: Sequence[float], columns: Columns) -> tuple[float, str, str]:
+    """(seconds of one unit, its name, why)."""
+    for least, unit_s, name in _SINCE_1970:
+        if values[0] >= least:
+            return unit_s, f"{name} since 1970", "its numbers are as large"
+    if not all(value.is_integer() for value in values):
+        return 1.0, "seconds", "its numbers have fractions"
+    if same_name(columns.prompt, "input_length"):
+        return MILLISECOND, "milliseconds", "its numbers are whole, as in Mooncake's traces"
+    return 1.0, "seconds", "most traces have them"
+
+
+def starting_again(times: Sequence[float], num: int) -> Iterator[float]:
+    """`num` arrival times: `times` over and over, each time as long after the last of them as they
+    are apart in the mean."""
+    span = max(times) - min(times)
+    period = span + span / max(1, len(times) - 1)
+    for index in range(num):
+        turn, place = divmod(index, len(times))
+        yield times[place] + turn * period

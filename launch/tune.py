@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import groupby
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipeserve.core.shape import ModelShape
 from pipeserve.errors import CapacityError, ConfigError
 from pipeserve.launch.processes import Run, processes
 from pipeserve.launch.simulate import Setup, make_setup
+from pipeserve.launch.tables import print_notes
 from pipeserve.launch.workload import Workload
 from pipeserve.profiling.capacity import Lengths, Trial, find_capacity, run_trial
 from pipeserve.profiling.ceiling import ceiling
@@ -66,6 +68,8 @@ class Wanted:
     """Requests a second to serve; None: as many as possible."""
     ceiling: float
     """Requests a second that no schedule of any layout passes."""
+    notes: tuple[str, ...] = ()
+    """Of the workload."""
 
 
 def tune(
@@ -156,6 +160,8 @@ def make_wanted(
 ) -> Wanted:
     """The requests that some layout can hold, and the most that any can serve. Raises ConfigError:
     no SLO, no layout with room for the weights, no request that fits."""
+    if rate is not None and rate == inf:
+        raise ConfigError("--rate is inf; give the requests a second to serve, or leave it out")
     if config.slo_tbt is None:
         raise ConfigError("tune goes by --slo-tbt; give --slo-tbt SECONDS")
     setups = _setups(config, shape, tried)
@@ -186,6 +192,7 @@ def make_wanted(
         slo_tbt_s=config.slo_tbt,
         rate=rate,
         ceiling=highest,
+        notes=workload.notes,
     )
 
 
@@ -306,6 +313,7 @@ def make_report(
         "workload": wanted.workload,
         "requests": len(wanted.lengths),
         "left_out": wanted.num_left_out,
+        "notes": list(wanted.notes),
         "slo_tbt_s": wanted.slo_tbt_s,
         "rate": wanted.rate,
         "gpus": num_gpus,
@@ -352,6 +360,7 @@ def print_ranked(wanted: Wanted, ranked: Sequence[Tried], console: Console) -> N
     console.print(table)
     if len(ranked) > _MOST_ROWS:
         console.print(f"{len(ranked) - _MOST_ROWS} more gave less; --json has all of them")
+    print_notes({"notes": wanted.notes}, console)
     if wanted.num_left_out:
         console.print(f"note: {wanted.num_left_out:,} requests that fit nowhere were left out")
 

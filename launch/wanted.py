@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import inf
 
 from pipeserve.errors import ConfigError
 from pipeserve.profiling.goodput import Slo
@@ -69,6 +70,8 @@ class Wanted:
     def _check_placement(self) -> None:
         if self.slo is None or self.rate is None:
             raise ConfigError("--place needs --slo-ttft, --slo-tpot and --rate; give all of them")
+        if self.rate == inf:
+            raise ConfigError("--place is for so many requests a second; --rate is inf")
         if self.pools is not None or self.find_capacity:
             raise ConfigError("--place looks for pools; leave pools and --find-capacity out")
 

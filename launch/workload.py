@@ -1,15 +1,23 @@
-"""What `--workload` names: a JSONL file, a trace of lengths, or a built-in distribution."""
+"""What `--workload` names: prompts, conversations, a trace, or a built-in distribution."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, cycle, islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from pipeserve.configs.recipes import check_keys
 from pipeserve.errors import ConfigError
-from pipeserve.launch.jsonl import read_objects
-from pipeserve.launch.traces import is_trace, read_trace
+from pipeserve.launch.conversations import (
+    Conversation,
+    conversations_of,
+    is_conversation,
+    requests_of,
+)
+from pipeserve.launch.rows import Row, read_rows
+from pipeserve.launch.trace_formats import has_lengths
+from pipeserve.launch.traces import starting_again, trace_of
 from pipeserve.profiling.workloads import (
     DISTRIBUTIONS,
     WorkItem,
@@ -28,14 +36,53 @@ class Workload:
 
     name: str
     items: tuple[WorkItem, ...] = ()
+    conversations: tuple[Conversation, ...] = ()
+    """How long their answers were, a tokenizer says."""
+    num_wanted: int | None = None
+    """Of the conversations; None: all."""
     lengths: tuple[tuple[int, int], ...] = ()
     """(prompt tokens, output tokens); the ids are drawn once the vocabulary is known."""
     arrivals_s: tuple[float, ...] = ()
     """Of a trace, parallel to `lengths`; empty where it has none."""
     scale: float = 1.0
     rate: float | None = None
-    """Requests a second, as a Poisson process; None: the workload's own arrivals."""
+    """Requests a second, as a Poisson process, `inf` for all at once; None: the workload's own
+    arrivals."""
     seed: int = 0
+    notes: tuple[str, ...] = ()
+    """What a reader of the result has to know."""
+
+    def tokenized(self, encode: Callable[[str], Sequence[int]] | None) -> "Workload":
+        """With ids in place of text. Raises ConfigError: text, and no tokenizer to `encode` it; no
+        conversation within the limits."""
+        if encode is None:
+            self.token_lengths()  # raises for text
+            return self
+        if self.conversations:
+            return self._sampled(encode)
+        items = (
+            replace(item, prompt=tuple(encode(item.prompt)))
+            if isinstance(item.prompt, str)
+            else item
+            for item in self.items
+        )
+        return replace(self, items=tuple(items))
+
+    def _sampled(self, encode: Callable[[str], Sequence[int]]) -> "Workload":
+        items, num_left_out = requests_of(self.conversations, self.num_wanted, encode)
+        if not items:
+            raise ConfigError(
+                f"{self.name}: of {num_left_out:,} conversations none has 4 to 1,024 prompt tokens "
+                "and an answer of 4 or more, 2,048 together; give longer or shorter ones"
+            )
+        notes = list(self.notes)
+        if num_left_out:
+            notes.append(
+                f"{num_left_out:,} conversations were left out: under 4 tokens, over 1,024 of "
+                "prompt or over 2,048 in all, as vLLM's benchmark does"
+            )
+        items, note = _repeated(self.name, items, self.num_wanted)
+        return replace(self, items=tuple(items), conversations=(), notes=(*notes, *note))
 
     def with_ids(self, vocab_size: int) -> list[WorkItem]:
         """The requests; the same for the same seed and vocabulary."""
@@ -51,7 +98,7 @@ class Workload:
                 (max(1, int(prompt / self.scale)), max(1, int(output / self.scale)))
                 for prompt, output in self.lengths
             ]
-        if any(isinstance(item.prompt, str) for item in self.items):
+        if self.conversations or any(isinstance(item.prompt, str) for item in self.items):
             raise ConfigError(
                 f"{self.name} has prompts as text, and without a model there is no tokenizer; "
                 "give prompt_token_ids, or a trace of lengths"
@@ -75,52 +122,101 @@ def read_workload(
     rate: float | None,
     seed: int,
     default_num: int = 64,
+    unit_s: float | None = None,
+    timed: bool = True,
 ) -> Workload:
-    """A built-in distribution by name (`default_num` requests), a JSONL file, or a trace.
+    """A built-in distribution by name (`default_num` requests), or a file: prompts, conversations
+    or a trace, whose times are in units of `unit_s` seconds, or in what its format says. Without
+    `timed`, or with a `rate`, they are of no account.
 
-    Of a trace with arrivals the first `num_prompts` rows are taken, of one without any. Raises
-    ConfigError: unknown name, unreadable file, FILE:LINE of a bad line, a number out of range.
+    Of prompts and of a trace with arrivals the first `num_prompts` are taken, of the others any;
+    where there are fewer, they begin again, and a note says so. Raises ConfigError: unknown name,
+    unreadable file, the place of a bad row, a number out of range.
     """
     if num_prompts is not None and num_prompts < 1:
         raise ConfigError(f"--num-prompts is {num_prompts}, must be at least 1")
-    for flag, value in (("--scale", scale), ("--rate", rate)):
-        if value is not None and not _LEAST < value < float("inf"):
-            raise ConfigError(f"{flag} is {value}, must be over {_LEAST:g} and finite")
+    if not _LEAST < scale < float("inf"):
+        raise ConfigError(f"--scale is {scale}, must be over {_LEAST:g} and finite")
+    if rate is not None and not rate > _LEAST:
+        raise ConfigError(f"--rate is {rate}, must be over {_LEAST:g}, or inf for all at once")
+    if unit_s is not None and not 0 < unit_s < float("inf"):
+        raise ConfigError(
+            f"--timed-trace-sec-multiplier is {unit_s}, must be over 0 and finite: the seconds of "
+            "one unit"
+        )
     shared = {"name": name, "rate": rate, "seed": seed}
     rng = Random(f"{seed}/lengths")
     if name in DISTRIBUTIONS:
+        _check_no_unit(name, unit_s)
         num_prompts = num_prompts or default_num
         lengths = draw_lengths(DISTRIBUTIONS[name], num_prompts, rng)
         return Workload(lengths=tuple(lengths), scale=scale, **shared)
-    if is_trace(Path(name)):
-        trace = read_trace(Path(name))
-        lengths, arrivals_s = trace.lengths, trace.arrivals_s
-        count = min(num_prompts or len(lengths), len(lengths))
-        lengths = lengths[:count] if arrivals_s else tuple(rng.sample(lengths, count))
-        return Workload(lengths=lengths, arrivals_s=arrivals_s[:count], scale=scale, **shared)
     if not Path(name).exists():
         known = ", ".join(DISTRIBUTIONS)
         raise ConfigError(
-            f"no workload {name!r}; give a JSONL file, a CSV trace, or one of {known}"
+            f"no workload {name!r}; give a file of prompts, a trace, or one of {known}"
         )
+    rows = read_rows(Path(name))
+    first = next(rows, None)
+    if first is None:
+        raise ConfigError(f"{name}: no rows; give a trace, or one JSON object a line")
+    rows = chain([first], rows)
+    if has_lengths(first.values) or not first.is_json:
+        trace = trace_of(Path(name), rows, num_prompts, unit_s)
+        lengths, arrivals_s = trace.lengths, trace.arrivals_s
+        if arrivals_s:
+            arrivals_s = tuple(starting_again(arrivals_s, num_prompts or len(lengths)))
+        else:
+            lengths = rng.sample(lengths, min(num_prompts or len(lengths), len(lengths)))
+        lengths, note = _repeated(name, lengths, num_prompts)
+        notes = trace.notes + (trace.time_notes if timed and rate is None else ()) + note
+        lengths = tuple(lengths)
+        return Workload(lengths=lengths, arrivals_s=arrivals_s, notes=notes, scale=scale, **shared)
+    _check_no_unit(name, unit_s)
     if scale != 1:
         raise ConfigError(
             f"--scale is {scale}, but {name} holds prompts, not lengths; leave it out"
         )
-    return Workload(items=tuple(_read_items(Path(name))[:num_prompts]), **shared)
+    if is_conversation(first.values):
+        conversations = list(conversations_of(rows))
+        rng.shuffle(conversations)
+        return Workload(conversations=tuple(conversations), num_wanted=num_prompts, **shared)
+    items = list(islice(map(_read_item, rows), num_prompts))
+    times = starting_again([item.arrival_s for item in items], num_prompts or len(items))
+    items, notes = _repeated(name, items, num_prompts)
+    items = [replace(item, arrival_s=time_s) for item, time_s in zip(items, times, strict=True)]
+    return Workload(items=tuple(items), notes=notes, **shared)
 
 
-def _read_items(path: Path) -> list[WorkItem]:
-    items = []
-    for number, line in read_objects(path):
-        try:
-            items.append(_parse_item(line))
-        except ConfigError as error:
-            raise ConfigError(f"{path}:{number + 1}: {error}") from None
-    return items
+def _repeated(
+    name: str, found: Sequence[Any], num_wanted: int | None
+) -> tuple[list[Any], tuple[str, ...]]:
+    """As many as are wanted, from the first again where there are fewer, as vLLM's benchmark fills
+    up; and the note that says so."""
+    if num_wanted is None or len(found) >= num_wanted:
+        return list(found), ()
+    note = f"{name} has {len(found):,} requests; they begin again to make {num_wanted:,}"
+    return list(islice(cycle(found), num_wanted)), (note,)
+
+
+def _check_no_unit(name: str, unit_s: float | None) -> None:
+    if unit_s is not None:
+        raise ConfigError(
+            f"--timed-trace-sec-multiplier is for a trace's times, and {name} is no trace; leave "
+            "it out"
+        )
+
+
+def _read_item(row: Row) -> WorkItem:
+    try:
+        return _parse_item(dict(row.values))
+    except ConfigError as error:
+        raise ConfigError(f"{row.place}: {error}") from None
 
 
 def _parse_item(line: dict[str, Any]) -> WorkItem:
+    if "output_tokens" in line and "max_tokens" not in line:  # so in vLLM's custom data sets
+        line["max_tokens"] = line.pop("output_tokens")
     check_keys(line, ["prompt", "prompt_token_ids", "max_tokens", "arrival_s"])
     line = {key: value for key, value in line.items() if value is not None}
     prompt, ids = line.get("prompt"), line.get("prompt_token_ids")

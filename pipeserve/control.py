@@ -1,9 +1,7 @@
 """What driver, keepers and stages say to each other: one fixed msgspec schema, array-encoded.
 
-A stage has a plain `Connection` to the driver, on which a message costs one wake-up. Keepers, which
-are never in a hurry, are DEALERs of one ROUTER socket of the driver, by the names that
-`keeper_identity` gives them: ZeroMQ finds out who is there and who is gone. Never PUB, whose drops
-become hangs: ROUTER_MANDATORY raises instead.
+Each keeper and each stage has a `Connection` to the driver of its own, on which a message costs one
+wake-up. Never a socket that drops what it cannot send: drops become hangs.
 
 A request is registered once, with prompt and outputs so far; after that a step names only its new
 positions and new blocks.
@@ -34,7 +32,7 @@ class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True)
 
 
 class StartStage(_Message):
-    """Start this rank's stage process. The keeper passes it on to the stage unread."""
+    """Start this rank's stage process."""
 
     stage: int
     num_stages: int
@@ -43,7 +41,8 @@ class StartStage(_Message):
     work: bytes
     """What that program is to compute, encoded: for `pipeserve.worker` a `ModelShare`."""
     control: str
-    """Where the driver listens for stages: the address of its `connection.Listener`."""
+    """Where the driver listens: /NAME on its own machine. The keeper puts before it what it itself
+    reached the driver by."""
     host: str
     """Address on which this stage listens for its neighbours."""
     traceback: bool
@@ -54,8 +53,14 @@ class Stop(_Message):
     """End the stage and yourself."""
 
 
+class NotWanted(_Message):
+    """This keeper does not belong to the pipeline: end yourself."""
+
+    why: str
+
+
 class Ping(_Message):
-    """Ask for `Pong` at once: how the clocks of two machines are aligned."""
+    """Ask for `Pong` at once: whether the keeper is there, and what its clock says."""
 
     sent_s: float
 
@@ -77,6 +82,17 @@ class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
     block_size: int
 
 
+# ---- keeper -> stage ----------------------------------------------------------------------------
+
+
+class Launch(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """On a stage's standard input, and nowhere else: it holds the secret."""
+
+    job: StartStage
+    rank: int
+    secret: bytes
+
+
 # ---- keeper -> driver ---------------------------------------------------------------------------
 
 
@@ -91,16 +107,16 @@ class KeeperHello(_Message):
     """Of its machine, whose processes share one clock."""
 
 
-class Heartbeat(_Message):
-    rank: int
-
-
 class Pong(_Message):
+    """A heartbeat. None is sent unasked: what a driver that rests does not read would pile up."""
+
     rank: int
     sent_s: float
     """Of the `Ping`, by the driver's clock."""
     remote_s: float
     """By the keeper's."""
+    num_moved: int
+    """Bytes that its stage's process has read and written so far, as the kernel counts them."""
 
 
 class StageExited(_Message):
@@ -228,6 +244,9 @@ class Sampled(_Message):
     """Parallel to `tokens`, or empty: (of the sampled token, the most likely ones)."""
     prompt_logprobs: list[tuple[float, list[tuple[int, float]]]]
     """Likewise of each scored prompt token, chunk after chunk."""
+    failed: dict[int, str] = {}
+    """Why, for each chunk (by its place in the step) that has no result; its entries above mean
+    nothing."""
 
 
 class Timing(_Message):
@@ -249,35 +268,24 @@ class StageFailed(_Message):
     is_user_error: bool
 
 
-ToKeeper = StartStage | Stop | Ping
+ToKeeper = StartStage | Stop | NotWanted | Ping
 ToStage = Connect | Step | ReportMemory
-ToDriver = (
-    KeeperHello
-    | Heartbeat
-    | Pong
-    | StageExited
-    | StageHello
-    | Loading
-    | StageReady
-    | Connected
-    | Sampled
-    | Timing
-    | Memory
-    | StageFailed
-)
+FromKeeper = Pong | StageExited
+FromStage = Loading | StageReady | Connected | Sampled | Timing | Memory | StageFailed
+ToDriver = KeeperHello | StageHello | FromKeeper | FromStage
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_keeper = msgspec.msgpack.Decoder(ToKeeper).decode
 decode_for_stage = msgspec.msgpack.Decoder(ToStage).decode
-decode_for_driver = msgspec.msgpack.Decoder(ToDriver).decode
+decode_keeper_hello = msgspec.msgpack.Decoder(KeeperHello).decode
+decode_stage_hello = msgspec.msgpack.Decoder(StageHello).decode
+decode_from_keeper = msgspec.msgpack.Decoder(FromKeeper).decode
+decode_from_stage = msgspec.msgpack.Decoder(FromStage).decode
+decode_launch = msgspec.msgpack.Decoder(Launch).decode
 decode_share = msgspec.msgpack.Decoder(ModelShare).decode
 
 
 _NO_RULES = LogitRules(1.0, 0.0, 0.0, None, (), None)
-
-
-def keeper_identity(rank: int) -> bytes:
-    return b"keeper-%d" % rank
 
 
 def pack_tokens(token_ids: tuple[int, ...]) -> bytes:
@@ -338,6 +346,7 @@ def step_result(sampled: Sampled) -> StepResult:
         tuple(sampled.tokens),
         tuple(None if entry is None else _token_logprobs(entry) for entry in sampled.logprobs),
         tuple(_token_logprobs(entry) for entry in sampled.prompt_logprobs),
+        sampled.failed,
     )
 
 

@@ -15,11 +15,9 @@ from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Ping, Recorder, ignore
-from pipeserve.errors import CapacityError, StageError
+from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.fleet import Fleet, Received
 from pipeserve.setup import Setup
-
-_PING_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +65,9 @@ class Driver:
         self._may_plan = False
         """Something came since the engine last had no plan; nothing else can give it one."""
         self._num_spans_due = 0
-        self._next_ping_s = 0.0
         self._ended: str | None = None
         self._requests: dict[RequestId, Request] = {}
-        self.fleet = Fleet(len(self.plan.stages), self.config.launcher, self.config.control)
+        self.fleet = Fleet(len(self.plan.stages), self.config)
         try:
             self.fleet.wait_for_keepers(on_progress)
             ready = self.fleet.start_stages(self._jobs(), on_progress)
@@ -99,7 +96,7 @@ class Driver:
                 num_stages=len(self.plan.stages),
                 module=self.setup.module,
                 work=work,
-                control=self.fleet.stages_address,
+                control=f"/{self.fleet.local_name}",
                 host=self.fleet.keepers[stage.ranks[0]].address,
                 traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
             )
@@ -111,9 +108,11 @@ class Driver:
     def add(self, request: Request) -> None:
         """Queue a request; `request.params.seed` must be set.
 
-        Raises CapacityError, and StageError when the pipeline has ended.
+        Raises CapacityError, ConfigError for token ids that the model does not have, and StageError
+        when the pipeline has ended.
         """
         self._check_open()
+        _check_token_ids(request, self.shape.vocab_size)
         if request.num_imported:
             raise CapacityError(
                 f"request {request.id} imports the KV of {request.num_imported} positions; stages "
@@ -170,12 +169,11 @@ class Driver:
                     self._num_spans_due -= 1
                     self.journal.computed(span)
                     self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
-                case control.Pong(rank, sent_s, remote_s):
+                case control.Pong(rank, sent_s, remote_s):  # of another machine
                     self.journal.pinged(Ping(rank, sent_s, remote_s, received.at_s))
         for output in outputs:
             if output.finish_reason is not None:
                 self._requests.pop(output.request_id, None)
-        self._ping()
         return outputs
 
     def _plan_all(self) -> None:
@@ -205,13 +203,6 @@ class Driver:
             Completed(result.index, waiting_s, received_s, time.monotonic()), outputs
         )
         return outputs
-
-    def _ping(self) -> None:
-        """Now and then, so that the clocks of other machines can be aligned; waits for nothing."""
-        now = time.monotonic()
-        if now >= self._next_ping_s:
-            self._next_ping_s = now + _PING_S
-            self.fleet.ping_remote()
 
     def settle(self, timeout_s: float = 2.0) -> None:
         """Let what is outstanding run out and take what the stages tell of it, when no request is
@@ -246,3 +237,15 @@ class Driver:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _check_token_ids(request: Request, vocab_size: int) -> None:
+    """A stage would end at one that is not in its tables, and the run with it."""
+    allowed, bias = request.params.allowed_token_ids, request.params.logit_bias
+    for ids in (request.prompt, allowed or (), bias or (), *request.bad_word_ids):
+        for token in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"request {request.id}: {token} is no token id; this model's are 0 to "
+                    f"{vocab_size - 1}"
+                )

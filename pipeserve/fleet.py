@@ -1,34 +1,50 @@
-"""The processes of one pipeline as the driver sees them: keepers over one ZeroMQ socket, stages
-each over a connection of its own.
+"""The processes of one pipeline as the driver sees them: keepers and stages, each over a connection
+of its own to one port.
 
 Keepers are started here (`spawn`) or by torchrun and its kind (`external`); after that the two are
 the same. A stage that fails or dies becomes one `StageError` that says which and why, raised from
-whatever the driver was doing. `close` leaves no process behind.
+whatever the driver was doing. Every wait has an end, at which it names who did not come. What
+strangers do costs their own connection. `close` leaves no process behind.
 """
 
-import contextlib
-import os
+import secrets
 import signal
-import subprocess
-import sys
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import inf
 from typing import NamedTuple
 
-import zmq
+import msgspec
 
 from pipeserve import control
-from pipeserve.connection import Connection, FromZmq, Listener, Sources
+from pipeserve.configs import RunConfig
+from pipeserve.configs.addresses import join_address, split_address
+from pipeserve.connection import Connection, Source, Sources
 from pipeserve.errors import ConfigError, StageError
+from pipeserve.listener import Listener, is_loopback, is_wildcard
+from pipeserve.loading import LoadWatch
 from pipeserve.machine import boot_id
+from pipeserve.secret import control_secret
+from pipeserve.spawned_keepers import SpawnedKeepers
 
-_JOIN_TIMEOUT_S = 120.0
-_KEEPER_SILENCE_S = 30.0
+_MISSED_HEARTBEATS = 5
+"""After which a keeper, and its machine, is lost."""
+_CLOCK_PING_S = 0.5
+"""Between two looks at the clock of another machine."""
+_ANSWER_S = 30.0
+"""For what a stage does at once: connect to its neighbours, say how much memory it has used."""
 _LAST_WORD_S = 2.0
-_CLOSE_S = 5.0
+_STOP_S = 2.0
 _AT_ONCE_S = 0.001
 _CHECK_S = 0.05
+_DECODE = {
+    "keeper": control.decode_keeper_hello,
+    "stage": control.decode_stage_hello,
+    "words of a keeper": control.decode_from_keeper,
+    "words of a stage": control.decode_from_stage,
+}
+"""By what a connection carries: that of one who has not said yet who it is, nothing but that."""
 
 
 class Received(NamedTuple):
@@ -41,11 +57,12 @@ class Received(NamedTuple):
 class Fleet:
     """P keepers, each with one stage. Single-threaded: nothing happens but inside its methods."""
 
-    def __init__(self, num_ranks: int, launcher: str, address: str | None) -> None:
-        """Listen for keepers at `address` (HOST:PORT) and for stages on a free port of the same
-        host; with `launcher="spawn"`, start the keepers.
+    def __init__(self, num_ranks: int, config: RunConfig) -> None:
+        """Listen for keepers and stages at `config.control`, by default a free port of this
+        machine; with launcher "spawn", start the keepers.
 
-        Raises ConfigError when `address` is malformed or busy.
+        Raises ConfigError when the address is busy, or reached from beyond this machine without a
+        secret.
         """
         self.num_ranks = num_ranks
         self.keepers: dict[int, control.KeeperHello] = {}
@@ -53,99 +70,117 @@ class Fleet:
         """Since when the driver only waits; a result from before then waited for the driver.
         Taking a message up at once does not end the waiting (or a stage's timing that comes just
         ahead of a result would make the driver look busy), `broadcast` does."""
+        self._config = config
         self._returned_s = -inf
         self._next_check_s = -inf
+        self._next_ping_s = -inf
         self.lost_stage: int | None = None
         """Of the process whose end was raised."""
         self._boot_id = boot_id()
-        self._last_heard: dict[int, float] = {}
-        self._hung_up_s: dict[int, float] = {}
-        """When a stage was found to have ended its connection."""
-        self._loading: dict[int, control.Loading] = {}
+        self._keeper_of: dict[int, Connection] = {}
+        self._asked_s: dict[int, float] = {}
+        """When a keeper got the first heartbeat that it has not answered."""
+        self._hung_up_s: dict[Connection, float] = {}
+        """When a keeper or a stage was found to have ended its connection."""
+        self._loading = LoadWatch(num_ranks, inf)
         self._unread: list[Received] = []
         self._exited: control.StageExited | None = None
-        self._processes: list[subprocess.Popen] = []
-        self._sources = Sources()
+        self._spawned = SpawnedKeepers()
         self._stages: dict[int, Connection] = {}
-        self._context = zmq.Context()
-        self._keeper_socket = self._context.socket(zmq.ROUTER)
-        self._keeper_socket.set_hwm(0)
-        self._keeper_socket.linger = 1000
-        # An unroutable message raises and is never dropped.
-        self._keeper_socket.router_mandatory = True
-        FromZmq(self._keeper_socket, self._sources, "keepers")
+        place = config.control or "127.0.0.1:0"
+        self.secret = self._find_secret(place)
+        self._sources = Sources(self.secret)
         try:
-            self.address = self._bind(address)
-            self.stages_address = self._listen_for_stages()
-            if launcher == "spawn":
-                self._processes = [self._spawn_keeper(rank) for rank in range(num_ranks)]
+            listener = self._listen(place)
+            self.local_name = listener.local_name
+            """Of where keepers and stages are listened for, to this machine."""
+            self.address = config.control or join_address(listener.host, listener.port)
+            """To all machines."""
+            if config.launcher == "spawn":
+                self._start_keepers(listener)
         except BaseException:
             self.close()
             raise
 
     # ---- starting -------------------------------------------------------------------------------
 
-    def _bind(self, address: str | None) -> str:
-        if address is None:
-            return f"127.0.0.1:{self._keeper_socket.bind_to_random_port('tcp://127.0.0.1')}"
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ConfigError(f"--control {address!r} is not HOST:PORT, such as 127.0.0.1:29600")
+    def _find_secret(self, place: str) -> bytes:
+        """What was given, or what the keepers that are started here can be told; empty: none."""
+        given = control_secret(self._config.control_secret)
+        if given is not None:
+            return given
         try:
-            self._keeper_socket.bind(f"tcp://{address}")
-        except zmq.ZMQError as error:
+            can_tell = self._config.launcher == "spawn" and is_loopback(place.rpartition(":")[0])
+        except OSError:  # a name that nobody knows: `_listen` says so
+            can_tell = False
+        return secrets.token_bytes(32) if can_tell else b""
+
+    def _listen(self, place: str) -> Listener:
+        try:
+            host, port = split_address(place) if self._config.control else ("127.0.0.1", 0)
+            return Listener(host, self._sources, ("keeper", "stage"), port)
+        except ConfigError as error:
+            raise ConfigError(f"--control {error}") from None
+        except socket.gaierror as error:
+            raise ConfigError(f"--control {place}: {error.strerror}") from None
+        except OSError as error:
+            reason = error.strerror.partition(" (")[0]
             raise ConfigError(
-                f"--control {address}: {error.strerror}; choose another port, "
+                f"--control {place}: {reason}; choose another address or port, "
                 "or leave --control out to take any free one"
             ) from None
-        return address
 
-    def _listen_for_stages(self) -> str:
-        endpoint = self._keeper_socket.last_endpoint.decode()  # numeric, whatever was asked for
-        host = endpoint.removeprefix("tcp://").rpartition(":")[0]
-        return Listener(host, self._sources, "stages").address
-
-    def _spawn_keeper(self, rank: int) -> subprocess.Popen:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                *("-m", "pipeserve.launch.keeper"),
-                *("--control", self.address, "--until-stdin-closes"),
-            ],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.num_ranks),
-                "LOCAL_WORLD_SIZE": str(self.num_ranks),
-            },
-            stdin=subprocess.PIPE,  # closes when this process ends, however it ends
-            start_new_session=True,  # Ctrl-C reaches the driver, which ends the rest in order
-        )
+    def _start_keepers(self, listener: Listener) -> None:
+        host = listener.host
+        if is_wildcard(host):
+            host = "::1" if ":" in host else "127.0.0.1"
+        self._spawned.start(self.num_ranks, join_address(host, listener.port), self.secret)
 
     def wait_for_keepers(self, on_progress: Callable[[str], None]) -> None:
-        """Until every rank's keeper has said hello. Raises StageError when one does not."""
-        deadline = time.monotonic() + _JOIN_TIMEOUT_S
+        """Until every rank's keeper has joined. Raises StageError when one does not."""
+        join_s = self._config.join_timeout
+        deadline = time.monotonic() + join_s
         while len(self.keepers) < self.num_ranks:
             on_progress(f"waiting for keepers: {len(self.keepers)} of {self.num_ranks} joined")
-            if time.monotonic() > deadline:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
                 missing = sorted(set(range(self.num_ranks)) - set(self.keepers))
                 raise StageError(
-                    f"no keeper of rank {missing} joined {self.address} within "
-                    f"{_JOIN_TIMEOUT_S:g} s; start them with "
-                    f"torchrun -m pipeserve.launch.keeper --control {self.address}"
+                    f"no keeper of {_ranks(missing)} joined {self.address} within {join_s:g} s"
+                    f"{self._who_was_turned_away()}; start them with torchrun -m "
+                    f"pipeserve.launch.keeper --control {self.address}, or raise --join-timeout"
                 )
-            self.receive(0.5)
+            self.receive(min(left_s, 0.5))
+        self._check_addresses()
+
+    def _who_was_turned_away(self) -> str:
+        turned_away = self._sources.turned_away
+        if not turned_away.counts:
+            return ""
+        return f" ({turned_away.counts.total():,} were turned away, the last: {turned_away.last})"
+
+    def _check_addresses(self) -> None:
+        """Stages of several machines find each other by the addresses of their keepers."""
+        if len({keeper.boot_id for keeper in self.keepers.values()}) > 1:
+            for rank, keeper in self.keepers.items():
+                if is_loopback(keeper.address):
+                    raise ConfigError(
+                        f"the keeper of rank {rank} on {keeper.host} joined at {keeper.address}, "
+                        "where the stages of other machines cannot reach its stage; start it with "
+                        f"--control ADDRESS:{split_address(self.address)[1]}, an address of the "
+                        "driver's machine in the network of the others"
+                    )
 
     def start_stages(
         self, jobs: list[control.StartStage], on_progress: Callable[[str], None]
     ) -> list[control.StageReady]:
         """Start each rank's stage, connect neighbours; returns when all can take a step."""
         on_progress("starting stages")
+        self._loading = LoadWatch(self.num_ranks, time.monotonic())
         for rank, job in enumerate(jobs):
             self._tell_keeper(rank, job)
         ready = self._gather(
-            control.StageReady, lambda: on_progress(_how_far(self._loading, self.num_ranks))
+            control.StageReady, self._check_loading, lambda: on_progress(str(self._loading))
         )
         for stage in range(self.num_ranks):
             is_last = stage == self.num_ranks - 1
@@ -154,23 +189,56 @@ class Fleet:
                 first_stage=ready[0].tokens_at if is_last else "",
             )
             self._stages[stage].send(control.encode(links))
-        self._gather(control.Connected)
+        self._gather(control.Connected, self._within_answer_time("reached its neighbours"))
         return ready
 
-    def _gather(self, kind: type, on_news: Callable[[], None] = lambda: None) -> list:
+    def _gather(
+        self,
+        kind: type,
+        check: Callable[[list[int]], None],
+        on_news: Callable[[], None] = lambda: None,
+    ) -> list:
         """One message of `kind` from every stage, in stage order; others are kept for `receive`.
-        Calls `on_news` whenever something came."""
+        Calls `on_news` whenever something came, and `check`, which ends the wait, with the stages
+        that have not said it yet."""
         by_stage: dict[int, object] = {}
         others: list[Received] = []
         while len(by_stage) < self.num_ranks:
-            for received in self.receive(1.0):
+            for received in self.receive(0.5):
                 if isinstance(received.message, kind):
                     by_stage[received.message.stage] = received.message
                 else:
                     others.append(received)
             on_news()
+            check([stage for stage in range(self.num_ranks) if stage not in by_stage])
         self._unread = others
         return [by_stage[stage] for stage in range(self.num_ranks)]
+
+    def _check_loading(self, stages: list[int]) -> None:
+        timeout_s = self._config.load_timeout
+        stage = self._loading.stopped(stages, timeout_s, time.monotonic())
+        if stage is not None:
+            self.lost_stage = stage
+            raise StageError(
+                f"stage {stage} on {self.keepers[stage].host} has stopped loading, "
+                f"{self._loading.how_far(stage)}: it has moved no byte for {timeout_s:g} s; look "
+                "at its disk, or raise --load-timeout"
+            )
+
+    def _within_answer_time(self, what: str) -> Callable[[list[int]], None]:
+        deadline = time.monotonic() + _ANSWER_S
+
+        def check(stages: list[int]) -> None:
+            if stages and time.monotonic() > deadline:
+                self.lost_stage = stages[0]
+                hosts = ", ".join(sorted({self.keepers[stage].host for stage in stages}))
+                numbers = ", ".join(map(str, stages))
+                raise StageError(
+                    f"stage {numbers} (on {hosts}) has not {what} within {_ANSWER_S:g} s; is it "
+                    "stopped, or does a firewall stand between the machines?"
+                )
+
+        return check
 
     # ---- running --------------------------------------------------------------------------------
 
@@ -185,17 +253,13 @@ class Fleet:
     def gather_memory(self) -> list[control.Memory]:
         """Ask every stage for its peak memory. Only while no microbatch is outstanding."""
         self.broadcast(control.ReportMemory())
-        return self._gather(control.Memory)
-
-    def ping_remote(self) -> None:
-        """Ask each keeper that has another clock than this process for the time; the answers come
-        as any other message."""
-        for rank, keeper in self.keepers.items():
-            if keeper.boot_id != self._boot_id:
-                self._tell_keeper(rank, control.Ping(time.monotonic()))
+        return self._gather(
+            control.Memory, self._within_answer_time("said what memory it has used")
+        )
 
     def receive(self, timeout_s: float) -> list[Received]:
-        """What stages said, waiting at most `timeout_s` for the first of it.
+        """What stages said, and keepers of their clocks, waiting at most `timeout_s` for the first
+        of it.
 
         Raises StageError (ConfigError, when its input was at fault) when a stage or a keeper ended.
         """
@@ -203,34 +267,42 @@ class Fleet:
         now = time.monotonic()
         if now - self._returned_s > _AT_ONCE_S:
             self.waiting_s = now
-        for source in self._sources.ready(0 if messages else int(timeout_s * 1000)):
+        for source in self._sources.ready(0 if messages else timeout_s * 1000):
             payloads = source.receive()
             at_s = time.monotonic()
             for payload in payloads:
-                if source.carries == "keepers":
-                    payload = payload[-1].buffer
-                message = control.decode_for_driver(payload)
-                if isinstance(message, control.StageHello):
-                    self._stages[message.stage] = source
-                else:
-                    self._note(Received(message, at_s), messages)
+                try:
+                    message = _DECODE[source.carries](payload)
+                except msgspec.DecodeError:
+                    source.turn_away("what it says is not understood")
+                    break
+                self._note(Received(message, at_s), source, messages)
         self._returned_s = time.monotonic()
         if self._returned_s >= self._next_check_s:  # a system call for each of them
             self._check_keepers()
+            self._ask_keepers()
             self._returned_s = time.monotonic()
             self._next_check_s = self._returned_s + _CHECK_S
         return messages
 
-    def _note(self, received: Received, messages: list[Received]) -> None:
+    def _note(self, received: Received, source: Source, messages: list[Received]) -> None:
         """Deal with what concerns processes; put the rest into `messages`."""
         message = received.message
         match message:
-            case control.Heartbeat():
-                self._last_heard[message.rank] = received.at_s
+            case control.Sampled() | control.Timing():
+                messages.append(received)
+            case control.Pong():
+                self._asked_s.pop(message.rank, None)
+                self._loading.moved(message.rank, message.num_moved, received.at_s)
+                if self._is_remote(message.rank):
+                    messages.append(received)
             case control.Loading():
-                self._loading[message.stage] = message
+                self._loading.take(message, received.at_s)
+            case control.StageHello():
+                source.carries = "words of a stage"
+                self._stages[message.stage] = source
             case control.KeeperHello():
-                self._welcome(message)
+                self._welcome(message, source)
             case control.StageFailed():
                 self.lost_stage = message.stage
                 error = ConfigError if message.is_user_error else StageError
@@ -240,14 +312,30 @@ class Fleet:
             case _:
                 messages.append(received)
 
-    def _welcome(self, hello: control.KeeperHello) -> None:
-        if hello.world_size != self.num_ranks:
-            raise ConfigError(
-                f"the launcher started {hello.world_size} keepers, the pipeline has "
-                f"{self.num_ranks} stages; make --pipeline-parallel-size equal to it"
-            )
+    def _welcome(self, hello: control.KeeperHello, source: Connection) -> None:
+        why = self._why_not(hello)
+        if why:
+            source.send(control.encode(control.NotWanted(why)))
+            source.turn_away(why)
+            return
+        source.carries = "words of a keeper"
         self.keepers[hello.rank] = hello
-        self._last_heard[hello.rank] = time.monotonic()
+        self._keeper_of[hello.rank] = source
+
+    def _why_not(self, hello: control.KeeperHello) -> str:
+        """Empty: it is one of ours."""
+        who = f"keeper of rank {hello.rank} on {hello.host}"
+        if hello.world_size != self.num_ranks:
+            return (
+                f"{who} is one of {hello.world_size}, and the pipeline has {self.num_ranks} "
+                "stages; make --pipeline-parallel-size equal to the number of keepers"
+            )
+        if not 0 <= hello.rank < self.num_ranks:
+            return f"{who}: there are ranks 0 to {self.num_ranks - 1}"
+        if hello.rank in self.keepers:
+            first = self.keepers[hello.rank]
+            return f"{who}: that rank has joined already, from {first.host} (pid {first.pid})"
+        return ""
 
     def _report_exit(self, exited: control.StageExited) -> None:
         """Raise for a stage that ended, with its own last word if that is still on its way."""
@@ -267,80 +355,80 @@ class Fleet:
         )
 
     def _check_keepers(self) -> None:
-        for rank, process in enumerate(self._processes):
-            if process.poll() is not None:
-                self.lost_stage = rank
-                raise StageError(
-                    f"the keeper of stage {rank} (pid {process.pid}) ended with "
-                    f"{process.returncode}; was it killed by hand?"
-                )
-        for rank, heard in self._last_heard.items():
-            if time.monotonic() - heard > _KEEPER_SILENCE_S:
+        ended = self._spawned.ended()
+        if ended is not None:
+            self.lost_stage, process = ended
+            raise StageError(
+                f"the keeper of stage {self.lost_stage} (pid {process.pid}) ended with "
+                f"{process.returncode}; was it killed by hand?"
+            )
+        now = time.monotonic()
+        silence_s = _MISSED_HEARTBEATS * self._config.heartbeat_interval
+        for rank, asked_s in self._asked_s.items():
+            if now - asked_s > silence_s:
                 self.lost_stage = rank
                 raise StageError(
                     f"nothing heard from the keeper of stage {rank} on {self.keepers[rank].host} "
-                    f"for {_KEEPER_SILENCE_S:g} s; is the machine up?"
+                    f"for {silence_s:g} s; is it stopped, or its machine down?"
                 )
-        self._check_connections()
-
-    def _check_connections(self) -> None:
         for stage, connection in self._stages.items():
-            if connection.has_ended:  # why, its keeper says within moments
-                hung_up_s = self._hung_up_s.setdefault(stage, time.monotonic())
-                if time.monotonic() - hung_up_s > _LAST_WORD_S:
-                    self.lost_stage = stage
-                    raise StageError(
-                        f"stage {stage} hung up, and its keeper on {self.keepers[stage].host} does "
-                        "not say why; is the network between the two up?"
-                    )
+            if self._has_hung_up(connection):  # why, its keeper says within moments
+                self.lost_stage = stage
+                raise StageError(
+                    f"stage {stage} hung up, and its keeper on {self.keepers[stage].host} does "
+                    "not say why; is the network between the two up?"
+                )
+        for rank, connection in self._keeper_of.items():
+            if self._has_hung_up(connection):
+                self.lost_stage = rank
+                raise StageError(
+                    f"the keeper of stage {rank} on {self.keepers[rank].host} hung up; was it "
+                    "ended by hand, or by its launcher?"
+                )
+
+    def _has_hung_up(self, connection: Connection) -> bool:
+        """And nobody has said more of it for a while."""
+        if not connection.has_ended:
+            return False
+        now = time.monotonic()
+        return now - self._hung_up_s.setdefault(connection, now) > _LAST_WORD_S
+
+    def _ask_keepers(self) -> None:
+        """For a sign of life, now and then; those of other machines also for the time, more often.
+        The answers come as any other message."""
+        now = time.monotonic()
+        if now < self._next_ping_s:
+            return
+        period_s = self._config.heartbeat_interval
+        if any(map(self._is_remote, self.keepers)):
+            period_s = min(period_s, _CLOCK_PING_S)
+        self._next_ping_s = now + period_s
+        for rank, keeper in self._keeper_of.items():
+            keeper.send(control.encode(control.Ping(time.monotonic())))
+            self._asked_s.setdefault(rank, now)
+
+    def _is_remote(self, rank: int) -> bool:
+        return self.keepers[rank].boot_id != self._boot_id
 
     def _tell_keeper(self, rank: int, message: control.ToKeeper) -> None:
-        identity = control.keeper_identity(rank)
-        try:
-            self._keeper_socket.send_multipart([identity, control.encode(message)])
-        except zmq.ZMQError as error:
-            deadline = time.monotonic() + _LAST_WORD_S
-            while time.monotonic() < deadline:
-                self.receive(0.1)  # raises when it learns why
-            self.lost_stage = rank
-            raise StageError(f"{identity.decode()} cannot be reached: {error.strerror}") from None
+        self._keeper_of[rank].send(control.encode(message))
 
     # ---- ending ---------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End every keeper and stage. Safe to call twice, and from a half-made fleet."""
-        for rank in self.keepers:
-            with contextlib.suppress(zmq.ZMQError):
-                self._keeper_socket.send_multipart(
-                    [control.keeper_identity(rank), control.encode(control.Stop())]
-                )
-        self.keepers = {}
-        for process in self._processes:
-            process.terminate()  # for a keeper that has not said hello yet
-        for process in self._processes:
-            _end_keeper(process)
-        self._processes = []
+        for keeper in self._keeper_of.values():
+            keeper.send(control.encode(control.Stop()))
+        self._spawned.end()
+        deadline = time.monotonic() + _STOP_S
+        for keeper in self._keeper_of.values():  # of another launcher: it hangs up when it is done
+            keeper.close(wait_s=max(deadline - time.monotonic(), 1e-3))
+        self._keeper_of = {}
         self._sources.close()
-        self._context.destroy()
 
 
-def _end_keeper(process: subprocess.Popen) -> None:
-    """Give it time to end its stage. Killing it ends the stage too, by the parent-death signal."""
-    try:
-        process.wait(_CLOSE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _how_far(loading: Mapping[int, control.Loading], num_stages: int) -> str:
-    """What the stages together have read of their weights."""
-    if len(loading) < num_stages:  # what there is to read is not known yet
-        return f"starting stages: {len(loading)} of {num_stages} load weights"
-    done = sum(stage.num_read for stage in loading.values())
-    total = sum(stage.num_bytes for stage in loading.values())
-    share = done / total if total else 1.0  # stages without layers have nothing to read
-    return f"loading weights: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {share:.0%}"
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def _describe_exit(code: int) -> str:

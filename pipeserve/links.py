@@ -1,14 +1,15 @@
-"""The seams between stages, in microbatch order: activations one way, sampled tokens back.
+"""The seams between stages, in microbatch order: activations one way, sampled tokens back, each
+over a `Connection` of its own.
 
-Activations are bare tensors, over one ZeroMQ PAIR socket a seam: the tensor's own bytes behind an
-8-byte microbatch index. Shape and dtype follow from the microbatch that both ends already hold, and
-the index is only compared. They may be megabytes, and ZeroMQ's I/O thread carries those while the
-stage computes the next microbatch; that is worth the two more wake-ups that it costs.
+Activations are bare tensors: the tensor's own bytes, and behind them, where they do not upset its
+alignment, the 8-byte microbatch index. Shape and dtype follow from the microbatch that both ends
+already hold, and the index is only compared. They may be megabytes: what the kernel does not take
+at once, a thread sends on while the stage computes the next microbatch.
 
-Tokens are a few bytes that the first stage may be waiting for: over a plain `Connection`.
+Tokens are a few bytes that the first stage may be waiting for.
 
 A stage waits on all of its sockets at once, so a wait can always be interrupted, and the engine's
-window bounds what can queue up. `bench/links.py` measures both ways, and gloo.
+window bounds what can queue up. `bench/links.py` measures them, ZeroMQ and gloo.
 
 Torch is imported where a tensor is: stages that compute nothing have none.
 
@@ -16,12 +17,13 @@ A dead neighbour does not raise here: its keeper tells the driver, and the drive
 """
 
 import array
+import math
 import struct
 from typing import TYPE_CHECKING, Protocol
 
-import zmq
-
-from pipeserve.connection import Connection, FromZmq, Sources
+from pipeserve import connection
+from pipeserve.connection import Connection, Sources
+from pipeserve.listener import Listener
 
 if TYPE_CHECKING:
     import torch
@@ -34,32 +36,27 @@ class ActivationLinks(Protocol):
     a message of the source `listen` adds is, are a `Compute`'s own."""
 
     def listen(self, host: str, sources: Sources) -> str:
-        """From the stage before, as a source that carries "activations"; returns its address."""
+        """From the stage before, as a source that carries "activations"; returns its address. Who
+        comes second finds nobody listening."""
         ...
 
-    def connect(self, address: str, sources: Sources) -> None:
+    def connect(self, address: str, sources: Sources) -> Connection:
         """To the stage behind, that listens at `address`."""
         ...
 
-    def close(self) -> None: ...
-
 
 class TensorLinks:
-    """The `ActivationLinks` of stages that compute. A message is a list of two frames."""
+    """The `ActivationLinks` of stages that compute."""
 
     def __init__(self) -> None:
-        self._context = zmq.Context()
-        self._next_stage: zmq.Socket | None = None
+        self._next_stage: Connection | None = None
 
     def listen(self, host: str, sources: Sources) -> str:
-        socket = self._pair()
-        port = socket.bind_to_random_port(f"tcp://{host}")
-        FromZmq(socket, sources, "activations")
-        return f"{host}:{port}"
+        return Listener(host, sources, ("activations",), once=True).address
 
-    def connect(self, address: str, sources: Sources) -> None:
-        self._next_stage = self._pair()
-        self._next_stage.connect(f"tcp://{address}")
+    def connect(self, address: str, sources: Sources) -> Connection:
+        self._next_stage = connection.connect(address, sources, "activations")
+        return self._next_stage
 
     def send(self, index: int, tensor: "torch.Tensor") -> int:
         """Returns at once, with the number of bytes; keeps `tensor`'s memory until it is on its
@@ -67,42 +64,29 @@ class TensorLinks:
         import torch
 
         flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        self._next_stage.send_multipart([_INDEX.pack(index), flat], copy=False)
-        return _INDEX.size + flat.nbytes
-
-    def close(self) -> None:
-        """What is on its way is lost."""
-        self._context.destroy(linger=0)
-
-    def _pair(self) -> zmq.Socket:
-        socket = self._context.socket(zmq.PAIR)
-        # The window bounds what is on the way; a full queue would only turn into a hang.
-        socket.set_hwm(0)
-        socket.linger = 0
-        return socket
+        self._next_stage.send_large(memoryview(flat), memoryview(_INDEX.pack(index)))
+        return flat.nbytes + _INDEX.size
 
 
 def unpack_tensor(
-    frames: list[zmq.Frame], index: int, shape: tuple[int, ...], dtype: "torch.dtype"
+    message: bytearray, index: int, shape: tuple[int, ...], dtype: "torch.dtype"
 ) -> "torch.Tensor":
-    """The tensor in `frames`, sharing their memory.
+    """The tensor in `message`, sharing its memory.
 
     Raises RuntimeError when it is not the one expected: order is the runtime's guarantee, so that
     is our fault and nothing may be computed from it.
     """
     import torch
 
-    header, body = frames
-    (sent_index,) = _INDEX.unpack(header.buffer)
-    expected_bytes = dtype.itemsize
-    for extent in shape:
-        expected_bytes *= extent
-    if sent_index != index or len(body) != expected_bytes:
+    num_bytes = len(message) - _INDEX.size
+    (sent_index,) = _INDEX.unpack_from(message, num_bytes)
+    expected_bytes = dtype.itemsize * math.prod(shape)
+    if sent_index != index or num_bytes != expected_bytes:
         raise RuntimeError(
             f"link out of step: expected microbatch {index} with {expected_bytes} bytes, "
-            f"got {sent_index} with {len(body)}"
+            f"got {sent_index} with {num_bytes}"
         )
-    return torch.frombuffer(body.buffer, dtype=dtype).view(shape)
+    return torch.frombuffer(message, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def send_tokens(first_stage: Connection, index: int, tokens: list[int]) -> None:

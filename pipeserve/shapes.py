@@ -9,12 +9,8 @@ from pipeserve.stages.config import DTYPE_BYTES, ModelConfig
 
 
 def shape_of(config: ModelConfig, name: str, dtype: str) -> ModelShape:
-    """The shape of a checkpoint whose weights are kept as `dtype`, a key of `DTYPE_BYTES`.
-
-    Of experts it has those that one token takes: what a microbatch of few tokens computes and
-    reads. The weights of the others are missing from its parameter counts.
-    """
-    num_taken = config.experts.num_taken if config.experts else 1
+    """The shape of a checkpoint whose weights are kept as `dtype`, a key of `DTYPE_BYTES`."""
+    experts = config.experts
     return ModelShape(
         name=name,
         num_layers=config.num_layers,
@@ -22,13 +18,15 @@ def shape_of(config: ModelConfig, name: str, dtype: str) -> ModelShape:
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        intermediate_size=num_taken * config.intermediate_size,
+        intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         gated_mlp=config.gated_mlp,
         parallel_attention=config.parallel_attention,
         tie_word_embeddings=config.tie_word_embeddings,
         bytes_per_value=DTYPE_BYTES[dtype],
+        num_experts=experts.num_experts if experts else 1,
+        experts_per_token=experts.num_taken if experts else 1,
     )
 
 

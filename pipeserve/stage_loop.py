@@ -5,7 +5,7 @@ stage waits as long as a device profile says. All else is here, the same for bot
 The next microbatch, strictly by index, needs its plan (control), its activations (from the previous
 stage) and, on the first stage, the tokens that are still on their way (from the last stage). All of
 them are polled together, so nothing can block the stage but its own computing. No thread of ours
-runs beside it.
+runs beside it, but the one that sends on what the kernel does not take of a large activation.
 """
 
 import gc
@@ -18,16 +18,20 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from pipeserve import connection, control
-from pipeserve.connection import Connection, Listener, Sources
+from pipeserve.connection import Connection, Sources
 from pipeserve.control import Connect, ReportMemory, StartStage, Step
 from pipeserve.core.records import Span
 from pipeserve.errors import PipeserveError
 from pipeserve.links import ActivationLinks, send_tokens, unpack_tokens
+from pipeserve.listener import Listener
 from pipeserve.memory import peak_bytes, resident_bytes
 from pipeserve.sequences import Sequence, Sequences
 
 _LAST_WORD_S = 2.0
+_CONNECT_S = 10.0
 
 Tell = Callable[[control.ToDriver], None]
 
@@ -79,6 +83,26 @@ class Compute(Protocol):
         ...
 
 
+class Opening(NamedTuple):
+    """A connection to a neighbour that is about to be."""
+
+    connection: Connection
+    address: str
+    reach: Callable[[str, Sources], Connection]
+    until_s: float
+
+    def goes_on(self) -> "Opening | None":
+        """None: it is there. Raises ConnectionError when it will not be."""
+        if self.connection.is_open:
+            return None
+        if not self.connection.has_ended:
+            return self
+        why = self.connection.refusal
+        if self.connection.is_refused or time.monotonic() > self.until_s:
+            raise ConnectionError(f"{self.address.partition('/')[0]} hung up: {why}")
+        return self._replace(connection=self.reach(self.address, self.connection.sources))
+
+
 class StageLoop:
     """Replays the driver's steps, one after the other. Decides nothing."""
 
@@ -97,6 +121,7 @@ class StageLoop:
         self.sources = sources
         self.driver = driver
         self.first_stage: Connection | None = None
+        self._opening: list[Opening] = []
         # Each with the time when it was seen.
         self.plans: deque[tuple[Step, float]] = deque()
         self.activations: deque[tuple[Any, float]] = deque()
@@ -124,7 +149,6 @@ class StageLoop:
 
     def close(self) -> None:
         self.sources.close()
-        self.compute.links.close()
 
     def feed_back(self, step: Step, tokens: list[int], now: float) -> float:
         """What the last stage sampled, to the first before anything else, for it may be waiting.
@@ -142,7 +166,7 @@ class StageLoop:
         if not self.is_first:
             self.activations_at = self.compute.links.listen(self.job.host, self.sources)
         elif not self.is_last:
-            self.tokens_at = Listener(self.job.host, self.sources, "tokens").address
+            self.tokens_at = Listener(self.job.host, self.sources, ("tokens",), once=True).address
 
     def _report_ready(self, rank: int, baseline: int) -> None:
         self.tell(
@@ -186,12 +210,14 @@ class StageLoop:
             now = time.monotonic() if seen_s is None else seen_s
             for message in messages:
                 match source.carries:
-                    case "control":
+                    case "stage":  # the driver's words to it
                         self._obey(control.decode_for_stage(message), now)
                     case "activations":
                         self.activations.append((message, now))
                     case "tokens":
                         self.sequences.take_tokens(*unpack_tokens(message), now)
+        if self._opening:
+            self._look_at_neighbours()
         if self.driver.has_ended:
             sys.exit(1)  # as its keeper would have it
 
@@ -200,14 +226,31 @@ class StageLoop:
             case Step():
                 self.plans.append((message, now))
             case Connect():
-                if message.next_stage:
-                    self.compute.links.connect(message.next_stage, self.sources)
-                if message.first_stage:
-                    at = message.first_stage
-                    self.first_stage = connection.connect(at, self.sources, "tokens")
-                self.tell(control.Connected(self.job.stage))
+                self._connect(message)
             case ReportMemory():
                 self.tell(control.Memory(self.job.stage, peak_bytes()))
+
+    def _connect(self, addresses: Connect) -> None:
+        """To its neighbours, who take a moment to answer."""
+        until_s = time.monotonic() + _CONNECT_S
+        for address, reach in (
+            (addresses.next_stage, self.compute.links.connect),
+            (addresses.first_stage, self._reach_first_stage),
+        ):
+            if address:
+                self._opening.append(Opening(reach(address, self.sources), address, reach, until_s))
+        self._look_at_neighbours()
+
+    def _reach_first_stage(self, address: str, sources: Sources) -> Connection:
+        self.first_stage = connection.connect(address, sources, "tokens")
+        return self.first_stage
+
+    def _look_at_neighbours(self) -> None:
+        """Tells the driver once all of them have answered. One that hung up may have been displaced
+        by strangers: it is called again."""
+        self._opening = [again for opening in self._opening if (again := opening.goes_on())]
+        if not self._opening:
+            self.tell(control.Connected(self.job.stage))
 
     # ---- one microbatch -------------------------------------------------------------------------
 
@@ -258,14 +301,13 @@ class StageLoop:
 
 
 def serve(load: Callable[[StartStage, Tell], Compute]) -> None:
-    """Run the stage whose job comes on standard input; on failure, tell the driver and exit 1."""
+    """Run the stage that standard input says; on failure, tell the driver and exit 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     baseline = resident_bytes()
-    job = control.decode_for_keeper(sys.stdin.buffer.read())
-    rank = int(os.environ["RANK"])
-    sources = Sources()
+    job, rank, secret = msgspec.structs.astuple(control.decode_launch(sys.stdin.buffer.read()))
+    sources = Sources(secret)
     try:
-        driver = connection.connect(job.control, sources, "control")
+        driver = connection.connected(job.control, sources, "stage")
     except ConnectionError as error:
         sys.exit(f"error: stage {job.stage}: the driver at {error}")
     driver.send(control.encode(control.StageHello(job.stage)))

@@ -11,10 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeserve.errors import ConfigError
+from pipeserve.errors import ConfigError, one_line
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-_LONGEST_REASON = 500  # characters of what a library says
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how sentencepiece writes a byte
 
 
@@ -31,9 +30,11 @@ class Tokenizer:
         if self.exists:
             _ = self._loaded
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the special tokens that the model expects in front. ConfigError."""
-        return self._encode(text)
+        loaded = self._loaded
+        with _as_one_line("the model's tokenizer cannot take this text"):
+            return loaded.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as token ids, at the beginning of a text and behind a space. ConfigError.
@@ -43,7 +44,7 @@ class Tokenizer:
         forms: list[tuple[int, ...]] = []
         for word in words:
             plain, spaced = (
-                tuple(self._encode(space + word.lstrip(), add_special_tokens=False))
+                tuple(self.encode(space + word.lstrip(), add_special_tokens=False))
                 for space in ("", " ")
             )
             if not plain:
@@ -66,7 +67,7 @@ class Tokenizer:
             text = loaded.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
-        return self._encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; '' where there is no tokenizer."""
@@ -150,11 +151,6 @@ class Tokenizer:
             return bytes.fromhex(match[1])
         return None
 
-    def _encode(self, text: str, **options: bool) -> list[int]:
-        loaded = self._loaded
-        with _as_one_line(f"the tokenizer in {self.folder} cannot encode this text"):
-            return loaded.encode(text, **options)
-
     @cached_property
     def _loaded(self) -> Any:
         if not self.exists:
@@ -187,8 +183,7 @@ def _as_one_line(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{what}: {reason[:_LONGEST_REASON]}") from None
+        raise ConfigError(f"{what}: {one_line(error)}") from None
 
 
 def _own_classes(folder: Path) -> str:

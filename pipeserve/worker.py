@@ -1,14 +1,14 @@
 """The stage process that computes: the model's layers on this machine, inside the stage's loop.
 
-python -m pipeserve.worker < job        (started by the keeper; the job is a StartStage message)
+Started by its keeper, which says what it is to do on standard input (control.Launch).
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator
 
 import torch
-import zmq
 
 from pipeserve import control, links
 from pipeserve.control import StartStage, Step, StepChunk
@@ -51,7 +51,7 @@ class ModelCompute:
             attention=share.attention,
             progress=self._report_loading,
         )
-        self.weight_bytes = self.model.num_parameters * self.dtype.itemsize
+        self.weight_bytes = self.model.num_bytes
         # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
         self.head, self.model.head = self.model.head, None
         self.kv = KVCache(
@@ -70,7 +70,7 @@ class ModelCompute:
             self._next_report_s = now + _LOADING_REPORT_S
             self._tell(control.Loading(self._stage, num_read, num_bytes))
 
-    def take_in(self, step: Step, activations: list[zmq.Frame], seen_s: float) -> float:
+    def take_in(self, step: Step, activations: bytearray, seen_s: float) -> float:
         """They are there when they are seen."""
         return seen_s
 
@@ -89,7 +89,7 @@ class ModelCompute:
             sent_s=end_s,
             cpu_s=end_cpu_s - turn.start_cpu_s,
             end_cpu_s=end_cpu_s,
-            num_bytes=self.links.send(turn.step.index, hidden),
+            num_bytes=self.links.send(turn.step.index, hidden.to(self.dtype)),
         )
 
     def _build_inputs(self, turn: Turn, is_first: bool) -> StageInputs:
@@ -111,26 +111,41 @@ class ModelCompute:
     ) -> Done:
         """Sample, then score what prompt tokens there are to score."""
         head_s = time.monotonic()
-        places, rows, scored = [], [], []
+        places, rows, owners, scored, failed = [], [], [], [], {}
         stop = 0  # of a chunk's rows
-        for chunk, sequence in zip(turn.step.chunks, turn.sequences, strict=True):
+        for place, (chunk, sequence) in enumerate(
+            zip(turn.step.chunks, turn.sequences, strict=True)
+        ):
             start, stop = stop, stop + chunk.num_logits
             if chunk.num_scored:
-                scored.append((start, chunk, sequence))
+                scored.append((place, start, chunk, sequence))
             if chunk.num_logits > chunk.num_scored:
                 places.append(stop - 1)
                 rows.append(sample_row(sequence, chunk.stop))
+                owners.append(place)
         sampled_RD = hidden_RD[places] if scored else hidden_RD
         sampled = sample(self._logits(sampled_RD), rows) if rows else []
-        tokens = [token for token, _ in sampled]
+        for place, (token, _) in zip(owners, sampled, strict=True):
+            if token is None:
+                failed[place] = self._not_finite(turn.step.chunks[place].stop)
+        # A request that failed goes on until the driver has heard of it, with a token that exists.
+        tokens = [0 if token is None else token for token, _ in sampled]
         end_s = sent_s = time.monotonic()
         end_cpu_s = stage.feed_back(turn.step, tokens, end_s)
         wants_logprobs = any(row.num_logprobs is not None for row in rows)
         logprobs = [entry for _, entry in sampled] if wants_logprobs else []
-        prompt_logprobs = [entry for span in scored for entry in self._score(hidden_RD, *span)]
+        prompt_logprobs = []
+        for place, *span in scored:
+            entries = list(self._score(hidden_RD, *span))
+            prompt_logprobs += entries
+            is_nan = [math.isnan(own) for own, _ in entries]
+            if any(is_nan):
+                chunk = turn.step.chunks[place]
+                first = chunk.stop - chunk.num_logits + 1  # token that is scored first
+                failed[place] = self._not_finite(first + is_nan.index(True))
         if scored:
             end_s, end_cpu_s = time.monotonic(), time.thread_time()
-        stage.tell(control.Sampled(turn.step.index, tokens, logprobs, prompt_logprobs))
+        stage.tell(control.Sampled(turn.step.index, tokens, logprobs, prompt_logprobs, failed))
         cpu_s = end_cpu_s - turn.start_cpu_s
         return Done(inputs.num_tokens, head_s, end_s, sent_s, cpu_s, end_cpu_s, num_bytes=0)
 
@@ -146,6 +161,19 @@ class ModelCompute:
                 sequence.token_ids[following + start : following + stop],
                 sequence.registration.prompt_logprobs,
             )
+
+    def _not_finite(self, position: int) -> str:
+        """What its user is told of a request whose logits for the token at `position` are not."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        remedy = {
+            "float16": "use --dtype bfloat16 or float32, whose range is larger",
+            "bfloat16": "use --dtype float32",
+            "float32": "ask who made the checkpoint",
+        }[dtype]
+        return (
+            f"the logits of token {position} are not finite: the model's numbers leave the range "
+            f"of {dtype}; {remedy}"
+        )
 
     def _logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         return self.head(pad_rows(hidden_RD))[: len(hidden_RD)]

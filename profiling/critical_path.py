@@ -345,8 +345,8 @@ def _split(wanted: Vector, seconds: float) -> Vector:
     total = sum(positive)
     if not total:  # the records contradict each other
         positive[_UNKNOWN] = total = 1.0
-    scale = max(seconds, 0.0) / total
-    return [value * scale for value in positive]
+    seconds = max(seconds, 0.0)
+    return [value / total * seconds for value in positive]  # in this order never infinite
 
 
 def _carry(wanted: Vector, split: Vector) -> Vector:

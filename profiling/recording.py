@@ -1,12 +1,26 @@
 """A recorded run: what was told of it, in memory. `recording_writer.py` has it in files."""
 
+import contextlib
+import gc
+import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from math import inf
 from typing import Any
 
+import msgspec
+
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Record, Span
+
+_KINDS = (Arrived, Ended, Planned, Completed, Span, Ping, Fault)
+_PLACES = {kind: place for place, kind in enumerate(_KINDS)}
+_DECODERS = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
+_HEAD = struct.Struct("=BI")
+"""Of a record: its place in `_KINDS`, and its bytes."""
+_PAGE_BYTES = 1 << 16
+_encode = msgspec.msgpack.Encoder().encode
 
 
 @dataclass(slots=True)
@@ -42,53 +56,109 @@ def recording_of(records: Iterable[Record], num_stages: int, meta: dict[str, Any
         Ping: recording.pings.append,
         Fault: recording.faults.append,
     }
-    for record in records:
-        if type(record) is Span:
-            recording.spans[record.stage].append(record)
-        else:
-            lists[type(record)](record)
+    with no_collection():
+        for record in records:
+            if type(record) is Span:
+                recording.spans[record.stage].append(record)
+            else:
+                lists[type(record)](record)
     return recording
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """While millions of tuples are made that all stay: they would be walked again and again, half
+    of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class _Page(msgspec.Struct, gc=False):
+    """A stretch of a run: its records, encoded one behind the other, each with a head."""
+
+    data: bytearray | bytes
+    """Bytes once the page is full."""
+    num_records: int = 0
+    latest_s: float = -inf
+    """The latest end of a span."""
+
+    def __iter__(self) -> Iterator[Record]:
+        data, start = memoryview(bytes(self.data)), 0  # a copy: the page may grow meanwhile
+        while start < len(data):
+            kind, num_bytes = _HEAD.unpack_from(data, start)
+            start += _HEAD.size + num_bytes
+            yield _DECODERS[kind].decode(data[start - num_bytes : start])
+
+
 class Ring:
-    """Keeps the latest records; what a run is watched by while it goes on."""
+    """Keeps the latest records; what a run is watched by while it goes on.
 
-    def __init__(self, size: int = 1 << 20) -> None:
-        """`size` bounds records and their chunks together: about 200 bytes each."""
-        self.size = size
-        self.whole_from_s = -inf
-        """The end of the latest span that was dropped: what came later is all there."""
-        self._records: deque[Record] = deque()
-        self._held = 0
+    They are kept encoded, in pages of bytes: the garbage collector would walk a million tuples
+    again and again, and stop the run for it. Nothing grows beyond a page, so no call takes long.
+    """
 
-    def record(self, record: Record) -> None:
-        """The `Recorder`."""
-        self._records.append(record)
-        self._held += _size(record)
-        while self._held > self.size:
-            self._drop(self._records.popleft())
+    def __init__(self, max_bytes: int = 128 << 20) -> None:
+        """`max_bytes` bounds what is kept, but for the last record: a span takes 90 bytes, a decode
+        in a microbatch 16. What is oldest is dropped page by page."""
+        self._max_bytes = max_bytes
+        self._page_bytes = min(_PAGE_BYTES, max_bytes // 8)
+        self.clear()
 
-    def _drop(self, record: Record) -> None:
-        self._held -= _size(record)
-        if type(record) is Span:
-            self.whole_from_s = max(self.whole_from_s, record.end_s)
+    def take(self) -> "Ring":
+        """All that is kept, in a ring of its own; this one forgets it."""
+        taken = Ring(self._max_bytes)
+        vars(taken).update(vars(self))
+        self.clear()
+        return taken
 
     def clear(self) -> None:
         """Forgets all, as if nothing had been recorded."""
-        self._records.clear()
-        self._held = 0
+        self._pages: deque[_Page] = deque()
+        self._full_bytes = 0
         self.whole_from_s = -inf
+        """The end of the latest span that was dropped: what came later is all there."""
+        self._begin_page()
+
+    def _begin_page(self) -> None:
+        self._page = _Page(bytearray())
+        self._pages.append(self._page)
+
+    def record(self, record: Record) -> None:
+        """The `Recorder`."""
+        page, kind, encoded = self._page, type(record), _encode(record)
+        page.data += _HEAD.pack(_PLACES[kind], len(encoded))
+        page.data += encoded
+        page.num_records += 1
+        if kind is Span and record.end_s > page.latest_s:
+            page.latest_s = record.end_s
+        if len(page.data) >= self._page_bytes:
+            self._turn_page()
+
+    def _turn_page(self) -> None:
+        self._page.data = bytes(self._page.data)  # without the room that it had to grow
+        self._full_bytes += len(self._page.data)
+        self._begin_page()
+        while self._full_bytes + self._page_bytes > self._max_bytes:
+            oldest = self._pages.popleft()
+            self._full_bytes -= len(oldest.data)
+            self.whole_from_s = max(self.whole_from_s, oldest.latest_s)
 
     def spans(self) -> list[Span]:
         """Of all stages, as they came."""
-        return [record for record in self._records if type(record) is Span]
+        return [record for record in self if type(record) is Span]
+
+    @property
+    def num_bytes(self) -> int:
+        """What is kept."""
+        return self._full_bytes + len(self._page.data)
 
     def __iter__(self) -> Iterator[Record]:
-        return iter(self._records)
+        return chain.from_iterable(self._pages)
 
     def __len__(self) -> int:
-        return len(self._records)
-
-
-def _size(record: Record) -> int:
-    return 1 + len(record.chunks) if type(record) is Planned else 1
+        return sum([page.num_records for page in self._pages])

@@ -1,10 +1,9 @@
 """Reads what `recording_writer.py` wrote: whatever is there of it, and notes on what is not."""
 
 import contextlib
-import gc
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from math import inf, nan
 from pathlib import Path
@@ -14,7 +13,7 @@ import msgspec
 
 from pipeserve.core.records import Span
 from pipeserve.errors import ConfigError
-from pipeserve.profiling.recording import Recording
+from pipeserve.profiling.recording import Recording, no_collection
 from pipeserve.profiling.recording_writer import KINDS, SCHEMA, files_of
 
 _new_span = partial(tuple.__new__, Span)
@@ -53,7 +52,7 @@ def read_recording(folder: Path) -> Recording:
         meta = {}
     recording = Recording(meta, notes=notes)
     recording.spans = [[] for _ in range(_num_stages(meta, files))]
-    with _no_collection():
+    with no_collection():
         for file in files:
             if file.run != run:
                 notes.append(f"{file.name} is of another run, and left out")
@@ -63,18 +62,6 @@ def read_recording(folder: Path) -> Recording:
             _take_file(recording, file)
     _note_missing(recording, {file.name for file in files})
     return recording
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Millions of tuples that all stay would be walked again and again: half of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _read_meta(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ KINDS: Mapping[str, type] = {
 _NAMES = {kind: name for name, kind in KINDS.items()}
 _FILE = re.compile(r"run\.json|driver\.jsonl|stage-\d+\.jsonl")
 _FLUSH_S = 0.5
-_FLUSH_RECORDS = 8192
+_FLUSH_BYTES = 1 << 19
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -70,9 +70,11 @@ class RecordingWriter:
         check_recordable(folder, overwrite)
         self.folder = folder
         self.run_id = secrets.token_hex(8)
-        self._encode_lines = msgspec.json.Encoder().encode_lines
-        self._driver: list[tuple[str, Record]] = []
-        self._stages: list[list[Span]] = [[] for _ in meta["plan"]["stages"]]
+        self._encode_into = msgspec.json.Encoder().encode_into
+        num_stages = len(meta["plan"]["stages"])
+        self._unwritten = [bytearray() for _ in range(1 + num_stages)]
+        """Of each file, the driver's first: its records are encoded at once, or there would be too
+        many of them to do so between two looks at what the stages say."""
         self._files: list[BinaryIO] = []
         self._next_flush_s = -inf
         with self._stopping_when_full():
@@ -83,7 +85,7 @@ class RecordingWriter:
             )
             fields = {name: kind._fields for name, kind in (*KINDS.items(), ("chunk", Chunk))}
             self._open("driver.jsonl", fields)
-            for stage in range(len(self._stages)):
+            for stage in range(num_stages):
                 self._open(f"stage-{stage}.jsonl", {"span": Span._fields})
 
     def _open(self, name: str, fields: Mapping[str, tuple[str, ...]]) -> None:
@@ -97,26 +99,29 @@ class RecordingWriter:
         """The `Recorder`. Writes when a plan was sent: the stages are busy then."""
         kind = type(record)
         if kind is Span:
-            self._stages[record.stage].append(record)
+            self._put(1 + record.stage, record)
             return
-        self._driver.append((_NAMES[kind], record))
+        self._put(0, (_NAMES[kind], _lean(record)))
         if kind is Planned and (
-            record.sent_s >= self._next_flush_s or len(self._driver) > _FLUSH_RECORDS
+            record.sent_s >= self._next_flush_s or len(self._unwritten[0]) > _FLUSH_BYTES
         ):
             self.flush()
             self._next_flush_s = record.sent_s + _FLUSH_S
 
+    def _put(self, file: int, line: Any) -> None:
+        unwritten = self._unwritten[file]
+        self._encode_into(line, unwritten, -1)
+        unwritten += b"\n"
+
     def flush(self) -> None:
         """Write what was told so far."""
-        driver = [(name, _lean(record)) for name, record in self._driver]
-        batches = [driver, *map(list, self._stages)]
-        for told in (self._driver, *self._stages):
-            told.clear()
         with self._stopping_when_full():
-            for file, batch in zip(self._files, batches, strict=False):
-                if batch:
-                    file.write(self._encode_lines(batch))
+            for file, unwritten in zip(self._files, self._unwritten, strict=False):
+                if unwritten:
+                    file.write(unwritten)
                     file.flush()
+        for unwritten in self._unwritten:
+            unwritten.clear()
 
     @contextlib.contextmanager
     def _stopping_when_full(self) -> Iterator[None]:

@@ -32,6 +32,7 @@ NUM_PARTS = 7
 _TILE = 16  # tokens of a size class
 _OUTLIER = 3.0  # scaled median absolute deviations
 _NEVER_OUTLIER = 0.2  # of the time: the form is only linear
+_LEAST_S = 1e-12  # what is shorter took no time: no clock tells it, and its inverse may be infinite
 
 
 def counts_of(work: Work) -> tuple[float, float, float, float, float]:
@@ -73,8 +74,9 @@ class StepParts:
             theta = _fit(design, measured)
             thetas.append(theta)
             fitted = design @ theta
-            fitted = np.where(fitted > 0, fitted, measured)  # counts that no other step had
-            over_fitted = np.divide(measured, fitted, out=np.ones_like(fitted), where=fitted > 0)
+            fitted = np.where(fitted > _LEAST_S, fitted, measured)  # counts that no other step had
+            over_fitted = np.ones_like(fitted)
+            np.divide(measured, fitted, out=over_fitted, where=fitted > _LEAST_S)
             for span, ratio in zip(known, over_fitted, strict=True):
                 ratios.setdefault(_size_class(works[span.index]), []).append(ratio)
         found = [theta for theta in thetas if theta is not None]
@@ -130,7 +132,7 @@ def _size_class(work: Work) -> tuple[int, bool]:
 def _fit(design: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Non-negative least squares of relative errors, again without the outliers; of the steps that
     took any time."""
-    some = measured > 0
+    some = measured > _LEAST_S
     if not some.any():
         return np.zeros(design.shape[1])
     rows = design[some] / measured[some, None]

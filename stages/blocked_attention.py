@@ -110,7 +110,8 @@ class BlockedAttention:
         write(k_TKH, v_TKH, pool, plan.slots_T)
         num_tokens, num_heads, head_dim = q_TNH.shape
         num_kv_heads = k_TKH.shape[1]
-        q_TKGH = (q_TNH * scoring.scale).view(num_tokens, num_kv_heads, -1, head_dim)
+        q_TNH = (q_TNH * scoring.scale).to(pool[0].dtype)
+        q_TKGH = q_TNH.view(num_tokens, num_kv_heads, -1, head_dim)
         out_TKGH = torch.zeros_like(q_TKGH)
         view = plan.views[scoring.window]
         for decodes in view.decodes:

@@ -1,5 +1,6 @@
 """The shape of a decoder, as its family reads it out of config.json. Reads no weights."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,25 @@ class RopeConfig:
 
     theta: float
     kind: str = "default"
-    """"default" | "linear" (positions divided by `factor`) | "llama3" (see `rotary.py`)."""
+    """"default" | "linear" | "llama3" | "yarn" | "longrope" | "proportional" (see `rotary.py`)."""
+    part: float = 1.0
+    """Share of each head that is rotated, from its first dimension on."""
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
+    original_max_position_embeddings: float = 0
+    beta_fast: float = 32
+    beta_slow: float = 1
+    truncate: bool = True
+    pair_factors: tuple[float, ...] = ()
+    """longrope: what each pair's frequency is divided by."""
+    attention_factor: float = 1.0
+    """Multiplies what is rotated."""
+
+    @property
+    def max_positions(self) -> float:
+        """Beyond these every position would be rotated anew, those in the KV cache too."""
+        return self.original_max_position_embeddings if self.kind == "longrope" else math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +92,9 @@ class ModelConfig:
         from pipeserve.stages.families import find_family
 
         file = ConfigFile(Path(folder))
-        config = find_family(file.architecture, file.path.parent).read_config(file)
+        family = find_family(file.architecture, file.path.parent)
+        file.check_model_type(family.model_type)
+        config = family.read_config(file)
         config.check(file.path)
         return config
 
@@ -85,13 +102,20 @@ class ModelConfig:
         """Raises ConfigError, naming `path`, for counts that contradict each other."""
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"{path}: {self.num_heads} attention heads cannot share {self.num_kv_heads} kv "
-                "heads evenly; fetch the file again"
+                f"{path}: {self.num_heads} attention heads (num_attention_heads) cannot share "
+                f"{self.num_kv_heads} kv heads (num_key_value_heads, num_kv_heads) evenly; "
+                "fetch the file again"
+            )
+        if self.experts is not None and self.experts.num_taken > self.experts.num_experts:
+            raise ConfigError(
+                f"{path}: num_experts_per_tok {self.experts.num_taken} is over the "
+                f"{self.experts.num_experts} experts (num_local_experts, num_experts); "
+                "fetch the file again"
             )
         if self.rope is not None and self.head_dim % 2:
             raise ConfigError(
-                f"{path}: a head of {self.head_dim} dimensions cannot be rotated in pairs; "
-                "fetch the file again"
+                f"{path}: a head of {self.head_dim} dimensions (head_dim) cannot be rotated in "
+                "pairs; fetch the file again"
             )
 
     def window_of(self, layer: int) -> int | None:

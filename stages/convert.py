@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.config import ModelConfig
@@ -21,28 +21,38 @@ from pipeserve.stages.config import ModelConfig
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _REMEDY = "give the model's safetensors folder or hub id"
 _LOST_FIELDS = ("expert_count", "attention.sliding_window", "rope.scaling.type")
+_ROPE_FACTORS = "rope_freqs.weight"
 _DTYPE_OF_FILE_TYPE = {0: torch.float32, 1: torch.float16}
 """Of `general.file_type`, as gguf.LlamaFileType counts: ALL_F32 and MOSTLY_F16."""
 
 
 def convert(gguf: Path, folder: Path) -> None:
     """Raises ConfigError for what does not come through whole; saves no weights then."""
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    where = {
+        "pretrained_model_name_or_path": str(gguf.parent),
+        "gguf_file": gguf.name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
     reader = _open(gguf)
     _check_fields(reader)
     dtype = _DTYPE_OF_FILE_TYPE.get(_field(reader, "general.file_type"), torch.bfloat16)
     config = transformers.AutoConfig.from_pretrained(**where)
     config.dtype = dtype
+    rope_factors = _rope_factors(reader)
+    if rope_factors:
+        config.rope_parameters = _rope_of_factors(config, rope_factors)
     config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     config.save_pretrained(folder)
     ModelConfig.from_folder(folder)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-    _check_tensors(reader, model)
+    _check_tensors(reader, model, num_others=bool(rope_factors))
     # transformers takes what came from GGUF for quantised, and refuses to save it; it is not.
     model.hf_quantizer = None
     del model.config.quantization_config
+    model.config.rope_parameters = config.rope_parameters
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
@@ -69,9 +79,39 @@ def _check_fields(reader: GGUFReader) -> None:
             raise ConfigError(f"its {name} ({value}) would be lost; {_REMEDY}")
 
 
-def _check_tensors(reader: GGUFReader, model: torch.nn.Module) -> None:
-    """Every tensor of the file became one of the model, and none of the model was made up."""
-    in_file, in_model = len(reader.tensors), len(list(model.parameters()))  # a tied one once
+def _rope_factors(reader: GGUFReader) -> list[float]:
+    """By how much each pair of dimensions turns more slowly, as Llama 3.1 and later have it; []
+    where the file does not say."""
+    if _field(reader, "general.architecture") != "llama":
+        return []
+    for tensor in reader.tensors:
+        if tensor.name == _ROPE_FACTORS:
+            if tensor.tensor_type != GGMLQuantizationType.F32:
+                raise ConfigError(f"its {_ROPE_FACTORS} is {tensor.tensor_type.name}; {_REMEDY}")
+            return tensor.data.tolist()
+    return []
+
+
+def _rope_of_factors(
+    config: transformers.PreTrainedConfig, factors: list[float]
+) -> dict[str, object]:
+    """A rope that divides each pair's frequency by its factor, at every length of the context.
+    That of Llama 3 makes the same of four numbers, which GGUF does not keep."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "short_factor": factors,
+        "long_factor": factors,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def _check_tensors(reader: GGUFReader, model: torch.nn.Module, num_others: int) -> None:
+    """Every tensor of the file became one of the model, but `num_others`, and none of the model
+    was made up."""
+    in_file = len(reader.tensors) - num_others
+    in_model = len(list(model.parameters()))  # a tied one once
     if in_file != in_model:
         raise ConfigError(
             f"it has {in_file} tensors, its config asks for {in_model}, so some would be lost; "

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.leaf import Embedding, whole
+from pipeserve.stages.leaf import Embedding, Leaf, whole
 from pipeserve.stages.linear import Linear
+
+_HEAD = "lm_head"
 
 
 class TokenEmbedding(nn.Module):
@@ -36,15 +38,29 @@ class TokenEmbedding(nn.Module):
         return x_TD
 
 
+def token_table(config: ModelConfig, size: int, table: str, scale: float = 1.0) -> Embedding:
+    """Rows of `size`. `table`: what the checkpoint calls it.
+
+    Of a tied embedding and head the checkpoint may hold either, which then serves as both, or both,
+    which may differ and are then used as they are: as transformers does (`tie_weights`).
+    """
+    instead = _HEAD if config.tie_word_embeddings else ""
+    source = [whole(table, config.vocab_size, instead)]
+    return Embedding(config.vocab_size, size, source, scale)
+
+
 def vocabulary(config: ModelConfig, size: int, table: str) -> Linear:
-    """[R, size] -> logits. A tied head is the embedding, which the checkpoint calls `table`; but
-    where it holds a head all the same, that may differ, and it is what transformers takes."""
-    name = table if config.tie_word_embeddings else "lm_head"
-    return Linear(size, config.vocab_size, [whole(name, config.vocab_size, rather="lm_head")])
+    """[R, size] -> logits. `table`: what the checkpoint calls the embedding."""
+    instead = table if config.tie_word_embeddings else ""
+    return Linear(size, config.vocab_size, [whole(_HEAD, config.vocab_size, instead)])
 
 
 class Head(nn.Module):
-    """Final norm and projection, where there are any, and the logits, perhaps soft-capped."""
+    """Final norm and projection, where there are any, and the logits, perhaps soft-capped.
+
+    All of it in float32: in bf16 a logit of 25 is a multiple of 1/8, and of two likeliest tokens
+    that come out alike the lower id would win.
+    """
 
     def __init__(
         self,
@@ -58,12 +74,15 @@ class Head(nn.Module):
         self.norm, self.projection = norm, projection
         self.vocabulary = vocabulary
         self.softcap = softcap
+        for module in self.modules():
+            if isinstance(module, Leaf):
+                module.is_float32 = True
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """[R, D] -> [R, V] float32."""
         for part in (self.norm, self.projection):
             x_RD = x_RD if part is None else part(x_RD)
-        logits_RV = self.vocabulary(x_RD).float()
+        logits_RV = self.vocabulary(x_RD)
         if self.softcap is None:
             return logits_RV
         return torch.tanh(logits_RV / self.softcap) * self.softcap

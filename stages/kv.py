@@ -50,7 +50,7 @@ class KVCache:
 
 def write(k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, slots_T: Tensor) -> None:
     for new_TKH, pool_KBPH in zip((k_TKH, v_TKH), pool, strict=True):
-        new_KTH = new_TKH[: len(slots_T)].transpose(0, 1)
+        new_KTH = new_TKH[: len(slots_T)].transpose(0, 1).to(pool_KBPH.dtype)
         pool_KBPH.flatten(1, 2).index_copy_(1, slots_T, new_KTH)
 
 

@@ -21,13 +21,13 @@ class Rows:
     of: int
     start: int
     stop: int
-    rather: str = field(default="", compare=False)
-    """The tensor that is read instead, where the checkpoint has one of this name."""
+    instead: str = field(default="", compare=False)
+    """The tensor that is read where the checkpoint has none of the name."""
 
 
-def whole(name: str, num_rows: int, rather: str = "") -> Rows:
+def whole(name: str, num_rows: int, instead: str = "") -> Rows:
     """All rows of a tensor."""
-    return Rows(name, num_rows, 0, num_rows, rather)
+    return Rows(name, num_rows, 0, num_rows, instead)
 
 
 class Leaf(nn.Module):
@@ -36,6 +36,9 @@ class Leaf(nn.Module):
     `source`: the rows that make up the weight, joined along its first axis; a name stands for the
     tensor of that name as it is.
     """
+
+    is_float32 = False
+    """Kept in float32 whatever the run's dtype: small, or what the likeliest token hangs on."""
 
     def __init__(
         self, shape: tuple[int, ...], source: str | Sequence[Rows], has_bias: bool = False
@@ -51,18 +54,28 @@ class Leaf(nn.Module):
     def num_parameters(self) -> int:
         return math.prod(self.shape) + self.has_bias * self.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of what is set."""
+        return sum(part.nbytes for part in (self.weight, self.bias) if part is not None)
+
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Takes `weight`, of `shape`, and `bias` over."""
         self.weight, self.bias = weight, bias
 
 
 class Embedding(Leaf):
-    """A table of rows; `scale` multiplies what is looked up, rounded to the table's dtype."""
+    """A table of rows, looked up as float32; `scale` multiplies them, rounded to the table's dtype
+    as transformers does it."""
 
-    def __init__(self, num_rows: int, size: int, source: str, scale: float = 1.0) -> None:
+    def __init__(
+        self, num_rows: int, size: int, source: str | Sequence[Rows], scale: float = 1.0
+    ) -> None:
         super().__init__((num_rows, size), source)
         self.scale = scale
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        rows_TD = F.embedding(ids_T, self.weight)
-        return rows_TD if self.scale == 1.0 else rows_TD * rows_TD.new_tensor(self.scale)
+        rows_TD = F.embedding(ids_T, self.weight).float()
+        if self.scale == 1.0:
+            return rows_TD
+        return rows_TD * self.weight.new_tensor(self.scale).float()

@@ -15,8 +15,10 @@ from pipeserve.stages.padding import pad_rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
+    "swish": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 """By Hugging Face's names."""
@@ -56,6 +58,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.router = router
+        router.is_float32 = True
         self.experts = nn.ModuleList(experts)
         self.num_taken = num_taken
         self.normalize = normalize
@@ -65,7 +68,6 @@ class Experts(nn.Module):
         weights_TA, taken_TA = likings_TE.topk(self.num_taken, -1)
         if self.normalize:
             weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
-        weights_TA = weights_TA.to(x_TD.dtype)
         out_TD = torch.zeros_like(x_TD)
         for number in taken_TA.unique().tolist():
             rows, place = torch.where(taken_TA == number)

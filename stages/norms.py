@@ -1,4 +1,4 @@
-"""Norms over the last axis. Suffixes: X any axes, D the normed one."""
+"""Norms over the last axis, float32 whatever comes in. Suffixes: X any axes, D the normed one."""
 
 import torch
 import torch.nn.functional as F
@@ -8,36 +8,33 @@ from pipeserve.stages.leaf import Leaf
 
 
 class RMSNorm(Leaf):
-    """Mean square in float32, scaled in x's dtype: as transformers' LlamaRMSNorm does."""
+    is_float32 = True
 
     def __init__(self, size: int, eps: float, source: str) -> None:
         super().__init__((size,), source)
         self.eps = eps
 
     def forward(self, x_XD: Tensor) -> Tensor:
-        return self.weight * self._normed(x_XD).to(x_XD.dtype)
-
-    def _normed(self, x_XD: Tensor) -> Tensor:
-        wide_XD = x_XD.float()
-        return wide_XD * torch.rsqrt(wide_XD.pow(2).mean(-1, keepdim=True) + self.eps)
+        x_XD = x_XD.float()
+        squares_X = torch.linalg.vecdot(x_XD, x_XD)[..., None]
+        return (x_XD * (squares_X / x_XD.shape[-1] + self.eps).rsqrt_()).mul_(self.weight)
 
 
 class OffsetRMSNorm(RMSNorm):
-    """Gemma's: the checkpoint holds weight - 1, and all of it is float32."""
+    """Gemma's: the checkpoint holds weight - 1."""
 
     def set(self, weight: Tensor, bias: None = None) -> None:
-        super().set(1.0 + weight.float())
-
-    def forward(self, x_XD: Tensor) -> Tensor:
-        return (self._normed(x_XD) * self.weight).to(x_XD.dtype)
+        super().set(1.0 + weight)
 
 
 class LayerNorm(Leaf):
     """With a bias."""
+
+    is_float32 = True
 
     def __init__(self, size: int, eps: float, source: str) -> None:
         super().__init__((size,), source, has_bias=True)
         self.eps = eps
 
     def forward(self, x_XD: Tensor) -> Tensor:
-        return F.layer_norm(x_XD, self.shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x_XD.float(), self.shape, self.weight, self.bias, self.eps)

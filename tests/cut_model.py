@@ -31,6 +31,7 @@ class Stages:
     ) -> None:
         config = config or ModelConfig.from_folder(folder)
         assert sum(layers) == config.num_layers
+        self.dtype = dtype
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.stages, self.pools = [], []
@@ -66,7 +67,7 @@ class Stages:
         for stage, pool in zip(self.stages, self.pools, strict=True):
             is_first = stage.embedding is not None
             inputs = build_inputs(spans, self.block_size, token_ids if is_first else None)
-            x = stage(inputs.token_ids_T if is_first else x, inputs, pool)
+            x = stage(inputs.token_ids_T if is_first else x.to(self.dtype), inputs, pool)
         return x
 
     def logits(self, prompt, budget):

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-import zmq
 
-from pipeserve.connection import Connection, FromZmq, Listener, Source, Sources, connect
+from pipeserve.connection import Connection, Source, Sources, connect
 from pipeserve.control import StageReady, StartStage
+from pipeserve.fleet import Fleet
+from pipeserve.listener import Listener
 
 _NEVER = float("inf")
 
@@ -29,16 +30,17 @@ class LateLinks:
         )
         self._num_stages = 0
 
-    def before_start(self, jobs: Sequence[StartStage]) -> list[StartStage]:
+    def before_start(self, jobs: Sequence[StartStage], fleet: Fleet) -> list[StartStage]:
         """The same jobs, for stages that reach the driver by way of here."""
         self._num_stages = len(jobs)
-        there = self._ask(*[job.control for job in jobs])
+        self._process.stdin.write(fleet.secret.hex() + "\n")
+        there = self._ask(*[f"stage@{fleet.address}{job.control}" for job in jobs])
         return [msgspec.structs.replace(j, control=at) for j, at in zip(jobs, there, strict=True)]
 
     def between(self, ready: Sequence[StageReady]) -> list[StageReady]:
         """The same stages, which reach each other by way of here."""
-        seams = [f"tcp://{stage.activations_at}" for stage in ready[1:]]
-        there = iter(self._ask(*seams, ready[0].tokens_at))
+        seams = [f"activations@{stage.activations_at}" for stage in ready[1:]]
+        there = iter(self._ask(*seams, f"tokens@{ready[0].tokens_at}"))
         others = [msgspec.structs.replace(s, activations_at=next(there)) for s in ready[1:]]
         return [msgspec.structs.replace(ready[0], tokens_at=next(there)), *others]
 
@@ -46,7 +48,10 @@ class LateLinks:
         """From now on; what is under way comes at once."""
         seams = [by_seam.get(seam, 0.0) for seam in range(self._num_stages - 1)]
         # Of a connection first the way from who listens to who connects, and then the other.
-        self._ask(*map(str, [*[plans_s, 0.0] * self._num_stages, *seams, 0.0, feedback_s]))
+        ways = [*[plans_s, 0.0] * self._num_stages]
+        for there_s in (*seams, feedback_s):
+            ways += [0.0, there_s]
+        self._ask(*map(str, ways))
 
     def close(self) -> None:
         self._process.stdin.close()  # by which it ends
@@ -86,40 +91,32 @@ class _Way:
 class _Relay:
     """All ways, by what they are called: each source carries the name of the way that it begins."""
 
-    def __init__(self) -> None:
-        self.sources = Sources()
+    def __init__(self, secret: bytes) -> None:
+        self.sources = Sources(secret)
         self.ways: dict[str, _Way] = {}
-        self._context = zmq.Context()
         self._by_name: dict[str, Connection] = {}
 
-    def around(self, address: str) -> str:
-        """Where to connect to, to reach what listens at `address`, which may be of ZeroMQ."""
-        if address.startswith("tcp://"):
-            return self._around_pair(address)
+    def around(self, word: str) -> str:
+        """Where to connect to, to reach what listens at an address, for a purpose."""
+        purpose, address = word.split("@")
         number = len(self.ways)  # the driver's address comes once for each stage
         there, here = f"there {number}", f"here {number}"
-        self._by_name[there] = connect(address, self.sources, there)
+        self._by_name[there] = connect(address, self.sources, purpose)
+        self._by_name[there].carries = there
         for name, other in ((there, here), (here, there)):
             self.ways[name] = _Way(lambda message, other=other: self._by_name[other].send(message))
-        return Listener("127.0.0.1", self.sources, here).address
-
-    def _around_pair(self, address: str) -> str:
-        source, target = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-        port = source.bind_to_random_port("tcp://127.0.0.1")
-        target.connect(address)
-        FromZmq(source, self.sources, address)
-        self.ways[address] = _Way(lambda frames: target.send_multipart(frames, copy=False))
-        return f"127.0.0.1:{port}"
+        return Listener("127.0.0.1", self.sources, (purpose,), carries=here).address
 
     def take(self, source: Source) -> None:
         """All that has come."""
-        if isinstance(source, Connection):
+        messages = source.receive()
+        if isinstance(source, Connection) and source.is_open:
             self._by_name[source.carries] = source
-        self.ways[source.carries].take(source.receive())
+        if messages:
+            self.ways[source.carries].take(messages)
 
     def close(self) -> None:
         self.sources.close()
-        self._context.destroy(linger=0)
 
 
 class _Lines:
@@ -137,9 +134,9 @@ class _Lines:
 
 
 def main() -> None:
-    """Lines from standard input: addresses of the driver, one for each stage, then of the stages,
-    then, any number of times, the delays of all ways."""
-    relay = _Relay()
+    """Lines from standard input: the secret, then addresses of the driver, one for each stage, then
+    of the stages, then, any number of times, the delays of all ways."""
+    relay = _Relay(bytes.fromhex(sys.stdin.readline()))
     lines = _Lines(relay.sources)
     num_lines, due_s = 0, _NEVER
     while True:

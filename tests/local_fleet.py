@@ -11,8 +11,10 @@ import torch
 
 import pipeserve.driver
 from pipeserve import LLM, control
+from pipeserve.configs import RunConfig
 from pipeserve.connection import Sources, connect
 from pipeserve.fleet import Fleet, Received
+from pipeserve.listener import Listener
 from pipeserve.machine import boot_id
 from pipeserve.stage_loop import StageLoop
 from pipeserve.worker import ModelCompute
@@ -21,9 +23,11 @@ from pipeserve.worker import ModelCompute
 class LocalFleet(Fleet):
     """Stages are made where a keeper would be told to, and work while the driver waits for them."""
 
-    def __init__(self, num_ranks: int, launcher: str, address: str | None) -> None:
+    def __init__(self, num_ranks: int, config: RunConfig) -> None:
         self.workers: list[StageLoop] = []
-        super().__init__(num_ranks, "external", address)
+        super().__init__(num_ranks, config)
+
+    def _start_keepers(self, listener: Listener) -> None: ...
 
     def wait_for_keepers(self, on_progress) -> None:
         for rank in range(self.num_ranks):
@@ -48,8 +52,8 @@ class LocalFleet(Fleet):
         self.workers = []
 
     def _tell_keeper(self, rank: int, job: control.StartStage) -> None:
-        sources = Sources()
-        driver = connect(job.control, sources, "control")
+        sources = Sources(self.secret)
+        driver = connect(f"{self.address}{job.control}", sources, "stage")
         driver.send(control.encode(control.StageHello(job.stage)))
         with torch.inference_mode():
             self.workers.append(StageLoop(job, rank, sources, driver, ModelCompute, 0))

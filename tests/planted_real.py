@@ -100,7 +100,7 @@ class Stages:
             """Tells the stages that driver and neighbours are where the late links are."""
 
             def start_stages(self, jobs: list, *said: Any) -> list:
-                return super().start_stages(links.before_start(jobs), *said)
+                return super().start_stages(links.before_start(jobs, self), *said)
 
             def _gather(self, kind: type, *said: Any) -> list:
                 answers = super()._gather(kind, *said)

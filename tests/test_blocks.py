@@ -1,12 +1,12 @@
 """The block pool: who holds what, what is remembered, what is given up first."""
 
-from pipeserve.core.blocks import BlockPool, BlockTable, extend_keys
+from array import array
+
+from pipeserve.core.blocks import BlockPool, BlockTable, new_keys
 
 
 def keys_of(tokens, salt="", block_size=2):
-    keys: list[bytes] = []
-    extend_keys(keys, tokens, block_size, salt)
-    return keys
+    return new_keys((), array("q", tokens), block_size, salt)
 
 
 def filled(pool: BlockPool, tokens) -> BlockTable:
@@ -24,9 +24,9 @@ def test_a_key_covers_everything_before_it_and_only_full_blocks():
 
 
 def test_keys_grow_as_tokens_do():
-    keys: list[bytes] = []
+    keys: tuple[bytes, ...] = ()
     for stop in range(8):
-        extend_keys(keys, list(range(stop)), 2, "salt")
+        keys += new_keys(keys, array("q", range(stop)), 2, "salt")
     assert keys == keys_of(range(7), "salt")
 
 
@@ -90,9 +90,9 @@ def test_an_idle_block_counts_as_free_until_it_is_shared():
 def test_equal_content_is_cached_once():
     pool = BlockPool(2, 2)
     first, second = filled(pool, [1, 2]), filled(pool, [1, 2])
-    assert pool.match(keys_of([1, 2])) == first.blocks
+    assert pool.match(keys_of([1, 2])) == list(first.blocks)
     second.clear()
-    assert pool.match(keys_of([1, 2])) == first.blocks
+    assert pool.match(keys_of([1, 2])) == list(first.blocks)
     assert pool.num_free == 1
 
 
@@ -110,3 +110,15 @@ def test_reset_forgets_content_and_holders():
     pool.reset()
     assert pool.num_free == 2
     assert pool.match(keys_of([1, 2])) == []
+
+
+def test_what_is_withdrawn_is_found_no_more():
+    pool = BlockPool(4, 2)
+    held, left = filled(pool, [1, 2, 3, 4]), filled(pool, [7, 8])
+    left.clear()
+    pool.withdraw([*keys_of([1, 2, 3, 4]), *keys_of([7, 8]), *keys_of([5, 5])])
+    assert pool.match(keys_of([1, 2, 3, 4])) == pool.match(keys_of([7, 8])) == []
+    assert pool.num_free == 2
+    held.clear()
+    assert pool.num_free == 4
+    assert len(pool.allocate(4)) == 4

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 
 from pipeserve.configs import RunConfig, load_recipe, make_config, recipe_names
+from pipeserve.core.policies import POLICIES
 from pipeserve.errors import ConfigError
 
 
@@ -70,6 +71,43 @@ def test_overrides_win_over_the_recipe():
     config = make_config(recipe, {"model": "b", "max_num_seqs": 3})
     assert (config.model, config.block_size, config.max_num_seqs) == ("b", 8, 3)
     assert recipe == {"model": "a", "block_size": 8, "max_num_seqs": 2}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_recipe_takes_every_policy(name, policy):
+    """Its budget holds for policies of its own kind; the other kind has its own."""
+    recipe = load_recipe(name)
+    config = make_config(recipe, {"policy": policy})
+    traits = POLICIES[policy].traits
+    budget = config.batched_tokens(traits.whole_prompts, max_model_len=4096)
+    assert budget == (4096 if traits.whole_prompts else recipe.get("max_num_batched_tokens", 512))
+
+
+def test_a_budget_is_kept_where_it_was_given_for_the_policy():
+    cut = {"model": "m", "max_num_batched_tokens": 384}
+    whole = {**cut, "policy": "vllm", "max_num_batched_tokens": 8192}
+
+    def budget(recipe, **overrides):
+        return make_config(recipe, overrides).max_num_batched_tokens
+
+    assert budget(cut, policy="vllm", max_num_batched_tokens=9) == 9
+    assert budget(cut, policy="sarathi_serve") == budget(cut) == 384
+    assert budget(whole) == budget(whole, policy="orca") == 8192
+    assert budget(whole, policy="sarathi_serve") is None
+    assert budget({**cut, "policy": "vllm"}) == 384  # as the recipe itself says
+    assert cut["max_num_batched_tokens"] == 384
+
+
+def test_what_a_flag_replaces_takes_with_it_what_was_said_for_the_old_value():
+    recipe = {"model": "m", "pipeline_parallel_size": 2, "pipeline_layers": "16,14",
+              "num_gpu_blocks_override": 9}  # fmt: skip
+    assert make_config(recipe, {"pipeline_parallel_size": 3}).pipeline_layers is None
+    assert make_config(recipe, {"pipeline_parallel_size": 2}).pipeline_layers == (16, 14)
+    config = make_config(recipe, {"kv_cache_memory_bytes": 10**9})
+    assert (config.kv_cache_memory_bytes, config.num_gpu_blocks_override) == (10**9, None)
+    with pytest.raises(ConfigError, match="lists 2 stages"):
+        make_config(recipe, {"pipeline_parallel_size": 3, "pipeline_layers": "16,14"})
 
 
 @pytest.mark.parametrize("layers", ["16,14", [16, 14], (16, 14), "16, 14"])

@@ -7,9 +7,16 @@ import time
 
 import pytest
 
-from pipeserve.connection import Connection, Listener, Sources, connect
+from pipeserve import connection
+from pipeserve.connection import Connection, Sources, connect
+from pipeserve.listener import Listener
 
 PREFIX = 8
+SECRET = b"of this run"
+
+
+def listening(sources):
+    return Listener("127.0.0.1", sources, ("stage",)).address
 
 
 def by_tcp(address):
@@ -18,21 +25,25 @@ def by_tcp(address):
 
 
 def accepted(sources):
-    """The connection that a listener among `sources` is about to have."""
-    (listener,) = sources.ready(5000)
-    assert listener.receive() == []
-    return next(s for s in sources._by_socket.values() if isinstance(s, Connection))
+    """The connection that a listener among `sources` has taken in."""
+    return next(s for s in sources._by_descriptor.values() if isinstance(s, Connection))
+
+
+def opened(address, ours, theirs):
+    """Both ends of a connection: that of who listens, and of who connects to `address`."""
+    there = connect(address, theirs, "stage")
+    while not there.is_open:
+        for source in [*ours.ready(0), *theirs.ready(0)]:
+            assert source.receive() == []
+    return accepted(ours), there
 
 
 @pytest.fixture(params=["local", "tcp"])
 def ends(request):
     """Two ends of one connection; each thread of a test has its own."""
-    ours, theirs = Sources(), Sources()
-    address = Listener("127.0.0.1", ours, "words").address
-    there = connect(address if request.param == "local" else by_tcp(address), theirs, "words")
-    there.send(b"hello")  # a connection that says nothing is not accepted yet
-    here = accepted(ours)
-    assert receive(ours, here, 1) == [b"hello"]
+    ours, theirs = Sources(SECRET), Sources(SECRET)
+    address = listening(ours)
+    here, there = opened(address if request.param == "local" else by_tcp(address), ours, theirs)
     yield here, ours, there, theirs
     ours.close()
     theirs.close()
@@ -40,14 +51,14 @@ def ends(request):
 
 @pytest.fixture
 def by_hand():
-    """A connection, and a plain socket at its other end."""
-    sources = Sources()
-    address = Listener("127.0.0.1", sources, "words").address
-    host, port = by_tcp(address).split(":")
-    with socket.create_connection((host, int(port))) as plain:
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        yield accepted(sources), sources, plain
+    """A connection, and a plain socket at its other end, once they have shaken hands."""
+    sources, theirs = Sources(SECRET), Sources(SECRET)
+    here, there = opened(by_tcp(listening(sources)), sources, theirs)
+    plain = there._socket
+    plain.settimeout(5)
+    yield here, sources, plain
     sources.close()
+    theirs.close()
 
 
 def receive(sources, connection, num):
@@ -65,20 +76,7 @@ def receive(sources, connection, num):
 
 def wire_form(messages):
     """What a connection makes of them, as bytes."""
-    ours, theirs = Sources(), Sources()
-    there = connect(by_tcp(Listener("127.0.0.1", ours, "").address), theirs, "")
-    (listener,) = ours.ready(5000)
-    plain, _ = listener._tcp.accept()
-    with plain:
-        plain.settimeout(5)
-        for message in messages:
-            there.send(message)
-        there.close()
-        parts = []
-        while part := plain.recv(1 << 16):
-            parts.append(part)
-    ours.close()
-    return b"".join(parts)
+    return b"".join(bytes(connection._framed(message)) for message in messages)
 
 
 # ---- framing ----------------------------------------------------------------------------------
@@ -144,10 +142,10 @@ def test_both_ends_send_more_than_the_kernel_takes(ends):
     """Each has sent all before the other begins to receive."""
     here, ours, there, theirs = ends
     large = os.urandom(24 << 20)
-    for connection in (here, there):
-        connection.send(b"before")
-        connection.send(large)
-        connection.send(b"behind")
+    for end in (here, there):
+        end.send(b"before")
+        end.send(large)
+        end.send(b"behind")
     got = {here: [], there: []}
     deadline = time.monotonic() + 60
     while any(len(of) < 3 for of in got.values()):
@@ -242,10 +240,11 @@ def test_who_is_gone_with_something_still_to_send_keeps_nobody_awake(ends):
 
 
 def test_a_name_of_another_machine_is_no_obstacle():
-    ours, theirs = Sources(), Sources()
-    address = by_tcp(Listener("127.0.0.1", ours, "words").address)
-    connect(f"{address}/0123456789abcdef", theirs, "words").send(b"hello")
-    assert receive(ours, accepted(ours), 1) == [b"hello"]
+    ours, theirs = Sources(SECRET), Sources(SECRET)
+    address = by_tcp(listening(ours))
+    here, there = opened(f"{address}/0123456789abcdef", ours, theirs)
+    there.send(b"hello")
+    assert receive(ours, here, 1) == [b"hello"]
     ours.close()
     theirs.close()
 
@@ -254,16 +253,16 @@ def test_nobody_there_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(ConnectionError, match=f"^127.0.0.1:{port} cannot be reached: .*refused"):
-        connect(f"127.0.0.1:{port}", Sources(), "words")
+        connect(f"127.0.0.1:{port}", Sources(), "stage")
 
 
 def test_closed_sources_leave_no_file_open():
     before = os.listdir("/proc/self/fd")
     ours, theirs = Sources(), Sources()
-    address = Listener("127.0.0.1", ours, "words").address
+    address = listening(ours)
     for _ in range(3):
-        connect(address, theirs, "words")
-        connect(by_tcp(address), theirs, "words")
+        connect(address, theirs, "stage")
+        connect(by_tcp(address), theirs, "stage")
     for listener in ours.ready(5000):
         listener.receive()
     ours.close()

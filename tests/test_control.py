@@ -117,11 +117,12 @@ def test_a_decode_costs_a_few_bytes_however_long_its_context():
 
 def test_logprobs_survive_the_wire():
     prompt = [(-0.25, []), (-0.75, [(1, -0.1)])]
-    sampled = control.Sampled(4, [5, 6], [(-0.5, [(5, -0.5), (9, -1.5)]), None], prompt)
-    result = control.step_result(control.decode_for_driver(control.encode(sampled)))
+    sampled = control.Sampled(4, [5, 6], [(-0.5, [(5, -0.5), (9, -1.5)]), None], prompt, {1: "why"})
+    result = control.step_result(control.decode_from_stage(control.encode(sampled)))
     assert result.tokens == (5, 6)
     assert result.logprobs == (TokenLogprobs(-0.5, {5: -0.5, 9: -1.5}), None)
     assert result.prompt_logprobs == (TokenLogprobs(-0.25, {}), TokenLogprobs(-0.75, {1: -0.1}))
+    assert result.failed == {1: "why"}
 
 
 def _stage_with(request_id=1, prompt=(10, 11, 12)):

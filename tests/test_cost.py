@@ -1,7 +1,8 @@
 """The cost model: its formulae at points computed by hand, its parts, and what it learns."""
 
+import random
 from dataclasses import replace
-from math import exp, sqrt
+from math import exp, inf, sqrt
 
 import pytest
 
@@ -85,6 +86,63 @@ def microbatch(index=0, prefills=(), decodes=()) -> Microbatch:
 
 
 # ---- formulae -----------------------------------------------------------------------------------
+
+
+MIXTRAL = replace(SHAPE, num_experts=8, experts_per_token=2)
+
+
+def test_experts_touched_by_hand_and_by_throwing_dice():
+    assert MIXTRAL.experts_touched(0) == 0
+    assert MIXTRAL.experts_touched(1) == 2
+    assert MIXTRAL.experts_touched(2) == 2 + 2 * 6 / 8
+    assert SHAPE.experts_touched(7) == 1
+    dice = random.Random(0)
+    for tokens in (4, 10, 30):
+        thrown = [
+            len({expert for _ in range(tokens) for expert in dice.sample(range(8), 2)})
+            for _ in range(4000)
+        ]
+        assert sum(thrown) / len(thrown) == pytest.approx(MIXTRAL.experts_touched(tokens), rel=0.01)
+
+
+def test_a_product_in_groups_by_hand():
+    """Three experts take 100 rows each: a tile each of 128 rows, and the weights of three."""
+    gemm = replace(GEMM, wave_share=0.0, overhead_s=0.0, norm=1.0)
+    flops = 3 * 2 * 128 * 256 * 64
+    moved = 2 * (300 * 64 + 3 * 64 * 256 + 300 * 256)
+    seconds = gemm.seconds(300, 256, 64, groups=3)
+    assert seconds == pytest.approx(flops / 1e12 + moved / 1e11, rel=1e-12)
+    assert gemm.seconds(300, 256, 64, groups=1) == gemm.seconds(300, 256, 64)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 200])
+def test_a_layer_of_experts_by_hand(num_tokens):
+    """Operations of the two that each token takes, weights of those that all tokens touch."""
+    kernels, size = PROFILE.kernels, 2
+    ops = dict(kernels.layer_ops(MIXTRAL, 1, num_tokens))
+    dense = dict(kernels.layer_ops(SHAPE, 1, num_tokens))
+    touched = 8 * (1 - 0.75**num_tokens)
+    assert ops["mlp_up"] == GEMM.seconds(2 * num_tokens, 1024, 256, size, touched)
+    assert ops["mlp_down"] == GEMM.seconds(2 * num_tokens, 256, 512, size, touched)
+    assert ops["router"] == GEMM.seconds(num_tokens, 8, 256)
+    assert ops["activation"] == MOVE.seconds(2 * num_tokens * size * 3 * 512)
+    same = ("qkv", "attention_out", "norm", "rope", "add")
+    assert [ops[name] for name in same] == [dense[name] for name in same]
+
+
+def test_what_reading_experts_costs():
+    """Bound by memory, a token reads two experts of eight, and a hundred all of them."""
+    slow = replace(GEMM, bytes_per_s=1e6, overhead_s=0.0, norm=100.0)
+    kernels = replace(PROFILE.kernels, gemm=slow)
+    one, many = (dict(kernels.layer_ops(MIXTRAL, 1, n))["mlp_down"] for n in (1, 100))
+    read = 2 * 512 * 256 / 1e6
+    assert one == pytest.approx(2 * read, rel=0.02)
+    assert many == pytest.approx(8 * read, rel=0.16)
+
+
+def test_more_experts_taken_than_there_are():
+    with pytest.raises(ConfigError, match="experts_per_token is 9, and small has num_experts 8"):
+        replace(MIXTRAL, experts_per_token=9)
 
 
 def test_a_product_by_hand():
@@ -304,6 +362,18 @@ def test_what_cannot_be_used_changes_nothing(cost):
     assert once.seconds[0] > before.seconds[0]
     cost.observe(7, 0, 1.0)  # a second time
     assert cost.predict(microbatch(11, decodes=[5])) == once
+
+
+@pytest.mark.parametrize("nonsense", [(1.7e308,), (1e300,), (5e-324,), (1.7e308, 5e-324)], ids=str)
+def test_nonsense_is_survived_and_what_is_right_is_learnt_after_it(cost, nonsense):
+    """A stage whose clock jumps."""
+    for index in range(2000):
+        expected = cost.predict(microbatch(index, decodes=[5] * (1 + index % 40))).seconds
+        assert all(0 < seconds < inf for seconds in expected)
+        for stage in range(2):
+            cost.observe(index, stage, nonsense[(index + stage) % len(nonsense)])
+    observed(cost, (2.0, 0.5), range(2000, 4000))
+    assert observed(cost, (2.0, 0.5), [4000]) == pytest.approx([2.0, 0.5], rel=0.02)
 
 
 def test_stages_may_report_in_any_order_and_some_never(cost):

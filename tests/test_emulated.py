@@ -17,14 +17,16 @@ import pytest
 
 from pipeserve import LLM
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.connection import Listener, Sources
+from pipeserve.connection import Sources
 from pipeserve.control import (
+    Launch,
     StageHello,
     StageReady,
     StartStage,
     Step,
     StepChunk,
-    decode_for_driver,
+    decode_from_stage,
+    decode_stage_hello,
     encode,
 )
 from pipeserve.core.nouns import Request, RequestId, SamplingParams, Wait
@@ -37,6 +39,7 @@ from pipeserve.launch.emulated import check_one_clock, emulated_setup
 from pipeserve.launch.emulated_stage import EmulatedCompute, EmulatedWork, wait_until
 from pipeserve.launch.record import meta_of_driver
 from pipeserve.launch.simulate import make_setup
+from pipeserve.listener import Listener
 from pipeserve.profiling.ledger import explain
 from pipeserve.profiling.recording import Ring, recording_of
 from pipeserve.profiling.recording_reader import read_recording
@@ -309,13 +312,13 @@ def start_stage(address):
     """A stage as its keeper would start it, whose driver is at `address`."""
     setup = emulated_setup(config_of(1))
     job = StartStage(0, 1, setup.module, setup.works[0], address, "127.0.0.1", traceback=False)
+    launch = Launch(job, 0, b"secret")
     stage = subprocess.Popen(
         [sys.executable, "-m", setup.module],
-        env={**os.environ, "RANK": "0"},
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    stage.stdin.write(encode(job))
+    stage.stdin.write(encode(launch))
     stage.stdin.close()
     stage.stdin = None
     return stage
@@ -332,13 +335,14 @@ def test_a_stage_without_a_driver_is_one_line():
 
 
 def test_a_stage_ends_with_its_driver():
-    sources = Sources()
-    stage = start_stage(Listener("127.0.0.1", sources, "").address)
+    sources = Sources(b"secret")
+    stage = start_stage(Listener("127.0.0.1", sources, ("stage",)).address)
     said = []
-    while not any(isinstance(message, StageReady) for message in said):
+    while len(said) < 2:
         for source in sources.ready(30_000):
-            said += map(decode_for_driver, source.receive())
-    assert said[0] == StageHello(0)
+            said += source.receive()
+    assert decode_stage_hello(said[0]) == StageHello(0)
+    assert isinstance(decode_from_stage(said[1]), StageReady)
     assert stage.poll() is None
     sources.close()
     _, stderr = stage.communicate(timeout=30)
@@ -427,11 +431,12 @@ def test_stages_of_two_machines_have_no_clock_in_common():
 def test_a_command_with_stages_on_two_machines_leaves_nothing_behind(monkeypatch, capsys, workload):
     hellos, welcome = [], Fleet._welcome
 
-    def from_two_machines(fleet, hello):
+    def from_two_machines(fleet, hello, source):
         hellos.append(msgspec.structs.replace(hello, boot_id=f"machine {hello.rank % 2}"))
-        welcome(fleet, hellos[-1])
+        welcome(fleet, hellos[-1], source)
 
     monkeypatch.setattr(Fleet, "_welcome", from_two_machines)
+    monkeypatch.setattr(Fleet, "_check_addresses", lambda fleet: None)  # they are on one
     assert cli.main(["bench", *RUN, "--workload", workload]) == 2
     assert "start all of them on one machine" in capsys.readouterr().err.splitlines()[-1]
     assert len(hellos) == 3

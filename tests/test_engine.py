@@ -90,6 +90,9 @@ def run(engine, token=7) -> list[Output]:
         (range(128), 16, "the prompt has 128 tokens and the context 128"),
         ((1,), 0, "max_tokens is 0"),
         (range(30), 60, "can reach 89 positions and the KV cache holds 80"),
+        ((1, 2**31), 16, "has the token id 2147483648, ids are 0 to 2147483647"),
+        ((2**70,), 16, "has the token id 1180591620717411303424"),
+        ((1, -1), 16, "has the token id -1"),
     ],
 )
 def test_a_request_that_could_never_run_is_refused_in_one_line(prompt, max_tokens, message):
@@ -376,6 +379,64 @@ def test_a_policy_sees_the_cost_of_what_is_outstanding():
     assert outstanding.cost == StageCost((1.5,))
 
 
+@pytest.mark.parametrize("loses", ["preempted", "lost"])
+def test_what_starts_again_is_counted_once(loses):
+    """Ten thousand microbatches after their admission three requests start again, and end."""
+    count, fading = 10_000, 1 - 1 / 4096
+    begin = Draft(chunks={0: 3, 1: 3, 2: 3}, admit={0: 3, 1: 3, 2: 3})
+    decode = Draft(chunks={0: 1})
+    again = Draft(chunks={0: 3 + 1 + count, 1: 4, 2: 4}, admit={0: 3 + 1 + count, 1: 4, 2: 4})
+    give_up = [Draft(preempt=(2, 1, 0))] * (loses == "preempted")
+    policy = Scripted(begin, *[decode] * count, *give_up, again)
+    limits = {"num_blocks": 10_000, "max_num_batched_tokens": 20_000, "max_model_len": 20_000}
+    limits["enable_prefix_caching"] = False
+    engine = make_engine(policy=policy, **limits)
+    for request_id in range(3):
+        add(engine, request_id, max_tokens=count + 2 if request_id == 0 else 2)
+    for _ in range(1 + count):
+        complete(engine, plan(engine))
+    flow = policy.views[-1].flow
+    assert flow.admitted == pytest.approx(3 * fading**count)
+    if loses == "lost":
+        engine.lost(0.0)
+    complete(engine, plan(engine))
+    assert not engine.has_work
+    assert flow.admitted == pytest.approx(3 * fading ** (count + 1))
+    assert flow.ended == 3
+
+
+def test_a_request_that_ends_while_it_is_preempted_has_ended():
+    policy = Scripted(Draft(chunks={0: 3}, admit={0: 3}), Draft(preempt=(0,)), Draft())
+    engine = make_engine(num_stages=2, policy=policy)
+    add(engine, max_tokens=1)
+    add(engine, 1)
+    first = plan(engine)
+    assert engine.plan(0.0) == Wait("token")
+    complete(engine, first)
+    engine.finish(RequestId(1), "abort", 0.0)  # it never ran
+    flow = policy.views[0].flow
+    assert (flow.admitted, flow.ended) == (1, 1)
+
+
+def test_nothing_is_foretold_of_what_is_not_outstanding():
+    engine = make_engine(policy="sarathi_serve", cost=FakeCost())
+    add(engine, max_tokens=2)
+    assert engine.last_known_s is None  # nothing was planned
+    first = plan(engine)
+    assert engine.last_known_s == 1.5
+    complete(engine, first)
+    assert engine.last_known_s is None
+    plan(engine)
+    engine.lost(5.0)
+    assert engine.last_known_s is None
+    plan(engine)
+    assert engine.last_known_s is not None
+    engine = make_engine()
+    add(engine)
+    plan(engine)
+    assert engine.last_known_s is None  # no cost model
+
+
 # ---- samples of a prompt ------------------------------------------------------------------------
 
 
@@ -393,7 +454,7 @@ def test_samples_wait_for_the_prompt_and_share_its_blocks():
     first, second, third = plan(engine), plan(engine), plan(engine)
     assert (ids_of(first), ids_of(second)) == ([0], [0, 4])
     assert ids_of(third)[:4] == [4, 1, 2, 3]
-    shared = engine._records[RequestId(0)].table.blocks[:2]
+    shared = list(engine._records[RequestId(0)].table.blocks[:2])
     assert [list(admission.blocks) for admission in third.admitted] == [shared] * 3
     assert [(c.start, c.stop, c.num_logits) for c in third.chunks[1:]] == [(8, 11, 1)] * 2 + [
         (8, 10, 0)
@@ -584,3 +645,73 @@ def test_what_a_policy_sees_cannot_be_changed_by_it():
     plan(engine)
     with pytest.raises(TypeError):
         policy.views[0].running[RequestId(0)] = None
+
+
+# ---- chunks that fail ---------------------------------------------------------------------------
+
+
+def test_a_chunk_that_failed_ends_its_request_and_no_other():
+    engine = make_engine()
+    add(engine, 0, max_tokens=2)
+    add(engine, 1, max_tokens=2, logprobs=0)
+    add(engine, 2, max_tokens=2)
+    index = plan(engine).index
+    some = TokenLogprobs(-0.5)
+    outputs = engine.complete(
+        StepResult(index, (3, 0, 5), (None, some, some), failed={1: "why"}), 0.0
+    )
+    assert outputs == [
+        Output(RequestId(0), 3, None),
+        Output(RequestId(1), None, "error", error="why"),
+        Output(RequestId(2), 5, None, some),
+    ]
+    assert {output.request_id for output in run(engine)} == {0, 2}
+    assert engine.num_free_blocks == engine.limits.num_blocks
+
+
+def test_what_is_outstanding_of_one_that_failed_is_dropped():
+    engine = make_engine()
+    add(engine, 0, max_tokens=9)
+    first, second = plan(engine), plan(engine)
+    assert second.chunks[0].token_from == first.index
+    engine.complete(StepResult(first.index, (0,), failed={0: "why"}), 0.0)
+    assert engine.complete(StepResult(second.index, (0,), failed={0: "why"}), 0.0) == []
+    assert engine.stats.wasted_decodes == 1
+    assert not engine.has_work
+    add(engine, 0)  # the id is free again
+    assert plan(engine).released == (0,)
+
+
+def test_a_prompt_that_fails_in_its_middle_ends_there():
+    engine = make_engine(max_num_batched_tokens=8)
+    add(engine, 0, prompt=range(30), prompt_logprobs=0)
+    microbatch = plan(engine)
+    scores = (TokenLogprobs(float("nan")),) * 8
+    (output,) = engine.complete(
+        StepResult(microbatch.index, (), prompt_logprobs=scores, failed={0: "why"}), 0.0
+    )
+    assert (output.finish_reason, output.error, output.prompt_logprobs) == ("error", "why", None)
+    assert not engine.has_work
+
+
+def test_what_one_that_failed_computed_is_shared_no_more():
+    """Nor what it was to share when it is added."""
+    engine = make_engine()
+    add(engine, 0, prompt=range(12), max_tokens=1)
+    run(engine)
+    add(engine, 1, prompt=range(20), max_tokens=1)
+    microbatch = plan(engine)
+    assert engine.stats.cached_prefix_tokens == 12
+    engine.complete(StepResult(microbatch.index, (0,), failed={0: "why"}), 0.0)
+    add(engine, 2, prompt=range(20), max_tokens=1)
+    assert plan(engine).chunks[0].start == 0
+    assert engine.stats.cached_prefix_tokens == 12
+
+
+def test_samples_of_a_prompt_that_failed_are_let_go():
+    engine = make_engine()
+    add(engine, 0, prompt=range(12), max_tokens=4)
+    microbatch = plan(engine)
+    engine.complete(StepResult(microbatch.index, (0,), failed={0: "why"}), 0.0)
+    add(engine, 1, prompt=range(12), sample_of=0, max_tokens=1)
+    assert [output.request_id for output in run(engine)] == [1]

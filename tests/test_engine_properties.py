@@ -1,13 +1,14 @@
-"""The engine's rules under random load: see `model_stages.py` for what is checked at each step."""
+"""The engine's rules under random load: see `plan_checker.py` and `model_stages.py`."""
 
 import random
 from collections import deque
 from dataclasses import dataclass, replace
 
 import pytest
+from hand_driven import Pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_stages import VOCAB, Pipeline
+from model_stages import VOCAB
 
 from pipeserve.core.engine import Limits
 from pipeserve.core.nouns import Request, RequestId, SamplingParams

@@ -173,13 +173,46 @@ def test_a_whole_checkpoint_is_found_whole(checkpoint, name):
     check_checkpoint(folder, ModelConfig.from_folder(folder))
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon_one_norm", "opt_post_norm", "gemma2"])
-def test_a_head_beside_a_tied_embedding_is_the_head(tmp_path, name):
-    """config.json ties the two, and the checkpoint holds both: transformers takes what is there."""
+TABLES = {
+    "llama": "model.embed_tokens.weight",
+    "gemma2": "model.embed_tokens.weight",
+    "falcon_new": "transformer.word_embeddings.weight",
+    "opt": "model.decoder.embed_tokens.weight",
+}
+"""What a family calls its embedding."""
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("held", ["table", "head", "both", "both, equal"])
+@pytest.mark.parametrize("name", TABLES)
+def test_tied_tensors(tmp_path, name, held, is_tied):
+    """One that is there serves as both (text-generation-inference#501); both are used as they
+    are. Without a tie, each must be there."""
     folder = tiny(name, tmp_path, tie_word_embeddings=False)
-    edit_config(folder, tie_word_embeddings=True)
+    edit_config(folder, tie_word_embeddings=is_tied)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if held == "both, equal":
+        tensors["lm_head.weight"] = tensors[TABLES[name]].clone()
+    elif held != "both":
+        del tensors[TABLES[name] if held == "head" else "lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (prompt,) = random_prompts(folder, (20,))
-    assert_close(Stages(folder).logits(prompt, 7), expected_logits(folder, prompt))
+    if not is_tied and not held.startswith("both"):
+        missing = TABLES[name] if held == "head" else "lm_head.weight"
+        with pytest.raises(ConfigError, match=f"has no tensor {missing}"):
+            check_checkpoint(folder, ModelConfig.from_folder(folder))
+        return
+    check_checkpoint(folder, ModelConfig.from_folder(folder))
+    assert_close(Stages(folder, (1, 3)).logits(prompt, 7), expected_logits(folder, prompt))
+
+
+def test_tied_tensors_of_which_none_is_there(tmp_path):
+    folder = tiny("gemma2", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[TABLES["gemma2"]]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"has no tensor {TABLES['gemma2']}"):
+        check_checkpoint(folder, ModelConfig.from_folder(folder))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from pipeserve import control, fleet
+from pipeserve.configs import RunConfig
 from pipeserve.connection import Sources, connect
 from pipeserve.errors import StageError
+
+
+class Alone(fleet.Fleet):
+    """That starts no keepers."""
+
+    def _start_keepers(self, listener): ...
 
 
 class OneStage:
@@ -17,13 +24,15 @@ class OneStage:
     def __init__(self, monkeypatch):
         self.now_s = 100.0
         monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: self.now_s))
-        self.fleet = fleet.Fleet(1, "external", None)
-        self._sources = Sources()
-        self._stage = connect(self.fleet.stages_address, self._sources, "control")
+        self.fleet = Alone(1, RunConfig(model="any"))
+        self._sources = Sources(self.fleet.secret)
+        address = f"{self.fleet.address}/{self.fleet.local_name}"
+        self._stage = connect(address, self._sources, "stage")
         self._stage.send(control.encode(control.StageHello(0)))
-        self.fleet.receive(10.0)  # it has called
         self.says_something()
-        self.fleet.receive(10.0)  # now the two are connected
+        while not self.fleet.receive(0.0):
+            for source in self._sources.ready(0):
+                source.receive()
 
     def says_something(self):
         self._stage.send(control.encode(control.Connected(0)))

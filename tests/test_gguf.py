@@ -1,6 +1,7 @@
 """GGUF files, made here as llama.cpp makes them, read by the real converter."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny
+from checkpoints import expected_logits, random_prompts, tiny
+from cut_model import Stages, assert_close
 from fake_driver import _gpt2_bytes
 from safetensors.torch import load_file
 
@@ -153,16 +155,16 @@ def test_an_architecture_that_does_not_come_through(tmp_path, architecture):
         (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), "rope.scaling"),
         (lambda writer: writer.add_sliding_window(4096), "sliding_window .4096. would be lost"),
         (lambda writer: writer.add_expert_count(8), "expert_count .8. would be lost"),
-        (  # Llama 3.1 and later keep their frequencies' scaling here
-            lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
-            "40 tensors, its config asks for 39",
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float16)),
+            "rope_freqs.weight is F16",
         ),
         (
             lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)),
             "40 tensors, its config asks for 39",
         ),
     ],
-    ids=["scaled rope", "window", "experts", "scaled frequencies", "bias"],
+    ids=["scaled rope", "window", "experts", "frequencies of another type", "bias"],
 )
 def test_what_would_be_lost_is_refused(model, tmp_path, more, message):
     file = write_gguf(tmp_path / "t.gguf", model, "llama", more=more)
@@ -178,6 +180,60 @@ def test_rope_that_says_it_is_not_scaled(model, tmp_path):
 
     convert(write_gguf(tmp_path / "t.gguf", model, "llama", more=more), tmp_path / "out")
     assert_same(tmp_path / "out", model)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def llama3_factors(head_dim):
+    """As llama.cpp's convert_hf_to_gguf.py computes them."""
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * LLAMA3["rope_theta"] ** (i / head_dim)
+        turns = LLAMA3["original_max_position_embeddings"] / wavelength
+        if turns > LLAMA3["high_freq_factor"]:
+            factors.append(1.0)
+        elif turns < LLAMA3["low_freq_factor"]:
+            factors.append(LLAMA3["factor"])
+        else:
+            blend = (turns - LLAMA3["low_freq_factor"]) / 3.0
+            factors.append(1 / ((1 - blend) / LLAMA3["factor"] + blend))
+    return np.array(factors, np.float32)
+
+
+def test_frequencies_of_llama_3(tmp_path):
+    """Llama 3.1 and later keep in a tensor what config.json says as rope type "llama3"."""
+    original = Path(tiny("llama", tmp_path / "model", **SIZES, rope_parameters=LLAMA3))
+    factors = llama3_factors(16)
+    assert len(set(factors)) > 3
+
+    def more(writer):
+        writer.add_tensor("rope_freqs.weight", factors)
+
+    convert(write_gguf(tmp_path / "t.gguf", original, "llama", more=more), tmp_path / "out")
+    (prompt,) = random_prompts(str(original), (100,))
+    expected = expected_logits(str(original), prompt)
+    assert_close(Stages(str(tmp_path / "out")).logits(prompt, 33), expected)
+    assert_close(expected_logits(str(tmp_path / "out"), prompt), expected)
+    config = ModelConfig.from_folder(tmp_path / "out")
+    assert config.max_position_embeddings == 256
+
+
+@pytest.mark.parametrize("count", [7, 9])
+def test_frequencies_of_another_number(model, tmp_path, count):
+    def more(writer):
+        writer.add_tensor("rope_freqs.weight", np.ones(count, np.float32))
+
+    file = write_gguf(tmp_path / "t.gguf", model, "llama", more=more)
+    with pytest.raises(ConfigError, match=f"lists {count} numbers, must list one for each of 8"):
+        convert(file, tmp_path / "out")
 
 
 @pytest.mark.parametrize("size", [40, 3000, 20000, -1])

@@ -254,6 +254,31 @@ def test_bars_and_table_are_the_ledgers(opened, ledger):
 
 
 @needs_chromium
+@pytest.mark.parametrize("width", [1400, 900, 500])
+def test_what_a_bar_says_has_room_in_it(tmp_path, recording, ledger, width):
+    write_report(tmp_path / "report.html", recording, ledger)
+    with chromium.Page(width) as page:
+        page.open(tmp_path / "report.html")
+        page.settle(0.1)
+        labels = page.run("""[...document.querySelectorAll("#bars .segment > span")].map((label) =>
+          [label.textContent, label.offsetWidth, label.parentElement.clientWidth])""")
+        assert len(labels) > 8
+        assert all(said == "" or needs + 8 <= room for said, needs, room in labels)
+        said = {re.sub("[0-9]", "", text) for text, *_ in labels}
+        assert {"", " %"} < said and any(re.match("[a-z]", text) for text in said)
+        place = page.run("""(() => {
+          document.getElementById("bars").scrollIntoView();
+          const segments = [...document.querySelectorAll("#bars .segment")];
+          const silent = segments.find((each) => !each.innerText && each.clientWidth > 2);
+          const box = silent.getBoundingClientRect();
+          return [box.x + box.width / 2, box.y + box.height / 2];
+        })()""")
+        page.mouse("mouseMoved", *place)
+        page.settle(0.1)
+        assert re.search(r"[a-z]+\s+[\d.]+ %", text_of(page, "#tip"))
+
+
+@needs_chromium
 def test_hovering_tells_of_the_microbatch(opened, recording, ledger):
     index = next(p.index for p in recording.planned[20:] if len(p.chunks) > 1)
     zoom_to(opened, recording, ledger, index)

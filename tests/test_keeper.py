@@ -1,13 +1,15 @@
 """The keeper: cores of a stage, and that it ends when there is no driver or the driver is gone."""
 
+import socket
 import subprocess
 import sys
 
 import pytest
-import zmq
 
 from pipeserve import control
+from pipeserve.connection import Sources
 from pipeserve.launch.keeper import stage_cpus
+from pipeserve.listener import Listener
 
 
 @pytest.mark.parametrize(
@@ -24,9 +26,9 @@ def test_cores_are_shared_out_evenly_or_not_at_all(cores, ranks, shares, threads
     assert got == [(share, threads) for share in shares]
 
 
-def _start_keeper(port, *arguments, stdin=None):
+def _start_keeper(address, *arguments, stdin=None):
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeserve.launch.keeper", "--control", f"127.0.0.1:{port}",
+        [sys.executable, "-m", "pipeserve.launch.keeper", "--control", address,
          "--rank", "0", "--world-size", "1", *arguments],
         stdin=stdin,
         stderr=subprocess.PIPE,
@@ -34,47 +36,85 @@ def _start_keeper(port, *arguments, stdin=None):
     )  # fmt: skip
 
 
-def test_no_driver_is_one_line_and_exit_1():
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as unused:
-        port = unused.bind_to_random_port("tcp://127.0.0.1")
-    keeper = _start_keeper(port, "--join-timeout", "1")
+@pytest.fixture
+def nobody():
+    """The address of a port where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_no_driver_is_one_line_and_exit_1(nobody):
+    keeper = _start_keeper(nobody, "--join-timeout", "1")
     _, stderr = keeper.communicate(timeout=20)
     assert keeper.returncode == 1
     assert stderr.startswith("error: keeper of rank 0: no driver at")
+    assert "refused" in stderr
     assert stderr.count("\n") == 1
 
 
-def test_a_spawned_keeper_ends_with_its_parent_before_any_driver_answers():
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as unused:
-        port = unused.bind_to_random_port("tcp://127.0.0.1")
-    keeper = _start_keeper(port, "--until-stdin-closes", stdin=subprocess.PIPE)
+def test_a_spawned_keeper_ends_with_its_parent_before_any_driver_answers(nobody):
+    keeper = _start_keeper(nobody, "--until-stdin-closes", stdin=subprocess.PIPE)
+    keeper.stdin.write("00\n")
+    keeper.stdin.flush()
     assert keeper.poll() is None
     keeper.stdin.close()
     assert keeper.wait(timeout=20) == 1
     keeper.stderr.close()
 
 
-@pytest.mark.parametrize("ending", ["stop", "vanish", "terminate"])
-def test_it_ends_with_the_driver(ending):
-    context = zmq.Context()
-    driver = context.socket(zmq.ROUTER)
-    port = driver.bind_to_random_port("tcp://127.0.0.1")
-    keeper = _start_keeper(port)
+class Driver:
+    """As a keeper sees it."""
+
+    def __init__(self, host="127.0.0.1", secret=b""):
+        self.sources = Sources(secret)
+        listener = Listener(host, self.sources, ("keeper",))
+        self.address = listener.address.partition("/")[0]
+        self.keeper = None
+
+    def hears(self, decode):
+        """The next message."""
+        while True:
+            ready = self.sources.ready(20_000)
+            assert ready, "nothing came"
+            for source in ready:
+                for message in source.receive():
+                    self.keeper = source
+                    return decode(message)
+
+    def says(self, message):
+        self.keeper.send(control.encode(message))
+
+
+@pytest.fixture(params=["127.0.0.1", "::1"])
+def driver(request):
+    driver = Driver(request.param)
+    yield driver
+    driver.sources.close()
+
+
+@pytest.mark.parametrize("ending", ["stop", "vanish", "terminate", "not wanted"])
+def test_it_ends_with_the_driver(driver, ending):
+    keeper = _start_keeper(driver.address)
     try:
-        assert driver.poll(20_000)
-        identity, payload = driver.recv_multipart()
-        hello = control.decode_for_driver(payload)
+        hello = driver.hears(control.decode_keeper_hello)
         assert (hello.rank, hello.world_size, hello.pid) == (0, 1, keeper.pid)
-        assert hello.address == "127.0.0.1"
+        assert hello.address in ("127.0.0.1", "::1")
+        driver.says(control.Ping(1.5))
+        pong = driver.hears(control.decode_from_keeper)
+        assert (pong.rank, pong.sent_s, pong.num_moved) == (0, 1.5, 0)
         if ending == "stop":
-            driver.send_multipart([identity, control.encode(control.Stop())])
+            driver.says(control.Stop())
         elif ending == "terminate":
             keeper.terminate()
+        elif ending == "not wanted":
+            driver.says(control.NotWanted("that rank has joined already"))
         else:
-            context.destroy(linger=0)
-        expected = {"stop": 0, "vanish": 1, "terminate": 128 + 15}[ending]
-        assert keeper.wait(timeout=20) == expected
+            driver.sources.close()
+        expected = {"stop": 0, "vanish": 1, "terminate": 128 + 15, "not wanted": 2}[ending]
+        _, stderr = keeper.communicate(timeout=20)
+        assert keeper.returncode == expected
+        reason = f"not wanted by the driver at {driver.address}: that rank has joined already"
+        assert stderr == (f"error: keeper of rank 0: {reason}\n" if expected == 2 else "")
     finally:
         keeper.kill()
         keeper.communicate()
-        context.destroy(linger=0)

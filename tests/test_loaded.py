@@ -9,9 +9,9 @@ from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import RunConfig
 from pipeserve.driver import Driver
 from pipeserve.errors import ConfigError
-from pipeserve.fleet import _how_far
 from pipeserve.launch import cli, starting
 from pipeserve.launch.loaded import loaded, num_parameters
+from pipeserve.loading import LoadWatch
 from pipeserve.stages.config import ModelConfig
 
 
@@ -27,7 +27,7 @@ def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     config = run_config(folder, pipeline_parallel_size=3, pipeline_layers=(3, 0, 1))
     with Driver(checkpoint_setup(config), on_progress=said.append) as driver:
         line = loaded(driver)
-        read = driver.fleet._loading
+        read = driver.fleet._loading.weights
         assert [read[stage].num_read for stage in range(3)] == [
             stage.weight_bytes for stage in driver.stages
         ]
@@ -47,12 +47,15 @@ def test_the_time_between_tokens_that_is_wanted_reaches_the_engine(tmp_path):
 
 
 def test_how_far_in_words():
-    loading = {1: control.Loading(1, 10**9, 3 * 10**9)}
-    assert _how_far({}, 2) == "starting stages: 0 of 2 load weights"
-    assert _how_far(loading, 2) == "starting stages: 1 of 2 load weights"
-    loading[0] = control.Loading(0, 250_000_000, 10**9)
-    assert _how_far(loading, 2) == "loading weights: 1.25 of 4.00 GB, 31%"
-    assert _how_far({0: control.Loading(0, 0, 0)}, 1) == "loading weights: 0.00 of 0.00 GB, 100%"
+    loading = LoadWatch(2, 0.0)
+    assert str(loading) == "starting stages: 0 of 2 load weights"
+    loading.take(control.Loading(1, 10**9, 3 * 10**9), 1.0)
+    assert str(loading) == "starting stages: 1 of 2 load weights"
+    loading.take(control.Loading(0, 250_000_000, 10**9), 2.0)
+    assert str(loading) == "loading weights: 1.25 of 4.00 GB, 31%"
+    nothing_to_read = LoadWatch(1, 0.0)
+    nothing_to_read.take(control.Loading(0, 0, 0), 1.0)
+    assert str(nothing_to_read) == "loading weights: 0.00 of 0.00 GB, 100%"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "opt", "falcon_new"])

@@ -62,6 +62,15 @@ def test_kv_heads_are_kept_twice_when_there_are_fewer_than_devices():
     assert kv_bytes_of_layer(shape, 16) == 2 * shape.kv_bytes_per_token_per_layer
 
 
+def test_all_experts_take_memory():
+    """46.7 B parameters, not the 12.9 B that a token takes: not on one 80 GB GPU, but on two."""
+    assert load_shape("mixtral-8x7b").num_parameters / 1e9 == pytest.approx(46.7, abs=0.05)
+    with pytest.raises(ConfigError, match=r"stage 0 of mixtral-8x7b has 93.4 GB of weights"):
+        requests_that_fit("mixtral-8x7b", 1, 1, 16)
+    halves = weight_bytes(load_shape("mixtral-8x7b"), split_layers(32, 2).stages[0])
+    assert requests_that_fit("mixtral-8x7b", 2, 1, 16) == (72e9 - halves) // (16 * 16 * 4096)
+
+
 def test_weights_that_do_not_fit_are_one_clear_line():
     with pytest.raises(ConfigError, match=r"stage 0 of falcon-180b .* no room for KV; use more"):
         requests_that_fit("falcon-180b", 2, 1, 16)

@@ -7,8 +7,10 @@ costs nothing more, so that a plant takes the place of some of it.
 
 from collections.abc import Mapping
 from functools import cache
+from math import isfinite
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -397,7 +399,8 @@ def any_scene(draw) -> Scene:
 @given(any_scene())
 def test_compute_and_causes_are_wall_time_in_any_run(scene):
     recording = record(scene)
-    ledger = explain(recording)
+    with np.errstate(all="raise", under="ignore"):
+        ledger = explain(recording)
     idle_of(ledger)
     for stage, intervals in enumerate(ledger.idle):
         now = ledger.start_s
@@ -411,3 +414,38 @@ def test_compute_and_causes_are_wall_time_in_any_run(scene):
         assert now <= ledger.stop_s + 1e-9
         spans = recording.spans[stage]
         assert ledger.busy_s[stage] <= sum(s.end_s - s.start_s for s in spans) + 1e-9
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tick_s", [0.0, 5e-324, 1e-310, 1e-300, 1e-150, 1e-16, 1e-9, 0.01])
+def test_the_smallest_runs_are_explained(policy, tick_s):
+    """One request of one token or two, times down to the smallest number above 0: nothing is
+    divided by 0, becomes infinite or no number on the way."""
+    for num_stages, num_prompt, num_output, burnt_s in (
+        (1, 1, 1, 0.0), (1, 1, 1, 1e-3), (1, 7, 1, 0.0), (2, 1, 2, tick_s), (3, 7, 2, 0.0),
+    ):  # fmt: skip
+        given_times = PlantedTimes(
+            num_stages,
+            base_s=tick_s,
+            per_prefill_s=tick_s,
+            per_decode_s=tick_s,
+            hop_s=tick_s,
+            control_s=tick_s,
+            feedback_s=tick_s,
+            planning_s=tick_s,
+            burnt=lambda stage, index, burnt_s=burnt_s: burnt_s,
+        )
+        limits = {"num_blocks": 20, "max_num_seqs": 1, "max_num_batched_tokens": 256,
+                  "max_model_len": 256}  # fmt: skip
+        recording = record(
+            Scene(
+                times=given_times,
+                arrivals=[Arrival(0.0, num_prompt, num_output)],
+                policy=policy,
+                limits=limits,
+            )
+        )
+        with np.errstate(all="raise", under="ignore"):
+            ledger = explain(recording)
+        idle_of(ledger)
+        assert all(isfinite(busy_s) for busy_s in ledger.busy_s)

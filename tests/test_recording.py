@@ -1,5 +1,6 @@
 """Recordings in memory and in files: what goes round, and what is said of damaged ones."""
 
+import gc
 import json
 from math import inf, isnan, nan
 from types import SimpleNamespace
@@ -9,7 +10,16 @@ from fake_driver import FakeDriver, byte_tokenizer
 
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, SamplingParams, StageCost
-from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Span
+from pipeserve.core.records import (
+    Arrived,
+    Completed,
+    Ended,
+    Fault,
+    Ping,
+    Planned,
+    Record,
+    Span,
+)
 from pipeserve.errors import ConfigError
 from pipeserve.launch import cli, simulate, starting
 from pipeserve.profiling.ledger import explain
@@ -302,22 +312,78 @@ def test_nothing_that_can_be_read_is_an_error_of_one_line(tmp_path):
 # ---- in memory ----------------------------------------------------------------------------------
 
 
-def test_a_ring_keeps_the_latest_and_bounds_chunks_too():
-    ring = Ring(size=100)
+def test_a_ring_gives_back_what_it_was_told():
+    ring, told = Ring(), list(records())
+    for record in told:
+        ring.record(record)
+    kept = list(ring)
+    assert len(ring) == len(kept) == len(told) and all(map(same, kept, told))
+    assert {type(record) for record in kept} == set(Record.__args__)
+    with_blocks = Chunk(7, 0, 600, tuple(range(70_000, 70_038)), None, 3, 2)
+    plan = planned(99)._replace(chunks=(with_blocks,), predicted_s=(0.1, 2.0))
+    ring.record(plan)
+    assert list(ring)[-1] == plan and type(list(ring)[-1].chunks[0]) is Chunk
+
+
+def test_a_ring_keeps_the_latest_within_its_bytes():
+    ring = Ring(max_bytes=10_000)
     for index in range(1000):
         ring.record(span(0, index))
-    assert [entry.index for entry in ring] == list(range(900, 1000))
-    assert ring.whole_from_s == span(0, 899).end_s
+        assert ring.num_bytes <= 10_000 + 100
+    kept = [entry.index for entry in ring]
+    assert kept == list(range(1000 - len(kept), 1000)) and 90 <= len(kept) <= 120
+    assert ring.whole_from_s == span(0, 999 - len(kept)).end_s
     plan = planned(0)
-    for index in range(10):
+    for index in range(100):
         ring.record(plan._replace(index=index, chunks=plan.chunks * 20))
-    assert [entry.index for entry in ring] == [8, 9]  # each as large as 41
+        assert ring.num_bytes <= 10_000 + 1000
+    assert [entry.index for entry in ring][-3:] == [97, 98, 99] and len(ring) < 25
     assert ring.whole_from_s == span(0, 999).end_s
     assert ring.spans() == []
     ring.clear()
-    assert len(ring) == 0 and ring.whole_from_s == -inf
+    assert len(ring) == 0 and ring.whole_from_s == -inf and ring.num_bytes == 0
     ring.record(span(1, 0))
     assert [entry.stage for entry in ring.spans()] == [1]
+
+
+def test_what_is_taken_from_a_ring_is_no_longer_in_it():
+    ring = Ring(max_bytes=2000)
+    for index in range(100):
+        ring.record(span(0, index))
+    whole_from_s, kept = ring.whole_from_s, list(ring)
+    taken = ring.take()
+    assert len(ring) == 0 and ring.whole_from_s == -inf
+    ring.record(span(1, 100))
+    assert all(map(same, taken, kept)) and len(taken) == len(kept) < 100
+    assert taken.whole_from_s == whole_from_s > 0
+
+
+def test_a_ring_may_be_read_while_it_is_told_more():
+    ring = Ring()
+    ring.record(span(0, 0))
+    reading = iter(ring)
+    assert next(reading).index == 0
+    for index in range(1, 2000):
+        ring.record(span(0, index))
+    assert len(ring) == 2000
+
+
+def test_the_collector_walks_nothing_of_a_ring():
+    """Its pauses would grow with what was recorded: 0.2 s and more for a million records."""
+    ring = Ring()
+    told = [planned(0)._replace(chunks=(Chunk(9, 5, 6, (), 4, 1),) * 64), *records()]
+    for record in told:
+        ring.record(record)
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(1000):
+        for record in told:
+            ring.record(record)
+    gc.collect()
+    assert len(ring) == 1001 * len(told)
+    assert len(gc.get_objects()) - before < 10
+    # What a collection visits of it: the pages, which it does not follow.
+    assert len(gc.get_referents(*gc.get_referents(ring))) < 1000
 
 
 # ---- what a plan waited for ---------------------------------------------------------------------
@@ -491,7 +557,7 @@ def test_a_simulation_records_the_same(tmp_path):
 
 
 def test_a_run_too_long_to_be_kept_is_reported_from_its_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(simulate, "Ring", lambda: Ring(size=300))
+    monkeypatch.setattr(simulate, "Ring", lambda: Ring(max_bytes=12_000))
     json_file = tmp_path / "run.json"
     command = [*SIMULATE, "--workload", "azure-conv", "--num-prompts", "9", "--scale", "4"]
     assert cli.main([*command, "--json", str(json_file)]) == 0

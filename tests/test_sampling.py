@@ -301,12 +301,55 @@ def test_the_outermost_draws_take_no_token_of_probability_0(monkeypatch, draw):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_logits_of_a_broken_model_still_give_a_token_id(value):
-    logits = torch.full((1, VOCAB), value)
-    for options in ({}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.5}):
-        for index in range(20):
-            (token,) = tokens(logits, [row(output_index=index, **options)])
-            assert 0 <= token < VOCAB
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0},
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"num_logprobs": 2},
+        {"banned_ids": (3,)},
+        {"rules": LogitRules(allowed_ids=[1, 2])},
+    ],
+)
+def test_logits_of_a_broken_model_give_no_token(value, everywhere, options):
+    """And its neighbours what they give alone."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, VOCAB)
+    rows = [row(seed=1), row(**options), row(temperature=0)]
+    expected = sample(logits, rows)
+    logits[1, slice(None) if everywhere else 30] = value
+    got = sample(logits, rows)
+    assert (got[0], got[2]) == (expected[0], expected[2])
+    if everywhere or value != -torch.inf:
+        assert got[1] == (None, None)
+    else:  # a token that is impossible is none that is broken
+        assert got[1][0] in range(VOCAB)
+
+
+def test_rules_that_leave_no_finite_logit_give_no_token():
+    huge = LogitRules(repetition_penalty=1e-308, known_ids=[4], num_prompt_tokens=1)
+    logits = torch.full((1, VOCAB), 5.0)
+    for temperature in (0, 1.0):
+        assert sample(logits, [row(temperature=temperature, rules=huge)]) == [(None, None)]
+
+
+def test_banned_ids_beyond_the_vocabulary_ban_nothing():
+    """Some checkpoints name an eos that is no token, or -1."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, VOCAB - 1] = 1.0
+    banned = row(temperature=0, banned_ids=(VOCAB, -1, 2**40))
+    assert tokens(logits, [banned]) == [VOCAB - 1]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scores_of_a_broken_row_are_nan(value):
+    logits = torch.zeros(3, VOCAB)
+    logits[1] = value
+    owns = [own for own, _ in score(logits, [1, 2, 3], 60)]
+    assert [math.isnan(own) for own in owns] == [False, True, False]
 
 
 def test_logprobs_are_those_of_the_raw_logits():

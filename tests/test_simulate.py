@@ -129,7 +129,7 @@ def test_every_simulated_recipe_runs(simulate, name):
         (["simulate", "falcon-180", "--device-profile", "a100-80gb-dgx"], "falcon-180b"),
         ([*SMALL, "--rate", "0"], "--rate is 0"),
         ([*SMALL, "--rate", "-1"], "--rate is -1"),
-        ([*SMALL, "--rate", "inf"], "--rate is inf"),
+        ([*SMALL, *SLO, "--place", "1x2", "--rate", "inf"], "--place is for so many requests"),
         ([*SMALL, "--find-capacity"], "give --slo-tbt SECONDS"),
         ([*SMALL, "--slo-tbt", "inf"], "slo_tbt is inf, must be over 0 and finite"),
         ([*SMALL, "--find-capacity", "--slo-tbt", "0"], "slo_tbt is 0"),

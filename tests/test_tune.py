@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import active_children
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,7 @@ def test_nothing_within_the_slo_writes_nothing(run, capsys, tmp_path):
         (["--slo-tbt", "1", "--gpus", "4", "-pp", "3"], "no layout of 4 GPUs has the sizes"),
         (["--slo-tbt", "1", "-pp", "8", "--max-model-len", "99"], "the shortest has 1708 tokens"),
         (["--slo-tbt", "1", "--rate", "-1"], "--rate is -1"),
+        (["--slo-tbt", "1", "--rate", "inf"], "--rate is inf"),
         (["--slo-tbt", "1"], "no room for KV"),
         (["--slo-tbt", "1e-6", "-pp", "8"], "on no layout is a turn"),
         (["--slo-tbt", "1", "--policy", "unform"], "there is no policy 'unform'"),
@@ -173,20 +176,68 @@ def test_other_things_that_cannot_be(error_of, tmp_path):
     assert "has two output tokens" in error_of("-pp", "8", "--slo-tbt", "1", "--workload", str(one))
 
 
-def test_ctrl_c_while_processes_start_is_not_lost():
+@pytest.fixture
+def signal_handlers():
+    """As they were before, at the end."""
+    endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    found = {ending: signal.getsignal(ending) for ending in endings}
+    yield
+    for ending, handler in found.items():
+        signal.signal(ending, handler)
+
+
+@pytest.mark.usefixtures("signal_handlers")
+@pytest.mark.parametrize(
+    ("ending", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_what_ends_the_search_while_processes_start_waits_until_they_have(ending, raised):
+    """Also where another thread, which blocks no signal, takes it."""
+    started = []
+
     def things():
         yield 1
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), ending)
+        time.sleep(0.05)  # Python would handle it here
+        started.append(active_children())
         yield 2
 
-    found = {ending: signal.getsignal(ending) for ending in (signal.SIGTERM, signal.SIGHUP)}
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait)
+    other.start()
     try:
-        with pytest.raises(KeyboardInterrupt), processes(2) as run:
+        with pytest.raises(raised), processes(2) as run:
             list(run(abs, things()))
     finally:
-        for ending, handler in found.items():
-            signal.signal(ending, handler)
-    assert not active_children()
+        stop.set()
+        other.join()
+    assert len(started) == 1 and not active_children()
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_process_that_the_pools_thread_reaps_is_gone_too(monkeypatch):
+    """Whoever reaps it, a moment passes until Python knows."""
+    real, main = os.waitpid, threading.current_thread()
+    reaped = []
+
+    def waitpid(pid, options):
+        result = real(pid, options)
+        if threading.current_thread() is not main and result[0]:
+            reaped.append(pid)
+            time.sleep(0.2)
+        return result
+
+    def killed(kill):  # the pool's thread comes first
+        def slowly(process):
+            kill(process)
+            time.sleep(0.05)
+
+        return slowly
+
+    monkeypatch.setattr(os, "waitpid", waitpid)
+    monkeypatch.setattr(SpawnProcess, "kill", killed(SpawnProcess.kill))
+    with processes(2) as run:
+        assert dict(run(abs, [-1, -2, -3])) == {-1: 1, -2: 2, -3: 3}
+    assert reaped and not active_children()
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -3,17 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import ceil, inf
 from random import Random
 from statistics import fmean, median, pstdev
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from linear_times import LinearCost, LinearTimes
-from made_up_profile import SHAPE, TRUE
 
-from pipeserve.core.cost import PipelineCost
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import (
     Microbatch,
@@ -26,7 +21,6 @@ from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy, uniform
 from pipeserve.core.work import Work, work_of
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, request_of
-from pipeserve.profiling.stage_times import ProfiledTimes
 
 LIMITS = Limits(
     num_blocks=6000,
@@ -423,126 +417,36 @@ def test_costs_that_do_not_rise_with_the_tokens_stop_nothing(of, max_tbt_s):
     assert all(served.finished for served in run.served)
 
 
-# ---- whatever comes -----------------------------------------------------------------------------
+# ---- requests that never decode -----------------------------------------------------------------
 
 
-class Counted(Engine):
-    """Compares what is counted along the way with a recount after every call."""
-
-    num_turns_waited = 0
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self._known: dict[RequestId, int] = {}
-        self._fading = [0.0] * 4  # prefill tokens, decodes, admitted, ended
-        self._num_preempted = 0
-
-    def plan(self, now):
-        planned = super().plan(now)
-        if isinstance(planned, Microbatch):
-            self._taken(planned)
-        self._check()
-        return planned
-
-    def complete(self, result, now):
-        running = set(self._queues.running)  # one that was preempted may end by what is on its way
-        outputs = super().complete(result, now)
-        ended = {output.request_id for output in outputs if output.finish_reason is not None}
-        self._fading[3] += len(ended & running)
-        self._check()
-        return outputs
-
-    def finish(self, request_id, reason, now):
-        self._fading[3] += request_id in self._queues.running
-        return super().finish(request_id, reason, now)
-
-    def _taken(self, microbatch):
-        assert microbatch.num_tokens <= self.limits.max_num_batched_tokens
-        self._known |= {a.request_id: len(a.token_ids) for a in microbatch.admitted}
-        prefill = sum(
-            c.num_tokens for c in microbatch.chunks if c.start < self._known[c.request_id]
-        )
-        decodes = microbatch.num_tokens - prefill
-        self._fading[2] -= self.stats.preemptions - self._num_preempted
-        self._num_preempted = self.stats.preemptions
-        self._fading = [each * (1 - 1 / 4096) for each in self._fading]
-        for place, came in enumerate((prefill, decodes, len(microbatch.admitted))):
-            self._fading[place] += came
-        flow = self._flow
-        counted = (flow.prefill_tokens, flow.decodes, flow.admitted, flow.ended)
-        assert counted == pytest.approx(self._fading)
-        assert (self.last.num_prefill_tokens, self.last.num_decodes) == (prefill, decodes)
-
-    def _check(self):
-        records = self._records.values()
-        decoding = [
-            r for r in records if not r.prefilling and r.num_known + r.num_on_way < r.num_longest
-        ]
-        queues = self._queues
-        assert queues.num_decoding == len(decoding)
-        assert queues.decoding_context == sum(r.num_planned for r in decoding)
-        assert queues.prefill_backlog == sum(r.num_unplanned for r in records if r.prefilling)
-        assert len(queues.running) <= self.limits.max_num_seqs
+@pytest.mark.parametrize("model", ["none", "right"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(3, 1)] * 40 + [(3, 6)] * 10,
+        [(3, 6)] + [(3, 1)] * 40 + [(3, 6)] * 10,
+        [(400, 1)] * 30 + [(400, 2)],
+        [(3, 1)] * 20 + [(3, 200)] + [(3, 1)] * 20 + [(300, 30)] * 8,
+    ],
+    ids=["jobs then chat", "chat, jobs, chat", "one decode at last", "jobs beside chat"],
+)
+def test_one_token_requests_and_longer_ones_are_served(lengths, model):
+    arrivals = [Arrival(0.0, *each) for each in lengths]
+    for num_stages in (1, 2, 5):
+        times = LinearTimes(num_stages)
+        cost = "right" if model == "right" else None
+        run = Run(times, arrivals, cost=cost, max_num_seqs=8, num_blocks=60)
+        assert all(served.finished for served in run.served)
 
 
-def wrong_by(factor: float):
-    """The made-up profile with every term off: matrix products one way, attention the other."""
-    layer = tuple((tokens, seconds * factor) for tokens, seconds in TRUE.tables.layer)
-    attention = replace(
-        TRUE.attention,
-        prefix_flops_per_s=TRUE.attention.prefix_flops_per_s * factor,
-        causal_flops_per_s=TRUE.attention.causal_flops_per_s * factor,
-        decode_bytes_per_s=TRUE.attention.decode_bytes_per_s * factor,
-    )
-    return replace(TRUE, tables=replace(TRUE.tables, layer=layer), attention=attention)
-
-
-@st.composite
-def cases(draw):
-    lengths = st.tuples(st.integers(1, 200), st.integers(1, 30))
-    requests = draw(st.lists(lengths, min_size=1, max_size=25))
-    times = draw(st.lists(st.floats(0, 5), min_size=len(requests), max_size=len(requests)))
-    arrivals = [Arrival(at, *each) for at, each in zip(sorted(times), requests, strict=True)]
-    aborts = draw(st.lists(st.tuples(st.floats(0, 8), st.integers(0, 24)), max_size=6))
-    block_size = draw(st.sampled_from([1, 4, 16]))
-    limits = Limits(
-        num_blocks=ceil(230 / block_size) + draw(st.integers(0, 60)),
-        block_size=block_size,
-        max_num_seqs=draw(st.integers(1, 16)),
-        max_num_batched_tokens=draw(st.sampled_from([1, 7, 64, 200, 512])),
-        max_model_len=256,
-        enable_prefix_caching=False,
-        max_tbt_s=draw(st.sampled_from([None, None, 1e-6, 0.05, 0.3, 100.0])),
-    )
-    num_stages = draw(st.integers(1, 5))
-    model = draw(st.sampled_from(["none", "right", "dear", "cheap"]))
-    return arrivals, sorted(aborts), limits, num_stages, model
-
-
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=cases())
-def test_every_request_ends_whatever_comes(case):
-    arrivals, aborts, limits, num_stages, model = case
-    plan = split_layers(30, num_stages)
-    profile = {"none": None, "right": TRUE, "dear": wrong_by(1.3), "cheap": wrong_by(0.7)}[model]
-    cost = PipelineCost(profile, SHAPE, plan) if profile else None
-    engine = Counted(plan, get_policy("uniform"), limits, cost)
-    pipeline = SimulatedPipeline(engine, ProfiledTimes(TRUE, SHAPE, plan))
-    events = [(a.arrival_s, n, a) for n, a in enumerate(arrivals)]
-    events = sorted(events + [(at, number, None) for at, number in aborts], key=lambda e: e[0])
-    ended, added, now = set(), set(), 0.0
-    for _ in range(20_000):
-        event_s = events[0][0] if events else inf
-        now = min(event_s, pipeline.next_event_s)
-        if now == inf:
-            break
-        if event_s == now:
-            _, number, arrival = events.pop(0)
-            if arrival is not None:
-                pipeline.add(request_of(number, arrival), now)
-                added.add(number)
-            elif engine.finish(RequestId(number), "abort", now):
-                ended.add(number)
-        ended |= {o.request_id for o in pipeline.advance(now) if o.finish_reason}
-    assert ended == added == set(range(len(arrivals)))
-    assert not engine.has_work and engine.num_free_blocks == limits.num_blocks
+def test_what_kv_sustains_bounds_nothing_while_no_request_decodes():
+    """However many prompts: none of them fills the pool for longer than it takes."""
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), LIMITS)
+    for number in range(2 * uniform.ENOUGH_ENDED):
+        engine.add(request_of(number, Arrival(0.0, 500, 1)), 0.0)
+    engine.add(request_of(99, Arrival(0.0, 500, 30)), 0.0)
+    for number in range(100, 120):
+        engine.add(request_of(number, Arrival(0.0, 500, 1)), 0.0)
+    sizes = [microbatch.num_tokens for microbatch in steady(engine, 50)]
+    assert min(sizes) == LIMITS.max_num_batched_tokens

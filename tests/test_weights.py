@@ -135,26 +135,42 @@ def test_it_leaves_no_file_open(tmp_path):
     assert os.listdir("/proc/self/fd") == before
 
 
+@pytest.fixture
+def unpacked(monkeypatch):
+    """Linear layers keep their weights as they are read, for tests to look at."""
+    monkeypatch.setattr(linear, "_can_pack", lambda weight: False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_are_converted_as_torch_converts_them(tmp_path, monkeypatch, stored, dtype):
-    monkeypatch.setattr(linear, "_can_pack", lambda weight: False)
+def test_weights_are_converted_as_torch_converts_them(
+    tmp_path, unpacked, monkeypatch, stored, dtype
+):
+    """But for what stays in float32 whatever the run's dtype is: norms and the head."""
     monkeypatch.setattr("pipeserve.stages.weights._PIECE_BYTES", 1000)  # many pieces a tensor
     folder = tiny_llama(tmp_path, attention_bias=True, mlp_bias=True)
     tensors = {name: tensor.to(stored) for name, tensor in tensors_of(folder).items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    for leaf in (stage := load(folder, dtype=dtype)).leaves():
+    stage = load(folder, dtype=dtype)
+    norms = [norm for layer in stage.layers for norm in (layer.attention_norm, layer.mlp_norm)]
+    kept = {*norms, stage.head.norm, stage.head.vocabulary}
+    for leaf in stage.leaves():
         weight = torch.cat([tensors[f"{rows.name}.weight"] for rows in leaf.source])
-        assert leaf.weight.dtype == dtype
-        assert torch.equal(leaf.weight, weight.to(dtype))
+        own = torch.float32 if leaf in kept else dtype
+        assert leaf.weight.dtype == own
+        assert torch.equal(leaf.weight, weight.to(own))
         if leaf.has_bias:
             bias = torch.cat([tensors[f"{rows.name}.bias"] for rows in leaf.source])
-            assert torch.equal(leaf.bias, bias.to(dtype))
+            assert torch.equal(leaf.bias, bias.to(own))
     assert stage.layers[3].mlp.down.bias is not None
+    bytes_held = sum(
+        w.nbytes for leaf in stage.leaves() for w in (leaf.weight, leaf.bias) if w is not None
+    )
+    assert stage.num_bytes == bytes_held
 
 
 @pytest.mark.parametrize("name", ["falcon_new", "falcon_multi_query", "falcon_rw"])
-def test_rows_of_a_fused_tensor_are_read_in_small_pieces(tmp_path, monkeypatch, name):
+def test_rows_of_a_fused_tensor_are_read_in_small_pieces(tmp_path, unpacked, monkeypatch, name):
     """Pieces that end inside a row, and begin anywhere in the file."""
     folder = tiny(name, tmp_path)
     whole = load(folder).layers[0].attention.qkv.weight
@@ -164,7 +180,7 @@ def test_rows_of_a_fused_tensor_are_read_in_small_pieces(tmp_path, monkeypatch, 
     assert sorted(whole.tolist()) == sorted(fused.tolist())
 
 
-def test_a_checkpoint_of_the_model_without_its_head(tmp_path):
+def test_a_checkpoint_of_the_model_without_its_head(tmp_path, unpacked):
     """As some are saved: no tensor's name has the first part that the family's have."""
     folder = tiny("opt", tmp_path)
     expected = load(folder).head.vocabulary.weight
@@ -176,18 +192,22 @@ def test_a_checkpoint_of_the_model_without_its_head(tmp_path):
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 100])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_packed_linear_layer_is_the_plain_one(rows, with_bias):
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2**-7), (torch.float32, 1e-5)])
+def test_a_packed_linear_layer_is_the_plain_one(rows, with_bias, dtype, limit):
     generator = torch.Generator().manual_seed(rows)
-    weight = torch.randn(96, 64, generator=generator).bfloat16()
-    bias = torch.randn(96, generator=generator).bfloat16() if with_bias else None
-    x = torch.randn(rows, 64, generator=generator).bfloat16()
+    weight = torch.randn(96, 64, generator=generator).to(dtype)
+    bias = torch.randn(96, generator=generator).to(dtype) if with_bias else None
+    x = torch.randn(rows, 64, generator=generator).to(dtype)
     packed = Linear(64, 96)
     packed.set(weight.clone(), bias)
     if not packed.is_packed:
-        pytest.skip("this CPU has no bf16 in oneDNN")
+        pytest.skip(f"oneDNN has no {dtype} on this CPU")
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     with torch.inference_mode():
-        torch.testing.assert_close(packed(x).double(), exact, rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(packed(x).double(), exact, rtol=limit, atol=limit)
+        for row in range(0, rows, 7):
+            alone = packed(x[row : row + 1])
+            assert torch.equal(alone[0], packed(x)[row]), "depends on the rows beside it"
 
 
 # ---- bad checkpoints ----------------------------------------------------------------------------

@@ -5,7 +5,6 @@ fills it is *planned*, because every stage runs every microbatch in index order.
 """
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
@@ -14,21 +13,55 @@ from pipeserve.core.nouns import BlockId
 KEY_BYTES = 16
 
 
-def extend_keys(keys: list[bytes], token_ids: Sequence[int], block_size: int, salt: str) -> None:
-    """Appends to `keys` the prefix key of each full block of `token_ids` that has none yet.
+def new_keys(
+    keys: Sequence[bytes], token_ids: array, block_size: int, salt: str
+) -> tuple[bytes, ...]:
+    """What follows `keys`: the prefix key of each full block of `token_ids` that has none yet.
 
     The key of a block is a digest of all tokens from the start of the sequence to the block's end,
     chained block by block. Not Python's `hash`: two prompts that collide would read each other's
-    KV. The salt has its own hash personalisation, so that no salt can imitate a chain.
+    KV. The salt has its own hash personalisation, so that no salt can imitate a chain. `token_ids`:
+    64-bit integers.
     """
     parent = keys[-1] if keys else _digest(salt.encode(), person=b"salt")
+    new = []
     for start in range(len(keys) * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = _digest(parent + array("q", token_ids[start : start + block_size]).tobytes())
-        keys.append(parent)
+        parent = _digest(parent + token_ids[start : start + block_size].tobytes())
+        new.append(parent)
+    return tuple(new)
 
 
 def _digest(data: bytes, person: bytes = b"") -> bytes:
     return blake2b(data, digest_size=KEY_BYTES, person=person).digest()
+
+
+class _Queue:
+    """Blocks in the order in which they were appended; any of them can be taken out. A linked list
+    in arrays, whose contents the garbage collector does not visit, as it would an OrderedDict's."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._end = num_blocks  # behind the last block and before the first
+        self._next = array("i", [num_blocks]) * (num_blocks + 1)
+        self._previous = array("i", [num_blocks]) * (num_blocks + 1)
+        self._size = 0
+
+    @property
+    def first(self) -> BlockId:
+        return BlockId(self._next[self._end])
+
+    def append(self, block: BlockId) -> None:
+        end, last = self._end, self._previous[self._end]
+        self._next[last] = self._previous[end] = block
+        self._previous[block], self._next[block] = last, end
+        self._size += 1
+
+    def remove(self, block: BlockId) -> None:
+        previous, following = self._previous[block], self._next[block]
+        self._next[previous], self._previous[following] = following, previous
+        self._size -= 1
+
+    def __len__(self) -> int:
+        return self._size
 
 
 class BlockPool:
@@ -45,11 +78,14 @@ class BlockPool:
 
     def reset(self) -> None:
         """Every block is free again and no content is remembered (the stages lost their KV)."""
-        self._free = [BlockId(block) for block in reversed(range(self.num_blocks))]
-        self._holders = [0] * self.num_blocks
-        self._cached: dict[bytes, BlockId] = {}
-        self._key_of: dict[BlockId, bytes] = {}
-        self._idle: OrderedDict[BlockId, None] = OrderedDict()  # cached, held by nobody; LRU first
+        num_blocks = self.num_blocks
+        self._free = array("i", reversed(range(num_blocks)))
+        self._holders = array("i", [0]) * num_blocks
+        # By the first byte of the key: a single table of a million would stop the run to grow.
+        self._cached: list[dict[bytes, BlockId]] = [{} for _ in range(256)]
+        self._is_cached = bytearray(num_blocks)
+        self._keys = bytearray(num_blocks * KEY_BYTES)  # of those that are cached
+        self._idle = _Queue(num_blocks)  # cached, held by nobody; least recently used first
 
     @property
     def num_free(self) -> int:
@@ -60,7 +96,7 @@ class BlockPool:
         """The blocks that hold the longest cached prefix of `keys`. Takes none of them."""
         blocks = []
         for key in keys:
-            block = self._cached.get(key)
+            block = self._cached[key[0]].get(key)
             if block is None:
                 break
             blocks.append(block)
@@ -81,7 +117,7 @@ class BlockPool:
         """One more holder for each of these cached blocks."""
         for block in blocks:
             if not self._holders[block]:
-                del self._idle[block]
+                self._idle.remove(block)
             self._holders[block] += 1
 
     def allocate(self, count: int) -> list[BlockId]:
@@ -95,15 +131,31 @@ class BlockPool:
         return blocks
 
     def _evict(self) -> BlockId:
-        block, _ = self._idle.popitem(last=False)
-        del self._cached[self._key_of.pop(block)]
+        block = self._idle.first
+        self._idle.remove(block)
+        self._is_cached[block] = False
+        key = bytes(self._keys[block * KEY_BYTES : (block + 1) * KEY_BYTES])
+        del self._cached[key[0]][key]
         return block
 
     def publish(self, block: BlockId, key: bytes) -> None:
         """Makes a held, full block findable. Does nothing when equal content is cached already."""
-        if key not in self._cached:
-            self._cached[key] = block
-            self._key_of[block] = key
+        blocks = self._cached[key[0]]
+        if key not in blocks:
+            blocks[key] = block
+            self._is_cached[block] = True
+            self._keys[block * KEY_BYTES : (block + 1) * KEY_BYTES] = key
+
+    def withdraw(self, keys: Iterable[bytes]) -> None:
+        """No later request finds these contents; who shares them already goes on."""
+        for key in keys:
+            block = self._cached.pop(key, None)
+            if block is None:
+                continue
+            del self._key_of[block]
+            if not self._holders[block]:
+                del self._idle[block]
+                self._free.append(block)
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """One holder fewer for each; `blocks` in position order.
@@ -116,8 +168,8 @@ class BlockPool:
             assert self._holders[block] >= 0, f"block {block} released twice"
             if self._holders[block]:
                 continue
-            if block in self._key_of:
-                self._idle[block] = None
+            if self._is_cached[block]:
+                self._idle.append(block)
             else:
                 self._free.append(block)
 
@@ -130,7 +182,7 @@ class BlockTable:
     def __init__(self, pool: BlockPool):
         self._pool = pool
         self._num_published = 0
-        self.blocks: list[BlockId] = []
+        self.blocks: tuple[BlockId, ...] = ()
 
     @property
     def num_slots(self) -> int:
@@ -145,7 +197,7 @@ class BlockTable:
         """Starts the table with cached blocks."""
         assert not self.blocks, "a prefix is shared into an empty table"
         self._pool.share(prefix)
-        self.blocks.extend(prefix)
+        self.blocks = tuple(prefix)
         self._num_published = len(prefix)
 
     def grow(self, num_positions: int) -> tuple[BlockId, ...]:
@@ -153,9 +205,9 @@ class BlockTable:
         missing = self.num_missing(num_positions)
         if not missing:
             return ()
-        new = self._pool.allocate(missing)
-        self.blocks.extend(new)
-        return tuple(new)
+        new = tuple(self._pool.allocate(missing))
+        self.blocks += new
+        return new
 
     def publish(self, keys: Sequence[bytes], num_planned: int) -> None:
         """Makes findable each block whose ids are known (it has a key) and whose KV is planned."""
@@ -171,4 +223,4 @@ class BlockTable:
 
     def forget(self) -> None:
         """Drops the blocks without giving them back: the pool was reset."""
-        self.blocks = []
+        self.blocks = ()

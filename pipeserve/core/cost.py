@@ -18,6 +18,9 @@ from pipeserve.core.work import Work, work_of
 _REMEMBERED = 1024
 """Predictions kept until they are observed: more than are ever outstanding."""
 
+_FURTHEST = 1e6
+"""Times as long as predicted, or as short: what is further off says nothing of the stage, and is
+taken as that far."""
 _WEIGHT = 0.1
 """Of the latest observation."""
 _BOUND = 2.0
@@ -90,7 +93,7 @@ class PipelineCost:
 
     def observe(self, index: int, stage: int, seconds: float) -> None:
         """Corrects later predictions. What was never predicted, is observed twice or came too late
-        is ignored; so is a time that is not positive.
+        is ignored; so is a time that is not positive and finite.
 
         A prediction is off by a factor of the stage (a slow device) times one of the microbatch's
         tiles (the kernels that the library picks for that size), on all stages alike. Each is the
@@ -101,7 +104,8 @@ class PipelineCost:
         size_class, raw = self._predicted.get(index, (0, ()))
         if not (0 <= stage < len(raw) and raw[stage] > 0 and seconds > 0 and isfinite(seconds)):
             return
-        ratio, raw[stage] = log(seconds / raw[stage]), 0.0
+        times = seconds / raw[stage]
+        ratio, raw[stage] = log(min(max(times, 1 / _FURTHEST), _FURTHEST)), 0.0
         if not any(raw):  # the last stage to report
             del self._predicted[index]
         by_stage = self._by_stage[stage]

@@ -126,9 +126,11 @@ class Engine:
         return self._why
 
     @property
-    def last_known_s(self) -> float:
-        """When the tokens of the microbatch planned last are predicted to be known, while it is
-        outstanding and there is a cost model."""
+    def last_known_s(self) -> float | None:
+        """When the tokens of the microbatch planned last are predicted to be known; None where it
+        is not outstanding, or without a cost model."""
+        if not self._in_flight or self._cost is None:
+            return None
         return self._forecast.known_s(self._last.index)
 
     @property
@@ -210,7 +212,8 @@ class Engine:
         return Wait(draft.wait)
 
     def complete(self, result: StepResult, now: float) -> list[Output]:
-        """Takes what the last stage sampled for the oldest outstanding microbatch.
+        """Takes what the last stage sampled for the oldest outstanding microbatch. A request whose
+        chunk failed ends with the finish reason "error".
 
         Raises ValueError for any other index, or for a wrong number of tokens.
         """
@@ -219,8 +222,10 @@ class Engine:
         tokens = iter(result.tokens)
         logprobs = iter(result.logprobs or repeat(None))
         scored = iter(result.prompt_logprobs)
-        outputs = []
-        for chunk, record in zip(flight.microbatch.chunks, flight.records, strict=True):
+        failed, outputs = result.failed, []
+        for place, (chunk, record) in enumerate(
+            zip(flight.microbatch.chunks, flight.records, strict=True)
+        ):
             record.num_outstanding -= 1
             sampled = chunk.num_logits
             if chunk.num_scored:
@@ -230,6 +235,13 @@ class Engine:
                 if sampled:
                     next(tokens), next(logprobs)
                     self.stats.wasted_decodes += 1
+                continue
+            if place in failed:
+                if sampled:
+                    next(tokens), next(logprobs)
+                outputs.append(Output(record.id, None, "error", error=failed[place]))
+                self._pool.withdraw(record.keys)
+                self._end(record)
                 continue
             if sampled:
                 token = next(tokens)
@@ -254,7 +266,6 @@ class Engine:
 
         Each request computes its KV again and goes on from its last known token. Indices go on.
         """
-        self._flow.admitted -= len(self._queues.running)
         self._in_flight.clear()
         self._forecast.forget()
         self._released.clear()
@@ -281,7 +292,7 @@ class Engine:
 
     def _end(self, record: Record) -> None:
         record.finished = True
-        self._flow.ended += record.running
+        self._flow.ended += record.was_admitted
         self._queues.drop(record)
         self._queues.let_go(record)
         self._give_up_kv(record)
@@ -291,7 +302,6 @@ class Engine:
         record = self._records.get(request_id)
         if record is None or not record.running:
             raise self._wrong(f"preempts request {request_id}, which does not run")
-        self._flow.admitted -= 1
         self._give_up_kv(record)
         record.rewind()
         self._queues.to_front(record)
@@ -384,8 +394,8 @@ class Engine:
             raise self._wrong(f"admits request {request_id} but gives it no chunk")
         record = self._records[request_id]
         blocks = [] if record.num_imported else self._pool.match(record.matchable_keys)
+        self._flow.admitted += not record.was_admitted
         record.start(blocks)
-        self._flow.admitted += 1
         self.stats.cached_prefix_tokens += record.num_slots
         self._queues.admit(record)
         tokens, num_prompt = tuple(record.tokens), len(record.request.prompt)

@@ -17,6 +17,9 @@ from pipeserve.errors import ConfigError
 TILE = 128
 """Rows of a matrix product's tile; of half as many where the product has no more than that."""
 
+_OF_EXPERTS = ("mlp_up", "mlp_down")
+"""Products of the MLP: by each expert that the tokens take."""
+
 Points = tuple[tuple[int, float], ...]
 """(size, seconds), sizes increasing."""
 
@@ -46,14 +49,18 @@ class Gemm:
         if self.wave_share > 1:
             raise ConfigError(f"wave_share is {self.wave_share}: give a share of 0 to 1")
 
-    def seconds(self, rows: int, columns: int, inner: int, bytes_per_value: int = 2) -> float:
-        """[rows, inner] times [inner, columns]."""
-        tile_rows = TILE // 2 + TILE // 2 * (rows > TILE // 2)
-        tiles = -(-rows // tile_rows) * -(-columns // TILE)
+    def seconds(
+        self, rows: int, columns: int, inner: int, bytes_per_value: int = 2, groups: float = 1
+    ) -> float:
+        """[rows, inner] times [inner, columns]; or, in one kernel, an equal share of the rows times
+        each of `groups` such matrices."""
+        own_rows = rows / groups
+        tile_rows = TILE // 2 + TILE // 2 * (own_rows > TILE // 2)
+        tiles = groups * -(-own_rows // tile_rows) * -(-columns // TILE)
         whole_waves = -(-tiles // self.num_processors) * self.num_processors
         tiles = (1 - self.wave_share) * tiles + self.wave_share * whole_waves
         flops = 2 * tiles * tile_rows * TILE * (inner + self.ramp)
-        moved = bytes_per_value * (rows * inner + inner * columns + rows * columns)
+        moved = bytes_per_value * (rows * inner + groups * inner * columns + rows * columns)
         busy = (flops / self.flops_per_s) ** self.norm + (moved / self.bytes_per_s) ** self.norm
         return busy ** (1 / self.norm) + self.overhead_s
 
@@ -85,8 +92,10 @@ class Kernels:
     ) -> Iterator[tuple[str, float]]:
         """Name and seconds of each operation of a layer but attention and communication."""
         size = shape.bytes_per_value
+        taken = shape.experts_per_token * num_tokens, max(1.0, shape.experts_touched(num_tokens))
         for name, columns, inner in products(shape, tensor_parallel_size):
-            yield name, self.gemm.seconds(num_tokens, columns, inner, size)
+            rows, groups = taken if name in _OF_EXPERTS else (num_tokens, 1)
+            yield name, self.gemm.seconds(rows, columns, inner, size, groups)
         moved = elementwise_bytes(shape, tensor_parallel_size, num_tokens)
         for name, calls in (("norm", 2), ("rope", 1), ("activation", 1), ("add", 2)):
             yield name, calls * getattr(self, name).seconds(moved[name])
@@ -183,10 +192,13 @@ class Attention:
 
 
 def products(shape: ModelShape, tensor_parallel_size: int) -> tuple[tuple[str, int, int], ...]:
-    """Name, columns and inner dimension of a layer's four products, on one of the group."""
+    """Name, columns and inner dimension of a layer's products, on one of the group; those of the
+    MLP are one expert's, where there are experts."""
     heads, kv_heads = heads_of(shape, tensor_parallel_size)
     ffn = -(-shape.intermediate_size // tensor_parallel_size)
+    router = (("router", shape.num_experts, shape.hidden_size),) if shape.num_experts > 1 else ()
     return (
+        *router,
         ("qkv", (heads + 2 * kv_heads) * shape.head_dim, shape.hidden_size),
         ("attention_out", shape.hidden_size, heads * shape.head_dim),
         ("mlp_up", ffn * (2 if shape.gated_mlp else 1), shape.hidden_size),
@@ -199,7 +211,7 @@ def elementwise_bytes(
 ) -> dict[str, int]:
     """Bytes that one call of each operation of `Kernels` reads and writes."""
     heads, kv_heads = heads_of(shape, tensor_parallel_size)
-    ffn = -(-shape.intermediate_size // tensor_parallel_size)
+    ffn = shape.experts_per_token * -(-shape.intermediate_size // tensor_parallel_size)
     values_per_token = {
         "norm": 2 * shape.hidden_size,
         "rope": 2 * (heads + kv_heads) * shape.head_dim,

@@ -210,6 +210,9 @@ class StepResult:
     """Parallel to `tokens`, or empty when no request of the microbatch asked for any."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each scored position, chunk after chunk in the microbatch's order."""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Why, for each chunk (by its place in the microbatch) that has no result; what stands for it
+    above means nothing."""
 
 
 class Output(NamedTuple):
@@ -223,7 +226,7 @@ class Output(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """With the first token of a request that asked for them: of each prompt token but the first."""
     error: str | None = None
-    """What went wrong and what helps, where the finish reason is "error"."""
+    """What went wrong and what helps, where `finish_reason` is "error"."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,9 @@ def _head_cost(shape: ModelShape, num_tokens: int) -> float:
     the weights does (measured with bf16 on one core; bench/linears.py).
     """
     head = (num_tokens / 6 + 8) * shape.num_head_parameters
-    return head / ((num_tokens + 8) * shape.num_layer_parameters)
+    attention = (num_tokens + 8) * shape.num_attention_parameters
+    rows = shape.experts_per_token * num_tokens + 8 * shape.experts_touched(num_tokens)
+    return head / (attention + rows * shape.num_mlp_parameters)
 
 
 def split_layers(

@@ -3,16 +3,23 @@
 A decode passes through here twice, when it is planned and when its token is known. Both are kept
 to a few attribute and dictionary operations: at a thousand running requests they are most of what
 planning costs.
+
+A garbage collection visits whatever a list, a set or an object refers to, and stops the run for it.
+So what a request has many of (tokens, blocks, keys) is kept in arrays and in tuples of plain
+values, whose contents it does not visit.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from pipeserve.core.blocks import BlockPool, BlockTable, extend_keys
+from pipeserve.core.blocks import BlockPool, BlockTable, new_keys
 from pipeserve.core.nouns import BlockId, Request, RequestId, TokenLogprobs
 from pipeserve.core.view import Limits, RequestView, Traits
 from pipeserve.errors import CapacityError
+
+_MAX_TOKEN_ID = 2**31 - 1  # as wide as messages carry them
 
 MAX_ON_WAY = 2
 """Tokens of a request on their way: one in flight, one planned ahead (DESIGN.md, 'Order')."""
@@ -48,6 +55,7 @@ class Record:
         "table",
         "token_from",
         "tokens",
+        "was_admitted",
     )
 
     def __init__(
@@ -61,23 +69,24 @@ class Record:
         self._caches = limits.enable_prefix_caching
         self.num_longest = longest(request, limits)
         self.num_imported = request.num_imported  # until it is preempted
-        self.tokens = list(request.prompt)  # known ids, prompt and outputs
+        self.tokens = array("q", request.prompt)  # known ids, prompt and outputs
         self.num_known = len(self.tokens)
         self.table = BlockTable(pool)
         self.num_slots = 0
-        self.keys: list[bytes] = []  # prefix key of each full block of `tokens`
+        self.keys: tuple[bytes, ...] = ()  # prefix key of each full block of `tokens`
         self.num_planned = 0
         self.num_on_way = 0  # tokens planned and not known yet
         self.token_from: int | None = None
         self.last_token_s = arrived
         self.num_outstanding = 0
         self.running = False
+        self.was_admitted = False  # once, whatever came after
         self.prefilling = True  # until a chunk reaches the end of the known tokens
         self.finished = False
         self.is_decoding = False  # as `Queues` last counted it
         self.backlog = 0  # likewise
         self.context = 0  # likewise
-        self.held: set[Record] = set()  # wait until this one's prompt is planned, to share it
+        self.held: tuple[Record, ...] = ()  # wait until this one's prompt is planned, to share it
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None  # of its tokens from 1; None: unasked
         )
@@ -94,11 +103,11 @@ class Record:
         return self.num_known - len(self.request.prompt)
 
     @property
-    def matchable_keys(self) -> list[bytes]:
+    def matchable_keys(self) -> tuple[bytes, ...]:
         """Keys of the blocks that may be shared: never all, the last token must be computed; and
         none of a prompt whose positions are still to be scored, or that is not to be shared."""
         if self.num_unscored or self.request.params.skip_reading_prefix_cache:
-            return []
+            return ()
         return self.keys[: (self.num_known - 1) // self.limits.block_size]
 
     @property
@@ -125,7 +134,7 @@ class Record:
     def update_keys(self) -> None:
         if self._caches:
             salt = self.request.cache_salt
-            extend_keys(self.keys, self.tokens, self.limits.block_size, salt)
+            self.keys += new_keys(self.keys, self.tokens, self.limits.block_size, salt)
 
     def append(self, token: int, now: float) -> str | None:
         """A sampled token became known, and a block may thereby be full of known tokens; the reason
@@ -146,6 +155,7 @@ class Record:
 
     def start(self, shared: list[BlockId]) -> None:
         """Admitted: goes on after what was imported, or else after the blocks that it shares."""
+        self.was_admitted = True
         self.table.share(shared)
         self.num_slots = self.table.num_slots
         self.num_planned = self.num_imported or self.num_slots
@@ -181,6 +191,12 @@ def check_fits(request: Request, limits: Limits) -> None:
     num_prompt = len(request.prompt)
     if num_prompt == 0:
         raise CapacityError(f"the prompt of request {request.id} is empty: give it a token")
+    for token in (min(request.prompt), max(request.prompt)):
+        if not 0 <= token <= _MAX_TOKEN_ID:
+            raise CapacityError(
+                f"request {request.id} has the token id {token}, ids are 0 to {_MAX_TOKEN_ID}: "
+                "give the ids of the model's own tokenizer"
+            )
     if request.params.max_tokens < 1:
         raise CapacityError(f"max_tokens is {request.params.max_tokens}: ask for at least 1")
     if num_prompt >= limits.max_model_len:
@@ -258,14 +274,14 @@ class Queues:
 
     def hold(self, record: Record, until: Record) -> None:
         """Keeps a request back until the prompt of another is planned, or that one ended."""
-        until.held.add(record)
+        until.held += (record,)
 
     def let_go(self, record: Record) -> None:
         """Those that this request held back came with it: they go before all that wait."""
         for held in sorted(record.held, key=lambda held: -held.number):
             if not held.finished:
                 self.to_front(held)
-        record.held.clear()
+        record.held = ()
 
     def to_front(self, record: Record) -> None:
         """A request that runs no longer goes before all that wait."""

@@ -16,6 +16,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+    """Of the MLP, or of one expert."""
     vocab_size: int
     max_position_embeddings: int
     """Positions that it was trained to."""
@@ -26,6 +27,17 @@ class ModelShape:
     tie_word_embeddings: bool = False
     bytes_per_value: int = 2
     """Of weights, activations and KV."""
+    num_experts: int = 1
+    """MLPs of a layer, all of them on its stage."""
+    experts_per_token: int = 1
+    """Of them that each token takes."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ConfigError(
+                f"experts_per_token is {self.experts_per_token}, and {self.name} has num_experts "
+                f"{self.num_experts}; give 1 to {self.num_experts}"
+            )
 
     def check_divides(self, tensor_parallel_size: int) -> None:
         """Raises ConfigError unless each of a tensor-parallel group gets as many heads."""
@@ -46,10 +58,26 @@ class ModelShape:
         return self.intermediate_size * (2 if self.gated_mlp else 1)
 
     @property
+    def num_attention_parameters(self) -> int:
+        """Of one layer's two matrices around the attention."""
+        return (self.qkv_columns + self.num_heads * self.head_dim) * self.hidden_size
+
+    @property
+    def num_mlp_parameters(self) -> int:
+        """Of the MLP, or of one expert."""
+        return (self.up_columns + self.intermediate_size) * self.hidden_size
+
+    @property
     def num_layer_parameters(self) -> int:
-        """Of the four matrices of one layer."""
-        attention = (self.qkv_columns + self.num_heads * self.head_dim) * self.hidden_size
-        return attention + (self.up_columns + self.intermediate_size) * self.hidden_size
+        """Of the matrices of one layer, with those of all experts and of what chooses them."""
+        router = self.num_experts * self.hidden_size if self.num_experts > 1 else 0
+        return self.num_attention_parameters + router + self.num_experts * self.num_mlp_parameters
+
+    def experts_touched(self, num_tokens: int) -> float:
+        """Distinct experts of a layer that so many tokens take, expected where each token takes
+        any of them alike: E (1 - (1 - k/E)^T)."""
+        share = self.experts_per_token / self.num_experts
+        return self.num_experts * (1 - (1 - share) ** num_tokens)
 
     @property
     def num_head_parameters(self) -> int:

@@ -146,9 +146,9 @@ class Flow:
     prefill_tokens: float = 0.0
     decodes: float = 0.0
     admitted: float = 0.0
-    """Requests, of which those that were preempted or lost count when they are admitted again."""
+    """Requests, each once, however often it starts again after a preemption or a fault."""
     ended: float = 0.0
-    """Of those that ran."""
+    """Of these. It can be the larger: an admission fades while its request runs."""
 
     def fade(self) -> None:
         """At every microbatch: after 4096 of them, what went through counts a third."""

@@ -29,6 +29,7 @@ class Causes {
     const mean = Array.from({ length: size }, (_, c) => sum(totals.map((each) => each[c])) / totals.length);
     const bars = [this.bar("all stages", mean, seconds, "mean"), ...totals.map((each, s) => this.bar(`stage ${s}`, each, seconds, ""))];
     document.getElementById("bars").replaceChildren(...bars);
+    fitLabels();
     this.drawTable(totals, mean, seconds);
   }
 
@@ -41,7 +42,7 @@ class Causes {
         class: "segment", style: { width: `${100 * share}%`, background: colour, color: inkOn(colour) },
         onpointermove: (event) => this.tip.showText([heading(name), factList([[this.tip.swatch(c, label), percent(share)], ["", duration(share * seconds)]])], event.clientX, event.clientY),
         onpointerleave: () => this.tip.hide(),
-      }, share > 0.11 ? `${label} ${percent(share, 0)}` : share > 0.045 ? percent(share, 0) : "");
+      }, element("span", { "data-share": percent(share, 0) }, `${label} ${percent(share, 0)}`));
     });
     const text = `${name}: ${parts.map(([share, c]) => `${words(this.theme.nameOf(c))} ${percent(share)}`).join(", ")}`;
     return element("div", { class: `bar ${extra}` }, element("b", {}, name), element("div", { class: "segments", role: "img", "aria-label": text }, ...segments), element("em", {}, `idle ${percent(idle)}`));
@@ -58,6 +59,16 @@ class Causes {
       onfocus: () => this.onFocus(NUM_KINDS + cause), onblur: () => this.onFocus(null),
     }, element("td", {}, this.tip.swatch(NUM_KINDS + cause, words(name)), element("small", {}, text)), element("td", {}, percent(share)), element("td", {}, percent(most))));
     document.getElementById("causes").replaceChildren(element("thead", {}, head), element("tbody", {}, ...body));
+  }
+}
+
+// Of each label the longest form that has room in its bar: with its name, the share alone, or none.
+// Hovering tells all of it.
+function fitLabels() {
+  const labels = [...document.querySelectorAll("#bars .segment > span")];
+  for (const shorter of [(label) => label.dataset.share, () => ""]) {
+    labels.filter((label) => label.offsetWidth + 8 > label.parentElement.clientWidth)
+      .forEach((label) => { label.textContent = shorter(label); });
   }
 }
 

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
+from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import qkv_width
 from pipeserve.stages.kv import PoolLayer
-from pipeserve.stages.leaf import Embedding, Rows
+from pipeserve.stages.leaf import Rows
 from pipeserve.stages.linear import Linear
-from pipeserve.stages.mlp import Mlp
+from pipeserve.stages.mlp import ACTIVATIONS, Mlp
 from pipeserve.stages.norms import LayerNorm
+from pipeserve.stages.rope_keys import read_rope
 from pipeserve.stages.scoring import Scoring, alibi_slopes
 from pipeserve.stages.self_attention import LayerInputs, SelfAttention
 
@@ -33,20 +34,29 @@ class FalconConfig(ModelConfig):
 
 def _read_falcon(file: ConfigFile) -> FalconConfig:
     """Where the file is silent: what transformers takes."""
+    file.none_slides()
+    file.only("head_dim", None)
     num_heads, size = file.count("num_attention_heads"), file.count("hidden_size")
+    file.only("n_embed", None, size)
     is_new = file.flag("new_decoder_architecture", False)
     if is_new:
         num_kv_heads = file.count("num_kv_heads", num_heads)
     else:
         num_kv_heads = 1 if file.flag("multi_query", True) else num_heads
+    head_dim = file.share_of_head()
+    rope = None if file.flag("alibi", False) else read_rope(file, head_dim)
     return FalconConfig(
         **file.shared_fields(
-            norm_eps=file.number("layer_norm_epsilon", 1e-5), tied=True, max_positions=2048
+            norm_eps=file.number("layer_norm_epsilon", 1e-5),
+            tied=True,
+            head_dim=head_dim,
+            ropes=[rope] if rope else [],
+            max_positions=2048,
         ),
         intermediate_size=file.count("ffn_hidden_size", 4 * size),
         num_kv_heads=num_kv_heads,
-        activation=file.one_of("activation", ("gelu",), "gelu"),
-        rope=None if file.flag("alibi", False) else file.rope(),
+        activation=file.one_of("activation", ACTIVATIONS, "gelu"),
+        rope=rope,
         gated_mlp=False,
         parallel_attention=is_new or file.flag("parallel_attn", True),
         has_bias=file.flag("bias", False),
@@ -115,9 +125,8 @@ def _qkv_rows(config: FalconConfig, prefix: str) -> tuple[Rows, ...]:
 
 
 def _make_embedding(config: FalconConfig) -> TokenEmbedding:
-    return TokenEmbedding(
-        Embedding(config.vocab_size, config.hidden_size, "transformer.word_embeddings")
-    )
+    table = token_table(config, config.hidden_size, "transformer.word_embeddings")
+    return TokenEmbedding(table)
 
 
 def _make_head(config: FalconConfig) -> Head:
@@ -128,6 +137,7 @@ def _make_head(config: FalconConfig) -> Head:
 FALCON = Family(
     name="Falcon",
     architectures=("FalconForCausalLM",),
+    model_type="falcon",
     models="Falcon 180B, 40B, 11B, 7B, RW",
     differs="LayerNorm, GELU MLP beside the attention, fused grouped Q, K, V; RW: ALiBi, biases",
     layers="transformer.h",

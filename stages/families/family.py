@@ -21,6 +21,8 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     """As in config.json."""
+    model_type: str
+    """As in config.json; what transformers goes by."""
     models: str
     """That people know."""
     differs: str

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pipeserve.stages.attention import Attention
-from pipeserve.stages.config import ModelConfig
+from pipeserve.stages.config import ModelConfig, RopeConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
+from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.kv import PoolLayer
-from pipeserve.stages.leaf import Embedding, Rows, whole
+from pipeserve.stages.leaf import Rows, whole
 from pipeserve.stages.linear import Linear
-from pipeserve.stages.mlp import Experts, GatedMlp
+from pipeserve.stages.mlp import ACTIVATIONS, Experts, GatedMlp
 from pipeserve.stages.norms import RMSNorm
+from pipeserve.stages.rope_keys import read_rope
 from pipeserve.stages.scoring import Scoring
 from pipeserve.stages.self_attention import LayerInputs, SelfAttention
 
@@ -43,20 +44,33 @@ class LlamaConfig(ModelConfig):
     expert_names: ExpertNames | None = None
 
 
-def read_config(file: ConfigFile, **differs: object) -> LlamaConfig:
-    """`differs`: fields of LlamaConfig that are not Llama's."""
+def read_config(
+    file: ConfigFile,
+    *,
+    rope: RopeConfig | None = None,
+    head_dim: int | None = None,
+    num_kv_heads: int | None = None,
+    **differs: object,
+) -> LlamaConfig:
+    """`differs`: fields of LlamaConfig that are not Llama's. `head_dim`, `num_kv_heads`: what
+    transformers takes where the file is silent."""
+    head_dim = file.head_dim(head_dim)
+    rope = rope or read_rope(file, head_dim)
     fields = {
-        **file.shared_fields(norm_eps=file.number("rms_norm_eps"), tied=False),
+        **file.shared_fields(
+            norm_eps=file.number("rms_norm_eps"), tied=False, head_dim=head_dim, ropes=[rope]
+        ),
         "intermediate_size": file.count("intermediate_size"),
-        "num_kv_heads": file.count("num_key_value_heads", file.count("num_attention_heads")),
-        "activation": file.one_of("hidden_act", ("silu",), "silu"),
-        "rope": file.rope(),
+        "num_kv_heads": file.num_kv_heads(num_kv_heads),
+        "activation": file.one_of("hidden_act", ACTIVATIONS, "silu"),
+        "rope": rope,
         **differs,
     }
     return LlamaConfig(**fields)
 
 
 def _read_llama(file: ConfigFile) -> LlamaConfig:
+    file.none_slides()
     bias = file.flag("attention_bias", False)
     return read_config(file, qkv_bias=bias, out_bias=bias, mlp_bias=file.flag("mlp_bias", False))
 
@@ -137,7 +151,7 @@ def _experts(config: LlamaConfig, prefix: str) -> Experts:
 
 
 def make_embedding(config: ModelConfig) -> TokenEmbedding:
-    return TokenEmbedding(Embedding(config.vocab_size, config.hidden_size, "model.embed_tokens"))
+    return TokenEmbedding(token_table(config, config.hidden_size, "model.embed_tokens"))
 
 
 def make_head(config: ModelConfig) -> Head:
@@ -148,6 +162,7 @@ def make_head(config: ModelConfig) -> Head:
 LLAMA = Family(
     name="Llama",
     architectures=("LlamaForCausalLM",),
+    model_type="llama",
     models="Llama 1-3, CodeLlama, Yi, SmolLM2",
     differs="",
     layers="model.layers",

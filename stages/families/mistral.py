@@ -9,15 +9,15 @@ _WINDOW = 4096  # of v0.1, which transformers takes where the file is silent; nu
 
 
 def _read_mistral(file: ConfigFile) -> LlamaConfig:
-    window = file.raw.get("sliding_window", _WINDOW)
-    slides = [True] * file.count("num_hidden_layers")
-    return read_config(file, windows=file.windows(window, slides))
+    window = file.value("sliding_window", _WINDOW)
+    return read_config(file, num_kv_heads=8, windows=file.all_slide(window))
 
 
 MISTRAL = replace(
     LLAMA,
     name="Mistral",
     architectures=("MistralForCausalLM",),
+    model_type="mistral",
     models="Mistral 7B v0.1 to v0.3, Mistral NeMo",
     differs="sliding window in every layer, or none",
     read_config=_read_mistral,

@@ -5,16 +5,18 @@ from dataclasses import replace
 from pipeserve.stages.config import ExpertsConfig
 from pipeserve.stages.config_file import ConfigFile
 from pipeserve.stages.families.llama import LLAMA, ExpertNames, LlamaConfig, read_config
+from pipeserve.stages.rope_keys import read_rope
 
 
 def _read_mixtral(file: ConfigFile) -> LlamaConfig:
-    slides = [True] * file.count("num_hidden_layers")
     return read_config(
         file,
-        rope=file.rope(default_theta=1e6),
-        windows=file.windows(file.get("sliding_window"), slides),
+        rope=read_rope(file, file.head_dim(), theta=1e6),
+        num_kv_heads=8,
+        windows=file.all_slide(file.value("sliding_window")),
         experts=ExpertsConfig(
-            num_experts=file.count("num_local_experts", 8),
+            # Either name is the same attribute of transformers; the other comes last and wins.
+            num_experts=file.count("num_experts", file.count("num_local_experts", 8)),
             num_taken=file.count("num_experts_per_tok", 2),
             normalize=True,
         ),
@@ -26,6 +28,7 @@ MIXTRAL = replace(
     LLAMA,
     name="Mixtral",
     architectures=("MixtralForCausalLM",),
+    model_type="mixtral",
     models="Mixtral 8x7B, 8x22B",
     differs="experts, all of a layer's on its stage; sliding window, where given",
     read_config=_read_mixtral,

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from pipeserve.stages.attention import Attention
 from pipeserve.stages.config import ModelConfig
 from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, vocabulary
+from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import qkv_rows, qkv_width
 from pipeserve.stages.kv import PoolLayer
 from pipeserve.stages.leaf import Embedding
 from pipeserve.stages.linear import Linear
-from pipeserve.stages.mlp import Mlp
+from pipeserve.stages.mlp import ACTIVATIONS, Mlp
 from pipeserve.stages.norms import LayerNorm
 from pipeserve.stages.scoring import Scoring
 from pipeserve.stages.self_attention import LayerInputs, SelfAttention
@@ -37,13 +37,17 @@ class OPTConfig(ModelConfig):
 
 def _read_opt(file: ConfigFile) -> OPTConfig:
     """Where the file is silent: what transformers takes."""
-    file.one_of("layer_norm_elementwise_affine", (True,), True)
+    file.only("layer_norm_elementwise_affine", True)
+    file.only("head_dim", None)
+    file.none_slides()
     is_pre_norm = file.flag("do_layer_norm_before", True)
     return OPTConfig(
-        **file.shared_fields(norm_eps=_EPS, tied=True, max_positions=2048),
+        **file.shared_fields(
+            norm_eps=_EPS, tied=True, head_dim=file.share_of_head(), max_positions=2048
+        ),
         intermediate_size=file.count("ffn_dim"),
         num_kv_heads=file.count("num_attention_heads"),
-        activation=file.one_of("activation_function", ("relu", "gelu"), "relu"),
+        activation=file.one_of("activation_function", ACTIVATIONS, "relu"),
         gated_mlp=False,
         embedding_size=file.count("word_embed_proj_dim", file.count("hidden_size")),
         is_pre_norm=is_pre_norm,
@@ -89,7 +93,7 @@ def _attention(config: OPTConfig, prefix: str, attention: Attention) -> SelfAtte
 def _make_embedding(config: OPTConfig) -> TokenEmbedding:
     size, narrow = config.hidden_size, config.embedding_size
     return TokenEmbedding(
-        Embedding(config.vocab_size, narrow, f"{_DECODER}.embed_tokens"),
+        token_table(config, narrow, f"{_DECODER}.embed_tokens"),
         projection=Linear(narrow, size, f"{_DECODER}.project_in") if narrow != size else None,
         positions=Embedding(
             config.max_position_embeddings + _OFFSET, size, f"{_DECODER}.embed_positions"
@@ -115,6 +119,7 @@ def _make_head(config: OPTConfig) -> Head:
 OPT = Family(
     name="OPT",
     architectures=("OPTForCausalLM",),
+    model_type="opt",
     models="OPT 125M to 66B, Galactica",
     differs="learned positions, LayerNorm, ReLU MLP, biases; 350M: post-norm, narrow embedding",
     layers=f"{_DECODER}.layers",

@@ -2,23 +2,29 @@
 
 from dataclasses import replace
 
+from pipeserve.errors import ConfigError
 from pipeserve.stages.config_file import ConfigFile
 from pipeserve.stages.families.llama import LLAMA, LlamaConfig, read_config
+from pipeserve.stages.rope_keys import read_rope
 
 
 def _read_phi3(file: ConfigFile) -> LlamaConfig:
-    """Refuses longrope: it turns every position by the context's length, cached ones included."""
-    slides = [True] * file.count("num_hidden_layers")
-    return read_config(
-        file, is_fused=True, windows=file.windows(file.get("sliding_window"), slides)
-    )
+    rope = read_rope(file, file.head_dim(), trained=4096, rotates_part=True)
+    if rope.kind not in ("default", "longrope"):
+        raise ConfigError(
+            f"{file.path}: rope type {rope.kind!r} (rope_parameters, rope_scaling) is none of "
+            "Phi-3's; give default or longrope"
+        )
+    windows = file.all_slide(file.value("sliding_window"))
+    return read_config(file, rope=rope, is_fused=True, windows=windows)
 
 
 PHI3 = replace(
     LLAMA,
     name="Phi-3",
     architectures=("Phi3ForCausalLM",),
-    models="Phi-3 mini and medium 4k, Phi-4 (not the 128k ones: longrope)",
+    model_type="phi3",
+    models="Phi-3 mini and medium, Phi-4, Phi-4 mini (128k ones: up to 4k)",
     differs="fused tensors; sliding window, where given",
     read_config=_read_phi3,
 )

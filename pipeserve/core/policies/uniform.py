@@ -169,9 +169,11 @@ class _Budget:
     def _sustained(self) -> float:
         """Prefill tokens of a microbatch whose decodes fill the pool, by now's mean of KV and the
         run's mix of prompt and output: with more, KV fills up, and what was gained is lost waiting
-        for room. While outputs have hardly begun to end nobody knows how long they are."""
+        for room. While outputs have hardly begun to end nobody knows how long they are; and no
+        number of prompts fills the pool with decodes while every request ends with its first token.
+        """
         view, flow = self._view, self._view.flow
-        if flow.ended < ENOUGH_ENDED:
+        if flow.ended < ENOUGH_ENDED or not flow.decodes:
             return inf
         pool = view.limits.num_blocks * view.limits.block_size
         by_kv = pool * view.num_decoding / view.decoding_context

@@ -1,0 +1,179 @@
+"""How long the driver is away from its messages: a long emulated run, recorded as by default.
+
+    nice python bench/pauses.py [--microbatches 25000] [--seqs 384] [--policy uniform]
+
+LLaMA2-70B on emulated A100s, five stages of about 10 ms, some 64 decodes in a microbatch. Between
+two looks at what the stages said the driver takes up results, tells its records, hands out tokens
+and plans. Columns: milliseconds of its thread's CPU time from one look to the next, planning left
+out, and planning alone (wall time beside each: the machine's other work is in that), then the
+garbage collections by generation. What comes before the first microbatch is not counted: nothing
+waits for the driver then. CPU time hardly depends on what else the machine does; the stages only
+wait, so a run takes microbatches x 10 ms.
+"""
+
+import argparse
+import gc
+import resource
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from report import plain_table
+
+from pipeserve.configs import load_recipe, make_config
+from pipeserve.core.nouns import RequestId
+from pipeserve.driver import Driver
+from pipeserve.launch.bench import replay
+from pipeserve.launch.starting import recorded_driver
+from pipeserve.profiling.workloads import random_items
+
+_DECODES = 64
+_OUTPUT = (100, 300)
+_PROMPT = (8, 24)
+
+
+class Clock:
+    """Wall and CPU seconds of what happened again and again, in storage that the garbage collector
+    does not walk."""
+
+    def __init__(self) -> None:
+        self.wall_s, self.cpu_s = array("d"), array("d")
+
+    def add(self, wall_s: float, cpu_s: float) -> None:
+        self.wall_s.append(wall_s)
+        self.cpu_s.append(cpu_s)
+
+
+class Collections:
+    """Each garbage collection, while it is entered."""
+
+    def __init__(self) -> None:
+        self.clocks = [Clock() for _ in range(3)]
+        self._began = 0.0, 0.0
+
+    def _tell(self, phase: str, info: dict[str, Any]) -> None:
+        now = time.perf_counter(), time.thread_time()
+        if phase == "start":
+            self._began = now
+        else:
+            spent = [there - here for here, there in zip(self._began, now, strict=True)]
+            self.clocks[info["generation"]].add(*spent)
+
+    def __enter__(self) -> "Collections":
+        gc.callbacks.append(self._tell)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        gc.callbacks.remove(self._tell)
+
+
+class Watch:
+    """Stands between a driver and its sources and engine, and reads the clocks."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.between, self.planning = Clock(), Clock()
+        self.at_s = array("d")
+        """Of each look, when it was."""
+        self.began = self._now()
+        self._left = self.began
+        self._planned = (0.0, 0.0)
+        sources = driver.fleet._sources
+        sources.ready = self._looking(sources.ready)
+        driver.engine.plan = self._timed(driver.engine.plan)
+
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter(), time.thread_time()
+
+    def _looking(self, ready: Callable) -> Callable:
+        def look(timeout_ms: int | None) -> list:
+            (wall_s, cpu_s), (left_s, left_cpu_s) = self._now(), self._left
+            planned_s, planned_cpu_s = self._planned
+            if self.planning.cpu_s:
+                self.between.add(wall_s - left_s - planned_s, cpu_s - left_cpu_s - planned_cpu_s)
+                self.at_s.append(wall_s - self.began[0])
+            self._planned = (0.0, 0.0)
+            found = ready(timeout_ms)
+            self._left = self._now()
+            return found
+
+        return look
+
+    def _timed(self, plan: Callable) -> Callable:
+        def timed(now: float) -> Any:
+            before = self._now()
+            planned = plan(now)
+            spent = tuple(a - b for a, b in zip(self._now(), before, strict=True))
+            self.planning.add(*spent)
+            self._planned = tuple(map(sum, zip(self._planned, spent, strict=True)))
+            return planned
+
+        return timed
+
+
+def quantiles(seconds: Sequence[float]) -> list[str]:
+    """P50, P99, P99.9 and the longest, in milliseconds."""
+    ordered = sorted(seconds)
+    places = [min(int(q * len(ordered)), len(ordered) - 1) for q in (0.5, 0.99, 0.999, 1.0)]
+    return [f"{1e3 * ordered[place]:.3f}" if ordered else "" for place in places]
+
+
+def rows(name: str, clock: Clock) -> list[list[str]]:
+    number = f"{len(clock.cpu_s):,}"
+    return [
+        [name, "CPU", number, *quantiles(clock.cpu_s)],
+        ["", "wall", "", *quantiles(clock.wall_s)],
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--microbatches", type=int, default=25_000)
+    parser.add_argument(
+        "--seqs", type=int, default=_DECODES * 6, help="requests that run at a time"
+    )
+    parser.add_argument("--policy", default="uniform")
+    args = parser.parse_args()
+    flags = {
+        "pipeline_parallel_size": 5,
+        "tensor_parallel_size": 2,
+        "max_num_batched_tokens": args.seqs // 6 + 32,
+        "max_num_seqs": args.seqs,
+        "policy": args.policy,
+        "device": "emulated",
+    }
+    config = make_config(load_recipe("llama2-70b-2x4xa100"), flags)
+    draw = Random(0).randint
+    number = args.microbatches * args.seqs // 6 // (sum(_OUTPUT) // 2)
+    lengths = [(draw(*_PROMPT), draw(*_OUTPUT)) for _ in range(number)]
+    with recorded_driver(config, None, may_emulate=True) as (driver, records):
+        items = random_items(lengths, 1, driver.shape.vocab_size, Random(1))
+        gc.collect()
+        watch, start_s = Watch(driver), time.monotonic()
+        with Collections() as collections:
+            replay(driver, items, "", map(RequestId, range(number)))
+            seconds = time.monotonic() - start_s
+            driver.settle()
+        num_microbatches = driver.engine.last.index + 1
+        tracked, frozen = len(gc.get_objects()), gc.get_freeze_count()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    stage_ms = 1e3 * seconds / num_microbatches
+    print(f"{num_microbatches:,} microbatches, one in {stage_ms:.1f} ms; {number:,} requests")
+    table = rows("between looks, without planning", watch.between)
+    table += rows("planning", watch.planning)
+    for generation, clock in enumerate(collections.clocks):
+        table += rows(f"collections of generation {generation}", clock)
+    print(plain_table(["ms", "", "number", "P50", "P99", "P99.9", "most"], table))
+    for name, clock in (("looks", watch.between), ("plans", watch.planning)):
+        print(f"{sum(s > 2e-3 for s in clock.cpu_s):,} {name} over 2 ms of CPU time")
+    longest = sorted(zip(watch.between.cpu_s, watch.at_s, strict=True), reverse=True)[:6]
+    print("the longest: " + ", ".join(f"{1e3 * s:.1f} ms at {at_s:.0f} s" for s, at_s in longest))
+    print(
+        f"at the end: {tracked:,} tracked objects, {frozen:,} frozen; peak memory {peak:,} MiB; "
+        f"the ring holds {len(records.ring):,} records"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""Runs a load on virtual time, and checks the engine and its policy at every step.
+
+The stages' KV is followed as the microbatches are planned: every stage runs every microbatch, by
+index, so what a slot holds when a stage gets to a microbatch is settled by then.
+"""
+
+import random
+from collections import deque
+from dataclasses import replace
+from math import ceil, inf, isclose, nan
+
+from linear_times import LinearCost, LinearTimes
+from loads import Finish, Load
+from made_up_profile import SHAPE, TRUE
+from model_stages import ModelStage
+from plan_checker import PlanChecker
+
+from pipeserve.configs.device_profiles import load_profile
+from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.cost import PipelineCost
+from pipeserve.core.device import DeviceProfile
+from pipeserve.core.engine import Engine
+from pipeserve.core.kernels import TILE
+from pipeserve.core.nouns import (
+    Microbatch,
+    Output,
+    PipelinePlan,
+    Request,
+    RequestId,
+    StepResult,
+    Wait,
+)
+from pipeserve.core.partition import split_layers
+from pipeserve.core.policies import get_policy
+from pipeserve.core.view import CostModel, Flow
+from pipeserve.core.work import Work, work_of
+from pipeserve.errors import CapacityError
+from pipeserve.profiling.simulator import SimulatedPipeline
+from pipeserve.profiling.stage_times import StageTimes
+
+MAX_EVENTS = 200_000
+GPU = load_profile("a100-80gb-dgx"), load_shape("falcon-180b")
+GARBAGE = (0.0, -1.0, nan, inf, 1e-300, 1e300, 1e-9, 1e9)
+
+
+def run(load: Load) -> "CheckedEngine":
+    """Raises whatever goes wrong."""
+    plan = replace(split_layers(30, load.num_stages), window=load.window)
+    cost, times = _costs(load, plan)
+    engine = CheckedEngine(load, plan, cost)
+    pipeline = SimulatedPipeline(engine, times)
+    for fault in load.faults:
+        pipeline.fail(fault.stage, fault.at_s, fault.outage_s)
+    host = Host(load, engine, pipeline)
+    host.serve()
+    engine.check_end()
+    return engine
+
+
+class Host:
+    """Adds and ends requests when their time has come, and lets the pipeline go on between."""
+
+    def __init__(self, load: Load, engine: "CheckedEngine", pipeline: SimulatedPipeline):
+        self.engine, self.pipeline = engine, pipeline
+        self.at_tokens = {r: f for r, f in load.finishes.items() if f.at_s is None}
+        aborts = [(f.at_s, 1, r, f) for r, f in load.finishes.items() if f.at_s is not None]
+        arrivals = [(at_s, 0, request.id, request) for at_s, request in load.arrivals]
+        self.events = deque(sorted(arrivals + aborts, key=lambda event: event[:3]))
+
+    def serve(self) -> None:
+        for _ in range(MAX_EVENTS):
+            event_s = self.events[0][0] if self.events else inf
+            now = min(event_s, self.pipeline.next_event_s)
+            if now == inf:
+                return
+            while self.events and self.events[0][0] <= now:
+                _, _, request_id, what = self.events.popleft()
+                if isinstance(what, Finish):
+                    self.engine.finish(request_id, what.reason, now)
+                else:
+                    self.add(what, now)
+            if self.look_for_ends(self.pipeline.advance(now), now):
+                self.pipeline.advance(now)
+        raise AssertionError("no end")
+
+    def add(self, request: Request, now: float) -> None:
+        """Before some, one that can never run: it is refused, and nothing has changed."""
+        if request.id % 16 == 5:
+            impossible = replace(request, prompt=(0,) * self.engine.limits.max_model_len)
+            try:
+                Engine.add(self.engine, impossible, now)
+            except CapacityError:
+                pass
+            else:
+                raise AssertionError("a request that can never run was not refused")
+        self.pipeline.add(request, now)
+
+    def look_for_ends(self, outputs: list[Output], now: float) -> bool:
+        """Of text, which is made where the engine does not see it."""
+        found = False
+        for request_id in {output.request_id for output in outputs}:
+            finish = self.at_tokens.get(request_id)
+            if finish and len(self.engine.outputs[request_id]) >= finish.num_tokens:
+                self.engine.finish(request_id, finish.reason, now)
+                found = True
+        return found
+
+
+class CheckedEngine(Engine):
+    """An engine whose every call is checked, and whose tokens are those of the made-up model."""
+
+    def __init__(self, load: Load, plan: PipelinePlan, cost: CostModel | None):
+        super().__init__(plan, get_policy(load.policy), load.limits, cost)
+        self.load = load
+        self.checker = PlanChecker(self)
+        self.stage = ModelStage(load.limits)
+        self.outputs: dict[RequestId, list[int]] = {}
+        self.reasons: dict[RequestId, str] = {}
+        self.scores: dict[RequestId, tuple] = {}
+        self._rng = random.Random(load.seed)
+        self._num_fruitless = 0
+        """Microbatches since a token became known or all was lost."""
+        self._flow_recount = Flow()
+        self._admitted: set[RequestId] = set()
+        self._shift_s = {"far on": 3e9, "coarse": 1e16}.get(load.clock, 0.0)
+
+    def clock(self, now: float) -> float:
+        return 0.0 if self.load.clock == "stands still" else now + self._shift_s
+
+    # ---- calls ----------------------------------------------------------------------------------
+
+    def add(self, request: Request, now: float) -> None:
+        self.checker.added(request)
+        self.outputs[request.id] = []
+        super().add(request, self.clock(now))
+
+    def finish(self, request_id: RequestId, reason: str, now: float) -> Output | None:
+        ended = super().finish(request_id, reason, self.clock(now))
+        assert (ended is None) == (request_id in self.reasons)
+        if ended is not None:
+            self._ended(request_id, reason)
+        return ended
+
+    def _ended(self, request_id: RequestId, reason: str) -> None:
+        self.reasons[request_id] = reason
+        self._flow_recount.ended += request_id in self._admitted
+
+    def plan(self, now: float) -> Microbatch | Wait:
+        planned = super().plan(self.clock(now))
+        if isinstance(planned, Wait):
+            self.checker.waits(planned)
+            return planned
+        self.checker.planned(planned)
+        stories = self.checker.stories
+        self.stage.run(planned, [stories[chunk.request_id].states for chunk in planned.chunks])
+        self.check_flow(planned)
+        self._num_fruitless += 1
+        if planned.index % 8 == 0:
+            self.check_counts()
+            self.check_progress()
+        return planned
+
+    def check_progress(self) -> None:
+        """There is no need for more microbatches without a token than each known position in one
+        of its own, and some for what is in flight."""
+        num_known = sum([record.num_known for record in self._records.values()])
+        assert self._num_fruitless <= num_known + 8 * self.checker.most_outstanding
+
+    def complete(self, result: StepResult, now: float) -> list[Output]:
+        microbatch, stories = self.checker.outstanding[0], self.checker.stories
+        tokens, scores = [], []
+        for request_id, _, stop, _, _, num_logits, num_scored in microbatch.chunks:
+            story = stories[request_id]
+            if num_scored:
+                first = stop - num_logits
+                scores += story.scores[first : first + num_scored]
+            if num_logits > num_scored:  # a decode planned ahead may be behind the end
+                tokens.append(story.tokens[stop] if stop < len(story.tokens) else 0)
+        self.checker.completed(result.index)
+        result = StepResult(result.index, tuple(tokens), prompt_logprobs=tuple(scores))
+        outputs = super().complete(result, self.clock(now))
+        for request_id, token, reason, _, told in outputs:
+            assert request_id not in self.reasons, "output after the end"
+            self.outputs[request_id].append(token)
+            if told is not None:
+                assert request_id not in self.scores, "told twice"
+                self.scores[request_id] = told
+            if reason is not None:
+                self._ended(request_id, reason)
+        if outputs:
+            self._num_fruitless = 0
+        return outputs
+
+    def observe(self, index: int, stage: int, seconds: float) -> None:
+        if self.load.cost == "garbage":
+            seconds = self._rng.choice(GARBAGE)
+        super().observe(index, stage, seconds)
+
+    def lost(self, now: float) -> None:
+        super().lost(self.clock(now))
+        self.checker.lost()
+        self.stage = ModelStage(self.limits)
+        self._num_fruitless = 0
+        assert self.last_known_s is None
+        self.check_counts()
+
+    # ---- checks ---------------------------------------------------------------------------------
+
+    def check_flow(self, planned: Microbatch) -> None:
+        """What went through, of which what is older counts less, by a recount."""
+        plans, flow = self.checker.plans, self._flow_recount
+        prefill = [c for c in planned.chunks if c.start < plans[c.request_id].num_prefill]
+        num_prefill_tokens = sum([chunk.num_tokens for chunk in prefill])
+        num_decodes = len(planned.chunks) - len(prefill)
+        assert self.last[:3] == (planned.index, num_decodes, num_prefill_tokens)
+        first_time = {a.request_id for a in planned.admitted} - self._admitted
+        self._admitted |= first_time
+        flow.fade()
+        flow.prefill_tokens += num_prefill_tokens
+        flow.decodes += num_decodes
+        flow.admitted += len(first_time)
+        for name in ("prefill_tokens", "decodes", "admitted", "ended"):
+            counted, recount = getattr(self._flow, name), getattr(flow, name)
+            assert counted >= 0 and isclose(counted, recount, abs_tol=1e-9), name
+        assert (self.last_known_s is None) == (self._cost is None)
+
+    def check_counts(self) -> None:
+        """What is counted along the way is what a recount gives."""
+        queues, records = self._queues, self._records.values()
+        held_back = {held for r in records for held in r.held}
+        prefilling = [r for r in records if r.prefilling and r not in held_back]
+        decoding = [
+            r for r in records if not r.prefilling and r.num_known + r.num_on_way < r.num_longest
+        ]
+        assert queues.num_decoding == len(decoding)
+        assert queues.decoding_context == sum([r.num_planned for r in decoding])
+        assert queues.prefill_backlog == sum([r.num_unplanned for r in prefilling])
+        assert len(queues.running) <= self.limits.max_num_seqs
+        assert not queues.running.keys() & queues.waiting.keys()
+
+    def check_end(self) -> None:
+        assert not self.has_work
+        assert self.outstanding == ()
+        assert self.num_free_blocks == self.limits.num_blocks, "leaked blocks"
+        self.check_counts()
+        for request_id, story in self.checker.stories.items():
+            got, finish = self.outputs[request_id], self.load.finishes.get(request_id)
+            assert self.scores.get(request_id) == (story.scores if got else None)
+            if finish is not None and self.reasons[request_id] == finish.reason:
+                assert got == story.outputs[: len(got)]
+                at_least = 0 if finish.at_s is not None else finish.num_tokens
+                assert len(got) >= min(at_least, len(story.outputs))
+            else:
+                assert (got, self.reasons[request_id]) == (story.outputs, story.reason)
+
+
+# ---- what stages take, and what is predicted ----------------------------------------------------
+
+
+class Tiled(LinearTimes):
+    """Steps up at whole tiles of rows, as matrix products do."""
+
+    def of(self, work: Work) -> tuple[float, ...]:
+        return super().of(work._replace(num_tokens=ceil(work.num_tokens / TILE) * TILE))
+
+
+class Scaled(StageTimes):
+    """What a cost model predicts, times a factor for each stage."""
+
+    control_s = 1e-4
+
+    def __init__(self, cost: CostModel, factors: list[float]):
+        self.cost, self.factors = cost, factors
+        self.control_s *= any(factors)
+
+    def compute_s(self, microbatch: Microbatch) -> list[float]:
+        seconds = self.cost.seconds(work_of(microbatch))
+        return [each * factor for each, factor in zip(seconds, self.factors, strict=True)]
+
+    def hop_s(self, microbatch: Microbatch) -> list[float]:
+        return [self.control_s] * (len(self.factors) - 1)
+
+
+def _costs(load: Load, plan: PipelinePlan) -> tuple[CostModel | None, StageTimes]:
+    num_stages = load.num_stages
+    factors = [load.slow] * num_stages
+    if load.cost in ("none", "right", "tiled"):
+        kind = LinearTimes if load.cost == "right" else Tiled
+        rng = random.Random(f"prices {load.seed}")
+        prices = {
+            "base": rng.choice((0.0, 1e-3, 1e-2, 1e-2)),
+            "per_token": rng.choice((1e-5, 2e-4, 2e-3)),
+            "per_position": rng.choice((0.0, 1e-6, 1e-4)),
+            "per_pair": rng.choice((0.0, 1e-7, 1e-5)),
+        }
+        cost = LinearCost(kind(num_stages, **prices))
+        return None if load.cost == "none" else cost, Scaled(cost, factors)
+    wrong = {"dear": 1.3, "cheap": 0.7}.get(load.cost, 1.0)
+    if load.cost == "one slow stage":
+        factors[load.seed % num_stages] *= 3
+    if load.cost == "gpu":
+        return PipelineCost(*GPU, plan), Scaled(PipelineCost(*GPU, plan), factors)
+    cost = PipelineCost(wrong_by(wrong), SHAPE, plan)
+    return cost, Scaled(PipelineCost(TRUE, SHAPE, plan), factors)
+
+
+def wrong_by(factor: float) -> DeviceProfile:
+    """The made-up profile with every term off: matrix products one way, attention the other."""
+    layer = tuple((tokens, seconds * factor) for tokens, seconds in TRUE.tables.layer)
+    attention = replace(
+        TRUE.attention,
+        prefix_flops_per_s=TRUE.attention.prefix_flops_per_s * factor,
+        causal_flops_per_s=TRUE.attention.causal_flops_per_s * factor,
+        decode_bytes_per_s=TRUE.attention.decode_bytes_per_s * factor,
+    )
+    return replace(TRUE, tables=replace(TRUE.tables, layer=layer), attention=attention)

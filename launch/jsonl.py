@@ -121,11 +121,14 @@ def read_done(path: Path, job: str) -> Done:
 
     Raises ConfigError when a whole line is no result, or one of another job.
     """
-    indices, num_errors, num_bytes = set(), 0, 0
+    indices, failed, num_bytes = set(), set(), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
+            num_bytes += len(line)
+            if not line.strip():
+                continue
             result = _parse_result(line, f"{path}:{number}")
             if result["job"] != job:
                 raise ConfigError(
@@ -133,22 +136,24 @@ def read_done(path: Path, job: str) -> Done:
                     "were others; give what it was begun with, or --overwrite, or another --output"
                 )
             indices.add(result["index"])
-            num_errors += has_error(result)
-            num_bytes += len(line)
-    return Done(indices=frozenset(indices), num_errors=num_errors, num_bytes=num_bytes)
+            if has_error(result):
+                failed.add(result["index"])
+    return Done(indices=frozenset(indices), num_errors=len(failed), num_bytes=num_bytes)
 
 
 def has_error(result: dict[str, Any]) -> bool:
     """Whether the prompt, or one of its samples, could not be run to its end."""
-    return any("error" in part for part in (result, *result.get("outputs", ())))
+    samples = result.get("outputs", ())
+    return "error" in result or any("error" in sample for sample in samples)
 
 
 def _parse_result(line: bytes, place: str) -> dict[str, Any]:
     try:
-        result = json.loads(line)
-    except ValueError:
+        result = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
         result = None
-    if not isinstance(result, dict) or not {"index", "job"} <= result.keys():
+    is_result = isinstance(result, dict) and {"index", "job"} <= result.keys()
+    if not is_result or type(result["index"]) is not int:
         raise ConfigError(
             f"{place} is no result that --resume can go on from; give --overwrite, or another "
             "--output"

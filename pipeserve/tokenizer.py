@@ -115,15 +115,20 @@ class Tokenizer:
     def hides_bytes(self) -> bool:
         """Whether a token may be part of a character and `token_bytes` does not say so."""
         return self.exists and (
-            not self._loaded.is_fast
+            not self._is_fast
             or ("ByteLevel" in self._decoder_kinds and self._decoder_kinds != ["ByteLevel"])
         )
+
+    @property
+    def _is_fast(self) -> bool:
+        """Whether it is one of `tokenizers`, whose steps are known, and not written in Python."""
+        return getattr(self._loaded, "is_fast", False)
 
     @cached_property
     def _decoder_kinds(self) -> list[str]:
         """The steps by which the tokenizer makes text of tokens, as `tokenizers` names them."""
-        if not self._loaded.is_fast:
-            return ["ByteFallback"]  # written in Python, over sentencepiece for the most part
+        if not self._is_fast:
+            return ["ByteFallback"]  # over sentencepiece, for the most part
         decoder = self._loaded.backend_tokenizer.decoder
         if decoder is None:
             return []

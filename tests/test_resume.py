@@ -225,7 +225,19 @@ def test_another_model_is_another_job(runs, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", [b"{\n", b"\xff\xfe\n", b"[]\n", b"\n", b'{"index": 0}\n', b'{"job": "x"}\n', b"\0\0\n"]
+    "line",
+    [
+        b"{\n",
+        b"\xff\xfe\n",
+        b"[]\n",
+        b'{"index": 0}\n',
+        b'{"job": "x"}\n',
+        b"\0\0\n",
+        b'{"index": [0], "job": "x"}\n',
+        b'{"index": true, "job": "x"}\n',
+        b"[" * 100_000 + b"\n",
+    ],
+    ids=lambda line: repr(line[:30]),
 )
 def test_what_is_no_result_is_named(runs, capsys, line):
     runs(dies_at_poll=2)
@@ -235,6 +247,23 @@ def test_what_is_no_result_is_named(runs, capsys, line):
     capsys.readouterr()
     refused(capsys, runs("--resume"), f"{runs.output}:{number} is no result", "--overwrite")
     assert runs.output.read_bytes() == kept
+
+
+def test_what_an_editor_leaves_is_kept(runs, capsys):
+    """Blank lines, line ends of Windows, a BOM, results that are there twice."""
+    whole = runs.whole()
+    lines = whole.splitlines()
+    kept = b"\xef\xbb\xbf" + b"\r\n".join([*lines[:3], b"", *lines[:3], b"  "]) + b"\n"
+    runs.output.write_bytes(kept)
+    runs.drivers.clear()
+    capsys.readouterr()
+    assert runs("--resume") == 1
+    assert f"3 of {len(PROMPTS)} are done" in capsys.readouterr().err
+    written = runs.output.read_bytes()
+    assert written.startswith(kept)
+    assert sorted(written[len(kept) :].splitlines()) == sorted(lines[3:])
+    assert runs("--resume") == 1  # of all that is there twice, one could not run
+    assert "error: 1 of the 7 kept could not run" in capsys.readouterr().err
 
 
 def test_flags_that_contradict(runs, capsys, prompts):

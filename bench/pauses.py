@@ -76,6 +76,7 @@ class Watch:
         self.between, self.planning = Clock(), Clock()
         self.at_s = array("d")
         """Of each look, when it was."""
+        self._has_begun = False
         self.began = self._now()
         self._left = self.began
         self._planned = (0.0, 0.0)
@@ -90,9 +91,10 @@ class Watch:
         def look(timeout_ms: int | None) -> list:
             (wall_s, cpu_s), (left_s, left_cpu_s) = self._now(), self._left
             planned_s, planned_cpu_s = self._planned
-            if self.planning.cpu_s:
+            if self._has_begun:
                 self.between.add(wall_s - left_s - planned_s, cpu_s - left_cpu_s - planned_cpu_s)
                 self.at_s.append(wall_s - self.began[0])
+            self._has_begun = bool(self.planning.cpu_s)
             self._planned = (0.0, 0.0)
             found = ready(timeout_ms)
             self._left = self._now()

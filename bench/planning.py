@@ -9,8 +9,8 @@ of 100..500 tokens, whose KV is there, and times a steady load: R requests decod
 every fourth microbatch one of them is ended and a new prompt arrives. The limit between tokens is
 what a turn of full microbatches takes, so that it binds. The first tenth is warm-up. Columns:
 decodes and prefill tokens in a microbatch (means); microseconds of this thread's CPU time, which
-hardly depends on what else the machine does; garbage collections, which go on as in a run of
-`pipeserve`, and the longest of them. Compare the growth down a column with the growth of the
+hardly depends on what else the machine does; garbage collections, as in a run of a command, and
+the longest of them. Compare the growth down a column with the growth of the
 microbatch: `plan` has to follow the second, not the number of requests that run.
 """
 
@@ -31,7 +31,7 @@ from pipeserve.core.nouns import Microbatch, Request, RequestId, SamplingParams,
 from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.work import Work
-from pipeserve.launch.collector import short_collections
+from pipeserve.launch.collector import no_pauses
 
 RUNNING = (10, 100, 1_000, 10_000)
 STAGES = (2, 4, 8, 16, 32, 64)
@@ -133,10 +133,11 @@ def timed_us(call):
 
 def measure(policy: str, num_running: int, num_stages: int, num_microbatches: int) -> str:
     """One row of the table."""
-    load = Load(policy, num_running, num_stages)
-    load.warm_up()
     plan_us, complete_us, decodes, prefill = [], [], [], []
-    with short_collections(), Collections() as collections:
+    with no_pauses() as collect, Collections() as collections:
+        load = Load(policy, num_running, num_stages)
+        load.warm_up()
+        collect()
         for step in range(num_microbatches):
             if step % 4 == 0:
                 load.replace_one()
@@ -145,6 +146,7 @@ def measure(policy: str, num_running: int, num_stages: int, num_microbatches: in
             if microbatch is None:
                 continue  # nothing plannable: a few requests on many stages
             load.send(microbatch)
+            collect()
             plan_us.append(elapsed)
             sizes = [chunk.num_tokens for chunk in microbatch.chunks]
             decodes.append(sum(size == 1 for size in sizes))

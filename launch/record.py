@@ -17,11 +17,11 @@ from rich.console import Console
 
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import PipelinePlan
-from pipeserve.core.records import Record, Recorder, ignore
+from pipeserve.core.records import Planned, Record, Recorder, ignore
 from pipeserve.core.shape import ModelShape
 from pipeserve.core.view import Limits
 from pipeserve.errors import StageError
-from pipeserve.launch.collector import short_collections
+from pipeserve.launch.collector import no_pauses
 from pipeserve.launch.explain import explaining
 from pipeserve.launch.live import live_view
 from pipeserve.profiling.clocks import align
@@ -108,8 +108,10 @@ def recorded(
         to_files(entry)
         to_lines(entry)
         to_view(entry)
+        if type(entry) is Planned:
+            collect()  # the driver has started, and the stages are busy
 
-    with ExitStack() as files, open_driver(record) as driver, short_collections():
+    with ExitStack() as files, open_driver(record) as driver, no_pauses() as collect:
         meta = meta_of_driver(driver)
 
         def start_writing() -> None:

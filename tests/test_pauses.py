@@ -1,6 +1,7 @@
 """That nothing stops a run for long: what the garbage collector walks, and how much is kept."""
 
 import gc
+import weakref
 from contextlib import contextmanager
 from itertools import count
 
@@ -17,7 +18,7 @@ from pipeserve.core.records import Completed, Span
 from pipeserve.core.view import Limits
 from pipeserve.driver import Driver
 from pipeserve.launch import bench
-from pipeserve.launch.collector import short_collections
+from pipeserve.launch.collector import no_pauses
 from pipeserve.launch.emulated import emulated_setup
 from pipeserve.launch.record import recorded
 from pipeserve.profiling.recording import Ring
@@ -54,11 +55,12 @@ class Run:
         self.engine.add(request, self.now)
         self.journal.arrived(request, self.now)
 
-    def go(self, num_microbatches):
+    def go(self, num_microbatches, collect=lambda: None):
         flying = []
         for _ in range(num_microbatches):
             while isinstance(planned := self.engine.plan(self.now), Microbatch):
                 self.journal.planned(planned, self.now, self.now)
+                collect()
                 flying.append(planned)
             done = flying.pop(0)
             self.now += 0.01
@@ -115,23 +117,22 @@ def walked(roots):
 
 
 def test_no_collection_of_a_long_run_walks_much():
-    """At a thousand running requests, with everything recorded."""
+    """At a thousand running requests, all of them replaced twice, with everything recorded."""
     run = Run(1000)
-    with short_collections(), collections() as told:
-        run.go(300)
-    assert len(run.ring) > 5000 and run.engine.num_running > 900
-    assert len(told) > 10
-    assert max(generation for generation, _ in told) < 2
-    assert max(num for _, num in told) < 4000
+    with no_pauses() as collect, collections() as told:
+        run.go(500, collect)
+    assert len(run.ring) > 8000 and run.engine.num_running > 900
+    assert len(told) > 490 and {generation for generation, _ in told} == {0}
+    assert max(num for _, num in told) < 2000
 
 
-def test_the_default_collector_would_walk_more():
+def test_the_default_collector_walks_more():
     """Or the test above could not fail."""
     run = Run(1000)
+    gc.collect()
     with collections() as told:
-        gc.collect()
-        run.go(20)
-    assert max(num for _, num in told) > 10_000
+        run.go(500)
+    assert max(num for _, num in told) > 5000
 
 
 def test_what_is_walked_does_not_grow_with_what_was_run():
@@ -206,33 +207,55 @@ def test_an_emulated_run_leaves_nothing_to_the_collector():
 # ---- the collector of a command ------------------------------------------------------------------
 
 
-def test_collections_are_short_until_the_end():
-    thresholds = gc.get_threshold()
-    with short_collections(), collections() as told:
-        kept = [[number] for number in range(200_000)]
-        assert gc.get_freeze_count() > 10_000
-    assert len(told) > 50 and max(generation for generation, _ in told) == 1
-    assert max(num for _, num in told) < 4000
-    assert gc.get_threshold() == thresholds and gc.get_freeze_count() == 0
+def test_nothing_is_collected_unasked_and_old_things_never():
+    with no_pauses() as collect, collections() as told:
+        kept = [[number] for number in range(100_000)]
+        collect()  # of so many at once most stay: not walked
+        assert told == [] and gc.get_freeze_count() > 100_000
+        kept += [[number] for number in range(1000)]
+        cycle = []
+        cycle.append(weakly := Cycle())
+        weakly.cycle, gone = cycle, weakref.ref(weakly)
+        del cycle, weakly
+        collect()
+        assert gone() is None
+    assert [generation for generation, _ in told] == [0] and 1000 <= told[0][1] < 1100
+    assert gc.isenabled() and gc.get_freeze_count() == 0
     del kept
 
 
-def test_what_was_frozen_before_stays_so():
+class Cycle:
+    """What can be seen to go."""
+
+
+def test_the_collector_is_left_as_it_was():
     gc.freeze()
+    gc.disable()
     try:
-        with pytest.raises(KeyError), short_collections():
+        with pytest.raises(KeyError), no_pauses():
             raise KeyError
-        assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() > 0 and not gc.isenabled()
     finally:
+        gc.enable()
         gc.unfreeze()
 
 
 def test_the_commands_have_it():
     """`bench` and `generate` get their driver here."""
-    driver = Driver(emulated_setup(config_of(1)))
-    with recorded(lambda record: driver, None):
-        assert gc.get_freeze_count() > 0 and gc.get_threshold()[2] > 1e6
-    assert gc.get_freeze_count() == 0
+    items = [WorkItem(prompt=(7,) * 5, max_tokens=40)]
+    with (
+        collections() as told,
+        recorded(lambda record: Driver(emulated_setup(config_of(1)), record=record), None) as (
+            driver,
+            records,
+        ),
+    ):
+        assert gc.get_freeze_count() > 0 and not gc.isenabled()
+        told.clear()
+        bench.replay(driver, items, "", count())
+        assert [generation for generation, _ in told] == [0] * (driver.engine.last.index + 1)
+        assert len(records.ring) > 80
+    assert gc.get_freeze_count() == 0 and gc.isenabled()
 
 
 # ---- bursts --------------------------------------------------------------------------------------

@@ -54,8 +54,19 @@ def keepers(*places, address, more=(), **environment):
     """Keepers of (rank, world size), as another launcher starts them."""
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "pipeserve.launch.keeper", "--control", address, *more],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), **environment},
+            [
+                sys.executable,
+                "-m",
+                "pipeserve.launch.keeper",
+                "--control",
+                address,
+                "--rank",
+                str(rank),
+                "--world-size",
+                str(world),
+                *more,
+            ],
+            env={**os.environ, **environment},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -147,7 +147,8 @@ class Keeper:
                 self._tell(control.Pong(self.rank, message.sent_s, now, self._num_moved()))
 
     def _start(self, job: StartStage) -> None:
-        cores, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), *_local_place(self.rank))
+        place = _local_place(self.rank, self.world_size)
+        cores, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), *place)
         if job.control.startswith("/"):
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
         with _file_of(control.encode(control.Launch(job, self.rank, self.secret))) as launch:
@@ -208,10 +209,11 @@ def stage_cpus(
     return available[local_rank * share : (local_rank + 1) * share], share
 
 
-def _local_place(rank: int) -> tuple[int, int]:
-    """This rank's number among those of its machine, and how many they are."""
-    local_world_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
-    return int(os.environ.get("LOCAL_RANK", rank)), int(local_world_size)
+def _local_place(rank: int, world_size: int) -> tuple[int, int]:
+    """This rank's number among those of its machine, and how many they are; all, where the launcher
+    does not say."""
+    place = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", world_size)
+    return int(place[0]), int(place[1])
 
 
 def _stage_environment(rank: int, num_threads: int) -> dict[str, str]:

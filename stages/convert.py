@@ -64,8 +64,6 @@ def convert(gguf: Path, folder: Path) -> None:
     dtype = _DTYPE_OF_FILE_TYPE.get(_field(reader, "general.file_type"), torch.bfloat16)
     config = transformers.AutoConfig.from_pretrained(**where)
     config.dtype = dtype
-    if getattr(config, "sliding_window", None) is not None:
-        config.sliding_window = None  # of transformers' own, for what is named after Mistral
     rope_factors = _rope_factors(reader)
     if rope_factors:
         config.rope_parameters = _rope_of_factors(config, rope_factors)

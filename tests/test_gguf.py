@@ -201,19 +201,6 @@ def test_a_head_of_another_size(tmp_path, name, sizes, field):
         convert(file, tmp_path / "out")
 
 
-def test_a_mistral_has_no_window_in_gguf(tmp_path):
-    """llama.cpp calls it a llama; transformers goes by its name, and adds the window of v0.1."""
-    more = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
-    original = tiny(
-        "mistral_full", tmp_path / "model", **SIZES, **more, max_position_embeddings=8192
-    )
-    name = "mistral"
-    original = Path(original)
-    file = write_gguf(tmp_path / "t.gguf", original, "llama", more=lambda w: w.add_name(name))
-    convert(file, tmp_path / "out")
-    assert_same(tmp_path / "out", original)
-
-
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_tied_model_with_its_head_written_out(tmp_path, is_same):
     """llama.cpp#6578."""

@@ -28,7 +28,8 @@ def num_parameters(config: ModelConfig) -> int:
     model = Stage(
         config, first_layer=0, stop_layer=config.num_layers, has_embedding=True, has_head=True
     )
-    return sum({leaf.source: leaf.num_parameters for leaf in model.leaves()}.values())
+    twice = model.head.vocabulary.num_parameters if config.tie_word_embeddings else 0
+    return model.num_parameters - twice
 
 
 def _count(number: int) -> str:

@@ -190,7 +190,7 @@ def _own_classes(folder: Path) -> str:
     """The classes of the folder's own code that its files name for the tokenizer; '' if none."""
     for name in ("tokenizer_config.json", "config.json"):
         try:
-            named = json.loads((folder / name).read_text())["auto_map"]
+            named = json.loads((folder / name).read_text(encoding="utf-8"))["auto_map"]
             named = named["AutoTokenizer"] if isinstance(named, dict) else named
             return ", ".join(each for each in named if each)
         except (OSError, ValueError, KeyError, TypeError):

@@ -282,7 +282,7 @@ def _check_is_model(folder: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing; give a Hugging Face model folder") from None
     except (OSError, ValueError) as error:

@@ -20,7 +20,32 @@ from pipeserve.stages.config import ModelConfig
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _REMEDY = "give the model's safetensors folder or hub id"
-_LOST_FIELDS = ("expert_count", "attention.sliding_window", "rope.scaling.type")
+_READ_FIELDS = (
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "vocab_size",
+)
+"""Of an architecture: what comes through."""
+_LOST_FIELDS: dict[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "rope.scale_linear": (1.0,),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.type": ("none",),
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+"""What is lost, and the values with which nothing is. All other fields say something as well."""
 _ROPE_FACTORS = "rope_freqs.weight"
 _DTYPE_OF_FILE_TYPE = {0: torch.float32, 1: torch.float16}
 """Of `general.file_type`, as gguf.LlamaFileType counts: ALL_F32 and MOSTLY_F16."""
@@ -44,7 +69,7 @@ def convert(gguf: Path, folder: Path) -> None:
         config.rope_parameters = _rope_of_factors(config, rope_factors)
     config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     config.save_pretrained(folder)
-    ModelConfig.from_folder(folder)
+    _check_head(reader, ModelConfig.from_folder(folder).head_dim)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
@@ -52,8 +77,8 @@ def convert(gguf: Path, folder: Path) -> None:
     # transformers takes what came from GGUF for quantised, and refuses to save it; it is not.
     model.hf_quantizer = None
     del model.config.quantization_config
-    model.config.rope_parameters = config.rope_parameters
     model.save_pretrained(folder)
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes 0600: useless in a shared cache
@@ -73,10 +98,24 @@ def _check_fields(reader: GGUFReader) -> None:
             f"its architecture {architecture} does not come through whole, "
             f"{', '.join(_ARCHITECTURES)} do; {_REMEDY}"
         )
-    for name in _LOST_FIELDS:
-        value = _field(reader, f"{architecture}.{name}")
-        if value not in (None, 0, "none"):
+    if _field(reader, "general.type") not in (None, "model"):
+        raise ConfigError(f"it is of type {_field(reader, 'general.type')}, no model; {_REMEDY}")
+    for field in reader.fields:
+        prefix, _, name = field.partition(".")
+        value = _field(reader, field)
+        is_read = prefix != architecture or name in _READ_FIELDS
+        if not is_read and value not in _LOST_FIELDS.get(name, ()):
             raise ConfigError(f"its {name} ({value}) would be lost; {_REMEDY}")
+
+
+def _check_head(reader: GGUFReader, head_dim: int) -> None:
+    """A head has one size for queries, keys, values and rotation: transformers reads one or none of
+    the four, by architecture."""
+    architecture = _field(reader, "general.architecture")
+    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        size = _field(reader, f"{architecture}.{name}")
+        if size not in (None, head_dim):
+            raise ConfigError(f"its {name} ({size}) would be taken for {head_dim}; {_REMEDY}")
 
 
 def _rope_factors(reader: GGUFReader) -> list[float]:

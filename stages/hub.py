@@ -59,7 +59,7 @@ def _shards(folder: Path) -> list[str]:
     if not index.exists():
         return ["model.safetensors"]
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{index} is no safetensors index; fetch it again") from None
 

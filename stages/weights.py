@@ -259,7 +259,7 @@ def _shard_of_tensor(folder: Path) -> dict[str, Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return {name: folder / shard for name, shard in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{index} is no safetensors index; fetch it again") from None

@@ -74,5 +74,6 @@ def test_ends_beyond_the_vocabulary_are_left_out(folders, tmp_path):
 def test_a_window_of_null_is_none(folders, tmp_path):
     shutil.copy(Path(folders["qwen2_window"], "config.json"), tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "sliding_window": None}))
+    changes = {"sliding_window": None, "layer_types": None}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     assert ModelConfig.from_folder(tmp_path).windows == ()

@@ -149,12 +149,76 @@ def test_an_architecture_that_does_not_come_through(tmp_path, architecture):
         convert(tmp_path / "t.gguf", tmp_path / "out")
 
 
+LOST = {
+    "expert_count": 8,
+    "attention.sliding_window": 4096,
+    "attention.scale": 0.5,
+    "attention.logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "logit_scale": 0.1,
+    "embedding_scale": 12.0,
+    "residual_scale": 0.2,
+    "rope.scale_linear": 4.0,
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.type": "linear",
+    "leading_dense_block_count": 1,
+    "field_of_the_future": 1,
+}
+
+
+def add_field(writer, name, value):
+    kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds[type(value)](f"llama.{name}", value)
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_field_that_would_be_lost_is_refused(model, tmp_path, name):
+    file = write_gguf(
+        tmp_path / "t.gguf", model, "llama", more=lambda writer: add_field(writer, name, LOST[name])
+    )
+    with pytest.raises(ConfigError, match=rf"its {name} \(\S+\) would be lost; give the model's"):
+        convert(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "field"),
+    [
+        ("qwen3", {"head_dim": 32}, "attention.key_length"),
+        ("llama", {}, "attention.key_length"),
+    ],
+)
+def test_a_head_of_another_size(tmp_path, name, sizes, field):
+    """transformers takes 128 for every Qwen3, and no head that is rotated in part."""
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    folder = Path(tiny(name, tmp_path / "model", **SIZES, **sizes, rope_parameters=rope))
+
+    def more(writer):
+        if name == "llama":
+            writer.kv_data[0]["llama.rope.dimension_count"].value = 8  # of 16
+
+    file = write_gguf(tmp_path / "t.gguf", folder, name, more=more)
+    with pytest.raises(ConfigError, match=rf"its {field} \(\d+\) would be taken for \d+; give"):
+        convert(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_tied_model_with_its_head_written_out(tmp_path, is_same):
+    """llama.cpp#6578."""
+    original = make("qwen2_tied", tmp_path / "model")
+    table = load_file(original / "model.safetensors")["model.embed_tokens.weight"].numpy()
+    head = table if is_same else table[::-1].copy()
+    file = write_gguf(
+        tmp_path / "t.gguf", original, "qwen2", more=lambda w: w.add_tensor("output.weight", head)
+    )
+    convert(file, tmp_path / "out")
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(made["lm_head.weight"], torch.from_numpy(head))
+    assert torch.equal(made["model.embed_tokens.weight"], torch.from_numpy(table))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), "rope.scaling"),
-        (lambda writer: writer.add_sliding_window(4096), "sliding_window .4096. would be lost"),
-        (lambda writer: writer.add_expert_count(8), "expert_count .8. would be lost"),
         (
             lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float16)),
             "rope_freqs.weight is F16",
@@ -164,7 +228,7 @@ def test_an_architecture_that_does_not_come_through(tmp_path, architecture):
             "40 tensors, its config asks for 39",
         ),
     ],
-    ids=["scaled rope", "window", "experts", "frequencies of another type", "bias"],
+    ids=["frequencies of another type", "bias"],
 )
 def test_what_would_be_lost_is_refused(model, tmp_path, more, message):
     file = write_gguf(tmp_path / "t.gguf", model, "llama", more=more)

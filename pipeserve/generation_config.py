@@ -3,7 +3,7 @@
 Its parameters fill what a request leaves out (`ModelConfig.get_diff_sampling_param` of vLLM), and
 its eos ends a request beside that of the tokenizer (`SamplingParams.update_from_generation_config`
 there). With `generation_config` "vllm" the parameters are not taken, and eos is; with a folder both
-are of the file in there. A model without the file has what config.json says, as in transformers.
+are of the file in there. config.json says nothing of sampling, as in transformers 5.
 """
 
 import json
@@ -39,8 +39,6 @@ def default_params(config: RunConfig, model_folder: Path) -> SamplingParams:
     if config.generation_config == "vllm":
         return SamplingParams()
     path = _path(config, model_folder)
-    if not path.exists():
-        path = model_folder / "config.json"
     values = _read(path)
     given = {
         field: _whole(values[key]) if field in _WHOLE else values[key]

@@ -81,11 +81,18 @@ def test_another_folder_s_file(folder, tmp_path):
         _llm(folder, str(tmp_path / "nowhere"))
 
 
-def test_without_a_file_config_json_counts(folder):
+def test_without_a_file_nothing_is_filled(folder):
+    """transformers 5 takes eos from config.json, and no sampling."""
     (folder / "config.json").write_text(json.dumps({"temperature": 0.5, "hidden_size": 4}))
-    assert _llm(folder).get_default_sampling_params() == SamplingParams(temperature=0.5)
+    assert _llm(folder).get_default_sampling_params() == SamplingParams()
     _write(folder)
     assert _llm(folder).get_default_sampling_params() == SamplingParams()
+
+
+def test_whatever_is_in_the_file_counts(folder):
+    """Though transformers 4 had the same value where the file had none."""
+    _write(folder, top_k=50, temperature=1.0, transformers_version="4.40.0")
+    assert _llm(folder).get_default_sampling_params() == SamplingParams(top_k=50)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -202,6 +203,13 @@ def test_every_format_has_a_published_example():
     for each in FORMATS:
         names = {name for name in (each.prompt, each.output, each.arrival, each.mark) if name}
         assert any(names <= words for words in seen), each.source
+
+
+def test_the_page_lists_every_format():
+    page = (Path(__file__).parent.parent / "docs" / "bench.md").read_text()
+    for each in FORMATS:
+        names = [name for name in (each.prompt, each.output, each.arrival, each.mark) if name]
+        assert any(all(f"`{name}`" in row for name in names) for row in page.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -539,7 +539,8 @@ def test_sharegpt_is_read_as_vllms_benchmark_reads_it(write):
         raw.token_lengths()
     work = raw.tokenized(words)
     assert sorted(work.token_lengths()) == [(4, 4), (8, 9), (1024, 1024)]
-    assert work.notes[0].startswith("4 conversations were left out: under 4 tokens")
+    assert work.notes[0] == "3 conversations without two turns of text were left out"
+    assert work.notes[1].startswith("4 conversations were left out: under 4 tokens")
     assert [item.arrival_s for item in work.with_ids(99)] == [0, 0, 0]
 
 
@@ -574,6 +575,7 @@ def test_conversations_that_are_all_too_short(write):
         ('[{"prompt": "a", "max_tokens": 1},\n{"prompt": 3}]', "element 2: prompt must be text"),
         ("[\n{]", "not JSON: Expecting property name .* at line 2, column 2"),
         ("[]", "no rows; give a trace"),
+        ('[{"conversations": []}, {"conversations": "[]"}]', "no conversation has two turns of"),
         ("", "no rows; give a trace"),
         ("[" * 100_000, "not JSON that can be read"),
     ],

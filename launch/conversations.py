@@ -5,7 +5,7 @@ length alone, and only where both are 4 tokens or more, the prompt at most 1,024
 at most 2,048 (`is_valid_sequence` in vLLM's vllm/benchmarks/datasets/utils.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeserve.launch.rows import Row
@@ -27,14 +27,17 @@ def is_conversation(values: Mapping[str, Any]) -> bool:
     return "conversations" in values
 
 
-def conversations_of(rows: Iterable[Row]) -> Iterator[Conversation]:
-    """Those with two turns of text."""
+def conversations_of(rows: Iterable[Row]) -> tuple[list[Conversation], int]:
+    """Those with two turns of text, and how many have not."""
+    found, num_left_out = [], 0
     for row in rows:
         turns = row.values.get("conversations")
-        if isinstance(turns, list):
-            texts = [_text(turn) for turn in turns[:2]]
-            if len(texts) == 2 and None not in texts:
-                yield Conversation(*texts)
+        texts = [_text(turn) for turn in turns[:2]] if isinstance(turns, list) else []
+        if len(texts) == 2 and None not in texts:
+            found.append(Conversation(*texts))
+        else:
+            num_left_out += 1
+    return found, num_left_out
 
 
 def _text(turn: Any) -> str | None:

@@ -178,9 +178,17 @@ def read_workload(
             f"--scale is {scale}, but {name} holds prompts, not lengths; leave it out"
         )
     if is_conversation(first.values):
-        conversations = list(conversations_of(rows))
+        conversations, num_left_out = conversations_of(rows)
+        if not conversations:
+            raise ConfigError(f"{name}: no conversation has two turns of text; give others")
         rng.shuffle(conversations)
-        return Workload(conversations=tuple(conversations), num_wanted=num_prompts, **shared)
+        note = f"{num_left_out:,} conversations without two turns of text were left out"
+        return Workload(
+            conversations=tuple(conversations),
+            num_wanted=num_prompts,
+            notes=(note,) if num_left_out else (),
+            **shared,
+        )
     items = list(islice(map(_read_item, rows), num_prompts))
     times = starting_again([item.arrival_s for item in items], num_prompts or len(items))
     items, notes = _repeated(name, items, num_prompts)

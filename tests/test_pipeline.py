@@ -95,10 +95,8 @@ def test_smollm2_says_what_transformers_says():
     texts = ["The capital of France is", "Once upon a time", "def add(a, b):"]
     prompts = [tokenizer(text).input_ids for text in texts]
     expected = greedy_tokens(folder, prompts, 16)
-    for stages, layers in ((1, None), (2, None), (3, [15, 10, 5]), (4, None)):
-        got, _ = _generate(
-            folder, prompts, 16, pipeline_parallel_size=stages, pipeline_layers=layers
-        )
+    for stages in (1, 2):  # three, unevenly: test_policies_on_stages.py; four: the tiny model's
+        got, _ = _generate(folder, prompts, 16, pipeline_parallel_size=stages)
         assert got == expected
 
 

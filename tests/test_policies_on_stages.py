@@ -36,11 +36,12 @@ def reference(folder: str, prompts: list[list[int]], max_tokens: int) -> list[li
     return answers
 
 
-def start(folder: str, num_stages: int) -> pipeserve.LLM:
+def start(folder: str, num_stages: int, layers: list[int] | None = None) -> pipeserve.LLM:
     return pipeserve.LLM(
         folder,
         dtype="float32",
         pipeline_parallel_size=num_stages,
+        pipeline_layers=layers,
         block_size=BLOCK_SIZE,
         num_gpu_blocks_override=64,
         max_model_len=128,
@@ -121,9 +122,10 @@ def smollm2():
     return str(folder), prompts, reference(str(folder), prompts, 6)
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="P{}".format)
-def smollm2_pipeline(smollm2, request):
-    with start(smollm2[0], request.param) as llm:
+@pytest.fixture(scope="module")
+def smollm2_pipeline(smollm2):
+    """Uneven, as the last stage has the head; that the cut is no matter, the tiny model shows."""
+    with start(smollm2[0], 3, [11, 10, 9]) as llm:
         yield llm
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -202,6 +203,13 @@ def test_every_format_has_a_published_example():
     for each in FORMATS:
         names = {name for name in (each.prompt, each.output, each.arrival, each.mark) if name}
         assert any(names <= words for words in seen), each.source
+
+
+def test_the_page_lists_every_format():
+    page = (Path(__file__).parent.parent / "docs" / "bench.md").read_text()
+    for each in FORMATS:
+        names = [name for name in (each.prompt, each.output, each.arrival, each.mark) if name]
+        assert any(all(f"`{name}`" in row for name in names) for row in page.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -531,7 +539,8 @@ def test_sharegpt_is_read_as_vllms_benchmark_reads_it(write):
         raw.token_lengths()
     work = raw.tokenized(words)
     assert sorted(work.token_lengths()) == [(4, 4), (8, 9), (1024, 1024)]
-    assert work.notes[0].startswith("4 conversations were left out: under 4 tokens")
+    assert work.notes[0] == "3 conversations without two turns of text were left out"
+    assert work.notes[1].startswith("4 conversations were left out: under 4 tokens")
     assert [item.arrival_s for item in work.with_ids(99)] == [0, 0, 0]
 
 
@@ -566,6 +575,7 @@ def test_conversations_that_are_all_too_short(write):
         ('[{"prompt": "a", "max_tokens": 1},\n{"prompt": 3}]', "element 2: prompt must be text"),
         ("[\n{]", "not JSON: Expecting property name .* at line 2, column 2"),
         ("[]", "no rows; give a trace"),
+        ('[{"conversations": []}, {"conversations": "[]"}]', "no conversation has two turns of"),
         ("", "no rows; give a trace"),
         ("[" * 100_000, "not JSON that can be read"),
     ],

@@ -156,6 +156,14 @@ def document(sender: Sender, num: int) -> None:
     sender.send(sender.tokens(sender.longest - sender.rng.randint(1, 4)), sender.rng.randint(1, 4))
 
 
+def long_prompts(sender: Sender, num: int) -> None:
+    """As long as their answers are, or longer: they come one after another, in many chunks."""
+    for _ in range(min(num, 20)):
+        length = sender.rng.randint(sender.longest // 3, sender.longest)
+        sender.send(sender.tokens(length), sender.rng.randint(1, sender.longest // 3))
+        sender.pause(0.03)
+
+
 def samples(sender: Sender, num: int) -> None:
     """Several answers to each prompt."""
     while num > 0:
@@ -202,6 +210,7 @@ KINDS: dict[str, Callable[[Sender, int], None]] = {
     "chat": chat,
     "equal prompts": equal_prompts,
     "document": document,
+    "long prompts": long_prompts,
     "samples": samples,
     "turns": turns,
     "imports": imports,
@@ -233,7 +242,7 @@ def make_load(seed: int) -> Load:
     for kind in kinds:
         KINDS[kind](sender, -(-most // len(kinds)))
         sender.pause(rng.choice((0.0, 0.1, 3.0)))
-    num_stages = rng.randint(1, 8)
+    num_stages = rng.choice((1, 2, *range(1, 9)))
     max_num_seqs = rng.choice((1, 2, 8, 32, 256, 256))
     budget = rng.choice((1, 2, 7, 32, 64, 512, 512, 2048))
     arrivals = sender.sent[: 20 if min(max_num_seqs, budget) < 8 else 200]
@@ -260,7 +269,7 @@ def _limits(
     """A pool of what the largest request can reach, upward."""
     block_size = rng.choice((1, 4, 16, 16))
     reach = max([min(len(r.prompt) + r.params.max_tokens, longest) - 1 for _, r in arrivals])
-    extra = rng.choice((0, 1, rng.randint(0, 3 * reach), rng.randint(0, 30 * reach)))
+    extra = rng.choice((0, 1, *[rng.randint(0, times * reach) for times in (1, 3, 30)]))
     if get_policy(policy).traits.whole_prompts:
         budget += longest
     return Limits(

@@ -35,6 +35,7 @@ ALLOWED = {
 # What the pure part may use of the standard library: nothing that reads, writes, waits or draws.
 PURE = {
     "array",
+    "bisect",
     "collections",
     "dataclasses",
     "difflib",

@@ -257,3 +257,34 @@ def test_uniform_makes_no_tiny_pieces(num_prompt, pieces):
     engine = make_engine("uniform", 4)
     add(engine, 0, num_prompt)
     assert [plan(engine).num_tokens for _ in pieces] == pieces
+
+
+# ---- room for decodes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", PREEMPTING)
+def test_those_that_share_their_blocks_are_preempted_in_one_go(policy):
+    """A system prompt of 20 blocks that 200 requests share, and a block of its own for each: when
+    all want another at once, every third has to give way. Who looked at one after the other, and
+    each time at all blocks of those before it, would stop the run for half a second."""
+    limits = {"block_size": 4, "max_num_batched_tokens": 1000, "max_model_len": 200}
+    engine = make_engine(policy, 1, num_blocks=20 + 200 + 2, **limits)
+    shared = (0,) * 80
+    for number in range(201):
+        params = SamplingParams(max_tokens=10)
+        engine.add(Request(id=RequestId(number), prompt=(*shared, number), params=params), 0.0)
+    looked, freed_by = [], engine._freed_by
+
+    def counted(request_ids):
+        looked.append(len(request_ids))
+        return freed_by(request_ids)
+
+    engine._freed_by = counted
+    ended, most = [], 0
+    while engine.num_unfinished:
+        before = engine.stats.preemptions
+        ended += [o.request_id for o in complete(engine, plan(engine)) if o.finish_reason]
+        most = max(most, engine.stats.preemptions - before)
+    assert sorted(ended) == list(range(201))
+    assert most >= 50
+    assert sum(looked) < 10 * engine.stats.preemptions

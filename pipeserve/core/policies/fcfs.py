@@ -7,6 +7,7 @@ admission, for the whole prompt (Sarathi-Serve, OSDI'24, algorithm 3, and its co
 preempted first, by recompute.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -36,15 +37,25 @@ def make_room(view: View, decodes: Sequence[RequestView]) -> Room:
     """
     needed = {d.id for d in decodes if d.num_planned == d.num_slots}
     chunks = dict.fromkeys([d.id for d in decodes], 1)
-    preempted: list[RequestId] = []
-    free = view.free_blocks
-    latest = reversed(view.running)
-    while len(needed) > free:
-        preempted.append(next(latest))
-        needed.discard(preempted[-1])
-        chunks.pop(preempted[-1], None)
-        free = view.free_blocks + view.freed_by(preempted)
-    return Room(chunks, tuple(preempted), free - len(needed))
+    if len(needed) <= view.free_blocks:
+        return Room(chunks, (), view.free_blocks - len(needed))
+    latest = list(reversed(view.running))
+
+    def spare(count: int) -> int:
+        """Blocks left when so many are preempted; less than 0 if that is not enough."""
+        given_up = latest[:count]
+        free = view.free_blocks + view.freed_by(given_up)
+        return free - len(needed.difference(given_up))
+
+    # Mostly one is enough. Where requests share most of their blocks it can be hundreds.
+    enough = 1
+    while spare(enough) < 0:
+        enough *= 2
+    tried = range(enough // 2 + 1, enough)
+    count = tried.start + bisect_left(tried, 0, key=spare)
+    for request_id in latest[:count]:
+        chunks.pop(request_id, None)
+    return Room(chunks, tuple(latest[:count]), spare(count))
 
 
 def reserved_room(view: View, most: int) -> Room:

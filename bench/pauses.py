@@ -6,9 +6,10 @@ LLaMA2-70B on emulated A100s, five stages of about 10 ms, some 64 decodes in a m
 two looks at what the stages said the driver takes up results, tells its records, hands out tokens
 and plans. Columns: milliseconds of its thread's CPU time from one look to the next, planning left
 out, and planning alone (wall time beside each: the machine's other work is in that), then the
-garbage collections by generation. What comes before the first microbatch is not counted: nothing
-waits for the driver then. CPU time hardly depends on what else the machine does; the stages only
-wait, so a run takes microbatches x 10 ms.
+garbage collections by generation. What comes before the first microbatch or after the last is not
+counted: nothing waits for the driver then. The stages only wait, so a run takes microbatches x
+10 ms. CPU time hardly depends on what else the machine does; but what a hypervisor takes of a
+virtual core is in it: single milliseconds now and then, of any program.
 """
 
 import argparse
@@ -75,32 +76,43 @@ class Watch:
     def __init__(self, driver: Driver) -> None:
         self.between, self.planning = Clock(), Clock()
         self.at_s = array("d")
-        """Of each look, when it was."""
+        """Of each look, when it was, and how many results were taken up before it."""
+        self.num_results = array("i")
+        self._num_results = 0
         self._has_begun = False
         self.began = self._now()
         self._left = self.began
         self._planned = (0.0, 0.0)
         sources = driver.fleet._sources
-        sources.ready = self._looking(sources.ready)
+        sources.ready = self._looking(driver, sources.ready)
         driver.engine.plan = self._timed(driver.engine.plan)
+        driver.engine.complete = self._counted(driver.engine.complete)
 
     def _now(self) -> tuple[float, float]:
         return time.perf_counter(), time.thread_time()
 
-    def _looking(self, ready: Callable) -> Callable:
+    def _looking(self, driver: Driver, ready: Callable) -> Callable:
         def look(timeout_ms: int | None) -> list:
             (wall_s, cpu_s), (left_s, left_cpu_s) = self._now(), self._left
             planned_s, planned_cpu_s = self._planned
-            if self._has_begun:
+            if self._has_begun and driver.num_unfinished:
                 self.between.add(wall_s - left_s - planned_s, cpu_s - left_cpu_s - planned_cpu_s)
                 self.at_s.append(wall_s - self.began[0])
+                self.num_results.append(self._num_results)
             self._has_begun = bool(self.planning.cpu_s)
-            self._planned = (0.0, 0.0)
+            self._planned, self._num_results = (0.0, 0.0), 0
             found = ready(timeout_ms)
             self._left = self._now()
             return found
 
         return look
+
+    def _counted(self, complete: Callable) -> Callable:
+        def counted(*args: Any) -> Any:
+            self._num_results += 1
+            return complete(*args)
+
+        return counted
 
     def _timed(self, plan: Callable) -> Callable:
         def timed(now: float) -> Any:
@@ -169,8 +181,13 @@ def main() -> None:
     print(plain_table(["ms", "", "number", "P50", "P99", "P99.9", "most"], table))
     for name, clock in (("looks", watch.between), ("plans", watch.planning)):
         print(f"{sum(s > 2e-3 for s in clock.cpu_s):,} {name} over 2 ms of CPU time")
-    longest = sorted(zip(watch.between.cpu_s, watch.at_s, strict=True), reverse=True)[:6]
-    print("the longest: " + ", ".join(f"{1e3 * s:.1f} ms at {at_s:.0f} s" for s, at_s in longest))
+    clock = watch.between
+    looks = zip(clock.cpu_s, clock.wall_s, watch.num_results, watch.at_s, strict=True)
+    for cpu_s, wall_s, num_results, at_s in sorted(looks, reverse=True)[:8]:
+        print(
+            f"{1e3 * cpu_s:.1f} ms of CPU time in {1e3 * wall_s:.1f} ms, {num_results} results, "
+            f"at {at_s:.0f} s"
+        )
     print(
         f"at the end: {tracked:,} tracked objects, {frozen:,} frozen; peak memory {peak:,} MiB; "
         f"the ring holds {len(records.ring):,} records"

@@ -76,7 +76,7 @@ class Run:
         self.told = []
         self.cost = Cost(num_stages)
         config = make_config({}, {"model": folder, "dtype": "float32", "max_num_seqs": 4,
-                                  "max_num_batched_tokens": 24,
+                                  "max_num_batched_tokens": 24, "heartbeat_interval": 0.02,
                                   "pipeline_parallel_size": num_stages})  # fmt: skip
         with Driver(checkpoint_setup(config, cost=self.cost), record=self.told.append) as driver:
             keepers = driver.fleet.keepers

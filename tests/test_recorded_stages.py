@@ -76,11 +76,12 @@ class Run:
         self.told = []
         self.cost = Cost(num_stages)
         config = make_config({}, {"model": folder, "dtype": "float32", "max_num_seqs": 4,
-                                  "max_num_batched_tokens": 24, "heartbeat_interval": 0.02,
+                                  "max_num_batched_tokens": 24,
                                   "pipeline_parallel_size": num_stages})  # fmt: skip
         with Driver(checkpoint_setup(config, cost=self.cost), record=self.told.append) as driver:
             keepers = driver.fleet.keepers
             keepers[1] = msgspec.structs.replace(keepers[1], boot_id="another machine")
+            driver.fleet._asked_all_s = -inf  # it is asked from the start
             self.tokens = serve(driver, random_prompts(folder, lengths=LENGTHS))
             self.window = driver.engine.pipeline.window + driver.engine.policy.traits.plans_ahead
             self.num_blocks = driver.engine.limits.num_blocks

@@ -73,7 +73,7 @@ class Fleet:
         self._config = config
         self._returned_s = -inf
         self._next_check_s = -inf
-        self._next_ping_s = -inf
+        self._asked_all_s = -inf
         self.lost_stage: int | None = None
         """Of the process whose end was raised."""
         self._boot_id = boot_id()
@@ -397,12 +397,12 @@ class Fleet:
         """For a sign of life, now and then; those of other machines also for the time, more often.
         The answers come as any other message."""
         now = time.monotonic()
-        if now < self._next_ping_s:
-            return
         period_s = self._config.heartbeat_interval
         if any(map(self._is_remote, self.keepers)):
             period_s = min(period_s, _CLOCK_PING_S)
-        self._next_ping_s = now + period_s
+        if now < self._asked_all_s + period_s:
+            return
+        self._asked_all_s = now
         for rank, keeper in self._keeper_of.items():
             keeper.send(control.encode(control.Ping(time.monotonic())))
             self._asked_s.setdefault(rank, now)

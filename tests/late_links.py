@@ -33,8 +33,8 @@ class LateLinks:
     def before_start(self, jobs: Sequence[StartStage], fleet: Fleet) -> list[StartStage]:
         """The same jobs, for stages that reach the driver by way of here."""
         self._num_stages = len(jobs)
-        self._process.stdin.write(fleet.secret.hex() + "\n")
-        there = self._ask(*[f"stage@{fleet.address}{job.control}" for job in jobs])
+        addresses = [f"stage@{fleet.address}{job.control}" for job in jobs]
+        there = self._ask(fleet.secret.hex(), *addresses)
         return [msgspec.structs.replace(j, control=at) for j, at in zip(jobs, there, strict=True)]
 
     def between(self, ready: Sequence[StageReady]) -> list[StageReady]:
@@ -91,8 +91,8 @@ class _Way:
 class _Relay:
     """All ways, by what they are called: each source carries the name of the way that it begins."""
 
-    def __init__(self, secret: bytes) -> None:
-        self.sources = Sources(secret)
+    def __init__(self) -> None:
+        self.sources = Sources()
         self.ways: dict[str, _Way] = {}
         self._by_name: dict[str, Connection] = {}
 
@@ -134,9 +134,9 @@ class _Lines:
 
 
 def main() -> None:
-    """Lines from standard input: the secret, then addresses of the driver, one for each stage, then
-    of the stages, then, any number of times, the delays of all ways."""
-    relay = _Relay(bytes.fromhex(sys.stdin.readline()))
+    """Lines from standard input: the secret and addresses of the driver, one for each stage, then
+    addresses of the stages, then, any number of times, the delays of all ways."""
+    relay = _Relay()
     lines = _Lines(relay.sources)
     num_lines, due_s = 0, _NEVER
     while True:
@@ -151,6 +151,8 @@ def main() -> None:
             if not words:
                 break
             num_lines += 1
+            if num_lines == 1:
+                relay.sources.secret = bytes.fromhex(words.pop(0))
             if num_lines <= 2:
                 print(*[relay.around(word) for word in words], flush=True)
             else:

@@ -24,7 +24,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from pipeserve import control
 from pipeserve.control import Ping, StartStage, Stop
-from pipeserve.machine import boot_id
+from pipeserve.machine import boot_id, native_dtypes
 
 _HEARTBEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -124,6 +124,7 @@ class Keeper:
             address=_address_towards(self.endpoint),
             pid=os.getpid(),
             boot_id=boot_id(),
+            native_dtypes=native_dtypes(),
         )
 
     def _start(self, job: StartStage) -> None:

@@ -45,7 +45,8 @@ class RunConfig:
     )
     dtype: str = _option(
         "auto",
-        "Type of weights and activations; auto is the checkpoint's.",
+        "Type of weights, products and KV; auto is the checkpoint's where every rank multiplies it "
+        "natively, else float32.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = _option(

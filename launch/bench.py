@@ -190,6 +190,7 @@ def _report(
         "policy": driver.config.policy,
         "workload": workload.name,
         "kind": driver.setup.kind,
+        "dtype": driver.dtype,
         "run_seconds": [run.summary.seconds for run in runs],
         "notes": [
             *workload.notes,

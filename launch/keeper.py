@@ -27,7 +27,7 @@ from pipeserve.connection import Connection, Descriptor, Source, Sources
 from pipeserve.control import NotWanted, Ping, StartStage, Stop
 from pipeserve.errors import ConfigError
 from pipeserve.listener import is_loopback
-from pipeserve.machine import boot_id
+from pipeserve.machine import boot_id, native_dtypes
 from pipeserve.secret import VARIABLE, control_secret
 
 _RETRY_S = 0.2
@@ -118,6 +118,7 @@ class Keeper:
             address=self.driver.own_host,
             pid=os.getpid(),
             boot_id=boot_id(),
+            native_dtypes=native_dtypes(),
         )
 
     # ---- once it has joined ---------------------------------------------------------------------

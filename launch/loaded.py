@@ -18,7 +18,8 @@ def loaded(driver: "Driver") -> str:
     gigabytes = "+".join(f"{stage.weight_bytes / 1e9:.2f}" for stage in stages)
     return (
         f"{model} ({origin(model, driver.model_folder)}): {driver.model_config.architecture}, "
-        f"{_count(num_parameters(driver.model_config))} parameters in {driver.dtype}; "
+        f"{_count(num_parameters(driver.model_config))} parameters in {driver.dtype}"
+        f"{f' ({why})' if (why := driver.setup.dtype_why) else ''}; "
         f"{len(stages)} stage{'s' * (len(stages) > 1)} of {layers} layers, {gigabytes} GB"
     )
 

@@ -53,6 +53,8 @@ def _start(
     exit_on_signals()
     with status("looking for the model") as say:
         driver = Driver(make_setup(say), say, record)
+    if driver.setup.dtype_warning:
+        print(f"warning: {driver.setup.dtype_warning}", file=sys.stderr)
     print(describe(driver), file=sys.stderr)
     return driver
 

@@ -1,10 +1,13 @@
 """A checkpoint as a driver runs it: found, checked, and cut into stages that compute for real."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from pipeserve.configs import RunConfig
 from pipeserve.configs.device_profiles import load_profile
-from pipeserve.control import ModelShare, encode
+from pipeserve.control import KeeperHello, ModelShare, encode
 from pipeserve.core.cost import PipelineCost
 from pipeserve.core.device import check_profile
 from pipeserve.core.nouns import PipelinePlan
@@ -12,9 +15,10 @@ from pipeserve.core.partition import plan_pipeline
 from pipeserve.core.policies import get_policy
 from pipeserve.core.shape import ModelShape
 from pipeserve.core.view import CostModel, Limits
+from pipeserve.dtypes import choose_dtype
 from pipeserve.errors import ConfigError
 from pipeserve.kv_budget import num_kv_blocks
-from pipeserve.machine import device_name
+from pipeserve.machine import device_name, native_dtypes
 from pipeserve.setup import Setup
 from pipeserve.shapes import shape_of
 from pipeserve.stages.config import ModelConfig
@@ -38,7 +42,30 @@ def checkpoint_setup(
     model_config = ModelConfig.from_folder(folder)
     check(model_config)
     check_checkpoint(folder, model_config)
-    dtype = model_config.resolve_dtype(config.dtype)
+    here = (native_dtypes(),) * config.pipeline_parallel_size
+    return _setup(_Found(config, folder, model_config, cost), here)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a setup is made of, whatever its dtype."""
+
+    config: RunConfig
+    folder: Path
+    model_config: ModelConfig
+    cost: CostModel | None
+
+
+def _setup_for(found: _Found, keepers: Sequence[KeeperHello]) -> Setup:
+    native = tuple(keeper.native_dtypes for keeper in keepers)
+    return _setup(found, native, [keeper.host for keeper in keepers])
+
+
+def _setup(found: _Found, native: tuple[tuple[str, ...], ...], hosts: Sequence[str] = ()) -> Setup:
+    """`native`: of each rank, as `machine.native_dtypes`."""
+    config, model_config = found.config, found.model_config
+    chosen = choose_dtype(config.dtype, model_config.dtype, native, hosts)
+    dtype = chosen.name
     max_model_len = _max_model_len(config, model_config)
     num_tokens = config.batched_tokens(
         get_policy(config.policy).traits.whole_prompts, max_model_len
@@ -68,11 +95,15 @@ def checkpoint_setup(
         dtype=dtype,
         plan=plan,
         limits=limits,
-        cost=cost or _profiled_cost(config, shape, plan, dtype),
+        cost=found.cost or _profiled_cost(config, shape, plan, dtype),
         module="pipeserve.worker",
-        works=_works(config, str(folder), plan, dtype, limits),
-        model_folder=folder,
+        works=_works(config, str(found.folder), plan, dtype, limits),
+        model_folder=found.folder,
         model_config=model_config,
+        dtype_why=chosen.why,
+        dtype_warning=chosen.warning,
+        native_dtypes=native,
+        for_ranks=partial(_setup_for, found),
     )
 
 

@@ -105,6 +105,8 @@ class KeeperHello(_Message):
     pid: int
     boot_id: str
     """Of its machine, whose processes share one clock."""
+    native_dtypes: tuple[str, ...] = ()
+    """What its CPU multiplies natively (`machine.native_dtypes`)."""
 
 
 class Pong(_Message):

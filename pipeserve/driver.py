@@ -54,14 +54,7 @@ class Driver:
         """Returns when all stages are ready. `on_progress` is told in words how far they are.
         `record` is handed what the run tells of itself, from within `add`, `finish`, `poll` and
         `settle`, and must not raise."""
-        self.setup = setup
-        self.config, self.dtype = setup.config, setup.dtype
-        self.shape, self.plan = setup.shape, setup.plan
-        self.model_folder, self.model_config = setup.model_folder, setup.model_config
-        self.max_model_len = setup.limits.max_model_len
-        policy = get_policy(self.config.policy)
-        self.engine = Engine(self.plan, policy, setup.limits, setup.cost)
-        self.journal = Journal(self.engine, record)
+        self._take(setup, record)
         self._may_plan = False
         """Something came since the engine last had no plan; nothing else can give it one."""
         self._num_spans_due = 0
@@ -70,6 +63,7 @@ class Driver:
         self.fleet = Fleet(len(self.plan.stages), self.config)
         try:
             self.fleet.wait_for_keepers(on_progress)
+            self._suit_ranks(record)
             ready = self.fleet.start_stages(self._jobs(), on_progress)
         except BaseException:
             self.fleet.close()
@@ -88,6 +82,23 @@ class Driver:
             )
             for stage, plan in zip(ready, self.plan.stages, strict=True)
         )
+
+    def _take(self, setup: Setup, record: Recorder) -> None:
+        self.setup = setup
+        self.config, self.dtype = setup.config, setup.dtype
+        self.shape, self.plan = setup.shape, setup.plan
+        self.model_folder, self.model_config = setup.model_folder, setup.model_config
+        self.max_model_len = setup.limits.max_model_len
+        policy = get_policy(self.config.policy)
+        self.engine = Engine(self.plan, policy, setup.limits, setup.cost)
+        self.journal = Journal(self.engine, record)
+
+    def _suit_ranks(self, record: Recorder) -> None:
+        """Where ranks on other machines multiply other types than was thought."""
+        keepers = [self.fleet.keepers[rank] for rank in range(self.fleet.num_ranks)]
+        native = tuple(keeper.native_dtypes for keeper in keepers)
+        if self.setup.for_ranks is not None and native != self.setup.native_dtypes:
+            self._take(self.setup.for_ranks(keepers), record)
 
     def _jobs(self) -> list[control.StartStage]:
         return [

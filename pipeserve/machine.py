@@ -1,7 +1,22 @@
-"""The machine at hand: which device it is, how much memory it has."""
+"""The machine at hand: which device it is, what it multiplies natively, how much memory it has."""
 
+import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+
+_INSTRUCTIONS = {
+    "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},  # the last is Arm's
+    "float16": {"avx512_fp16", "amx_fp16"},
+}
+"""Any of these, by the kernel's names, multiplies that type as it is."""
+_LIMITS = (
+    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
+    "AVX512_CORE_BF16",
+)
+"""Values of ONEDNN_MAX_CPU_ISA under which oneDNN imitates float16; bfloat16 under all but the last
+(oneDNN, "CPU Dispatcher Control")."""
+_ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 
 def device_name() -> str:
@@ -10,6 +25,34 @@ def device_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def native_dtypes(
+    cpuinfo: str | None = None, environment: Mapping[str, str] = os.environ
+) -> tuple[str, ...]:
+    """The types that products of this machine's CPU, and of a process with this `environment`, are
+    made in without imitation: float32, and of "bfloat16" and "float16" what there is.
+
+    By /proc/cpuinfo, because a keeper has no torch; and by the variables that have torch and oneDNN
+    do without newer instructions.
+    """
+    if cpuinfo is None:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    # Of every core: a machine may have two kinds.
+    cores = [
+        set(line.partition(":")[2].split())
+        for line in cpuinfo.splitlines()
+        if line.startswith(("flags", "Features"))
+    ]
+    everywhere = set.intersection(*cores) if cores else set()
+    limits = [environment.get(name, "").upper() for name in _ISA_VARIABLES]
+    is_limited = environment.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2")
+    found = ["float32"]
+    for dtype, instructions in _INSTRUCTIONS.items():
+        imitating = _LIMITS if dtype == "float16" else _LIMITS[:-1]
+        if everywhere & instructions and not is_limited and not {*limits} & {*imitating}:
+            found.append(dtype)
+    return tuple(found)
 
 
 def boot_id() -> str:

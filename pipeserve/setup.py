@@ -3,6 +3,7 @@
 Made of a checkpoint (`checkpoint.py`), or of a recipe alone where stages are emulated.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from pipeserve.core.shape import ModelShape
 from pipeserve.core.view import CostModel, Limits
 
 if TYPE_CHECKING:
+    from pipeserve.control import KeeperHello
     from pipeserve.stages.config import ModelConfig
 
 
@@ -25,6 +27,7 @@ class Setup:
     config: RunConfig
     shape: ModelShape
     dtype: str
+    """Of weights, products, KV and what links carry."""
     plan: PipelinePlan
     limits: Limits
     cost: CostModel | None
@@ -35,4 +38,12 @@ class Setup:
     """What each stage's program is told that it is to compute."""
     model_folder: Path | None = None
     model_config: "ModelConfig | None" = None
-    """These two of a checkpoint alone."""
+    dtype_why: str = ""
+    """Where the user left the dtype to us."""
+    dtype_warning: str = ""
+    native_dtypes: tuple[tuple[str, ...], ...] = ()
+    """Of each rank, by which the dtype was chosen."""
+    for_ranks: "Callable[[Sequence[KeeperHello]], Setup] | None" = None
+    """The same for the ranks that have joined, which may multiply other types natively.
+
+    These and the two before are of a checkpoint alone."""

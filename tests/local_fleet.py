@@ -15,7 +15,7 @@ from pipeserve.configs import RunConfig
 from pipeserve.connection import Sources, connect
 from pipeserve.fleet import Fleet, Received
 from pipeserve.listener import Listener
-from pipeserve.machine import boot_id
+from pipeserve.machine import boot_id, native_dtypes
 from pipeserve.stage_loop import StageLoop
 from pipeserve.worker import ModelCompute
 
@@ -32,7 +32,13 @@ class LocalFleet(Fleet):
     def wait_for_keepers(self, on_progress) -> None:
         for rank in range(self.num_ranks):
             self.keepers[rank] = control.KeeperHello(
-                rank, self.num_ranks, host="here", address="127.0.0.1", pid=0, boot_id=boot_id()
+                rank,
+                self.num_ranks,
+                host="here",
+                address="127.0.0.1",
+                pid=0,
+                boot_id=boot_id(),
+                native_dtypes=native_dtypes(),
             )
 
     def receive(self, timeout_s: float) -> list[Received]:

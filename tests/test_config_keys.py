@@ -330,9 +330,9 @@ def test_each_key_has_values_to_change_to(model):
 def ours(folder: Path, model: Model) -> torch.Tensor | None:
     """Logits; None where the config says what it said before. Raises ConfigError."""
     config = ModelConfig.from_folder(folder)
-    check_checkpoint(folder, config)
     if same(config, model.config):
         return None
+    check_checkpoint(folder, config)
     return Stages(str(folder), (config.num_layers,), config=config).logits(model.prompt, LENGTH)
 
 

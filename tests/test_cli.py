@@ -24,6 +24,8 @@ from pipeserve.llm import LLM
 from pipeserve.params import REFUSED
 from pipeserve.profiling.workloads import DISTRIBUTIONS
 
+pytestmark = pytest.mark.usefixtures("no_collections")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -10,6 +10,8 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch import cli, starting
 from pipeserve.llm import LLM
 
+pytestmark = pytest.mark.usefixtures("no_collections")
+
 ALL = {
     "repetition_penalty": 1.3,
     "temperature": 0.6,

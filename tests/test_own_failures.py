@@ -19,6 +19,8 @@ from pipeserve.launch.jsonl import strict_line
 from pipeserve.llm import LLM
 from pipeserve.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_collections")
+
 
 class PanicException(BaseException):
     """As Rust's panics come out of `tokenizers`: no Exception."""

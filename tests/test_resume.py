@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from pipeserve.launch import cli, starting
 
+pytestmark = pytest.mark.usefixtures("no_collections")
+
 PROMPTS = (
     {"prompt": "abc", "max_tokens": 5},
     {"prompt": "caf\u00e9 \u2028 \U0001f600", "max_tokens": 3, "logprobs": 0},
@@ -101,11 +103,15 @@ def test_after_a_death_at_any_moment_the_rest_is_run(runs, capsys):
         assert len(prompts_of(driver)) == len(PROMPTS) - num_kept  # nothing twice
 
 
-def test_the_last_line_cut_at_every_byte(runs):
+def test_the_last_line_cut_anywhere(runs):
+    """At each byte of a character, near both ends, and at every eighth place between."""
     whole = runs.whole()
     last = whole.splitlines(keepends=True)[-1]
-    assert not last.isascii()  # so that some cuts are inside a character
-    for num_left in range(len(last)):
+    odd = {place for place, byte in enumerate(last) if byte > 127}
+    assert odd
+    near = {place + step for place in odd for step in (-1, 0, 1)}
+    ends = {*range(4), *range(len(last) - 4, len(last))}
+    for num_left in sorted(near | ends | {*range(0, len(last), 8)}):
         runs.output.write_bytes(whole[: len(whole) - len(last) + num_left])
         runs.drivers.clear()
         assert runs("--resume") == 1
@@ -115,7 +121,7 @@ def test_the_last_line_cut_at_every_byte(runs):
 
 
 @settings(
-    max_examples=100,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

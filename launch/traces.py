@@ -89,8 +89,8 @@ def trace_of(
     notes = []
     if num_failed:
         notes.append(
-            f"{num_failed:,} of the {num_failed + len(lengths):,} rows read have no prompt or no "
-            "output tokens (failed requests) and were left out"
+            f"left out, for they have no prompt or no output tokens (failed requests): "
+            f"{num_failed:,} of {num_failed + len(lengths):,} rows"
         )
     if not moments:
         if unit_s is not None:
@@ -187,7 +187,7 @@ def _in_order(moments: Sequence[_Moment], columns: Columns, notes: list[str]) ->
                     "perhaps its clock was set back; give a zone, or sort the rows"
                 )
     if num_late:
-        notes.append(f"{num_late:,} rows come before the row above them; they were sorted by time")
+        notes.append(f"sorted by time, for rows come before the row above them: {num_late:,}")
     return sorted(range(len(moments)), key=lambda index: moments[index].value)
 
 

@@ -64,40 +64,21 @@ def trace_of(
 
     Raises ConfigError: no rows, no known columns, the place of a length or time that is none.
     """
-    columns, lengths, moments = None, [], []
-    num_failed, clock = 0, 0.0
-    for row in rows:
-        if columns is None:
-            columns = find_columns(str(path), row.values)
-        pair = _length(row, columns.prompt), _length(row, columns.output)
-        if columns.arrival is not None:
-            moment = _moment(row, columns.arrival, is_first=not (moments or num_failed), of=columns)
-            if columns.are_gaps:
-                clock += moment.value
-                moment = moment._replace(value=clock)
-        if 0 in pair:
-            num_failed += 1
-            continue
-        lengths.append(pair)
-        if columns.arrival is None:
-            continue
-        moments.append(moment)
-        if len(lengths) == num_rows:
-            break
+    lengths, moments, columns, num_failed = _served(path, rows, num_rows)
     if not lengths:
         raise ConfigError(f"{path}: no row with prompt and output tokens; give a trace with some")
-    notes = []
+    notes = ()
     if num_failed:
-        notes.append(
-            f"{num_failed:,} of the {num_failed + len(lengths):,} rows read have no prompt or no "
-            "output tokens (failed requests) and were left out"
+        notes = (
+            "left out, for they have no prompt or no output tokens (failed requests): "
+            f"{num_failed:,} of {num_failed + len(lengths):,} rows",
         )
     if not moments:
         if unit_s is not None:
             raise ConfigError(
                 f"--timed-trace-sec-multiplier is for times, and {path} has none; leave it out"
             )
-        return Trace(lengths=tuple(lengths), notes=tuple(notes))
+        return Trace(lengths=tuple(lengths), notes=notes)
     time_notes: list[str] = []
     in_order = _in_order(moments, columns, time_notes)
     unit_s = _unit(moments, columns, unit_s, time_notes)
@@ -105,9 +86,34 @@ def trace_of(
     return Trace(
         lengths=tuple(lengths[index] for index in in_order),
         arrivals_s=tuple((moments[index].value - first) * unit_s for index in in_order),
-        notes=tuple(notes),
+        notes=notes,
         time_notes=tuple(time_notes),
     )
+
+
+def _served(
+    path: Path, rows: Iterable[Row], num_rows: int | None
+) -> tuple[list[tuple[int, int]], list[_Moment], Columns | None, int]:
+    """Of the rows that are no failures: lengths, and when, if that is known (then of the first
+    `num_rows`); the columns; and how many rows are failures."""
+    columns, lengths, moments = None, [], []
+    num_failed, clock = 0, 0.0
+    for row in rows:
+        columns = columns or find_columns(str(path), row.values)
+        pair = _length(row, columns.prompt), _length(row, columns.output)
+        if columns.arrival is not None:
+            is_first = not lengths and not num_failed
+            moment = _moment(row, columns.arrival, is_first=is_first, of=columns)
+            clock = clock + moment.value if columns.are_gaps else moment.value
+        if 0 in pair:
+            num_failed += 1
+            continue
+        lengths.append(pair)
+        if columns.arrival is not None:
+            moments.append(moment._replace(value=clock))
+            if len(moments) == num_rows:
+                break
+    return lengths, moments, columns, num_failed
 
 
 def _length(row: Row, column: str) -> int:
@@ -187,7 +193,7 @@ def _in_order(moments: Sequence[_Moment], columns: Columns, notes: list[str]) ->
                     "perhaps its clock was set back; give a zone, or sort the rows"
                 )
     if num_late:
-        notes.append(f"{num_late:,} rows come before the row above them; they were sorted by time")
+        notes.append(f"sorted by time, for rows come before the row above them: {num_late:,}")
     return sorted(range(len(moments)), key=lambda index: moments[index].value)
 
 

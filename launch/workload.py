@@ -72,14 +72,14 @@ class Workload:
         items, num_left_out = requests_of(self.conversations, self.num_wanted, encode)
         if not items:
             raise ConfigError(
-                f"{self.name}: of {num_left_out:,} conversations none has 4 to 1,024 prompt tokens "
+                f"{self.name}: none of {num_left_out:,} conversations has 4 to 1,024 prompt tokens "
                 "and an answer of 4 or more, 2,048 together; give longer or shorter ones"
             )
         notes = list(self.notes)
         if num_left_out:
             notes.append(
-                f"{num_left_out:,} conversations were left out: under 4 tokens, over 1,024 of "
-                "prompt or over 2,048 in all, as vLLM's benchmark does"
+                "left out, under 4 tokens, over 1,024 of prompt or over 2,048 in all, as vLLM's "
+                f"benchmark does: {num_left_out:,} of {num_left_out + len(items):,} conversations"
             )
         items, note = _repeated(self.name, items, self.num_wanted)
         return replace(self, items=tuple(items), conversations=(), notes=(*notes, *note))
@@ -182,7 +182,8 @@ def read_workload(
         if not conversations:
             raise ConfigError(f"{name}: no conversation has two turns of text; give others")
         rng.shuffle(conversations)
-        note = f"{num_left_out:,} conversations without two turns of text were left out"
+        num_all = num_left_out + len(conversations)
+        note = f"left out, without two turns of text: {num_left_out:,} of {num_all:,} conversations"
         return Workload(
             conversations=tuple(conversations),
             num_wanted=num_prompts,
@@ -203,7 +204,7 @@ def _repeated(
     up; and the note that says so."""
     if num_wanted is None or len(found) >= num_wanted:
         return list(found), ()
-    note = f"{name} has {len(found):,} requests; they begin again to make {num_wanted:,}"
+    note = f"{name} begins again: it has {len(found):,} of {num_wanted:,} requests"
     return list(islice(cycle(found), num_wanted)), (note,)
 
 

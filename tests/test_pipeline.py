@@ -94,9 +94,9 @@ def test_smollm2_says_what_transformers_says():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["The capital of France is", "Once upon a time", "def add(a, b):"]
     prompts = [tokenizer(text).input_ids for text in texts]
-    expected = greedy_tokens(folder, prompts, 16)
+    expected = greedy_tokens(folder, prompts, 8)
     for stages in (1, 2):  # three, unevenly: test_policies_on_stages.py; four: the tiny model's
-        got, _ = _generate(folder, prompts, 16, pipeline_parallel_size=stages)
+        got, _ = _generate(folder, prompts, 8, pipeline_parallel_size=stages)
         assert got == expected
 
 

@@ -307,14 +307,14 @@ def test_rows_out_of_order_are_sorted_and_counted(write):
     trace = read_trace(write("arrived_at,prefill,decode\n5,1,1\n4,2,2\n5,3,3\n-1,4,4\n"))
     assert trace.lengths == ((4, 4), (2, 2), (1, 1), (3, 3))
     assert trace.arrivals_s == (0, 5, 6, 6)
-    assert trace.time_notes[0].startswith("2 rows come before the row above")
+    assert trace.time_notes[0].endswith("before the row above them: 2")
 
 
 def test_only_as_many_rows_are_read_as_are_wanted(write):
     path = write("arrived_at,prefill,decode\n0,1,1\n1,5,0\n2,2,2\n3,broken,1\n")
     trace = read_trace(path, num_rows=2)
     assert trace.lengths == ((1, 1), (2, 2)) and trace.arrivals_s == (0, 2)
-    assert trace.notes[0].startswith("1 of the 3 rows read")
+    assert trace.notes[0].endswith("(failed requests): 1 of 3 rows")
 
 
 # ---- what is wrong ----------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def test_a_trace_without_arrivals_is_sampled_and_comes_at_once(write):
     assert list(some.arrival_times_s()) == [0.0] * 10 and not some.notes
     more = read_workload(path, 250, 1.0, None, seed=3)
     assert len(more.lengths) == 250 and len(set(more.lengths)) == 100
-    assert more.notes == (f"{path} has 100 requests; they begin again to make 250",)
+    assert more.notes == (f"{path} begins again: it has 100 of 250 requests",)
 
 
 def test_a_short_trace_begins_again_after_its_end(write):
@@ -438,7 +438,7 @@ def test_a_short_trace_begins_again_after_its_end(write):
     work = read_workload(path, 7, 1.0, None, seed=0)
     assert work.lengths == ((1, 1), (2, 2), (3, 3)) * 2 + ((1, 1),)
     assert work.arrival_times_s() == (0, 2, 4, 6, 8, 10, 12)
-    assert "has 3 requests; they begin again to make 7" in work.notes[-1]
+    assert "begins again: it has 3 of 7 requests" in work.notes[-1]
     one = read_workload(str(write("arrived_at,prefill,decode\n10,1,1\n")), 50, 1.0, None, seed=0)
     assert len(one.lengths) == 50 and set(one.arrival_times_s()) == {0}
 
@@ -447,7 +447,7 @@ def test_notes_on_times_are_for_who_uses_them(write):
     lines = '{"timestamp": 0, "input_length": 9, "output_length": 6}\n'
     path = str(write(lines + lines.replace("6", "0"), "m.jsonl"))
     left_out, unit = read_workload(path, None, 1.0, None, seed=0).notes
-    assert left_out.startswith("1 of the 2 rows read") and unit.startswith("timestamp was taken")
+    assert left_out.endswith(": 1 of 2 rows") and unit.startswith("timestamp was taken")
     assert read_workload(path, None, 1.0, 2.0, seed=0).notes == (left_out,)
     assert read_workload(path, None, 1.0, None, seed=0, timed=False).notes == (left_out,)
 
@@ -509,7 +509,7 @@ def test_few_prompts_begin_again(write):
     work = read_workload(path, 5, 1.0, None, seed=0)
     assert [item.prompt for item in work.items] == [(1,), (2,), (1,), (2,), (1,)]
     assert work.arrival_times_s() == [1, 2, 3, 4, 5]
-    assert work.notes == (f"{path} has 2 requests; they begin again to make 5",)
+    assert work.notes == (f"{path} begins again: it has 2 of 5 requests",)
     assert [item.prompt for item in read_workload(path, 1, 1.0, None, seed=0).items] == [(1,)]
 
 
@@ -539,8 +539,9 @@ def test_sharegpt_is_read_as_vllms_benchmark_reads_it(write):
         raw.token_lengths()
     work = raw.tokenized(words)
     assert sorted(work.token_lengths()) == [(4, 4), (8, 9), (1024, 1024)]
-    assert work.notes[0] == "3 conversations without two turns of text were left out"
-    assert work.notes[1].startswith("4 conversations were left out: under 4 tokens")
+    assert work.notes[0] == "left out, without two turns of text: 3 of 10 conversations"
+    assert work.notes[1].startswith("left out, under 4 tokens, over 1,024 of prompt")
+    assert work.notes[1].endswith("4 of 7 conversations")
     assert [item.arrival_s for item in work.with_ids(99)] == [0, 0, 0]
 
 
@@ -556,12 +557,12 @@ def test_conversations_are_drawn_by_seed_and_begin_again(write):
     assert few == lengths(5, seed=0) != lengths(5, seed=1)
     assert len(set(few[0])) == 5 and not few[1]
     many, notes = lengths(45, seed=0)
-    assert len(many) == 45 and len(set(many)) == 20 and "begin again to make 45" in notes[0]
+    assert len(many) == 45 and len(set(many)) == 20 and "begins again: it has 20 of 45" in notes[0]
 
 
 def test_conversations_that_are_all_too_short(write):
     path = str(write(json.dumps([chat(0, num_prompt=1)]), "s.json"))
-    with pytest.raises(ConfigError, match="of 1 conversations none has 4 to 1,024 prompt tokens"):
+    with pytest.raises(ConfigError, match="none of 1 conversations has 4 to 1,024 prompt tokens"):
         read_workload(path, None, 1.0, None, seed=0).tokenized(words)
     with pytest.raises(ConfigError, match="--scale is 2"):
         read_workload(path, None, 2.0, None, seed=0)

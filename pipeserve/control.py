@@ -12,7 +12,7 @@ Activations and sampled tokens do not pass here: see links.py.
 """
 
 import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -280,7 +280,7 @@ def keeper_identity(rank: int) -> bytes:
     return b"keeper-%d" % rank
 
 
-def pack_tokens(token_ids: tuple[int, ...]) -> bytes:
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
     return array.array("i", token_ids).tobytes()
 
 

@@ -151,7 +151,7 @@ class PlanChecker:
         assert admission.num_prompt_tokens == len(request.prompt)
         outputs = expected(request, self.limits.max_model_len)[0]
         full = (*request.prompt, *outputs)
-        assert admission.token_ids == full[: len(admission.token_ids)]
+        assert tuple(admission.token_ids) == full[: len(admission.token_ids)]
         assert not any(request_id in self.named(mb) for mb in self.outstanding), "still runs out"
         num_imported = self.num_imported.pop(request_id, 0)
         assert not (num_imported and admission.blocks), "imports and shares"

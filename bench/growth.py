@@ -7,10 +7,10 @@ all times and 300 more waiting, and looks at `--turns` turns of P microbatches, 
 microbatches. Prompts of 100..500 tokens, answers of 1,000..3,000; the first R requests are caught
 at random places of theirs, their KV imported. The limit between tokens is what P microbatches take
 that hold all decodes, and prefill tokens in the workload's proportion and 512 more. Columns:
-decodes of a microbatch (median); microseconds of `Engine.plan` (median and 99th percentile, of the
-tries that gave a microbatch); bytes of the message that goes to each stage (median); idle share of
-the slowest stage (80 layers over 64 stages leave most of the others half as much to do), and the
-least that there can be: R requests give work to R of P stages at most.
+decodes of a microbatch (median); microseconds of CPU time of `Engine.plan` (median and 99th
+percentile, of the tries that gave a microbatch); bytes of the message that goes to each stage
+(median); idle share of the slowest stage (80 layers over 64 stages leave most of the others half as
+much to do), and the least that there can be: R requests give work to R of P stages at most.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from pipeserve.core.nouns import Microbatch, Request, RequestId, Wait
 from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.work import Work
+from pipeserve.launch.collector import no_pauses
 from pipeserve.profiling.capacity import busy_in
 from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, request_of
 from pipeserve.profiling.stage_times import ProfiledTimes
@@ -68,7 +69,7 @@ class Cell:
 class Load:
     """A pipeline whose requests are replaced as they end."""
 
-    def __init__(self, num_stages: int, num_running: int) -> None:
+    def __init__(self, num_stages: int, num_running: int, collect: Callable[[], None]) -> None:
         shape, profile = load_shape("falcon-180b"), load_profile("a100-80gb-dgx")
         plan = split_layers(shape.num_layers, num_stages)
         cost = PipelineCost(profile, shape, plan)
@@ -92,6 +93,7 @@ class Load:
         self.plan_us: list[float] = []
         self.message_bytes: list[int] = []
         self._plan, self.engine.plan = self.engine.plan, self._timed
+        self._collect = collect
         self._arrivals = _requests(num_running)
         for _ in range(num_running + WAITING):
             self._add(0.0)
@@ -117,10 +119,11 @@ class Load:
         self.pipeline.add(request, now)
 
     def _timed(self, now: float) -> Microbatch | Wait:
-        start = time.perf_counter_ns()
+        start = time.thread_time_ns()
         planned = self._plan(now)
-        elapsed_us = (time.perf_counter_ns() - start) / 1000
+        elapsed_us = (time.thread_time_ns() - start) / 1000
         if isinstance(planned, Microbatch):
+            self._collect()
             self.plan_us.append(elapsed_us)
             self.message_bytes.append(len(encode(step_message(planned, self.requests))))
             self.num_decodes.append(self.engine.last.num_decodes)
@@ -139,7 +142,12 @@ def _requests(num_running: int) -> Iterator[Request]:
 
 
 def measure(num_stages: int, num_running: int, turns: int) -> Cell:
-    load, now = Load(num_stages, num_running), 0.0
+    with no_pauses() as collect:  # as in a run of a command
+        return _measure(Load(num_stages, num_running, collect), num_stages, num_running, turns)
+
+
+def _measure(load: Load, num_stages: int, num_running: int, turns: int) -> Cell:
+    now = 0.0
     while len(load.begun) < num_running:
         now = load.advance()
     wanted = max(turns * num_stages, MIN_MICROBATCHES)

@@ -10,7 +10,7 @@ Activations and sampled tokens do not pass here: see links.py.
 """
 
 import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -290,7 +290,7 @@ decode_share = msgspec.msgpack.Decoder(ModelShare).decode
 _NO_RULES = LogitRules(1.0, 0.0, 0.0, None, (), None)
 
 
-def pack_tokens(token_ids: tuple[int, ...]) -> bytes:
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
     return array.array("i", token_ids).tobytes()
 
 

@@ -102,9 +102,10 @@ class Ring:
     again and again, and stop the run for it. Nothing grows beyond a page, so no call takes long.
     """
 
-    def __init__(self, max_bytes: int = 128 << 20) -> None:
+    def __init__(self, max_bytes: int = 64 << 20) -> None:
         """`max_bytes` bounds what is kept, but for the last record: a span takes 90 bytes, a decode
-        in a microbatch 16. What is oldest is dropped page by page."""
+        in a microbatch 16, and twelve times as much when it is read. What is oldest is dropped page
+        by page."""
         self._max_bytes = max_bytes
         self._page_bytes = min(_PAGE_BYTES, max_bytes // 8)
         self.clear()

@@ -6,7 +6,7 @@ from pipeserve.core.blocks import BlockPool, BlockTable, new_keys
 
 
 def keys_of(tokens, salt="", block_size=2):
-    return new_keys((), array("q", tokens), block_size, salt)
+    return new_keys((), array("i", tokens), block_size, salt)
 
 
 def filled(pool: BlockPool, tokens) -> BlockTable:
@@ -26,7 +26,7 @@ def test_a_key_covers_everything_before_it_and_only_full_blocks():
 def test_keys_grow_as_tokens_do():
     keys: tuple[bytes, ...] = ()
     for stop in range(8):
-        keys += new_keys(keys, array("q", range(stop)), 2, "salt")
+        keys += new_keys(keys, array("i", range(stop)), 2, "salt")
     assert keys == keys_of(range(7), "salt")
 
 

@@ -125,6 +125,18 @@ def test_it_is_written_while_the_run_goes_on_and_in_batches(tmp_path):
     assert len(read_recording(tmp_path).planned) == 98
 
 
+def test_what_is_not_written_yet_is_nothing_to_the_collector(tmp_path):
+    with RecordingWriter(tmp_path, META) as writer:
+        gc.collect()
+        before = len(gc.get_objects())
+        for number in range(300):
+            writer.record(planned(number)._replace(sent_s=0.0))
+            writer.record(span(0, number))
+        gc.collect()
+        assert len(gc.get_objects()) < before + 20
+    assert len(read_recording(tmp_path).planned) == 300
+
+
 # ---- folders ------------------------------------------------------------------------------------
 
 

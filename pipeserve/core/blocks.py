@@ -20,8 +20,7 @@ def new_keys(
 
     The key of a block is a digest of all tokens from the start of the sequence to the block's end,
     chained block by block. Not Python's `hash`: two prompts that collide would read each other's
-    KV. The salt has its own hash personalisation, so that no salt can imitate a chain. `token_ids`:
-    64-bit integers.
+    KV. The salt has its own hash personalisation, so that no salt can imitate a chain.
     """
     parent = keys[-1] if keys else _digest(salt.encode(), person=b"salt")
     new = []

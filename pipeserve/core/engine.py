@@ -398,8 +398,8 @@ class Engine:
         record.start(blocks)
         self.stats.cached_prefix_tokens += record.num_slots
         self._queues.admit(record)
-        tokens, num_prompt = tuple(record.tokens), len(record.request.prompt)
-        return Admission(request_id, tokens, num_prompt, tuple(blocks))
+        num_prompt = len(record.request.prompt)
+        return Admission(request_id, record.tokens[:], num_prompt, tuple(blocks))
 
     def _chunk(self, record: Record, num_tokens: int, reserved: Mapping[RequestId, int]) -> Chunk:
         """Plans the next positions of a request: blocks, feedback, and its new place in queues."""

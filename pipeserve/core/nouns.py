@@ -5,7 +5,7 @@ A `Request` is what the user asked. The engine cuts it into `Chunk`s, packs chun
 with a `StepResult`. `PipelinePlan` says which stage holds which layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NewType
 
@@ -160,8 +160,8 @@ class Admission:
     """
 
     request_id: RequestId
-    token_ids: tuple[int, ...]
-    """Prompt and outputs so far."""
+    token_ids: Sequence[int]
+    """Prompt and outputs so far: of the engine, an array of int32, as the stages are sent it."""
     num_prompt_tokens: int
     blocks: tuple[BlockId, ...]
     """Blocks already filled: the cached prefix that this request shares."""

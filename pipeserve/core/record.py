@@ -69,7 +69,7 @@ class Record:
         self._caches = limits.enable_prefix_caching
         self.num_longest = longest(request, limits)
         self.num_imported = request.num_imported  # until it is preempted
-        self.tokens = array("q", request.prompt)  # known ids, prompt and outputs
+        self.tokens = array("i", request.prompt)  # known ids, prompt and outputs
         self.num_known = len(self.tokens)
         self.table = BlockTable(pool)
         self.num_slots = 0

@@ -435,7 +435,7 @@ def connected(address: str, sources: Sources, purpose: str) -> Connection:
                 source.receive()
         if connection.is_open:
             return connection
-        if time.monotonic() > until_s:
+        if connection.is_refused or time.monotonic() > until_s:
             raise ConnectionError(f"{address.partition('/')[0]} hung up: {connection.refusal}")
         time.sleep(0.05)  # it was displaced, where many come at once
 

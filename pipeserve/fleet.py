@@ -87,11 +87,11 @@ class Fleet:
         self._exited: control.StageExited | None = None
         self._spawned = SpawnedKeepers()
         self._stages: dict[int, Connection] = {}
-        place = config.control or "127.0.0.1:0"
-        self.secret = self._find_secret(place)
+        host, port = split_address(config.control) if config.control else ("127.0.0.1", 0)
+        self.secret = self._find_secret(host)
         self._sources = Sources(self.secret)
         try:
-            listener = self._listen(place)
+            listener = self._listen(host, port)
             self.local_name = listener.local_name
             """Of where keepers and stages are listened for, to this machine."""
             self.address = config.control or join_address(listener.host, listener.port)
@@ -104,20 +104,20 @@ class Fleet:
 
     # ---- starting -------------------------------------------------------------------------------
 
-    def _find_secret(self, place: str) -> bytes:
+    def _find_secret(self, host: str) -> bytes:
         """What was given, or what the keepers that are started here can be told; empty: none."""
         given = control_secret(self._config.control_secret)
         if given is not None:
             return given
         try:
-            can_tell = self._config.launcher == "spawn" and is_loopback(place.rpartition(":")[0])
+            can_tell = self._config.launcher == "spawn" and is_loopback(host)
         except OSError:  # a name that nobody knows: `_listen` says so
             can_tell = False
         return secrets.token_bytes(32) if can_tell else b""
 
-    def _listen(self, place: str) -> Listener:
+    def _listen(self, host: str, port: int) -> Listener:
+        place = join_address(host, port)
         try:
-            host, port = split_address(place) if self._config.control else ("127.0.0.1", 0)
             return Listener(host, self._sources, ("keeper", "stage"), port)
         except ConfigError as error:
             raise ConfigError(f"--control {error}") from None

@@ -20,12 +20,13 @@ import msgspec
 from pipeserve import control
 from pipeserve.configs import RunConfig
 from pipeserve.configs.addresses import join_address, split_address
-from pipeserve.connection import Connection, Source, Sources
+from pipeserve.connection import Connection
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.listener import Listener, is_loopback, is_wildcard
 from pipeserve.loading import LoadWatch
 from pipeserve.machine import boot_id
 from pipeserve.secret import control_secret
+from pipeserve.sources import Source, Sources
 from pipeserve.spawned_keepers import SpawnedKeepers
 
 _MISSED_HEARTBEATS = 5

@@ -8,8 +8,9 @@ import pytest
 
 from pipeserve import control, fleet
 from pipeserve.configs import RunConfig
-from pipeserve.connection import Sources, connect
+from pipeserve.connection import connect
 from pipeserve.errors import StageError
+from pipeserve.sources import Sources
 
 
 class Alone(fleet.Fleet):

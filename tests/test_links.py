@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from pipeserve import links
-from pipeserve.connection import Sources, connect
+from pipeserve.connection import connect
 from pipeserve.links import TensorLinks, unpack_tensor
 from pipeserve.listener import Listener
+from pipeserve.sources import Sources
 
 
 class Seam:

@@ -300,8 +300,11 @@ class Fleet:
             case control.Loading():
                 self._loading.take(message, received.at_s)
             case control.StageHello():
-                source.carries = "words of a stage"
-                self._stages[message.stage] = source
+                if 0 <= message.stage < self.num_ranks and message.stage not in self._stages:
+                    source.carries = "words of a stage"
+                    self._stages[message.stage] = source
+                else:
+                    source.turn_away(f"stage {message.stage} is not missing")
             case control.KeeperHello():
                 self._welcome(message, source)
             case control.StageFailed():

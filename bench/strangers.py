@@ -164,7 +164,7 @@ def serve(driver: Driver, ids: Iterator[int], look: Callable[[], None]) -> tuple
     started = time.monotonic()
     tokens: dict[int, list[int]] = {}
     for k in range(NUM_REQUESTS):
-        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, seed=k)
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, seed=k)
         request = Request(id=RequestId(next(ids)), prompt=(7,) * (40 + 11 * k), params=params)
         tokens[request.id] = []
         driver.add(request)

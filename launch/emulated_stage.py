@@ -15,7 +15,7 @@ from zlib import crc32
 import msgspec
 
 from pipeserve import connection, control
-from pipeserve.connection import Connection, Sources
+from pipeserve.connection import Connection
 from pipeserve.control import StartStage, Step
 from pipeserve.core.device import DeviceProfile
 from pipeserve.core.nouns import PipelinePlan
@@ -23,6 +23,7 @@ from pipeserve.core.shape import ModelShape
 from pipeserve.listener import Listener
 from pipeserve.profiling.stage_times import ProfiledTimes, StageTimes
 from pipeserve.sequences import Sequence
+from pipeserve.sources import Sources
 from pipeserve.stage_loop import Done, StageLoop, Tell, Turn, serve
 
 MODULE = "pipeserve.launch.emulated_stage"

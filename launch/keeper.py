@@ -23,12 +23,13 @@ import msgspec
 
 from pipeserve import connection, control
 from pipeserve.configs.addresses import split_address
-from pipeserve.connection import Connection, Descriptor, Source, Sources
+from pipeserve.connection import Connection
 from pipeserve.control import NotWanted, Ping, StartStage, Stop
 from pipeserve.errors import ConfigError
 from pipeserve.listener import is_loopback
 from pipeserve.machine import boot_id, native_dtypes
 from pipeserve.secret import VARIABLE, control_secret
+from pipeserve.sources import Descriptor, Source, Sources
 
 _RETRY_S = 0.2
 _STDIN = 0

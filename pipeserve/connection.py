@@ -6,26 +6,25 @@ kernel does not take at once goes on when its owner is next in `send` or `receiv
 that are on their way while their sender computes (`send_large`), on a thread (`pump.py`).
 
 Both ends prove first that they have the run's secret (`handshake.py`). Until then a peer is a
-stranger: it may say 1 KiB, it has 5 seconds, there are at most so many of them at once, and what it
-does costs that connection alone.
+stranger: it may say 1 KiB, `Sources` ends it after 5 seconds, and what it does costs that
+connection alone.
 
 Nothing here blocks but `connect` and a `close` that is told to wait. A peer that is gone does not
 raise: `has_ended` says so, and its keeper tells the driver why.
 """
 
 import contextlib
-import select
 import socket
 import struct
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from pipeserve import handshake
 from pipeserve.configs.addresses import split_address
 from pipeserve.handshake import Connecting, Listening, Refused
 from pipeserve.pump import Pump
-from pipeserve.strangers import TurnedAway
+from pipeserve.sources import PROVE_S, Sources
 
 if TYPE_CHECKING:
     from pipeserve.listener import Listener
@@ -38,8 +37,6 @@ _SEND_BYTES = 4 << 20
 _MOST_BYTES = {"keeper": 1 << 20, "stage": 1 << 30, "tokens": 1 << 24, "activations": (1 << 32) - 1}
 """Of one message, by what the connection is for."""
 _CONNECT_S = 10.0
-_PROVE_S = 5.0
-"""From connecting to the end of the handshake."""
 _WATCH = (
     ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
     ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 5),
@@ -48,111 +45,6 @@ _WATCH = (
     ((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 20_000),
 )
 """A machine that is silent for 20 seconds is gone: its kernel answers while it is there."""
-_MOST_STRANGERS = 128
-"""At once; a further one takes the place of the oldest. Keepers and stages that all come at once
-are strangers for some milliseconds, and come again if they are displaced."""
-
-
-class Source(Protocol):
-    """One of those that `Sources` waits for."""
-
-    carries: str
-    """What its messages are; its owner's word."""
-
-    def receive(self) -> list[Any]:
-        """Every message that is here, in order; does not wait."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Sources:
-    """All that one thread waits for, at once; and what they have in common, the run's secret."""
-
-    def __init__(self, secret: bytes = b"") -> None:
-        """Without a secret, whoever knows how to begin may connect, on this machine."""
-        self.secret = secret
-        self.turned_away = TurnedAway()
-        self._epoll = select.epoll()
-        self._by_descriptor: dict[int, Source] = {}
-        self._unproved: dict[Connection, float] = {}
-        """Connections whose handshake is not done, oldest first, and when its time is over."""
-
-    def add(self, source: Source, descriptor: int) -> None:
-        self._epoll.register(descriptor, select.EPOLLIN)
-        self._by_descriptor[descriptor] = source
-
-    def remove(self, descriptor: int) -> None:
-        del self._by_descriptor[descriptor]
-        self._epoll.unregister(descriptor)
-
-    def wait_for_room(self, descriptor: int, wanted: bool) -> None:
-        """Whether it is ready, too, when the kernel takes more to send."""
-        events = select.EPOLLIN | select.EPOLLOUT if wanted else select.EPOLLIN
-        self._epoll.modify(descriptor, events)
-
-    def ready(self, timeout_ms: float | None) -> list[Source]:
-        """Those that something can be received from, waiting for the first; None: however long."""
-        if self._unproved:
-            return self._ready_or_late(timeout_ms)
-        timeout_s = None if timeout_ms is None else timeout_ms / 1000
-        return [self._by_descriptor[number] for number, _ in self._epoll.poll(timeout_s)]
-
-    def _ready_or_late(self, timeout_ms: float | None) -> list[Source]:
-        """The same, and hangs up on those who do not prove themselves in time."""
-        until_s = float("inf") if timeout_ms is None else time.monotonic() + timeout_ms / 1000
-        while True:
-            now = time.monotonic()
-            for connection, late_s in list(self._unproved.items()):
-                if late_s > now:
-                    break
-                connection.turn_away(f"nothing that begins a conversation in {_PROVE_S:g} s")
-            wake_s = min(until_s, next(iter(self._unproved.values()), float("inf")))
-            timeout_s = None if wake_s == float("inf") else max(wake_s - now, 0.0)
-            ready = self._epoll.poll(timeout_s)
-            if ready or time.monotonic() >= until_s:
-                return [self._by_descriptor[number] for number, _ in ready]
-
-    def begins(self, connection: "Connection") -> None:
-        """Its handshake does. The oldest stranger goes when there are too many."""
-        self._unproved[connection] = time.monotonic() + _PROVE_S
-        if len(self._unproved) > _MOST_STRANGERS:
-            self.drop_a_stranger(f"over {_MOST_STRANGERS} strangers at once")
-
-    def is_over(self, connection: "Connection") -> None:
-        """Its handshake is, either way."""
-        self._unproved.pop(connection, None)
-
-    def drop_a_stranger(self, why: str) -> bool:
-        """The oldest, if there is one."""
-        strangers = (connection for connection in self._unproved if connection.is_accepted)
-        oldest = next(strangers, None)
-        if oldest is not None:
-            oldest.turn_away(why)
-        return oldest is not None
-
-    def close(self) -> None:
-        """And every source."""
-        for source in set(self._by_descriptor.values()):
-            source.close()
-        self._epoll.close()
-        self.turned_away.sum_up()
-
-
-class Descriptor:
-    """A file descriptor among the sources, that brings no messages: it is ready, or it is not."""
-
-    def __init__(self, descriptor: int, sources: Sources, carries: str) -> None:
-        self.carries = carries
-        self._descriptor, self._sources = descriptor, sources
-        sources.add(self, descriptor)
-
-    def receive(self) -> list[Any]:
-        return []
-
-    def close(self) -> None:
-        """It stays open."""
-        self._sources.remove(self._descriptor)
 
 
 class Connection:
@@ -431,11 +323,11 @@ def connected(address: str, sources: Sources, purpose: str) -> Connection:
     while True:
         connection = connect(address, sources, purpose)
         while not (connection.is_open or connection.has_ended):
-            for source in sources.ready(_PROVE_S * 1000):
+            for source in sources.ready(PROVE_S * 1000):
                 source.receive()
         if connection.is_open:
             return connection
-        if time.monotonic() > until_s:
+        if connection.is_refused or time.monotonic() > until_s:
             raise ConnectionError(f"{address.partition('/')[0]} hung up: {connection.refusal}")
         time.sleep(0.05)  # it was displaced, where many come at once
 

@@ -20,12 +20,13 @@ import msgspec
 from pipeserve import control
 from pipeserve.configs import RunConfig
 from pipeserve.configs.addresses import join_address, split_address
-from pipeserve.connection import Connection, Source, Sources
+from pipeserve.connection import Connection
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.listener import Listener, is_loopback, is_wildcard
 from pipeserve.loading import LoadWatch
 from pipeserve.machine import boot_id
 from pipeserve.secret import control_secret
+from pipeserve.sources import Source, Sources
 from pipeserve.spawned_keepers import SpawnedKeepers
 
 _MISSED_HEARTBEATS = 5
@@ -87,11 +88,11 @@ class Fleet:
         self._exited: control.StageExited | None = None
         self._spawned = SpawnedKeepers()
         self._stages: dict[int, Connection] = {}
-        place = config.control or "127.0.0.1:0"
-        self.secret = self._find_secret(place)
+        host, port = split_address(config.control) if config.control else ("127.0.0.1", 0)
+        self.secret = self._find_secret(host)
         self._sources = Sources(self.secret)
         try:
-            listener = self._listen(place)
+            listener = self._listen(host, port)
             self.local_name = listener.local_name
             """Of where keepers and stages are listened for, to this machine."""
             self.address = config.control or join_address(listener.host, listener.port)
@@ -104,20 +105,20 @@ class Fleet:
 
     # ---- starting -------------------------------------------------------------------------------
 
-    def _find_secret(self, place: str) -> bytes:
+    def _find_secret(self, host: str) -> bytes:
         """What was given, or what the keepers that are started here can be told; empty: none."""
         given = control_secret(self._config.control_secret)
         if given is not None:
             return given
         try:
-            can_tell = self._config.launcher == "spawn" and is_loopback(place.rpartition(":")[0])
+            can_tell = self._config.launcher == "spawn" and is_loopback(host)
         except OSError:  # a name that nobody knows: `_listen` says so
             can_tell = False
         return secrets.token_bytes(32) if can_tell else b""
 
-    def _listen(self, place: str) -> Listener:
+    def _listen(self, host: str, port: int) -> Listener:
+        place = join_address(host, port)
         try:
-            host, port = split_address(place) if self._config.control else ("127.0.0.1", 0)
             return Listener(host, self._sources, ("keeper", "stage"), port)
         except ConfigError as error:
             raise ConfigError(f"--control {error}") from None
@@ -299,8 +300,11 @@ class Fleet:
             case control.Loading():
                 self._loading.take(message, received.at_s)
             case control.StageHello():
-                source.carries = "words of a stage"
-                self._stages[message.stage] = source
+                if 0 <= message.stage < self.num_ranks and message.stage not in self._stages:
+                    source.carries = "words of a stage"
+                    self._stages[message.stage] = source
+                else:
+                    source.turn_away(f"stage {message.stage} is not missing")
             case control.KeeperHello():
                 self._welcome(message, source)
             case control.StageFailed():

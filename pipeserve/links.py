@@ -22,8 +22,9 @@ import struct
 from typing import TYPE_CHECKING, Protocol
 
 from pipeserve import connection
-from pipeserve.connection import Connection, Sources
+from pipeserve.connection import Connection
 from pipeserve.listener import Listener
+from pipeserve.sources import Sources
 
 if TYPE_CHECKING:
     import torch

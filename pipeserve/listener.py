@@ -8,8 +8,9 @@ import socket
 from collections.abc import Collection
 
 from pipeserve.configs.addresses import join_address
-from pipeserve.connection import Connection, Sources
+from pipeserve.connection import Connection
 from pipeserve.errors import ConfigError
+from pipeserve.sources import Sources
 
 _BACKLOG = 1024
 _MOST_AT_ONCE = 16

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from pipeserve import connection, control
-from pipeserve.connection import Connection, Sources
+from pipeserve.connection import Connection
 from pipeserve.control import Connect, ReportMemory, StartStage, Step
 from pipeserve.core.records import Span
 from pipeserve.errors import PipeserveError
@@ -29,6 +29,7 @@ from pipeserve.links import ActivationLinks, send_tokens, unpack_tokens
 from pipeserve.listener import Listener
 from pipeserve.memory import peak_bytes, resident_bytes
 from pipeserve.sequences import Sequence, Sequences
+from pipeserve.sources import Sources
 
 _LAST_WORD_S = 2.0
 _CONNECT_S = 10.0

@@ -13,10 +13,11 @@ from typing import Any
 
 import msgspec
 
-from pipeserve.connection import Connection, Source, Sources, connect
+from pipeserve.connection import Connection, connect
 from pipeserve.control import StageReady, StartStage
 from pipeserve.fleet import Fleet
 from pipeserve.listener import Listener
+from pipeserve.sources import Source, Sources
 
 _NEVER = float("inf")
 

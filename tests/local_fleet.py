@@ -12,10 +12,11 @@ import torch
 import pipeserve.driver
 from pipeserve import LLM, control
 from pipeserve.configs import RunConfig
-from pipeserve.connection import Sources, connect
+from pipeserve.connection import connect
 from pipeserve.fleet import Fleet, Received
 from pipeserve.listener import Listener
 from pipeserve.machine import boot_id, native_dtypes
+from pipeserve.sources import Sources
 from pipeserve.stage_loop import StageLoop
 from pipeserve.worker import ModelCompute
 

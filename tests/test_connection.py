@@ -8,8 +8,9 @@ import time
 import pytest
 
 from pipeserve import connection
-from pipeserve.connection import Connection, Sources, connect
+from pipeserve.connection import Connection, connect
 from pipeserve.listener import Listener
+from pipeserve.sources import Sources
 
 PREFIX = 8
 SECRET = b"of this run"

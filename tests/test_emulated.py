@@ -17,7 +17,6 @@ import pytest
 
 from pipeserve import LLM
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.connection import Sources
 from pipeserve.control import (
     Launch,
     StageHello,
@@ -45,6 +44,7 @@ from pipeserve.profiling.recording import Ring, recording_of
 from pipeserve.profiling.recording_reader import read_recording
 from pipeserve.profiling.simulator import Simulation, in_order
 from pipeserve.profiling.workloads import WorkItem
+from pipeserve.sources import Sources
 
 MODEL = {"model": "llama2-7b", "device_profile": "a100-80gb-dgx", "max_model_len": 1024}
 RUN = [

@@ -8,8 +8,9 @@ import pytest
 
 from pipeserve import control, fleet
 from pipeserve.configs import RunConfig
-from pipeserve.connection import Sources, connect
+from pipeserve.connection import connect
 from pipeserve.errors import StageError
+from pipeserve.sources import Sources
 
 
 class Alone(fleet.Fleet):
@@ -90,6 +91,22 @@ def test_both_send_more_than_the_kernel_takes(stage):
     assert here[0].message.tokens == large
     assert there[0].admitted[0].token_ids == tokens
     assert there[1] == control.ReportMemory()
+
+
+@pytest.mark.parametrize("number", [0, 1, -1])
+def test_a_stage_that_is_not_missing_is_turned_away(stage, capsys, number):
+    """And the one that is here goes on."""
+    sources = Sources(stage.fleet.secret)
+    second = connect(stage.fleet.address, sources, "stage")
+    second.send(control.encode(control.StageHello(number)))
+    while not second.has_ended:
+        stage.fleet.receive(0.0)
+        for source in sources.ready(1):
+            source.receive()
+    assert f"stage {number} is not missing" in capsys.readouterr().err
+    stage.says_something()
+    assert stage.fleet.receive(10.0)
+    sources.close()
 
 
 def test_the_last_word_of_a_stage_is_what_the_driver_raises(stage):

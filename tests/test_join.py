@@ -250,6 +250,17 @@ def test_stages_are_told_what_they_can_reach(monkeypatch, host, reached):
             assert b"of this run" not in environment + command
 
 
+@pytest.mark.parametrize("host", [None, "127.0.0.1", "[::1]", "localhost"])
+def test_keepers_that_the_driver_starts_share_a_secret_of_the_run(monkeypatch, host):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(Fleet, "_start_keepers", lambda fleet, listener: None)
+    found = set()
+    for _ in range(2):
+        with opened(config_of(control=host and f"{host}:{free_port()}")) as fleet:
+            found.add(fleet.secret)
+    assert len(found) == 2 and {*map(len, found)} == {32}
+
+
 def test_a_stage_that_other_machines_cannot_reach_is_an_error():
     with opened(config_of(join_timeout=30.0)) as fleet:
         fleet.wait_for_keepers(print)

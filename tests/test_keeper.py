@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from pipeserve import control
-from pipeserve.connection import Sources
 from pipeserve.launch.keeper import stage_cpus
 from pipeserve.listener import Listener
+from pipeserve.sources import Sources
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Links carry bare tensors in order, and notice when they are not the expected ones."""
 
+import threading
+
 import pytest
 import torch
 
 from pipeserve import links
-from pipeserve.connection import Sources, connect
+from pipeserve.connection import connect
 from pipeserve.links import TensorLinks, unpack_tensor
 from pipeserve.listener import Listener
+from pipeserve.sources import Sources
 
 
 class Seam:
@@ -72,6 +75,31 @@ def test_a_tensor_of_one_row_in_a_larger_one_is_sent_whole(seam):
     seam.sender.send(0, base[:, 2:4])
     got = unpack_tensor(seam.receive(), 0, (10, 2), torch.float32)
     assert torch.equal(got, base[:, 2:4])
+
+
+def test_what_the_kernel_does_not_take_goes_on_while_the_sender_computes(seam):
+    """It is in nobody's `send` or `receive` then; and what is sent behind it stays behind it."""
+    sent = [torch.randint(0, 9, (size,)) for size in (8 << 20, 3, 4 << 20, 1)]
+    for index, tensor in enumerate(sent):
+        seam.sender.send(index, tensor)
+    for index, tensor in enumerate(sent):
+        got = unpack_tensor(seam.receive(), index, tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(got, tensor)
+    seam.sender.send(4, sent[1])
+    assert torch.equal(unpack_tensor(seam.receive(), 4, (3,), torch.int64), sent[1])
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+def test_an_end_on_the_way_is_the_end_of_it(seam, who):
+    """Nothing raises, no thread stays, and what is sent to nobody is harmless."""
+    before = threading.active_count()
+    seam.sender.send(0, torch.zeros(64 << 20, dtype=torch.uint8))
+    assert threading.active_count() == before + 1, "the kernel took 64 MiB at once"
+    (seam._theirs if who == "sender" else seam.sources).close()
+    for index in (1, 2):
+        seam.sender.send(index, torch.zeros(3))
+    seam._theirs.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(("index", "shape"), [(1, (3, 4)), (0, (3, 5))])

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeserve import connection, handshake
-from pipeserve.connection import Connection, Sources, connect, connected
+from pipeserve import connection, handshake, sources
+from pipeserve.connection import Connection, connect, connected
 from pipeserve.control import KeeperHello, Sampled, encode
 from pipeserve.errors import ConfigError
 from pipeserve.handshake import Connecting
 from pipeserve.listener import Listener, is_loopback, is_wildcard
+from pipeserve.sources import Sources
 from pipeserve.strangers import TurnedAway
 
 SECRET = b"of this run"
@@ -159,7 +160,7 @@ def test_who_comes_and_goes_leaves_nothing(port):
 
 @pytest.mark.parametrize("says", [b"", b"p", b"ppsv", framed(b"x" * 900)[:-1]])
 def test_who_says_nothing_is_waited_for_no_longer_than_that(monkeypatch, says):
-    monkeypatch.setattr(connection, "_PROVE_S", 0.2)
+    monkeypatch.setattr(sources, "PROVE_S", 0.2)
     port = Port()
     stranger = port.stranger(says)
     port.look()
@@ -171,7 +172,7 @@ def test_who_says_nothing_is_waited_for_no_longer_than_that(monkeypatch, says):
 
 def test_slow_bytes_gain_no_time(monkeypatch):
     """A slow loris: each byte is a sign of life, and changes nothing."""
-    monkeypatch.setattr(connection, "_PROVE_S", 0.5)
+    monkeypatch.setattr(sources, "PROVE_S", 0.5)
     port = Port()
     stranger = port.stranger()
     began_s = time.monotonic()
@@ -189,7 +190,7 @@ def test_slow_bytes_gain_no_time(monkeypatch):
 
 
 def test_there_are_so_many_at_once_and_no_more(monkeypatch):
-    monkeypatch.setattr(connection, "_MOST_STRANGERS", 5)
+    monkeypatch.setattr(sources, "_MOST_STRANGERS", 5)
     port = Port()
     before = files()
     crowd = [port.stranger() for _ in range(40)]
@@ -321,7 +322,7 @@ def test_another_secret_is_an_error_that_says_so(port):
 
 
 def test_one_who_waits_for_an_answer_gets_tired(monkeypatch):
-    monkeypatch.setattr(connection, "_PROVE_S", 0.1)
+    monkeypatch.setattr(sources, "PROVE_S", 0.1)
     monkeypatch.setattr(connection, "_CONNECT_S", 0.3)
     with (
         socket.create_server(("127.0.0.1", 0)) as server,

@@ -58,8 +58,10 @@ def vocabulary(config: ModelConfig, size: int, table: str) -> Linear:
 class Head(nn.Module):
     """Final norm and projection, where there are any, and the logits, perhaps soft-capped.
 
-    All of it in float32: in bf16 a logit of 25 is a multiple of 1/8, and of two likeliest tokens
-    that come out alike the lower id would win.
+    All of it in float32, weights too: in bf16 a logit of 25 is a multiple of 1/8, and of two
+    likeliest tokens that come out alike the lower id would win. Packed float32 weights are twice
+    the memory of bf16's, and the fastest of the exact ways (bench/linears.py): torch has no product
+    of bf16 on CPU that leaves in float32.
     """
 
     def __init__(

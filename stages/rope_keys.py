@@ -5,6 +5,8 @@ Source: transformers, `RotaryEmbeddingConfigMixin` of `modeling_rope_utils.py` (
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pipeserve.errors import ConfigError
@@ -37,10 +39,12 @@ def read_rope(
     theta: float = 10000.0,
     trained: int | None = None,
     rotates_part: bool = False,
+    other_names: Mapping[str, str] = MappingProxyType({}),
 ) -> RopeConfig:
     """One rope for all layers. `theta`, `trained`: transformers' defaults for `rope_theta` and
     `original_max_position_embeddings`. `rotates_part`: whether the family's code can rotate less
-    than a head (`partial_rotary_factor`). Raises ConfigError.
+    than a head (`partial_rotary_factor`). `other_names` of rope types in the family's files.
+    Raises ConfigError.
     """
     rope = file.mapping("rope_scaling") or file.mapping("rope_parameters")
     for key, value in rope.items():
@@ -50,6 +54,9 @@ def read_rope(
                 f"{file.architecture} does not have; give one rope for all layers"
             )
     rope = {"rope_theta": file.value("rope_theta", theta), **rope}
+    for kind, meant in other_names.items():
+        if _kind_of(rope) == kind:
+            rope["rope_type"] = meant
     trained = file.value(_TRAINED, trained)
     if trained is not None:  # what stands outside wins
         rope[_TRAINED] = trained
@@ -60,7 +67,7 @@ def rope_from(
     file: "ConfigFile", rope: Rope, head_dim: int, *, rotates_part: bool = False
 ) -> RopeConfig:
     """As `rope` says, which has its "rope_theta". Raises ConfigError."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _kind_of(rope)
     if kind not in tuple(_FACTORS):
         raise ConfigError(
             f"{file.path}: rope type {kind!r} (rope_parameters, rope_scaling) is not supported; "
@@ -92,6 +99,10 @@ def rope_from(
         kind="default" if kind == "dynamic" else kind,
         **fields,
     )
+
+
+def _kind_of(rope: Rope) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _part(file: "ConfigFile", rope: Rope, kind: str, head_dim: int, rotates_part: bool) -> float:

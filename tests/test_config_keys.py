@@ -109,7 +109,7 @@ def read_model(name: str, folder: Path) -> Model:
         logits=logits,
         config=ModelConfig.from_folder(folder),
         keys=keys_of(type(config)) | reads,
-        read={key: getattr(config, key, MISSING) for key in reads},
+        read={key: getattr(config, key, MISSING) for key in reads if "name_or_path" not in key},
     )
 
 

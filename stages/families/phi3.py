@@ -7,9 +7,11 @@ from pipeserve.stages.config_file import ConfigFile
 from pipeserve.stages.families.llama import LLAMA, LlamaConfig, read_config
 from pipeserve.stages.rope_keys import read_rope
 
+_LONGROPE = {"su": "longrope", "yarn": "longrope"}  # as the first files called it
+
 
 def _read_phi3(file: ConfigFile) -> LlamaConfig:
-    rope = read_rope(file, file.head_dim(), trained=4096, rotates_part=True)
+    rope = read_rope(file, file.head_dim(), trained=4096, rotates_part=True, other_names=_LONGROPE)
     if rope.kind not in ("default", "longrope"):
         raise ConfigError(
             f"{file.path}: rope type {rope.kind!r} (rope_parameters, rope_scaling) is none of "

@@ -58,6 +58,10 @@ class Model:
     """The attributes of its own config that transformers reads to load and to run, as they are."""
 
 
+UNLIKE_THEMSELVES = {"name_or_path", "_name_or_path", "per_layer_config"}
+"""The folder, and an object that is made anew each time; the key of that is refused."""
+
+
 class Wrong(Exception):
     """What a changed key led to."""
 
@@ -109,7 +113,7 @@ def read_model(name: str, folder: Path) -> Model:
         logits=logits,
         config=ModelConfig.from_folder(folder),
         keys=keys_of(type(config)) | reads,
-        read={key: getattr(config, key, MISSING) for key in reads if "name_or_path" not in key},
+        read={key: getattr(config, key, MISSING) for key in reads - UNLIKE_THEMSELVES},
     )
 
 

@@ -62,7 +62,7 @@ def compare_heads() -> None:
     print("\nlogits in float32:")
     print(f"{'head':<24}{'rows':>6}{'ms':>8}{'error':>10}")
     for rows in (8, 16, 32):
-        x = torch.randn(rows, weight.shape[1])
+        x = torch.randn(rows, weight.shape[1]).bfloat16().float()
         exact = x.double() @ weight.double().T
         for name, head in heads(weight).items():
             error = (head(x).double() - exact).abs().max()

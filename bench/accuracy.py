@@ -14,8 +14,8 @@ import torch
 from report import plain_table
 from transformers import AutoTokenizer
 
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.sources import resolve
+from pipeserve.stages.checkpoint.sources import resolve
+from pipeserve.stages.config.model_config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

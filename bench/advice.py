@@ -21,8 +21,8 @@ from statistics import median
 
 from report import plain_table
 
-from pipeserve.profiling.advice import Advice, advise
-from pipeserve.profiling.recording_reader import read_recording
+from pipeserve.profiling.advice.advice import Advice, advise
+from pipeserve.profiling.recording.reader import read_recording
 
 LIMITS = ["--max-model-len", "2048", "--num-gpu-blocks-override", "2048"]
 MISTAKES = {

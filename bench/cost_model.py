@@ -16,20 +16,20 @@ from cost_model_plots import plot_attention, plot_prefill, plot_tiles
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost import PipelineCost
-from pipeserve.core.kernels import Gemm, products
+from pipeserve.core.cost.kernels import Gemm, products
+from pipeserve.core.cost.partition import split_layers
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
-from pipeserve.core.partition import split_layers
 from pipeserve.core.work import Work
-from pipeserve.profiling.fit import fit_gemm
-from pipeserve.profiling.measurements import (
+from pipeserve.profiling.calibration.fit import fit_gemm
+from pipeserve.profiling.calibration.measurements import (
     Iteration,
     LayerTimes,
     read_attention,
     read_iterations,
     read_layers,
 )
-from pipeserve.profiling.stage_times import ProfiledTimes
+from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 
 DOC = Path("docs/cost-model.md")
 BEGIN, END = "<!-- begin: bench/cost_model.py -->", "<!-- end: bench/cost_model.py -->"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeserve.profiling.simulator import Arrival
+from pipeserve.profiling.simulation.simulator import Arrival
 
 Lengths = Sequence[tuple[int, int]]
 """(prompt tokens, output tokens)."""

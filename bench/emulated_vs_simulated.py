@@ -27,18 +27,18 @@ from report import plain_table
 
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.core.nouns import RequestId
-from pipeserve.driver import Driver
-from pipeserve.launch.bench import replay
-from pipeserve.launch.emulated import emulated_setup
-from pipeserve.launch.record import meta_of_driver
-from pipeserve.launch.simulate import make_setup
-from pipeserve.launch.workload import Workload
-from pipeserve.profiling.ledger import explain
-from pipeserve.profiling.recording import Recording, Ring, recording_of
-from pipeserve.profiling.request_times import records_of
-from pipeserve.profiling.simulator import Arrival, Simulation
-from pipeserve.profiling.summary import summarize
-from pipeserve.shapes import find_shape
+from pipeserve.driver.driver import Driver
+from pipeserve.driver.shapes import find_shape
+from pipeserve.launch.inputs.workload import Workload
+from pipeserve.launch.run.emulated import emulated_setup
+from pipeserve.launch.run.record import meta_of_driver
+from pipeserve.launch.verbs.bench import replay
+from pipeserve.launch.verbs.simulate import make_setup
+from pipeserve.profiling.ledger.ledger import explain
+from pipeserve.profiling.recording.recording import Recording, Ring, recording_of
+from pipeserve.profiling.recording.request_times import records_of
+from pipeserve.profiling.recording.summary import summarize
+from pipeserve.profiling.simulation.simulator import Arrival, Simulation
 
 OWN = ("planning", "control", "token_feedback", "link", "jitter")
 """Causes of which the simulator has none, or less: the runtime's."""

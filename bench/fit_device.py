@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeserve.configs.device_profiles import save_profile
-from pipeserve.core.device import AllReduce, DeviceProfile, Link, Residuals
-from pipeserve.core.kernels import Attention, Kernels
-from pipeserve.profiling.fit import (
+from pipeserve.core.cost.device import AllReduce, DeviceProfile, Link, Residuals
+from pipeserve.core.cost.kernels import Attention, Kernels
+from pipeserve.profiling.calibration.fit import (
     fit_attention,
     fit_elementwise,
     fit_gemm,
@@ -27,7 +27,7 @@ from pipeserve.profiling.fit import (
     product_columns,
     smaller_sizes,
 )
-from pipeserve.profiling.measurements import (
+from pipeserve.profiling.calibration.measurements import (
     AttentionTimes,
     LayerTimes,
     MessageTimes,

@@ -27,17 +27,17 @@ from report import plain_table, show
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.control import encode, step_message
-from pipeserve.core.cost import PipelineCost
+from pipeserve.core.cost.partition import split_layers
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch, Request, RequestId, Wait
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.work import Work
-from pipeserve.launch.collector import no_pauses
-from pipeserve.profiling.capacity import busy_in
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, request_of
-from pipeserve.profiling.stage_times import ProfiledTimes
+from pipeserve.launch.run.collector import no_pauses
+from pipeserve.profiling.search.capacity import busy_in
+from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, request_of
+from pipeserve.profiling.simulation.stage_times import ProfiledTimes
+from pipeserve.wire.control import encode, step_message
 
 STAGES = (2, 4, 8, 16, 32, 64)
 RUNNING = (10, 100, 1_000, 10_000)

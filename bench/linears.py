@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from pipeserve.memory import resident_bytes
-from pipeserve.stages.linear import Linear
+from pipeserve.stage.memory import resident_bytes
+from pipeserve.stages.layers.linear import Linear
 
 SHAPES = {
     "qkv": (960, 576),

@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from pipeserve.connection import connected
-from pipeserve.links import TensorLinks, unpack_tensor
-from pipeserve.listener import Listener
-from pipeserve.sources import Sources
+from pipeserve.wire.connection import connected
+from pipeserve.wire.links import TensorLinks, unpack_tensor
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Sources
 
 HIDDEN = 576
 ROWS = (1, 16, 128, 512, 2048)

@@ -31,10 +31,10 @@ from report import plain_table
 
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.core.nouns import RequestId
-from pipeserve.driver import Driver
-from pipeserve.launch.bench import replay
-from pipeserve.launch.starting import recorded_driver
-from pipeserve.profiling.workloads import random_items
+from pipeserve.driver.driver import Driver
+from pipeserve.launch.run.starting import recorded_driver
+from pipeserve.launch.verbs.bench import replay
+from pipeserve.profiling.simulation.workloads import random_items
 
 _TURN = 5.25
 """Microbatches that the requests which run are spread over: five stages, and some planned ahead."""

@@ -24,14 +24,14 @@ from pauses import Collections
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost import PipelineCost
+from pipeserve.core.cost.partition import split_layers
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.forecast import Forecast
 from pipeserve.core.nouns import Microbatch, Request, RequestId, SamplingParams, StepResult
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.work import Work
-from pipeserve.launch.collector import no_pauses
+from pipeserve.launch.run.collector import no_pauses
 
 RUNNING = (10, 100, 1_000, 10_000)
 STAGES = (2, 4, 8, 16, 32, 64)

@@ -23,19 +23,19 @@ from types import SimpleNamespace
 
 import msgspec
 
-from pipeserve import control
-from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import make_config
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, RequestId
 from pipeserve.core.records import Completed, Recorder, Span, ignore
-from pipeserve.driver import Driver
-from pipeserve.launch.bench import replay
-from pipeserve.launch.record import both, meta_of_driver
-from pipeserve.profiling.recording import Ring
-from pipeserve.profiling.recording_writer import RecordingWriter
-from pipeserve.profiling.summary import summarize
-from pipeserve.profiling.workloads import random_items
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
+from pipeserve.launch.run.record import both, meta_of_driver
+from pipeserve.launch.verbs.bench import replay
+from pipeserve.profiling.recording.recording import Ring
+from pipeserve.profiling.recording.summary import summarize
+from pipeserve.profiling.recording.writer import RecordingWriter
+from pipeserve.profiling.simulation.workloads import random_items
+from pipeserve.wire import control
 
 MODES = ("recorded", "ignored", "removed")
 

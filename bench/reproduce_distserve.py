@@ -24,10 +24,9 @@ from distserve_lengths import Lengths, finite_arrivals, sharegpt_lengths, trace_
 from report import plain_table
 
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.profiling.disaggregated import KvLink
-from pipeserve.profiling.distserve_latency import FITS, PublishedTimes, published_times
-from pipeserve.profiling.goodput import Slo, attainment, find_goodput, meets_separately
-from pipeserve.profiling.placement import (
+from pipeserve.profiling.calibration.distserve_latency import FITS, PublishedTimes, published_times
+from pipeserve.profiling.search.goodput import Slo, attainment, find_goodput, meets_separately
+from pipeserve.profiling.search.placement import (
     A100_80GB_BYTES,
     Cluster,
     Pair,
@@ -39,7 +38,8 @@ from pipeserve.profiling.placement import (
     place_apart,
     place_together,
 )
-from pipeserve.profiling.simulator import Arrival, Served, Simulation
+from pipeserve.profiling.simulation.disaggregated import KvLink
+from pipeserve.profiling.simulation.simulator import Arrival, Served, Simulation
 
 Judge = Callable[[Sequence[Served], Slo], bool]
 

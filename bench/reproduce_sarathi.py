@@ -19,14 +19,14 @@ from statistics import median
 from report import Row, plain_table, table
 
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.core.cost import PipelineCost
-from pipeserve.core.device import DeviceProfile
+from pipeserve.core.cost.device import DeviceProfile
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.records import Planned, Record
 from pipeserve.core.work import Work
-from pipeserve.launch.simulate import Setup, make_setup
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
-from pipeserve.profiling.stage_times import ProfiledTimes, StageTimes
+from pipeserve.launch.verbs.simulate import Setup, make_setup
+from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.simulation.stage_times import ProfiledTimes, StageTimes
 
 RECIPE = "gpt3-64xa100"
 NUM_REQUESTS = 10_000

@@ -19,12 +19,12 @@ from report import Row, plain_table, table
 from reproduce_sarathi import host_per_layer_s, on_profile
 
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.core.cost import PipelineCost
-from pipeserve.core.device import DeviceProfile
+from pipeserve.core.cost.device import DeviceProfile
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.work import Work
-from pipeserve.launch.simulate import Setup, make_setup
-from pipeserve.launch.traces import read_trace
-from pipeserve.profiling.capacity import (
+from pipeserve.launch.inputs.traces import read_trace
+from pipeserve.launch.verbs.simulate import Setup, make_setup
+from pipeserve.profiling.search.capacity import (
     Lengths,
     Trial,
     ceiling_rate,
@@ -32,8 +32,8 @@ from pipeserve.profiling.capacity import (
     poisson_arrivals,
     run_trial,
 )
-from pipeserve.profiling.simulator import Simulation
-from pipeserve.profiling.workloads import DISTRIBUTIONS, draw_lengths
+from pipeserve.profiling.simulation.simulator import Simulation
+from pipeserve.profiling.simulation.workloads import DISTRIBUTIONS, draw_lengths
 
 RECIPE = "falcon-180b-2x4xa100"
 SHAREGPT = "sharegpt_8k_filtered_stats_llama2_tokenizer.csv.gz"

@@ -23,19 +23,19 @@ from typing import Any, ClassVar
 from report import plain_table, show
 
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.core.cost import PipelineCost
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.policies import get_policy, uniform
 from pipeserve.core.policies.sarathi_serve import SarathiServe
 from pipeserve.core.policies.uniform import Uniform
 from pipeserve.core.view import Policy, Traits
-from pipeserve.launch.simulate import Setup, make_setup
-from pipeserve.launch.traces import read_trace
-from pipeserve.profiling.capacity import Lengths, Trial, poisson_arrivals, run_trial
-from pipeserve.profiling.ceiling import Ceiling, ceiling
-from pipeserve.profiling.simulator import SimulatedPipeline, Simulation
-from pipeserve.profiling.workloads import DISTRIBUTIONS, draw_lengths
+from pipeserve.launch.inputs.traces import read_trace
+from pipeserve.launch.verbs.simulate import Setup, make_setup
+from pipeserve.profiling.search.capacity import Lengths, Trial, poisson_arrivals, run_trial
+from pipeserve.profiling.search.ceiling import Ceiling, ceiling
+from pipeserve.profiling.simulation.simulator import SimulatedPipeline, Simulation
+from pipeserve.profiling.simulation.workloads import DISTRIBUTIONS, draw_lengths
 
 LAYOUTS = {"TP1xPP8": "falcon-180b-8xa100", "TP4xPP2": "falcon-180b-2x4xa100"}
 TRACES = {

@@ -13,11 +13,11 @@ import time
 
 import torch
 
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.inputs import build_inputs
-from pipeserve.stages.kv import KVCache
-from pipeserve.stages.linear import Linear
-from pipeserve.stages.weights import load_stage
+from pipeserve.stages.attention.inputs import build_inputs
+from pipeserve.stages.attention.kv import KVCache
+from pipeserve.stages.checkpoint.weights import load_stage
+from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.layers.linear import Linear
 
 BLOCK_SIZE = 16
 

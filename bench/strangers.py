@@ -26,11 +26,11 @@ from pathlib import Path
 from statistics import fmean
 
 from pipeserve.configs import make_config
-from pipeserve.control import KeeperHello, Sampled, encode
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
-from pipeserve.driver import Driver
-from pipeserve.handshake import Connecting
-from pipeserve.launch.emulated import emulated_setup
+from pipeserve.driver.driver import Driver
+from pipeserve.launch.run.emulated import emulated_setup
+from pipeserve.wire.control import KeeperHello, Sampled, encode
+from pipeserve.wire.handshake import Connecting
 
 CONFIG = {
     "model": "llama2-7b",

@@ -38,11 +38,11 @@ from planted_real import (
     replace,
 )
 
-from pipeserve.profiling.causes import CAUSES
-from pipeserve.profiling.html_report import write_report
-from pipeserve.profiling.ledger import Ledger, explain
-from pipeserve.profiling.recording import Recording
-from pipeserve.profiling.simulator import Arrival
+from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.ledger.ledger import Ledger, explain
+from pipeserve.profiling.pages.html_report import write_report
+from pipeserve.profiling.recording.recording import Recording
+from pipeserve.profiling.simulation.simulator import Arrival
 
 FOLDER = Path(__file__).parents[1] / "docs" / "timeline"
 RUNS = 8

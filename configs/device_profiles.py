@@ -28,7 +28,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from pipeserve.configs.typed_yaml import read_yaml, write_yaml
-from pipeserve.core.device import DeviceProfile
+from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.errors import ConfigError
 
 _FOLDER = Path(__file__).parent / "devices"

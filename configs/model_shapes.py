@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeserve.configs.device_profiles import find_yaml
 from pipeserve.configs.typed_yaml import read_yaml
-from pipeserve.core.shape import ModelShape
+from pipeserve.core.cost.shape import ModelShape
 
 _FOLDER = Path(__file__).parent / "models"
 

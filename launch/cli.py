@@ -20,9 +20,8 @@ import pipeserve
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError, PipeserveError
-from pipeserve.launch import starting
-from pipeserve.launch.flags import given, run_flags, sampling_flags, with_flags
-from pipeserve.launch.options import (
+from pipeserve.launch.inputs.flags import given, run_flags, sampling_flags, with_flags
+from pipeserve.launch.inputs.options import (
     Explain,
     JsonTo,
     Lengths,
@@ -35,9 +34,10 @@ from pipeserve.launch.options import (
     Scale,
     TimeUnit,
 )
+from pipeserve.launch.run import starting
 
 if TYPE_CHECKING:
-    from pipeserve.driver import Driver
+    from pipeserve.driver.driver import Driver
 
 # typer may carry its own copy of click, so its classes are reached through what typer exports.
 UsageError = typer.BadParameter.__base__
@@ -118,8 +118,8 @@ def generate(
     parameters of its own if wanted. Its result repeats it and has text, token_ids, finish_reason,
     logprobs and prompt_logprobs where asked for, and all samples as outputs where n is over 1.
     """
-    from pipeserve.launch import generate as verb
-    from pipeserve.launch import prompts as given_prompts
+    from pipeserve.launch.inputs import prompts as given_prompts
+    from pipeserve.launch.verbs import generate as verb
 
     run_config = _run_config(model, config, flags)
     options = given(SamplingParams, flags, without="seed")
@@ -157,7 +157,7 @@ def generate(
         write = verb.print_text if print_text else verb.print_json
         return verb.run(start, lines, write, live)
     with start() as (driver, records), records.shown() if live else nullcontext():
-        from pipeserve.llm import LLM
+        from pipeserve.frontend.llm import LLM
 
         records.start_writing()
         return verb.stream_text(LLM.on(driver), lines[0])
@@ -196,9 +196,9 @@ def bench(
     """Measure throughput, TTFT, TBT, and each stage's busy share and memory on a workload."""
     from rich.console import Console
 
-    from pipeserve.launch import bench as verb
-    from pipeserve.launch.jsonl import check_writable
-    from pipeserve.launch.workload import read_workload
+    from pipeserve.launch.inputs.jsonl import check_writable
+    from pipeserve.launch.inputs.workload import read_workload
+    from pipeserve.launch.verbs import bench as verb
 
     run_config = _run_config(model, config, flags)
     _check_terminal(live, explain)
@@ -223,7 +223,7 @@ def _encoder(driver: "Driver") -> Callable[[str], Sequence[int]] | None:
     """What makes ids of text, where there is a model to say how."""
     if driver.model_folder is None:
         return None
-    from pipeserve.tokenizer import Tokenizer
+    from pipeserve.frontend.tokenizer import Tokenizer
 
     return Tokenizer(driver.model_folder).encode
 
@@ -241,13 +241,13 @@ def calibrate(
 ) -> int:
     """Measure this machine's stages, and write the cost profile that simulate takes."""
     from pipeserve.configs.device_profiles import save_profile
-    from pipeserve.launch import calibrate as verb
-    from pipeserve.launch.jsonl import check_writable
+    from pipeserve.launch.inputs.jsonl import check_writable
+    from pipeserve.launch.verbs import calibrate as verb
     from pipeserve.machine import device_name, total_memory_bytes
-    from pipeserve.profiling.recording import Ring
-    from pipeserve.profiling.samples import Samples
-    from pipeserve.stages.config import ModelConfig
-    from pipeserve.stages.sources import resolve
+    from pipeserve.profiling.calibration.samples import Samples
+    from pipeserve.profiling.recording.recording import Ring
+    from pipeserve.stages.checkpoint.sources import resolve
+    from pipeserve.stages.config.model_config import ModelConfig
 
     run_config = _run_config(model, config, flags)
     if output.exists() and not overwrite:
@@ -314,12 +314,12 @@ def simulate(
     **flags: Any,
 ) -> int:
     """Serve a workload on virtual time, on devices known by their cost profile alone."""
-    from pipeserve.launch import disaggregate, simulate
-    from pipeserve.launch.jsonl import check_writable
-    from pipeserve.launch.wanted import Wanted, read_nodes, read_pools, read_slo
-    from pipeserve.launch.workload import read_workload
-    from pipeserve.profiling.recording_writer import check_recordable
-    from pipeserve.shapes import find_shape
+    from pipeserve.driver.shapes import find_shape
+    from pipeserve.launch.inputs.jsonl import check_writable
+    from pipeserve.launch.inputs.wanted import Wanted, read_nodes, read_pools, read_slo
+    from pipeserve.launch.inputs.workload import read_workload
+    from pipeserve.launch.verbs import disaggregate, simulate
+    from pipeserve.profiling.recording.writer import check_recordable
 
     run_config = _run_config(model, config, flags)
     wanted = Wanted(
@@ -389,10 +389,10 @@ def tune(
 ) -> int:
     """Search the layout, layer split, window and policy that serve a workload best within
     --slo-tbt, on virtual time. What is given as a flag is not searched."""
-    from pipeserve.launch import tune as verb
-    from pipeserve.launch.jsonl import check_writable
-    from pipeserve.launch.workload import read_workload
-    from pipeserve.shapes import find_shape
+    from pipeserve.driver.shapes import find_shape
+    from pipeserve.launch.inputs.jsonl import check_writable
+    from pipeserve.launch.inputs.workload import read_workload
+    from pipeserve.launch.verbs import tune as verb
 
     run_config = _run_config(model, config, flags)
     work = read_workload(
@@ -429,7 +429,7 @@ def report(
     ] = False,
 ) -> int:
     """Show where the time of a recorded run went, or what moved between two."""
-    from pipeserve.launch import report as verb
+    from pipeserve.launch.verbs import report as verb
 
     return verb.report(folders, html_file, json_file, perfetto_file, advise)
 

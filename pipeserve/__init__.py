@@ -11,17 +11,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeserve.completion import Completion
     from pipeserve.core.nouns import SamplingParams
-    from pipeserve.llm import LLM
+    from pipeserve.frontend.completion import Completion
+    from pipeserve.frontend.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
 
 _HOMES = {
-    "LLM": "pipeserve.llm",
+    "LLM": "pipeserve.frontend.llm",
     "SamplingParams": "pipeserve.core.nouns",
-    "Completion": "pipeserve.completion",
+    "Completion": "pipeserve.frontend.completion",
 }
 
 

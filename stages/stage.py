@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from pipeserve.stages.attention import make_attention
-from pipeserve.stages.config import ModelConfig
+from pipeserve.stages.attention.attention import make_attention
+from pipeserve.stages.attention.inputs import StageInputs
+from pipeserve.stages.attention.kv import KVCache
+from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families import find_family
-from pipeserve.stages.inputs import StageInputs
-from pipeserve.stages.kv import KVCache
-from pipeserve.stages.leaf import Leaf
-from pipeserve.stages.padding import pad_rows
-from pipeserve.stages.rotary import make_rotation, rope_frequencies
-from pipeserve.stages.self_attention import LayerInputs, SelfAttention
+from pipeserve.stages.layers.leaf import Leaf
+from pipeserve.stages.layers.padding import pad_rows
+from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
+from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 
 class Stage(nn.Module):

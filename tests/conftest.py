@@ -13,7 +13,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def no_collections(monkeypatch):
     """For commands within the tests' own process: each begins with a collection of all garbage,
     which takes ten times as long as the command where a thousand tests have left theirs."""
-    from pipeserve.launch import record
+    from pipeserve.launch.run import record
 
     monkeypatch.setattr(record, "no_pauses", lambda: nullcontext(lambda: None))
 

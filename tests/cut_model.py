@@ -7,10 +7,10 @@ import random
 
 import torch
 
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.inputs import build_inputs
-from pipeserve.stages.kv import KVCache
-from pipeserve.stages.weights import load_stage
+from pipeserve.stages.attention.inputs import build_inputs
+from pipeserve.stages.attention.kv import KVCache
+from pipeserve.stages.checkpoint.weights import load_stage
+from pipeserve.stages.config.model_config import ModelConfig
 
 TOLERANCE = 1e-4
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeserve.configs import RunConfig
 from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.cost.partition import plan_pipeline
 from pipeserve.core.engine import Limits
 from pipeserve.core.nouns import Chunk, Output, TokenLogprobs
-from pipeserve.core.partition import plan_pipeline
 from pipeserve.core.records import Arrived, Completed, Ended, Planned, Span, ignore
 from pipeserve.errors import CapacityError, StageError
 
@@ -50,7 +50,7 @@ def _gpt2_bytes():
 
 
 class FakeDriver:
-    """As pipeserve.driver.Driver, of two stages, without processes."""
+    """As pipeserve.driver.driver.Driver, of two stages, without processes."""
 
     def __init__(
         self, folder: Path, *, reply=None, max_model_len=64, dies_at_poll=None, seed=0

@@ -5,6 +5,7 @@ from collections import deque
 from model_stages import ModelStage, next_token, prompt_score, states_of
 from plan_checker import PlanChecker
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import (
     Microbatch,
@@ -14,7 +15,6 @@ from pipeserve.core.nouns import (
     TokenLogprobs,
     Wait,
 )
-from pipeserve.core.partition import split_layers
 from pipeserve.core.view import Policy
 
 MAX_STEPS = 20_000

@@ -13,11 +13,11 @@ from typing import Any
 
 import msgspec
 
-from pipeserve.connection import Connection, connect
-from pipeserve.control import StageReady, StartStage
-from pipeserve.fleet import Fleet
-from pipeserve.listener import Listener
-from pipeserve.sources import Source, Sources
+from pipeserve.driver.fleet import Fleet
+from pipeserve.wire.connection import Connection, connect
+from pipeserve.wire.control import StageReady, StartStage
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Source, Sources
 
 _NEVER = float("inf")
 

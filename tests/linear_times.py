@@ -2,7 +2,7 @@
 
 from pipeserve.core.nouns import Microbatch, StageCost
 from pipeserve.core.work import Work, work_of
-from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 
 class LinearTimes(StageTimes):

@@ -17,10 +17,11 @@ from plan_checker import PlanChecker
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost import PipelineCost
-from pipeserve.core.device import DeviceProfile
+from pipeserve.core.cost.device import DeviceProfile
+from pipeserve.core.cost.kernels import TILE
+from pipeserve.core.cost.partition import split_layers
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.engine import Engine
-from pipeserve.core.kernels import TILE
 from pipeserve.core.nouns import (
     Microbatch,
     Output,
@@ -30,13 +31,12 @@ from pipeserve.core.nouns import (
     StepResult,
     Wait,
 )
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.view import CostModel, Flow
 from pipeserve.core.work import Work, work_of
 from pipeserve.errors import CapacityError
-from pipeserve.profiling.simulator import SimulatedPipeline
-from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.profiling.simulation.simulator import SimulatedPipeline
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 MAX_EVENTS = 200_000
 GPU = load_profile("a100-80gb-dgx"), load_shape("falcon-180b")

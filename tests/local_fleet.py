@@ -9,16 +9,17 @@ import time
 
 import torch
 
-import pipeserve.driver
-from pipeserve import LLM, control
+import pipeserve.driver.driver
+from pipeserve import LLM
 from pipeserve.configs import RunConfig
-from pipeserve.connection import connect
-from pipeserve.fleet import Fleet, Received
-from pipeserve.listener import Listener
+from pipeserve.driver.fleet import Fleet, Received
 from pipeserve.machine import boot_id, native_dtypes
-from pipeserve.sources import Sources
-from pipeserve.stage_loop import StageLoop
-from pipeserve.worker import ModelCompute
+from pipeserve.stage.loop import StageLoop
+from pipeserve.stage.worker import ModelCompute
+from pipeserve.wire import control
+from pipeserve.wire.connection import connect
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Sources
 
 
 class LocalFleet(Fleet):
@@ -76,7 +77,7 @@ def _work(worker: StageLoop) -> None:
 
 def local_llm(monkeypatch, folder: str, layers: tuple[int, ...], **options) -> LLM:
     """An LLM in float32 whose stages hold so many layers each."""
-    monkeypatch.setattr(pipeserve.driver, "Fleet", LocalFleet)
+    monkeypatch.setattr(pipeserve.driver.driver, "Fleet", LocalFleet)
     return LLM(
         folder,
         dtype="float32",

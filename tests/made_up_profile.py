@@ -1,9 +1,9 @@
 """A cost profile as `pipeserve calibrate` makes them, with numbers made up by hand."""
 
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.device import DeviceProfile, Link
-from pipeserve.core.kernels import Attention, Tables
-from pipeserve.core.partition import split_explicitly
+from pipeserve.core.cost.device import DeviceProfile, Link
+from pipeserve.core.cost.kernels import Attention, Tables
+from pipeserve.core.cost.partition import split_explicitly
 
 SHAPE = load_shape("smollm2-135m")
 PLAN = split_explicitly(30, 2, [20, 10])

@@ -5,13 +5,13 @@ from itertools import chain
 from pathlib import Path
 from random import Random
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
-from pipeserve.profiling.recording import Recording, recording_of
-from pipeserve.profiling.recording_writer import RecordingWriter
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
-from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.profiling.recording.recording import Recording, recording_of
+from pipeserve.profiling.recording.writer import RecordingWriter
+from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 
 class Times(StageTimes):

@@ -3,7 +3,7 @@
 from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
 from pipeserve.core.records import Recorder, ignore
-from pipeserve.driver import Driver
+from pipeserve.driver.driver import Driver
 
 
 def go_on_under(driver: Driver, engine: Engine, record: Recorder = ignore) -> None:

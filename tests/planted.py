@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from math import exp, inf
 from random import Random
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Record, Span
-from pipeserve.profiling.recording import Recording, recording_of
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
-from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.profiling.recording.recording import Recording, recording_of
+from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 STEP_S = 0.010
 """Of a microbatch of 4 decodes by `PlantedTimes`, about."""

@@ -24,22 +24,22 @@ from unittest import mock
 from late_links import LateLinks
 from other_engine import go_on_under
 
-from pipeserve import control
-from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import make_config
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import Request, SamplingParams
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Record
 from pipeserve.core.view import Draft, Policy, View
-from pipeserve.driver import Driver
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
+from pipeserve.driver.fleet import Fleet
 from pipeserve.errors import StageError
-from pipeserve.fleet import Fleet
-from pipeserve.launch.record import meta_of_driver
-from pipeserve.profiling.causes import CAUSES
-from pipeserve.profiling.ledger import explain
-from pipeserve.profiling.recording import Recording, recording_of
-from pipeserve.profiling.simulator import Arrival
+from pipeserve.launch.run.record import meta_of_driver
+from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.ledger.ledger import explain
+from pipeserve.profiling.recording.recording import Recording, recording_of
+from pipeserve.profiling.simulation.simulator import Arrival
+from pipeserve.wire import control
 
 WARM_UP = (Arrival(0.0, 16, 4),) * 4
 
@@ -107,7 +107,7 @@ class Stages:
                 return links.between(answers) if kind is control.StageReady else answers
 
         try:
-            with mock.patch("pipeserve.driver.Fleet", LinkedFleet):
+            with mock.patch("pipeserve.driver.driver.Fleet", LinkedFleet):
                 self.driver = Driver(checkpoint_setup(self.config), record=self._records.append)
         except BaseException:
             links.close()

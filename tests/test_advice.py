@@ -14,25 +14,25 @@ import pytest
 from rich.console import Console
 
 from pipeserve.configs.device_profiles import load_profile, save_profile
+from pipeserve.core.cost.partition import split_explicitly
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch
-from pipeserve.core.partition import split_explicitly
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Ended
 from pipeserve.core.work import work_of
 from pipeserve.errors import ConfigError
 from pipeserve.launch import cli
-from pipeserve.launch.advice import advice_report, print_advice
-from pipeserve.launch.report import cost_maker
-from pipeserve.profiling.advice import Prediction, advise
-from pipeserve.profiling.changes import best_split, choices, stage_s, wishes
-from pipeserve.profiling.recorded_times import RecordedTimes, Tweak, fit, nearest, size_class
-from pipeserve.profiling.recording import recording_of
-from pipeserve.profiling.recording_reader import read_recording
-from pipeserve.profiling.replay import load_of, recorded_figures, replay, setting_of
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
-from pipeserve.profiling.stage_times import StageTimes
-from pipeserve.profiling.step_parts import counts_of
+from pipeserve.launch.verbs.advice import advice_report, print_advice
+from pipeserve.launch.verbs.report import cost_maker
+from pipeserve.profiling.advice.advice import Prediction, advise
+from pipeserve.profiling.advice.changes import best_split, choices, stage_s, wishes
+from pipeserve.profiling.advice.recorded_times import RecordedTimes, Tweak, fit, nearest, size_class
+from pipeserve.profiling.advice.replay import load_of, recorded_figures, replay, setting_of
+from pipeserve.profiling.ledger.step_parts import counts_of
+from pipeserve.profiling.recording.reader import read_recording
+from pipeserve.profiling.recording.recording import recording_of
+from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 LIMITS = Limits(
     num_blocks=4000,

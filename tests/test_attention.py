@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.attention import make_attention
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.inputs import build_inputs
-from pipeserve.stages.kv import KVCache
-from pipeserve.stages.scoring import Scoring, alibi_slopes
+from pipeserve.stages.attention.attention import make_attention
+from pipeserve.stages.attention.inputs import build_inputs
+from pipeserve.stages.attention.kv import KVCache
+from pipeserve.stages.attention.scoring import Scoring, alibi_slopes
+from pipeserve.stages.config.model_config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

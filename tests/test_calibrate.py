@@ -8,7 +8,7 @@ from checkpoints import tiny_llama
 from pipeserve.configs import RunConfig
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.launch import cli
-from pipeserve.launch.calibrate import measured_run
+from pipeserve.launch.verbs.calibrate import measured_run
 from pipeserve.machine import device_name
 
 

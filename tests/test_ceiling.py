@@ -5,13 +5,13 @@ from math import ceil
 import pytest
 from linear_times import LinearCost, LinearTimes
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.work import work_of
-from pipeserve.profiling.ceiling import ceiling, mix_of
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
-from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.profiling.search.ceiling import ceiling, mix_of
+from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 MIX = [(48, 17)]  # 3 of 4 tokens are prompt, the others decodes; a decode reads 56.5 positions
 

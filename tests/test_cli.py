@@ -10,19 +10,20 @@ from fake_driver import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer, write_jsonl
 from rich.progress import Progress
 
 import pipeserve
-from pipeserve.completion import Delta
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import PipeserveError
-from pipeserve.launch import cli, starting
-from pipeserve.launch.flags import run_flags, sampling_flags
-from pipeserve.launch.generate import write_results
-from pipeserve.launch.jsonl import ResultFile
-from pipeserve.launch.prompts import one_prompt
-from pipeserve.launch.workload import read_workload
-from pipeserve.llm import LLM
-from pipeserve.params import REFUSED
-from pipeserve.profiling.workloads import DISTRIBUTIONS
+from pipeserve.frontend.completion import Delta
+from pipeserve.frontend.llm import LLM
+from pipeserve.frontend.params import REFUSED
+from pipeserve.launch import cli
+from pipeserve.launch.inputs.flags import run_flags, sampling_flags
+from pipeserve.launch.inputs.jsonl import ResultFile
+from pipeserve.launch.inputs.prompts import one_prompt
+from pipeserve.launch.inputs.workload import read_workload
+from pipeserve.launch.run import starting
+from pipeserve.launch.verbs.generate import write_results
+from pipeserve.profiling.simulation.workloads import DISTRIBUTIONS
 
 pytestmark = pytest.mark.usefixtures("no_collections")
 
@@ -278,7 +279,7 @@ def test_the_bar_counts_prompts(folder, monkeypatch):
             bars.append([(task.completed, task.total) for task in self.tasks])
             super().stop()
 
-    monkeypatch.setattr("pipeserve.launch.generate.Progress", Bar)
+    monkeypatch.setattr("pipeserve.launch.verbs.generate.Progress", Bar)
     options = {"n": 3, "max_tokens": 2}
     lines = [one_prompt(text, options, chat=False) for text in ("a", "b" * 64, "c")]
     assert write_results(llm, lines, lambda result: None, lambda start, stop: [0.0]) == 1

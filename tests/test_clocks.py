@@ -10,8 +10,8 @@ import pytest
 from planted import PlantedTimes, Scene, all_at_once, record
 
 from pipeserve.core.records import Ping
-from pipeserve.profiling.clocks import Aligned, align
-from pipeserve.profiling.recording import Recording
+from pipeserve.profiling.recording.clocks import Aligned, align
+from pipeserve.profiling.recording.recording import Recording
 
 AHEAD_S, DRIFT = 0.250, 50e-6
 LEAST_S = 100e-6

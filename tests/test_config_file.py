@@ -8,7 +8,7 @@ import pytest
 from checkpoints import edit_config, tiny
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.config import ModelConfig
+from pipeserve.stages.config.model_config import ModelConfig
 
 WRONG = {
     "llama": [

@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, mod
 from transformers.initialization import no_init_weights
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.weights import check_checkpoint
+from pipeserve.stages.checkpoint.weights import check_checkpoint
+from pipeserve.stages.config.model_config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

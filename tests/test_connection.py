@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from pipeserve import connection
-from pipeserve.connection import Connection, connect
-from pipeserve.listener import Listener
-from pipeserve.sources import Sources
+from pipeserve.wire import connection
+from pipeserve.wire.connection import Connection, connect
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Sources
 
 PREFIX = 8
 SECRET = b"of this run"

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from pipeserve import control
 from pipeserve.core.nouns import (
     Admission,
     Chunk,
@@ -14,8 +13,9 @@ from pipeserve.core.nouns import (
     SamplingParams,
     TokenLogprobs,
 )
-from pipeserve.sample_row import sample_row
-from pipeserve.sequences import Sequences
+from pipeserve.stage.sample_row import sample_row
+from pipeserve.stage.sequences import Sequences
+from pipeserve.wire import control
 
 
 def _request(request_id, prompt, **params):

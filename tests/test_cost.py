@@ -6,15 +6,15 @@ from math import exp, inf, sqrt
 
 import pytest
 
-from pipeserve.core.cost import PipelineCost
-from pipeserve.core.device import AllReduce, DeviceProfile, Link, Residuals, check_profile
-from pipeserve.core.kernels import Attention, Elementwise, Gemm, Kernels, Tables, products
+from pipeserve.core.cost.device import AllReduce, DeviceProfile, Link, Residuals, check_profile
+from pipeserve.core.cost.kernels import Attention, Elementwise, Gemm, Kernels, Tables, products
+from pipeserve.core.cost.partition import split_explicitly, split_layers
+from pipeserve.core.cost.pipeline_cost import PipelineCost
+from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
-from pipeserve.core.partition import split_explicitly, split_layers
-from pipeserve.core.shape import ModelShape
 from pipeserve.core.work import Work, work_of
 from pipeserve.errors import ConfigError
-from pipeserve.profiling.stage_times import ProfiledTimes
+from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 
 SHAPE = ModelShape(
     name="small",

@@ -7,13 +7,12 @@ from math import inf, nan
 
 import pytest
 
-from pipeserve.core.cost import work_of
+from pipeserve.core.cost.pipeline_cost import work_of
 from pipeserve.core.nouns import Chunk
 from pipeserve.core.records import Arrived, Completed, Fault, Planned, Span
-from pipeserve.profiling.causes import CAUSES
-from pipeserve.profiling.ledger import Ledger, explain
-from pipeserve.profiling.recording import recording_of
-from pipeserve.profiling.step_parts import (
+from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.ledger.ledger import Ledger, explain
+from pipeserve.profiling.ledger.step_parts import (
     BASE,
     CONTEXT,
     DECODES,
@@ -22,6 +21,7 @@ from pipeserve.profiling.step_parts import (
     StepParts,
     counts_of,
 )
+from pipeserve.profiling.recording.recording import recording_of
 
 
 def plan(index, sent_s, after=-1, *, waited_for="", woken_s=None, requests=(0,), there=(0, 2)):

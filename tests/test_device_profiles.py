@@ -7,9 +7,9 @@ import yaml
 
 from pipeserve.configs.device_profiles import load_profile, profile_names, save_profile
 from pipeserve.configs.model_shapes import load_shape, shape_names
-from pipeserve.core.cost import PipelineCost
-from pipeserve.core.kernels import Tables
-from pipeserve.core.partition import split_layers
+from pipeserve.core.cost.kernels import Tables
+from pipeserve.core.cost.partition import split_layers
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 

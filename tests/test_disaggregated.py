@@ -6,17 +6,23 @@ from random import Random
 
 import pytest
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import Microbatch
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.view import Limits
 from pipeserve.errors import CapacityError, ConfigError
-from pipeserve.profiling.capacity import poisson_arrivals
-from pipeserve.profiling.disaggregated import DisaggregatedSimulation, KvLink
-from pipeserve.profiling.goodput import Slo, attainment, find_goodput, meets, meets_separately
-from pipeserve.profiling.simulator import Arrival, Served, SimulatedPipeline
-from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.profiling.search.capacity import poisson_arrivals
+from pipeserve.profiling.search.goodput import (
+    Slo,
+    attainment,
+    find_goodput,
+    meets,
+    meets_separately,
+)
+from pipeserve.profiling.simulation.disaggregated import DisaggregatedSimulation, KvLink
+from pipeserve.profiling.simulation.simulator import Arrival, Served, SimulatedPipeline
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 BLOCK = 4
 

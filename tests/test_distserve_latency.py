@@ -4,7 +4,7 @@ import pytest
 
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.errors import ConfigError
-from pipeserve.profiling.distserve_latency import FITS, PublishedTimes, published_times
+from pipeserve.profiling.calibration.distserve_latency import FITS, PublishedTimes, published_times
 
 
 def prompts(*lengths: int) -> Microbatch:

@@ -7,15 +7,15 @@ from checkpoints import edit_config, tiny_llama
 from local_fleet import LocalFleet
 from safetensors.torch import load_file
 
-import pipeserve.checkpoint
-import pipeserve.driver
-from pipeserve.checkpoint import checkpoint_setup
+import pipeserve.driver.checkpoint
+import pipeserve.driver.driver
 from pipeserve.configs import RunConfig
-from pipeserve.control import KeeperHello
-from pipeserve.driver import Driver
-from pipeserve.dtypes import choose_dtype
-from pipeserve.launch.loaded import loaded
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
+from pipeserve.driver.dtypes import choose_dtype
+from pipeserve.launch.show.loaded import loaded
 from pipeserve.machine import native_dtypes
+from pipeserve.wire.control import KeeperHello
 
 ZEN3 = "fpu sse4_2 avx avx2 fma f16c"
 ZEN4 = f"{ZEN3} avx512f avx512bw avx512_vnni avx512_bf16"
@@ -95,7 +95,7 @@ def folder(tmp_path):
 
 def test_the_ranks_that_join_decide(folder, monkeypatch):
     """The driver's own machine, which it goes by until then, has bf16; a rank elsewhere has not."""
-    monkeypatch.setattr(pipeserve.checkpoint, "native_dtypes", lambda: BF16)
+    monkeypatch.setattr(pipeserve.driver.checkpoint, "native_dtypes", lambda: BF16)
     config = RunConfig(
         model=folder,
         pipeline_parallel_size=2,
@@ -119,9 +119,9 @@ def test_the_ranks_that_join_decide(folder, monkeypatch):
 @pytest.mark.parametrize("joined", [BF16, PLAIN])
 @pytest.mark.parametrize("thought", [BF16, PLAIN])
 def test_one_type_for_the_whole_pipeline(folder, monkeypatch, thought, joined):
-    monkeypatch.setattr(pipeserve.checkpoint, "native_dtypes", lambda: thought)
+    monkeypatch.setattr(pipeserve.driver.checkpoint, "native_dtypes", lambda: thought)
     monkeypatch.setattr(local_fleet, "native_dtypes", lambda: joined)
-    monkeypatch.setattr(pipeserve.driver, "Fleet", LocalFleet)
+    monkeypatch.setattr(pipeserve.driver.driver, "Fleet", LocalFleet)
     config = RunConfig(model=folder, pipeline_parallel_size=2, num_gpu_blocks_override=8)
     with Driver(checkpoint_setup(config)) as driver:
         expected = "bfloat16" if joined == BF16 else "float32"

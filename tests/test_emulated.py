@@ -17,7 +17,23 @@ import pytest
 
 from pipeserve import LLM
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.control import (
+from pipeserve.core.nouns import Request, RequestId, SamplingParams, Wait
+from pipeserve.driver.driver import Driver
+from pipeserve.driver.fleet import Fleet
+from pipeserve.errors import ConfigError, StageError
+from pipeserve.launch import cli
+from pipeserve.launch.emulated.stage import EmulatedCompute, EmulatedWork, wait_until
+from pipeserve.launch.run import starting
+from pipeserve.launch.run.emulated import check_one_clock, emulated_setup
+from pipeserve.launch.run.record import meta_of_driver
+from pipeserve.launch.verbs.bench import replay
+from pipeserve.launch.verbs.simulate import make_setup
+from pipeserve.profiling.ledger.ledger import explain
+from pipeserve.profiling.recording.reader import read_recording
+from pipeserve.profiling.recording.recording import Ring, recording_of
+from pipeserve.profiling.simulation.simulator import Simulation, in_order
+from pipeserve.profiling.simulation.workloads import WorkItem
+from pipeserve.wire.control import (
     Launch,
     StageHello,
     StageReady,
@@ -28,23 +44,8 @@ from pipeserve.control import (
     decode_stage_hello,
     encode,
 )
-from pipeserve.core.nouns import Request, RequestId, SamplingParams, Wait
-from pipeserve.driver import Driver
-from pipeserve.errors import ConfigError, StageError
-from pipeserve.fleet import Fleet
-from pipeserve.launch import cli, starting
-from pipeserve.launch.bench import replay
-from pipeserve.launch.emulated import check_one_clock, emulated_setup
-from pipeserve.launch.emulated_stage import EmulatedCompute, EmulatedWork, wait_until
-from pipeserve.launch.record import meta_of_driver
-from pipeserve.launch.simulate import make_setup
-from pipeserve.listener import Listener
-from pipeserve.profiling.ledger import explain
-from pipeserve.profiling.recording import Ring, recording_of
-from pipeserve.profiling.recording_reader import read_recording
-from pipeserve.profiling.simulator import Simulation, in_order
-from pipeserve.profiling.workloads import WorkItem
-from pipeserve.sources import Sources
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Sources
 
 MODEL = {"model": "llama2-7b", "device_profile": "a100-80gb-dgx", "max_model_len": 1024}
 RUN = [
@@ -462,12 +463,12 @@ WITHOUT_TORCH = """
 import sys
 for name in ("torch", "transformers"):
     sys.modules[name] = None
-import pipeserve.driver
-import pipeserve.launch.emulated
+import pipeserve.driver.driver
+import pipeserve.launch.run.emulated
 sys.modules["numpy"] = None
 for name in [name for name in sys.modules if name.startswith("pipeserve")]:
     del sys.modules[name]
-import pipeserve.launch.emulated_stage
+import pipeserve.launch.emulated.stage
 """
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import (
     Microbatch,
@@ -14,7 +15,6 @@ from pipeserve.core.nouns import (
     TokenLogprobs,
     Wait,
 )
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.view import Draft, PolicyError, Traits
 from pipeserve.errors import CapacityError, ConfigError

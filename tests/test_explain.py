@@ -11,9 +11,10 @@ from fake_driver import FakeDriver, byte_tokenizer
 from pipeserve.core.nouns import Chunk, RequestId, StageCost
 from pipeserve.core.records import Planned
 from pipeserve.core.view import Outstanding, Why
-from pipeserve.launch import cli, starting
-from pipeserve.launch.explain import explanation
-from pipeserve.profiling.recording_reader import read_recording
+from pipeserve.launch import cli
+from pipeserve.launch.run import starting
+from pipeserve.launch.show.explain import explanation
+from pipeserve.profiling.recording.reader import read_recording
 
 RUN = ["llama2-7b", "--device-profile", "a100-80gb-dgx", "-pp", "2", "--max-model-len", "1024"]
 LINE = re.compile(

@@ -24,9 +24,9 @@ from cut_model import Stages, assert_close, run_mixed
 from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.config import ModelConfig, RopeConfig
+from pipeserve.stages.checkpoint.weights import check_checkpoint
+from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 from pipeserve.stages.families import FAMILIES
-from pipeserve.stages.weights import check_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ import torch
 
 import pipeserve
 from pipeserve import SamplingParams
-from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import RunConfig
+from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.errors import ConfigError
 
 from checkpoints import (  # isort: skip

@@ -9,13 +9,13 @@ import pytest
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost import PipelineCost
-from pipeserve.core.device import Link
-from pipeserve.core.kernels import Gemm, products
-from pipeserve.core.partition import split_layers
-from pipeserve.core.shape import ModelShape
+from pipeserve.core.cost.device import Link
+from pipeserve.core.cost.kernels import Gemm, products
+from pipeserve.core.cost.partition import split_layers
+from pipeserve.core.cost.pipeline_cost import PipelineCost
+from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.work import Work
-from pipeserve.profiling.fit import (
+from pipeserve.profiling.calibration.fit import (
     fit_attention,
     fit_gemm,
     fit_link,
@@ -25,7 +25,7 @@ from pipeserve.profiling.fit import (
     product_columns,
     rising,
 )
-from pipeserve.profiling.measurements import (
+from pipeserve.profiling.calibration.measurements import (
     LayerTimes,
     MessageTimes,
     read_attention,

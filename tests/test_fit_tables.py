@@ -5,17 +5,17 @@ from random import Random
 import pytest
 from made_up_profile import LINK, PLAN, SHAPE, TRUE
 
-from pipeserve.core.cost import PipelineCost
-from pipeserve.core.device import DeviceProfile
+from pipeserve.core.cost.device import DeviceProfile
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.core.policies import get_policy
 from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
-from pipeserve.profiling.fit_tables import fit_tables
-from pipeserve.profiling.samples import Sample, Samples
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
-from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.profiling.calibration.fit_tables import fit_tables
+from pipeserve.profiling.calibration.samples import Sample, Samples
+from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 
 def draw_work(rng):

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeserve import control, fleet
 from pipeserve.configs import RunConfig
-from pipeserve.connection import connect
+from pipeserve.driver.driver import fleet
 from pipeserve.errors import StageError
-from pipeserve.sources import Sources
+from pipeserve.wire import control
+from pipeserve.wire.connection import connect
+from pipeserve.wire.sources import Sources
 
 
 class Alone(fleet.Fleet):

@@ -7,8 +7,9 @@ from fake_driver import EOS, FakeDriver, byte_tokenizer, write_jsonl
 
 from pipeserve import SamplingParams
 from pipeserve.errors import ConfigError
-from pipeserve.launch import cli, starting
-from pipeserve.llm import LLM
+from pipeserve.frontend.llm import LLM
+from pipeserve.launch import cli
+from pipeserve.launch.run import starting
 
 pytestmark = pytest.mark.usefixtures("no_collections")
 

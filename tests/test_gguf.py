@@ -15,10 +15,10 @@ from fake_driver import _gpt2_bytes
 from safetensors.torch import load_file
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.convert import convert
-from pipeserve.stages.sources import convert_gguf, resolve
-from pipeserve.tokenizer import Tokenizer
+from pipeserve.frontend.tokenizer import Tokenizer
+from pipeserve.stages.checkpoint.convert import convert
+from pipeserve.stages.checkpoint.sources import convert_gguf, resolve
+from pipeserve.stages.config.model_config import ModelConfig
 
 # What the converter of transformers takes for granted where GGUF does not say it.
 SIZES = {"vocab_size": 257, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}

@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
-from pipeserve import handshake
-from pipeserve.handshake import Connecting, Listening, Refused
+from pipeserve.wire import handshake
+from pipeserve.wire.handshake import Connecting, Listening, Refused
 
 SECRET = b"of this run, and long"
 

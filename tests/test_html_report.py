@@ -12,12 +12,12 @@ import pytest
 from made_up_recording import made_up_recording
 
 from pipeserve.core.records import Fault
-from pipeserve.profiling import html_data
-from pipeserve.profiling.causes import CAUSES
-from pipeserve.profiling.html_report import page, write_report
-from pipeserve.profiling.ledger import Ledger, explain
-from pipeserve.profiling.recording import Recording
-from pipeserve.profiling.request_times import request_records
+from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.ledger.ledger import Ledger, explain
+from pipeserve.profiling.pages import html_data
+from pipeserve.profiling.pages.html_report import page, write_report
+from pipeserve.profiling.recording.recording import Recording
+from pipeserve.profiling.recording.request_times import request_records
 
 needs_chromium = pytest.mark.skipif(
     chromium.PATH is None, reason="no chromium here (Debian has it as `chromium`)"

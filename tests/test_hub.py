@@ -16,14 +16,14 @@ from checkpoints import tiny_llama
 from fake_hub import COMMIT, FakeHub
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages import hub as stages_hub
-from pipeserve.stages.hub import is_hub_id
-from pipeserve.stages.sources import origin, resolve
+from pipeserve.stages.checkpoint import hub as stages_hub
+from pipeserve.stages.checkpoint.hub import is_hub_id
+from pipeserve.stages.checkpoint.sources import origin, resolve
 
 FETCH = """
 import sys
 from pipeserve.errors import ConfigError
-from pipeserve.stages.sources import resolve
+from pipeserve.stages.checkpoint.sources import resolve
 try:
     print(resolve(sys.argv[1], on_progress=lambda text: print("PROGRESS", text, file=sys.stderr)))
 except ConfigError as error:

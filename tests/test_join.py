@@ -15,18 +15,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pipeserve import control, fleet, spawned_keepers
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import RequestId
-from pipeserve.driver import Driver
+from pipeserve.driver.driver import Driver, fleet, spawned_keepers
+from pipeserve.driver.fleet import Fleet
+from pipeserve.driver.loading import LoadWatch
 from pipeserve.errors import ConfigError, StageError
-from pipeserve.fleet import Fleet
 from pipeserve.launch import cli
-from pipeserve.launch.bench import replay
-from pipeserve.launch.emulated import emulated_setup
-from pipeserve.loading import LoadWatch
-from pipeserve.profiling.workloads import WorkItem
-from pipeserve.secret import VARIABLE
+from pipeserve.launch.run.emulated import emulated_setup
+from pipeserve.launch.verbs.bench import replay
+from pipeserve.profiling.simulation.workloads import WorkItem
+from pipeserve.wire import control
+from pipeserve.wire.secret import VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = {"model": "llama2-7b", "device_profile": "a100-80gb-dgx", "max_model_len": 1024,
@@ -282,9 +282,9 @@ def test_an_address_that_is_not_here_is_one_line(monkeypatch, control):
 
 STAGE = """
 import os, signal, sys, time
-from pipeserve import control
-from pipeserve.launch.emulated_stage import EmulatedCompute
-from pipeserve.stage_loop import serve
+from pipeserve.wire import control
+from pipeserve.launch.emulated.stage import EmulatedCompute
+from pipeserve.stage.loop import serve
 
 def load(job, tell):
     if job.stage == 1:

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from pipeserve import control
 from pipeserve.launch.keeper import stage_cpus
-from pipeserve.listener import Listener
-from pipeserve.sources import Sources
+from pipeserve.wire import control
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Sources
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_only_two_programs_see_runtime_and_profiler():
         used = parts_used(name, path, path.read_text("utf-8"), types_too=False)
         if used >= {"pipeserve", "pipeserve.profiling"}:
             both.add(name)
-    assert both <= {"pipeserve.launch.cli", "pipeserve.launch.emulated_stage"}
+    assert both <= {"pipeserve.launch.cli", "pipeserve.launch.emulated.stage"}
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 
-from pipeserve import links
-from pipeserve.connection import connect
-from pipeserve.links import TensorLinks, unpack_tensor
-from pipeserve.listener import Listener
-from pipeserve.sources import Sources
+from pipeserve.wire import links
+from pipeserve.wire.connection import connect
+from pipeserve.wire.links import TensorLinks, unpack_tensor
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Sources
 
 
 class Seam:

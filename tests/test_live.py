@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Chunk
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Planned, Span
 from pipeserve.launch import cli
-from pipeserve.launch.live import Feed, draw, live_view
-from pipeserve.launch.live_frame import _COLOURS, WINDOW_S, View
-from pipeserve.profiling.causes import CAUSES
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation
-from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.launch.show.live import Feed, draw, live_view
+from pipeserve.launch.show.live_frame import _COLOURS, WINDOW_S, View
+from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 META = {
     "plan": {"stages": [{}, {}], "window": 2},

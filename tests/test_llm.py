@@ -12,11 +12,11 @@ from fake_driver import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer
 
 import pipeserve
 from pipeserve import SamplingParams
-from pipeserve.completion import completed
 from pipeserve.errors import CapacityError, ConfigError, StageError
-from pipeserve.launch.flags import given, sampling_flags
-from pipeserve.llm import LLM
-from pipeserve.params import REFUSED, check_params, params_from, seeded
+from pipeserve.frontend.completion import completed
+from pipeserve.frontend.llm import LLM
+from pipeserve.frontend.params import REFUSED, check_params, params_from, seeded
+from pipeserve.launch.inputs.flags import given, sampling_flags
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,15 +4,16 @@ import pytest
 from checkpoints import tiny, tiny_llama
 from safetensors.torch import load_file
 
-from pipeserve import control
-from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import RunConfig
-from pipeserve.driver import Driver
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
+from pipeserve.driver.loading import LoadWatch
 from pipeserve.errors import ConfigError
-from pipeserve.launch import cli, starting
-from pipeserve.launch.loaded import loaded, num_parameters
-from pipeserve.loading import LoadWatch
-from pipeserve.stages.config import ModelConfig
+from pipeserve.launch import cli
+from pipeserve.launch.run import starting
+from pipeserve.launch.show.loaded import loaded, num_parameters
+from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.wire import control
 
 
 def run_config(model, **options):
@@ -84,7 +85,7 @@ def test_what_resolving_says_reaches_who_waits(tmp_path, monkeypatch):
         return tmp_path  # in which there is nothing
 
     said = []
-    monkeypatch.setattr("pipeserve.checkpoint.resolve", found)
+    monkeypatch.setattr("pipeserve.driver.checkpoint.resolve", found)
     with pytest.raises(ConfigError, match=r"config\.json"):
         checkpoint_setup(run_config("org/tiny"), said.append)
     assert said == ["fetching org/tiny: 1.00 of 2.00 GB"]
@@ -103,7 +104,9 @@ def test_token_ids_of_no_token_are_found_before_stages_start(
 ):
     folder = tiny_llama(tmp_path / "model")
     capsys.readouterr()
-    monkeypatch.setattr("pipeserve.driver.Fleet", lambda *args: pytest.fail("stages were started"))
+    monkeypatch.setattr(
+        "pipeserve.driver.driver.Fleet", lambda *args: pytest.fail("stages were started")
+    )
     assert cli.main(["generate", folder, "--prompt", "x", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: prompt 0: {message}") and error.count("\n") == 1
@@ -117,7 +120,7 @@ def test_calibrate_says_how_far_a_model_is(monkeypatch, tmp_path):
         on_progress(f"fetching {model} [1]")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeserve.stages.sources.resolve", found)
+    monkeypatch.setattr("pipeserve.stages.checkpoint.sources.resolve", found)
     monkeypatch.setattr("rich.status.Status.update", lambda self, text: told.append(text))
     assert cli.main(["calibrate", "org/tiny", "--output", str(tmp_path / "profile.yaml")]) == 130
     assert [text.plain for text in told] == ["fetching org/tiny [1]"]  # [1] is no style

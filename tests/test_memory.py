@@ -3,8 +3,8 @@
 import pytest
 
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.memory import kv_blocks_beside_weights, kv_bytes_of_layer, weight_bytes
-from pipeserve.core.partition import split_explicitly, split_layers
+from pipeserve.core.cost.memory import kv_blocks_beside_weights, kv_bytes_of_layer, weight_bytes
+from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.errors import ConfigError
 
 A100 = 80e9

@@ -11,11 +11,11 @@ from checkpoints import random_prompts, tiny_llama
 from local_fleet import LocalFleet
 from safetensors.torch import load_file, save_file
 
-import pipeserve.driver
-from pipeserve.checkpoint import checkpoint_setup
+import pipeserve.driver.driver
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
-from pipeserve.driver import Driver
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +65,7 @@ def start(folder):
             **{"num_gpu_blocks_override": 24, **options},
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeserve.driver, "Fleet", LocalFleet)
+            patch.setattr(pipeserve.driver.driver, "Fleet", LocalFleet)
             return Driver(checkpoint_setup(config))
 
     yield start

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from pipeserve import SamplingParams
 from pipeserve.core.nouns import Output
-from pipeserve.launch import cli, starting
-from pipeserve.launch.jsonl import strict_line
-from pipeserve.llm import LLM
-from pipeserve.tokenizer import Tokenizer
+from pipeserve.frontend.llm import LLM
+from pipeserve.frontend.tokenizer import Tokenizer
+from pipeserve.launch import cli
+from pipeserve.launch.inputs.jsonl import strict_line
+from pipeserve.launch.run import starting
 
 pytestmark = pytest.mark.usefixtures("no_collections")
 
@@ -333,7 +334,7 @@ def test_files_that_are_read(run, tmp_path, data):
 
 def test_every_option_as_null(run, tmp_path):
     """llama.cpp#25515. What a flag says is what is left out then."""
-    from pipeserve.params import PARAM_NAMES
+    from pipeserve.frontend.params import PARAM_NAMES
 
     line = {"prompt": "a", **dict.fromkeys(PARAM_NAMES)}
     code, driver = _read(run, tmp_path, json.dumps(line).encode())

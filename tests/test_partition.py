@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.partition import plan_pipeline, split_explicitly, split_layers
+from pipeserve.core.cost.partition import plan_pipeline, split_explicitly, split_layers
 from pipeserve.errors import ConfigError
 
 

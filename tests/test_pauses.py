@@ -10,20 +10,20 @@ import pytest
 from fake_driver import FakeDriver
 from test_emulated import config_of
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Request, SamplingParams, StepResult
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.records import Completed, Span
 from pipeserve.core.view import Limits
-from pipeserve.driver import Driver
-from pipeserve.launch import bench
-from pipeserve.launch.collector import no_pauses
-from pipeserve.launch.emulated import emulated_setup
-from pipeserve.launch.record import recorded
-from pipeserve.profiling.recording import Ring
-from pipeserve.profiling.workloads import WorkItem
+from pipeserve.driver.driver import Driver
+from pipeserve.launch.run.collector import no_pauses
+from pipeserve.launch.run.emulated import emulated_setup
+from pipeserve.launch.run.record import recorded
+from pipeserve.launch.verbs import bench
+from pipeserve.profiling.recording.recording import Ring
+from pipeserve.profiling.simulation.workloads import WorkItem
 
 NUM_STAGES = 4
 

@@ -83,7 +83,7 @@ def test_tokens_do_not_depend_on_cached_prefixes(model):
 
 
 def test_smollm2_says_what_transformers_says():
-    from pipeserve.stages.sources import resolve
+    from pipeserve.stages.checkpoint.sources import resolve
 
     try:
         folder = resolve("smollm2-135m")

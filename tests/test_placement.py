@@ -6,14 +6,13 @@ import pytest
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.cost.partition import split_layers
+from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import Microbatch
-from pipeserve.core.partition import split_layers
-from pipeserve.core.shape import ModelShape
 from pipeserve.errors import ConfigError
-from pipeserve.profiling.disaggregated import KvLink
-from pipeserve.profiling.distserve_latency import published_times
-from pipeserve.profiling.goodput import Slo
-from pipeserve.profiling.placement import (
+from pipeserve.profiling.calibration.distserve_latency import published_times
+from pipeserve.profiling.search.goodput import Slo
+from pipeserve.profiling.search.placement import (
     A100_80GB_BYTES,
     Cluster,
     Pair,
@@ -25,7 +24,8 @@ from pipeserve.profiling.placement import (
     place_apart,
     place_together,
 )
-from pipeserve.profiling.stage_times import ProfiledTimes, StageTimes
+from pipeserve.profiling.simulation.disaggregated import KvLink
+from pipeserve.profiling.simulation.stage_times import ProfiledTimes, StageTimes
 
 TINY = ModelShape(
     name="tiny",

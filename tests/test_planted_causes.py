@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from planted import STEP_S, PlantedTimes, Scene, all_at_once, record
 
 from pipeserve.core.policies import POLICIES
-from pipeserve.profiling.causes import CAUSES
-from pipeserve.profiling.ledger import Ledger, explain
-from pipeserve.profiling.simulator import Arrival
+from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.ledger.ledger import Ledger, explain
+from pipeserve.profiling.simulation.simulator import Arrival
 
 LEAST, MOST_OTHER = 0.95, 0.02
 SHARE = 0.03

@@ -36,8 +36,8 @@ from planted_real import (
     replace,
 )
 
-from pipeserve.profiling.causes import CAUSES
-from pipeserve.profiling.ledger import explain
+from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.ledger.ledger import explain
 
 LEAST, MOST_OTHER = 0.9, 0.06
 """Of the added idle of `WAITS`; 0.95 and 0.02 in simulation and on a quiet machine."""

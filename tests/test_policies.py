@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch, Request, RequestId, SamplingParams, StepResult, Wait
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.errors import ConfigError
 

@@ -109,7 +109,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from pipeserve.stages.sources import resolve
+    from pipeserve.stages.checkpoint.sources import resolve
 
     try:
         folder = resolve("smollm2-135m")

@@ -9,8 +9,8 @@ from fake_driver import FakeDriver, byte_tokenizer
 
 from pipeserve import SamplingParams
 from pipeserve.errors import ConfigError
-from pipeserve.llm import LLM
-from pipeserve.prompt_forms import plain_messages
+from pipeserve.frontend.llm import LLM
+from pipeserve.frontend.prompt_forms import plain_messages
 
 USER = {"role": "user", "content": "hi"}
 CHAT = b"user: hi\nassistant: "

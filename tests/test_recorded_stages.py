@@ -9,14 +9,14 @@ from math import inf, isfinite
 import msgspec
 import pytest
 
-from pipeserve.checkpoint import checkpoint_setup
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import Request, SamplingParams, StageCost
 from pipeserve.core.records import Arrived, Ended, Fault, Planned
-from pipeserve.driver import Driver
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
 from pipeserve.errors import StageError
-from pipeserve.profiling.ledger import explain
-from pipeserve.profiling.recording import recording_of
+from pipeserve.profiling.ledger.ledger import explain
+from pipeserve.profiling.recording.recording import recording_of
 
 from checkpoints import random_prompts, tiny_llama  # isort: skip
 

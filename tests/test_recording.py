@@ -21,12 +21,14 @@ from pipeserve.core.records import (
     Span,
 )
 from pipeserve.errors import ConfigError
-from pipeserve.launch import cli, simulate, starting
-from pipeserve.profiling.ledger import explain
-from pipeserve.profiling.notes import notes_of
-from pipeserve.profiling.recording import Ring, recording_of
-from pipeserve.profiling.recording_reader import read_recording
-from pipeserve.profiling.recording_writer import RecordingWriter, check_recordable
+from pipeserve.launch import cli
+from pipeserve.launch.run import starting
+from pipeserve.launch.verbs import simulate
+from pipeserve.profiling.ledger.ledger import explain
+from pipeserve.profiling.ledger.notes import notes_of
+from pipeserve.profiling.recording.reader import read_recording
+from pipeserve.profiling.recording.recording import Ring, recording_of
+from pipeserve.profiling.recording.writer import RecordingWriter, check_recordable
 
 META = {"kind": "real", "plan": {"stages": [{"stage": 0}, {"stage": 1}], "window": 2}}
 NUM = 20

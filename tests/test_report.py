@@ -13,15 +13,15 @@ from pipeserve.core.nouns import Chunk
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned
 from pipeserve.errors import ConfigError
 from pipeserve.launch.cli import main
-from pipeserve.launch.report import read_run, report
-from pipeserve.launch.report_numbers import compare, report_of
-from pipeserve.launch.report_tables import print_report
-from pipeserve.profiling.causes import CAUSES
-from pipeserve.profiling.ledger import explain
-from pipeserve.profiling.perfetto import events, write_perfetto
-from pipeserve.profiling.recording import Recording
-from pipeserve.profiling.request_times import gaps_s, records_of, request_records
-from pipeserve.profiling.summary import summarize
+from pipeserve.launch.show.report_numbers import compare, report_of
+from pipeserve.launch.show.report_tables import print_report
+from pipeserve.launch.verbs.report import read_run, report
+from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.ledger.ledger import explain
+from pipeserve.profiling.pages.perfetto import events, write_perfetto
+from pipeserve.profiling.recording.recording import Recording
+from pipeserve.profiling.recording.request_times import gaps_s, records_of, request_records
+from pipeserve.profiling.recording.summary import summarize
 
 CLOCKED = ("plan_s", "input_s", "start_s", "head_s", "end_s", "sent_s")
 
@@ -161,7 +161,7 @@ def test_page_and_trace_go_where_they_are_told(folder, tmp_path):
 
 
 def test_a_trace_that_would_be_huge_is_written_only_when_asked_for(folder, capsys, monkeypatch):
-    monkeypatch.setattr("pipeserve.launch.report.MOST_TRACED", 3)
+    monkeypatch.setattr("pipeserve.launch.verbs.report.MOST_TRACED", 3)
     report([folder])
     assert "--perfetto FILE writes it" in capsys.readouterr().out
     assert (folder / "report.html").exists() and not (folder / "trace.json").exists()

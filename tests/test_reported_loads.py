@@ -7,7 +7,7 @@ import pytest
 from load_runs import run
 from loads import Fault, Finish, Load
 
-from pipeserve.core.kernels import TILE
+from pipeserve.core.cost.kernels import TILE
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.view import Limits

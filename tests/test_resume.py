@@ -14,7 +14,8 @@ from fake_driver import FakeDriver, byte_tokenizer, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeserve.launch import cli, starting
+from pipeserve.launch import cli
+from pipeserve.launch.run import starting
 
 pytestmark = pytest.mark.usefixtures("no_collections")
 

@@ -14,10 +14,11 @@ import torch
 from other_engine import go_on_under
 
 import pipeserve
-from pipeserve import SamplingParams, control
+from pipeserve import SamplingParams
 from pipeserve.core.engine import Engine
 from pipeserve.core.policies import get_policy
 from pipeserve.errors import ConfigError
+from pipeserve.wire import control
 
 from checkpoints import random_prompts, tiny_llama, transformers_model  # isort: skip
 
@@ -286,7 +287,7 @@ def test_prompt_logprobs_skip_the_cache_and_fill_it(llm, model):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from pipeserve.stages.sources import resolve
+    from pipeserve.stages.checkpoint.sources import resolve
 
     try:
         folder = resolve("smollm2-135m")

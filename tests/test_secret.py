@@ -3,7 +3,7 @@
 import pytest
 
 from pipeserve.errors import ConfigError
-from pipeserve.secret import VARIABLE, control_secret
+from pipeserve.wire.secret import VARIABLE, control_secret
 
 
 @pytest.fixture

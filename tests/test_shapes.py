@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.partition import split_layers
-from pipeserve.shapes import find_shape, shape_of
-from pipeserve.stages.config import ModelConfig
+from pipeserve.core.cost.partition import split_layers
+from pipeserve.driver.shapes import find_shape, shape_of
+from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.stage import Stage
 
 _FALCON = {

@@ -6,10 +6,11 @@ from random import Random
 
 import pytest
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy
-from pipeserve.profiling.capacity import (
+from pipeserve.profiling.recording.recording import recording_of
+from pipeserve.profiling.search.capacity import (
     Trial,
     busy_in,
     ceiling_rate,
@@ -17,9 +18,13 @@ from pipeserve.profiling.capacity import (
     poisson_arrivals,
     run_trial,
 )
-from pipeserve.profiling.recording import recording_of
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, in_order
-from pipeserve.profiling.stage_times import StageTimes
+from pipeserve.profiling.simulation.simulator import (
+    Arrival,
+    SimulatedPipeline,
+    Simulation,
+    in_order,
+)
+from pipeserve.profiling.simulation.stage_times import StageTimes
 
 
 class Times(StageTimes):

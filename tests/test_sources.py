@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages import sources
-from pipeserve.stages.sources import WheelModel, cache_root, origin, resolve
+from pipeserve.stages.checkpoint import sources
+from pipeserve.stages.checkpoint.sources import WheelModel, cache_root, origin, resolve
 
 ALIAS = "tiny-1m"
 

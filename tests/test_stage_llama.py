@@ -12,7 +12,7 @@ import torch
 from checkpoints import expected_logits, random_prompts, tiny_llama, transformers_model
 from cut_model import Stages, assert_close, run_mixed
 
-from pipeserve.stages.config import ModelConfig, RopeConfig
+from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeserve.completion import Generation
 from pipeserve.core.nouns import Output, Request, SamplingParams
-from pipeserve.stop_strings import StopStrings
+from pipeserve.frontend.completion import Generation
+from pipeserve.frontend.stop_strings import StopStrings
 
 
 def test_stop_string_over_three_pieces():

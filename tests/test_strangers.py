@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeserve import connection, handshake, sources
-from pipeserve.connection import Connection, connect, connected
-from pipeserve.control import KeeperHello, Sampled, encode
 from pipeserve.errors import ConfigError
-from pipeserve.handshake import Connecting
-from pipeserve.listener import Listener, is_loopback, is_wildcard
-from pipeserve.sources import Sources
-from pipeserve.strangers import TurnedAway
+from pipeserve.wire import connection, handshake, sources
+from pipeserve.wire.connection import Connection, connect, connected
+from pipeserve.wire.control import KeeperHello, Sampled, encode
+from pipeserve.wire.handshake import Connecting
+from pipeserve.wire.listener import Listener, is_loopback, is_wildcard
+from pipeserve.wire.sources import Sources
+from pipeserve.wire.strangers import TurnedAway
 
 SECRET = b"of this run"
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeserve.core.records import Span
-from pipeserve.profiling.summary import (
+from pipeserve.profiling.recording.summary import (
     RequestRecord,
     busy_shares,
     cpu_shares,

@@ -12,9 +12,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeserve.core.nouns import SamplingParams
-from pipeserve.detokenizer import Detokenizer
 from pipeserve.errors import ConfigError
-from pipeserve.tokenizer import Tokenizer
+from pipeserve.frontend.detokenizer import Detokenizer
+from pipeserve.frontend.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from checkpoints import edit_config, tiny
 from fake_driver import byte_tokenizer
 
 from pipeserve.errors import ConfigError
-from pipeserve.tokenizer import Tokenizer
+from pipeserve.frontend.tokenizer import Tokenizer
 
 SENTENCES = ["The capital of France is Paris.", "How are you? I am well.", "One, two, three!"]
 

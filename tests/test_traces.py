@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeserve.errors import ConfigError
-from pipeserve.launch.trace_formats import FORMATS
-from pipeserve.launch.traces import read_trace
-from pipeserve.launch.workload import read_workload
+from pipeserve.launch.inputs.trace_formats import FORMATS
+from pipeserve.launch.inputs.traces import read_trace
+from pipeserve.launch.inputs.workload import read_workload
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.launch import cli, tune
-from pipeserve.launch.processes import processes
+from pipeserve.launch import cli
+from pipeserve.launch.run.processes import processes
+from pipeserve.launch.verbs import tune
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["falcon-180b", "--device-profile", "a100-80gb-dgx", "--max-model-len", "2048"]

@@ -7,7 +7,7 @@ import pytest
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
 from pipeserve.errors import ConfigError
-from pipeserve.profiling.tuning import (
+from pipeserve.profiling.search.tuning import (
     NUM_LAST,
     Candidate,
     Found,

@@ -9,6 +9,7 @@ from statistics import fmean, median, pstdev
 import pytest
 from linear_times import LinearCost, LinearTimes
 
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import (
     Microbatch,
@@ -17,10 +18,14 @@ from pipeserve.core.nouns import (
     StepResult,
     Wait,
 )
-from pipeserve.core.partition import split_layers
 from pipeserve.core.policies import get_policy, uniform
 from pipeserve.core.work import Work, work_of
-from pipeserve.profiling.simulator import Arrival, SimulatedPipeline, Simulation, request_of
+from pipeserve.profiling.simulation.simulator import (
+    Arrival,
+    SimulatedPipeline,
+    Simulation,
+    request_of,
+)
 
 LIMITS = Limits(
     num_blocks=6000,

@@ -9,8 +9,8 @@ from fake_driver import EOS, FakeDriver, byte_tokenizer
 
 from pipeserve import SamplingParams
 from pipeserve.errors import ConfigError
-from pipeserve.llm import LLM
-from pipeserve.params import REFUSED, check_params, params_from
+from pipeserve.frontend.llm import LLM
+from pipeserve.frontend.params import REFUSED, check_params, params_from
 
 # vllm/sampling_params.py of 0.32 and of its main branch in November 2026, its private fields and
 # those that only `__post_init__` sets left out; and what older versions had.
@@ -165,7 +165,9 @@ def test_skip_special_tokens(folder):
 
 
 def test_detokenize(folder, monkeypatch):
-    monkeypatch.setattr("pipeserve.tokenizer.Tokenizer._loaded", None)  # is not even loaded
+    monkeypatch.setattr(
+        "pipeserve.frontend.tokenizer.Tokenizer._loaded", None
+    )  # is not even loaded
     completion = _run(folder, b"abc", [97], detokenize=False, max_tokens=3, ignore_eos=True)
     assert (completion.text, completion.token_ids) == ("", (97, 98, 99))
 
@@ -173,7 +175,7 @@ def test_detokenize(folder, monkeypatch):
 def test_skip_reading_prefix_cache(folder):
     from pipeserve.core.blocks import BlockPool
     from pipeserve.core.nouns import Request
-    from pipeserve.core.record import Record
+    from pipeserve.core.request_state import Record
 
     limits = FakeDriver(folder).engine.limits
     pool = BlockPool(limits.num_blocks, limits.block_size)

@@ -11,10 +11,10 @@ from checkpoints import TINY, edit_config, tiny, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages import linear
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.linear import Linear
-from pipeserve.stages.weights import check_checkpoint, load_stage
+from pipeserve.stages.checkpoint.weights import check_checkpoint, load_stage
+from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.layers import linear
+from pipeserve.stages.layers.linear import Linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,7 +147,9 @@ def test_weights_are_converted_as_torch_converts_them(
     tmp_path, unpacked, monkeypatch, stored, dtype
 ):
     """But for what stays in float32 whatever the run's dtype is: norms and the head."""
-    monkeypatch.setattr("pipeserve.stages.weights._PIECE_BYTES", 1000)  # many pieces a tensor
+    monkeypatch.setattr(
+        "pipeserve.stages.checkpoint.weights._PIECE_BYTES", 1000
+    )  # many pieces a tensor
     folder = tiny_llama(tmp_path, attention_bias=True, mlp_bias=True)
     tensors = {name: tensor.to(stored) for name, tensor in tensors_of(folder).items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -174,7 +176,7 @@ def test_rows_of_a_fused_tensor_are_read_in_small_pieces(tmp_path, unpacked, mon
     """Pieces that end inside a row, and begin anywhere in the file."""
     folder = tiny(name, tmp_path)
     whole = load(folder).layers[0].attention.qkv.weight
-    monkeypatch.setattr("pipeserve.stages.weights._PIECE_BYTES", 100)
+    monkeypatch.setattr("pipeserve.stages.checkpoint.weights._PIECE_BYTES", 100)
     assert torch.equal(load(folder).layers[0].attention.qkv.weight, whole)
     fused = tensors_of(folder)["transformer.h.0.self_attention.query_key_value.weight"]
     assert sorted(whole.tolist()) == sorted(fused.tolist())
@@ -476,7 +478,7 @@ def test_a_tensor_that_one_stage_alone_misses(sharded):
     "name", ["model.layers.3.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"]
 )
 def test_weights_that_are_not_finite(single, monkeypatch, name, stored, value):
-    monkeypatch.setattr("pipeserve.stages.weights._PIECE_BYTES", 1000)
+    monkeypatch.setattr("pipeserve.stages.checkpoint.weights._PIECE_BYTES", 1000)
 
     def spoil(tensors):
         tensors.update({n: t.to(stored) for n, t in tensors.items()})

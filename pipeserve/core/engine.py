@@ -29,7 +29,7 @@ from pipeserve.core.nouns import (
     StepResult,
     Wait,
 )
-from pipeserve.core.record import Queues, Record, check_fits
+from pipeserve.core.request_state import Queues, Record, check_fits
 from pipeserve.core.view import (
     CostModel,
     Draft,

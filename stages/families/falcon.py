@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pipeserve.stages.attention import Attention
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
+from pipeserve.stages.attention.attention import Attention
+from pipeserve.stages.attention.kv import PoolLayer
+from pipeserve.stages.attention.scoring import Scoring, alibi_slopes
+from pipeserve.stages.config.config_file import ConfigFile
+from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.config.rope_keys import read_rope
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import qkv_width
-from pipeserve.stages.kv import PoolLayer
-from pipeserve.stages.leaf import Rows
-from pipeserve.stages.linear import Linear
-from pipeserve.stages.mlp import ACTIVATIONS, Mlp
-from pipeserve.stages.norms import LayerNorm
-from pipeserve.stages.rope_keys import read_rope
-from pipeserve.stages.scoring import Scoring, alibi_slopes
-from pipeserve.stages.self_attention import LayerInputs, SelfAttention
+from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
+from pipeserve.stages.layers.leaf import Rows
+from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.mlp import ACTIVATIONS, Mlp
+from pipeserve.stages.layers.norms import LayerNorm
+from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

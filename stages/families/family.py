@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from pipeserve.stages.attention import Attention
-from pipeserve.stages.config_file import ConfigFile
+from pipeserve.stages.attention.attention import Attention
+from pipeserve.stages.config.config_file import ConfigFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

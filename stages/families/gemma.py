@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.attention import Attention
-from pipeserve.stages.config import ModelConfig, RopeConfig
-from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
+from pipeserve.stages.attention.attention import Attention
+from pipeserve.stages.attention.kv import PoolLayer
+from pipeserve.stages.attention.scoring import Scoring
+from pipeserve.stages.config.config_file import ConfigFile
+from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
+from pipeserve.stages.config.rope_keys import read_rope, rope_from
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import gate_up_rows, qkv_rows, qkv_width
-from pipeserve.stages.kv import PoolLayer
-from pipeserve.stages.linear import Linear
-from pipeserve.stages.mlp import ACTIVATIONS, GatedMlp
-from pipeserve.stages.norms import OffsetRMSNorm
-from pipeserve.stages.rope_keys import read_rope, rope_from
-from pipeserve.stages.scoring import Scoring
-from pipeserve.stages.self_attention import LayerInputs, SelfAttention
+from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
+from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.mlp import ACTIVATIONS, GatedMlp
+from pipeserve.stages.layers.norms import OffsetRMSNorm
+from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 _HEAD_DIM = 256  # where the file is silent
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from pipeserve.stages.config import ExpertsConfig
-from pipeserve.stages.config_file import ConfigFile
+from pipeserve.stages.config.config_file import ConfigFile
+from pipeserve.stages.config.model_config import ExpertsConfig
+from pipeserve.stages.config.rope_keys import read_rope
 from pipeserve.stages.families.llama import LLAMA, ExpertNames, LlamaConfig, read_config
-from pipeserve.stages.rope_keys import read_rope
 
 
 def _read_mixtral(file: ConfigFile) -> LlamaConfig:

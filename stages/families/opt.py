@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pipeserve.stages.attention import Attention
-from pipeserve.stages.config import ModelConfig
-from pipeserve.stages.config_file import ConfigFile
-from pipeserve.stages.ends import Head, TokenEmbedding, token_table, vocabulary
+from pipeserve.stages.attention.attention import Attention
+from pipeserve.stages.attention.kv import PoolLayer
+from pipeserve.stages.attention.scoring import Scoring
+from pipeserve.stages.config.config_file import ConfigFile
+from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import qkv_rows, qkv_width
-from pipeserve.stages.kv import PoolLayer
-from pipeserve.stages.leaf import Embedding
-from pipeserve.stages.linear import Linear
-from pipeserve.stages.mlp import ACTIVATIONS, Mlp
-from pipeserve.stages.norms import LayerNorm
-from pipeserve.stages.scoring import Scoring
-from pipeserve.stages.self_attention import LayerInputs, SelfAttention
+from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
+from pipeserve.stages.layers.leaf import Embedding
+from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.mlp import ACTIVATIONS, Mlp
+from pipeserve.stages.layers.norms import LayerNorm
+from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 _DECODER = "model.decoder"
 _OFFSET = 2  # rows of the position table before position 0, left over from padding ids

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.config_file import ConfigFile
+from pipeserve.stages.config.config_file import ConfigFile
+from pipeserve.stages.config.rope_keys import read_rope
 from pipeserve.stages.families.llama import LLAMA, LlamaConfig, read_config
-from pipeserve.stages.rope_keys import read_rope
 
 _LONGROPE = {"su": "longrope", "yarn": "longrope"}  # as the first files called it
 

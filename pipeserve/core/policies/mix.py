@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import inf
 
-from pipeserve.core.kernels import TILE
+from pipeserve.core.cost.kernels import TILE
 from pipeserve.core.view import RequestView, View
 from pipeserve.core.work import Work
 

@@ -27,7 +27,7 @@ from heapq import heapify, heappop
 from itertools import islice
 from math import inf
 
-from pipeserve.core.kernels import TILE
+from pipeserve.core.cost.kernels import TILE
 from pipeserve.core.nouns import RequestId
 from pipeserve.core.policies.fcfs import make_room
 from pipeserve.core.policies.mix import Mix, Price

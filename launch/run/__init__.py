@@ -1,0 +1,1 @@
+"""A run from the command line: its start, its records, its signals."""

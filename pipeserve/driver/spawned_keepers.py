@@ -1,0 +1,66 @@
+"""The keepers that the driver starts itself, one a rank, on its own machine."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+
+_CLOSE_S = 5.0
+
+
+class SpawnedKeepers:
+    """Their processes."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen] = []
+
+    def start(self, num_ranks: int, address: str, secret: bytes) -> None:
+        """They join the driver at `address`. Raises OSError."""
+        for rank in range(num_ranks):
+            self._processes.append(_spawn(rank, num_ranks, address, secret))
+
+    def ended(self) -> tuple[int, subprocess.Popen] | None:
+        """Rank and process of one that has."""
+        for rank, process in enumerate(self._processes):
+            if process.poll() is not None:
+                return rank, process
+        return None
+
+    def end(self) -> None:
+        """All of them. They get time to end their stages; killing one ends its stage too, by the
+        parent-death signal."""
+        for process in self._processes:
+            process.terminate()  # for one that has not joined yet
+        deadline = time.monotonic() + _CLOSE_S
+        for process in self._processes:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdin.close()
+        self._processes = []
+
+
+def _spawn(rank: int, num_ranks: int, address: str, secret: bytes) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            *("-m", "pipeserve.stage.keeper"),
+            *("--control", address, "--until-stdin-closes"),
+        ],
+        env={
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+        },
+        stdin=subprocess.PIPE,  # closes when this process ends, however it ends
+        start_new_session=True,  # Ctrl-C reaches the driver, which ends the rest in order
+    )
+    with contextlib.suppress(BrokenPipeError):  # it has ended: `ended` tells
+        process.stdin.write(secret.hex().encode() + b"\n")  # where no other process can read it
+        process.stdin.flush()
+    return process

@@ -1,0 +1,298 @@
+"""`LLM`: the Python API. Text in and out around one driver.
+
+    with LLM("smollm2-135m", pipeline_parallel_size=2) as llm:
+        completions = llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=16))
+
+A prompt is text, a list of token ids, or a conversation (a list of dicts of `role` and `content`);
+`prompt_forms.py` has all forms.
+"""
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from pipeserve.configs import make_config
+from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
+from pipeserve.errors import ConfigError, PipeserveError
+from pipeserve.frontend.completion import Completion, Delta, Generation, completed
+from pipeserve.frontend.generation_config import default_params, eos_token_ids
+from pipeserve.frontend.params import check_leaves_a_token, check_params, seeded
+from pipeserve.frontend.prompt_forms import PlainPrompt, Prompt, as_prompts, plain_prompt
+from pipeserve.frontend.tokenizer import Tokenizer
+
+OnError = Callable[[int, PipeserveError], None]
+
+_POLL_S = 0.5  # how long one wait lasts while nothing becomes known; no token waits for it
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of `stream`: its requests that still run, and deltas not yet handed out."""
+
+    running: dict[RequestId, Generation] = field(default_factory=dict)
+    inbox: deque[Delta] = field(default_factory=deque)
+
+
+class LLM:
+    """One model over its pipeline, for offline use. Single-threaded, like its driver."""
+
+    def __init__(self, model: str, **keywords: Any) -> None:
+        """Start the stages; returns when all are ready. Keywords are RunConfig's fields.
+
+        Raises ConfigError (unknown keyword, wrong value, wrong model) and StageError.
+        """
+        driver = Driver(checkpoint_setup(make_config({}, {"model": model, **keywords})))
+        try:
+            self._serve(driver)
+        except BaseException:
+            driver.close()
+            raise
+
+    @classmethod
+    def on(cls, driver: Driver) -> "LLM":
+        """An LLM on a driver that runs already, and that `close` closes."""
+        llm = cls.__new__(cls)
+        llm._serve(driver)
+        return llm
+
+    def _serve(self, driver: Driver) -> None:
+        self.driver = driver
+        self.tokenizer = Tokenizer(driver.model_folder)
+        self._default_params = default_params(driver.config, driver.model_folder)
+        self._calls: dict[RequestId, _Call] = {}
+        self._abandoned: deque[RequestId] = deque()
+        self._is_within = False
+        self._thread: int | None = None
+        """Which called the driver last, and whether it is still within."""
+        self._num_requests = 0
+
+    # ---- what users call ------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] | Mapping[str, Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """The completions of one or many prompts, in the order of the prompts, each with its
+        `SamplingParams.n` samples.
+
+        `sampling_params` is one for all or one for each; None is the model's own
+        (`get_default_sampling_params`). A sample that cannot go on, because no text can be made of
+        its tokens, say, has the finish reason "error". All or nothing: an empty or too long
+        prompt is a CapacityError that names its index, and nothing of the call is run. Raises
+        ConfigError for wrong parameters, StageError when a stage dies.
+        """
+        done = dict(completed(self.stream(prompts, sampling_params)))
+        return [done[index] for index in range(len(done))]
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """`generate` for one or many conversations, through the model's own chat template."""
+        return self.generate(messages, sampling_params)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt] | Mapping[str, Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_error: OnError | None = None,
+    ) -> Iterator[Delta]:
+        """Deltas of all prompts as they come; several streams may be read in turn.
+
+        Nothing is submitted before the first delta is asked for. A prompt that cannot run raises,
+        as in `generate`; or is told to `on_error(index, error)` and left out, where that is given.
+        A stream that is closed or dropped half-way ends its requests.
+        """
+        call = _Call()
+        try:
+            self._submit(call, prompts, sampling_params, on_error)
+            while call.inbox or call.running:
+                while call.inbox:
+                    yield call.inbox.popleft()
+                if call.running:
+                    self._poll()
+        finally:
+            self._abandon(call)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` goes by without any: of the model's generation_config.json, unless
+        `generation_config` says otherwise."""
+        return self._default_params
+
+    def close(self) -> None:
+        """End every process of the pipeline. Safe to call twice."""
+        self.driver.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- submitting -----------------------------------------------------------------------------
+
+    def _submit(self, call: _Call, prompts: Any, params: Any, on_error: OnError | None) -> None:
+        prompts = as_prompts(prompts)
+        pairs = zip(prompts, self._as_params(params, len(prompts)), strict=True)
+        for index, (prompt, own) in enumerate(pairs):
+            try:
+                self._add(call, index, self._request(self._next_number(), prompt, own))
+            except PipeserveError as error:
+                if on_error is None:
+                    raise type(error)(f"prompt {index}: {error}") from None
+                on_error(index, error)
+
+    def _next_number(self) -> int:
+        number, self._num_requests = self._num_requests, self._num_requests + 1
+        return number
+
+    def _add(self, call: _Call, index: int, first: Request) -> None:
+        """Submits the samples of a prompt."""
+        unfinished = set(range(first.params.n))
+        for sample in range(first.params.n):
+            request = self._sample(first, sample)
+            self._within(self.driver.add, request)
+            generation = Generation(index, sample, unfinished, request, self.tokenizer)
+            call.running[request.id] = generation
+            self._calls[request.id] = call
+
+    def _request(self, number: int, prompt: Any, params: SamplingParams) -> Request:
+        """The first sample of a prompt, but for its seed."""
+        params = check_params(params, self.driver.model_config.vocab_size)
+        if params.stop and not self.tokenizer.exists:
+            raise ConfigError(
+                f"stop is {params.stop!r}, but {self.driver.model_folder} has no tokenizer; "
+                "use stop_token_ids"
+            )
+        if params.detokenize:
+            self.tokenizer.load()
+        eos = () if params.ignore_eos else self._eos_ids
+        stop_ids = frozenset((*params.stop_token_ids, *eos))
+        bad_word_ids = self._bad_word_ids(params)
+        check_leaves_a_token(params, stop_ids, bad_word_ids)
+        plain = plain_prompt(prompt)
+        token_ids = self._encode(plain)
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=self._room_behind(token_ids))
+        return Request(
+            id=RequestId(number),
+            prompt=token_ids,
+            params=params,
+            stop_ids=stop_ids,
+            bad_word_ids=bad_word_ids,
+            cache_salt=plain.cache_salt,
+        )
+
+    def _room_behind(self, prompt: Sequence[int]) -> int:
+        """Tokens until the context or the KV pool is full; 1 where there is no room, which the
+        driver refuses."""
+        limits = self.driver.engine.limits
+        longest = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
+        return max(1, longest - len(prompt))
+
+    @cached_property
+    def _eos_ids(self) -> tuple[int, ...]:
+        """Not before it is needed, for it needs the tokenizer."""
+        return eos_token_ids(self.driver.config, self.driver.model_config, self.tokenizer)
+
+    def _sample(self, first: Request, sample: int) -> Request:
+        """The request of one sample: its own id and seed. The first one computes the prompt, whose
+        blocks the others share, and alone tells the prompt's logprobs."""
+        number = first.id if sample == 0 else self._next_number()
+        params = seeded(first.params, self.driver.config.seed, number, sample)
+        if sample == 0:
+            return replace(first, params=params)
+        params = replace(params, prompt_logprobs=None)
+        return replace(first, id=RequestId(number), params=params, sample_of=first.id)
+
+    def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words:
+            return ()
+        if not self.tokenizer.exists:
+            raise ConfigError(
+                f"bad_words is {params.bad_words!r}, but {self.driver.model_folder} has no "
+                "tokenizer; use logit_bias"
+            )
+        words = self.tokenizer.encode_bad_words(params.bad_words)
+        vocab_size = self.driver.model_config.vocab_size
+        return tuple(ids for ids in words if max(ids) < vocab_size)  # others cannot be sampled
+
+    def _encode(self, prompt: PlainPrompt) -> tuple[int, ...]:
+        """Checked whoever made the ids: a tokenizer may know more of them than the model does."""
+        ids: Sequence[int] = prompt.token_ids or ()
+        if prompt.text is not None:
+            ids = self.tokenizer.encode(prompt.text)
+        elif prompt.messages is not None:
+            ids = self.tokenizer.encode_chat(prompt.messages)
+        vocab_size = self.driver.model_config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"{token!r} is no token id; this model's are 0 to {vocab_size - 1}"
+                )
+        return tuple(ids)
+
+    def _as_params(self, params: Any, num_prompts: int) -> list[SamplingParams]:
+        """One for all prompts or one for each, as one for each; None is the model's own."""
+        given = list(params) if isinstance(params, (list, tuple)) else [params] * num_prompts
+        if len(given) != num_prompts:
+            raise ConfigError(
+                f"{len(given)} sampling_params for {num_prompts} prompts; give one, or one for each"
+            )
+        for own in given:
+            if own is not None and not isinstance(own, SamplingParams):
+                raise ConfigError(
+                    f"sampling_params are of type {type(own).__name__}; give "
+                    "pipeserve.SamplingParams, one or a list"
+                )
+        return [self._default_params if own is None else own for own in given]
+
+    # ---- running --------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        """Let the driver work, and put what became known into the inbox of its call."""
+        self._end_abandoned()
+        for output in self._within(self.driver.poll, _POLL_S):
+            call = self._calls.get(output.request_id)
+            if call is None:
+                continue  # of a request that ended within this very batch, or was abandoned
+            delta = call.running[output.request_id].take(output)
+            call.inbox.append(delta)
+            if delta.finish_reason is not None:
+                call.running.pop(output.request_id, None)
+                self._calls.pop(output.request_id, None)
+                if output.finish_reason is None:
+                    self._within(self.driver.finish, output.request_id, delta.finish_reason)
+
+    def _within(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a method of the driver, during which nothing else may: Python may collect a dropped
+        stream at any moment, on any thread, and close it there."""
+        self._is_within, self._thread = True, threading.get_ident()
+        try:
+            return method(*arguments)
+        finally:
+            self._is_within = False
+
+    def _abandon(self, call: _Call) -> None:
+        """Ends what still runs of a call: now, or with the next poll where this comes from within
+        the driver or from a thread that is not its own."""
+        for request_id in call.running:
+            self._calls.pop(request_id, None)
+            self._abandoned.append(request_id)
+        if not self._is_within and self._thread == threading.get_ident():
+            self._end_abandoned()
+
+    def _end_abandoned(self) -> None:
+        while self._abandoned:
+            request_id = self._abandoned.popleft()
+            with contextlib.suppress(PipeserveError):  # a dead stage was reported already
+                self._within(self.driver.finish, request_id, "abort")

@@ -1,0 +1,336 @@
+"""Keeper: the small process that a launcher starts for each rank, and the parent of its stage.
+
+    python -m pipeserve.launch.keeper --control HOST:PORT                    (RANK, WORLD_SIZE set)
+    torchrun --nproc-per-node 2 -m pipeserve.launch.keeper --control HOST:PORT
+
+torchrun and its kind end every rank when one dies, so what they see is this process, which loads no
+torch and cannot run out of memory. It starts the stage when the driver says so, answers heartbeats,
+reports how the stage ended, and ends when the driver says so (exit code 0) or is gone (1). A driver
+that will not have it says why, in one line (2).
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from pipeserve.configs.addresses import split_address
+from pipeserve.errors import ConfigError
+from pipeserve.machine import boot_id, native_dtypes
+from pipeserve.wire import connection, control
+from pipeserve.wire.connection import Connection
+from pipeserve.wire.control import NotWanted, Ping, StartStage, Stop
+from pipeserve.wire.listener import is_loopback
+from pipeserve.wire.secret import VARIABLE, control_secret
+from pipeserve.wire.sources import Descriptor, Source, Sources
+
+_RETRY_S = 0.2
+_STDIN = 0
+
+
+class Keeper:
+    """Starts, watches and ends one stage process."""
+
+    def __init__(
+        self, address: str, rank: int, world_size: int, join_timeout_s: float, secret: bytes
+    ) -> None:
+        """Of the driver at `address` (HOST:PORT)."""
+        self.address = address
+        self.rank = rank
+        self.world_size = world_size
+        self.join_timeout_s = join_timeout_s
+        self.deadline = time.monotonic() + join_timeout_s
+        self.secret = secret
+        self.sources = Sources(secret)
+        self.driver: Connection | None = None
+        self.has_joined = False
+        self.failure = "nobody listens there"
+        """Of the attempt to join before."""
+        self.exit_code: int | None = None
+        self.stage: subprocess.Popen | None = None
+        self.stage_ended: Descriptor | None = None
+        self.stage_pidfd = -1
+
+    def end_with_stdin(self) -> None:
+        """The driver holds its other end."""
+        Descriptor(_STDIN, self.sources, "stdin")
+
+    def run(self) -> int:
+        """Until the driver says stop (0), is gone or cannot be reached (1), or will not have this
+        keeper (2)."""
+        try:
+            while self.exit_code is None:
+                if not self.has_joined:
+                    self._join()
+                for source in self.sources.ready(None if self.has_joined else _RETRY_S * 1000):
+                    self._take(source)
+                if self.has_joined and self.driver.has_ended and self.exit_code is None:
+                    self.exit_code = 1  # the driver is gone
+        finally:
+            self._end_stage()
+            self.sources.close()
+        return self.exit_code
+
+    # ---- joining --------------------------------------------------------------------------------
+
+    def _join(self) -> None:
+        """One step of it."""
+        if self.driver is None:
+            self._call()
+        elif self.driver.is_open:
+            self.has_joined = True
+            self._tell(self._hello())
+        elif self.driver.is_refused:
+            self._say(f"refused by the driver at {self.address}: {self.driver.refusal}")
+            self.exit_code = 2
+        elif self.driver.has_ended:  # displaced by strangers, or no driver: another time
+            self.failure = self.driver.refusal
+            self.driver = None
+        if self.exit_code is None and not self.has_joined and time.monotonic() > self.deadline:
+            self._give_up()
+
+    def _call(self) -> None:
+        try:
+            self.driver = connection.connect(self.address, self.sources, "keeper")
+        except ConnectionError as error:
+            self.failure = str(error)
+        else:
+            self.driver.watch_host()
+
+    def _give_up(self) -> None:
+        self._say(
+            f"no driver at {self.address} within {self.join_timeout_s:g} s ({self.failure}); "
+            "start it with --launcher external, or raise --join-timeout"
+        )
+        self.exit_code = 1
+
+    def _hello(self) -> control.KeeperHello:
+        return control.KeeperHello(
+            rank=self.rank,
+            world_size=self.world_size,
+            host=socket.gethostname(),
+            address=self.driver.own_host,
+            pid=os.getpid(),
+            boot_id=boot_id(),
+            native_dtypes=native_dtypes(),
+        )
+
+    # ---- once it has joined ---------------------------------------------------------------------
+
+    def _take(self, source: Source) -> None:
+        messages = source.receive()
+        match source.carries:
+            case "keeper":
+                for message in messages:
+                    self._obey(control.decode_for_keeper(message))
+            case "stage's end":
+                self._report_exit()
+            case "stdin" if self.exit_code is None:
+                self.exit_code = 1  # the driver is gone; perhaps before it ever answered
+
+    def _obey(self, message: control.ToKeeper) -> None:
+        match message:
+            case StartStage():
+                self._start(message)
+            case Stop():
+                self.exit_code = 0
+            case NotWanted():
+                self._say(f"not wanted by the driver at {self.address}: {message.why}")
+                self.exit_code = 2
+            case Ping():
+                now = time.monotonic()
+                self._tell(control.Pong(self.rank, message.sent_s, now, self._num_moved()))
+
+    def _start(self, job: StartStage) -> None:
+        place = _local_place(self.rank, self.world_size)
+        cores, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), *place)
+        if job.control.startswith("/"):
+            job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
+        with _file_of(control.encode(control.Launch(job, self.rank, self.secret))) as launch:
+            self.stage = subprocess.Popen(
+                [
+                    sys.executable,
+                    *("-m", "pipeserve.stage.process"),
+                    *(str(os.getpid()), ",".join(map(str, cores)), job.module),
+                ],
+                stdin=launch,
+                env=_stage_environment(self.rank, num_threads),
+            )
+        self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
+        self.stage_ended = Descriptor(self.stage_pidfd, self.sources, "stage's end")
+
+    def _num_moved(self) -> int:
+        """Bytes that the stage has read and written, from memory or disk."""
+        if self.stage is None or self.stage_ended is None:
+            return 0
+        try:
+            lines = Path(f"/proc/{self.stage.pid}/io").read_text("ascii").splitlines()
+        except OSError:  # it is ending, or may not be looked at
+            return 0
+        counts = dict(line.split(": ") for line in lines)
+        return sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes"))
+
+    def _report_exit(self) -> None:
+        code = self.stage.wait()
+        self.stage_ended.close()
+        os.close(self.stage_pidfd)
+        self.stage_ended = None
+        self._tell(control.StageExited(self.rank, self.stage.pid, code))
+
+    def _end_stage(self) -> None:
+        """A stage has nothing to save, so it is killed and not asked."""
+        if self.stage is not None and self.stage.poll() is None:
+            self.stage.kill()
+            self.stage.wait()
+
+    def _tell(self, message: control.ToDriver) -> None:
+        self.driver.send(control.encode(message))
+
+    def _say(self, what: str) -> None:
+        print(f"error: keeper of rank {self.rank}: {what}", file=sys.stderr)
+
+
+def stage_cpus(
+    available: list[int], local_rank: int, local_world_size: int
+) -> tuple[list[int], int]:
+    """The cores that one of `local_world_size` stages on this machine gets, and its threads.
+
+    Shares are equal and disjoint. With more stages than cores there is nothing to pin: each stage
+    may run on any core, with one thread.
+    """
+    share = len(available) // local_world_size
+    if share == 0:
+        return available, 1
+    return available[local_rank * share : (local_rank + 1) * share], share
+
+
+def _local_place(rank: int, world_size: int) -> tuple[int, int]:
+    """This rank's number among those of its machine, and how many they are; all, where the launcher
+    does not say."""
+    place = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", world_size)
+    return int(place[0]), int(place[1])
+
+
+def _stage_environment(rank: int, num_threads: int) -> dict[str, str]:
+    """What has to be set before the stage's interpreter starts.
+
+    Huge pages for large allocations (glibc 2.35 and newer; others ignore it): gathering KV touches
+    many pages; one pair of runs of the mix in docs/bench.md took 25.4 s with and 27.0 s without.
+    """
+    environment = {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        **os.environ,
+        "RANK": str(rank),
+        "OMP_NUM_THREADS": str(num_threads),
+    }
+    environment.pop(VARIABLE, None)  # it is told in another way
+    return environment
+
+
+@contextlib.contextmanager
+def _file_of(content: bytes):
+    """A file in memory: unlike a pipe it takes all of it, though its reader may be stopped."""
+    with open(os.memfd_create("stage"), "r+b") as file:
+        file.write(content)
+        file.seek(0)
+        yield file
+
+
+def _end_on_signal(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeserve.launch.keeper", description=__doc__)
+    parser.add_argument(
+        "--control",
+        default=os.environ.get("PIPESERVE_CONTROL"),
+        help="HOST:PORT of the driver (default: $PIPESERVE_CONTROL)",
+    )
+    parser.add_argument(
+        "--control-secret",
+        metavar="FILE",
+        help="file with the secret that the driver has, too (default: $PIPESERVE_CONTROL_SECRET)",
+    )
+    parser.add_argument("--rank", type=int, default=os.environ.get("RANK"))
+    parser.add_argument("--world-size", type=int, default=os.environ.get("WORLD_SIZE"))
+    parser.add_argument(
+        "--join-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to look for the driver, which may have a model to fetch or to convert "
+        "before it listens (default: 600)",
+    )
+    parser.add_argument(
+        "--until-stdin-closes",
+        action="store_true",
+        help="end when standard input does; its first line is the secret, in hexadecimal digits",
+    )
+    arguments = parser.parse_args()
+    for name in ("control", "rank", "world_size"):
+        if getattr(arguments, name) is None:
+            parser.error(f"--{name.replace('_', '-')} is needed where the launcher does not set it")
+    return arguments
+
+
+def _find_secret(arguments: argparse.Namespace) -> bytes:
+    """Empty: none was given, and none is needed. Raises ConfigError."""
+    if arguments.until_stdin_closes:
+        return bytes.fromhex(sys.stdin.readline())
+    secret = control_secret(arguments.control_secret)
+    try:
+        host, _ = split_address(arguments.control)
+        is_near = secret is not None or is_loopback(host)
+    except ValueError:
+        raise ConfigError(
+            f"--control {arguments.control!r} is not HOST:PORT, such as 10.0.0.1:29600 or "
+            "[::1]:29600"
+        ) from None
+    except OSError:  # a name that nobody knows yet
+        is_near = False
+    if not is_near:
+        raise ConfigError(
+            f"the driver at {arguments.control} is on another machine, which takes a shared "
+            "secret: give driver and keepers the same --control-secret FILE or "
+            "PIPESERVE_CONTROL_SECRET"
+        )
+    return secret or b""
+
+
+def main() -> None:
+    arguments = _parse()
+    signal.signal(signal.SIGTERM, _end_on_signal)
+    signal.signal(signal.SIGINT, _end_on_signal)
+    try:
+        secret = _find_secret(arguments)
+    except ConfigError as error:
+        print(f"error: keeper of rank {arguments.rank}: {error}", file=sys.stderr)
+        sys.exit(2)
+    keeper = Keeper(
+        arguments.control,
+        int(arguments.rank),
+        int(arguments.world_size),
+        arguments.join_timeout,
+        secret,
+    )
+    if arguments.until_stdin_closes:
+        keeper.end_with_stdin()
+    exit_code = keeper.run()
+    for ending in (signal.SIGTERM, signal.SIGINT):  # it ends already
+        signal.signal(ending, signal.SIG_IGN)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

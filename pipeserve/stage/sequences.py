@@ -1,0 +1,83 @@
+"""What a stage knows of the requests that it holds: the replay of the engine's decisions."""
+
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from math import inf
+
+from pipeserve.wire.control import Registration, Step, unpack_tokens
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One registered request on one stage. A request that is admitted again gets a new one."""
+
+    registration: Registration
+    token_ids: array
+    """Prompt and outputs known here; kept up to date on the first and the last stage alone."""
+    block_table: list[int]
+    token_s: float = -inf
+    """When the token that the last microbatch sampled was here; -inf before the first."""
+
+
+class Sequences:
+    """Every registered request of a stage, brought up to date by each step in index order."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, Sequence] = {}
+        self._awaiting: deque[tuple[int, list[Sequence]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def apply(self, step: Step) -> list[Sequence]:
+        """Bring the table up to `step`; returns the sequence of each of its chunks."""
+        for request_id in step.released:
+            del self._by_id[request_id]
+        for registration in step.admitted:
+            self._by_id[registration.request_id] = Sequence(
+                registration, unpack_tokens(registration.token_ids), list(registration.blocks)
+            )
+        sequences = [self._by_id[chunk.request_id] for chunk in step.chunks]
+        for sequence, chunk in zip(sequences, step.chunks, strict=True):
+            sequence.block_table.extend(chunk.new_blocks)
+        return sequences
+
+    def has_tokens_for(self, step: Step) -> bool:
+        """Whether every id that `step` embeds is known (first stage), before it is applied.
+
+        Not only a chunk with `token_from` may have to wait: the driver may know a token, and plan
+        on it, before the last stage's message with that token has got here.
+        """
+        admitted = {registration.request_id for registration in step.admitted}
+        return all(
+            chunk.request_id in admitted
+            or len(self._by_id[chunk.request_id].token_ids) >= chunk.stop
+            for chunk in step.chunks
+        )
+
+    def await_tokens(self, step: Step, sequences: list[Sequence]) -> None:
+        """Note whose tokens microbatch `step` will bring (first and last stage)."""
+        sampling = [
+            sequence
+            for sequence, chunk in zip(sequences, step.chunks, strict=True)
+            if chunk.num_logits > chunk.num_scored
+        ]
+        if sampling:
+            self._awaiting.append((step.index, sampling))
+
+    def take_tokens(self, index: int, tokens: list[int], now: float) -> None:
+        """Append what microbatch `index` sampled (first and last stage).
+
+        The sequences are those of the time when the microbatch ran, so a token of a request that
+        was released or admitted again since then changes nothing.
+        """
+        expected, sequences = self._awaiting.popleft()
+        if index != expected or len(tokens) != len(sequences):
+            raise RuntimeError(
+                f"token feedback out of step: expected {len(sequences)} tokens of microbatch "
+                f"{expected}, got {len(tokens)} of {index}"
+            )
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.token_ids.append(token)
+            sequence.token_s = now

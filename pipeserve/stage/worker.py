@@ -1,0 +1,190 @@
+"""The stage process that computes: the model's layers on this machine, inside the stage's loop.
+
+Started by its keeper, which says what it is to do on standard input (control.Launch).
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+
+from pipeserve.stage.loop import Done, StageLoop, Tell, Turn, serve
+from pipeserve.stage.sample_row import sample_row
+from pipeserve.stage.sequences import Sequence
+from pipeserve.stages.attention.inputs import StageInputs, build_inputs
+from pipeserve.stages.attention.kv import KVCache
+from pipeserve.stages.checkpoint.weights import load_stage
+from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.layers.padding import pad_rows
+from pipeserve.stages.sampling import Logprobs, sample, score
+from pipeserve.wire import control, links
+from pipeserve.wire.control import StartStage, Step, StepChunk
+
+_SCORED_ROWS = 64  # whose logits over the whole vocabulary are held at a time
+_LOADING_REPORT_S = 0.25
+
+
+class ModelCompute:
+    """This stage's layers and their KV: the `stage_loop.Compute` of a checkpoint."""
+
+    is_elsewhere = False
+
+    def __init__(self, job: StartStage, tell: Tell) -> None:
+        """Reads the weights, and tells how far that is."""
+        self._stage = job.stage
+        self._tell = tell
+        self._next_report_s = 0.0
+        share = control.decode_share(job.work)
+        self.block_size = share.block_size
+        self.config = ModelConfig.from_folder(share.model_folder)
+        self.dtype = getattr(torch, share.dtype)
+        self.model = load_stage(
+            share.model_folder,
+            self.config,
+            first_layer=share.first_layer,
+            stop_layer=share.stop_layer,
+            has_embedding=share.has_embedding,
+            has_head=share.has_head,
+            dtype=self.dtype,
+            attention=share.attention,
+            progress=self._report_loading,
+        )
+        self.weight_bytes = self.model.num_bytes
+        # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
+        self.head, self.model.head = self.model.head, None
+        self.kv = KVCache(
+            self.config,
+            num_layers=share.stop_layer - share.first_layer,
+            num_blocks=share.num_blocks,
+            block_size=share.block_size,
+            dtype=self.dtype,
+        )
+        self.kv_bytes = self.kv.num_bytes
+        self.links = links.TensorLinks()
+
+    def _report_loading(self, num_read: int, num_bytes: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_report_s or num_read == num_bytes:
+            self._next_report_s = now + _LOADING_REPORT_S
+            self._tell(control.Loading(self._stage, num_read, num_bytes))
+
+    def take_in(self, step: Step, activations: bytearray, seen_s: float) -> float:
+        """They are there when they are seen."""
+        return seen_s
+
+    def run(self, turn: Turn, stage: StageLoop) -> Done:
+        """As `stage_loop.Compute`."""
+        inputs = self._build_inputs(turn, stage.is_first)
+        given = inputs.token_ids_T if stage.is_first else self._unpack(turn, inputs)
+        hidden = self.model(given, inputs, self.kv)
+        if stage.is_last:
+            return self._answer(turn, stage, inputs, hidden[inputs.logit_rows_R])
+        end_s, end_cpu_s = time.monotonic(), time.thread_time()
+        return Done(
+            num_tokens=inputs.num_tokens,
+            head_s=end_s,
+            end_s=end_s,
+            sent_s=end_s,
+            cpu_s=end_cpu_s - turn.start_cpu_s,
+            end_cpu_s=end_cpu_s,
+            num_bytes=self.links.send(turn.step.index, hidden.to(self.dtype)),
+        )
+
+    def _build_inputs(self, turn: Turn, is_first: bool) -> StageInputs:
+        return build_inputs(
+            [
+                (chunk.start, chunk.stop, sequence.block_table, chunk.num_logits)
+                for chunk, sequence in zip(turn.step.chunks, turn.sequences, strict=True)
+            ],
+            self.block_size,
+            token_ids=[s.token_ids for s in turn.sequences] if is_first else None,
+        )
+
+    def _unpack(self, turn: Turn, inputs: StageInputs) -> torch.Tensor:
+        shape = (inputs.num_tokens, self.config.hidden_size)
+        return links.unpack_tensor(turn.activations, turn.step.index, shape, self.dtype)
+
+    def _answer(
+        self, turn: Turn, stage: StageLoop, inputs: StageInputs, hidden_RD: torch.Tensor
+    ) -> Done:
+        """Sample, then score what prompt tokens there are to score."""
+        head_s = time.monotonic()
+        places, rows, owners, scored, failed = [], [], [], [], {}
+        stop = 0  # of a chunk's rows
+        for place, (chunk, sequence) in enumerate(
+            zip(turn.step.chunks, turn.sequences, strict=True)
+        ):
+            start, stop = stop, stop + chunk.num_logits
+            if chunk.num_scored:
+                scored.append((place, start, chunk, sequence))
+            if chunk.num_logits > chunk.num_scored:
+                places.append(stop - 1)
+                rows.append(sample_row(sequence, chunk.stop))
+                owners.append(place)
+        sampled_RD = hidden_RD[places] if scored else hidden_RD
+        sampled = sample(self._logits(sampled_RD), rows) if rows else []
+        for place, (token, _) in zip(owners, sampled, strict=True):
+            if token is None:
+                failed[place] = self._not_finite(turn.step.chunks[place].stop)
+        # A request that failed goes on until the driver has heard of it, with a token that exists.
+        tokens = [0 if token is None else token for token, _ in sampled]
+        end_s = sent_s = time.monotonic()
+        end_cpu_s = stage.feed_back(turn.step, tokens, end_s)
+        wants_logprobs = any(row.num_logprobs is not None for row in rows)
+        logprobs = [entry for _, entry in sampled] if wants_logprobs else []
+        prompt_logprobs = []
+        for place, *span in scored:
+            entries = list(self._score(hidden_RD, *span))
+            prompt_logprobs += entries
+            is_nan = [math.isnan(own) for own, _ in entries]
+            if any(is_nan):
+                chunk = turn.step.chunks[place]
+                first = chunk.stop - chunk.num_logits + 1  # token that is scored first
+                failed[place] = self._not_finite(first + is_nan.index(True))
+        if scored:
+            end_s, end_cpu_s = time.monotonic(), time.thread_time()
+        stage.tell(control.Sampled(turn.step.index, tokens, logprobs, prompt_logprobs, failed))
+        cpu_s = end_cpu_s - turn.start_cpu_s
+        return Done(inputs.num_tokens, head_s, end_s, sent_s, cpu_s, end_cpu_s, num_bytes=0)
+
+    def _score(
+        self, hidden_RD: torch.Tensor, first_row: int, chunk: StepChunk, sequence: Sequence
+    ) -> Iterator[Logprobs]:
+        """Of the prompt tokens that a chunk scores; its rows begin at `first_row`."""
+        following = chunk.stop - chunk.num_logits + 1
+        for start in range(0, chunk.num_scored, _SCORED_ROWS):
+            stop = min(start + _SCORED_ROWS, chunk.num_scored)
+            yield from score(
+                self._logits(hidden_RD[first_row + start : first_row + stop]),
+                sequence.token_ids[following + start : following + stop],
+                sequence.registration.prompt_logprobs,
+            )
+
+    def _not_finite(self, position: int) -> str:
+        """What its user is told of a request whose logits for the token at `position` are not."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        remedy = {
+            "float16": "use --dtype bfloat16 or float32, whose range is larger",
+            "bfloat16": "use --dtype float32",
+            "float32": "ask who made the checkpoint",
+        }[dtype]
+        return (
+            f"the logits of token {position} are not finite: the model's numbers leave the range "
+            f"of {dtype}; {remedy}"
+        )
+
+    def _logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        return self.head(pad_rows(hidden_RD))[: len(hidden_RD)]
+
+
+def main() -> None:
+    """Run the stage whose job comes on standard input."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with torch.inference_mode():
+        serve(ModelCompute)
+
+
+if __name__ == "__main__":
+    main()

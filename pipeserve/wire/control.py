@@ -1,0 +1,356 @@
+"""What driver, keepers and stages say to each other: one fixed msgspec schema, array-encoded.
+
+Each keeper and each stage has a `Connection` to the driver of its own, on which a message costs one
+wake-up. Never a socket that drops what it cannot send: drops become hangs.
+
+A request is registered once, with prompt and outputs so far; after that a step names only its new
+positions and new blocks.
+
+Activations and sampled tokens do not pass here: see links.py.
+"""
+
+import array
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from pipeserve.core.nouns import (
+    Microbatch,
+    Request,
+    RequestId,
+    StepResult,
+    TokenLogprobs,
+)
+from pipeserve.core.records import Span
+
+
+class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True):
+    """Base of all messages: a msgpack array whose first element is the message's name."""
+
+
+# ---- driver -> keeper ---------------------------------------------------------------------------
+
+
+class StartStage(_Message):
+    """Start this rank's stage process."""
+
+    stage: int
+    num_stages: int
+    module: str
+    """The stage's program, run as `python -m`."""
+    work: bytes
+    """What that program is to compute, encoded: for `pipeserve.stage.worker` a `ModelShare`."""
+    control: str
+    """Where the driver listens: /NAME on its own machine. The keeper puts before it what it itself
+    reached the driver by."""
+    host: str
+    """Address on which this stage listens for its neighbours."""
+    traceback: bool
+    """Print the traceback of an unexpected error to stderr, too."""
+
+
+class Stop(_Message):
+    """End the stage and yourself."""
+
+
+class NotWanted(_Message):
+    """This keeper does not belong to the pipeline: end yourself."""
+
+    why: str
+
+
+class Ping(_Message):
+    """Ask for `Pong` at once: whether the keeper is there, and what its clock says."""
+
+    sent_s: float
+
+
+# ---- in a StartStage -----------------------------------------------------------------------------
+
+
+class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What one stage holds of a checkpoint, and of KV."""
+
+    model_folder: str
+    first_layer: int
+    stop_layer: int
+    has_embedding: bool
+    has_head: bool
+    dtype: str
+    attention: str
+    num_blocks: int
+    block_size: int
+
+
+# ---- keeper -> stage ----------------------------------------------------------------------------
+
+
+class Launch(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """On a stage's standard input, and nowhere else: it holds the secret."""
+
+    job: StartStage
+    rank: int
+    secret: bytes
+
+
+# ---- keeper -> driver ---------------------------------------------------------------------------
+
+
+class KeeperHello(_Message):
+    rank: int
+    world_size: int
+    host: str
+    address: str
+    """Of this machine, as the driver's machine can reach it: the stage's links listen there."""
+    pid: int
+    boot_id: str
+    """Of its machine, whose processes share one clock."""
+    native_dtypes: tuple[str, ...] = ()
+    """What its CPU multiplies natively (`machine.native_dtypes`)."""
+
+
+class Pong(_Message):
+    """A heartbeat. None is sent unasked: what a driver that rests does not read would pile up."""
+
+    rank: int
+    sent_s: float
+    """Of the `Ping`, by the driver's clock."""
+    remote_s: float
+    """By the keeper's."""
+    num_moved: int
+    """Bytes that its stage's process has read and written so far, as the kernel counts them."""
+
+
+class StageExited(_Message):
+    rank: int
+    pid: int
+    exit_code: int
+    """As `subprocess.Popen.returncode`: negative for a signal."""
+
+
+# ---- driver -> stage ----------------------------------------------------------------------------
+
+
+class Connect(_Message):
+    """Addresses of the links that this stage sends on. Empty: it has no such link."""
+
+    next_stage: str
+    first_stage: str
+
+
+class LogitRules(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What changes the logits of a request, as `stages.sampling.LogitRules` has it."""
+
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float] | None
+    bad_words: tuple[tuple[int, ...], ...]
+    allowed_ids: bytes | None
+    """int32, native order."""
+
+
+class Registration(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A request that starts, or starts again: everything a stage needs to know of it."""
+
+    request_id: int
+    token_ids: bytes
+    """Prompt and outputs so far: int32, native order."""
+    num_prompt_tokens: int
+    blocks: list[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    min_tokens: int
+    stop_ids: list[int]
+    rules: LogitRules | None
+    """None when none applies."""
+    logprobs: int | None
+    prompt_logprobs: int | None
+
+
+class StepChunk(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """`Chunk`, on the wire."""
+
+    request_id: int
+    start: int
+    stop: int
+    new_blocks: tuple[int, ...]
+    token_from: int | None
+    num_logits: int
+    num_scored: int
+
+
+class Step(_Message):
+    """One microbatch: the same bytes go to every stage."""
+
+    index: int
+    released: tuple[int, ...]
+    admitted: list[Registration]
+    chunks: list[StepChunk]
+
+
+class ReportMemory(_Message):
+    """Ask for `Memory`."""
+
+
+# ---- stage -> driver ----------------------------------------------------------------------------
+
+
+class StageHello(_Message):
+    """Whose connection this is: the first message on it."""
+
+    stage: int
+
+
+class Loading(_Message):
+    """How far a stage is with its weights; a few times a second, and at their end."""
+
+    stage: int
+    num_read: int
+    """Bytes of them read so far."""
+    num_bytes: int
+    """All that there are to read."""
+
+
+class StageReady(_Message):
+    """Weights are loaded; the stage listens for its neighbours."""
+
+    stage: int
+    rank: int
+    pid: int
+    host: str
+    activations_at: str
+    """Endpoint for the previous stage; empty on the first stage."""
+    tokens_at: str
+    """Endpoint for the last stage's tokens; empty but on the first of several stages."""
+    baseline_bytes: int
+    """Resident memory of the interpreter with torch, before the model."""
+    weight_bytes: int
+    kv_bytes: int
+    cpus: list[int]
+
+
+class Connected(_Message):
+    stage: int
+
+
+class Sampled(_Message):
+    """The last stage's answer to a step."""
+
+    index: int
+    tokens: list[int]
+    logprobs: list[tuple[float, list[tuple[int, float]]] | None]
+    """Parallel to `tokens`, or empty: (of the sampled token, the most likely ones)."""
+    prompt_logprobs: list[tuple[float, list[tuple[int, float]]]]
+    """Likewise of each scored prompt token, chunk after chunk."""
+    failed: dict[int, str] = {}
+    """Why, for each chunk (by its place in the step) that has no result; its entries above mean
+    nothing."""
+
+
+class Timing(_Message):
+    """When a stage computed a microbatch; told behind its output."""
+
+    span: Span
+
+
+class Memory(_Message):
+    stage: int
+    peak_bytes: int
+
+
+class StageFailed(_Message):
+    """The last word of a stage that cannot go on."""
+
+    stage: int
+    reason: str
+    is_user_error: bool
+
+
+ToKeeper = StartStage | Stop | NotWanted | Ping
+ToStage = Connect | Step | ReportMemory
+FromKeeper = Pong | StageExited
+FromStage = Loading | StageReady | Connected | Sampled | Timing | Memory | StageFailed
+ToDriver = KeeperHello | StageHello | FromKeeper | FromStage
+
+encode = msgspec.msgpack.Encoder().encode
+decode_for_keeper = msgspec.msgpack.Decoder(ToKeeper).decode
+decode_for_stage = msgspec.msgpack.Decoder(ToStage).decode
+decode_keeper_hello = msgspec.msgpack.Decoder(KeeperHello).decode
+decode_stage_hello = msgspec.msgpack.Decoder(StageHello).decode
+decode_from_keeper = msgspec.msgpack.Decoder(FromKeeper).decode
+decode_from_stage = msgspec.msgpack.Decoder(FromStage).decode
+decode_launch = msgspec.msgpack.Decoder(Launch).decode
+decode_share = msgspec.msgpack.Decoder(ModelShare).decode
+
+
+_NO_RULES = LogitRules(1.0, 0.0, 0.0, None, (), None)
+
+
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    return array.array("i", token_ids).tobytes()
+
+
+def unpack_tokens(packed: bytes) -> array.array:
+    return array.array("i", packed)
+
+
+def step_message(microbatch: Microbatch, requests: Mapping[RequestId, Request]) -> Step:
+    """The wire form of `microbatch`; `requests` holds those that it admits."""
+    admitted = []
+    for admission in microbatch.admitted:
+        request = requests[admission.request_id]
+        params = request.params
+        assert params.seed is not None, "the driver gives every request a seed"
+        admitted.append(
+            Registration(
+                request_id=request.id,
+                token_ids=pack_tokens(admission.token_ids),
+                num_prompt_tokens=admission.num_prompt_tokens,
+                blocks=list(admission.blocks),
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                seed=params.seed,
+                min_tokens=params.min_tokens,
+                stop_ids=sorted(request.stop_ids),
+                rules=_logit_rules(request),
+                logprobs=params.logprobs,
+                prompt_logprobs=params.prompt_logprobs,
+            )
+        )
+    chunks = [StepChunk(*chunk) for chunk in microbatch.chunks]
+    return Step(microbatch.index, microbatch.released, admitted, chunks)
+
+
+def _logit_rules(request: Request) -> LogitRules | None:
+    params = request.params
+    allowed = params.allowed_token_ids
+    rules = LogitRules(
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias) if params.logit_bias else None,
+        bad_words=request.bad_word_ids,
+        allowed_ids=None if allowed is None else pack_tokens(allowed),
+    )
+    return None if rules == _NO_RULES else rules
+
+
+def step_result(sampled: Sampled) -> StepResult:
+    """The core's form of what the last stage sent."""
+    return StepResult(
+        sampled.index,
+        tuple(sampled.tokens),
+        tuple(None if entry is None else _token_logprobs(entry) for entry in sampled.logprobs),
+        tuple(_token_logprobs(entry) for entry in sampled.prompt_logprobs),
+        sampled.failed,
+    )
+
+
+def _token_logprobs(entry: tuple[float, list[tuple[int, float]]]) -> TokenLogprobs:
+    return TokenLogprobs(entry[0], dict(entry[1]))

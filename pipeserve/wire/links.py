@@ -1,0 +1,101 @@
+"""The seams between stages, in microbatch order: activations one way, sampled tokens back, each
+over a `Connection` of its own.
+
+Activations are bare tensors: the tensor's own bytes, and behind them, where they do not upset its
+alignment, the 8-byte microbatch index. Shape and dtype follow from the microbatch that both ends
+already hold, and the index is only compared. They may be megabytes: what the kernel does not take
+at once, a thread sends on while the stage computes the next microbatch.
+
+Tokens are a few bytes that the first stage may be waiting for.
+
+A stage waits on all of its sockets at once, so a wait can always be interrupted, and the engine's
+window bounds what can queue up. `bench/links.py` measures them, ZeroMQ and gloo.
+
+Torch is imported where a tensor is: stages that compute nothing have none.
+
+A dead neighbour does not raise here: its keeper tells the driver, and the driver ends the wait.
+"""
+
+import array
+import math
+import struct
+from typing import TYPE_CHECKING, Protocol
+
+from pipeserve.wire import connection
+from pipeserve.wire.connection import Connection
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Sources
+
+if TYPE_CHECKING:
+    import torch
+
+_INDEX = struct.Struct("<q")
+
+
+class ActivationLinks(Protocol):
+    """A stage's links with its neighbours: what a stage does to have them. What it sends, and what
+    a message of the source `listen` adds is, are a `Compute`'s own."""
+
+    def listen(self, host: str, sources: Sources) -> str:
+        """From the stage before, as a source that carries "activations"; returns its address. Who
+        comes second finds nobody listening."""
+        ...
+
+    def connect(self, address: str, sources: Sources) -> Connection:
+        """To the stage behind, that listens at `address`."""
+        ...
+
+
+class TensorLinks:
+    """The `ActivationLinks` of stages that compute."""
+
+    def __init__(self) -> None:
+        self._next_stage: Connection | None = None
+
+    def listen(self, host: str, sources: Sources) -> str:
+        return Listener(host, sources, ("activations",), once=True).address
+
+    def connect(self, address: str, sources: Sources) -> Connection:
+        self._next_stage = connection.connect(address, sources, "activations")
+        return self._next_stage
+
+    def send(self, index: int, tensor: "torch.Tensor") -> int:
+        """Returns at once, with the number of bytes; keeps `tensor`'s memory until it is on its
+        way. Do not write to it after."""
+        import torch
+
+        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        self._next_stage.send_large(memoryview(flat), memoryview(_INDEX.pack(index)))
+        return flat.nbytes + _INDEX.size
+
+
+def unpack_tensor(
+    message: bytearray, index: int, shape: tuple[int, ...], dtype: "torch.dtype"
+) -> "torch.Tensor":
+    """The tensor in `message`, sharing its memory.
+
+    Raises RuntimeError when it is not the one expected: order is the runtime's guarantee, so that
+    is our fault and nothing may be computed from it.
+    """
+    import torch
+
+    num_bytes = len(message) - _INDEX.size
+    (sent_index,) = _INDEX.unpack_from(message, num_bytes)
+    expected_bytes = dtype.itemsize * math.prod(shape)
+    if sent_index != index or num_bytes != expected_bytes:
+        raise RuntimeError(
+            f"link out of step: expected microbatch {index} with {expected_bytes} bytes, "
+            f"got {sent_index} with {num_bytes}"
+        )
+    return torch.frombuffer(message, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def send_tokens(first_stage: Connection, index: int, tokens: list[int]) -> None:
+    """The last stage's sampled ids of microbatch `index`, to the first stage."""
+    first_stage.send(_INDEX.pack(index) + array.array("i", tokens).tobytes())
+
+
+def unpack_tokens(message: bytes | bytearray) -> tuple[int, list[int]]:
+    """The microbatch's index and its sampled ids."""
+    (index,) = _INDEX.unpack_from(message)
+    return index, array.array("i", message[_INDEX.size :]).tolist()

@@ -1,0 +1,115 @@
+"""All that one thread waits for, at once; and how long for those who have proved nothing."""
+
+import select
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeserve.wire.strangers import TurnedAway
+
+if TYPE_CHECKING:
+    from pipeserve.wire.connection import Connection
+
+PROVE_S = 5.0
+"""From connecting to the end of the handshake."""
+_MOST_STRANGERS = 128
+"""At once; a further one takes the place of the oldest. Keepers and stages that all come at once
+are strangers for some milliseconds, and come again if they are displaced."""
+
+
+class Source(Protocol):
+    """One of those that `Sources` waits for."""
+
+    carries: str
+    """What its messages are; its owner's word."""
+
+    def receive(self) -> list[Any]:
+        """Every message that is here, in order; does not wait."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Sources:
+    """All that one thread waits for, at once; and what they have in common, the run's secret."""
+
+    def __init__(self, secret: bytes = b"") -> None:
+        """Without a secret, whoever knows how to begin may connect, on this machine."""
+        self.secret = secret
+        self.turned_away = TurnedAway()
+        self._epoll = select.epoll()
+        self._by_descriptor: dict[int, Source] = {}
+        self._unproved: dict[Connection, float] = {}
+        """Connections whose handshake is not done, oldest first, and when its time is over."""
+
+    def add(self, source: Source, descriptor: int) -> None:
+        self._epoll.register(descriptor, select.EPOLLIN)
+        self._by_descriptor[descriptor] = source
+
+    def remove(self, descriptor: int) -> None:
+        del self._by_descriptor[descriptor]
+        self._epoll.unregister(descriptor)
+
+    def wait_for_room(self, descriptor: int, wanted: bool) -> None:
+        """Whether it is ready, too, when the kernel takes more to send."""
+        events = select.EPOLLIN | select.EPOLLOUT if wanted else select.EPOLLIN
+        self._epoll.modify(descriptor, events)
+
+    def ready(self, timeout_ms: float | None) -> list[Source]:
+        """Those that something can be received from, waiting for the first; None: however long."""
+        if self._unproved:
+            return self._ready_or_late(timeout_ms)
+        timeout_s = None if timeout_ms is None else timeout_ms / 1000
+        return [self._by_descriptor[number] for number, _ in self._epoll.poll(timeout_s)]
+
+    def _ready_or_late(self, timeout_ms: float | None) -> list[Source]:
+        """The same, and hangs up on those who do not prove themselves in time; for that it returns,
+        too."""
+        left_s = max(next(iter(self._unproved.values())) - time.monotonic(), 0.0)
+        timeout_s = left_s if timeout_ms is None else min(left_s, timeout_ms / 1000)
+        ready = [self._by_descriptor[number] for number, _ in self._epoll.poll(timeout_s)]
+        now = time.monotonic()
+        late = [connection for connection, late_s in self._unproved.items() if late_s <= now]
+        for connection in late:  # whatever it has just said: a byte now and then gains no time
+            connection.turn_away(f"nothing that begins a conversation in {PROVE_S:g} s")
+        return ready
+
+    def begins(self, connection: "Connection") -> None:
+        """Its handshake does. The oldest stranger goes when there are too many."""
+        self._unproved[connection] = time.monotonic() + PROVE_S
+        if len(self._unproved) > _MOST_STRANGERS:
+            self.drop_a_stranger(f"over {_MOST_STRANGERS} strangers at once")
+
+    def is_over(self, connection: "Connection") -> None:
+        """Its handshake is, either way."""
+        self._unproved.pop(connection, None)
+
+    def drop_a_stranger(self, why: str) -> bool:
+        """The oldest, if there is one."""
+        strangers = (connection for connection in self._unproved if connection.is_accepted)
+        oldest = next(strangers, None)
+        if oldest is not None:
+            oldest.turn_away(why)
+        return oldest is not None
+
+    def close(self) -> None:
+        """And every source."""
+        for source in set(self._by_descriptor.values()):
+            source.close()
+        self._epoll.close()
+        self.turned_away.sum_up()
+
+
+class Descriptor:
+    """A file descriptor among the sources, that brings no messages: it is ready, or it is not."""
+
+    def __init__(self, descriptor: int, sources: Sources, carries: str) -> None:
+        self.carries = carries
+        self._descriptor, self._sources = descriptor, sources
+        sources.add(self, descriptor)
+
+    def receive(self) -> list[Any]:
+        return []
+
+    def close(self) -> None:
+        """It stays open."""
+        self._sources.remove(self._descriptor)

@@ -1,0 +1,390 @@
+"""How idle time is split among causes: by what the critical paths hold.
+
+Each event (a plan, a start, an end, a result taken up) happened when the last thing that it needed
+was there. Followed back to the run's first arrival, that chain is the event's critical path, and
+what the time went to along it (compute by parts, links, feedback, planning, ...) sums to the
+event's time. So an idle interval, between the end of one microbatch and the start of the next, is
+the difference of two such sums: what the path to the start holds more of than the path to the end.
+
+In this way a delay counts where it costs, not where it happens to be waited for: a slow link in the
+loop from stage 0 to the last stage and back is `link` on every stage, those too whose activations
+are there at once; and a slow link that nothing waits for is nothing.
+
+The steps on a path are counted. A path to a start that has n steps more than that to the end before
+says that microbatches were missing: n times the stage's last step is `too_few_microbatches` (or why
+they were: `no_requests`, `kv_full`, `fill`, `fault`), and only the rest a difference between
+microbatches.
+
+Computed forwards, a vector for each event. Source: the critical path method (Kelley and Walker,
+"Critical-path planning and scheduling", 1959), over the max-plus recurrence of a pipeline.
+"""
+
+from bisect import bisect_right
+from math import isnan
+from operator import add, sub
+from typing import NamedTuple
+
+from pipeserve.core.nouns import RequestId
+from pipeserve.core.records import Planned, Span
+from pipeserve.core.work import work_of
+from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.ledger.step_parts import (
+    BASE,
+    CONTEXT,
+    DECODES,
+    HEAD,
+    IMBALANCE,
+    JITTER,
+    NUM_PARTS,
+    PREFILL,
+    StepParts,
+    has_prefill,
+    measured_parts,
+)
+from pipeserve.profiling.recording.recording import Recording
+
+# Components of a vector: the parts of compute, what lies between, and two counts of steps.
+_LINK, _FEEDBACK, _PLANNING, _CONTROL, _NO_REQUESTS, _FAULT, _UNKNOWN = range(NUM_PARTS, 14)
+_PREFILL_STEPS, _STEPS, _SIZE = 14, 15, 16
+
+_PLACE = {cause: place for place, cause in enumerate(CAUSES)}
+_PLACE_OF = {
+    PREFILL: _PLACE["prefill_length"],
+    _PREFILL_STEPS: _PLACE["prefill_vs_decode"],
+    DECODES: _PLACE["decode_count"],
+    CONTEXT: _PLACE["context_length"],
+    IMBALANCE: _PLACE["stage_imbalance"],
+    HEAD: _PLACE["head_and_sampling"],
+    JITTER: _PLACE["jitter"],
+    _LINK: _PLACE["link"],
+    _FEEDBACK: _PLACE["token_feedback"],
+    _PLANNING: _PLACE["planning"],
+    _CONTROL: _PLACE["control"],
+    _NO_REQUESTS: _PLACE["no_requests"],
+    _FAULT: _PLACE["fault"],
+    _UNKNOWN: _PLACE["unknown"],
+}
+_KEPT = 4096
+"""Microbatches whose vectors are remembered: more than are ever outstanding."""
+
+_FORGETTING = 0.99
+
+Vector = list[float]
+Event = tuple[Vector, float]
+"""What led to it, and when; the first 14 components sum to the time since the start."""
+
+
+class Idle(NamedTuple):
+    """A stage without work, from one microbatch's end to the next one's start."""
+
+    stage: int
+    index: int
+    """Of the microbatch that ended it; -1 for what follows the stage's last one."""
+    start_s: float
+    end_s: float
+    seconds: tuple[float, ...]
+    """By cause, in the order of `CAUSES`; none is negative, and they sum to the interval."""
+
+
+class Walk:
+    """Event after event of a recording, in the order of microbatches and stages."""
+
+    def __init__(self, recording: Recording) -> None:
+        num_stages = recording.num_stages
+        self.planned = {planned.index: planned for planned in recording.planned}
+        self.completed = {completed.index: completed for completed in recording.completed}
+        self.spans = [{span.index: span for span in spans} for spans in recording.spans]
+        self.is_whole = _is_whole(recording)
+        self.start_s, self.stop_s = _bounds(recording, self.is_whole)
+        self.model = StepParts.fit(recording)
+        origin: Event = [0.0] * _SIZE, self.start_s
+        self.sent = origin
+        """The latest plan."""
+        self.ends: list[dict[int, Event]] = [{} for _ in recording.spans]
+        self.last = [origin] * num_stages
+        """The latest end on each stage."""
+        self.last_parts: list[Vector | None] = [None] * num_stages
+        self.sampled_by: dict[RequestId, int] = {}
+        """The microbatch that sampled the latest token of each request."""
+        self.done_s = [completed.done_s for completed in recording.completed]
+        self.done = [completed.index for completed in recording.completed]
+        self.carried = [[0.0] * _SIZE for _ in recording.spans]
+        """What the intervals before were given too little (over 0) and too much of; sums to 0."""
+        self.faults_s = [fault.at_s for fault in recording.faults]
+        self.idle: list[list[Idle]] = [[] for _ in recording.spans]
+        self.busy_s = [0.0] * num_stages
+
+    def run(self) -> None:
+        """Fills `idle` and `busy_s`."""
+        for index in sorted(set(self.planned).union(*self.spans)):
+            self._microbatch(index)
+        for stage in range(len(self.spans)):
+            self._trailing(stage)
+
+    # ---- one microbatch -------------------------------------------------------------------------
+
+    def _microbatch(self, index: int) -> None:
+        """Its plan, its way through the stages, and its result."""
+        planned = self.planned.get(index)
+        predicted, prefills, missing = None, False, "unknown"
+        if planned is not None:
+            missing = self._missing(planned)
+            self._plan(planned, missing)
+            predicted, prefills = self.model.parts(work_of(planned)), has_prefill(planned)
+        for stage, spans in enumerate(self.spans):
+            span = spans.get(index)
+            if span is None:
+                continue
+            start = self._start(span, planned)
+            self._idle(span, start, missing)
+            if predicted is None:
+                parts = [span.end_s - span.start_s] + [0.0] * (NUM_PARTS - 1)
+            else:
+                parts = measured_parts(predicted[stage], span)
+            parts += [0.0] * (_PREFILL_STEPS - NUM_PARTS) + [float(prefills), 1.0]
+            self.last_parts[stage] = parts
+            self._end(span, (list(map(add, start, parts)), span.end_s))
+        if planned is not None:
+            sampling = [c.request_id for c in planned.chunks if c.num_logits > c.num_scored]
+            self.sampled_by.update(dict.fromkeys(sampling, index))
+
+    def _missing(self, planned: Planned) -> str | None:
+        """Why microbatches are missing before it; None where as many are outstanding as there are
+        stages. Paths may differ in steps all the same: two chains of microbatches that take turns
+        have long histories of their own."""
+        if any(self.sent[1] < fault_s <= planned.sent_s for fault_s in self.faults_s):
+            return "fault"
+        place = bisect_right(self.done_s, planned.start_s)
+        latest = self.done[place - 1] if place else -1
+        if planned.index - latest >= len(self.spans):
+            return None
+        if planned.waited_for == "kv":
+            return "kv_full"
+        if planned.num_waiting + planned.num_running < len(self.spans):
+            return "no_requests"
+        return "too_few_microbatches"
+
+    def _plan(self, planned: Planned, missing: str | None) -> None:
+        """The event of its plan."""
+        vector, time_s = self.sent
+        if missing == "fault":
+            self.sent = _later(vector, _FAULT, planned.sent_s - time_s), planned.sent_s
+            return
+        if planned.after >= 0:
+            vector, time_s = self._received(planned.after)
+        elif planned.waited_for:  # for an arrival
+            waited_s = planned.woken_s - time_s
+            vector, time_s = _later(vector, _NO_REQUESTS, waited_s), planned.woken_s
+        self.sent = _later(vector, _PLANNING, planned.sent_s - time_s), planned.sent_s
+
+    def _start(self, span: Span, planned: Planned | None) -> Vector:
+        """What led to the start: the last to be there of plan, input and the device itself."""
+        vector, there_s = self.last[span.stage]
+        if max(span.plan_s, span.input_s) > there_s:
+            if span.plan_s >= span.input_s:
+                vector, there_s = self._plan_there(span, planned), span.plan_s
+            elif span.stage:
+                vector, there_s = self._activations_there(span), span.input_s
+            else:
+                vector, there_s = self._tokens_there(span, planned), span.input_s
+        lag_s = span.start_s - there_s
+        own_s = lag_s if isnan(span.between_cpu_s) else min(lag_s, span.between_cpu_s)
+        vector = _later(vector, _CONTROL, own_s)
+        vector[JITTER] += lag_s - own_s
+        return vector
+
+    def _plan_there(self, span: Span, planned: Planned | None) -> Vector:
+        if planned is None:
+            return self._unknown(span.stage, span.plan_s)
+        vector, sent_s = self.sent
+        return _later(vector, _CONTROL, span.plan_s - sent_s)
+
+    def _activations_there(self, span: Span) -> Vector:
+        event = self.ends[span.stage - 1].get(span.index)
+        if event is None:
+            return self._unknown(span.stage, span.input_s)
+        return _later(event[0], _LINK, span.input_s - event[1])
+
+    def _tokens_there(self, span: Span, planned: Planned | None) -> Vector:
+        """From the microbatch whose tokens came last."""
+        chunks = planned.chunks if planned is not None else ()
+        source = max([self.sampled_by.get(chunk.request_id, -1) for chunk in chunks], default=-1)
+        event = self.ends[-1].get(source)
+        if event is None:
+            return self._unknown(span.stage, span.input_s)
+        vector, end_s = event
+        sent_s = min(self.spans[-1][source].sent_s, end_s)  # before it ended, if it also scored
+        vector = _later(vector, _FEEDBACK, span.input_s - sent_s)
+        vector[HEAD] += sent_s - end_s
+        return vector
+
+    def _unknown(self, stage: int, time_s: float) -> Vector:
+        vector, there_s = self.last[stage]
+        return _later(vector, _UNKNOWN, time_s - there_s)
+
+    def _end(self, span: Span, event: Event) -> None:
+        """No moment counts twice, also where damaged spans overlap or run backwards."""
+        stage = span.stage
+        self.ends[stage][span.index] = event
+        self.ends[stage].pop(span.index - _KEPT, None)
+        free_s = self.last[stage][1]
+        begin_s, end_s = max(span.start_s, free_s), min(span.end_s, self.stop_s)
+        self.busy_s[stage] += max(end_s - begin_s, 0.0)
+        self.last[stage] = event[0], max(span.end_s, span.start_s, free_s)
+
+    def _received(self, index: int) -> Event:
+        """The driver took up a result: when it came, or when the driver had done what it was at:
+        the latest plan, or, where that was sent before, something that kept it for a while."""
+        completed, event = self.completed.get(index), self.ends[-1].get(index)
+        vector, time_s = self.sent
+        if completed is None:
+            return self.sent
+        received_s = completed.received_s
+        if event is None:
+            return _later(vector, _UNKNOWN, received_s - time_s), received_s
+        if completed.waiting_s > event[1]:
+            if event[1] > time_s:
+                vector, time_s = event
+            vector = _later(vector, _PLANNING, completed.waiting_s - time_s)
+            return _later(vector, _CONTROL, received_s - completed.waiting_s), received_s
+        return _later(event[0], _CONTROL, received_s - event[1]), received_s
+
+    # ---- idle intervals -------------------------------------------------------------------------
+
+    def _idle(self, span: Span, start: Vector, missing: str | None) -> None:
+        """Between the stage's last end and this start."""
+        stage = span.stage
+        before, end_s = self.last[stage]
+        if span.start_s <= end_s:
+            return
+        last_parts = self.last_parts[stage]
+        difference = list(map(sub, start, before))
+        if last_parts is None:
+            first = "fill" if self.is_whole else "unknown"
+            split = _split(_at_an_edge(difference), span.start_s - end_s)
+            self._note(stage, span.index, end_s, span.start_s, _by_cause(split, first))
+            return
+        if missing is None:
+            difference[_STEPS] = 0.0
+        wanted = list(map(add, _step_by_step(difference, last_parts), self.carried[stage]))
+        split = _split(wanted, span.start_s - end_s)
+        self.carried[stage] = _carry(wanted, split)
+        self._note(
+            stage,
+            span.index,
+            end_s,
+            span.start_s,
+            _by_cause(split, missing or "too_few_microbatches"),
+        )
+
+    def _trailing(self, stage: int) -> None:
+        """From the stage's last end to the end of the run."""
+        before, end_s = self.last[stage]
+        after, after_s = self._received(max(self.completed, default=-1))
+        if self.last_parts[stage] is None or after_s < self.stop_s:
+            is_fault = bool(self.faults_s) and self.faults_s[-1] >= after_s
+            after = _later(before, _FAULT if is_fault else _UNKNOWN, self.stop_s - end_s)
+        split = _split(_at_an_edge(list(map(sub, after, before))), self.stop_s - end_s)
+        self._note(stage, -1, end_s, self.stop_s, _by_cause(split, "drain"))
+
+    def _note(
+        self, stage: int, index: int, begin_s: float, end_s: float, seconds: tuple[float, ...]
+    ) -> None:
+        """Keeps what lies inside the run."""
+        inside_s = min(end_s, self.stop_s) - max(begin_s, self.start_s)
+        if inside_s <= 0:
+            return
+        if inside_s < end_s - begin_s:
+            share = inside_s / (end_s - begin_s)
+            seconds = tuple([value * share for value in seconds])
+        begin_s = max(begin_s, self.start_s)
+        self.idle[stage].append(Idle(stage, index, begin_s, begin_s + inside_s, seconds))
+
+
+def _later(vector: Vector, component: int, seconds: float) -> Vector:
+    """A copy, `seconds` later for one reason."""
+    vector = vector.copy()
+    vector[component] += seconds
+    return vector
+
+
+# ---- differences ------------------------------------------------------------------------------
+# Of the paths to a start and to the end before. Their counts become seconds: `_STEPS` those of
+# missing steps, `_PREFILL_STEPS` those of prefill that one path has in more steps than the other.
+
+
+def _step_by_step(difference: Vector, last_parts: Vector) -> Vector:
+    """Steps that are missing count as the stage's last one; the rest is how steps differ."""
+    num_missing = difference[_STEPS]
+    if num_missing:
+        for part in range(JITTER):
+            difference[part] -= num_missing * last_parts[part]
+        difference[_PREFILL_STEPS] -= num_missing * last_parts[_PREFILL_STEPS]
+        difference[_STEPS] = num_missing * sum(last_parts[:JITTER])
+    # Equal for all steps; what is left of it, nothing explains.
+    difference[JITTER] += difference[BASE]
+    difference[BASE] = 0.0
+    if difference[PREFILL] * difference[_PREFILL_STEPS] > 0:
+        difference[_PREFILL_STEPS], difference[PREFILL] = difference[PREFILL], 0.0
+    else:
+        difference[_PREFILL_STEPS] = 0.0
+    return difference
+
+
+def _at_an_edge(difference: Vector) -> Vector:
+    """Before a stage's first step and behind its last, all steps are missing ones."""
+    difference[_STEPS] = sum(difference[:NUM_PARTS])
+    difference[:NUM_PARTS] = [0.0] * NUM_PARTS
+    difference[_PREFILL_STEPS] = 0.0
+    return difference
+
+
+def _split(wanted: Vector, seconds: float) -> Vector:
+    """An interval by component: what is below 0 is taken off the others in proportion."""
+    positive = [value if value > 0 else 0.0 for value in wanted]
+    total = sum(positive)
+    if not total:  # the records contradict each other
+        positive[_UNKNOWN] = total = 1.0
+    seconds = max(seconds, 0.0)
+    return [value / total * seconds for value in positive]  # in this order never infinite
+
+
+def _carry(wanted: Vector, split: Vector) -> Vector:
+    """What the next intervals are to make good. Paths of different history (two chains of
+    microbatches that take turns) differ to and fro, by what lies long back; so it cancels.
+
+    Steps that a path has too many of cancel nothing: microbatches were not missing because others
+    were there before.
+    """
+    left = [_FORGETTING * value for value in map(sub, wanted, split)]
+    if left[_STEPS] < 0:
+        positive = sum([value for value in left[:_STEPS] if value > 0])
+        kept = 1 + left[_STEPS] / positive if positive > 0 else 0.0
+        left[:_STEPS] = [value * kept if value > 0 else value for value in left[:_STEPS]]
+        left[_STEPS] = 0.0
+    return left
+
+
+def _by_cause(split: Vector, missing: str) -> tuple[float, ...]:
+    causes = [0.0] * len(CAUSES)
+    causes[_PLACE[missing]] = split[_STEPS]
+    for component, place in _PLACE_OF.items():
+        causes[place] += split[component]
+    return tuple(causes)
+
+
+def _is_whole(recording: Recording) -> bool:
+    """Whether the run's beginning was kept: its first arrival is before its first plan."""
+    arrived, planned = recording.arrived, recording.planned
+    return bool(arrived and planned) and arrived[0].at_s <= planned[0].sent_s
+
+
+def _bounds(recording: Recording, is_whole: bool) -> tuple[float, float]:
+    """First arrival (or when every stage had begun, of a run whose beginning was not kept), and
+    last result or last fault (or last end, where the driver's records are missing)."""
+    stages = [spans for spans in recording.spans if spans]
+    start_s = recording.arrived[0].at_s if is_whole else max(spans[0].start_s for spans in stages)
+    stops = [completed.received_s for completed in recording.completed[-1:]]
+    stops += [fault.at_s for fault in recording.faults[-1:]]
+    stops = stops or [spans[-1].end_s for spans in stages]
+    return start_s, max(*stops, start_s)

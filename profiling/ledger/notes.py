@@ -1,0 +1,48 @@
+"""What a reader of a recording has to know: what is missing, what was lost."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from pipeserve.core.records import Span
+from pipeserve.profiling.ledger.ledger import Ledger
+from pipeserve.profiling.recording.recording import Recording
+
+_TOLERANCE_S = 1e-6
+
+
+def notes_of(recording: Recording, ledger: Ledger | None) -> list[str]:
+    """A line each; those that came with the recording first."""
+    return [*recording.notes, *_seen(recording, ledger)]
+
+
+def _seen(recording: Recording, ledger: Ledger | None) -> Iterator[str]:
+    """What the records themselves show to be missing or amiss."""
+    if not recording.completed:
+        yield "no microbatch was completed"
+    for stage, spans in enumerate(recording.spans):
+        if not spans and ledger is not None:
+            yield f"stage {stage} has no spans: all its time counts as idle"
+        if num_odd := _num_out_of_order(spans):
+            yield (
+                f"stage {stage}: {num_odd:,} microbatches end before they start, or start before "
+                "the one before has ended: times in its file are damaged"
+            )
+    start_s = ledger.start_s if ledger is not None else 0.0
+    for fault in recording.faults:
+        at_s = fault.at_s - start_s
+        yield f"stage {fault.stage} was lost after {at_s:,.3f} s: {fault.reason}"
+    under_way = len(recording.arrived) - len(recording.ended)
+    if under_way > 0:
+        yield (
+            f"{under_way:,} of {len(recording.arrived):,} requests had not ended: the run was "
+            "killed, or its records were lost"
+        )
+
+
+def _num_out_of_order(spans: Sequence[Span]) -> int:
+    """A stage runs one microbatch at a time, in the order of indices."""
+    by_index = sorted(spans, key=lambda span: span.index)
+    num_overlapping = sum(
+        later.start_s < span.end_s - _TOLERANCE_S for span, later in pairwise(by_index)
+    )
+    return num_overlapping + sum(span.end_s < span.start_s for span in by_index)

@@ -1,0 +1,1 @@
+"""A recorded run: in memory, in files, on one clock, in numbers."""

@@ -1,0 +1,53 @@
+"""When each request's tokens became known, from a recording: what `summary` takes."""
+
+from collections.abc import Sequence
+
+from pipeserve.core.nouns import RequestId
+from pipeserve.profiling.recording.recording import Recording
+from pipeserve.profiling.recording.summary import RequestRecord
+
+
+def token_times(recording: Recording) -> dict[RequestId, list[float]]:
+    """Seconds of the driver's clock at which each token of a request was known, in order.
+
+    A chunk that samples gives its request one token when its microbatch is completed. Tokens that
+    came after a request had ended were dropped, and are here.
+    """
+    done_s = {completed.index: completed.done_s for completed in recording.completed}
+    times: dict[RequestId, list[float]] = {arrived.request_id: [] for arrived in recording.arrived}
+    for planned in recording.planned:
+        at_s = done_s.get(planned.index)
+        if at_s is None:  # under way when the run ended, or lost by a fault
+            continue
+        for chunk in planned.chunks:
+            if chunk.num_logits > chunk.num_scored:
+                times.setdefault(chunk.request_id, []).append(at_s)
+    num_told = {ended.request_id: ended.num_output_tokens for ended in recording.ended}
+    return {request: known[: num_told.get(request)] for request, known in times.items()}
+
+
+def request_records(recording: Recording) -> dict[RequestId, RequestRecord]:
+    """Of every request that arrived, by order of arrival; those without a token too."""
+    times = token_times(recording)
+    return {
+        arrived.request_id: RequestRecord(
+            num_prompt_tokens=arrived.num_prompt_tokens,
+            arrival_s=arrived.at_s,
+            token_times_s=tuple(times[arrived.request_id]),
+        )
+        for arrived in recording.arrived
+    }
+
+
+def records_of(recording: Recording) -> list[RequestRecord]:
+    """What `summary.summarize` takes: the requests that have a token at least, by arrival."""
+    return [record for record in request_records(recording).values() if record.token_times_s]
+
+
+def gaps_s(records: Sequence[RequestRecord]) -> list[float]:
+    """Time between tokens: every gap of every request, pooled."""
+    return [
+        later - earlier
+        for record in records
+        for earlier, later in zip(record.token_times_s, record.token_times_s[1:], strict=False)
+    ]

@@ -1,0 +1,1 @@
+"""The best rate, placement or recipe, by many simulated runs."""

@@ -1,0 +1,170 @@
+"""What a simulated stage takes: the simulator's ground truth, which no policy holds.
+
+The formulae of the device profile, op by op, each op times a factor that was drawn from the fit's
+own residuals: e.g. a matrix product is 7 % slower than predicted at 3 tiles of rows and 4 % faster
+at 4. The factors are constant, so that a cost model that observes can learn what they amount to,
+and cannot know it beforehand. Each execution then has a small jitter of its own. All of it follows
+from the seed.
+"""
+
+import random
+from collections.abc import Sequence
+from math import exp
+from typing import Protocol
+
+from pipeserve.core.cost.device import DeviceProfile, check_profile
+from pipeserve.core.cost.kernels import TILE
+from pipeserve.core.cost.pipeline_cost import all_reduce_s, crossings, hop_seconds
+from pipeserve.core.cost.shape import ModelShape
+from pipeserve.core.nouns import Microbatch, PipelinePlan
+from pipeserve.core.work import Work, work_of
+
+_JITTERS = 8191  # prime, so that microbatches times stages do not soon repeat
+
+
+class StageTimes(Protocol):
+    """How long things take: the truth of a simulation, which no policy may look into."""
+
+    control_s: float
+    """From the driver to a stage, or from the last stage to the driver."""
+    feedback_s: float | None = None
+    """From the last stage to stage 0, of the sampled tokens; None: as `control_s`."""
+    planning_s: float = 0.0
+    """Of one plan. The driver makes one at a time and does nothing else meanwhile."""
+
+    def compute_s(self, microbatch: Microbatch) -> Sequence[float]:
+        """Seconds of each stage's own compute, in stage order."""
+        ...
+
+    def head_s(self, microbatch: Microbatch) -> float:
+        """What of the last stage's seconds are the vocabulary head and the sampling."""
+        return 0.0
+
+    def hop_s(self, microbatch: Microbatch) -> Sequence[float]:
+        """Seconds that the activations take over each of the P - 1 seams."""
+        ...
+
+
+class ProfiledTimes(StageTimes):
+    """Seconds of microbatches on the stages of one pipeline and on the links between them.
+
+    Raises ConfigError as `core.cost.PipelineCost` does.
+    """
+
+    def __init__(
+        self,
+        profile: DeviceProfile,
+        shape: ModelShape,
+        plan: PipelinePlan,
+        tensor_parallel_size: int = 1,
+        seed: int = 0,
+    ):
+        check_profile(profile, model=shape.name, tensor_parallel_size=tensor_parallel_size)
+        self.control_s = self.feedback_s = profile.control_s
+        self._profile = profile
+        self._shape = shape
+        self._size = tensor_parallel_size
+        self._seed = seed
+        stages = [(s.num_layers, s.has_head, s.has_embedding) for s in plan.stages]
+        self._kinds = list(dict.fromkeys(stages))
+        self._kind_of = [self._kinds.index(stage) for stage in stages]
+        self._crossings = crossings(profile, len(stages), tensor_parallel_size)
+        self._flat: dict[int, tuple[float, float]] = {}
+        self._heads: dict[int, float] = {0: 0.0}
+        self._factors: dict[tuple[str, int, int], float] = {}
+        self._hops: dict[int, tuple[float, ...]] = {}
+        self._last: tuple[Microbatch | None, Work] = None, Work(0, 0, (), 0, 0)
+        draw = random.Random(f"{seed} jitter").gauss
+        self._jitters = [exp(draw(0.0, profile.residuals.jitter)) for _ in range(_JITTERS)]
+        self._flat_of(1)  # a missing all-reduce is found here, not in a run
+
+    def compute_s(self, microbatch: Microbatch) -> list[float]:
+        """Of one execution on each stage; the same microbatch has the same times."""
+        work = self._work_of(microbatch)
+        layer, embedding = self._flat_of(work.num_tokens)
+        layer += self._attention_s(work)
+        head, host = self._head_s(work.num_logits), self._profile.host_s
+        by_kind = [
+            layers * layer + has_head * head + has_embedding * embedding + host
+            for layers, has_head, has_embedding in self._kinds
+        ]
+        jitters, first = self._jitters, microbatch.index * len(self._kind_of)
+        return [
+            by_kind[kind] * jitters[(first + stage) % _JITTERS]
+            for stage, kind in enumerate(self._kind_of)
+        ]
+
+    def head_s(self, microbatch: Microbatch) -> float:
+        """Of the last stage's, jitter and all."""
+        jitter = self._jitters[((microbatch.index + 1) * len(self._kind_of) - 1) % _JITTERS]
+        return self._head_s(self._work_of(microbatch).num_logits) * jitter
+
+    def hop_s(self, microbatch: Microbatch) -> tuple[float, ...]:
+        """Of the activations over each of the P - 1 seams."""
+        num_tokens = self._work_of(microbatch).num_tokens
+        found = self._hops.get(num_tokens)
+        if found is None:
+            found = hop_seconds(self._profile, self._shape, self._crossings, num_tokens)
+            self._hops[num_tokens] = found
+        return found
+
+    def _work_of(self, microbatch: Microbatch) -> Work:
+        """Of the last one asked for it is known: a host asks for its times and its hops."""
+        if microbatch is not self._last[0]:
+            self._last = microbatch, work_of(microbatch)
+        return self._last[1]
+
+    def _flat_of(self, num_tokens: int) -> tuple[float, float]:
+        """What follows from the number of tokens: seconds of a layer without attention, and of the
+        embedding."""
+        found = self._flat.get(num_tokens)
+        if found is None:
+            profile, where, tiles = self._profile, (self._shape, self._size), -(-num_tokens // TILE)
+            residuals = profile.residuals
+            layer = sum(
+                seconds * self._factor(op, residuals.linear, tiles)
+                for op, seconds in profile.linear.layer_ops(*where, num_tokens)
+            )
+            messages = all_reduce_s(profile, *where, num_tokens)
+            octave = num_tokens.bit_length()
+            layer += messages * self._factor("all_reduce", residuals.all_reduce, octave)
+            embedding = profile.linear.embedding_s(*where, num_tokens)
+            found = layer, embedding * self._factor("embedding", residuals.linear, tiles)
+            self._flat[num_tokens] = found
+        return found
+
+    def _head_s(self, num_logits: int) -> float:
+        found = self._heads.get(num_logits)
+        if found is None:
+            found = self._profile.linear.head_s(self._shape, self._size, num_logits)
+            found *= self._factor("head", self._profile.residuals.linear, -(-num_logits // TILE))
+            self._heads[num_logits] = found
+        return found
+
+    def _attention_s(self, work: Work) -> float:
+        """Of one layer; factors by octaves of the positions before a chunk, of decodes and of
+        their mean context."""
+        attention, residuals = self._profile.attention, self._profile.residuals
+        shape, size, total = self._shape, self._size, 0.0
+        for start, tokens in work.prefills:
+            factor = self._factor(
+                "prefill", residuals.attention_prefill, start.bit_length(), tokens.bit_length()
+            )
+            total += factor * attention.prefill_s(shape, size, start, tokens)
+        decodes = work.num_decodes
+        if decodes:
+            mean = work.context // decodes
+            factor = self._factor(
+                "decode", residuals.attention_decode, decodes.bit_length(), mean.bit_length()
+            )
+            total += factor * attention.decode_s(shape, size, decodes, work.context)
+        return total
+
+    def _factor(self, op: str, deviation: float, bucket: int, second: int = 0) -> float:
+        """Drawn once for an op and a bucket, and the same for the same seed in any order."""
+        key = (op, bucket, second)
+        found = self._factors.get(key)
+        if found is None:
+            drawn = random.Random(f"{self._seed} {op} {bucket} {second}").gauss(0.0, deviation)
+            found = self._factors[key] = exp(drawn)
+        return found

@@ -1,0 +1,61 @@
+"""The paged KV pool of one stage.
+
+Suffixes: L layers of the stage, K kv heads, B blocks, P positions in a block, H head size.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeserve.stages.config.model_config import ModelConfig
+
+PoolLayer = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each [K, B, P, H]."""
+
+
+class KVCache:
+    """K and V of every block, for each layer of this stage. Block ids are the engine's.
+
+    Heads come before blocks, so that gathering a request's blocks gives each head one contiguous
+    [positions, H] matrix, which is what matrix products want.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.block_size = block_size
+        shape = (num_layers, config.num_kv_heads, num_blocks, block_size, config.head_dim)
+        # Written once now, so that the memory is really there and not found missing while serving.
+        self.keys_LKBPH = torch.empty(shape, dtype=dtype).zero_()
+        self.values_LKBPH = torch.empty(shape, dtype=dtype).zero_()
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(keys, values) of the stage's own layer number `layer`, each [K, B, P, H]."""
+        return self.keys_LKBPH[layer], self.values_LKBPH[layer]
+
+    def rows_of(self, blocks: Tensor) -> Tensor:
+        """Where `blocks` [N] of each head lie when K and B are one axis: int64 [K * N], by head."""
+        _, num_kv_heads, num_blocks, _, _ = self.keys_LKBPH.shape
+        return (torch.arange(num_kv_heads)[:, None] * num_blocks + blocks).flatten()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys_LKBPH.nbytes + self.values_LKBPH.nbytes
+
+
+def write(k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, slots_T: Tensor) -> None:
+    for new_TKH, pool_KBPH in zip((k_TKH, v_TKH), pool, strict=True):
+        new_KTH = new_TKH[: len(slots_T)].transpose(0, 1).to(pool_KBPH.dtype)
+        pool_KBPH.flatten(1, 2).index_copy_(1, slots_T, new_KTH)
+
+
+def clear(pool: PoolLayer, blocks: Tensor) -> None:
+    """What an earlier owner left behind: a weight of 0 does not silence its NaN or infinity."""
+    if len(blocks):
+        for side_KBPH in pool:
+            side_KBPH.index_fill_(1, blocks, 0)

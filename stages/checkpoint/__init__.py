@@ -1,0 +1,1 @@
+"""A model's files: found, fetched, converted, and read by stage."""

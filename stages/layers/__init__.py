@@ -1,0 +1,1 @@
+"""What layers of every family are made of."""

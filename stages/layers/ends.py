@@ -1,0 +1,90 @@
+"""What stands before the first layer and behind the last.
+
+Suffixes: T tokens, D hidden size, R rows whose logits are wanted, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.layers.leaf import Embedding, Leaf, whole
+from pipeserve.stages.layers.linear import Linear
+
+_HEAD = "lm_head"
+
+
+class TokenEmbedding(nn.Module):
+    """`projection`: where the table is narrower than D. `positions`: a learned row for each
+    position, of which the first stands `offset` rows down."""
+
+    def __init__(
+        self,
+        tokens: Embedding,
+        *,
+        projection: Linear | None = None,
+        positions: Embedding | None = None,
+        offset: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tokens, self.projection = tokens, projection
+        self.positions, self.offset = positions, offset
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        x_TD = self.tokens(ids_T)
+        if self.projection is not None:
+            x_TD = self.projection(x_TD)
+        if self.positions is not None:
+            x_TD = x_TD + self.positions(positions_T + self.offset)
+        return x_TD
+
+
+def token_table(config: ModelConfig, size: int, table: str, scale: float = 1.0) -> Embedding:
+    """Rows of `size`. `table`: what the checkpoint calls it.
+
+    Of a tied embedding and head the checkpoint may hold either, which then serves as both, or both,
+    which may differ and are then used as they are: as transformers does (`tie_weights`).
+    """
+    instead = _HEAD if config.tie_word_embeddings else ""
+    source = [whole(table, config.vocab_size, instead)]
+    return Embedding(config.vocab_size, size, source, scale)
+
+
+def vocabulary(config: ModelConfig, size: int, table: str) -> Linear:
+    """[R, size] -> logits. `table`: what the checkpoint calls the embedding."""
+    instead = table if config.tie_word_embeddings else ""
+    return Linear(size, config.vocab_size, [whole(_HEAD, config.vocab_size, instead)])
+
+
+class Head(nn.Module):
+    """Final norm and projection, where there are any, and the logits, perhaps soft-capped.
+
+    All of it in float32, weights too: in bf16 a logit of 25 is a multiple of 1/8, and of two
+    likeliest tokens that come out alike the lower id would win. Packed float32 weights are twice
+    the memory of bf16's, and the fastest of the exact ways (bench/linears.py): torch has no product
+    of bf16 on CPU that leaves in float32.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module | None,
+        vocabulary: Linear,
+        *,
+        projection: Linear | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm, self.projection = norm, projection
+        self.vocabulary = vocabulary
+        self.softcap = softcap
+        for module in self.modules():
+            if isinstance(module, Leaf):
+                module.is_float32 = True
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        """[R, D] -> [R, V] float32."""
+        for part in (self.norm, self.projection):
+            x_RD = x_RD if part is None else part(x_RD)
+        logits_RV = self.vocabulary(x_RD)
+        if self.softcap is None:
+            return logits_RV
+        return torch.tanh(logits_RV / self.softcap) * self.softcap

@@ -15,7 +15,7 @@ from report import plain_table
 from transformers import AutoTokenizer
 
 from pipeserve.stages.checkpoint.sources import resolve
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=4)
     args = parser.parse_args()
     folder = str(resolve(args.model, lambda text: None))
-    num_layers = ModelConfig.from_folder(folder).num_layers
+    num_layers = read_config(folder).num_layers
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lines = Path("configs/quickstart.jsonl").read_text().splitlines()[: args.prompts]
     texts = [json.loads(line)["prompt"] * args.repeat for line in lines]

@@ -32,8 +32,8 @@ from pipeserve.driver.shapes import find_shape
 from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.emulated import emulated_setup
 from pipeserve.launch.run.record import meta_of_driver
+from pipeserve.launch.run.simulated import simulated_run
 from pipeserve.launch.verbs.bench import replay
-from pipeserve.launch.verbs.simulate import make_setup
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.recording.recording import Recording, Ring, recording_of
 from pipeserve.profiling.recording.request_times import records_of
@@ -145,7 +145,7 @@ def emulate(config: RunConfig, workload: Workload) -> Recording:
 
 def simulate(config: RunConfig, emulated: Recording) -> Recording:
     """The same requests, at the times at which they were added."""
-    setup = make_setup(config, find_shape(config.model, config.dtype))
+    setup = simulated_run(config, find_shape(config.model, config.dtype))
     start_s = emulated.arrived[0].at_s
     arrivals = [
         Arrival(arrived.at_s - start_s, arrived.num_prompt_tokens, arrived.max_tokens)

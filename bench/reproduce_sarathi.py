@@ -24,7 +24,7 @@ from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.records import Planned, Record
 from pipeserve.core.work import Work
-from pipeserve.launch.verbs.simulate import Setup, make_setup
+from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes, StageTimes
 
@@ -124,7 +124,7 @@ def zipf_lengths(num_requests: int, seed: int = 0, theta: float = 0.4) -> list[t
     return [(prompt, total - prompt) for prompt, total in zip(prompts, drawn, strict=True)]
 
 
-def make(num_stages: int, budget: int, batch: int) -> Setup:
+def make(num_stages: int, budget: int, batch: int) -> SimulatedRun:
     """`batch` requests in each of the microbatches in flight, one chunk of `budget` in each."""
     overrides = {
         "policy": "sarathi",
@@ -132,17 +132,17 @@ def make(num_stages: int, budget: int, batch: int) -> Setup:
         "max_num_batched_tokens": budget,
         "max_num_seqs": batch * num_stages,
     }
-    return make_setup(make_config(load_recipe(RECIPE), overrides))
+    return simulated_run(make_config(load_recipe(RECIPE), overrides))
 
 
-def on_profile(setup: Setup, profile: DeviceProfile) -> Setup:
+def on_profile(setup: SimulatedRun, profile: DeviceProfile) -> SimulatedRun:
     """The same on another device profile."""
     size, seed = setup.config.tensor_parallel_size, setup.config.seed
     times = ProfiledTimes(profile, setup.shape, setup.plan, size, seed)
     return replace(setup, profile=profile, times=times)
 
 
-def run(setup: Setup, arrivals: list[Arrival]) -> Result:
+def run(setup: SimulatedRun, arrivals: list[Arrival]) -> Result:
     bubbles: defaultdict[int, float] = defaultdict(float)
     free = [0.0] * len(setup.plan.stages)
     idle = 0.0
@@ -168,7 +168,7 @@ def run(setup: Setup, arrivals: list[Arrival]) -> Result:
 def compare(
     arrivals: list[Arrival],
     budget: int = CHUNK,
-    change: Callable[[Setup], Setup] = lambda setup: setup,
+    change: Callable[[SimulatedRun], SimulatedRun] = lambda setup: setup,
 ) -> Comparison:
     return Comparison(
         orca=run(change(make(8, CONTEXT, BATCH_PP)), arrivals),
@@ -187,7 +187,7 @@ def largest_batch(num_stages: int) -> int:
 def engine_device_s() -> float:
     """Our device time for the iteration of `ENGINE_DECODES_S`."""
     overrides = {"model": "yi-34b", "pipeline_parallel_size": 1, "tensor_parallel_size": 2}
-    setup = make_setup(make_config(load_recipe("falcon-180b-2x4xa100"), overrides))
+    setup = simulated_run(make_config(load_recipe("falcon-180b-2x4xa100"), overrides))
     cost = PipelineCost(setup.profile, setup.shape, setup.plan, 2)
     return cost.seconds(Work(32, 32, (), 32, 32 * 1024))[0]
 
@@ -196,7 +196,7 @@ def host_per_layer_s() -> float:
     return (ENGINE_DECODES_S - engine_device_s()) / 60
 
 
-def with_host(setup: Setup, variation: float | None = None) -> Setup:
+def with_host(setup: SimulatedRun, variation: float | None = None) -> SimulatedRun:
     """The engine's host time on top of each stage's; `variation`: as the jitter of stage times."""
     layers = max(stage.num_layers for stage in setup.plan.stages)
     profile = replace(setup.profile, host_s=layers * host_per_layer_s())
@@ -205,7 +205,7 @@ def with_host(setup: Setup, variation: float | None = None) -> Setup:
     return on_profile(setup, profile)
 
 
-def with_floor(setup: Setup) -> Setup:
+def with_floor(setup: SimulatedRun) -> SimulatedRun:
     """The engine's whole iteration as the least that a microbatch takes."""
     layers = max(stage.num_layers for stage in setup.plan.stages)
     return replace(setup, times=Floor(setup.times, layers * ENGINE_DECODES_S / 60))

@@ -23,7 +23,7 @@ from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.work import Work
 from pipeserve.launch.inputs.traces import read_trace
-from pipeserve.launch.verbs.simulate import Setup, make_setup
+from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.profiling.search.capacity import (
     Lengths,
     Trial,
@@ -106,17 +106,17 @@ class Searched:
     """The best one within the limits."""
 
 
-def make(policy: str, budget: int, max_model_len: int, **overrides: object) -> Setup:
+def make(policy: str, budget: int, max_model_len: int, **overrides: object) -> SimulatedRun:
     values = {
         "policy": policy,
         "max_num_batched_tokens": budget,
         "max_model_len": max_model_len,
         **overrides,
     }
-    return make_setup(make_config(load_recipe(RECIPE), values))
+    return simulated_run(make_config(load_recipe(RECIPE), values))
 
 
-def system(name: str, slo_s: float, longest: int) -> Setup:
+def system(name: str, slo_s: float, longest: int) -> SimulatedRun:
     """One of the paper's three as its artefact ran it."""
     if name == "sarathi_serve":
         return make(name, 512 if slo_s == STRICT_S else 2048, longest)
@@ -126,7 +126,7 @@ def system(name: str, slo_s: float, longest: int) -> Setup:
 
 
 def search(
-    setup: Setup,
+    setup: SimulatedRun,
     lengths: Lengths,
     slo_s: float,
     requests: int = REQUESTS,
@@ -141,7 +141,7 @@ def search(
     return Searched(found.rate, found.best(slo_s))
 
 
-def whole_run(setup: Setup, lengths: Lengths, seed: int, rate: float, *_: int) -> Trial:
+def whole_run(setup: SimulatedRun, lengths: Lengths, seed: int, rate: float, *_: int) -> Trial:
     """As in the artefact: 2,048 requests or 30 minutes, from an empty pipeline, all counted."""
     coming = islice(poisson_arrivals(lengths, rate, seed), 2048)
     simulation = Simulation(setup.make_pipeline(), coming)
@@ -283,7 +283,7 @@ def slower_all_reduce(profile: DeviceProfile, factor: float) -> DeviceProfile:
     return replace(profile, all_reduce=tuple(groups))
 
 
-def decode_s(setup: Setup, context: int) -> float:
+def decode_s(setup: SimulatedRun, context: int) -> float:
     """A decode iteration of 32 requests: its way over all stages."""
     cost = PipelineCost(setup.profile, setup.shape, setup.plan, setup.config.tensor_parallel_size)
     work = Work(32, 32, (), 32, 32 * context)

@@ -31,7 +31,7 @@ from pipeserve.core.policies.sarathi_serve import SarathiServe
 from pipeserve.core.policies.uniform import Uniform
 from pipeserve.core.view import Policy, Traits
 from pipeserve.launch.inputs.traces import read_trace
-from pipeserve.launch.verbs.simulate import Setup, make_setup
+from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.profiling.search.capacity import Lengths, Trial, poisson_arrivals, run_trial
 from pipeserve.profiling.search.ceiling import Ceiling, ceiling
 from pipeserve.profiling.simulation.simulator import SimulatedPipeline, Simulation
@@ -108,7 +108,7 @@ def make_policy(name: str) -> Policy:
     return PARTS[name]() if name in PARTS else get_policy(name)
 
 
-def setup_of(case: Case) -> Setup:
+def setup_of(case: Case) -> SimulatedRun:
     known = case.policy not in PARTS
     values = {
         "policy": case.policy if known else "sarathi_serve",
@@ -116,11 +116,11 @@ def setup_of(case: Case) -> Setup:
         "max_num_seqs": MAX_NUM_SEQS,
         **dict(case.knobs),
     }
-    setup = make_setup(make_config(load_recipe(LAYOUTS[case.layout]), values))
+    setup = simulated_run(make_config(load_recipe(LAYOUTS[case.layout]), values))
     return replace(setup, limits=replace(setup.limits, max_tbt_s=case.slo_s))
 
 
-def make_pipeline(case: Case, setup: Setup) -> SimulatedPipeline:
+def make_pipeline(case: Case, setup: SimulatedRun) -> SimulatedPipeline:
     policy = make_policy(case.policy)
     cost = None
     if policy.traits.reads_cost:
@@ -225,7 +225,7 @@ def lengths_of(workload: str, traces: Path | None) -> Lengths:
     return [(p, o) for p, o in lengths if p + o <= MAX_MODEL_LEN and o > 1]
 
 
-def ceiling_of(setup: Setup, lengths: Lengths, slo_s: float, mixed: bool = True) -> Ceiling:
+def ceiling_of(setup: SimulatedRun, lengths: Lengths, slo_s: float, mixed: bool = True) -> Ceiling:
     return ceiling(
         setup.times,
         lengths,

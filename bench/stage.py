@@ -16,7 +16,7 @@ import torch
 from pipeserve.stages.attention.inputs import build_inputs
 from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.checkpoint.weights import load_stage
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 from pipeserve.stages.layers.linear import Linear
 
 BLOCK_SIZE = 16
@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args.threads :])
     torch.set_num_threads(args.threads)
-    config = ModelConfig.from_folder(args.model)
+    config = read_config(args.model)
     first, stop = map(int, args.layers.split(":"))
     has_head = stop == config.num_layers
     dtype = getattr(torch, args.dtype)

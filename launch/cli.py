@@ -247,14 +247,14 @@ def calibrate(
     from pipeserve.profiling.calibration.samples import Samples
     from pipeserve.profiling.recording.recording import Ring
     from pipeserve.stages.checkpoint.sources import resolve
-    from pipeserve.stages.config.model_config import ModelConfig
+    from pipeserve.stages.families import read_config
 
     run_config = _run_config(model, config, flags)
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; give --overwrite, or another --output")
     check_writable(output)
     with starting.status("looking for the model") as say:
-        num_layers = ModelConfig.from_folder(resolve(run_config.model, say)).num_layers
+        num_layers = read_config(resolve(run_config.model, say)).num_layers
     samples = Samples(run_config.pipeline_parallel_size)
     measured, ring = verb.measured_run(run_config, num_layers), Ring()
     with starting.open_driver(measured, samples, ring.record) as driver:

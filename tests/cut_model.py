@@ -10,7 +10,7 @@ import torch
 from pipeserve.stages.attention.inputs import build_inputs
 from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.checkpoint.weights import load_stage
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 
 TOLERANCE = 1e-4
 
@@ -29,7 +29,7 @@ class Stages:
         config=None,
         dtype=torch.float32,
     ) -> None:
-        config = config or ModelConfig.from_folder(folder)
+        config = config or read_config(folder)
         assert sum(layers) == config.num_layers
         self.dtype = dtype
         self.block_size = block_size

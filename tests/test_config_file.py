@@ -8,7 +8,7 @@ import pytest
 from checkpoints import edit_config, tiny
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 
 WRONG = {
     "llama": [
@@ -56,7 +56,7 @@ def test_what_makes_no_sense(folders, tmp_path, name, changes):
     path = shutil.copy(Path(folders[name], "config.json"), tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     message = str(caught.value)
     assert "\n" not in message
     assert path in message
@@ -68,7 +68,7 @@ def test_ends_beyond_the_vocabulary_are_left_out(folders, tmp_path):
     would be looked for among logits that are not there."""
     shutil.copy(Path(folders["llama"], "config.json"), tmp_path)
     edit_config(tmp_path, eos_token_id=[2, 255, 256, -1])
-    assert ModelConfig.from_folder(tmp_path).eos_token_ids == (2, 255)
+    assert read_config(tmp_path).eos_token_ids == (2, 255)
 
 
 def test_a_window_of_null_is_none(folders, tmp_path):
@@ -76,4 +76,4 @@ def test_a_window_of_null_is_none(folders, tmp_path):
     path = tmp_path / "config.json"
     changes = {"sliding_window": None, "layer_types": None}
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    assert ModelConfig.from_folder(tmp_path).windows == ()
+    assert read_config(tmp_path).windows == ()

@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 from pipeserve.errors import ConfigError
 from pipeserve.stages.checkpoint.weights import check_checkpoint
 from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,7 +112,7 @@ def read_model(name: str, folder: Path) -> Model:
         prompt=prompt,
         weights=weights,
         logits=logits,
-        config=ModelConfig.from_folder(folder),
+        config=read_config(folder),
         keys=keys_of(type(config)) | reads,
         read={key: getattr(config, key, MISSING) for key in reads - UNLIKE_THEMSELVES},
     )
@@ -333,7 +334,7 @@ def test_each_key_has_values_to_change_to(model):
 
 def ours(folder: Path, model: Model) -> torch.Tensor | None:
     """Logits; None where the config says what it said before. Raises ConfigError."""
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     if same(config, model.config):
         return None
     check_checkpoint(folder, config)

@@ -26,8 +26,8 @@ from pipeserve.launch.emulated.stage import EmulatedCompute, EmulatedWork, wait_
 from pipeserve.launch.run import starting
 from pipeserve.launch.run.emulated import check_one_clock, emulated_setup
 from pipeserve.launch.run.record import meta_of_driver
+from pipeserve.launch.run.simulated import simulated_run
 from pipeserve.launch.verbs.bench import replay
-from pipeserve.launch.verbs.simulate import make_setup
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.recording.reader import read_recording
 from pipeserve.profiling.recording.recording import Ring, recording_of
@@ -77,7 +77,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def times():
-    return make_setup(config_of()).times
+    return simulated_run(config_of()).times
 
 
 def is_running(pid):
@@ -107,7 +107,7 @@ def test_the_schedule_is_the_simulator_s(policy):
     """Where nothing depends on when: all requests are there at once."""
     config = config_of(policy=policy, max_num_batched_tokens=1024)
     emulated, _ = record(config, ITEMS)
-    ring, setup = Ring(), make_setup(config)
+    ring, setup = Ring(), simulated_run(config)
     lengths = [(len(item.prompt), item.max_tokens) for item in ITEMS]
     arrivals = in_order([0.0] * len(lengths), lengths)
     Simulation(setup.make_pipeline(ring.record), arrivals).run_until()
@@ -124,8 +124,8 @@ def test_stages_are_told_the_simulator_s_truth():
     told = [msgspec.msgpack.decode(w, type=EmulatedWork) for w in emulated_setup(config).works]
     assert len(told) == 3
     for work in told:
-        assert work.times().compute_s(step) == make_setup(config).times.compute_s(step)
-    assert told[0].times().compute_s(step) != make_setup(config_of()).times.compute_s(step)
+        assert work.times().compute_s(step) == simulated_run(config).times.compute_s(step)
+    assert told[0].times().compute_s(step) != simulated_run(config_of()).times.compute_s(step)
 
 
 def test_limits_are_those_of_the_flags():
@@ -354,7 +354,7 @@ def test_tensor_parallel_stages_take_their_time():
     """A stage is one process, however many devices it stands for."""
     config = make_config(load_recipe("falcon-180b-2x4xa100"), {"device": "emulated"})
     recording, _ = record(config, [WorkItem(prompt=(1,) * 10, max_tokens=2)])
-    whole = make_setup(config).times
+    whole = simulated_run(config).times
     assert recording.num_stages == 2
     for stage, spans in enumerate(recording.spans):
         for plan, span in zip(recording.planned, spans, strict=True):

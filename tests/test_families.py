@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.checkpoint.weights import check_checkpoint
-from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
-from pipeserve.stages.families import FAMILIES
+from pipeserve.stages.config.model_config import RopeConfig
+from pipeserve.stages.families import FAMILIES, read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,7 +96,7 @@ WITHOUT = {
 def test_the_checkpoints_depend_on(checkpoint, what):
     name, changes = WITHOUT[what]
     folder, prompt, expected = checkpoint(name)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     if changes is None:
         changes = {"experts": replace(config.experts, normalize=False)}
     got = Stages(folder, config=replace(config, **changes)).logits(prompt, 70)
@@ -126,7 +126,7 @@ def test_config_as_it_was_written_before(checkpoint, name, tmp_path):
     folder, _, _ = checkpoint(name)
     shutil.copy(Path(folder, "config.json"), tmp_path)
     edit_config(tmp_path, **OLD[name])
-    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_folder(folder)
+    assert read_config(tmp_path) == read_config(folder)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -170,7 +170,7 @@ def test_parameters_are_counted_as_held(checkpoint, name):
 @pytest.mark.parametrize("name", TINY)
 def test_a_whole_checkpoint_is_found_whole(checkpoint, name):
     folder, _, _ = checkpoint(name)
-    check_checkpoint(folder, ModelConfig.from_folder(folder))
+    check_checkpoint(folder, read_config(folder))
 
 
 TABLES = {
@@ -200,9 +200,9 @@ def test_tied_tensors(tmp_path, name, held, is_tied):
     if not is_tied and not held.startswith("both"):
         missing = TABLES[name] if held == "head" else "lm_head.weight"
         with pytest.raises(ConfigError, match=f"has no tensor {missing}"):
-            check_checkpoint(folder, ModelConfig.from_folder(folder))
+            check_checkpoint(folder, read_config(folder))
         return
-    check_checkpoint(folder, ModelConfig.from_folder(folder))
+    check_checkpoint(folder, read_config(folder))
     assert_close(Stages(folder, (1, 3)).logits(prompt, 7), expected_logits(folder, prompt))
 
 
@@ -212,7 +212,7 @@ def test_tied_tensors_of_which_none_is_there(tmp_path):
     del tensors[TABLES["gemma2"]]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=f"has no tensor {TABLES['gemma2']}"):
-        check_checkpoint(folder, ModelConfig.from_folder(folder))
+        check_checkpoint(folder, read_config(folder))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_tensor_that_no_layer_asks_for(tmp_path, tensor, is_refused):
     folder = tiny("llama", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, tensor: torch.zeros(8)}, tmp_path / "model.safetensors")
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     if not is_refused:
         check_checkpoint(folder, config)
         return

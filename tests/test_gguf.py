@@ -18,7 +18,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.frontend.tokenizer import Tokenizer
 from pipeserve.stages.checkpoint.convert import convert
 from pipeserve.stages.checkpoint.sources import convert_gguf, resolve
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 
 # What the converter of transformers takes for granted where GGUF does not say it.
 SIZES = {"vocab_size": 257, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
@@ -107,10 +107,10 @@ def assert_same(folder, original, dtype=torch.float32, quantised=None):
     for name, tensor in wanted.items():
         assert made[name].dtype == dtype
         assert torch.equal(made[name], dequantised(tensor, quantised).to(dtype)), name
-    config = ModelConfig.from_folder(original)
+    config = read_config(original)
     single = float(np.float32(config.norm_eps))  # as GGUF keeps it
     config = replace(config, norm_eps=single, dtype=str(dtype).removeprefix("torch."))
-    assert ModelConfig.from_folder(folder) == config
+    assert read_config(folder) == config
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_frequencies_of_llama_3(tmp_path):
     expected = expected_logits(str(original), prompt)
     assert_close(Stages(str(tmp_path / "out")).logits(prompt, 33), expected)
     assert_close(expected_logits(str(tmp_path / "out"), prompt), expected)
-    config = ModelConfig.from_folder(tmp_path / "out")
+    config = read_config(tmp_path / "out")
     assert config.max_position_embeddings == 256
 
 

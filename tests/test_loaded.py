@@ -12,7 +12,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch import cli
 from pipeserve.launch.run import starting
 from pipeserve.launch.show.loaded import loaded, num_parameters
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 from pipeserve.wire import control
 
 
@@ -64,7 +64,7 @@ def test_parameters_are_those_of_the_file(tmp_path, name):
     """Of tied tables once, of experts all, with norms and biases."""
     folder = tiny(name, tmp_path / "model")
     tensors = load_file(f"{folder}/model.safetensors").values()
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     assert num_parameters(config) == sum(tensor.numel() for tensor in tensors)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.driver.shapes import find_shape, shape_of
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 from pipeserve.stages.stage import Stage
 
 _FALCON = {
@@ -119,7 +119,7 @@ def real(tmp_path):
 
     def make(name):
         (tmp_path / "config.json").write_text(json.dumps(REAL[name]))
-        return tmp_path, ModelConfig.from_folder(tmp_path)
+        return tmp_path, read_config(tmp_path)
 
     return make
 
@@ -208,10 +208,10 @@ def test_a_window_that_no_position_leaves_is_none(real):
     assert config.windows == ()
     raw = {**REAL["mistral-7b"], "sliding_window": 4096}
     (folder / "config.json").write_text(json.dumps(raw))
-    assert ModelConfig.from_folder(folder).windows == (4096,) * 32
+    assert read_config(folder).windows == (4096,) * 32
     raw["sliding_window"] = 32768
     (folder / "config.json").write_text(json.dumps(raw))
-    assert ModelConfig.from_folder(folder).windows == ()
+    assert read_config(folder).windows == ()
     del raw["sliding_window"]  # then it is what transformers takes
     (folder / "config.json").write_text(json.dumps(raw))
-    assert ModelConfig.from_folder(folder).windows == (4096,) * 32
+    assert read_config(folder).windows == (4096,) * 32

@@ -12,7 +12,8 @@ import torch
 from checkpoints import expected_logits, random_prompts, tiny_llama, transformers_model
 from cut_model import Stages, assert_close, run_mixed
 
-from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
+from pipeserve.stages.config.model_config import RopeConfig
+from pipeserve.stages.families import read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +68,7 @@ def test_every_kind_of_llama(checkpoint, name, attention):
 def test_rope_scaling_matters_here(checkpoint, name):
     """Without this, a stage that ignores rope scaling could pass the test above."""
     folder, prompt, expected = checkpoint(name)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     unscaled = replace(config, rope=RopeConfig(theta=config.rope.theta))
     got = Stages(folder, config=unscaled).logits(prompt, 70)
     assert (got - expected).abs().max() > 0.1
@@ -83,8 +84,8 @@ def test_config_in_the_spelling_before_transformers_5(checkpoint, name, tmp_path
     raw["rope_scaling"] = scaling
     raw["torch_dtype"] = raw.pop("dtype")
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    old = ModelConfig.from_folder(tmp_path)
-    assert old == ModelConfig.from_folder(folder)
+    old = read_config(tmp_path)
+    assert old == read_config(folder)
     assert_close(Stages(folder, config=old).logits(prompt, 70), expected)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.checkpoint.weights import check_checkpoint, load_stage
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 from pipeserve.stages.layers import linear
 from pipeserve.stages.layers.linear import Linear
 
@@ -23,7 +23,7 @@ CUT = [(0, 1), (1, 1), (1, 4)]
 
 
 def load(folder, first=0, stop=4, *, dtype=torch.float32, config=None, **options):
-    config = config or ModelConfig.from_folder(folder)
+    config = config or read_config(folder)
     return load_stage(
         folder,
         config,
@@ -112,7 +112,7 @@ def test_a_stage_reads_its_own_bytes_and_opens_its_own_shards(
 def test_every_byte_is_read_once_by_the_stage_that_needs_it(tmp_path, name):
     """A tied table twice: by the first stage and, as the head, by the last."""
     folder = tiny(name, tmp_path)
-    config = ModelConfig.from_folder(folder)
+    config = read_config(folder)
     tensors = tensors_of(folder)
     expected = sum(tensor.nbytes for tensor in tensors.values())
     if config.tie_word_embeddings:
@@ -131,7 +131,7 @@ def test_it_leaves_no_file_open(tmp_path):
     before = os.listdir("/proc/self/fd")
     load(folder)
     with pytest.raises(ConfigError):
-        load(folder, config=ModelConfig.from_folder(tiny_llama(tmp_path / "b", mlp_bias=True)))
+        load(folder, config=read_config(tiny_llama(tmp_path / "b", mlp_bias=True)))
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_the_model_without_its_head(tmp_path, unpacked):
     expected = load(folder).head.vocabulary.weight
     tensors = {n.removeprefix("model."): t for n, t in tensors_of(folder).items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    check_checkpoint(folder, ModelConfig.from_folder(folder))
+    check_checkpoint(folder, read_config(folder))
     assert torch.equal(load(folder).head.vocabulary.weight, expected)
 
 
@@ -229,7 +229,7 @@ def refused(folder, *parts, **options):
 def refused_by_name(folder, *parts):
     """As `refused`, by what can be known before anything starts."""
     with pytest.raises(ConfigError) as caught:
-        check_checkpoint(folder, ModelConfig.from_folder(folder))
+        check_checkpoint(folder, read_config(folder))
     message = str(caught.value)
     assert "\n" not in message
     assert "; " in message, f"no remedy: {message}"
@@ -408,12 +408,12 @@ def test_what_is_not_supported(single, changes, parts):
 
 
 def test_ids_that_end_a_text(single):
-    assert ModelConfig.from_folder(single).eos_token_ids == (2,)
+    assert read_config(single).eos_token_ids == (2,)
     (single / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    assert ModelConfig.from_folder(single).eos_token_ids == (2, 7)
+    assert read_config(single).eos_token_ids == (2, 7)
     (single / "generation_config.json").unlink()
     edit_config(single, eos_token_id=None)
-    assert ModelConfig.from_folder(single).eos_token_ids == ()
+    assert read_config(single).eos_token_ids == ()
 
 
 # ---- config.json and checkpoint contradict each other --------------------------------------------

@@ -8,7 +8,7 @@ from pipeserve.driver.setup import Setup
 from pipeserve.driver.shapes import find_shape
 from pipeserve.errors import ConfigError
 from pipeserve.launch.emulated.stage import MODULE, EmulatedWork
-from pipeserve.launch.verbs.simulate import make_setup
+from pipeserve.launch.run.simulated import simulated_run
 from pipeserve.wire.control import encode
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def emulated_setup(config: RunConfig) -> Setup:
     """Plan, limits and cost model are those of `pipeserve simulate` for the same flags.
 
-    Raises ConfigError as `launch.simulate.make_setup`.
+    Raises ConfigError as `launch.run.simulated.simulated_run`.
     """
-    simulated = make_setup(config, find_shape(config.model, config.dtype))
+    simulated = simulated_run(config, find_shape(config.model, config.dtype))
     plan = simulated.plan
     work = EmulatedWork(
         profile=replace(simulated.profile, provenance={}),  # long, and no stage needs it

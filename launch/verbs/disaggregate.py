@@ -19,8 +19,8 @@ from pipeserve.core.cost.shape import ModelShape
 from pipeserve.errors import ConfigError
 from pipeserve.launch.inputs.wanted import Pools, Wanted
 from pipeserve.launch.inputs.workload import Workload
+from pipeserve.launch.run.simulated import check_made_for
 from pipeserve.launch.show.tables import attainment_line, print_notes, run_table
-from pipeserve.launch.verbs.simulate import check_made_for
 from pipeserve.profiling.recording.summary import summarize, window
 from pipeserve.profiling.search.capacity import busy_in, ceiling_rate, poisson_arrivals
 from pipeserve.profiling.search.goodput import attainment, find_goodput, meets

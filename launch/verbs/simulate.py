@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeserve.configs import RunConfig
-from pipeserve.configs.device_profiles import load_profile
-from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost.device import DeviceProfile, check_profile
-from pipeserve.core.cost.memory import kv_blocks_beside_weights
-from pipeserve.core.cost.partition import plan_pipeline
-from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.shape import ModelShape
-from pipeserve.core.engine import Engine, Limits
-from pipeserve.core.nouns import PipelinePlan
-from pipeserve.core.policies import get_policy
-from pipeserve.core.records import Recorder, ignore
 from pipeserve.errors import ConfigError
 from pipeserve.launch.inputs.wanted import Wanted
 from pipeserve.launch.inputs.workload import Workload
@@ -31,9 +21,9 @@ from pipeserve.launch.run.record import (
     both,
     context_notes,
     ring_notes,
-    run_meta,
     stage_shares,
 )
+from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.launch.show.explain import explaining
 from pipeserve.launch.show.tables import attainment_line, print_notes, run_table, stage_table
 from pipeserve.profiling.recording.recording import Ring, recording_of
@@ -53,127 +43,11 @@ from pipeserve.profiling.simulation.simulator import (
     Simulation,
     in_order,
 )
-from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 from pipeserve.profiling.simulation.workloads import check_fits
-from pipeserve.stages.config.model_config import DTYPE_BYTES
 
 _CAPACITY_REQUESTS = 1000
 _LONE_REQUESTS = 50
 _LONE_SHARE = 1 / 500  # of the ceiling: requests hardly ever meet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What is simulated: a model on devices, cut into stages, under a policy."""
-
-    config: RunConfig
-    shape: ModelShape
-    profile: DeviceProfile
-    plan: PipelinePlan
-    limits: Limits
-    times: ProfiledTimes
-
-    def make_engine(self) -> Engine:
-        """An engine without requests. What its policy may predict with is made from the profile,
-        the stages' own times differ."""
-        policy = get_policy(self.config.policy)
-        return Engine(self.plan, policy, self.limits, self.make_cost())
-
-    def make_cost(self) -> PipelineCost | None:
-        """What the policy predicts with; None for one that does not."""
-        if not get_policy(self.config.policy).traits.reads_cost:
-            return None
-        size = self.config.tensor_parallel_size
-        return PipelineCost(self.profile, self.shape, self.plan, size)
-
-    @property
-    def dtype(self) -> str:
-        """Of the weights."""
-        tables = self.profile.tables
-        return self.config.dtype if tables is None else tables.dtype
-
-    def make_pipeline(self, record: Recorder = ignore) -> SimulatedPipeline:
-        return SimulatedPipeline(self.make_engine(), self.times, record)
-
-    def meta(self) -> dict[str, Any]:
-        """What a recording says of the run."""
-        return run_meta("simulated", self.config, self.shape, self.plan, self.limits, self.dtype)
-
-
-def make_setup(config: RunConfig, shape: ModelShape | None = None) -> Setup:
-    """`shape` is the model's; by default that of the catalogue.
-
-    Raises ConfigError: no such model or profile, a profile of another model, a model that does not
-    fit the devices, limits that the policy cannot work within.
-    """
-    if config.device_profile is None:
-        raise ConfigError(
-            "no device profile: give --device-profile NAME or FILE, or a recipe that names one"
-        )
-    shape = shape or load_shape(config.model)
-    profile = load_profile(config.device_profile)
-    size = config.tensor_parallel_size
-    shape.check_divides(size)
-    check_made_for(profile, shape, config)
-    check_profile(profile, tensor_parallel_size=size)
-    traits = get_policy(config.policy).traits
-    max_model_len = config.max_model_len or shape.max_position_embeddings
-    num_tokens = config.batched_tokens(traits.whole_prompts, max_model_len)
-    plan = plan_pipeline(
-        shape,
-        config.pipeline_parallel_size,
-        config.pipeline_layers,
-        num_tokens,
-        config.pipeline_window,
-    )
-    limits = Limits(
-        num_blocks=config.num_gpu_blocks_override or _num_blocks(config, shape, profile, plan),
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=num_tokens,
-        max_model_len=max_model_len,
-        enable_prefix_caching=False,  # lengths have no content that could be shared
-        max_tbt_s=config.slo_tbt,
-    )
-    times = ProfiledTimes(profile, shape, plan, config.tensor_parallel_size, config.seed)
-    setup = Setup(
-        config=config, shape=shape, profile=profile, plan=plan, limits=limits, times=times
-    )
-    setup.make_engine()  # refuses limits that the policy cannot work within
-    return setup
-
-
-def check_made_for(profile: DeviceProfile, shape: ModelShape, config: RunConfig) -> None:
-    """Raises ConfigError for a profile of another model or type of weights."""
-    dtype = None if config.dtype == "auto" else config.dtype
-    check_profile(profile, model=shape.name, dtype=dtype)
-    tables = profile.tables
-    if tables is not None and DTYPE_BYTES[tables.dtype] != shape.bytes_per_value:
-        raise ConfigError(
-            f"the device profile is for dtype {tables.dtype}; give --dtype {tables.dtype}"
-        )
-
-
-def _num_blocks(
-    config: RunConfig, shape: ModelShape, profile: DeviceProfile, plan: PipelinePlan
-) -> int:
-    if config.kv_cache_memory_bytes is not None:
-        layers = max(stage.num_layers for stage in plan.stages)
-        block_bytes = layers * config.block_size * shape.kv_bytes_per_token_per_layer
-        if config.kv_cache_memory_bytes < block_bytes:
-            raise ConfigError(
-                f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} holds no block of "
-                f"{config.block_size} tokens on a stage of {layers} layers; give at least "
-                f"{block_bytes}"
-            )
-        return config.kv_cache_memory_bytes // block_bytes
-    return kv_blocks_beside_weights(
-        shape,
-        plan,
-        tensor_parallel_size=config.tensor_parallel_size,
-        device_bytes=profile.memory_bytes * config.gpu_memory_utilization,
-        block_size=config.block_size,
-    )
 
 
 def run(
@@ -187,7 +61,7 @@ def run(
     """Answers, prints, and returns the object that `--json` writes; a run of the workload is
     recorded in the folder `record`, and explained on stderr. Raises ConfigError and
     CapacityError."""
-    setup, console = make_setup(config, shape), Console()
+    setup, console = simulated_run(config, shape), Console()
     if wanted.find_capacity:
         report = search_capacity(setup, workload, wanted.slo_tbt_s)
         print_capacity(report, console)
@@ -201,7 +75,7 @@ def run(
 
 
 def simulate(
-    setup: Setup,
+    setup: SimulatedRun,
     workload: Workload,
     slo: Slo | None = None,
     record: Path | None = None,
@@ -239,18 +113,20 @@ def simulate(
     }
 
 
-def _arrivals(setup: Setup, workload: Workload) -> list[Arrival]:
+def _arrivals(setup: SimulatedRun, workload: Workload) -> list[Arrival]:
     return in_order(workload.arrival_times_s(), _checked_lengths(setup, workload))
 
 
-def _checked_lengths(setup: Setup, workload: Workload) -> list[tuple[int, int]]:
+def _checked_lengths(setup: SimulatedRun, workload: Workload) -> list[tuple[int, int]]:
     lengths = workload.token_lengths()
     for index, (num_prompt, num_output) in enumerate(lengths):
         check_fits(index, num_prompt, num_output, setup.limits.max_model_len, workload.scale)
     return lengths
 
 
-def _common(setup: Setup, workload: Workload, stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _common(
+    setup: SimulatedRun, workload: Workload, stages: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """What every report ends with. `stages`: `busy` and `idle_by_cause` of each."""
     return {
         "stages": [
@@ -266,14 +142,14 @@ def _common(setup: Setup, workload: Workload, stages: Sequence[dict[str, Any]]) 
     }
 
 
-def _notes(setup: Setup, workload: Workload) -> list[str]:
+def _notes(setup: SimulatedRun, workload: Workload) -> list[str]:
     return [*workload.notes, *context_notes(setup.shape, setup.limits)]
 
 
 # ---- capacity -----------------------------------------------------------------------------------
 
 
-def search_capacity(setup: Setup, workload: Workload, slo_tbt_s: float) -> dict[str, Any]:
+def search_capacity(setup: SimulatedRun, workload: Workload, slo_tbt_s: float) -> dict[str, Any]:
     """The highest Poisson rate within the SLO, of requests drawn from the workload's lengths.
 
     Returns the object that `--json` writes. Raises as `simulate` does.

@@ -26,8 +26,8 @@ from pipeserve.core.cost.shape import ModelShape
 from pipeserve.errors import CapacityError, ConfigError
 from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.processes import Run, processes
+from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.launch.show.tables import print_notes
-from pipeserve.launch.verbs.simulate import Setup, make_setup
 from pipeserve.profiling.search.capacity import Lengths, Trial, find_capacity, run_trial
 from pipeserve.profiling.search.ceiling import ceiling
 from pipeserve.profiling.search.tuning import (
@@ -204,13 +204,13 @@ def make_wanted(
     )
 
 
-def _setups(config: RunConfig, shape: ModelShape, tried: Iterable[Candidate]) -> list[Setup]:
+def _setups(config: RunConfig, shape: ModelShape, tried: Iterable[Candidate]) -> list[SimulatedRun]:
     """One of each layout that has room for the weights. Raises ConfigError when none has."""
     found, reason = [], None
     sizes = {(each.tensor_parallel_size, each.pipeline_parallel_size): each for each in tried}
     for candidate in sizes.values():
         try:
-            found.append(make_setup(replace(config, **asdict(candidate)), shape))
+            found.append(simulated_run(replace(config, **asdict(candidate)), shape))
         except ConfigError as error:
             reason = error
     if not found:
@@ -218,7 +218,7 @@ def _setups(config: RunConfig, shape: ModelShape, tried: Iterable[Candidate]) ->
     return found
 
 
-def _ceiling(setup: Setup, lengths: Lengths, slo_tbt_s: float) -> float:
+def _ceiling(setup: SimulatedRun, lengths: Lengths, slo_tbt_s: float) -> float:
     return ceiling(
         setup.times,
         lengths,
@@ -277,7 +277,7 @@ def measure(
         )
 
     try:
-        setup = make_setup(replace(config, **asdict(candidate)), shape)
+        setup = simulated_run(replace(config, **asdict(candidate)), shape)
         if not effort.finds_capacity:
             return _found(trial(wanted.rate or wanted.ceiling), wanted.slo_tbt_s)
         lone = trial(wanted.ceiling * _LONE_SHARE, _LONE_REQUESTS)

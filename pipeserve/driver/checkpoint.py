@@ -8,14 +8,13 @@ from pathlib import Path
 from pipeserve.configs import RunConfig
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.core.cost.device import check_profile
-from pipeserve.core.cost.partition import plan_pipeline
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan
-from pipeserve.core.policies import get_policy
 from pipeserve.core.view import CostModel, Limits
 from pipeserve.driver.dtypes import choose_dtype
 from pipeserve.driver.kv_budget import num_kv_blocks
+from pipeserve.driver.layout import lay_out
 from pipeserve.driver.setup import Setup
 from pipeserve.driver.shapes import shape_of
 from pipeserve.errors import ConfigError
@@ -23,6 +22,7 @@ from pipeserve.machine import device_name, native_dtypes
 from pipeserve.stages.checkpoint.sources import resolve
 from pipeserve.stages.checkpoint.weights import check_checkpoint
 from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 from pipeserve.wire.control import KeeperHello, ModelShare, encode
 
 
@@ -39,7 +39,7 @@ def checkpoint_setup(
     """
     _check_runs_here(config)
     folder = resolve(config.model, on_progress)
-    model_config = ModelConfig.from_folder(folder)
+    model_config = read_config(folder)
     check(model_config)
     check_checkpoint(folder, model_config)
     here = (native_dtypes(),) * config.pipeline_parallel_size
@@ -67,26 +67,14 @@ def _setup(found: _Found, native: tuple[tuple[str, ...], ...], hosts: Sequence[s
     chosen = choose_dtype(config.dtype, model_config.dtype, native, hosts)
     dtype = chosen.name
     max_model_len = _max_model_len(config, model_config)
-    num_tokens = config.batched_tokens(
-        get_policy(config.policy).traits.whole_prompts, max_model_len
-    )
     shape = shape_of(model_config, config.model, dtype)
-    plan = plan_pipeline(
-        shape,
-        config.pipeline_parallel_size,
-        config.pipeline_layers,
-        num_tokens,
-        config.pipeline_window,
-    )
     kv_bytes = model_config.kv_bytes_per_token_per_layer(dtype)
-    limits = Limits(
-        num_blocks=num_kv_blocks(config, plan, kv_bytes, max_model_len),
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=num_tokens,
+    plan, limits = lay_out(
+        config,
+        shape,
         max_model_len=max_model_len,
+        num_blocks=lambda plan: num_kv_blocks(config, plan, kv_bytes, max_model_len),
         enable_prefix_caching=config.enable_prefix_caching,
-        max_tbt_s=config.slo_tbt,
     )
     return Setup(
         kind="real",

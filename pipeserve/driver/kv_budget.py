@@ -30,16 +30,25 @@ def _wanted_blocks(
 ) -> int:
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
+    budget = config.kv_cache_memory_bytes or _default_bytes(len(plan.stages))
+    blocks_of_longest = -(-max_model_len // config.block_size)
+    most = config.max_num_seqs * blocks_of_longest
+    return min(blocks_within(budget, config, plan, layer_block_bytes), most)
+
+
+def blocks_within(
+    num_bytes: int, config: RunConfig, plan: PipelinePlan, layer_block_bytes: int
+) -> int:
+    """Blocks that fit `num_bytes` of the stage with the most layers, each of which takes
+    `layer_block_bytes` for one. Raises ConfigError when that is none."""
     most_layers = max(stage.num_layers for stage in plan.stages)
     block_bytes = most_layers * layer_block_bytes
-    budget = config.kv_cache_memory_bytes or _default_bytes(len(plan.stages))
-    if budget < block_bytes:
+    if num_bytes < block_bytes:
         raise ConfigError(
-            f"--kv-cache-memory-bytes {budget} holds no block of {config.block_size} tokens on a "
-            f"stage of {most_layers} layers; give at least {block_bytes}"
+            f"--kv-cache-memory-bytes {num_bytes} holds no block of {config.block_size} tokens on "
+            f"a stage of {most_layers} layers; give at least {block_bytes}"
         )
-    blocks_of_longest = -(-max_model_len // config.block_size)
-    return min(budget // block_bytes, config.max_num_seqs * blocks_of_longest)
+    return num_bytes // block_bytes
 
 
 def _default_bytes(num_stages: int) -> int:

@@ -34,7 +34,10 @@ def find_shape(model: str, dtype: str) -> ModelShape:
     """Of a checkpoint folder, or of a model of the catalogue (`configs/models/`), whose weights
     are kept as `dtype`, "auto" or a key of `DTYPE_BYTES`. Raises ConfigError."""
     if Path(model).is_dir():
-        config = ModelConfig.from_folder(model)
+        # Here: it takes torch, which a model of the catalogue does not need.
+        from pipeserve.stages.families import read_config
+
+        config = read_config(model)
         return shape_of(config, model, config.resolve_dtype(dtype))
     shape = load_shape(model)
     return shape if dtype == "auto" else replace(shape, bytes_per_value=DTYPE_BYTES[dtype])

@@ -16,7 +16,7 @@ from pipeserve.stage.sequences import Sequence
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
 from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.checkpoint.weights import load_stage
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 from pipeserve.stages.layers.padding import pad_rows
 from pipeserve.stages.sampling import Logprobs, sample, score
 from pipeserve.wire import control, links
@@ -38,7 +38,7 @@ class ModelCompute:
         self._next_report_s = 0.0
         share = control.decode_share(job.work)
         self.block_size = share.block_size
-        self.config = ModelConfig.from_folder(share.model_folder)
+        self.config = read_config(share.model_folder)
         self.dtype = getattr(torch, share.dtype)
         self.model = load_stage(
             share.model_folder,

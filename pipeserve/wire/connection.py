@@ -18,16 +18,14 @@ import socket
 import struct
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import Protocol
 
 from pipeserve.configs.addresses import split_address
 from pipeserve.wire import handshake
 from pipeserve.wire.handshake import Connecting, Listening, Refused
 from pipeserve.wire.pump import Pump
 from pipeserve.wire.sources import PROVE_S, Sources
-
-if TYPE_CHECKING:
-    from pipeserve.wire.listener import Listener
 
 _PREFIX = struct.Struct("<4sI")
 _OURS = b"ppsv"
@@ -47,6 +45,20 @@ _WATCH = (
 """A machine that is silent for 20 seconds is gone: its kernel answers while it is there."""
 
 
+class Accepting(Protocol):
+    """Who accepted a connection, and says what it may be for: a `Listener`."""
+
+    name: str
+    """Of the port, for who reads stderr."""
+    purposes: Collection[str]
+    carries: str | None
+    """What its connections carry; None: what they came for."""
+
+    def takes(self, connection: "Connection") -> bool:
+        """Whether one that has proved itself is taken in."""
+        ...
+
+
 class Connection:
     """One end of a connection that carries messages both ways."""
 
@@ -55,7 +67,7 @@ class Connection:
         connected: socket.socket,
         sources: Sources,
         carries: str,
-        listener: "Listener | None" = None,
+        listener: Accepting | None = None,
     ) -> None:
         """`listener`: which accepted it; None at the end that connects, to be used for `carries`.
 

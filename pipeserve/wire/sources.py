@@ -2,12 +2,9 @@
 
 import select
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from pipeserve.wire.strangers import TurnedAway
-
-if TYPE_CHECKING:
-    from pipeserve.wire.connection import Connection
 
 PROVE_S = 5.0
 """From connecting to the end of the handshake."""
@@ -29,6 +26,17 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+class Stranger(Protocol):
+    """A connection whose peer has proved nothing yet."""
+
+    is_accepted: bool
+    """The peer came to us; else we went to it."""
+
+    def turn_away(self, why: str) -> None:
+        """End it, and say why on stderr if that is new."""
+        ...
+
+
 class Sources:
     """All that one thread waits for, at once; and what they have in common, the run's secret."""
 
@@ -38,8 +46,8 @@ class Sources:
         self.turned_away = TurnedAway()
         self._epoll = select.epoll()
         self._by_descriptor: dict[int, Source] = {}
-        self._unproved: dict[Connection, float] = {}
-        """Connections whose handshake is not done, oldest first, and when its time is over."""
+        self._unproved: dict[Stranger, float] = {}
+        """Oldest first, and when the time of its handshake is over."""
 
     def add(self, source: Source, descriptor: int) -> None:
         self._epoll.register(descriptor, select.EPOLLIN)
@@ -73,13 +81,13 @@ class Sources:
             connection.turn_away(f"nothing that begins a conversation in {PROVE_S:g} s")
         return ready
 
-    def begins(self, connection: "Connection") -> None:
+    def begins(self, connection: Stranger) -> None:
         """Its handshake does. The oldest stranger goes when there are too many."""
         self._unproved[connection] = time.monotonic() + PROVE_S
         if len(self._unproved) > _MOST_STRANGERS:
             self.drop_a_stranger(f"over {_MOST_STRANGERS} strangers at once")
 
-    def is_over(self, connection: "Connection") -> None:
+    def is_over(self, connection: Stranger) -> None:
         """Its handshake is, either way."""
         self._unproved.pop(connection, None)
 

@@ -16,7 +16,7 @@ import transformers
 from gguf import GGMLQuantizationType, GGUFReader
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _REMEDY = "give the model's safetensors folder or hub id"
@@ -69,7 +69,7 @@ def convert(gguf: Path, folder: Path) -> None:
         config.rope_parameters = _rope_of_factors(config, rope_factors)
     config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     config.save_pretrained(folder)
-    _check_head(reader, ModelConfig.from_folder(folder).head_dim)
+    _check_head(reader, read_config(folder).head_dim)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)

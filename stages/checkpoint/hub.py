@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.families import read_config
 
 if TYPE_CHECKING:
     from tqdm.std import tqdm
@@ -42,7 +42,7 @@ def fetch(model: str, on_progress: Callable[[str], None]) -> Path:
     assert match is not None
     repo, revision = match["repo"], match["revision"]
     folder = _snapshot(repo, revision, _SMALL_FILES, on_progress)
-    ModelConfig.from_folder(folder)
+    read_config(folder)
     shards = _shards(folder)
     if any(not (folder / shard).exists() for shard in shards):
         # By commit, so that config and weights are of one even if the branch moves meanwhile.

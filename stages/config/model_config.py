@@ -81,23 +81,6 @@ class ModelConfig:
     parallel_attention: bool = False
     """Attention and MLP read the same input and are summed."""
 
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "ModelConfig":
-        """Reads config.json (and generation_config.json, for the end-of-text ids).
-
-        Raises ConfigError for a file that is missing or malformed, and for what is not supported.
-        """
-        # Here, because the families build on this module.
-        from pipeserve.stages.config.config_file import ConfigFile
-        from pipeserve.stages.families import find_family
-
-        file = ConfigFile(Path(folder))
-        family = find_family(file.architecture, file.path.parent)
-        file.check_model_type(family.model_type)
-        config = family.read_config(file)
-        config.check(file.path)
-        return config
-
     def check(self, path: Path) -> None:
         """Raises ConfigError, naming `path`, for counts that contradict each other."""
         if self.num_heads % self.num_kv_heads:

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from pipeserve.errors import ConfigError
+from pipeserve.stages.config.config_file import ConfigFile
+from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families import falcon, gemma, llama, mistral, mixtral, opt, phi3, qwen
 from pipeserve.stages.families.family import Family
 
@@ -31,3 +33,16 @@ def find_family(architecture: str | None, folder: Path | None = None) -> Family:
         f"{folder}: architecture {architecture or 'unknown'} is not supported; "
         f"supported: {supported}"
     )
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """Reads config.json of `folder` (and generation_config.json, for the end-of-text ids).
+
+    Raises ConfigError for a file that is missing or malformed, and for what is not supported.
+    """
+    file = ConfigFile(Path(folder))
+    family = find_family(file.architecture, file.path.parent)
+    file.check_model_type(family.model_type)
+    config = family.read_config(file)
+    config.check(file.path)
+    return config

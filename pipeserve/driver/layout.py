@@ -1,0 +1,45 @@
+"""How a run cuts its model into stages, and the limits within which its engine plans: one way for
+stages that compute, that only wait, and that are simulated.
+"""
+
+from collections.abc import Callable
+
+from pipeserve.configs import RunConfig
+from pipeserve.core.cost.partition import plan_pipeline
+from pipeserve.core.cost.shape import ModelShape
+from pipeserve.core.nouns import PipelinePlan
+from pipeserve.core.policies import get_policy
+from pipeserve.core.view import Limits
+
+
+def lay_out(
+    config: RunConfig,
+    shape: ModelShape,
+    *,
+    max_model_len: int,
+    num_blocks: Callable[[PipelinePlan], int],
+    enable_prefix_caching: bool,
+) -> tuple[PipelinePlan, Limits]:
+    """`num_blocks`: KV blocks of the pool, once it is known which layers a stage has.
+
+    Raises ConfigError for a cut that the model does not allow, and as `num_blocks` does.
+    """
+    whole_prompts = get_policy(config.policy).traits.whole_prompts
+    num_tokens = config.batched_tokens(whole_prompts, max_model_len)
+    plan = plan_pipeline(
+        shape,
+        config.pipeline_parallel_size,
+        config.pipeline_layers,
+        num_tokens,
+        config.pipeline_window,
+    )
+    limits = Limits(
+        num_blocks=num_blocks(plan),
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=num_tokens,
+        max_model_len=max_model_len,
+        enable_prefix_caching=enable_prefix_caching,
+        max_tbt_s=config.slo_tbt,
+    )
+    return plan, limits

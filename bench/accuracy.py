@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from pipeserve.stages.checkpoint.sources import resolve
 from pipeserve.stages.families import read_config
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 from cut_model import Stages
 from half_precision import Errors, hidden_errors

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- table: python bench/models_table.py -->\n", "<!-- end of table -->\n"
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from checkpoints import PIPELINES, TINY  # noqa: E402
 

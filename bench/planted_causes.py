@@ -18,7 +18,7 @@ from statistics import median
 
 from report import plain_table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from checkpoints import tiny_llama
 from planted_real import (

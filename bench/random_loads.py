@@ -2,8 +2,8 @@
 
     python bench/random_loads.py [--first 0] [--loads 10000] [--policy uniform]
 
-A load follows from its seed alone; `tests/loads.py` says what is in it, `tests/load_runs.py` what
-is checked. What fails is named in one line with its seed, and how to run it alone; the script goes
+A load follows from its seed alone; `tests/support/loads.py` says what is in it, `load_runs.py` beside
+it what is checked. What fails is named in one line with its seed, and how to run it alone; the script goes
 on, and exits with 1 at the end. `--verbose` prints the load and the traceback.
 """
 
@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from load_runs import run
 from loads import make_load, policy_of

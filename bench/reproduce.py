@@ -30,8 +30,8 @@ alone by its own script in `bench/`.
 
 Everything here is simulated: the engine and the policies are those that serve, the stages are
 virtual servers whose times come from a device profile (docs/cost-model.md) with the fit's own
-residuals as noise (`profiling/simulation/stage_times.py`). The profiles hold device time alone: no host
-time, unless a row says so. A figure is "within" when ours is at most 20 % off the paper's
+residuals as noise (`profiling/simulation/stage_times.py`). The profiles hold device time alone: no
+host time, unless a row says so. A figure is "within" when ours is at most 20 % off the paper's
 (exactly equal where the target says 0 %). Where it is not, an assumption follows that moves it,
 with the figures before and after. An assumption that gives the paper's figure is not thereby
 shown to be what the paper had."""

@@ -1,9 +1,10 @@
 """`RunConfig`: everything that one run is told. Field names are the flags and the Python keywords.
 
 Each field's metadata documents it (`help`), and names its short flag and its choices where it has
-them; `pipeserve.launch.inputs.flags` makes the command line from that, so nothing is said twice. A value
-of the wrong type or out of range is a ConfigError here, before any process starts. What depends on
-the model (too many stages for its layers, a context longer than its own) is found by the driver.
+them; `pipeserve.launch.inputs.flags` makes the command line from that, so nothing is said twice. A
+value of the wrong type or out of range is a ConfigError here, before any process starts. What
+depends on the model (too many stages for its layers, a context longer than its own) is found by the
+driver.
 """
 
 import sys

@@ -1,36 +1,92 @@
-"""Who may import whom (docs/design.md), imports inside functions included."""
+"""Who may import whom (docs/design.md): rooms are folders, and arrows between them go one way.
+
+Imports inside functions count, and so does a module that is named in a string, as programs to start
+are. Left out is `pipeserve/__init__.py`, the front door, which names what it hands out.
+"""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {
-    "pipeserve.stages": ROOT / "stages",
-    "pipeserve.profiling": ROOT / "profiling",
-    "pipeserve.launch": ROOT / "launch",
-    "pipeserve.configs": ROOT / "configs",
-    "pipeserve.core": ROOT / "pipeserve" / "core",
-}
-ERRORS = "pipeserve.errors"
-ALLOWED = {
-    "pipeserve.errors": set(),
-    "pipeserve.core": {ERRORS},
-    "pipeserve.configs": {ERRORS, "pipeserve.core"},
-    "pipeserve.stages": {ERRORS},
-    "pipeserve.profiling": {ERRORS, "pipeserve.core"},
-    "pipeserve": {ERRORS, "pipeserve.core", "pipeserve.configs", "pipeserve.stages"},
-    "pipeserve.launch": {
-        ERRORS,
-        "pipeserve",
-        "pipeserve.core",
-        "pipeserve.configs",
-        "pipeserve.stages",
-        "pipeserve.profiling",
+TOPS = ("pipeserve", "stages", "profiling", "launch", "configs")
+FRONT_DOOR = "pipeserve"
+MAY_SEE = {
+    "errors": set(),
+    "machine": set(),
+    "core": {"errors"},
+    "core.cost": {"errors", "core"},
+    "core.policies": {"errors", "core", "core.cost"},
+    "configs": {"errors", "core.cost", "core.policies"},
+    "wire": {"errors", "core", "configs"},
+    "stages.config": {"errors"},
+    "stages.attention": {"errors", "stages.config"},
+    "stages.layers": {"stages.attention", "stages.config"},
+    "stages.families": {"errors", "stages.attention", "stages.config", "stages.layers"},
+    "stages": {"stages.attention", "stages.config", "stages.families", "stages.layers"},
+    "stages.checkpoint": {
+        "errors",
+        "stages",
+        "stages.config",
+        "stages.families",
+        "stages.layers",
     },
+    "stage": {
+        "errors",
+        "machine",
+        "core",
+        "configs",
+        "wire",
+        "stages",
+        "stages.attention",
+        "stages.checkpoint",
+        "stages.families",
+        "stages.layers",
+    },
+    "driver": {
+        "errors",
+        "machine",
+        "core",
+        "core.cost",
+        "core.policies",
+        "configs",
+        "wire",
+        "stage",
+        "stages.checkpoint",
+        "stages.config",
+        "stages.families",
+    },
+    "frontend": {"errors", "core", "configs", "driver", "stages.config"},
+    "profiling.recording": {"errors", "core"},
+    "profiling.ledger": {"core", "profiling.recording"},
+    "profiling.simulation": {"errors", "core", "core.cost", "profiling.recording"},
+    "profiling.calibration": {"errors", "core", "core.cost", "profiling.simulation"},
+    "profiling.search": {"errors", "core", "core.cost", "core.policies", "profiling.simulation"},
+    "profiling.advice": {
+        "errors",
+        "core",
+        "core.policies",
+        "profiling.calibration",
+        "profiling.ledger",
+        "profiling.recording",
+        "profiling.simulation",
+    },
+    "profiling.pages": {"core", "profiling", "profiling.ledger", "profiling.recording"},
+    "profiling": set(),
+}
+"""Of each room below `launch`, which sees all of these: the command line hands the runtime and the
+profiler to each other, and neither of them sees the other."""
+LAUNCH_MAY_SEE = {
+    "launch.emulated": set(),
+    "launch.show": set(),
+    "launch.inputs": set(),
+    "launch.run": {"launch.emulated", "launch.show"},
+    "launch.verbs": {"launch.inputs", "launch.run", "launch.show"},
+    "launch": {"launch.inputs", "launch.run", "launch.verbs"},
 }
 # What the pure part may use of the standard library: nothing that reads, writes, waits or draws.
 PURE = {
@@ -53,84 +109,108 @@ PURE = {
 def modules() -> dict[str, Path]:
     """Every module of the project by import name; the links in pipeserve/ are not followed."""
     found = {}
-    for package, folder in FOLDERS.items():
-        for path in folder.rglob("*.py"):
-            found[".".join([package, *path.relative_to(folder).with_suffix("").parts])] = path
-    for path in (ROOT / "pipeserve").glob("*.py"):
-        found[f"pipeserve.{path.stem}"] = path
-    return {name.removesuffix(".__init__"): path for name, path in found.items()}
+    for top in TOPS:
+        for path in (ROOT / top).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if top == "pipeserve" and len(parts) > 1 and parts[1] in TOPS:
+                continue
+            name = ".".join(parts if top == "pipeserve" else ("pipeserve", *parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
 
 
-def imports(name: str, path: Path, source: str, types_too: bool = True) -> set[str]:
-    """Full names of all that a module imports; `from a import b` counts as a.b.
+MODULES = modules()
 
-    Without `types_too`, what stands under `if TYPE_CHECKING:`, and so never runs, is left out.
-    """
-    package = name if path.stem == "__init__" else name.rpartition(".")[0]
-    tree = ast.parse(source)
-    skipped = set() if types_too else for_types_alone(tree)
-    found = set()
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
+
+def mentions(name: str, is_package: bool, source: str) -> Iterator[str]:
+    """Full names of all that a module imports, and strings that might be a module's name;
+    `from a import b` counts as a.b."""
+    package = name if is_package else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parents = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parents, *([node.module] if node.module else [])])
-            found |= {f"{base}.{alias.name}" for alias in node.names}
-    return found
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and node.value in MODULES:
+            yield node.value
 
 
-def for_types_alone(tree: ast.AST) -> set[ast.AST]:
-    guarded = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-    ]
-    return {inner for node in guarded for statement in node.body for inner in ast.walk(statement)}
+def used_modules(name: str, is_package: bool, source: str) -> set[str]:
+    """Other modules of the project that a module uses."""
+    used = set()
+    for mentioned in mentions(name, is_package, source):
+        while mentioned and mentioned not in MODULES:
+            mentioned = mentioned.rpartition(".")[0]
+        used.add(mentioned)
+    return used - {"", name}
 
 
-def part_of(name: str) -> str | None:
-    """The part of the project that a module belongs to; None for a foreign one."""
-    for part in (*FOLDERS, ERRORS):
-        if name == part or name.startswith(part + "."):
-            return part
-    return "pipeserve" if name.split(".")[0] == "pipeserve" else None
+def room_of(name: str) -> str:
+    """The folder that a module lies in, from `pipeserve` on; one that all may use is its own."""
+    path = MODULES[name].relative_to(ROOT)
+    parts = path.parts[1 if path.parts[0] == "pipeserve" else 0 : -1]
+    return ".".join(parts) or path.stem
 
 
-def parts_used(name: str, path: Path, source: str, types_too: bool = True) -> set[str]:
-    """Other parts of the project that a module imports from."""
-    used = {part_of(imported) for imported in imports(name, path, source, types_too)}
-    return used - {None, part_of(name)}
+USES = {
+    name: used_modules(name, path.stem == "__init__", path.read_text("utf-8")) - {FRONT_DOOR}
+    for name, path in MODULES.items()
+    if name != FRONT_DOOR
+}
 
 
-@pytest.mark.parametrize(("name", "path"), sorted(modules().items()))
-def test_imports_go_one_way(name, path):
-    forbidden = parts_used(name, path, path.read_text("utf-8")) - ALLOWED[part_of(name)]
-    assert not forbidden, f"{name} may not import {sorted(forbidden)}"
+def circles(arrows: Mapping[str, set[str]]) -> list[str]:
+    """What is left when everything without an arrow to another of the rest has gone."""
+    rest = {name: set(others) - {name} for name, others in arrows.items()}
+    while leaves := {name for name, others in rest.items() if not others & rest.keys()}:
+        for name in leaves:
+            del rest[name]
+    return sorted(rest)
 
 
-def test_only_two_programs_see_runtime_and_profiler():
-    """The command line hands one to the other; an emulated stage is the runtime's loop around the
-    simulator's times. Naming the runtime's types in annotations is not seeing it."""
-    both = set()
-    for name, path in modules().items():
-        used = parts_used(name, path, path.read_text("utf-8"), types_too=False)
-        if used >= {"pipeserve", "pipeserve.profiling"}:
-            both.add(name)
-    assert both <= {"pipeserve.launch.cli", "pipeserve.launch.emulated.stage"}
+def test_every_room_is_known():
+    rooms = {room_of(name) for name in USES}
+    assert rooms == MAY_SEE.keys() | LAUNCH_MAY_SEE.keys()
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    sorted(item for item in modules().items() if part_of(item[0]) == "pipeserve.core"),
-)
-def test_the_core_is_pure(name, path):
+@pytest.mark.parametrize("name", sorted(USES))
+def test_arrows_go_as_they_may(name):
+    room = room_of(name)
+    is_launch = room in LAUNCH_MAY_SEE
+    allowed = LAUNCH_MAY_SEE[room] | MAY_SEE.keys() if is_launch else MAY_SEE[room]
+    forbidden = {other for other in USES[name] if room_of(other) not in allowed | {room}}
+    assert not forbidden, f"{name} ({room}) may not see {sorted(forbidden)}"
+
+
+def test_no_circle_between_rooms():
+    assert not circles({**MAY_SEE, **LAUNCH_MAY_SEE})
+    seen: dict[str, set[str]] = {}
+    for name, others in USES.items():
+        seen.setdefault(room_of(name), set()).update(map(room_of, others))
+    assert not circles(seen)
+
+
+def test_no_circle_between_modules():
+    assert not circles(USES)
+
+
+def test_what_is_allowed_is_used():
+    """Or the table would grow stale."""
+    used = {(room_of(name), room_of(other)) for name in USES for other in USES[name]}
+    stale = {(room, other) for room, others in MAY_SEE.items() for other in others} - used
+    assert not stale
+
+
+@pytest.mark.parametrize("name", sorted(n for n in USES if n.startswith("pipeserve.core")))
+def test_the_core_is_pure(name):
+    path = MODULES[name]
     source = path.read_text("utf-8")
-    foreign = {i.split(".")[0] for i in imports(name, path, source) if part_of(i) is None}
+    named = set(mentions(name, path.stem == "__init__", source))
+    foreign = {each.split(".")[0] for each in named} - {"pipeserve"}
     assert foreign <= PURE, f"{name} imports {sorted(foreign - PURE)}"
     calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
     called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
@@ -138,20 +218,33 @@ def test_the_core_is_pure(name, path):
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "used"),
+    ("source", "used"),
     [
-        ("pipeserve.core.x", "def f():\n    import pipeserve.stages.llama", {"pipeserve.stages"}),
-        ("pipeserve.core.x", "from pipeserve import driver", {"pipeserve"}),
-        ("pipeserve.core.x", "from ..launch import cli", {"pipeserve.launch"}),
-        ("pipeserve.core.x", "from .. import errors", {ERRORS}),
-        ("pipeserve.core.x", "from . import nouns\nfrom .nouns import Chunk", set()),
-        ("pipeserve.stages.x", "import pipeserve.core.nouns as n", {"pipeserve.core"}),
-        ("pipeserve.launch.cli", "from pipeserve import LLM\nimport torch", {"pipeserve"}),
-        ("pipeserve.stages.x", "import pipeserve\nimport pipeserve.errors", {"pipeserve", ERRORS}),
+        ("def f():\n    import pipeserve.stages.stage", {"pipeserve.stages.stage"}),
+        ("from pipeserve.driver import fleet", {"pipeserve.driver.fleet"}),
+        ("from .. import errors", {"pipeserve.errors"}),
+        ("from ..driver import fleet", {"pipeserve.driver.fleet"}),
+        ("from . import nouns\nfrom .nouns import Chunk", {"pipeserve.core.nouns"}),
+        ("import pipeserve.core.nouns as n", {"pipeserve.core.nouns"}),
+        ("start('-m', 'pipeserve.stage.worker')", {"pipeserve.stage.worker"}),
+        ("from pipeserve import LLM\nimport torch", {"pipeserve"}),
     ],
 )
-def test_the_rule_sees_every_form_of_import(name, source, used):
-    assert parts_used(name, Path("x.py"), source) == used
+def test_the_rule_sees_every_form(source, used):
+    assert used_modules("pipeserve.core.x", False, source) == used
+
+
+@pytest.mark.parametrize(
+    ("arrows", "left"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}, "c": {"a"}}, ["a", "b", "c"]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}, ["a", "b", "c"]),
+        ({"a": {"a"}}, []),
+    ],
+)
+def test_circles_are_found(arrows, left):
+    assert circles(arrows) == left
 
 
 WITHOUT_TORCH = """

@@ -5,7 +5,8 @@
 Weights are unpacked to bfloat16; those of a file that is float32 or float16 keep their type. It is
 transformers that reads the file, and what it leaves behind (experts, windows, scaled rotary
 frequencies, biases) it leaves without a word: the model would run, and be another. So only what was
-seen to come through whole (tests/test_gguf.py) is converted. Started by `sources.convert_gguf`.
+seen to come through whole (tests/stages/test_gguf.py) is converted. Started by
+`sources.convert_gguf`.
 """
 
 import sys

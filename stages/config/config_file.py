@@ -26,7 +26,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 """Keys with which transformers computes something else in every family, and the values that change
 nothing. What a family alone knows of is in its file; all other keys change nothing anywhere
-(`tests/test_config_keys.py` holds both against transformers)."""
+(`tests/stages/test_config_keys.py` holds both against transformers)."""
 
 _SLIDING = "sliding_attention"
 _LAYER_KINDS = ("full_attention", _SLIDING)

@@ -1,1 +1,1 @@
-"""What a microbatch costs, and what a model and a device are to that: counts in, seconds and bytes out."""
+"""What a microbatch costs: counts, model and device in, seconds and bytes out."""

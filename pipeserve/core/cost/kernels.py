@@ -29,7 +29,8 @@ class Gemm:
     """A matrix product, tile by tile: the roofline, its corner rounded by a p-norm.
 
     Flops are those of whole tiles, so 257 rows cost what 384 do. Tiles run in waves of one a
-    processor; a share of the time counts whole waves. `profiling/calibration/fit.py` says what was tried.
+    processor; a share of the time counts whole waves. `profiling/calibration/fit.py` says what was
+    tried.
     """
 
     flops_per_s: float

@@ -18,7 +18,7 @@ from pipeserve.launch import cli
 from pipeserve.launch.run.processes import processes
 from pipeserve.launch.verbs import tune
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ["falcon-180b", "--device-profile", "a100-80gb-dgx", "--max-model-len", "2048"]
 SIZES = ["-tp", "4", "-pp", "2"]
 SHORT = (

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pipeserve.launch.keeper import stage_cpus
+from pipeserve.stage.keeper import stage_cpus
 from pipeserve.wire import control
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources

@@ -206,7 +206,7 @@ def test_every_format_has_a_published_example():
 
 
 def test_the_page_lists_every_format():
-    page = (Path(__file__).parent.parent / "docs" / "bench.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "bench.md").read_text()
     for each in FORMATS:
         names = [name for name in (each.prompt, each.output, each.arrival, each.mark) if name]
         assert any(all(f"`{name}`" in row for name in names) for row in page.splitlines())

@@ -241,6 +241,6 @@ def test_a_tensor_that_no_layer_asks_for(tmp_path, tensor, is_refused):
 
 
 def test_the_table_in_the_docs_is_up_to_date():
-    script = Path(__file__).parent.parent / "bench" / "models_table.py"
+    script = Path(__file__).parent.parent.parent / "bench" / "models_table.py"
     done = subprocess.run([sys.executable, str(script), "--check"], check=False)
     assert done.returncode == 0, "run python bench/models_table.py"

@@ -23,7 +23,7 @@ from pipeserve.wire.sources import Sources
 from pipeserve.wire.strangers import TurnedAway
 
 SECRET = b"of this run"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def framed(message):

@@ -34,7 +34,7 @@ from pipeserve.profiling.calibration.measurements import (
     read_messages,
 )
 
-BESIDE = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+BESIDE = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_every_field_of_vllm_is_known():
 
 
 def test_the_page_names_every_field():
-    page = (Path(__file__).parent.parent / "docs" / "generate.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "generate.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("|") and "`" in line]
     for names, words in ((WORKS, "work"), (NOT_HERE, "are refused"), (OLDER, "of older")):
         (row,) = [row for row in rows if row.startswith(f"| {words}")]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeserve.configs import RunConfig
-from pipeserve.driver.driver import fleet
+from pipeserve.driver import fleet
 from pipeserve.errors import StageError
 from pipeserve.wire import control
 from pipeserve.wire.connection import connect

@@ -18,7 +18,7 @@ from pipeserve.frontend.llm import LLM
 from pipeserve.frontend.params import REFUSED, check_params, params_from, seeded
 from pipeserve.launch.inputs.flags import given, sampling_flags
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ Every message is one line: the value, the limit, the remedy. Imports nothing, so
 the project may import it.
 """
 
-_LONGEST_QUOTE = 300  # characters; some errors quote their whole input
+_LONGEST_QUOTE = 500
 
 
 class PipeserveError(Exception):

@@ -33,7 +33,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the special tokens that the model expects in front. ConfigError."""
         loaded = self._loaded
-        with _as_one_line("the model's tokenizer cannot take this text"):
+        with _as_one_line(f"the tokenizer in {self.folder} cannot take this text"):
             return loaded.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -451,7 +451,7 @@ def test_wrong_flags(flags, message):
 
 def test_params_are_checked_whole():
     """A new field of SamplingParams must be checked (or excused) here too."""
-    source = (ROOT / "pipeserve" / "params.py").read_text()
+    source = (ROOT / "pipeserve" / "frontend" / "params.py").read_text()
     named = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
     named |= {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
     by_type = {item.name for item in fields(SamplingParams) if type(item.default) is bool}

@@ -3,8 +3,8 @@
     python bench/random_loads.py [--first 0] [--loads 10000] [--policy uniform]
 
 A load follows from its seed alone; `tests/support/loads.py` says what is in it, `load_runs.py`
-beside it what is checked. What fails is named in one line with its seed, and how to run it alone; the
-script goes on, and exits with 1 at the end. `--verbose` prints the load and the traceback.
+beside it what is checked. What fails is named in one line with its seed, and how to run it alone;
+the script goes on, and exits with 1 at the end. `--verbose` prints the load and the traceback.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def _replies(first, second=b"second"):
     [
         (ValueError("no\nsuch piece"), "no text can be made: no such piece"),
         (KeyError(), "no text can be made: KeyError"),
-        (OverflowError("x" * 9000), "no text can be made: " + "x" * 300),
+        (OverflowError("x" * 9000), "no text can be made: " + "x" * 500),
         (PanicException("index out of range"), "no text can be made: index out of range"),
     ],
     ids=lambda value: type(value).__name__,

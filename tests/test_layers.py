@@ -75,7 +75,7 @@ MAY_SEE = {
         "profiling.recording",
         "profiling.simulation",
     },
-    "profiling.pages": {"core", "profiling", "profiling.ledger", "profiling.recording"},
+    "profiling.pages": {"core", "profiling.ledger", "profiling.recording"},
     "profiling": set(),
 }
 """Of each room below `launch`, which sees all of these: the command line hands the runtime and the

@@ -57,7 +57,7 @@ _COLOURS = {
     "fault": "#c22020",
     "unknown": "#f2f2f2",
 }
-"""Those of the page (`profiling/report/theme.js`) on a dark ground."""
+"""Those of the page (`profiling/pages/report/theme.js`) on a dark ground."""
 
 
 class View:

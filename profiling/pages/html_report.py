@@ -171,7 +171,7 @@ def _request_rows(
 
 
 def _read(name: str) -> str:
-    return (files("pipeserve.profiling") / "report" / name).read_text(encoding="utf-8")
+    return (files("pipeserve.profiling.pages") / "report" / name).read_text(encoding="utf-8")
 
 
 def _escaped(text: str) -> str:

@@ -71,8 +71,6 @@ class LLM:
         self._abandoned: deque[RequestId] = deque()
         self._busy = threading.Lock()
         """Held by who calls the driver, and until what it said is in the inboxes."""
-        self._next = threading.Lock()
-        """Held by who waits for that: who has just let go of it comes behind."""
         self._numbers = count()
 
     # ---- what users call ------------------------------------------------------------------------
@@ -160,7 +158,7 @@ class LLM:
         for sample in range(first.params.n):
             request = self._sample(first, sample)
             generation = Generation(index, sample, unfinished, request, self.tokenizer)
-            with self._turn():
+            with self._busy:
                 self.driver.add(request)
                 call.running[request.id] = generation
                 self._calls[request.id] = call
@@ -261,7 +259,7 @@ class LLM:
     def _poll(self, call: _Call) -> None:
         """Let the driver work, and put what became known into the inbox of its call; unless another
         thread has put something into the one of `call` meanwhile."""
-        with self._turn():
+        with self._busy:
             if call.inbox:
                 return
             self._end_abandoned()
@@ -279,16 +277,6 @@ class LLM:
             self._calls.pop(output.request_id, None)
             if output.finish_reason is None:
                 self.driver.finish(output.request_id, delta.finish_reason)
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """During which nobody else calls the driver."""
-        with self._next:
-            self._busy.acquire()
-        try:
-            yield
-        finally:
-            self._busy.release()
 
     def _abandon(self, call: _Call) -> None:
         """Ends what still runs of a call: now, or with the next poll where somebody calls the

@@ -238,8 +238,10 @@ def test_threads_take_turns(folder):
     assert driver.num_unfinished == 0
 
 
-def test_no_thread_is_left_waiting_while_another_streams(folder):
-    driver = _Touchy(folder)
+def test_no_thread_is_left_waiting_while_another_streams(folder, monkeypatch):
+    driver = FakeDriver(folder)
+    poll = driver.poll
+    monkeypatch.setattr(driver, "poll", lambda timeout_s: time.sleep(1e-4) or poll(timeout_s))
     llm = LLM.on(driver)
     long, seen = llm.stream("b", _greedy(max_tokens=5000)), []
     next(long)

@@ -52,6 +52,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code; errors meant for users are one line on stderr."""
     command = typer.main.get_command(app)
+    _open_what_is_closed()
     _take_all_text(sys.stdout)
     try:
         return command.main(arguments, prog_name="pipeserve", standalone_mode=False) or 0
@@ -448,6 +449,17 @@ def _name_nearest(message: str) -> str:
     verbs = [command.callback.__name__ for command in app.registered_commands]
     nearest = get_close_matches(message.split("'")[1], verbs, n=1, cutoff=0.5)
     return f"{message} Did you mean {nearest[0]!r}?" if nearest else f"{message} Verbs: {verbs}"
+
+
+def _open_what_is_closed() -> None:
+    """Standard streams that the caller has closed (`2>&-`) lead nowhere. Otherwise what is printed
+    on stderr goes to standard output, and the next file that is opened takes the place of either,
+    and gets what libraries write there."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            if os.open(os.devnull, os.O_RDWR) == number:  # the lowest that is free
+                os.set_inheritable(number, True)
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
 
 
 def _take_all_text(stream: Any) -> None:

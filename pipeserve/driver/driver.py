@@ -240,6 +240,11 @@ class Driver:
         self.fleet.close()
 
     def _check_open(self) -> None:
+        if not self.fleet.is_own:
+            raise StageError(
+                f"the pipeline belongs to the process that started it, and process {os.getpid()} "
+                "was forked from that; use it there, or start a pipeline here"
+            )
         if self._ended is not None:
             raise StageError(f"the pipeline has ended ({self._ended}); start a new one")
 

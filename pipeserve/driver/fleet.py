@@ -7,6 +7,7 @@ whatever the driver was doing. Every wait has an end, at which it names who did 
 strangers do costs their own connection. `close` leaves no process behind.
 """
 
+import os
 import secrets
 import signal
 import socket
@@ -72,6 +73,7 @@ class Fleet:
         Taking a message up at once does not end the waiting (or a stage's timing that comes just
         ahead of a result would make the driver look busy), `broadcast` does."""
         self._config = config
+        self._pid = os.getpid()
         self._returned_s = -inf
         self._next_check_s = -inf
         self._asked_all_s = -inf
@@ -274,7 +276,7 @@ class Fleet:
             for payload in payloads:
                 try:
                     message = _DECODE[source.carries](payload)
-                except msgspec.DecodeError:
+                except (msgspec.DecodeError, RecursionError):  # of a list in a list in a list
                     source.turn_away("what it says is not understood")
                     break
                 self._note(Received(message, at_s), source, messages)
@@ -419,8 +421,17 @@ class Fleet:
 
     # ---- ending ---------------------------------------------------------------------------------
 
+    @property
+    def is_own(self) -> bool:
+        """Not so in a process that was forked from the one that made it, and shares its sockets:
+        what one of the two took of them, the other would miss."""
+        return os.getpid() == self._pid
+
     def close(self) -> None:
-        """End every keeper and stage. Safe to call twice, and from a half-made fleet."""
+        """End every keeper and stage. Safe to call twice, and from a half-made fleet. In a forked
+        process it leaves them alone."""
+        if not self.is_own:
+            return
         for keeper in self._keeper_of.values():
             keeper.send(control.encode(control.Stop()))
         self._spawned.end()

@@ -39,7 +39,8 @@ class SpawnedKeepers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it ended before it had read its secret
+                process.stdin.close()
         self._processes = []
 
 

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 from pipeserve.configs import make_config
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Output, Request, RequestId, SamplingParams
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError, PipeserveError
@@ -40,7 +41,8 @@ class _Call:
 
 
 class LLM:
-    """One model over its pipeline, for offline use. Single-threaded, like its driver."""
+    """One model over its pipeline, for offline use. Several threads may call it: they take turns,
+    and their requests run together."""
 
     def __init__(self, model: str, **keywords: Any) -> None:
         """Start the stages; returns when all are ready. Keywords are RunConfig's fields.
@@ -67,10 +69,9 @@ class LLM:
         self._default_params = default_params(driver.config, driver.model_folder)
         self._calls: dict[RequestId, _Call] = {}
         self._abandoned: deque[RequestId] = deque()
-        self._is_within = False
-        self._thread: int | None = None
-        """Which called the driver last, and whether it is still within."""
-        self._num_requests = 0
+        self._busy = threading.Lock()
+        """Held by who calls the driver, and until what it said is in the inboxes."""
+        self._numbers = count()
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ class LLM:
                 while call.inbox:
                     yield call.inbox.popleft()
                 if call.running:
-                    self._poll()
+                    self._poll(call)
         finally:
             self._abandon(call)
 
@@ -145,25 +146,22 @@ class LLM:
         pairs = zip(prompts, self._as_params(params, len(prompts)), strict=True)
         for index, (prompt, own) in enumerate(pairs):
             try:
-                self._add(call, index, self._request(self._next_number(), prompt, own))
+                self._add(call, index, self._request(next(self._numbers), prompt, own))
             except PipeserveError as error:
                 if on_error is None:
                     raise type(error)(f"prompt {index}: {error}") from None
                 on_error(index, error)
-
-    def _next_number(self) -> int:
-        number, self._num_requests = self._num_requests, self._num_requests + 1
-        return number
 
     def _add(self, call: _Call, index: int, first: Request) -> None:
         """Submits the samples of a prompt."""
         unfinished = set(range(first.params.n))
         for sample in range(first.params.n):
             request = self._sample(first, sample)
-            self._within(self.driver.add, request)
             generation = Generation(index, sample, unfinished, request, self.tokenizer)
-            call.running[request.id] = generation
-            self._calls[request.id] = call
+            with self._busy:
+                self.driver.add(request)
+                call.running[request.id] = generation
+                self._calls[request.id] = call
 
     def _request(self, number: int, prompt: Any, params: SamplingParams) -> Request:
         """The first sample of a prompt, but for its seed."""
@@ -207,7 +205,7 @@ class LLM:
     def _sample(self, first: Request, sample: int) -> Request:
         """The request of one sample: its own id and seed. The first one computes the prompt, whose
         blocks the others share, and alone tells the prompt's logprobs."""
-        number = first.id if sample == 0 else self._next_number()
+        number = first.id if sample == 0 else next(self._numbers)
         params = seeded(first.params, self.driver.config.seed, number, sample)
         if sample == 0:
             return replace(first, params=params)
@@ -258,41 +256,43 @@ class LLM:
 
     # ---- running --------------------------------------------------------------------------------
 
-    def _poll(self) -> None:
-        """Let the driver work, and put what became known into the inbox of its call."""
-        self._end_abandoned()
-        for output in self._within(self.driver.poll, _POLL_S):
-            call = self._calls.get(output.request_id)
-            if call is None:
-                continue  # of a request that ended within this very batch, or was abandoned
-            delta = call.running[output.request_id].take(output)
-            call.inbox.append(delta)
-            if delta.finish_reason is not None:
-                call.running.pop(output.request_id, None)
-                self._calls.pop(output.request_id, None)
-                if output.finish_reason is None:
-                    self._within(self.driver.finish, output.request_id, delta.finish_reason)
+    def _poll(self, call: _Call) -> None:
+        """Let the driver work, and put what became known into the inbox of its call; unless another
+        thread has put something into the one of `call` meanwhile."""
+        with self._busy:
+            if call.inbox:
+                return
+            self._end_abandoned()
+            for output in self.driver.poll(_POLL_S):
+                self._hand_out(output)
 
-    def _within(self, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a method of the driver, during which nothing else may: Python may collect a dropped
-        stream at any moment, on any thread, and close it there."""
-        self._is_within, self._thread = True, threading.get_ident()
-        try:
-            return method(*arguments)
-        finally:
-            self._is_within = False
+    def _hand_out(self, output: Output) -> None:
+        call = self._calls.get(output.request_id)
+        if call is None:
+            return  # of a request that ended within this very batch, or was abandoned
+        delta = call.running[output.request_id].take(output)
+        call.inbox.append(delta)
+        if delta.finish_reason is not None:
+            call.running.pop(output.request_id, None)
+            self._calls.pop(output.request_id, None)
+            if output.finish_reason is None:
+                self.driver.finish(output.request_id, delta.finish_reason)
 
     def _abandon(self, call: _Call) -> None:
-        """Ends what still runs of a call: now, or with the next poll where this comes from within
-        the driver or from a thread that is not its own."""
-        for request_id in call.running:
+        """Ends what still runs of a call: now, or with the next poll where somebody calls the
+        driver. That may be this very thread: Python may collect a dropped stream at any moment, on
+        any thread, and close it there."""
+        for request_id in list(call.running):
             self._calls.pop(request_id, None)
             self._abandoned.append(request_id)
-        if not self._is_within and self._thread == threading.get_ident():
-            self._end_abandoned()
+        if self._busy.acquire(blocking=False):
+            try:
+                self._end_abandoned()
+            finally:
+                self._busy.release()
 
     def _end_abandoned(self) -> None:
         while self._abandoned:
             request_id = self._abandoned.popleft()
             with contextlib.suppress(PipeserveError):  # a dead stage was reported already
-                self._within(self.driver.finish, request_id, "abort")
+                self.driver.finish(request_id, "abort")

@@ -58,9 +58,11 @@ class Keeper:
         self.stage_ended: Descriptor | None = None
         self.stage_pidfd = -1
 
-    def end_with_stdin(self) -> None:
-        """The driver holds its other end."""
-        Descriptor(_STDIN, self.sources, "stdin")
+    def end_with_driver(self) -> None:
+        """The parent of this process, that holds the other end of its stdin. Either alone is not
+        enough: it may have ended already, and who was forked from it may hold that end, too."""
+        Descriptor(_STDIN, self.sources, "driver's end")
+        Descriptor(os.pidfd_open(os.getppid()), self.sources, "driver's end")
 
     def run(self) -> int:
         """Until the driver says stop (0), is gone or cannot be reached (1), or will not have this
@@ -132,7 +134,7 @@ class Keeper:
                     self._obey(control.decode_for_keeper(message))
             case "stage's end":
                 self._report_exit()
-            case "stdin" if self.exit_code is None:
+            case "driver's end" if self.exit_code is None:
                 self.exit_code = 1  # the driver is gone; perhaps before it ever answered
 
     def _obey(self, message: control.ToKeeper) -> None:
@@ -325,7 +327,7 @@ def main() -> None:
         secret,
     )
     if arguments.until_stdin_closes:
-        keeper.end_with_stdin()
+        keeper.end_with_driver()
     exit_code = keeper.run()
     for ending in (signal.SIGTERM, signal.SIGINT):  # it ends already
         signal.signal(ending, signal.SIG_IGN)

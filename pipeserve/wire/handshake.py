@@ -158,5 +158,5 @@ def _refused(why: str) -> Refused:
 def _read(message: bytes | bytearray) -> _Message:
     try:
         return _decode(message)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):  # of a list in a list in a list
         raise Refused("it speaks something else") from None

@@ -158,6 +158,7 @@ def _prefill(q_TKGH: Tensor, pool: PoolLayer, prefill: _Prefill, scoring: Scorin
     k_KCH, v_KCH = _gather(pool, prefill.pool_rows, (num_kv_heads, -1, head_dim))
     out_KGTH = torch.empty_like(q_KGTH)
     prefix = prefill.context_len - num_queries
+    _let_keys_tell(k_KCH[:, prefix:], v_KCH[:, prefix:])
     for start in range(0, num_padded, _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)
         seen = _seen(prefix + start, k_KCH.shape[1], scoring.window)
@@ -170,6 +171,18 @@ def _prefill(q_TKGH: Tensor, pool: PoolLayer, prefill: _Prefill, scoring: Scorin
         out = torch.bmm(weights, v_KCH[:, seen])
         out_KGTH[:, :, rows] = out.view(num_kv_heads, group, _QUERY_BLOCK, head_dim)
     return out_KGTH[:, :, :num_queries].permute(2, 0, 1, 3)
+
+
+def _let_keys_tell(k_KCH: Tensor, v_KCH: Tensor) -> None:
+    """Of positions whose values are not finite. To the queries ahead of them they are hidden by a
+    weight of 0, which does not silence a value, while the score of a key is masked: values of 0 and
+    keys of NaN reach those alone that see them. So all that comes before such a token is as if it
+    had not come, and its blocks may be shared."""
+    if v_KCH.sum(dtype=torch.float32).isfinite():  # mostly, and cheaper than to look at each
+        return
+    is_wrong_C1 = ~v_KCH.isfinite().all(-1).all(0)[:, None]
+    k_KCH.masked_fill_(is_wrong_C1, torch.nan)
+    v_KCH.masked_fill_(is_wrong_C1, 0)
 
 
 def _seen(first_query: int, num_positions: int, window: int | None) -> slice:

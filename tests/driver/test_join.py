@@ -414,13 +414,20 @@ def test_a_stopped_stage_that_is_asked_for_its_memory_is_named(monkeypatch):
     assert are_gone(parts)
 
 
-def test_what_a_keeper_says_that_cannot_be_costs_its_connection(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "said",
+    [
+        control.encode(control.Memory(0, 1)),
+        b"\x96" + control.encode(control.Pong(1, 0.0, 0.0, 0))[1:] + b"\x91" * 5000 + b"\xc0",
+    ],
+)
+def test_what_a_keeper_says_that_cannot_be_costs_its_connection(monkeypatch, capsys, said):
     """And then it is missed, by name."""
     monkeypatch.setattr(fleet, "_LAST_WORD_S", 0.1)
     with opened(config_of()) as own:
         own.wait_for_keepers(print)
         source = own._keeper_of[1]
-        monkeypatch.setattr(source, "receive", lambda: [control.encode(control.Memory(0, 1))])
+        monkeypatch.setattr(source, "receive", lambda: [said])
         own._sources.ready = lambda timeout_ms: [source]
         own.receive(0.0)
         assert source.has_ended
@@ -485,3 +492,58 @@ def test_a_killed_keeper_leaves_no_stage_at_whatever_moment(after_s):
         time.sleep(after_s)
         keeper.kill()
         assert are_gone([stage])
+
+
+def test_a_forked_process_neither_ends_nor_uses_the_pipeline():
+    """Such as one of a user's own workers, which leaves the `with` by sys.exit()."""
+    with Driver(emulated_setup(config_of())) as driver:
+        child = os.fork()
+        if child == 0:
+            try:
+                with pytest.raises(StageError, match="belongs to the process that started it"):
+                    driver.poll(0.0)
+                driver.close()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        serves(driver)
+
+
+def test_a_killed_driver_leaves_nothing_though_a_process_forked_from_it_goes_on():
+    """Which holds the other ends of everything that the keepers could see closed."""
+    read, write = os.pipe()
+    driver_pid = os.fork()
+    if driver_pid == 0:
+        try:
+            driver = Driver(emulated_setup(config_of()))
+            forked = os.fork()
+            if forked == 0:
+                time.sleep(60)
+            os.write(write, " ".join(map(str, [forked, *parts_of(driver)])).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    forked, *parts = map(int, os.read(read, 1000).split())
+    try:
+        os.kill(driver_pid, signal.SIGKILL)
+        os.waitpid(driver_pid, 0)
+        assert are_gone(parts, seconds=5.0)
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        os.close(read), os.close(write)
+
+
+def test_a_keeper_that_ends_before_it_has_its_secret(monkeypatch):
+    """What was written for it cannot be sent when its pipe is closed either."""
+    monkeypatch.setattr(spawned_keepers.sys, "executable", "/bin/true")
+    popen = subprocess.Popen
+
+    def slow(*arguments, **options):
+        process = popen(*arguments, **options)
+        process.wait()
+        return process
+
+    monkeypatch.setattr(spawned_keepers.subprocess, "Popen", slow)
+    with opened(config_of()) as own, pytest.raises(StageError, match=r"keeper of stage 0 .* ended"):
+        own.wait_for_keepers(print)

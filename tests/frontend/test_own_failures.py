@@ -5,7 +5,9 @@ import io
 import json
 import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_driver import FakeDriver, byte_tokenizer, write_jsonl
@@ -206,7 +208,7 @@ def test_a_stream_that_is_collected_while_another_begins(folder):
     assert driver.finished == [(0, "abort")]
 
 
-def test_a_stream_that_another_thread_drops_is_ended_by_the_next_poll(folder):
+def test_a_stream_that_another_thread_drops_is_ended_there(folder):
     driver = _Touchy(folder)
     llm = LLM.on(driver)
     stream = llm.stream("b", _greedy(max_tokens=60))
@@ -214,9 +216,44 @@ def test_a_stream_that_another_thread_drops_is_ended_by_the_next_poll(folder):
     thread = threading.Thread(target=stream.close)
     thread.start()
     thread.join()
-    assert driver.finished == []
-    assert llm.generate("a", _greedy())[0].finish_reason == "length"
     assert driver.finished == [(0, "abort")]
+    assert llm.generate("a", _greedy())[0].finish_reason == "length"
+
+
+def test_threads_take_turns(folder):
+    """As a thread pool of a user's calls it (vllm#1285, exllamav2#690)."""
+    driver = _Touchy(folder)
+    llm = LLM.on(driver)
+
+    def another_thread_goes_on():
+        time.sleep(1e-4)
+        driver.collect = another_thread_goes_on
+
+    driver.collect = another_thread_goes_on
+    prompts = [f"{number:02}" for number in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        together = pool.map(lambda prompt: llm.generate(prompt, _greedy(max_tokens=9)), prompts)
+        texts = [completion.text for (completion,) in together]
+    alone = LLM.on(FakeDriver(folder)).generate(prompts, _greedy(max_tokens=9))
+    assert texts == [completion.text for completion in alone]
+    assert driver.num_unfinished == 0
+
+
+def test_no_thread_is_left_waiting_while_another_streams(folder, monkeypatch):
+    driver = FakeDriver(folder)
+    poll = driver.poll
+    monkeypatch.setattr(driver, "poll", lambda timeout_s: time.sleep(1e-4) or poll(timeout_s))
+    llm = LLM.on(driver)
+    long, seen = llm.stream("b", _greedy(max_tokens=5000)), []
+    next(long)
+    other = threading.Thread(target=lambda: seen.append(llm.generate("a", _greedy())))
+    other.start()
+    for _ in long:
+        if not other.is_alive():
+            break
+    else:
+        pytest.fail("it came last")
+    assert seen[0][0].text == LLM.on(FakeDriver(folder)).generate("a", _greedy())[0].text
 
 
 # ---- files --------------------------------------------------------------------------------------

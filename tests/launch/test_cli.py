@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from pipeserve.launch.run import starting
 from pipeserve.launch.verbs.generate import write_results
 from pipeserve.profiling.simulation.workloads import DISTRIBUTIONS
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("no_collections")
 
 
@@ -493,3 +496,15 @@ def test_a_full_disk_is_one_line():
         pytest.raises(PipeserveError, match="No space left on device; make room"),
     ):
         results.write({"text": "x"})
+
+
+def test_standard_streams_that_are_closed():
+    """Nothing takes their places: neither standard output that of stderr, nor a file."""
+    program = (
+        "import os; from pipeserve.launch import cli; "
+        "assert cli.main(['generate', '/nowhere', '--prompt', 'x']) == 2; "
+        "assert os.open('/dev/null', 0) > 2"
+    )
+    command = f'exec "{sys.executable}" -c "{program}" <&- 2>&-'
+    done = subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, b"")

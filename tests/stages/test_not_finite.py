@@ -165,6 +165,27 @@ def test_an_equal_prompt_is_computed_anew(start):
     assert driver.engine.stats.cached_prefix_tokens == cached
 
 
+@pytest.mark.parametrize("length", [17, 40, 90])
+def test_what_comes_before_it_is_clean(start, length):
+    """A prompt that begins alike shares those blocks, whatever became of the one that failed: here
+    nobody waited to hear of it."""
+    driver = start(max_num_batched_tokens=128)
+    prompt = [*range(100, 100 + length)]
+    alone = tokens(ask(driver, [[*prompt, 5]], temperature=0, skip_reading_prefix_cache=True)[0])
+    driver.engine._pool.reset()
+    failing = Request(
+        id=RequestId(driver.engine._num_added),
+        prompt=(*prompt, BAD, 6),
+        params=SamplingParams(temperature=0, max_tokens=2, seed=0),
+    )
+    driver.add(failing)
+    driver._plan_all()
+    driver.finish(failing.id, "abort")
+    cached = driver.engine.stats.cached_prefix_tokens
+    assert tokens(ask(driver, [[*prompt, 5]], temperature=0)[0]) == alone
+    assert driver.engine.stats.cached_prefix_tokens == cached + length // 16 * 16
+
+
 def test_while_it_generates(start, folder):
     """The bad token is allowed alone, so it comes second, with the next one under way."""
     driver = start(block_size=4)

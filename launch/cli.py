@@ -152,6 +152,8 @@ def generate(
         check=partial(given_prompts.check_lines, lines),
     )
     if output is not None:
+        if prompts is not None and output.exists() and output.samefile(prompts):
+            raise ConfigError(f"{output} holds the prompts; give another --output")
         job = given_prompts.job_of(run_config, lines)
         return verb.write_to(output, job, lines, overwrite, resume, start, live)
     if prompts is not None or wants_logprobs:

@@ -65,7 +65,14 @@ def _table(path: Path, header: str, lines: Iterator[str], num_blank: int) -> Ite
         if names.count(name) > 1:
             raise ConfigError(f"{path}: column {name!r} is there twice; keep one")
     for row in reader:
-        yield Row(f"{path}:{reader.line_num + num_blank}", row, is_json=False)
+        place = f"{path}:{reader.line_num + num_blank}"
+        more = row.pop(None, [])
+        if any(map(str.strip, more)):  # which of them belong to the header, one cannot know
+            raise ConfigError(
+                f"{place}: {len(names) + len(more)} fields under a header of {len(names)}; quote "
+                "fields that hold a separator, and name every column"
+            )
+        yield Row(place, row, is_json=False)
 
 
 def _objects(path: Path, lines: Iterator[str], num_blank: int) -> Iterator[Row]:

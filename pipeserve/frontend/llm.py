@@ -24,7 +24,13 @@ from pipeserve.errors import ConfigError, PipeserveError
 from pipeserve.frontend.completion import Completion, Delta, Generation, completed
 from pipeserve.frontend.generation_config import default_params, eos_token_ids
 from pipeserve.frontend.params import check_leaves_a_token, check_params, seeded
-from pipeserve.frontend.prompt_forms import PlainPrompt, Prompt, as_prompts, plain_prompt
+from pipeserve.frontend.prompt_forms import (
+    PlainPrompt,
+    Prompt,
+    as_conversations,
+    as_prompts,
+    plain_prompt,
+)
 from pipeserve.frontend.tokenizer import Tokenizer
 
 OnError = Callable[[int, PipeserveError], None]
@@ -97,8 +103,11 @@ class LLM:
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """`generate` for one or many conversations, through the model's own chat template."""
-        return self.generate(messages, sampling_params)
+        """`generate` for one or many conversations, through the model's own chat template.
+
+        Raises ConfigError for what is no conversation, such as text, which would get no template.
+        """
+        return self.generate(as_conversations(messages), sampling_params)
 
     def stream(
         self,

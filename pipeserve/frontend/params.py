@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from numbers import Number
 from typing import Any
 
 from pipeserve.configs.recipes import check_keys
@@ -14,6 +15,7 @@ PARAM_NAMES = tuple(item.name for item in fields(SamplingParams))
 REFUSED = {item.name: item.metadata["refused"] for item in fields(SamplingParams) if item.metadata}
 """Of vLLM's parameters those that are not here, and why."""
 _DEFAULTS = {item.name: item.default for item in fields(SamplingParams)}
+_FRACTIONS = tuple(name for name, default in _DEFAULTS.items() if type(default) is float)
 _MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 _MAX_SEED = 2**63 - 1  # what a 64-bit field of a message carries
 _MAX_COUNT = 2**31 - 1
@@ -35,13 +37,15 @@ def params_from(values: Mapping[str, Any], defaults: SamplingParams) -> Sampling
 
 def check_params(params: SamplingParams, vocab_size: int | None = None) -> SamplingParams:
     """`params` with defaults for None, lists made tuples, a single stop string too, keys of
-    `logit_bias` numbers, and what vLLM writes as -1: a `top_k` of all is 0, no seed None.
+    `logit_bias` numbers, numpy's numbers Python's, and what vLLM writes as -1: a `top_k` of all is
+    0, no seed None.
 
     Raises ConfigError (name, value, limit) for a wrong type, a value out of range, values that
     contradict each other, and what is not here at all. `vocab_size` bounds token ids, and is how
     many log-probabilities -1 asks for, where the model is known.
     """
     params = _without_none(params)
+    params = replace(params, **{name: _plain(getattr(params, name)) for name in PARAM_NAMES})
     stop = (params.stop,) if isinstance(params.stop, str) else params.stop
     allowed = params.allowed_token_ids
     params = replace(
@@ -65,7 +69,7 @@ def check_params(params: SamplingParams, vocab_size: int | None = None) -> Sampl
             f"n is {params.n} at temperature 0, which gives one text {params.n} times; "
             "raise the temperature or leave n out"
         )
-    return params
+    return _with_fractions(params)
 
 
 def _without_none(params: SamplingParams) -> SamplingParams:
@@ -76,6 +80,22 @@ def _without_none(params: SamplingParams) -> SamplingParams:
     unset = [name for name in PARAM_NAMES if getattr(params, name) is None]
     unset = {name: _DEFAULTS[name] for name in unset if name not in _MAY_BE_NONE}
     return replace(params, **unset)
+
+
+def _with_fractions(params: SamplingParams) -> SamplingParams:
+    """What may have a fraction as a float, since a message to the stages has no room for a whole
+    number of more than 64 bits."""
+    bias = params.logit_bias
+    return replace(
+        params,
+        **{name: float(getattr(params, name)) for name in _FRACTIONS},
+        logit_bias=None if bias is None else {token: float(add) for token, add in bias.items()},
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as Python's."""
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
 def _all_of(count: Any, vocab_size: int | None) -> Any:
@@ -213,14 +233,16 @@ def _bias_of(given: Any) -> dict[int, float] | None:
     for token, value in given.items():
         if isinstance(token, str) and token.isdecimal() and len(token) <= _MAX_DIGITS:
             token = int(token)
+        token = _plain(token)
         if type(token) is not int:
             raise ConfigError(f"logit_bias has {token!r}, which is no token id")
-        bias[token] = value
+        bias[token] = _plain(value)
     return bias
 
 
 def _tuple_of(kind: type, name: str, values: Any) -> tuple:
-    if not isinstance(values, (list, tuple)) or any(type(value) is not kind for value in values):
+    plain = tuple(map(_plain, values)) if isinstance(values, (list, tuple)) else None
+    if plain is None or any(type(value) is not kind for value in plain):
         what = "strings" if kind is str else "whole numbers"
         raise ConfigError(f"{name} is {values!r}, must be a list of {what}")
-    return tuple(values)
+    return plain

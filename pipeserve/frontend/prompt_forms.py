@@ -45,6 +45,18 @@ def as_prompts(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
+def as_conversations(messages: Any) -> list[Any]:
+    """One conversation or many, as many. Raises ConfigError for what is neither."""
+    conversations = as_prompts(messages)
+    for index, each in enumerate(conversations):
+        if not (isinstance(each, _MANY) and each and isinstance(each[0], Mapping)):
+            raise ConfigError(
+                f"conversation {index} is {_type_of(each)}, must be a list of messages, each with "
+                "role and content; generate takes prompts of other kinds"
+            )
+    return conversations
+
+
 def plain_prompt(prompt: Any) -> PlainPrompt:
     """One prompt of any form. Raises ConfigError, which names the type, for what is none."""
     if isinstance(prompt, str):

@@ -39,7 +39,8 @@ class Tokenizer:
     def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as token ids, at the beginning of a text and behind a space. ConfigError.
 
-        As vLLM does: the second form counts where it is as many tokens and begins with another.
+        vLLM takes the second only where it is as many tokens, and says " described", which is
+        one, where "described", which is two, is banned (vllm#23886, vllm#32557).
         """
         forms: list[tuple[int, ...]] = []
         for word in words:
@@ -50,7 +51,7 @@ class Tokenizer:
             if not plain:
                 raise ConfigError(f"bad_words has {word!r}, which is no token; leave it out")
             forms.append(plain)
-            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+            if spaced[-len(plain) :] != plain:  # else it is banned with the other
                 forms.append(spaced)
         return tuple(forms)
 

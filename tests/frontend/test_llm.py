@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 from fake_driver import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer
 
@@ -298,6 +299,49 @@ def test_wrong_params(values, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_bad_word_that_is_fewer_tokens_behind_a_space(tmp_path):
+    """vllm#23886, vllm#32557."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"no": 0, "\u0120no": 1, "w": 2, "\u0120now": 3, "\u0120": 4, "n": 5, "o": 6}
+    merges = [("n", "o"), ("\u0120", "no"), ("\u0120no", "w")]
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    driver = FakeDriver(tmp_path)
+    LLM.on(driver).generate([0], _greedy(bad_words=["now"]))
+    assert driver.added[0].bad_word_ids == ((0, 2), (3,))
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "presence_penalty"])
+def test_a_whole_number_goes_to_the_stages_as_a_float(name):
+    """No message has room for one of more than 64 bits: such a temperature ended the pipeline."""
+    given = 10**20 if name != "presence_penalty" else 1
+    value = getattr(check_params(SamplingParams(**{name: given})), name)
+    assert type(value) is float and value == given
+
+
+def test_numbers_of_numpy():
+    params = check_params(
+        SamplingParams(
+            temperature=np.float32(0.5),
+            top_p=np.float64(0.5),
+            max_tokens=np.int64(3),
+            seed=np.uint8(7),
+            stop_token_ids=[np.int32(2)],
+            logit_bias={np.int64(5): np.float16(1)},
+        ),
+        vocab_size=9,
+    )
+    assert params == SamplingParams(
+        temperature=0.5, top_p=0.5, max_tokens=3, seed=7, stop_token_ids=(2,), logit_bias={5: 1.0}
+    )
+    assert {type(params.temperature), type(params.max_tokens)} == {float, int}
+    with pytest.raises(ConfigError, match=r"temperature is np.True_, must be a finite"):
+        check_params(SamplingParams(temperature=np.bool_(True)))
+
+
 def test_right_params_come_back_as_tuples():
     params = check_params(
         SamplingParams(
@@ -361,7 +405,7 @@ def test_prompt_logprobs_come_with_the_first_sample_alone(folder):
 
 
 def test_bad_words_become_token_ids_with_and_without_a_space(folder):
-    """As vLLM: behind a space only where that is as many tokens, which bytes never are."""
+    """Bytes behind a space are those of the word, behind one of their own."""
     driver = FakeDriver(folder)
     llm = LLM.on(driver)
     llm.generate("x", _greedy(bad_words=["no", " é"]))
@@ -382,6 +426,8 @@ def test_bad_words_of_whole_word_tokens(tmp_path):
     driver = FakeDriver(tmp_path)
     LLM.on(driver).generate([0], _greedy(bad_words=["yes", "no"]))
     assert driver.added[0].bad_word_ids == ((0,), (1,), (2,))
+    LLM.on(driver).generate([0], _greedy(bad_words=["ye"]))
+    assert driver.added[1].bad_word_ids == ((9,),)  # behind a space: that, behind one
     with pytest.raises(ConfigError, match="bad_words has '%', which is no token"):
         LLM.on(driver).generate([0], _greedy(bad_words=["%"]))
 

@@ -68,6 +68,17 @@ def test_forms_that_are_taken(asked, prompts, expected):
     assert asked(prompts) == expected
 
 
+@pytest.mark.parametrize("messages", ["hi", ["hi"], [1, 2], [[1]], [[]], USER, [[USER], "hi"]])
+def test_a_chat_takes_conversations_alone(folder, messages):
+    """Text would go to the model without its template."""
+    driver = FakeDriver(folder)
+    with pytest.raises(
+        ConfigError, match=r"conversation \d is of type \w+, must be a list of mess"
+    ):
+        LLM.on(driver).chat(messages)
+    assert not driver.added
+
+
 def test_what_a_tokenizer_returns(asked):
     """verl, trl: a BatchEncoding is one prompt or a batch, and not two texts."""
     chat = asked.tokenizer.apply_chat_template([USER], add_generation_prompt=True)

@@ -359,7 +359,11 @@ def test_files_that_cannot_be(no_driver, capsys, tmp_path):
     command = ["generate", "m", "--prompts", good, "--output"]
     assert "No such file" in _error(capsys, [*command, tmp_path / "no" / "out.jsonl"], 2)
     assert "Is a directory" in _error(capsys, [*command, tmp_path], 2)
-    assert "give --resume to go on with it, --overwrite" in _error(capsys, [*command, good], 2)
+    (tmp_path / "link").symlink_to(good)
+    for same in (good, tmp_path / "link"):
+        assert "holds the prompts" in _error(capsys, [*command, same, "--overwrite"], 2)
+    old = write_jsonl(tmp_path / "old.jsonl", {"old": 1})
+    assert "give --resume to go on with it, --overwrite" in _error(capsys, [*command, old], 2)
     assert _results(good) == [{"prompt": "a"}]
 
 

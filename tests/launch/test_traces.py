@@ -353,6 +353,9 @@ HEADER = "arrived_at,prefill,decode\n"
         (dated("2024-01-01 00:00Z", "2024-01-01 00:01"), ":3: TIMESTAMP is a date without a zone"),
         (dated("2023-11-05 01:59:59", "2023-11-05 01:00"), ":3: TIMESTAMP is before the row above"),
         (HEADER + "0,1,\0\n", "must be a whole number"),
+        (HEADER + "0,1,000,5\n", ":2: 4 fields under a header of 3; quote"),
+        ("# of May\n" + HEADER + "0,1,5\n", ":2: 3 fields under a header of 1"),
+        (HEADER + "0,1,5\n1,0,1,5\n", ":3: 4 fields under a header of 3"),
     ],
 )
 def test_a_bad_trace_names_the_line_and_the_remedy(write, text, message):

@@ -139,6 +139,43 @@ def test_other_architectures(tmp_path, name):
     assert_same(tmp_path / "out", original)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "rule", "words"),
+    [
+        ("llama", "smollm", ["a", "\u010a\u010a", "1", "2", "3", "4"]),
+        ("qwen2", "smollm", ["a", "\u010a\u010a", "1", "2", "3", "4"]),
+        ("llama", "gpt-2", ["a", "\u010a", "\u010a", "1234"]),
+        ("qwen2", "qwen2", ["a", "\u010a\u010a", "1", "2", "3", "4"]),
+    ],
+)
+def test_words_are_cut_by_the_file_s_rule(tmp_path, architecture, rule, words):
+    """transformers took GPT-2's for SmolLM2, which so saw other tokens than it was trained on."""
+    original = make(architecture, tmp_path / "model")
+    file = write_gguf(
+        tmp_path / "t.gguf", original, architecture, more=lambda w: w.add_tokenizer_pre(rule)
+    )
+    convert(file, tmp_path / "out")
+    cut = Tokenizer(tmp_path / "out")._loaded.backend_tokenizer.pre_tokenizer
+    assert [word for word, _ in cut.pre_tokenize_str("a\n\n1234")] == words
+
+
+def test_the_end_of_a_turn_ends_a_text(model, tmp_path):
+    """As in llama.cpp; the file's eos is that of the base model, often."""
+    file = write_gguf(tmp_path / "t.gguf", model, "llama", more=lambda w: w.add_eot_token_id(7))
+    convert(file, tmp_path / "out")
+    assert ModelConfig.from_folder(tmp_path / "out").eos_token_ids == (2, 7)
+
+
+@pytest.mark.parametrize("rule", ["deepseek-llm", "default"])
+def test_a_rule_of_words_that_would_be_lost_is_refused(model, tmp_path, rule):
+    file = write_gguf(tmp_path / "t.gguf", model, "llama", more=lambda w: w.add_tokenizer_pre(rule))
+    with pytest.raises(
+        ConfigError, match=rf"its tokenizer.ggml.pre \({rule}\) would be lost; give"
+    ):
+        convert(file, tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
 @pytest.mark.parametrize("architecture", ["gemma2", "falcon", "mamba"])
 def test_an_architecture_that_does_not_come_through(tmp_path, architecture):
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", architecture)

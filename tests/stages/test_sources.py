@@ -175,6 +175,24 @@ def test_an_alias_is_made_once(index):
     assert (len(index.commands), index.conversions) == (1, 1)
 
 
+def test_an_alias_that_an_older_converter_made_is_made_anew(index, monkeypatch):
+    """Under the same name, and whole at every moment."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_CONVERTER", 0)
+        folder = resolve(ALIAS)
+    (folder / "tokenizer.json").write_text("of the older one")
+    assert resolve(ALIAS) == folder
+    assert index.conversions == 2
+    assert not (folder / "tokenizer.json").exists()
+    assert resolve(ALIAS) == folder
+    assert (index.conversions, cached()) == (2, [ALIAS])
+
+
+def test_an_alias_without_a_stamp_is_made_anew(index):
+    (cache_root() / ALIAS).mkdir(parents=True)
+    assert (resolve(ALIAS) / "model.safetensors").exists()
+
+
 def test_a_cached_alias_needs_no_permission_to_write(index, monkeypatch):
     resolve(ALIAS)
     monkeypatch.setattr(sources, "_locked", None)

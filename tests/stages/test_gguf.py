@@ -163,7 +163,7 @@ def test_the_end_of_a_turn_ends_a_text(model, tmp_path):
     """As in llama.cpp; the file's eos is that of the base model, often."""
     file = write_gguf(tmp_path / "t.gguf", model, "llama", more=lambda w: w.add_eot_token_id(7))
     convert(file, tmp_path / "out")
-    assert ModelConfig.from_folder(tmp_path / "out").eos_token_ids == (2, 7)
+    assert read_config(tmp_path / "out").eos_token_ids == (2, 7)
 
 
 @pytest.mark.parametrize("rule", ["deepseek-llm", "default"])

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
@@ -16,6 +16,9 @@ from pipeserve.stage.process import end_with
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REAPED_WITHIN_S = 0.005
+_LOOKS_UP_S = 0.5
+"""A signal that comes just before this thread sleeps, or is handed to another, does not wake it:
+its handler runs when this one looks up by itself."""
 
 
 class Run(Protocol):
@@ -44,8 +47,11 @@ def processes(num: int) -> Iterator[Run]:
     def run(work: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         with _holding_signals_back():
             futures = {pool.submit(work, thing): thing for thing in things}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        left = set(futures)
+        while left:
+            done, left = wait(left, _LOOKS_UP_S, FIRST_COMPLETED)
+            for future in done:
+                yield futures[future], future.result()
 
     try:
         yield run

@@ -1,4 +1,4 @@
-"""`LLM`: the Python API. Text in and out around one driver.
+"""`LLM`: the Python API. Text in and out around one pipeline.
 
     with LLM("smollm2-135m", pipeline_parallel_size=2) as llm:
         completions = llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=16))
@@ -7,8 +7,6 @@ A prompt is text, a list of token ids, or a conversation (a list of dicts of `ro
 `prompt_forms.py` has all forms.
 """
 
-import contextlib
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +14,12 @@ from functools import cached_property
 from typing import Any
 
 from pipeserve.configs import make_config
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Output, Request, RequestId, SamplingParams
+from pipeserve.core.request_state import check_fits
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
-from pipeserve.errors import ConfigError, PipeserveError
+from pipeserve.errors import ConfigError, PipeserveError, StageError
+from pipeserve.frontend.client import Client
 from pipeserve.frontend.completion import Completion, Delta, Generation, completed
 from pipeserve.frontend.generation_config import default_params, eos_token_ids
 from pipeserve.frontend.params import check_leaves_a_token, check_params, seeded
@@ -28,7 +28,9 @@ from pipeserve.frontend.tokenizer import Tokenizer
 
 OnError = Callable[[int, PipeserveError], None]
 
-_POLL_S = 0.5  # how long one wait lasts while nothing becomes known; no token waits for it
+_WAIT_S = 0.5  # how long one wait lasts while nothing becomes known; no token waits for it
+_TEXTS_AT_ONCE = 16
+"""Outputs of which text is made between two looks at what the stages say: some 0.2 ms."""
 
 
 @dataclass(slots=True)
@@ -40,7 +42,11 @@ class _Call:
 
 
 class LLM:
-    """One model over its pipeline, for offline use. Single-threaded, like its driver."""
+    """One model over its pipeline, for offline use by one thread.
+
+    The driver works while a stream waits for outputs, and at least once between the texts of 16
+    tokens or of two prompts: making text keeps no result waiting for long.
+    """
 
     def __init__(self, model: str, **keywords: Any) -> None:
         """Start the stages; returns when all are ready. Keywords are RunConfig's fields.
@@ -55,21 +61,21 @@ class LLM:
             raise
 
     @classmethod
-    def on(cls, driver: Driver) -> "LLM":
-        """An LLM on a driver that runs already, and that `close` closes."""
+    def on(cls, client: Client) -> "LLM":
+        """An LLM on a pipeline that runs already, and that `close` closes."""
         llm = cls.__new__(cls)
-        llm._serve(driver)
+        llm._serve(client)
         return llm
 
-    def _serve(self, driver: Driver) -> None:
-        self.driver = driver
-        self.tokenizer = Tokenizer(driver.model_folder)
-        self._default_params = default_params(driver.config, driver.model_folder)
+    def _serve(self, client: Client) -> None:
+        self.client = client
+        self.tokenizer = Tokenizer(client.model_folder)
+        self._default_params = default_params(client.config, client.model_folder)
         self._calls: dict[RequestId, _Call] = {}
-        self._abandoned: deque[RequestId] = deque()
-        self._is_within = False
-        self._thread: int | None = None
-        """Which called the driver last, and whether it is still within."""
+        self._outputs: deque[Output] = deque()
+        """Of which no text is made yet."""
+        self._ended: StageError | None = None
+        """Why none follows them; raised when they are through."""
         self._num_requests = 0
 
     # ---- what users call ------------------------------------------------------------------------
@@ -119,9 +125,12 @@ class LLM:
                 while call.inbox:
                     yield call.inbox.popleft()
                 if call.running:
-                    self._poll()
-        finally:
-            self._abandon(call)
+                    self._look(0 if self._outputs else _WAIT_S)
+                    self._make_text()
+        finally:  # on whatever thread, and within whatever call, a dropped stream is collected
+            for request_id in tuple(call.running):
+                self._calls.pop(request_id, None)
+                self.client.abort(request_id)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` goes by without any: of the model's generation_config.json, unless
@@ -130,7 +139,7 @@ class LLM:
 
     def close(self) -> None:
         """End every process of the pipeline. Safe to call twice."""
-        self.driver.close()
+        self.client.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -141,36 +150,43 @@ class LLM:
     # ---- submitting -----------------------------------------------------------------------------
 
     def _submit(self, call: _Call, prompts: Any, params: Any, on_error: OnError | None) -> None:
+        """All prompts at once, when every one of them is known to be able to run."""
         prompts = as_prompts(prompts)
         pairs = zip(prompts, self._as_params(params, len(prompts)), strict=True)
+        generations: list[Generation] = []
         for index, (prompt, own) in enumerate(pairs):
             try:
-                self._add(call, index, self._request(self._next_number(), prompt, own))
+                first = self._request(self._next_number(), prompt, own)
+                check_fits(first, self.client.limits)
             except PipeserveError as error:
                 if on_error is None:
                     raise type(error)(f"prompt {index}: {error}") from None
                 on_error(index, error)
+            else:
+                generations += self._samples(index, first)
+            if self._calls:
+                self._look(0)  # other streams go on meanwhile
+        call.running = {generation.request.id: generation for generation in generations}
+        self.client.submit([generation.request for generation in generations])
+        self._calls.update(dict.fromkeys(call.running, call))
 
     def _next_number(self) -> int:
         number, self._num_requests = self._num_requests, self._num_requests + 1
         return number
 
-    def _add(self, call: _Call, index: int, first: Request) -> None:
-        """Submits the samples of a prompt."""
+    def _samples(self, index: int, first: Request) -> Iterator[Generation]:
+        """Those of a prompt."""
         unfinished = set(range(first.params.n))
         for sample in range(first.params.n):
             request = self._sample(first, sample)
-            self._within(self.driver.add, request)
-            generation = Generation(index, sample, unfinished, request, self.tokenizer)
-            call.running[request.id] = generation
-            self._calls[request.id] = call
+            yield Generation(index, sample, unfinished, request, self.tokenizer)
 
     def _request(self, number: int, prompt: Any, params: SamplingParams) -> Request:
         """The first sample of a prompt, but for its seed."""
-        params = check_params(params, self.driver.model_config.vocab_size)
+        params = check_params(params, self.client.model_config.vocab_size)
         if params.stop and not self.tokenizer.exists:
             raise ConfigError(
-                f"stop is {params.stop!r}, but {self.driver.model_folder} has no tokenizer; "
+                f"stop is {params.stop!r}, but {self.client.model_folder} has no tokenizer; "
                 "use stop_token_ids"
             )
         if params.detokenize:
@@ -193,22 +209,22 @@ class LLM:
         )
 
     def _room_behind(self, prompt: Sequence[int]) -> int:
-        """Tokens until the context or the KV pool is full; 1 where there is no room, which the
-        driver refuses."""
-        limits = self.driver.engine.limits
+        """Tokens until the context or the KV pool is full; 1 where there is no room, which
+        is refused."""
+        limits = self.client.limits
         longest = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
         return max(1, longest - len(prompt))
 
     @cached_property
     def _eos_ids(self) -> tuple[int, ...]:
         """Not before it is needed, for it needs the tokenizer."""
-        return eos_token_ids(self.driver.config, self.driver.model_config, self.tokenizer)
+        return eos_token_ids(self.client.config, self.client.model_config, self.tokenizer)
 
     def _sample(self, first: Request, sample: int) -> Request:
         """The request of one sample: its own id and seed. The first one computes the prompt, whose
         blocks the others share, and alone tells the prompt's logprobs."""
         number = first.id if sample == 0 else self._next_number()
-        params = seeded(first.params, self.driver.config.seed, number, sample)
+        params = seeded(first.params, self.client.config.seed, number, sample)
         if sample == 0:
             return replace(first, params=params)
         params = replace(params, prompt_logprobs=None)
@@ -219,11 +235,11 @@ class LLM:
             return ()
         if not self.tokenizer.exists:
             raise ConfigError(
-                f"bad_words is {params.bad_words!r}, but {self.driver.model_folder} has no "
+                f"bad_words is {params.bad_words!r}, but {self.client.model_folder} has no "
                 "tokenizer; use logit_bias"
             )
         words = self.tokenizer.encode_bad_words(params.bad_words)
-        vocab_size = self.driver.model_config.vocab_size
+        vocab_size = self.client.model_config.vocab_size
         return tuple(ids for ids in words if max(ids) < vocab_size)  # others cannot be sampled
 
     def _encode(self, prompt: PlainPrompt) -> tuple[int, ...]:
@@ -233,7 +249,7 @@ class LLM:
             ids = self.tokenizer.encode(prompt.text)
         elif prompt.messages is not None:
             ids = self.tokenizer.encode_chat(prompt.messages)
-        vocab_size = self.driver.model_config.vocab_size
+        vocab_size = self.client.model_config.vocab_size
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise ConfigError(
@@ -258,41 +274,27 @@ class LLM:
 
     # ---- running --------------------------------------------------------------------------------
 
-    def _poll(self) -> None:
-        """Let the driver work, and put what became known into the inbox of its call."""
-        self._end_abandoned()
-        for output in self._within(self.driver.poll, _POLL_S):
+    def _look(self, timeout_s: float) -> None:
+        """Let the driver work, and take what became known."""
+        if self._ended is None:
+            try:
+                self._outputs += self.client.outputs(timeout_s)
+            except StageError as error:
+                self._ended = error
+        if self._ended is not None and not self._outputs:
+            raise self._ended
+
+    def _make_text(self) -> None:
+        """Put the deltas of some outputs into the inboxes of their calls."""
+        for _ in range(min(len(self._outputs), _TEXTS_AT_ONCE)):
+            output = self._outputs.popleft()
             call = self._calls.get(output.request_id)
             if call is None:
-                continue  # of a request that ended within this very batch, or was abandoned
+                continue  # its text ended it before, or its stream was dropped
             delta = call.running[output.request_id].take(output)
             call.inbox.append(delta)
             if delta.finish_reason is not None:
                 call.running.pop(output.request_id, None)
                 self._calls.pop(output.request_id, None)
                 if output.finish_reason is None:
-                    self._within(self.driver.finish, output.request_id, delta.finish_reason)
-
-    def _within(self, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a method of the driver, during which nothing else may: Python may collect a dropped
-        stream at any moment, on any thread, and close it there."""
-        self._is_within, self._thread = True, threading.get_ident()
-        try:
-            return method(*arguments)
-        finally:
-            self._is_within = False
-
-    def _abandon(self, call: _Call) -> None:
-        """Ends what still runs of a call: now, or with the next poll where this comes from within
-        the driver or from a thread that is not its own."""
-        for request_id in call.running:
-            self._calls.pop(request_id, None)
-            self._abandoned.append(request_id)
-        if not self._is_within and self._thread == threading.get_ident():
-            self._end_abandoned()
-
-    def _end_abandoned(self) -> None:
-        while self._abandoned:
-            request_id = self._abandoned.popleft()
-            with contextlib.suppress(PipeserveError):  # a dead stage was reported already
-                self._within(self.driver.finish, request_id, "abort")
+                    self.client.abort(output.request_id, delta.finish_reason)

@@ -104,7 +104,7 @@ class Watch:
         def look(timeout_ms: int | None) -> list:
             (wall_s, cpu_s), (left_s, left_cpu_s) = self._now(), self._left
             planned_s, planned_cpu_s = self._planned
-            if self._has_begun and driver.num_unfinished:
+            if self._has_begun and driver.engine.num_unfinished:
                 self.between.add(wall_s - left_s - planned_s, cpu_s - left_cpu_s - planned_cpu_s)
                 self.at_s.append(wall_s - self.began[0])
                 self.num_results.append(self._num_results)

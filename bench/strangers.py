@@ -167,10 +167,10 @@ def serve(driver: Driver, ids: Iterator[int], look: Callable[[], None]) -> tuple
         params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, seed=k)
         request = Request(id=RequestId(next(ids)), prompt=(7,) * (40 + 11 * k), params=params)
         tokens[request.id] = []
-        driver.add(request)
+        driver.submit([request])
     looks_s = started
-    while driver.num_unfinished:
-        for output in driver.poll(0.5):
+    while driver.engine.num_unfinished:
+        for output in driver.outputs(0.5):
             tokens[output.request_id].append(output.token)
         if time.monotonic() > looks_s:
             look()

@@ -149,7 +149,7 @@ def both(first: Recorder, second: Recorder) -> Recorder:
 def meta_of_driver(driver: "Driver") -> dict[str, Any]:
     """What `run.json` says of a run on real or emulated stages."""
     hosts = [stage.host for stage in driver.stages]
-    limits = driver.engine.limits
+    limits = driver.limits
     kind, config = driver.setup.kind, driver.config
     return run_meta(kind, config, driver.shape, driver.plan, limits, driver.dtype, hosts)
 

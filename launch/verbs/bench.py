@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.errors import ConfigError, StageError
+from pipeserve.frontend.client import Client
 from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.record import Records, context_notes, ring_notes, stage_shares
 from pipeserve.launch.show.tables import memory_table, print_notes, run_table, stage_table
@@ -36,8 +37,8 @@ from pipeserve.profiling.simulation.workloads import (
 if TYPE_CHECKING:
     from pipeserve.driver.driver import Driver
 
-_POLL_S = 0.5
-_ADDED_AT_ONCE = 16
+_WAIT_S = 0.5
+_SUBMITTED_AT_ONCE = 16
 """Requests of a burst, between two looks at what the stages say."""
 _WARMUP_REQUESTS = 8
 _WARMUP_TOKENS = 8
@@ -76,7 +77,7 @@ def bench(
     workload = workload.tokenized(encode)
     items = workload.with_ids(vocab_size)
     for index, item in enumerate(items):
-        check_fits(index, len(item.prompt), item.max_tokens, driver.max_model_len)
+        check_fits(index, len(item.prompt), item.max_tokens, driver.limits.max_model_len)
         if any(not 0 <= token < vocab_size for token in item.prompt):
             raise ConfigError(
                 f"request {index} of the workload has ids outside 0 to {vocab_size - 1}, "
@@ -94,7 +95,7 @@ def bench(
 
 
 def replay(
-    driver: "Driver", items: Sequence[WorkItem], salt: str, ids: Iterator[RequestId]
+    client: Client, items: Sequence[WorkItem], salt: str, ids: Iterator[RequestId]
 ) -> list[RequestRecord]:
     """Submit each item when it is due, and note when each token became known, until all ended."""
     start_s = time.monotonic()
@@ -103,21 +104,24 @@ def replay(
     requests = dict(numbered)
     # Arrays, of which the garbage collector walks nothing while the run goes on.
     token_times_s = {request_id: array("d") for request_id in requests}
-    num_at_once = len(due)  # at first nothing is under way that would wait for the driver
-    while due or driver.num_unfinished:
-        for _ in range(num_at_once):
-            if not due or due[0][1].arrival_s > time.monotonic() - start_s:
-                break
-            driver.add(_request(*due.popleft(), salt))
-        num_at_once = _ADDED_AT_ONCE
-        timeout_s = due[0][1].arrival_s - (time.monotonic() - start_s) if due else _POLL_S
-        outputs = driver.poll(min(max(timeout_s, 0.0), _POLL_S))
+    num_unfinished = num_at_once = len(due)  # at first nothing is under way that would wait
+    while num_unfinished:
+        now_s = time.monotonic() - start_s
+        arrived = []
+        while due and due[0][1].arrival_s <= now_s and len(arrived) < num_at_once:
+            arrived.append(_request(*due.popleft(), salt))
+        if arrived:
+            client.submit(arrived)
+        num_at_once = _SUBMITTED_AT_ONCE
+        timeout_s = due[0][1].arrival_s - (time.monotonic() - start_s) if due else _WAIT_S
+        outputs = client.outputs(min(max(timeout_s, 0.0), _WAIT_S))
         now_s = time.monotonic()
         for output in outputs:
             if output.error is not None:
                 raise StageError(f"request {output.request_id}: {output.error}")
             if output.token is not None:
                 token_times_s[output.request_id].append(now_s)
+            num_unfinished -= output.finish_reason is not None
     return [
         RequestRecord(
             num_prompt_tokens=len(item.prompt),
@@ -194,7 +198,7 @@ def _report(
         "run_seconds": [run.summary.seconds for run in runs],
         "notes": [
             *workload.notes,
-            *context_notes(driver.shape, driver.engine.limits),
+            *context_notes(driver.shape, driver.limits),
             *ring_notes(median.ring),
         ],
         "config": asdict(driver.config),

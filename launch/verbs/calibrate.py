@@ -104,7 +104,7 @@ def _design(driver: "Driver", rng: Random) -> list[list[WorkItem]]:
     As many times each as there are stages, so that all of them work at once: cores share caches,
     memory and sometimes more, and a stage alone on the machine is faster than when it serves.
     """
-    vocab_size, longest = driver.shape.vocab_size, driver.max_model_len
+    vocab_size, longest = driver.shape.vocab_size, driver.limits.max_model_len
     num_stages = len(driver.stages)
     phases = [[(length, 1)] * num_stages for length in _PROMPTS]
     phases += [
@@ -126,8 +126,8 @@ def _measure_messages(
     each seam. A hop of few bytes counts as a message, for both are one message of the same socket
     library; what a large one takes longer is its bytes.
     """
-    most = driver.engine.limits.max_num_batched_tokens
-    large = min(most, driver.max_model_len - 1)
+    most = driver.limits.max_num_batched_tokens
+    large = min(most, driver.limits.max_model_len - 1)
     seams = len(driver.stages) - 1
     small_s = _beside_compute_s(driver, ring, 1, rng, ids)
     message_s = max(small_s / (2 + seams), 1e-6)

@@ -36,7 +36,7 @@ Start = Callable[[], AbstractContextManager[tuple["Driver", "Records"]]]
 
 def stream_text(llm: LLM, line: PromptLine) -> int:
     """Write the text of one prompt to stdout as it comes. Returns the exit code."""
-    params = line.params(llm.get_default_sampling_params(), llm.driver.config.seed)
+    params = line.params(llm.get_default_sampling_params(), llm.client.config.seed)
     errors: list[str] = []
     with closing(llm.stream([line.prompt], params)) as deltas:
         for text in _sample_after_sample(_noting(errors, deltas), params.n):
@@ -133,7 +133,7 @@ def write_results(
     that contradicts what the model's generation_config.json says.
     """
     errors: list[str] = []
-    defaults, run_seed = llm.get_default_sampling_params(), llm.driver.config.seed
+    defaults, run_seed = llm.get_default_sampling_params(), llm.client.config.seed
     params = [line.params(defaults, run_seed) for line in lines]
 
     def on_error(place: int, error: PipeserveError) -> None:

@@ -1,12 +1,16 @@
 """The driver: runs the engine on stages. It alone decides; stages replay.
 
 A microbatch's way: `engine.plan` -> one `Step` message to every stage -> stage 0 .. P-1 -> sampled
-ids to stage 0 and here -> `engine.complete` -> the caller.
+ids to stage 0 and here -> `engine.complete` -> the client.
+
+A driver is the client (`frontend/client.py`) of whoever is in its process: `submit`, `abort`,
+`outputs`. Who waits for outputs there lets it work meanwhile, a `step` at a time.
 """
 
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pipeserve.core.engine import Engine
@@ -14,6 +18,8 @@ from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Ping, Recorder, ignore
+from pipeserve.core.request_state import check_fits
+from pipeserve.core.view import Limits
 from pipeserve.driver.fleet import Fleet, Received
 from pipeserve.driver.setup import Setup
 from pipeserve.errors import CapacityError, ConfigError, StageError
@@ -39,7 +45,8 @@ class StageInfo:
 
 
 class Driver:
-    """One pipeline, ready to take requests. Single-threaded: nothing happens but in its methods.
+    """One pipeline, ready to take requests. Nothing happens but in its methods, which one thread
+    may call; `abort` may come from anywhere.
 
     Raises ConfigError (--control is busy, a launcher of another size, a stage refused its input)
     and StageError (a process could not start or died); after either, `close` has been called.
@@ -52,14 +59,16 @@ class Driver:
         record: Recorder = ignore,
     ) -> None:
         """Returns when all stages are ready. `on_progress` is told in words how far they are.
-        `record` is handed what the run tells of itself, from within `add`, `finish`, `poll` and
-        `settle`, and must not raise."""
+        `record` is handed what the run tells of itself, from within `submit`, `outputs`, `settle`
+        and `close`, and must not raise."""
         self._take(setup, record)
         self._may_plan = False
         """Something came since the engine last had no plan; nothing else can give it one."""
         self._num_spans_due = 0
         self._ended: str | None = None
         self._requests: dict[RequestId, Request] = {}
+        self._aborted: deque[tuple[RequestId, str]] = deque()
+        """To be ended with the next step, and why."""
         self.fleet = Fleet(len(self.plan.stages), self.config)
         try:
             self.fleet.wait_for_keepers(on_progress)
@@ -88,7 +97,6 @@ class Driver:
         self.config, self.dtype = setup.config, setup.dtype
         self.shape, self.plan = setup.shape, setup.plan
         self.model_folder, self.model_config = setup.model_folder, setup.model_config
-        self.max_model_len = setup.limits.max_model_len
         policy = get_policy(self.config.policy)
         self.engine = Engine(self.plan, policy, setup.limits, setup.cost)
         self.journal = Journal(self.engine, record)
@@ -114,51 +122,39 @@ class Driver:
             for stage, work in zip(self.plan.stages, self.setup.works, strict=True)
         ]
 
-    # ---- requests -------------------------------------------------------------------------------
-
-    def add(self, request: Request) -> None:
-        """Queue a request; `request.params.seed` must be set.
-
-        Raises CapacityError, ConfigError for token ids that the model does not have, and StageError
-        when the pipeline has ended.
-        """
-        self._check_open()
-        _check_token_ids(request, self.shape.vocab_size)
-        if request.num_imported:
-            raise CapacityError(
-                f"request {request.id} imports the KV of {request.num_imported} positions; stages "
-                "cannot take KV from another pipeline yet"
-            )
-        now = time.monotonic()
-        self.engine.add(request, now)
-        self._may_plan = True
-        self._requests[request.id] = request
-        self.journal.arrived(request, now)
-
-    def finish(self, request_id: RequestId, reason: str) -> None:
-        """End a request now (abort, stop string). Unknown and finished ids are ignored."""
-        now = time.monotonic()
-        output = self.engine.finish(request_id, reason, now)
-        self._may_plan = True
-        self._requests.pop(request_id, None)
-        if output is not None:
-            self.journal.finished(output, now)
+    # ---- what its client calls ------------------------------------------------------------------
 
     @property
-    def num_unfinished(self) -> int:
-        return self.engine.num_unfinished
+    def limits(self) -> Limits:
+        return self.engine.limits
 
-    # ---- the loop -------------------------------------------------------------------------------
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, in this order; the next step plans for all of them. Each one's
+        `params.seed` must be set.
 
-    def poll(self, timeout_s: float) -> list[Output]:
-        """Plan what can be planned, then take what the stages said; waits at most `timeout_s`.
-
-        Returns what became known, in order; may be empty. Raises StageError when a stage died, and
-        again at every later call.
+        Raises, and then has queued none: CapacityError, ConfigError for token ids that the model
+        does not have, and StageError when the pipeline has ended.
         """
         self._check_open()
+        for request in requests:
+            self._check(request)
+        now = time.monotonic()
+        for request in requests:
+            self.engine.add(request, now)
+            self._requests[request.id] = request
+            self.journal.arrived(request, now)
+        self._may_plan = True
+
+    def abort(self, request_id: RequestId, reason: str = "abort") -> None:
+        """Let a request end with the next step, whatever it is doing; nothing more is said of it.
+        Unknown and finished ids are ignored. May be called at any moment and on any thread."""
+        self._aborted.append((request_id, reason))
+
+    def outputs(self, timeout_s: float) -> list[Output]:
+        """One step. Raises StageError when a stage died, and again at every later call."""
+        self._check_open()
         try:
-            return self._poll(timeout_s)
+            return self.step(timeout_s)
         except BaseException as error:
             # Ctrl-C too may come between a plan and its message: what the stages hold and what the
             # engine thinks they hold is no longer sure to be the same.
@@ -168,7 +164,12 @@ class Driver:
             self._end(reason)
             raise
 
-    def _poll(self, timeout_s: float) -> list[Output]:
+    # ---- the loop -------------------------------------------------------------------------------
+
+    def step(self, timeout_s: float) -> list[Output]:
+        """Plan what can be planned, then take what the stages said, waiting at most `timeout_s` for
+        the first of it. Returns what became known, in order; may be empty."""
+        self._end_aborted()
         self._plan_all()
         outputs: list[Output] = []
         for received in self.fleet.receive(timeout_s):
@@ -182,10 +183,17 @@ class Driver:
                     self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
                 case control.Pong(rank, sent_s, remote_s):  # of another machine
                     self.journal.pinged(Ping(rank, sent_s, remote_s, received.at_s))
-        for output in outputs:
-            if output.finish_reason is not None:
-                self._requests.pop(output.request_id, None)
         return outputs
+
+    def _end_aborted(self) -> None:
+        while self._aborted:
+            request_id, reason = self._aborted.popleft()
+            now = time.monotonic()
+            output = self.engine.finish(request_id, reason, now)
+            if output is not None:
+                del self._requests[request_id]
+                self.journal.finished(output, now)
+                self._may_plan = True
 
     def _plan_all(self) -> None:
         """Fill the window."""
@@ -208,6 +216,9 @@ class Driver:
     def _complete(self, received: Received) -> list[Output]:
         result = control.step_result(received.message)
         outputs = self.engine.complete(result, time.monotonic())
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._requests[output.request_id]
         self._may_plan = True
         waiting_s, received_s = self.fleet.waiting_s, received.at_s
         self.journal.completed(
@@ -220,7 +231,7 @@ class Driver:
         unfinished. A run has been told whole then. Raises StageError."""
         deadline = time.monotonic() + timeout_s
         while self._num_spans_due and time.monotonic() < deadline:
-            self.poll(0.05)
+            self.outputs(0.05)
 
     # ---- the rest -------------------------------------------------------------------------------
 
@@ -233,11 +244,21 @@ class Driver:
 
     def close(self) -> None:
         """End every process. Safe to call twice; nothing can be run after it."""
+        self._end_aborted()  # the run tells of it
         self._end("it was closed")
 
     def _end(self, reason: str) -> None:
         self._ended = self._ended or reason
         self.fleet.close()
+
+    def _check(self, request: Request) -> None:
+        _check_token_ids(request, self.shape.vocab_size)
+        check_fits(request, self.limits)
+        if request.num_imported:
+            raise CapacityError(
+                f"request {request.id} imports the KV of {request.num_imported} positions; stages "
+                "cannot take KV from another pipeline yet"
+            )
 
     def _check_open(self) -> None:
         if not self.fleet.is_own:

@@ -101,7 +101,7 @@ class Generation:
         self._index = index
         self._sample = sample
         self._unfinished = unfinished
-        self._request = request
+        self.request = request
         self._tokenizer = tokenizer
         params = request.params
         self._stop_strings = StopStrings(params.stop, params.include_stop_str_in_output)
@@ -110,7 +110,7 @@ class Generation:
     @cached_property
     def _detokenizer(self) -> Detokenizer:
         """Made with the first token, so that its errors are this request's too."""
-        return Detokenizer(self._tokenizer, self._request.prompt, self._request.params)
+        return Detokenizer(self._tokenizer, self.request.prompt, self.request.params)
 
     def take(self, output: Output) -> Delta:
         """The next delta. It may end the sample where the engine goes on, which knows nothing of
@@ -127,14 +127,14 @@ class Generation:
         if finish_reason is not None:
             self._unfinished.discard(self._sample)
         logprobs = prompt_logprobs = None
-        if self._request.params.logprobs is not None:
+        if self.request.params.logprobs is not None:
             logprobs = () if output.logprobs is None else (output.logprobs,)
         if output.prompt_logprobs is not None:
             prompt_logprobs = (None, *output.prompt_logprobs)
         return Delta(
             index=self._index,
             sample=self._sample,
-            prompt_token_ids=self._request.prompt,
+            prompt_token_ids=self.request.prompt,
             token_ids=() if output.token is None else (output.token,),
             text=text,
             finish_reason=finish_reason,
@@ -146,12 +146,12 @@ class Generation:
 
     def _text(self, output: Output) -> str:
         """What is now safe to show: neither half a character, nor what may begin a stop string."""
-        params, text = self._request.params, ""
+        params, text = self.request.params, ""
         if not params.detokenize:
             return ""
         if output.token is not None:
             self._num_tokens += 1
-            ends = output.finish_reason == "stop" and output.token in self._request.stop_ids
+            ends = output.finish_reason == "stop" and output.token in self.request.stop_ids
             if not ends or params.include_stop_str_in_output:
                 text = self._detokenizer.push(output.token)
         is_last = output.finish_reason is not None

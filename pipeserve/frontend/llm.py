@@ -1,4 +1,4 @@
-"""`LLM`: the Python API. Text in and out around one driver.
+"""`LLM`: the Python API. Text in and out around one pipeline.
 
     with LLM("smollm2-135m", pipeline_parallel_size=2) as llm:
         completions = llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=16))
@@ -7,7 +7,6 @@ A prompt is text, a list of token ids, or a conversation (a list of dicts of `ro
 `prompt_forms.py` has all forms.
 """
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +17,11 @@ from typing import Any
 
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import Output, Request, RequestId, SamplingParams
+from pipeserve.core.request_state import check_fits
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
-from pipeserve.errors import ConfigError, PipeserveError
+from pipeserve.errors import ConfigError, PipeserveError, StageError
+from pipeserve.frontend.client import Client
 from pipeserve.frontend.completion import Completion, Delta, Generation, completed
 from pipeserve.frontend.generation_config import default_params, eos_token_ids
 from pipeserve.frontend.params import check_leaves_a_token, check_params, seeded
@@ -35,7 +36,9 @@ from pipeserve.frontend.tokenizer import Tokenizer
 
 OnError = Callable[[int, PipeserveError], None]
 
-_POLL_S = 0.5  # how long one wait lasts while nothing becomes known; no token waits for it
+_WAIT_S = 0.5  # how long one wait lasts while nothing becomes known; no token waits for it
+_TEXTS_AT_ONCE = 16
+"""Outputs of which text is made between two looks at what the stages say: some 0.2 ms."""
 
 
 @dataclass(slots=True)
@@ -48,7 +51,11 @@ class _Call:
 
 class LLM:
     """One model over its pipeline, for offline use. Several threads may call it: they take turns,
-    and their requests run together."""
+    and their requests run together.
+
+    The driver works while a stream waits for outputs, and at least once between the texts of 16
+    tokens or of two prompts: making text keeps no result waiting for long.
+    """
 
     def __init__(self, model: str, **keywords: Any) -> None:
         """Start the stages; returns when all are ready. Keywords are RunConfig's fields.
@@ -63,20 +70,23 @@ class LLM:
             raise
 
     @classmethod
-    def on(cls, driver: Driver) -> "LLM":
-        """An LLM on a driver that runs already, and that `close` closes."""
+    def on(cls, client: Client) -> "LLM":
+        """An LLM on a pipeline that runs already, and that `close` closes."""
         llm = cls.__new__(cls)
-        llm._serve(driver)
+        llm._serve(client)
         return llm
 
-    def _serve(self, driver: Driver) -> None:
-        self.driver = driver
-        self.tokenizer = Tokenizer(driver.model_folder)
-        self._default_params = default_params(driver.config, driver.model_folder)
+    def _serve(self, client: Client) -> None:
+        self.client = client
+        self.tokenizer = Tokenizer(client.model_folder)
+        self._default_params = default_params(client.config, client.model_folder)
         self._calls: dict[RequestId, _Call] = {}
-        self._abandoned: deque[RequestId] = deque()
         self._busy = threading.Lock()
-        """Held by who calls the driver, and until what it said is in the inboxes."""
+        """Held by who calls the client, and until what it said is in the inboxes."""
+        self._outputs: deque[Output] = deque()
+        """Of which no text is made yet."""
+        self._ended: StageError | None = None
+        """Why none follows them; raised when they are through."""
         self._numbers = count()
 
     # ---- what users call ------------------------------------------------------------------------
@@ -129,9 +139,11 @@ class LLM:
                 while call.inbox:
                     yield call.inbox.popleft()
                 if call.running:
-                    self._poll(call)
-        finally:
-            self._abandon(call)
+                    self._go_on(call)
+        finally:  # on whatever thread, and within whatever call, a dropped stream is collected
+            for request_id in tuple(call.running):
+                self._calls.pop(request_id, None)
+                self.client.abort(request_id)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` goes by without any: of the model's generation_config.json, unless
@@ -140,7 +152,7 @@ class LLM:
 
     def close(self) -> None:
         """End every process of the pipeline. Safe to call twice."""
-        self.driver.close()
+        self.client.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -151,33 +163,42 @@ class LLM:
     # ---- submitting -----------------------------------------------------------------------------
 
     def _submit(self, call: _Call, prompts: Any, params: Any, on_error: OnError | None) -> None:
+        """All prompts at once, when every one of them is known to be able to run."""
         prompts = as_prompts(prompts)
         pairs = zip(prompts, self._as_params(params, len(prompts)), strict=True)
+        generations: list[Generation] = []
         for index, (prompt, own) in enumerate(pairs):
             try:
-                self._add(call, index, self._request(next(self._numbers), prompt, own))
+                first = self._request(next(self._numbers), prompt, own)
+                check_fits(first, self.client.limits)
             except PipeserveError as error:
                 if on_error is None:
                     raise type(error)(f"prompt {index}: {error}") from None
                 on_error(index, error)
+            else:
+                generations += self._samples(index, first)
+            if self._calls:
+                with self._busy:
+                    self._look(0)  # other streams go on meanwhile
+        running = {generation.request.id: generation for generation in generations}
+        with self._busy:
+            self.client.submit([generation.request for generation in generations])
+            call.running = running
+            self._calls.update(dict.fromkeys(running, call))
 
-    def _add(self, call: _Call, index: int, first: Request) -> None:
-        """Submits the samples of a prompt."""
+    def _samples(self, index: int, first: Request) -> Iterator[Generation]:
+        """Those of a prompt."""
         unfinished = set(range(first.params.n))
         for sample in range(first.params.n):
             request = self._sample(first, sample)
-            generation = Generation(index, sample, unfinished, request, self.tokenizer)
-            with self._busy:
-                self.driver.add(request)
-                call.running[request.id] = generation
-                self._calls[request.id] = call
+            yield Generation(index, sample, unfinished, request, self.tokenizer)
 
     def _request(self, number: int, prompt: Any, params: SamplingParams) -> Request:
         """The first sample of a prompt, but for its seed."""
-        params = check_params(params, self.driver.model_config.vocab_size)
+        params = check_params(params, self.client.model_config.vocab_size)
         if params.stop and not self.tokenizer.exists:
             raise ConfigError(
-                f"stop is {params.stop!r}, but {self.driver.model_folder} has no tokenizer; "
+                f"stop is {params.stop!r}, but {self.client.model_folder} has no tokenizer; "
                 "use stop_token_ids"
             )
         if params.detokenize:
@@ -200,22 +221,22 @@ class LLM:
         )
 
     def _room_behind(self, prompt: Sequence[int]) -> int:
-        """Tokens until the context or the KV pool is full; 1 where there is no room, which the
-        driver refuses."""
-        limits = self.driver.engine.limits
+        """Tokens until the context or the KV pool is full; 1 where there is no room, which
+        is refused."""
+        limits = self.client.limits
         longest = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
         return max(1, longest - len(prompt))
 
     @cached_property
     def _eos_ids(self) -> tuple[int, ...]:
         """Not before it is needed, for it needs the tokenizer."""
-        return eos_token_ids(self.driver.config, self.driver.model_config, self.tokenizer)
+        return eos_token_ids(self.client.config, self.client.model_config, self.tokenizer)
 
     def _sample(self, first: Request, sample: int) -> Request:
         """The request of one sample: its own id and seed. The first one computes the prompt, whose
         blocks the others share, and alone tells the prompt's logprobs."""
         number = first.id if sample == 0 else next(self._numbers)
-        params = seeded(first.params, self.driver.config.seed, number, sample)
+        params = seeded(first.params, self.client.config.seed, number, sample)
         if sample == 0:
             return replace(first, params=params)
         params = replace(params, prompt_logprobs=None)
@@ -226,11 +247,11 @@ class LLM:
             return ()
         if not self.tokenizer.exists:
             raise ConfigError(
-                f"bad_words is {params.bad_words!r}, but {self.driver.model_folder} has no "
+                f"bad_words is {params.bad_words!r}, but {self.client.model_folder} has no "
                 "tokenizer; use logit_bias"
             )
         words = self.tokenizer.encode_bad_words(params.bad_words)
-        vocab_size = self.driver.model_config.vocab_size
+        vocab_size = self.client.model_config.vocab_size
         return tuple(ids for ids in words if max(ids) < vocab_size)  # others cannot be sampled
 
     def _encode(self, prompt: PlainPrompt) -> tuple[int, ...]:
@@ -240,7 +261,7 @@ class LLM:
             ids = self.tokenizer.encode(prompt.text)
         elif prompt.messages is not None:
             ids = self.tokenizer.encode_chat(prompt.messages)
-        vocab_size = self.driver.model_config.vocab_size
+        vocab_size = self.client.model_config.vocab_size
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise ConfigError(
@@ -265,43 +286,36 @@ class LLM:
 
     # ---- running --------------------------------------------------------------------------------
 
-    def _poll(self, call: _Call) -> None:
-        """Let the driver work, and put what became known into the inbox of its call; unless another
-        thread has put something into the one of `call` meanwhile."""
+    def _go_on(self, call: _Call) -> None:
+        """Let the driver work, and make text of what became known; unless another thread has put
+        something into the inbox of `call` meanwhile."""
         with self._busy:
             if call.inbox:
                 return
-            self._end_abandoned()
-            for output in self.driver.poll(_POLL_S):
-                self._hand_out(output)
+            self._look(0 if self._outputs else _WAIT_S)
+            self._make_text()
 
-    def _hand_out(self, output: Output) -> None:
-        call = self._calls.get(output.request_id)
-        if call is None:
-            return  # of a request that ended within this very batch, or was abandoned
-        delta = call.running[output.request_id].take(output)
-        call.inbox.append(delta)
-        if delta.finish_reason is not None:
-            call.running.pop(output.request_id, None)
-            self._calls.pop(output.request_id, None)
-            if output.finish_reason is None:
-                self.driver.finish(output.request_id, delta.finish_reason)
-
-    def _abandon(self, call: _Call) -> None:
-        """Ends what still runs of a call: now, or with the next poll where somebody calls the
-        driver. That may be this very thread: Python may collect a dropped stream at any moment, on
-        any thread, and close it there."""
-        for request_id in list(call.running):
-            self._calls.pop(request_id, None)
-            self._abandoned.append(request_id)
-        if self._busy.acquire(blocking=False):
+    def _look(self, timeout_s: float) -> None:
+        """Let the driver work, and take what became known."""
+        if self._ended is None:
             try:
-                self._end_abandoned()
-            finally:
-                self._busy.release()
+                self._outputs += self.client.outputs(timeout_s)
+            except StageError as error:
+                self._ended = error
+        if self._ended is not None and not self._outputs:
+            raise self._ended
 
-    def _end_abandoned(self) -> None:
-        while self._abandoned:
-            request_id = self._abandoned.popleft()
-            with contextlib.suppress(PipeserveError):  # a dead stage was reported already
-                self.driver.finish(request_id, "abort")
+    def _make_text(self) -> None:
+        """Put the deltas of some outputs into the inboxes of their calls."""
+        for _ in range(min(len(self._outputs), _TEXTS_AT_ONCE)):
+            output = self._outputs.popleft()
+            call = self._calls.get(output.request_id)
+            if call is None:
+                continue  # its text ended it before, or its stream was dropped
+            delta = call.running[output.request_id].take(output)
+            call.inbox.append(delta)
+            if delta.finish_reason is not None:
+                call.running.pop(output.request_id, None)
+                self._calls.pop(output.request_id, None)
+                if output.finish_reason is None:
+                    self.client.abort(output.request_id, delta.finish_reason)

@@ -62,7 +62,7 @@ def test_every_family_over_every_number_of_stages(model, monkeypatch, name, laye
     they are computed whole, then from cached prefixes."""
     folder, prompts, answers, expected = model(name)
     with local_llm(monkeypatch, folder, layers, **SCARCE) as llm:
-        stats = llm.driver.engine.stats
+        stats = llm.client.engine.stats
         scored = llm.generate(prompts, greedy(prompt_logprobs=0))
         num_preempted = stats.preemptions
         stats.cached_prefix_tokens = 0
@@ -91,8 +91,8 @@ def test_some_families_as_processes(model, name, layers):
         for _ in range(2):
             completions = llm.generate(prompts, greedy())
             assert [list(c.token_ids) for c in completions] == answers
-        assert llm.driver.engine.stats.preemptions > 0
-        assert llm.driver.engine.stats.cached_prefix_tokens > len(prompts[0])
+        assert llm.client.engine.stats.preemptions > 0
+        assert llm.client.engine.stats.cached_prefix_tokens > len(prompts[0])
     assert_logprobs_of_outputs(completions, expected)
 
 

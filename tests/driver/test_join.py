@@ -502,7 +502,7 @@ def test_a_forked_process_neither_ends_nor_uses_the_pipeline():
         if child == 0:
             try:
                 with pytest.raises(StageError, match="belongs to the process that started it"):
-                    driver.poll(0.0)
+                    driver.outputs(0.0)
                 driver.close()
                 os._exit(0)
             finally:

@@ -35,7 +35,7 @@ def _generate(folder, prompts, max_tokens=MAX_TOKENS, **options):
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     with pipeserve.LLM(folder, dtype="float32", **options) as llm:
         completions = llm.generate(prompts, params)
-        return [list(c.token_ids) for c in completions], llm.driver.engine.stats
+        return [list(c.token_ids) for c in completions], llm.client.engine.stats
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_drawn_token_depends_on_its_request_alone(model):
         enable_prefix_caching=False,
     ) as llm:
         preempted = [c.token_ids for c in llm.generate(prompts, params)]
-        assert llm.driver.engine.stats.preemptions > 0
+        assert llm.client.engine.stats.preemptions > 0
     assert together == alone
     assert preempted == alone
     assert len(set(map(tuple, alone))) > 1
@@ -145,8 +145,8 @@ def _wait_until_gone(pids, seconds=20):
 def test_a_killed_stage_is_one_error_and_leaves_nothing_behind(model, victim):
     folder, prompts, _ = model
     llm = pipeserve.LLM(folder, dtype="float32", pipeline_parallel_size=2)
-    pids = [stage.pid for stage in llm.driver.stages]
-    pids += [keeper.pid for keeper in llm.driver.fleet.keepers.values()]
+    pids = [stage.pid for stage in llm.client.stages]
+    pids += [keeper.pid for keeper in llm.client.fleet.keepers.values()]
     os.kill(pids[victim], signal.SIGKILL)
     with pytest.raises(StageError, match=f"stage {victim} .*died: killed by SIGKILL") as caught:
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))
@@ -160,7 +160,7 @@ def test_a_killed_stage_is_one_error_and_leaves_nothing_behind(model, victim):
 def test_a_dropped_llm_leaves_nothing_behind(model):
     folder, _, _ = model
     llm = pipeserve.LLM(folder, dtype="float32")
-    pids = [llm.driver.stages[0].pid, llm.driver.fleet.keepers[0].pid]
+    pids = [llm.client.stages[0].pid, llm.client.fleet.keepers[0].pid]
     del llm
     gc.collect()
     _wait_until_gone(pids)
@@ -185,8 +185,8 @@ def test_a_killed_driver_leaves_nothing_behind(model):
     script = (
         "import pipeserve, sys, time\n"
         f"llm = pipeserve.LLM({str(folder)!r}, dtype='float32', pipeline_parallel_size=2)\n"
-        "pids = [s.pid for s in llm.driver.stages]\n"
-        "pids += [k.pid for k in llm.driver.fleet.keepers.values()]\n"
+        "pids = [s.pid for s in llm.client.stages]\n"
+        "pids += [k.pid for k in llm.client.fleet.keepers.values()]\n"
         "print(*pids, flush=True)\n"
         "time.sleep(600)\n"
     )

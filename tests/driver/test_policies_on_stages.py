@@ -51,7 +51,7 @@ def start(folder: str, num_stages: int, layers: list[int] | None = None) -> pipe
 
 def schedule_by(policy: str, llm: pipeserve.LLM, **limits: int) -> None:
     """The pipeline goes on under another policy."""
-    driver = llm.driver
+    driver = llm.client
     budget = 128 if traits(policy).whole_prompts else 24
     limits = replace(
         driver.engine.limits,
@@ -71,7 +71,7 @@ def check(policy: str, llm: pipeserve.LLM, prompts, expected, num_blocks: int) -
     schedule_by(policy, llm, num_blocks=num_blocks, max_num_seqs=7)
     params = SamplingParams(temperature=0, max_tokens=len(expected[0]), ignore_eos=True)
     assert [list(c.token_ids) for c in llm.generate(prompts, params)] == expected
-    preemptions = llm.driver.engine.stats.preemptions
+    preemptions = llm.client.engine.stats.preemptions
     assert policy == "uniform" or (preemptions == 0) == (policy in NEVER_PREEMPT)  # it keeps a room
 
 

@@ -59,12 +59,12 @@ def serve(driver, prompts):
                 seed=0,
                 prompt_logprobs=0 if number == 3 else None,
             )
-            driver.add(Request(id=number, prompt=tuple(prompt), params=params))
-        while driver.num_unfinished > (1 if wave[0][0] == 0 else 0):
-            for output in driver.poll(0.5):
+            driver.submit([Request(id=number, prompt=tuple(prompt), params=params)])
+        while driver.engine.num_unfinished > (1 if wave[0][0] == 0 else 0):
+            for output in driver.outputs(0.5):
                 tokens[output.request_id].append(output.token)
             if len(tokens[ABORTED]) >= 2:
-                driver.finish(ABORTED, "abort")
+                driver.abort(ABORTED, "abort")
     driver.settle()
     return tokens
 
@@ -272,13 +272,13 @@ def test_a_killed_stage_is_a_fault(folder):
     told = []
     config = make_config({}, {"model": folder, "dtype": "float32", "pipeline_parallel_size": 2})
     with Driver(checkpoint_setup(config), record=told.append) as driver:
-        driver.add(Request(id=0, prompt=(3, 4), params=SamplingParams(max_tokens=60, seed=0)))
+        driver.submit([Request(id=0, prompt=(3, 4), params=SamplingParams(max_tokens=60, seed=0))])
         start_s = time.monotonic()
         os.kill(driver.stages[1].pid, signal.SIGKILL)
         for _ in range(2):  # it is told once
             with pytest.raises(StageError, match="stage 1"):
                 while True:
-                    driver.poll(0.5)
+                    driver.outputs(0.5)
     (fault,) = [entry for entry in told if isinstance(entry, Fault)]
     assert fault is told[-1]
     assert fault.stage == 1 and "killed by SIGKILL" in fault.reason

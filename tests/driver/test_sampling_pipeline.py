@@ -37,7 +37,7 @@ def start(folder, num_stages, **options):
 
 def renew(llm, policy="uniform", **limits):
     """A fresh engine over the same stages."""
-    driver = llm.driver
+    driver = llm.client
     limits = replace(driver.engine.limits, **limits)
     go_on_under(driver, Engine(driver.plan, get_policy(policy), limits))
     return llm
@@ -110,7 +110,7 @@ def lose_what_is_outstanding(driver):
 def lose_now_and_then(llm, monkeypatch, at_polls):
     """Before each of these polls; how many were outstanding each time. Only so often: faults
     without end would let nothing be finished."""
-    driver, num_lost = llm.driver, []
+    driver, num_lost = llm.client, []
     poll, number = driver.poll, itertools.count()
 
     def poll_or_lose(timeout_s):
@@ -139,7 +139,7 @@ def test_a_token_depends_on_its_request_alone(llm, model, monkeypatch):
     assert tokens(llm.generate(prompts, params)) == tokens(expected)
     renew(llm, num_blocks=16, enable_prefix_caching=False)
     assert tokens(llm.generate(prompts, params)) == tokens(expected)
-    assert llm.driver.engine.stats.preemptions > 0
+    assert llm.client.engine.stats.preemptions > 0
 
     renew(llm, num_blocks=512, max_num_batched_tokens=16)
     num_lost = lose_now_and_then(llm, monkeypatch, at_polls=(3, 8, 16, 25))
@@ -185,7 +185,7 @@ def test_samples_share_the_prompt_and_draw_as_if_alone(llm, model):
     params = SamplingParams(n=4, seed=11, max_tokens=MAX_TOKENS, ignore_eos=True)
     got = llm.generate(prompts, params)
     shared = sum((len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in prompts)
-    assert llm.driver.engine.stats.cached_prefix_tokens == 3 * shared
+    assert llm.client.engine.stats.cached_prefix_tokens == 3 * shared
     renew(llm, enable_prefix_caching=False)
     each = [replace(params, n=1, seed=11 + i) for _ in prompts for i in range(4)]
     apart = tokens(llm.generate([prompt for prompt in prompts for _ in range(4)], each))
@@ -244,7 +244,7 @@ def test_prompt_logprobs_are_those_of_transformers(llm, model, transformers_llam
     got = llm.generate([*prompts, prompts[4]], [*params, plain])
     assert got[4].token_ids == got[-1].token_ids
     assert got[3].prompt_logprobs is None
-    assert (llm.driver.engine.stats.preemptions > 0) == ("num_blocks" in limits)
+    assert (llm.client.engine.stats.preemptions > 0) == ("num_blocks" in limits)
     for prompt, one, completion in zip(prompts, params, got, strict=False):
         if one.prompt_logprobs is None:
             continue
@@ -273,7 +273,7 @@ def test_prompt_logprobs_skip_the_cache_and_fill_it(llm, model):
     _, prompts = model
     plain = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     scored = replace(plain, prompt_logprobs=0)
-    stats = llm.driver.engine.stats
+    stats = llm.client.engine.stats
     first = llm.generate([prompts[4]], scored)[0]
     again = llm.generate([prompts[4]], scored)[0]
     assert stats.cached_prefix_tokens == 0
@@ -330,12 +330,12 @@ def test_a_chat_of_ten_turns_reuses_the_prefix_and_says_the_same(smollm2):
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     renew(smollm2, enable_prefix_caching=True)
     cached = chat(smollm2, params)
-    reused = smollm2.driver.engine.stats.cached_prefix_tokens
+    reused = smollm2.client.engine.stats.cached_prefix_tokens
     assert reused == reusable_tokens(cached, 16)
     assert reused > 0.7 * sum(len(completion.prompt_token_ids) for completion in cached)
     renew(smollm2, enable_prefix_caching=False)
     plain = smollm2.generate([list(c.prompt_token_ids) for c in cached], params)  # all at once
-    assert smollm2.driver.engine.stats.cached_prefix_tokens == 0
+    assert smollm2.client.engine.stats.cached_prefix_tokens == 0
     assert tokens(plain) == tokens(cached)
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fake_driver import EOS, FakeDriver, byte_tokenizer, write_jsonl
+from fake_client import EOS, FakeClient, FakeDriver, byte_tokenizer, write_jsonl
 
 from pipeserve import SamplingParams
 from pipeserve.errors import ConfigError
@@ -37,7 +37,7 @@ def _write(folder, **values):
 
 
 def _llm(folder, generation_config="auto", **driver):
-    fake = FakeDriver(folder, **driver)
+    fake = FakeClient(folder, **driver)
     object.__setattr__(fake.config, "generation_config", generation_config)
     return LLM.on(fake)
 
@@ -55,14 +55,14 @@ def test_it_fills_what_is_left_out(folder):
     assert llm.get_default_sampling_params() == FILLED
     llm.generate("a")
     expected = {name: getattr(FILLED, name) for name in SamplingParams.__slots__ if name != "seed"}
-    assert _without_seed(llm.driver) == expected
+    assert _without_seed(llm.client) == expected
 
 
 def test_explicit_params_are_taken_as_they_are(folder):
     _write(folder, **ALL)
     llm = _llm(folder)
     llm.generate(["a", "b"], [SamplingParams(max_tokens=2), None])
-    explicit, filled = (request.params for request in llm.driver.added)
+    explicit, filled = (request.params for request in llm.client.added)
     assert (explicit.temperature, explicit.top_k, explicit.max_tokens) == (1.0, 0, 2)
     assert (filled.temperature, filled.top_k, filled.max_tokens) == (0.6, 20, 7)
 
@@ -79,7 +79,7 @@ def test_another_folder_s_file(folder, tmp_path):
     assert llm.get_default_sampling_params() == SamplingParams(temperature=0.25)
     (completion,) = llm.generate("a")
     assert completion.token_ids == (97, 98, 99)  # its eos, too
-    assert llm.driver.added[0].stop_ids == {99, EOS}
+    assert llm.client.added[0].stop_ids == {99, EOS}
     with pytest.raises(ConfigError, match=r"there is no .*nowhere/generation_config.json; give"):
         _llm(folder, str(tmp_path / "nowhere"))
 
@@ -135,25 +135,25 @@ def test_the_tokenizer_s_eos_ends_a_request(folder):
     """vllm#4182: `<|im_end|>` is missing in generation_config.json."""
     for eos, expected in (((), {EOS}), ((5,), {5, EOS}), ((EOS,), {EOS})):
         llm = _llm(folder, reply=lambda prompt: [104, 105, EOS, 106])
-        llm.driver.model_config.eos_token_ids = eos
+        llm.client.model_config.eos_token_ids = eos
         (completion,) = llm.generate("a", SamplingParams(max_tokens=9))
         assert (completion.text, completion.finish_reason) == ("hi", "stop")
-        assert llm.driver.added[0].stop_ids == expected
+        assert llm.client.added[0].stop_ids == expected
     llm.generate("a", SamplingParams(max_tokens=4, ignore_eos=True))
-    assert llm.driver.added[-1].stop_ids == set()
+    assert llm.client.added[-1].stop_ids == set()
 
 
 def test_an_eos_that_the_model_does_not_have(folder):
     llm = _llm(folder)
-    llm.driver.model_config.vocab_size = 200
+    llm.client.model_config.vocab_size = 200
     llm.generate("a", SamplingParams(max_tokens=2))
-    assert EOS not in llm.driver.added[0].stop_ids
+    assert EOS not in llm.client.added[0].stop_ids
 
 
 def test_ids_alone_need_no_eos(tmp_path):
     llm = _llm(tmp_path)
     llm.generate([97], SamplingParams(max_tokens=2))
-    assert llm.driver.added[0].stop_ids == {EOS}  # config.json's
+    assert llm.client.added[0].stop_ids == {EOS}  # config.json's
 
 
 # ---- the command line ----------------------------------------------------------------------------

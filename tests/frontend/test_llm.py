@@ -3,20 +3,23 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
-from fake_driver import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer
+from fake_client import EOS, VOCAB_SIZE, FakeClient, byte_tokenizer
 
 import pipeserve
 from pipeserve import SamplingParams
 from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.frontend.completion import completed
+from pipeserve.frontend.detokenizer import Detokenizer
 from pipeserve.frontend.llm import LLM
 from pipeserve.frontend.params import REFUSED, check_params, params_from, seeded
+from pipeserve.frontend.tokenizer import Tokenizer
 from pipeserve.launch.inputs.flags import given, sampling_flags
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,7 +51,7 @@ def test_import_is_light():
 
 
 def test_results_are_in_order_of_the_prompts(folder):
-    llm = LLM.on(FakeDriver(folder))
+    llm = LLM.on(FakeClient(folder))
     params = [_greedy(max_tokens=3), _greedy(max_tokens=1), _greedy(max_tokens=2)]
     first, second, third = llm.generate(["abc", [97, 98], "z"], params)
     assert [len(c.token_ids) for c in (first, second, third)] == [3, 1, 2]
@@ -59,7 +62,7 @@ def test_results_are_in_order_of_the_prompts(folder):
 
 def test_text_of_a_token_that_the_model_does_not_have(folder):
     """Tokenizers may know more ids than the model has rows: padded or added ones."""
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     driver.model_config.vocab_size = ord("b")
     llm = LLM.on(driver)
     assert llm.generate("a", _greedy())
@@ -69,7 +72,7 @@ def test_text_of_a_token_that_the_model_does_not_have(folder):
 
 
 def test_one_prompt_as_text_ids_or_chat(folder):
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     llm = LLM.on(driver)
     assert len(llm.generate("abc", _greedy())) == 1
     assert len(llm.generate([97, 98], _greedy())) == 1
@@ -80,7 +83,7 @@ def test_one_prompt_as_text_ids_or_chat(folder):
 
 
 def test_eos_is_a_token_but_no_text(folder):
-    llm = LLM.on(FakeDriver(folder, reply=lambda prompt: [104, 105, EOS, 106]))
+    llm = LLM.on(FakeClient(folder, reply=lambda prompt: [104, 105, EOS, 106]))
     stopped, ignored = llm.generate(["a", "a"], [_greedy(), _greedy(ignore_eos=True)])
     assert (stopped.token_ids, stopped.text) == ((104, 105, EOS), "hi")
     assert stopped.finish_reason == "stop"
@@ -88,62 +91,62 @@ def test_eos_is_a_token_but_no_text(folder):
 
 
 def test_stop_token_ids_end_without_their_text(folder):
-    llm = LLM.on(FakeDriver(folder, reply=_says("ab!c")))
+    llm = LLM.on(FakeClient(folder, reply=_says("ab!c")))
     (completion,) = llm.generate("x", _greedy(max_tokens=9, stop_token_ids=[ord("!")]))
     assert (completion.text, completion.finish_reason) == ("ab", "stop")
 
 
 def test_a_stop_string_over_tokens_ends_the_request_on_the_driver(folder):
-    driver = FakeDriver(folder, reply=_says("one. END two"))
+    driver = FakeClient(folder, reply=_says("one. END two"))
     (completion,) = LLM.on(driver).generate("x", _greedy(max_tokens=12, stop="END"))
     assert (completion.text, completion.finish_reason) == ("one. ", "stop")
     assert completion.token_ids == tuple(b"one. END")
-    assert driver.finished == [(0, "stop")] and driver.num_unfinished == 0
+    assert driver.aborted == [(0, "stop")] and driver.num_unfinished == 0
 
 
 def test_stop_strings_wait_for_min_tokens(folder):
-    llm = LLM.on(FakeDriver(folder, reply=_says("a.b.c.d.")))
+    llm = LLM.on(FakeClient(folder, reply=_says("a.b.c.d.")))
     params = _greedy(max_tokens=8, min_tokens=4, stop=[".", "never"])
     assert llm.generate("x", params)[0].text == "a.b.c"
 
 
 def test_text_held_back_for_a_stop_string_is_given_at_the_end(folder):
-    llm = LLM.on(FakeDriver(folder, reply=_says("abEN")))
+    llm = LLM.on(FakeClient(folder, reply=_says("abEN")))
     assert llm.generate("x", _greedy(stop=["END"]))[0].text == "abEN"
 
 
 def test_stream_never_shows_half_a_character(folder):
-    llm = LLM.on(FakeDriver(folder, reply=_says("\u00e9\u00e9")))
+    llm = LLM.on(FakeClient(folder, reply=_says("\u00e9\u00e9")))
     deltas = list(llm.stream("x", _greedy()))
     assert [delta.text for delta in deltas] == ["", "\u00e9", "", "\u00e9"]
     assert [delta.finish_reason for delta in deltas] == [None, None, None, "length"]
 
 
 def test_deltas_of_many_prompts_come_as_they_come(folder):
-    llm = LLM.on(FakeDriver(folder))
+    llm = LLM.on(FakeClient(folder))
     assert [delta.index for delta in llm.stream(["a", "b"], _greedy(max_tokens=2))] == [0, 1, 0, 1]
 
 
 def test_an_abandoned_stream_ends_its_requests(folder):
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     llm = LLM.on(driver)
     stream = llm.stream(["a", "b"], _greedy(max_tokens=50))
     next(stream)
     assert driver.num_unfinished == 2
     stream.close()
     assert driver.num_unfinished == 0
-    assert driver.finished == [(0, "abort"), (1, "abort")]
+    assert driver.aborted == [(0, "abort"), (1, "abort")]
     assert len(llm.generate("c", _greedy())[0].token_ids) == 4
 
 
 def test_a_stream_never_read_submits_nothing(folder):
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     LLM.on(driver).stream("a", _greedy()).close()
     assert driver.added == []
 
 
 def test_two_streams_read_in_turn(folder):
-    llm = LLM.on(FakeDriver(folder))
+    llm = LLM.on(FakeClient(folder))
     first, second = llm.stream("abc", _greedy()), llm.stream("xyz", _greedy())
     texts = ["", ""]
     for one, other in zip(first, second, strict=True):
@@ -152,7 +155,7 @@ def test_two_streams_read_in_turn(folder):
 
 
 def test_logprobs(folder):
-    llm = LLM.on(FakeDriver(folder))
+    llm = LLM.on(FakeClient(folder))
     (completion,) = llm.generate("a", _greedy(logprobs=0))
     assert [entry.sampled for entry in completion.logprobs] == [-0.5] * 4
 
@@ -160,19 +163,19 @@ def test_logprobs(folder):
 @pytest.mark.parametrize(
     ("prompt", "error", "message"),
     [
-        ("", CapacityError, "prompt 1: the prompt is empty"),
-        ([], CapacityError, "prompt 1: the prompt is empty"),
-        ("a" * 64, CapacityError, "prompt 1: 64 tokens, the context is 64"),
+        ("", CapacityError, "prompt 1: the prompt of request 1 is empty"),
+        ([], CapacityError, "prompt 1: the prompt of request 1 is empty"),
+        ("a" * 64, CapacityError, "prompt 1: the prompt has 64 tokens and the context 64"),
         ([VOCAB_SIZE], ConfigError, f"prompt 1: {VOCAB_SIZE} is no token id"),
         ([1, "a"], ConfigError, "prompt 1: 'a' is no token id"),
     ],
 )
 def test_a_bad_prompt_among_good_ones(folder, prompt, error, message):
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     llm = LLM.on(driver)
     with pytest.raises(error, match=message):
         llm.generate(["good", prompt], _greedy())
-    assert driver.num_unfinished == 0 and driver.num_polls == 0
+    assert driver.num_unfinished == 0 and driver.num_looks == 0
     errors = []
     deltas = llm.stream(
         ["good", prompt, "good"], _greedy(), on_error=lambda *found: errors.append(found)
@@ -182,22 +185,58 @@ def test_a_bad_prompt_among_good_ones(folder, prompt, error, message):
 
 
 def test_a_dead_stage_is_told_and_close_still_works(folder):
-    driver = FakeDriver(folder, dies_at_poll=2)
+    driver = FakeClient(folder, dies_at_look=2)
     with pytest.raises(StageError, match="stage 1"), LLM.on(driver) as llm:
         llm.generate("a", _greedy())
     assert driver.closed and driver.num_unfinished == 0
 
 
+def test_text_is_made_between_looks_and_keeps_no_result_waiting(folder, monkeypatch):
+    """At most that of 16 outputs, or of one prompt, lies between two looks."""
+    client = FakeClient(folder)
+    llm = LLM.on(client)
+    made = []  # how many looks there were before each text
+
+    def count(kind, name):
+        method = getattr(kind, name)
+
+        def counted(*arguments):
+            made.append(client.num_looks)
+            return method(*arguments)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    count(Detokenizer, "push")
+    count(Tokenizer, "encode")
+    first = llm.stream(["a"] * 40, _greedy(max_tokens=2))
+    assert [next(first).index for _ in range(40)] == list(range(40))
+    assert len(made) > 70 and max(Counter(made[40:]).values()) == 16
+    made.clear()
+    second = llm.stream(["b"] * 5, _greedy(max_tokens=1))
+    next(second)
+    assert len(set(made[:5])) == 5
+    assert len(list(first)) == 40 and len(list(second)) == 4
+
+
+def test_what_came_before_a_death_is_handed_out_first(folder):
+    deltas = []
+    stream = LLM.on(FakeClient(folder, dies_at_look=2)).stream(["a"] * 40, _greedy())
+    with pytest.raises(StageError, match="stage 1"):
+        for delta in stream:
+            deltas.append(delta)
+    assert [delta.index for delta in deltas] == list(range(40))
+
+
 def test_ctrl_c_ends_the_requests_and_closes(folder, monkeypatch):
-    driver = FakeDriver(folder)
-    monkeypatch.setattr(driver, "poll", lambda timeout_s: (_ for _ in ()).throw(KeyboardInterrupt))
+    driver = FakeClient(folder)
+    monkeypatch.setattr(driver, "outputs", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt), LLM.on(driver) as llm:
         llm.generate("a", _greedy())
     assert driver.closed and driver.num_unfinished == 0
 
 
 def test_text_needs_a_tokenizer_and_ids_do_not(tmp_path):
-    llm = LLM.on(FakeDriver(tmp_path))
+    llm = LLM.on(FakeClient(tmp_path))
     with pytest.raises(ConfigError, match="no tokenizer"):
         llm.generate("a", _greedy())
     with pytest.raises(ConfigError, match="use stop_token_ids"):
@@ -208,12 +247,12 @@ def test_text_needs_a_tokenizer_and_ids_do_not(tmp_path):
 
 def test_as_many_params_as_prompts(folder):
     with pytest.raises(ConfigError, match="1 sampling_params for 2 prompts"):
-        LLM.on(FakeDriver(folder)).generate(["a", "b"], [_greedy()])
+        LLM.on(FakeClient(folder)).generate(["a", "b"], [_greedy()])
 
 
 def test_seeds_follow_from_the_run_s_seed_and_the_request(folder):
     def seeds(run_seed):
-        driver = FakeDriver(folder, seed=run_seed)
+        driver = FakeClient(folder, seed=run_seed)
         LLM.on(driver).generate(["a", "a", "a"], [_greedy(), _greedy(seed=7), _greedy()])
         return [request.params.seed for request in driver.added]
 
@@ -309,7 +348,7 @@ def test_a_bad_word_that_is_fewer_tokens_behind_a_space(tmp_path):
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
-    driver = FakeDriver(tmp_path)
+    driver = FakeClient(tmp_path)
     LLM.on(driver).generate([0], _greedy(bad_words=["now"]))
     assert driver.added[0].bad_word_ids == ((0, 2), (3,))
 
@@ -366,7 +405,7 @@ def test_right_params_come_back_as_tuples():
 
 
 def test_samples_are_requests_of_their_own_with_seeds_side_by_side(folder):
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     params = [SamplingParams(n=3, seed=7, max_tokens=2), SamplingParams(max_tokens=2)]
     first, second = LLM.on(driver).generate(["ab", "c"], params)
     assert [request.params.seed for request in driver.added[:3]] == [7, 8, 9]
@@ -374,7 +413,7 @@ def test_samples_are_requests_of_their_own_with_seeds_side_by_side(folder):
     assert [request.prompt for request in driver.added[:3]] == [(97, 98)] * 3
     assert [output.index for output in first.outputs] == [0, 1, 2]
     assert first.outputs[0].text == first.text and len(second.outputs) == 1
-    unseeded = FakeDriver(folder)
+    unseeded = FakeClient(folder)
     LLM.on(unseeded).generate("ab", SamplingParams(n=3))
     assert len({request.params.seed for request in unseeded.added}) == 3
 
@@ -382,7 +421,7 @@ def test_samples_are_requests_of_their_own_with_seeds_side_by_side(folder):
 def test_a_prompt_is_finished_with_the_last_of_its_samples(folder):
     """Samples that end at different times, one at a stop string, are put together in order."""
     replies = iter([b"abcdef", b"xy!", b"mno"])
-    driver = FakeDriver(folder, reply=lambda prompt: list(next(replies)))
+    driver = FakeClient(folder, reply=lambda prompt: list(next(replies)))
     params = SamplingParams(n=3, max_tokens=5, stop=["!"])
     deltas = list(LLM.on(driver).stream("q", params))
     assert [delta.finished for delta in deltas] == [False] * (len(deltas) - 1) + [True]
@@ -390,23 +429,23 @@ def test_a_prompt_is_finished_with_the_last_of_its_samples(folder):
     (completion,) = [done for _, done in completed(iter(deltas))]
     assert [output.text for output in completion.outputs] == ["abcde", "xy", "mnomn"]
     assert [output.finish_reason for output in completion.outputs] == ["length", "stop", "length"]
-    assert driver.finished == [(1, "stop")]
+    assert driver.aborted == [(1, "stop")]
 
 
 def test_prompt_logprobs_come_with_the_first_sample_alone(folder):
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     params = SamplingParams(n=2, prompt_logprobs=1, max_tokens=3)
     (completion,) = LLM.on(driver).generate("abc", params)
     assert [request.params.prompt_logprobs for request in driver.added] == [1, None]
     first, *others = completion.prompt_logprobs
     assert first is None and [entry.sampled for entry in others] == [-98.0, -99.0]
-    (plain,) = LLM.on(FakeDriver(folder)).generate("abc", _greedy())
+    (plain,) = LLM.on(FakeClient(folder)).generate("abc", _greedy())
     assert plain.prompt_logprobs is None
 
 
 def test_bad_words_become_token_ids_with_and_without_a_space(folder):
     """Bytes behind a space are those of the word, behind one of their own."""
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     llm = LLM.on(driver)
     llm.generate("x", _greedy(bad_words=["no", " é"]))
     assert driver.added[0].bad_word_ids == ((110, 111), tuple("é".encode()))
@@ -423,7 +462,7 @@ def test_bad_words_of_whole_word_tokens(tmp_path):
                                              ("n", "o")]))  # fmt: skip
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
-    driver = FakeDriver(tmp_path)
+    driver = FakeClient(tmp_path)
     LLM.on(driver).generate([0], _greedy(bad_words=["yes", "no"]))
     assert driver.added[0].bad_word_ids == ((0,), (1,), (2,))
     LLM.on(driver).generate([0], _greedy(bad_words=["ye"]))
@@ -445,7 +484,7 @@ def test_bad_words_of_whole_word_tokens(tmp_path):
     ],
 )  # fmt: skip
 def test_rules_that_leave_no_token_are_refused(folder, values, message):
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     with pytest.raises(ConfigError, match=f"prompt 0: {message}"):
         LLM.on(driver).generate("x", _greedy(**values))
     assert driver.added == []
@@ -456,7 +495,7 @@ def test_rules_that_leave_no_token_are_refused(folder, values, message):
 
 def test_bad_words_need_a_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match="no tokenizer; use logit_bias"):
-        LLM.on(FakeDriver(tmp_path)).generate([97], _greedy(bad_words=["x"]))
+        LLM.on(FakeClient(tmp_path)).generate([97], _greedy(bad_words=["x"]))
 
 
 def test_rules_have_flags_that_can_be_typed():

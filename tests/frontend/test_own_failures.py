@@ -8,9 +8,10 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
-from fake_driver import FakeDriver, byte_tokenizer, write_jsonl
+from fake_client import FakeClient, FakeDriver, byte_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,18 +71,18 @@ def _replies(first, second=b"second"):
 )
 def test_text_that_cannot_be_made(folder, breaks_at_x, error, message):
     breaks_at_x(error)
-    driver = FakeDriver(folder, reply=_replies(b"abX"))
+    driver = FakeClient(folder, reply=_replies(b"abX"))
     broken, whole = LLM.on(driver).generate(["1", "2"], _greedy())
     assert (broken.text, broken.token_ids) == ("ab", tuple(b"abX"))
     assert (broken.finish_reason, broken.error) == ("error", message)
     assert (whole.text, whole.finish_reason, whole.error) == ("second", "length", None)
-    assert driver.finished == [(0, "error")] and driver.num_unfinished == 0
+    assert driver.aborted == [(0, "error")] and driver.num_unfinished == 0
 
 
 def test_a_prompt_s_own_text_that_cannot_be_made(folder, breaks_at_x):
     """Its last tokens are looked at for a character that they begin."""
     breaks_at_x(ValueError("no"))
-    broken, whole = LLM.on(FakeDriver(folder)).generate([[ord("X")], "2"], _greedy())
+    broken, whole = LLM.on(FakeClient(folder)).generate([[ord("X")], "2"], _greedy())
     assert (broken.finish_reason, broken.text) == ("error", "")
     assert whole.finish_reason == "length"
 
@@ -89,7 +90,7 @@ def test_a_prompt_s_own_text_that_cannot_be_made(folder, breaks_at_x):
 @pytest.mark.parametrize("token", [-1, 2**32, 2**63])
 def test_an_id_that_no_tokenizer_can_take(folder, token):
     """vllm#21951: what a broken kernel samples."""
-    driver = FakeDriver(folder, reply=lambda prompt: [97, token] if bytes(prompt) == b"1" else [])
+    driver = FakeClient(folder, reply=lambda prompt: [97, token] if bytes(prompt) == b"1" else [])
     broken, whole = LLM.on(driver).generate(["1", "2"], _greedy())
     assert (broken.finish_reason, broken.text) == ("error", "a")
     assert broken.error.startswith("no text can be made: ")
@@ -98,7 +99,7 @@ def test_an_id_that_no_tokenizer_can_take(folder, token):
 
 def test_ctrl_c_is_no_failure_of_a_request(folder, breaks_at_x):
     breaks_at_x(KeyboardInterrupt())
-    driver = FakeDriver(folder, reply=_replies(b"abX"))
+    driver = FakeClient(folder, reply=_replies(b"abX"))
     with pytest.raises(KeyboardInterrupt):
         LLM.on(driver).generate("1", _greedy())
     assert driver.num_unfinished == 0
@@ -107,7 +108,7 @@ def test_ctrl_c_is_no_failure_of_a_request(folder, breaks_at_x):
 def test_one_sample_of_several(folder, breaks_at_x):
     breaks_at_x(ValueError("no"))
     replies = iter([b"abcdef", b"aX", b"uvwxyz"])
-    driver = FakeDriver(folder, reply=lambda prompt: list(next(replies)))
+    driver = FakeClient(folder, reply=lambda prompt: list(next(replies)))
     (completion,) = LLM.on(driver).generate("q", SamplingParams(n=3, max_tokens=6))
     reasons = [output.finish_reason for output in completion.outputs]
     assert reasons == ["length", "error", "length"]
@@ -116,29 +117,29 @@ def test_one_sample_of_several(folder, breaks_at_x):
 
 def test_what_the_engine_says_went_wrong_is_told(folder, monkeypatch):
     """A stage whose logits are not finite, say: the engine ends the request and says why."""
-    driver = FakeDriver(folder, reply=_replies(b"first"))
-    poll = driver.poll
+    driver = FakeClient(folder, reply=_replies(b"first"))
+    take = driver.outputs
 
     def ends_first(timeout_s):
-        outputs = poll(timeout_s)
-        if driver.num_polls == 2:
+        outputs = take(timeout_s)
+        if driver.num_looks == 2:
             driver._running.pop(0)
             outputs[0] = Output(0, None, "error", error="logits are not finite in float16")
         return outputs
 
-    monkeypatch.setattr(driver, "poll", ends_first)
+    monkeypatch.setattr(driver, "outputs", ends_first)
     broken, whole = LLM.on(driver).generate(["1", "2"], _greedy())
     assert (broken.text, broken.token_ids) == ("f", (ord("f"),))
     assert (broken.finish_reason, broken.error) == ("error", "logits are not finite in float16")
     assert (whole.text, whole.error) == ("second", None)
-    assert driver.finished == []  # it has ended there already
+    assert driver.aborted == []  # it has ended there already
 
 
 # ---- streams that nobody reads ------------------------------------------------------------------
 
 
-class _Touchy(FakeDriver):
-    """Collects garbage within a call, as Python may; no call may come within another."""
+class _Collecting(FakeClient):
+    """Collects garbage within a call, as Python may; none but `abort` may come within another."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -154,14 +155,11 @@ class _Touchy(FakeDriver):
         finally:
             self._inside = False
 
-    def add(self, request):
-        return self._alone(super().add, request)
+    def submit(self, requests):
+        return self._alone(super().submit, requests)
 
-    def poll(self, timeout_s):
-        return self._alone(super().poll, timeout_s)
-
-    def finish(self, request_id, reason):
-        return self._alone(super().finish, request_id, reason)
+    def outputs(self, timeout_s):
+        return self._alone(super().outputs, timeout_s)
 
 
 def _collect_on_another_thread():
@@ -176,8 +174,8 @@ def _drop_in_a_cycle(stream):
 
 
 @pytest.mark.parametrize("collect", [gc.collect, _collect_on_another_thread])
-def test_a_stream_that_is_collected_within_a_call_is_ended_by_the_next(folder, collect):
-    driver = _Touchy(folder)
+def test_a_stream_that_is_collected_within_a_call_is_ended(folder, collect):
+    driver = _Collecting(folder)
     llm = LLM.on(driver)
     kept, dropped = llm.stream("a", _greedy()), llm.stream(["b", "c"], _greedy(max_tokens=60))
     next(kept), next(dropped)
@@ -189,11 +187,11 @@ def test_a_stream_that_is_collected_within_a_call_is_ended_by_the_next(folder, c
         assert [delta.finish_reason for delta in kept][-1] == "length"
     finally:
         gc.enable()
-    assert driver.finished == [(1, "abort"), (2, "abort")] and driver.num_unfinished == 0
+    assert driver.aborted == [(1, "abort"), (2, "abort")] and driver.num_unfinished == 0
 
 
 def test_a_stream_that_is_collected_while_another_begins(folder):
-    driver = _Touchy(folder)
+    driver = _Collecting(folder)
     llm = LLM.on(driver)
     dropped = llm.stream("b", _greedy(max_tokens=60))
     next(dropped)
@@ -205,45 +203,56 @@ def test_a_stream_that_is_collected_while_another_begins(folder):
         assert len(llm.generate(["a", "c"], _greedy())) == 2
     finally:
         gc.enable()
-    assert driver.finished == [(0, "abort")]
+    assert driver.aborted == [(0, "abort")]
 
 
-def test_a_stream_that_another_thread_drops_is_ended_there(folder):
-    driver = _Touchy(folder)
+def test_a_stream_that_another_thread_drops_is_ended(folder):
+    driver = FakeClient(folder)
     llm = LLM.on(driver)
     stream = llm.stream("b", _greedy(max_tokens=60))
     next(stream)
     thread = threading.Thread(target=stream.close)
     thread.start()
     thread.join()
-    assert driver.finished == [(0, "abort")]
+    assert driver.aborted == [(0, "abort")]
     assert llm.generate("a", _greedy())[0].finish_reason == "length"
+
+
+def _let_others_run_within(client, *names):
+    """As a call over a socket would, each of these gives other threads the time to call too; which
+    the interface does not allow."""
+    is_busy = threading.Lock()
+
+    def slowly(call, argument):
+        assert is_busy.acquire(blocking=False), "a call within a call"
+        try:
+            time.sleep(1e-4)
+            return call(argument)
+        finally:
+            is_busy.release()
+
+    for name in names:
+        setattr(client, name, partial(slowly, getattr(client, name)))
 
 
 def test_threads_take_turns(folder):
     """As a thread pool of a user's calls it (vllm#1285, exllamav2#690)."""
-    driver = _Touchy(folder)
-    llm = LLM.on(driver)
-
-    def another_thread_goes_on():
-        time.sleep(1e-4)
-        driver.collect = another_thread_goes_on
-
-    driver.collect = another_thread_goes_on
+    client = FakeClient(folder)
+    _let_others_run_within(client, "submit", "outputs")
+    llm = LLM.on(client)
     prompts = [f"{number:02}" for number in range(24)]
     with ThreadPoolExecutor(6) as pool:
         together = pool.map(lambda prompt: llm.generate(prompt, _greedy(max_tokens=9)), prompts)
         texts = [completion.text for (completion,) in together]
-    alone = LLM.on(FakeDriver(folder)).generate(prompts, _greedy(max_tokens=9))
+    alone = LLM.on(FakeClient(folder)).generate(prompts, _greedy(max_tokens=9))
     assert texts == [completion.text for completion in alone]
-    assert driver.num_unfinished == 0
+    assert client.num_unfinished == 0
 
 
-def test_no_thread_is_left_waiting_while_another_streams(folder, monkeypatch):
-    driver = FakeDriver(folder)
-    poll = driver.poll
-    monkeypatch.setattr(driver, "poll", lambda timeout_s: time.sleep(1e-4) or poll(timeout_s))
-    llm = LLM.on(driver)
+def test_no_thread_is_left_waiting_while_another_streams(folder):
+    client = FakeClient(folder)
+    _let_others_run_within(client, "outputs")
+    llm = LLM.on(client)
     long, seen = llm.stream("b", _greedy(max_tokens=5000)), []
     next(long)
     other = threading.Thread(target=lambda: seen.append(llm.generate("a", _greedy())))
@@ -253,7 +262,7 @@ def test_no_thread_is_left_waiting_while_another_streams(folder, monkeypatch):
             break
     else:
         pytest.fail("it came last")
-    assert seen[0][0].text == LLM.on(FakeDriver(folder)).generate("a", _greedy())[0].text
+    assert seen[0][0].text == LLM.on(FakeClient(folder)).generate("a", _greedy())[0].text
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections import UserDict, deque
 import numpy as np
 import pytest
 import torch
-from fake_driver import FakeDriver, byte_tokenizer
+from fake_client import FakeClient, byte_tokenizer
 
 from pipeserve import SamplingParams
 from pipeserve.errors import ConfigError
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def asked(folder):
     """The prompts, as bytes, that reach the driver."""
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     llm = LLM.on(driver)
 
     def ask(prompts):
@@ -32,7 +32,7 @@ def asked(folder):
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1))
         return [bytes(request.prompt) for request in driver.added]
 
-    ask.driver, ask.tokenizer = driver, llm.tokenizer._loaded
+    ask.client, ask.tokenizer = driver, llm.tokenizer._loaded
     return ask
 
 
@@ -71,7 +71,7 @@ def test_forms_that_are_taken(asked, prompts, expected):
 @pytest.mark.parametrize("messages", ["hi", ["hi"], [1, 2], [[1]], [[]], USER, [[USER], "hi"]])
 def test_a_chat_takes_conversations_alone(folder, messages):
     """Text would go to the model without its template."""
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     with pytest.raises(
         ConfigError, match=r"conversation \d is of type \w+, must be a list of mess"
     ):
@@ -92,7 +92,7 @@ def test_what_a_tokenizer_returns(asked):
 
 def test_the_salt_of_a_prompt(asked):
     asked([{"prompt": "a", "cache_salt": "mine"}, "a"])
-    assert [request.cache_salt for request in asked.driver.added] == ["mine", ""]
+    assert [request.cache_salt for request in asked.client.added] == ["mine", ""]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_what_is_refused_names_its_type(asked, prompts, name):
     message = str(caught.value)
     assert f"of type {name}" in message or f"that is of type {name}" in message
     assert "\n" not in message and len(message) < 200
-    assert not asked.driver.num_unfinished and not asked.driver.num_polls
+    assert not asked.client.num_unfinished and not asked.client.num_looks
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_is_refused_says_why(asked, prompts, message):
 @pytest.mark.parametrize("params", [{"temperature": 0}, "greedy", 7, [{"temperature": 0}]])
 def test_sampling_params_of_another_type(folder, params):
     with pytest.raises(ConfigError, match=r"sampling_params are of type (dict|str|int); give pip"):
-        LLM.on(FakeDriver(folder)).generate(["a"], params)
+        LLM.on(FakeClient(folder)).generate(["a"], params)
 
 
 # ---- conversations ------------------------------------------------------------------------------
@@ -253,13 +253,13 @@ def test_a_tool_call_that_is_none(call, message):
     ],
 )
 def test_a_template_that_raises_is_one_line(tmp_path, template):
-    llm = LLM.on(FakeDriver(byte_tokenizer(tmp_path, chat_template=template)))
+    llm = LLM.on(FakeClient(byte_tokenizer(tmp_path, chat_template=template)))
     with pytest.raises(ConfigError, match="prompt 0: the model's chat template refuses") as caught:
         llm.chat([USER])
     assert "\n" not in str(caught.value)
 
 
 def test_no_template_is_one_line(tmp_path):
-    llm = LLM.on(FakeDriver(byte_tokenizer(tmp_path, chat_template=None)))
+    llm = LLM.on(FakeClient(byte_tokenizer(tmp_path, chat_template=None)))
     with pytest.raises(ConfigError, match="no chat template; give a prompt, not messages"):
         llm.chat([USER])

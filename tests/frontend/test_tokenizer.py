@@ -4,7 +4,7 @@ import json
 from itertools import product
 
 import pytest
-from fake_driver import EOS, byte_tokenizer
+from fake_client import EOS, byte_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from checkpoints import edit_config, tiny
-from fake_driver import byte_tokenizer
+from fake_client import byte_tokenizer
 
 from pipeserve.errors import ConfigError
 from pipeserve.frontend.tokenizer import Tokenizer

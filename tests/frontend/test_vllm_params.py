@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from fake_driver import EOS, FakeDriver, byte_tokenizer
+from fake_client import EOS, FakeClient, byte_tokenizer
 
 from pipeserve import SamplingParams
 from pipeserve.errors import ConfigError
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 
 
 def _run(folder, reply, prompt="x", **params):
-    driver = FakeDriver(folder, reply=lambda prompt: [*reply, EOS])
+    driver = FakeClient(folder, reply=lambda prompt: [*reply, EOS])
     values = {"temperature": 0, "max_tokens": 20, **params}
     (completion,) = LLM.on(driver).generate(prompt, SamplingParams(**values))
     return completion
@@ -94,7 +94,7 @@ def test_the_page_names_every_field():
 @pytest.mark.parametrize("name", WORKS)
 def test_what_works_is_taken(folder, name):
     values = {"temperature": 1.0, name: WORKS[name]}
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     LLM.on(driver).generate("ab", SamplingParams(**values))
     assert getattr(driver.added[0].params, name) != getattr(SamplingParams(), name)
     assert params_from(values, SamplingParams()) == check_params(SamplingParams(**values))
@@ -102,7 +102,7 @@ def test_what_works_is_taken(folder, name):
 
 @pytest.mark.parametrize("name", sorted(NOT_HERE | OLDER))
 def test_what_is_not_here_is_refused_by_name(folder, name):
-    driver = FakeDriver(folder)
+    driver = FakeClient(folder)
     message = f"{name} is a parameter of vLLM that pipeserve does not take: "
     with pytest.raises(ConfigError, match=message):
         params_from({name: 1}, SamplingParams())
@@ -127,10 +127,10 @@ def test_minus_one_as_vllm_writes_it():
 
 
 def test_max_tokens_none_is_until_the_context_is_full(folder):
-    driver = FakeDriver(folder, max_model_len=40)
+    driver = FakeClient(folder, max_model_len=40)
     LLM.on(driver).generate([97] * 30, SamplingParams(max_tokens=None))
     assert driver.added[0].params.max_tokens == 10
-    driver = FakeDriver(folder, max_model_len=10**6)  # the pool is smaller
+    driver = FakeClient(folder, max_model_len=10**6)  # the pool is smaller
     LLM.on(driver).generate([97] * 1590, SamplingParams(max_tokens=None))
     assert driver.added[0].params.max_tokens == 1600 + 1 - 1590
 
@@ -150,7 +150,7 @@ def test_include_stop_str_in_output(folder):
 
 
 def test_text_flows_where_the_stop_string_is_kept(folder):
-    llm = LLM.on(FakeDriver(folder, reply=lambda prompt: list(b"aENb")))
+    llm = LLM.on(FakeClient(folder, reply=lambda prompt: list(b"aENb")))
     params = SamplingParams(max_tokens=4, stop=["END"], include_stop_str_in_output=True)
     assert [delta.text for delta in llm.stream("x", params)] == ["a", "E", "N", "b"]
 
@@ -177,7 +177,7 @@ def test_skip_reading_prefix_cache(folder):
     from pipeserve.core.nouns import Request
     from pipeserve.core.request_state import Record
 
-    limits = FakeDriver(folder).engine.limits
+    limits = FakeClient(folder).limits
     pool = BlockPool(limits.num_blocks, limits.block_size)
     for skips in (False, True):
         params = SamplingParams(skip_reading_prefix_cache=skips)

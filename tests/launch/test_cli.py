@@ -4,11 +4,11 @@ import inspect
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from fake_driver import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer, write_jsonl
+from fake_client import EOS, VOCAB_SIZE, FakeDriver, byte_tokenizer, write_jsonl
 from rich.progress import Progress
 
 import pipeserve
@@ -265,7 +265,7 @@ def test_which_sample_is_which(folder):
     line = one_prompt("ab", {"n": 3, "max_tokens": 5}, chat=False)
     tokens = {0: [*b"zero"], 1: [*b"1"], 2: [*b"two"]}
     replies = iter(tokens.values())
-    llm.driver._reply = lambda prompt: [*next(replies), EOS]
+    llm.client._reply = lambda prompt: [*next(replies), EOS]
     results = []
     assert write_results(llm, [line], results.append, lambda start, stop: [0.0, 0.0]) == 0
     assert [sample["text"] for sample in results[0]["outputs"]] == ["zero", "1", "two"]
@@ -303,7 +303,8 @@ def test_print_is_for_people(driver, tmp_path, capsys):
     command = ["generate", "m", "--prompts", str(prompts), "--print", "--max-tokens", "4"]
     assert cli.main(command) == 1
     printed = capsys.readouterr().out
-    assert "[0] 2 + 2?\n    four\n" in printed and "[1] \n    error: the prompt is empty" in printed
+    assert "[0] 2 + 2?\n    four\n" in printed
+    assert "[1] \n    error: the prompt of request 1 is empty" in printed
     assert "give one" in _error(capsys, [*command, "--output", tmp_path / "out.jsonl"], 2)
     prompts.write_text('{"prompt": "a", "n": 2, "temperature": 1}\n')
     assert cli.main(command) == 0
@@ -371,11 +372,11 @@ def test_overwrite_keeps_the_old_file_until_there_is_a_result(driver, capsys, tm
     prompts = write_jsonl(tmp_path / "in.jsonl", {"prompt": "a"})
     output = write_jsonl(tmp_path / "out.jsonl", {"old": 1})
     command = ["generate", "m", "--prompts", prompts, "--output", output, "--overwrite"]
-    driver._dies_at_poll = 1
+    driver._dies_at_look = 1
     _error(capsys, command, 1)
     assert _results(output) == [{"old": 1}]
-    driver._dies_at_poll = None
-    driver.finished.clear()
+    driver._dies_at_look = None
+    driver.aborted.clear()
     assert cli.main([str(part) for part in command]) == 0
     assert [result["index"] for result in _results(output)] == [0]
 
@@ -384,7 +385,7 @@ def test_a_stage_that_dies_leaves_what_had_ended(driver, capsys, tmp_path):
     lines = [{"prompt": "a", "max_tokens": n} for n in (2, 9, 1)]
     prompts = write_jsonl(tmp_path / "in.jsonl", *lines)
     output = tmp_path / "out.jsonl"
-    driver._dies_at_poll = 4
+    driver._dies_at_look = 4
     error = _error(capsys, ["generate", "m", "--prompts", prompts, "--output", output], 1)
     assert "stage 1 (pid 7) died" in error and "2 of 3 prompts are done" in error
     assert [result["index"] for result in _results(output)] == [2, 0]
@@ -392,14 +393,14 @@ def test_a_stage_that_dies_leaves_what_had_ended(driver, capsys, tmp_path):
 
 
 def test_nothing_written_leaves_no_file(driver, capsys, tmp_path):
-    driver._dies_at_poll = 1
+    driver._dies_at_look = 1
     output = tmp_path / "out.jsonl"
     _error(capsys, ["generate", "m", "--prompt", "a", "--output", output], 1)
     assert not output.exists()
 
 
 def test_ctrl_c(driver, capsys, monkeypatch):
-    monkeypatch.setattr(driver, "poll", lambda timeout_s: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(driver, "outputs", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["generate", "m", "--prompt", "a"]) == 130
     assert driver.closed
 
@@ -445,7 +446,7 @@ def test_bench_is_greedy_ignores_eos_and_shares_no_prefix_between_passes(driver,
 
 
 def test_a_built_in_workload_is_the_same_for_the_same_seed(driver):
-    driver.max_model_len = 10**6
+    driver.limits = replace(driver.limits, max_model_len=10**6)
 
     def prompts(seed):
         driver.added.clear()

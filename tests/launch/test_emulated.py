@@ -213,9 +213,9 @@ def test_tokens_follow_from_the_seed_and_the_place():
             for number, seed in enumerate(seeds):
                 params = SamplingParams(max_tokens=6, seed=seed, ignore_eos=True)
                 prompt = (1,) * (20 + 30 * number)
-                driver.add(Request(id=RequestId(number), prompt=prompt, params=params))
-            while driver.num_unfinished:
-                for output in driver.poll(0.1):
+                driver.submit([Request(id=RequestId(number), prompt=prompt, params=params)])
+            while driver.engine.num_unfinished:
+                for output in driver.outputs(0.1):
                     tokens[output.request_id].append(output.token)
             vocab_size = driver.shape.vocab_size
         assert all(0 <= token < vocab_size for of in tokens.values() for token in of)
@@ -245,9 +245,9 @@ def test_what_can_be_planned_is_planned_before_outputs_are_handed_on():
     with Driver(emulated_setup(config_of(2, policy="sarathi_serve"))) as driver:
         for number in range(4):
             params = SamplingParams(max_tokens=4, seed=0, ignore_eos=True)
-            driver.add(Request(id=RequestId(number), prompt=(1,) * 20, params=params))
-        while driver.num_unfinished:
-            driver.poll(0.1)
+            driver.submit([Request(id=RequestId(number), prompt=(1,) * 20, params=params)])
+        while driver.engine.num_unfinished:
+            driver.outputs(0.1)
             assert isinstance(driver.engine.plan(time.monotonic()), Wait)
 
 
@@ -256,14 +256,14 @@ def test_what_an_abort_frees_is_given_to_who_waits_for_it():
     params = SamplingParams(max_tokens=20, seed=0, ignore_eos=True)
     config = config_of(2, policy="sarathi_serve", num_gpu_blocks_override=8)
     with Driver(emulated_setup(config)) as driver:
-        driver.add(Request(id=RequestId(0), prompt=(1,) * 60, params=params))
-        while not driver.poll(0.1):
+        driver.submit([Request(id=RequestId(0), prompt=(1,) * 60, params=params)])
+        while not driver.outputs(0.1):
             pass
-        driver.add(Request(id=RequestId(1), prompt=(1,) * 100, params=params))
-        driver.poll(0.0)
+        driver.submit([Request(id=RequestId(1), prompt=(1,) * 100, params=params)])
+        driver.outputs(0.0)
         assert (driver.engine.num_running, driver.engine.num_waiting) == (1, 1)
-        driver.finish(RequestId(0), "abort")
-        driver.poll(0.0)
+        driver.abort(RequestId(0), "abort")
+        driver.outputs(0.0)
         assert (driver.engine.num_running, driver.engine.num_waiting) == (1, 0)
 
 

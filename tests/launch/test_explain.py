@@ -6,7 +6,7 @@ from math import inf
 from types import SimpleNamespace
 
 import pytest
-from fake_driver import FakeDriver, byte_tokenizer
+from fake_client import FakeDriver, byte_tokenizer
 
 from pipeserve.core.nouns import Chunk, RequestId, StageCost
 from pipeserve.core.records import Planned

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import count
 
 import pytest
-from fake_driver import FakeDriver
+from fake_client import FakeDriver
 from test_emulated import config_of
 
 from pipeserve.core.cost.partition import split_layers
@@ -263,16 +263,16 @@ def test_the_commands_have_it():
 
 
 class CountedDriver(FakeDriver):
-    """Notes how many requests were added between two polls."""
+    """Notes how many requests were added between two looks."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.added_between = []
 
-    def poll(self, timeout_s):
+    def outputs(self, timeout_s):
         self.added_between.append(len(self.added) - sum(self.added_between))
         time.sleep(0.001)
-        return super().poll(timeout_s)
+        return super().outputs(timeout_s)
 
 
 def test_a_burst_does_not_keep_the_driver_from_its_messages(tmp_path):

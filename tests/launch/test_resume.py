@@ -10,7 +10,7 @@ import time
 
 import pytest
 from checkpoints import random_prompts, tiny_llama
-from fake_driver import FakeDriver, byte_tokenizer, write_jsonl
+from fake_client import FakeDriver, byte_tokenizer, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,18 +47,18 @@ class Runs:
     def __init__(self, folder, prompts, monkeypatch):
         self.prompts, self.output = prompts, prompts.with_name("out.jsonl")
         self.drivers = []
-        self.dies_at_poll = None
+        self.dies_at_look = None
         self._folder = folder
         monkeypatch.setattr(starting, "open_driver", self._open)
 
     def _open(self, run_config, record, check):
-        driver = FakeDriver(self._folder, dies_at_poll=self.dies_at_poll)
+        driver = FakeDriver(self._folder, dies_at_look=self.dies_at_look)
         driver.config, driver.record = run_config, record
         self.drivers.append(driver)
         return driver
 
-    def __call__(self, *flags, dies_at_poll=None, model="m"):
-        self.dies_at_poll = dies_at_poll
+    def __call__(self, *flags, dies_at_look=None, model="m"):
+        self.dies_at_look = dies_at_look
         command = ["generate", model, "--prompts", self.prompts, "--output", self.output, *flags]
         return cli.main([str(part) for part in command])
 
@@ -91,7 +91,7 @@ def test_after_a_death_at_any_moment_the_rest_is_run(runs, capsys):
     whole = sorted(runs.whole().splitlines())
     for moment in range(1, 7):
         runs.output.unlink()
-        assert runs(dies_at_poll=moment) == 1
+        assert runs(dies_at_look=moment) == 1
         assert "--resume goes on from there" in capsys.readouterr().err
         kept = runs.output.read_bytes()
         num_kept = kept.count(b"\n")
@@ -166,18 +166,18 @@ def test_a_run_may_begin_with_it(runs):
 
 
 def test_nothing_done_leaves_no_new_file_and_what_there_was(runs):
-    assert runs("--resume", dies_at_poll=1) == 1
+    assert runs("--resume", dies_at_look=1) == 1
     assert runs.output.exists()  # the prompt that cannot run
     runs.prompts = write_jsonl(runs.prompts, *PROMPTS[:3])
     runs.output.unlink()
-    assert runs("--resume", dies_at_poll=1) == 1
+    assert runs("--resume", dies_at_look=1) == 1
     assert not runs.output.exists()
 
 
 def test_how_it_is_served_may_change(runs, capsys):
     whole = sorted(runs.whole().splitlines())
     runs.output.unlink()
-    runs(dies_at_poll=2)
+    runs(dies_at_look=2)
     flags = ["-pp", "3", "--max-num-seqs", "2", "--policy", "vllm"]
     assert runs("--resume", *flags) == 1
     assert sorted(runs.output.read_bytes().splitlines()) == whole
@@ -195,7 +195,7 @@ def test_how_it_is_served_may_change(runs, capsys):
     ],
 )
 def test_other_sampling_is_another_job(runs, capsys, flags):
-    runs(dies_at_poll=2)
+    runs(dies_at_look=2)
     kept = runs.output.read_bytes()
     capsys.readouterr()
     refused(capsys, runs("--resume", *flags), f"{runs.output}:1 is of another job", "--overwrite")
@@ -215,7 +215,7 @@ def test_other_sampling_is_another_job(runs, capsys, flags):
     ids=["added", "removed", "text", "parameter", "as ids", "order"],
 )
 def test_other_prompts_are_another_job(runs, capsys, changed):
-    runs(dies_at_poll=2)
+    runs(dies_at_look=2)
     with runs.output.open("ab") as file:
         file.write(b'{"index": 4, "mess')  # what is refused is not touched, half a line neither
     kept = runs.output.read_bytes()
@@ -226,7 +226,7 @@ def test_other_prompts_are_another_job(runs, capsys, changed):
 
 
 def test_another_model_is_another_job(runs, capsys):
-    runs(dies_at_poll=2)
+    runs(dies_at_look=2)
     capsys.readouterr()
     refused(capsys, runs("--resume", model="another"), "model")
 
@@ -247,7 +247,7 @@ def test_another_model_is_another_job(runs, capsys):
     ids=lambda line: repr(line[:30]),
 )
 def test_what_is_no_result_is_named(runs, capsys, line):
-    runs(dies_at_poll=2)
+    runs(dies_at_look=2)
     kept = runs.output.read_bytes() + line
     runs.output.write_bytes(kept)
     number = kept.count(b"\n")
@@ -297,7 +297,7 @@ def test_overwrite_begins_anew(runs):
 
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 def test_two_processes_never_write_one_file(runs, capsys, flag):
-    runs(dies_at_poll=2)
+    runs(dies_at_look=2)
     kept = runs.output.read_bytes()
     capsys.readouterr()
     with runs.output.open("a") as other:
@@ -312,7 +312,7 @@ def test_a_line_draws_the_same_whichever_run_beside_it(runs):
     seeds = [request.params.seed for request in prompts_of(runs.drivers[-1])]
     assert len(set(seeds)) == NUM_RUN
     runs.output.unlink()
-    runs(dies_at_poll=4)
+    runs(dies_at_look=4)
     kept = {json.loads(line)["index"] for line in runs.output.read_bytes().splitlines()}
     assert {1, 2} < kept
     runs("--resume")

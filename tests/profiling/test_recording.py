@@ -6,7 +6,7 @@ from math import inf, isnan, nan
 from types import SimpleNamespace
 
 import pytest
-from fake_driver import FakeDriver, byte_tokenizer
+from fake_client import FakeDriver, byte_tokenizer
 
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, SamplingParams, StageCost

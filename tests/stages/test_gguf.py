@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import expected_logits, random_prompts, tiny
 from cut_model import Stages, assert_close
-from fake_driver import _gpt2_bytes
+from fake_client import _gpt2_bytes
 from safetensors.torch import load_file
 
 from pipeserve.errors import ConfigError

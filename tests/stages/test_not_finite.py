@@ -79,10 +79,10 @@ def ask(driver, prompts, **params):
     for place, prompt in enumerate(prompts):
         own = params if place == 0 else {"temperature": 0}
         own = SamplingParams(max_tokens=6, seed=1, ignore_eos=True, **own)
-        driver.add(Request(id=RequestId(first_id + place), prompt=tuple(prompt), params=own))
+        driver.submit([Request(id=RequestId(first_id + place), prompt=tuple(prompt), params=own)])
     outputs = [[] for _ in prompts]
-    while driver.num_unfinished:
-        for output in driver.poll(1.0):
+    while driver.engine.num_unfinished:
+        for output in driver.outputs(1.0):
             outputs[output.request_id - first_id].append(output)
     driver.settle()
     return outputs
@@ -220,8 +220,8 @@ def test_ids_of_no_token_are_refused_before_they_reach_a_stage(start, wrong):
     driver = start("float32")
     fields = {"prompt": (5, 6), "params": SamplingParams(seed=0), **wrong}
     with pytest.raises(ConfigError, match="is no token id; this model's are 0 to 255"):
-        driver.add(Request(id=RequestId(10**6), **fields))
-    assert not driver.num_unfinished
+        driver.submit([Request(id=RequestId(10**6), **fields)])
+    assert not driver.engine.num_unfinished
 
 
 def test_a_stop_id_that_is_no_token(start):
@@ -233,8 +233,8 @@ def test_a_stop_id_that_is_no_token(start):
         params=SamplingParams(temperature=0, max_tokens=3, min_tokens=2, seed=0),
         stop_ids=frozenset({2, 300}),
     )
-    driver.add(request)
+    driver.submit([request])
     outputs = []
-    while driver.num_unfinished:
-        outputs += driver.poll(1.0)
+    while driver.engine.num_unfinished:
+        outputs += driver.outputs(1.0)
     assert outputs[-1].finish_reason in ("length", "stop")

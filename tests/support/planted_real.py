@@ -157,11 +157,11 @@ class Stages:
         ]
         start_s = time.monotonic()
         killing = _killing(driver, *scene.killed) if scene.killed else None
-        while due or driver.num_unfinished:
+        while due or driver.engine.num_unfinished:
             now_s = time.monotonic() - start_s
             while due and due[0][0] <= now_s:
-                driver.add(due.pop(0)[1])
-            driver.poll(min(0.5, max(due[0][0] - now_s, 0.0)) if due else 0.5)
+                driver.submit([due.pop(0)[1]])
+            driver.outputs(min(0.5, max(due[0][0] - now_s, 0.0)) if due else 0.5)
             if killing is not None:
                 next(killing)
         driver.settle()

@@ -1,7 +1,7 @@
-"""A Driver without stages, and small tokenizers, for tests of what users touch.
+"""A client without a pipeline behind it, and small tokenizers, for tests of what users touch.
 
-The fake gives each request one token at each poll: the next of what `reply(prompt)` says, or else
-a pure function of the prompt and the position.
+Each request gets one token at each look at the outputs: the next of what `reply(prompt)` says, or
+else a pure function of the prompt and the position.
 """
 
 import json
@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from pipeserve.configs import RunConfig
 from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.partition import plan_pipeline
-from pipeserve.core.engine import Limits
 from pipeserve.core.nouns import Chunk, Output, TokenLogprobs
 from pipeserve.core.records import Arrived, Completed, Ended, Planned, Span, ignore
-from pipeserve.errors import CapacityError, StageError
+from pipeserve.core.request_state import check_fits
+from pipeserve.core.view import Limits
+from pipeserve.errors import StageError
 
 EOS = 256
 VOCAB_SIZE = 258
@@ -49,64 +50,48 @@ def _gpt2_bytes():
     yield from ((byte, chr(256 + place)) for place, byte in enumerate(others))
 
 
-class FakeDriver:
-    """As pipeserve.driver.driver.Driver, of two stages, without processes."""
+class FakeClient:
+    """As pipeserve.frontend.client.Client."""
 
     def __init__(
-        self, folder: Path, *, reply=None, max_model_len=64, dies_at_poll=None, seed=0
+        self, folder: Path, *, reply=None, max_model_len=64, dies_at_look=None, seed=0
     ) -> None:
         self.config = RunConfig(model=str(folder), pipeline_parallel_size=2, seed=seed)
+        self.limits = Limits(num_blocks=100, block_size=16, max_num_seqs=8,
+                             max_num_batched_tokens=512, max_model_len=max_model_len)  # fmt: skip
         self.model_folder = folder
         self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
-        self.max_model_len = max_model_len
-        self.setup = SimpleNamespace(kind="real")
-        self.shape = replace(load_shape("llama2-7b"), vocab_size=VOCAB_SIZE)
-        self.plan = plan_pipeline(self.shape, 2, None, 512)
-        self.dtype = "float32"
-        limits = Limits(num_blocks=100, block_size=16, max_num_seqs=8, max_num_batched_tokens=512,
-                        max_model_len=max_model_len)  # fmt: skip
-        self.engine = SimpleNamespace(limits=limits)
         self.record = ignore
-        self.added, self.finished, self.closed = [], [], False
-        self.num_polls = 0
-        self._dies_at_poll = dies_at_poll
+        self.added, self.aborted, self.closed = [], [], False
+        self.num_looks = 0
+        self._dies_at_look = dies_at_look
         self._reply = reply or (lambda prompt: [])
         self._running = {}
-        self.stages = tuple(
-            SimpleNamespace(
-                stage=stage, host="here", num_layers=2 - stage, weight_bytes=1000, kv_bytes=500,
-                baseline_bytes=2000, peak_bytes=None,
-            )
-            for stage in range(2)
-        )  # fmt: skip
 
-    def add(self, request):
-        if not request.prompt:
-            raise CapacityError("the prompt is empty")
-        if len(request.prompt) >= self.max_model_len:
-            raise CapacityError(
-                f"{len(request.prompt)} tokens, the context is {self.max_model_len}"
-            )
-        self.added.append(request)
-        num_prompt, max_tokens = len(request.prompt), request.params.max_tokens
-        self.record(Arrived(request.id, time.monotonic(), num_prompt, max_tokens))
-        self._running[request.id] = (request, iter(self._tokens(request)))
+    def submit(self, requests):
+        for request in requests:
+            check_fits(request, self.limits)
+        for request in requests:
+            self.added.append(request)
+            num_prompt, max_tokens = len(request.prompt), request.params.max_tokens
+            self.record(Arrived(request.id, time.monotonic(), num_prompt, max_tokens))
+            self._running[request.id] = (request, iter(self._tokens(request)))
 
-    def finish(self, request_id, reason):
-        self.finished.append((request_id, reason))
+    def abort(self, request_id, reason="abort"):
+        self.aborted.append((request_id, reason))
         self._running.pop(request_id, None)
 
     @property
     def num_unfinished(self):
         return len(self._running)
 
-    def poll(self, timeout_s):
-        self.num_polls += 1
-        if self.num_polls == self._dies_at_poll:
+    def outputs(self, timeout_s):
+        self.num_looks += 1
+        if self.num_looks == self._dies_at_look:
             raise StageError("stage 1 (pid 7) died: killed by SIGKILL")
         if not self._running:
             return []
-        index, now_s = self.num_polls, time.monotonic()
+        index, now_s = self.num_looks, time.monotonic()
         chunks = tuple(Chunk(request_id, 0, 1, (), None, 1) for request_id in self._running)
         self.record(Planned(index, "", -1, now_s, now_s, now_s, chunks, 0, len(chunks), 90, ()))
         outputs = []
@@ -114,7 +99,7 @@ class FakeDriver:
             output = next(tokens)
             outputs.append(output)
             if output.finish_reason is not None:
-                del self._running[request.id]
+                self._running.pop(request.id, None)
                 self.record(Ended(request.id, time.monotonic(), output.finish_reason, 1))
         for stage in range(2):
             start_s, end_s = now_s + stage * 1e-6, now_s + (stage + 1) * 1e-6
@@ -125,9 +110,6 @@ class FakeDriver:
         done_s = time.monotonic()
         self.record(Completed(index, now_s, done_s, done_s))
         return outputs
-
-    def settle(self):
-        pass
 
     def _tokens(self, request):
         known = dict(enumerate(self._reply(request.prompt)))
@@ -148,13 +130,35 @@ class FakeDriver:
             if reason is not None:
                 return
 
+    def close(self):
+        self.closed = True
+
+
+class FakeDriver(FakeClient):
+    """And what the verbs ask of the driver that they started, of two stages."""
+
+    def __init__(self, folder: Path, **keywords) -> None:
+        super().__init__(folder, **keywords)
+        self.setup = SimpleNamespace(kind="real")
+        self.shape = replace(load_shape("llama2-7b"), vocab_size=VOCAB_SIZE)
+        self.plan = plan_pipeline(self.shape, 2, None, 512)
+        self.dtype = "float32"
+        self.engine = SimpleNamespace(limits=self.limits)
+        self.stages = tuple(
+            SimpleNamespace(
+                stage=stage, host="here", num_layers=2 - stage, weight_bytes=1000, kv_bytes=500,
+                baseline_bytes=2000, peak_bytes=None,
+            )
+            for stage in range(2)
+        )  # fmt: skip
+
+    def settle(self):
+        pass
+
     def refresh_memory(self):
         self.stages = tuple(
             SimpleNamespace(**{**vars(stage), "peak_bytes": 3600}) for stage in self.stages
         )
-
-    def close(self):
-        self.closed = True
 
     def __enter__(self):
         return self

@@ -11,7 +11,6 @@ from checkpoints import random_prompts, tiny_llama
 from local_fleet import LocalFleet
 from safetensors.torch import load_file, save_file
 
-import pipeserve.driver.driver
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.driver.checkpoint import checkpoint_setup
@@ -64,9 +63,7 @@ def start(folder):
             pipeline_parallel_size=2,
             **{"num_gpu_blocks_override": 24, **options},
         )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeserve.driver.driver, "Fleet", LocalFleet)
-            return Driver(checkpoint_setup(config))
+        return Driver(checkpoint_setup(config), fleet=LocalFleet)
 
     yield start
     for driver in drivers.values():

@@ -191,22 +191,22 @@ class Fleet:
         came: list[Received],
     ) -> None:
         """Deal with what concerns processes; put the rest, and what happened, into `came`."""
-        match message:
-            case control.KeeperHello():
+        rank = self._rank_of.get(source)
+        if rank is None:  # it says who it is
+            if isinstance(message, control.KeeperHello):
                 self._welcome(message, source, at_s, came)
-                return
-            case control.StageHello():
+            else:
                 self._take_in(message, source, epoch)
-                return
-        rank = self._rank_of[source]
-        if isinstance(message, control.Pong):  # whatever the epoch: a keeper outlives it
-            self._watch.answered(rank)
+            return
         if epoch != self.epoch:
+            if isinstance(message, control.Pong):  # a keeper outlives an epoch
+                self._watch.answered(rank)
             return
         match message:
             case control.Sampled() | control.Timing() | control.Memory():
                 came.append(Received(message, rank, at_s, epoch))
             case control.Pong():
+                self._watch.answered(rank)
                 if self._start is not None:
                     self._start.loading.moved(rank, message.num_moved, at_s)
                 if self._watch.is_remote(rank):

@@ -24,7 +24,7 @@ def wait_for_keepers(fleet: Fleet, on_progress: Callable[[str], None]) -> None:
         if left_s <= 0:
             missing = sorted(set(range(num_ranks)) - set(fleet.keepers))
             raise nobody_came(missing, fleet.address, join_s, fleet.turned_away)
-        _check(fleet.receive(min(left_s, _LOOK_S)))
+        _check(fleet, fleet.receive(min(left_s, _LOOK_S)))
     check_addresses(fleet.keepers, fleet.address)
 
 
@@ -37,7 +37,7 @@ def wait_until_ready(
     others: list[Received] = []
     ready = None
     while ready is None:
-        for received in _check(fleet.receive(_LOOK_S)):
+        for received in _check(fleet, fleet.receive(_LOOK_S)):
             if isinstance(received.message, Ready):
                 ready = received.message
             else:
@@ -59,7 +59,7 @@ def gather_memory(fleet: Fleet) -> list[control.Memory]:
         if time.monotonic() > deadline:
             what = "said what memory it has used"
             raise starting.no_answer(missing, what, fleet.topology, fleet.keepers).error()
-        for received in _check(fleet.receive(_LOOK_S)):
+        for received in _check(fleet, fleet.receive(_LOOK_S)):
             if isinstance(received.message, control.Memory):
                 answers[received.rank] = received.message
             else:
@@ -68,9 +68,11 @@ def gather_memory(fleet: Fleet) -> list[control.Memory]:
     return [answers[rank] for rank in ranks]
 
 
-def _check(came: list[Received]) -> list[Received]:
-    """The same. Raises StageError, or ConfigError, when it tells of a loss."""
+def _check(fleet: Fleet, came: list[Received]) -> list[Received]:
+    """The same. Raises StageError, or ConfigError, when it tells of a loss, which goes for whoever
+    receives after that, too."""
     for received in came:
         if isinstance(received.message, Lost):
+            fleet.keep(came)
             raise received.message.error()
     return came

@@ -96,6 +96,7 @@ class Watch:
         for rank, why in self._gone(now):
             self._asked_s.pop(rank, None)
             self._exits.pop(rank, None)
+            self._hung_up_s.pop(self._keeper_of.get(rank), None)
             found += [(rank, Lost(why)), (rank, Gone())]
         gone = {rank for rank, _ in found}
         found += [(rank, Lost(why)) for rank, why in self._lost(now) if rank not in gone]

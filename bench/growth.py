@@ -125,7 +125,7 @@ class Load:
         if isinstance(planned, Microbatch):
             self._collect()
             self.plan_us.append(elapsed_us)
-            self.message_bytes.append(len(encode(step_message(planned, self.requests))))
+            self.message_bytes.append(len(encode(step_message(planned, self.requests), 0)))
             self.num_decodes.append(self.engine.last.num_decodes)
         return planned
 

@@ -151,12 +151,12 @@ def stage_cost_s() -> float:
         clocks = [time.monotonic() for _ in range(6)]
         cpu = [time.thread_time() for _ in range(2)]
         span = Span(0, 99, 33, *clocks, cpu[0], cpu[1], 4096)
-        control.encode(control.Timing(span))
+        control.encode(control.Timing(span), 0)
 
     def before() -> None:
         clocks = [time.monotonic() for _ in range(2)]
         cpu = [time.thread_time() for _ in range(2)]
-        control.encode(OldTiming(0, 99, 33, *clocks, cpu[1] - cpu[0]))
+        control.encode(OldTiming(0, 99, 33, *clocks, cpu[1] - cpu[0]), 0)
 
     def best_s(call: Callable[[], None]) -> float:
         return min(timeit.repeat(call, number=1000, repeat=20)) / 1000

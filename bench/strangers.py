@@ -51,14 +51,14 @@ def framed(message: bytes) -> bytes:
 def kinds() -> dict[str, tuple[bytes, bool]]:
     """What a stranger says, and whether it stays to see what happens."""
     hello = Connecting(b"a guess", ("keeper",)).hello()
-    keeper = encode(KeeperHello(0, 3, "here", "127.0.0.1", 1, "boot"))
+    keeper = encode(KeeperHello(0, 3, "here", "127.0.0.1", 1, "boot"), 0)
     return {
         "noise": (os.urandom(300), False),
         "a framed junk message": (framed(os.urandom(64)), False),
         "a frame of 4 GiB": (struct.pack("<4sI", b"ppsv", 0xFFFFFFFF), True),
         "a frame of 1 KiB, cut": (struct.pack("<4sI", b"ppsv", 1024) + b"x" * 500, True),
         "a keeper's hello, unproved": (framed(keeper), False),
-        "a result, unproved": (framed(encode(Sampled(0, [1], [], []))), False),
+        "a result, unproved": (framed(encode(Sampled(0, [1], [], []), 0)), False),
         "a handshake's first step": (framed(hello), True),
         "TLS": (bytes.fromhex("16030100c8010000c40303") + os.urandom(180), False),
         "HTTP": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", False),

@@ -115,7 +115,7 @@ class EmulatedCompute:
         end_s = time.monotonic()
         if stage.is_last:
             end_cpu_s = stage.feed_back(step, tokens, end_s)
-            stage.tell(control.Sampled(step.index, tokens, [], []))
+            stage.report(control.Sampled(step.index, tokens, [], []))
             return Done(num_tokens, head_s, end_s, end_s, seconds, end_cpu_s, 0)
         num_bytes = self.links.send(step.index, end_s)
         end_cpu_s = time.thread_time()

@@ -9,7 +9,7 @@ from pipeserve.driver.shapes import find_shape
 from pipeserve.errors import ConfigError
 from pipeserve.launch.emulated.stage import MODULE, EmulatedWork
 from pipeserve.launch.run.simulated import simulated_run
-from pipeserve.wire.control import encode
+from pipeserve.wire.control import encode_job
 
 if TYPE_CHECKING:
     from pipeserve.driver.driver import Driver
@@ -38,7 +38,7 @@ def emulated_setup(config: RunConfig) -> Setup:
         limits=simulated.limits,
         cost=simulated.make_cost(),
         module=MODULE,
-        works=(encode(work),) * len(plan.stages),
+        works=(encode_job(work),) * len(plan.stages),
     )
 
 

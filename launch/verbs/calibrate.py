@@ -85,7 +85,7 @@ def calibrate(
             "stages": "layers " + ",".join(str(s.num_layers) for s in driver.plan.stages),
         },
         memory_bytes=memory_bytes,
-        devices_per_node=len(driver.stages),
+        devices_per_node=driver.topology.num_ranks,
         attention=fit.attention,
         tables=fit.tables,
         intra_node=link,

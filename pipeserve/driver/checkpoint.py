@@ -23,7 +23,7 @@ from pipeserve.stages.checkpoint.sources import resolve
 from pipeserve.stages.checkpoint.weights import check_checkpoint
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families import read_config
-from pipeserve.wire.control import KeeperHello, ModelShare, encode
+from pipeserve.wire.control import KeeperHello, ModelShare, encode_job
 
 
 def checkpoint_setup(
@@ -136,7 +136,7 @@ def _works(
     config: RunConfig, folder: str, plan: PipelinePlan, dtype: str, limits: Limits
 ) -> tuple[bytes, ...]:
     return tuple(
-        encode(
+        encode_job(
             ModelShare(
                 model_folder=folder,
                 first_layer=stage.first_layer,

@@ -11,37 +11,24 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
+from pipeserve.configs import RunConfig
 from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Ping, Recorder, ignore
 from pipeserve.core.request_state import check_fits
+from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
-from pipeserve.driver.fleet import Fleet, Received
+from pipeserve.driver.events import Lost, Ready, Received
+from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.setup import Setup
+from pipeserve.driver.stage_info import stage_infos, with_memory
+from pipeserve.driver.starting import jobs_of
+from pipeserve.driver.waiting import gather_memory, wait_for_keepers, wait_until_ready
 from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.wire import control
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageInfo:
-    """Where one stage runs and what it holds. Memory in bytes."""
-
-    stage: int
-    rank: int
-    host: str
-    pid: int
-    cpus: tuple[int, ...]
-    num_layers: int
-    weight_bytes: int
-    kv_bytes: int
-    baseline_bytes: int
-    """The interpreter with torch, before the model."""
-    peak_bytes: int | None = None
-    """The most that was resident at once; None until `Driver.refresh_memory`."""
 
 
 class Driver:
@@ -57,10 +44,11 @@ class Driver:
         setup: Setup,
         on_progress: Callable[[str], None] = lambda text: None,
         record: Recorder = ignore,
+        fleet: Callable[[Topology, RunConfig], Fleet] = Fleet,
     ) -> None:
         """Returns when all stages are ready. `on_progress` is told in words how far they are.
         `record` is handed what the run tells of itself, from within `submit`, `outputs`, `settle`
-        and `close`, and must not raise."""
+        and `close`, and must not raise. `fleet` makes what stages are started and reached by."""
         self._take(setup, record)
         self._may_plan = False
         """Something came since the engine last had no plan; nothing else can give it one."""
@@ -69,28 +57,21 @@ class Driver:
         self._requests: dict[RequestId, Request] = {}
         self._aborted: deque[tuple[RequestId, str]] = deque()
         """To be ended with the next step, and why."""
-        self.fleet = Fleet(len(self.plan.stages), self.config)
+        self._loss: Lost | None = None
+        """That ends the run, once what came before it was handed on."""
+        self.topology = Topology.of(self.plan)
+        self.fleet = fleet(self.topology, self.config)
         try:
-            self.fleet.wait_for_keepers(on_progress)
+            wait_for_keepers(self.fleet, on_progress)
             self._suit_ranks(record)
-            ready = self.fleet.start_stages(self._jobs(), on_progress)
+            self._start()
+            self._is_whole = True
+            """Stages are there; else they are waited for, after a loss."""
+            started = wait_until_ready(self.fleet, on_progress)
         except BaseException:
             self.fleet.close()
             raise
-        self.stages = tuple(
-            StageInfo(
-                stage=stage.stage,
-                rank=stage.rank,
-                host=self.fleet.keepers[stage.rank].host,
-                pid=stage.pid,
-                cpus=tuple(stage.cpus),
-                num_layers=plan.num_layers,
-                weight_bytes=stage.weight_bytes,
-                kv_bytes=stage.kv_bytes,
-                baseline_bytes=stage.baseline_bytes,
-            )
-            for stage, plan in zip(ready, self.plan.stages, strict=True)
-        )
+        self.stages = stage_infos(self.plan, self.fleet.keepers, started)
 
     def _take(self, setup: Setup, record: Recorder) -> None:
         self.setup = setup
@@ -103,24 +84,15 @@ class Driver:
 
     def _suit_ranks(self, record: Recorder) -> None:
         """Where ranks on other machines multiply other types than was thought."""
-        keepers = [self.fleet.keepers[rank] for rank in range(self.fleet.num_ranks)]
+        keepers = [self.fleet.keepers[rank] for rank in range(self.topology.num_ranks)]
         native = tuple(keeper.native_dtypes for keeper in keepers)
         if self.setup.for_ranks is not None and native != self.setup.native_dtypes:
             self._take(self.setup.for_ranks(keepers), record)
 
-    def _jobs(self) -> list[control.StartStage]:
-        return [
-            control.StartStage(
-                stage=stage.stage,
-                num_stages=len(self.plan.stages),
-                module=self.setup.module,
-                work=work,
-                control=f"/{self.fleet.local_name}",
-                host=self.fleet.keepers[stage.ranks[0]].address,
-                traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
-            )
-            for stage, work in zip(self.plan.stages, self.setup.works, strict=True)
-        ]
+    def _start(self) -> None:
+        """All stages, in a fresh epoch."""
+        fleet = self.fleet
+        fleet.start(jobs_of(self.setup, self.topology, fleet.keepers, fleet.local_name))
 
     # ---- what its client calls ------------------------------------------------------------------
 
@@ -158,10 +130,7 @@ class Driver:
         except BaseException as error:
             # Ctrl-C too may come between a plan and its message: what the stages hold and what the
             # engine thinks they hold is no longer sure to be the same.
-            reason = str(error) or f"interrupted by {type(error).__name__}"
-            if self.fleet.lost_stage is not None:
-                self.journal.lost(self.fleet.lost_stage, time.monotonic(), reason)
-            self._end(reason)
+            self._end(str(error) or f"interrupted by {type(error).__name__}")
             raise
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -169,10 +138,13 @@ class Driver:
     def step(self, timeout_s: float) -> list[Output]:
         """Plan what can be planned, then take what the stages said, waiting at most `timeout_s` for
         the first of it. Returns what became known, in order; may be empty."""
+        self._check_whole()
         self._end_aborted()
         self._plan_all()
         outputs: list[Output] = []
         for received in self.fleet.receive(timeout_s):
+            if received.epoch != self.fleet.epoch:
+                continue  # from before a loss: all of that is void
             match received.message:
                 case control.Sampled():
                     outputs += self._complete(received)
@@ -181,8 +153,16 @@ class Driver:
                     self._num_spans_due -= 1
                     self.journal.computed(span)
                     self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
-                case control.Pong(rank, sent_s, remote_s):  # of another machine
-                    self.journal.pinged(Ping(rank, sent_s, remote_s, received.at_s))
+                case control.Pong(sent_s, remote_s):  # of another machine
+                    if self.topology.speaks(received.rank):
+                        stage = self.topology.stage_of(received.rank)
+                        self.journal.pinged(Ping(stage, sent_s, remote_s, received.at_s))
+                case Lost():
+                    self._lose(received)
+                case Ready(stages):
+                    self._go_on(stages)
+        if not outputs:
+            self._check_whole()
         return outputs
 
     def _end_aborted(self) -> None:
@@ -197,7 +177,7 @@ class Driver:
 
     def _plan_all(self) -> None:
         """Fill the window."""
-        while self._may_plan:
+        while self._may_plan and self._is_whole:
             now = time.monotonic()
             planned = self.engine.plan(now)
             if isinstance(planned, Wait):
@@ -226,6 +206,32 @@ class Driver:
         )
         return outputs
 
+    def _lose(self, received: Received) -> None:
+        """What becomes of the run when a stage was lost: the one place that decides it. It goes on
+        in a fresh epoch, from the last token of each request, with a fleet that starts stages
+        again; with others it ends."""
+        if self._loss is not None:
+            return
+        stage, lost = self.topology.stage_of(received.rank), received.message
+        self.journal.lost(stage, received.at_s, lost.why)
+        self._is_whole = False
+        if not self.fleet.restarts:
+            self._loss = lost
+            return
+        self.engine.lost(time.monotonic())
+        self._num_spans_due = 0
+        self._start()
+
+    def _go_on(self, started: Sequence[control.StageReady]) -> None:
+        """All stages are there again."""
+        self.stages = stage_infos(self.plan, self.fleet.keepers, started)
+        self.journal.resumed(time.monotonic())
+        self._is_whole = self._may_plan = True
+
+    def _check_whole(self) -> None:
+        if self._loss is not None:
+            raise self._loss.error()
+
     def settle(self, timeout_s: float = 2.0) -> None:
         """Let what is outstanding run out and take what the stages tell of it, when no request is
         unfinished. A run has been told whole then. Raises StageError."""
@@ -237,10 +243,7 @@ class Driver:
 
     def refresh_memory(self) -> None:
         """Bring `stages[i].peak_bytes` up to date. Only while no request is unfinished."""
-        self.stages = tuple(
-            replace(stage, peak_bytes=memory.peak_bytes)
-            for stage, memory in zip(self.stages, self.fleet.gather_memory(), strict=True)
-        )
+        self.stages = with_memory(self.stages, self.plan, gather_memory(self.fleet))
 
     def close(self) -> None:
         """End every process. Safe to call twice; nothing can be run after it."""

@@ -2,41 +2,35 @@
 of its own to one port.
 
 Keepers are started here (`spawn`) or by torchrun and its kind (`external`); after that the two are
-the same. A stage that fails or dies becomes one `StageError` that says which and why, raised from
-whatever the driver was doing. Every wait has an end, at which it names who did not come. What
-strangers do costs their own connection. `close` leaves no process behind.
+the same. `receive` gives what they say and what happens to them (`events.py`), in order; the driver
+decides what comes of it, and waits for what it needs (`waiting.py`). What strangers do costs their
+own connection. `close` leaves no process behind.
+
+By rank (`core/topology.py`), and in epochs: each start of the stages begins a fresh one, and what
+is said of an old one is dropped.
 """
 
 import os
-import secrets
-import signal
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from math import inf
-from typing import NamedTuple
 
 import msgspec
 
 from pipeserve.configs import RunConfig
 from pipeserve.configs.addresses import join_address, split_address
-from pipeserve.driver.loading import LoadWatch
+from pipeserve.core.topology import Topology
+from pipeserve.driver.events import Event, Gone, Joined, Lost, Ready, Received
+from pipeserve.driver.joining import find_secret, listen, why_not
 from pipeserve.driver.spawned_keepers import SpawnedKeepers
-from pipeserve.errors import ConfigError, StageError
-from pipeserve.machine import boot_id
+from pipeserve.driver.starting import Start, links_of
+from pipeserve.driver.watching import Watch
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.listener import Listener, is_loopback, is_wildcard
-from pipeserve.wire.secret import control_secret
+from pipeserve.wire.listener import Listener, is_wildcard
 from pipeserve.wire.sources import Source, Sources
+from pipeserve.wire.strangers import TurnedAway
 
-_MISSED_HEARTBEATS = 5
-"""After which a keeper, and its machine, is lost."""
-_CLOCK_PING_S = 0.5
-"""Between two looks at the clock of another machine."""
-_ANSWER_S = 30.0
-"""For what a stage does at once: connect to its neighbours, say how much memory it has used."""
-_LAST_WORD_S = 2.0
 _STOP_S = 2.0
 _AT_ONCE_S = 0.001
 _CHECK_S = 0.05
@@ -49,52 +43,55 @@ _DECODE = {
 """By what a connection carries: that of one who has not said yet who it is, nothing but that."""
 
 
-class Received(NamedTuple):
-    """What a stage or a keeper said, and when it was received."""
-
-    message: control.ToDriver
-    at_s: float
-
-
 class Fleet:
-    """P keepers, each with one stage. Single-threaded: nothing happens but inside its methods."""
+    """A keeper for each rank, each with one stage. Single-threaded: nothing happens but inside its
+    methods."""
 
-    def __init__(self, num_ranks: int, config: RunConfig) -> None:
+    restarts = False
+    """Whether stages that were lost can be started again: `start` once more."""
+
+    def __init__(self, topology: Topology, config: RunConfig) -> None:
         """Listen for keepers and stages at `config.control`, by default a free port of this
         machine; with launcher "spawn", start the keepers.
 
         Raises ConfigError when the address is busy, or reached from beyond this machine without a
         secret.
         """
-        self.num_ranks = num_ranks
+        self.topology = topology
+        self.epoch = 0
+        """Of the stages that were started last."""
         self.keepers: dict[int, control.KeeperHello] = {}
+        """Of the ranks that have joined."""
         self.waiting_s = 0.0
         """Since when the driver only waits; a result from before then waited for the driver.
         Taking a message up at once does not end the waiting (or a stage's timing that comes just
         ahead of a result would make the driver look busy), `broadcast` does."""
-        self._config = config
+        self.config = config
         self._pid = os.getpid()
         self._returned_s = -inf
         self._next_check_s = -inf
-        self._asked_all_s = -inf
-        self.lost_stage: int | None = None
-        """Of the process whose end was raised."""
-        self._boot_id = boot_id()
         self._keeper_of: dict[int, Connection] = {}
-        self._asked_s: dict[int, float] = {}
-        """When a keeper got the first heartbeat that it has not answered."""
-        self._hung_up_s: dict[Connection, float] = {}
-        """When a keeper or a stage was found to have ended its connection."""
-        self._loading = LoadWatch(num_ranks, inf)
-        self._unread: list[Received] = []
-        self._exited: control.StageExited | None = None
-        self._spawned = SpawnedKeepers()
         self._stages: dict[int, Connection] = {}
+        self._rank_of: dict[Source, int] = {}
+        self._start: Start | None = None
+        """Of this epoch; None before the first."""
+        self._lost: set[int] = set()
+        """Ranks of which that was told in this epoch."""
+        self._unread: list[Received] = []
+        self._spawned = SpawnedKeepers()
+        self._watch = Watch(
+            topology,
+            config.heartbeat_interval,
+            self.keepers,
+            self._keeper_of,
+            self._stages,
+            self._spawned,
+        )
         host, port = split_address(config.control) if config.control else ("127.0.0.1", 0)
-        self.secret = self._find_secret(host)
+        self.secret = find_secret(config, host)
         self._sources = Sources(self.secret)
         try:
-            listener = self._listen(host, port)
+            listener = listen(host, port, self._sources)
             self.local_name = listener.local_name
             """Of where keepers and stages are listened for, to this machine."""
             self.address = config.control or join_address(listener.host, listener.port)
@@ -105,319 +102,186 @@ class Fleet:
             self.close()
             raise
 
+    @property
+    def turned_away(self) -> TurnedAway:
+        """Strangers, and others who do not belong here."""
+        return self._sources.turned_away
+
     # ---- starting -------------------------------------------------------------------------------
-
-    def _find_secret(self, host: str) -> bytes:
-        """What was given, or what the keepers that are started here can be told; empty: none."""
-        given = control_secret(self._config.control_secret)
-        if given is not None:
-            return given
-        try:
-            can_tell = self._config.launcher == "spawn" and is_loopback(host)
-        except OSError:  # a name that nobody knows: `_listen` says so
-            can_tell = False
-        return secrets.token_bytes(32) if can_tell else b""
-
-    def _listen(self, host: str, port: int) -> Listener:
-        place = join_address(host, port)
-        try:
-            return Listener(host, self._sources, ("keeper", "stage"), port)
-        except ConfigError as error:
-            raise ConfigError(f"--control {error}") from None
-        except socket.gaierror as error:
-            raise ConfigError(f"--control {place}: {error.strerror}") from None
-        except OSError as error:
-            reason = error.strerror.partition(" (")[0]
-            raise ConfigError(
-                f"--control {place}: {reason}; choose another address or port, "
-                "or leave --control out to take any free one"
-            ) from None
 
     def _start_keepers(self, listener: Listener) -> None:
         host = listener.host
         if is_wildcard(host):
             host = "::1" if ":" in host else "127.0.0.1"
-        self._spawned.start(self.num_ranks, join_address(host, listener.port), self.secret)
+        address = join_address(host, listener.port)
+        self._spawned.start(self.topology.num_ranks, address, self.secret)
 
-    def wait_for_keepers(self, on_progress: Callable[[str], None]) -> None:
-        """Until every rank's keeper has joined. Raises StageError when one does not."""
-        join_s = self._config.join_timeout
-        deadline = time.monotonic() + join_s
-        while len(self.keepers) < self.num_ranks:
-            on_progress(f"waiting for keepers: {len(self.keepers)} of {self.num_ranks} joined")
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                missing = sorted(set(range(self.num_ranks)) - set(self.keepers))
-                raise StageError(
-                    f"no keeper of {_ranks(missing)} joined {self.address} within {join_s:g} s"
-                    f"{self._who_was_turned_away()}; start them with torchrun -m "
-                    f"pipeserve.launch.keeper --control {self.address}, or raise --join-timeout"
-                )
-            self.receive(min(left_s, 0.5))
-        self._check_addresses()
-
-    def _who_was_turned_away(self) -> str:
-        turned_away = self._sources.turned_away
-        if not turned_away.counts:
-            return ""
-        return f" ({turned_away.counts.total():,} were turned away, the last: {turned_away.last})"
-
-    def _check_addresses(self) -> None:
-        """Stages of several machines find each other by the addresses of their keepers."""
-        if len({keeper.boot_id for keeper in self.keepers.values()}) > 1:
-            for rank, keeper in self.keepers.items():
-                if is_loopback(keeper.address):
-                    raise ConfigError(
-                        f"the keeper of rank {rank} on {keeper.host} joined at {keeper.address}, "
-                        "where the stages of other machines cannot reach its stage; start it with "
-                        f"--control ADDRESS:{split_address(self.address)[1]}, an address of the "
-                        "driver's machine in the network of the others"
-                    )
-
-    def start_stages(
-        self, jobs: list[control.StartStage], on_progress: Callable[[str], None]
-    ) -> list[control.StageReady]:
-        """Start each rank's stage, connect neighbours; returns when all can take a step."""
-        on_progress("starting stages")
-        self._loading = LoadWatch(self.num_ranks, time.monotonic())
+    def start(self, jobs: Sequence[control.StartStage]) -> None:
+        """Start each rank's stage, in a fresh epoch: `Ready` says when all can take a step. Nothing
+        that a stage of an old epoch says is heard any more."""
+        self.epoch += 1
+        now = time.monotonic()
+        for rank in list(self._stages):
+            self._let_go(self._stages.pop(rank))
+        self._lost.clear()
+        self._watch.start_again()
+        self._start = Start(self.topology, self.keepers, self.config.load_timeout, now)
         for rank, job in enumerate(jobs):
             self._tell_keeper(rank, job)
-        ready = self._gather(
-            control.StageReady, self._check_loading, lambda: on_progress(str(self._loading))
-        )
-        for stage in range(self.num_ranks):
-            is_last = stage == self.num_ranks - 1
-            links = control.Connect(
-                next_stage="" if is_last else ready[stage + 1].activations_at,
-                first_stage=ready[0].tokens_at if is_last else "",
-            )
-            self._stages[stage].send(control.encode(links))
-        self._gather(control.Connected, self._within_answer_time("reached its neighbours"))
-        return ready
 
-    def _gather(
-        self,
-        kind: type,
-        check: Callable[[list[int]], None],
-        on_news: Callable[[], None] = lambda: None,
-    ) -> list:
-        """One message of `kind` from every stage, in stage order; others are kept for `receive`.
-        Calls `on_news` whenever something came, and `check`, which ends the wait, with the stages
-        that have not said it yet."""
-        by_stage: dict[int, object] = {}
-        others: list[Received] = []
-        while len(by_stage) < self.num_ranks:
-            for received in self.receive(0.5):
-                if isinstance(received.message, kind):
-                    by_stage[received.message.stage] = received.message
-                else:
-                    others.append(received)
-            on_news()
-            check([stage for stage in range(self.num_ranks) if stage not in by_stage])
-        self._unread = others
-        return [by_stage[stage] for stage in range(self.num_ranks)]
+    def _connect(self, stages: Sequence[control.StageReady]) -> None:
+        """All have loaded: each is told where its neighbours listen."""
+        for rank, connection in self._stages.items():
+            links = links_of(rank, self.topology, stages)
+            connection.send(control.encode(links, self.epoch))
 
-    def _check_loading(self, stages: list[int]) -> None:
-        timeout_s = self._config.load_timeout
-        stage = self._loading.stopped(stages, timeout_s, time.monotonic())
-        if stage is not None:
-            self.lost_stage = stage
-            raise StageError(
-                f"stage {stage} on {self.keepers[stage].host} has stopped loading, "
-                f"{self._loading.how_far(stage)}: it has moved no byte for {timeout_s:g} s; look "
-                "at its disk, or raise --load-timeout"
-            )
-
-    def _within_answer_time(self, what: str) -> Callable[[list[int]], None]:
-        deadline = time.monotonic() + _ANSWER_S
-
-        def check(stages: list[int]) -> None:
-            if stages and time.monotonic() > deadline:
-                self.lost_stage = stages[0]
-                hosts = ", ".join(sorted({self.keepers[stage].host for stage in stages}))
-                numbers = ", ".join(map(str, stages))
-                raise StageError(
-                    f"stage {numbers} (on {hosts}) has not {what} within {_ANSWER_S:g} s; is it "
-                    "stopped, or does a firewall stand between the machines?"
-                )
-
-        return check
+    def how_far(self) -> str:
+        """With loading, in words."""
+        return str(self._start.loading)
 
     # ---- running --------------------------------------------------------------------------------
 
     def broadcast(self, message: control.ToStage) -> None:
-        """The same bytes to every stage, first to the first, which may be waiting for them. That
-        one has ended, `receive` says."""
-        encoded = control.encode(message)
-        for stage in range(self.num_ranks):
-            self._stages[stage].send(encoded)
+        """The same bytes to every rank's stage, first to the first, which may be waiting for them.
+        That one has ended, `receive` says."""
+        encoded = control.encode(message, self.epoch)
+        for rank in range(self.topology.num_ranks):
+            if rank in self._stages:
+                self._stages[rank].send(encoded)
         self._returned_s = -inf
 
-    def gather_memory(self) -> list[control.Memory]:
-        """Ask every stage for its peak memory. Only while no microbatch is outstanding."""
-        self.broadcast(control.ReportMemory())
-        return self._gather(
-            control.Memory, self._within_answer_time("said what memory it has used")
-        )
-
     def receive(self, timeout_s: float) -> list[Received]:
-        """What stages said, and keepers of their clocks, waiting at most `timeout_s` for the first
-        of it.
-
-        Raises StageError (ConfigError, when its input was at fault) when a stage or a keeper ended.
+        """What stages said, and keepers of their clocks, and what happened to them, waiting at most
+        `timeout_s` for the first of it. That one was lost comes behind all that was here before.
         """
-        messages, self._unread = self._unread, []
+        came, self._unread = self._unread, []
+        num_lost = len(self._lost)
         now = time.monotonic()
         if now - self._returned_s > _AT_ONCE_S:
             self.waiting_s = now
-        for source in self._sources.ready(0 if messages else timeout_s * 1000):
+        if self._watch.is_waiting:
+            timeout_s = min(timeout_s, _CHECK_S)
+        for source in self._sources.ready(0 if came else timeout_s * 1000):
             payloads = source.receive()
             at_s = time.monotonic()
             for payload in payloads:
                 try:
-                    message = _DECODE[source.carries](payload)
+                    epoch, message = _DECODE[source.carries](payload)
                 except (msgspec.DecodeError, RecursionError):  # of a list in a list in a list
                     source.turn_away("what it says is not understood")
                     break
-                self._note(Received(message, at_s), source, messages)
+                self._note(message, source, at_s, epoch, came)
         self._returned_s = time.monotonic()
-        if self._returned_s >= self._next_check_s:  # a system call for each of them
-            self._check_keepers()
-            self._ask_keepers()
+        if self._returned_s >= self._next_check_s or self._watch.is_waiting:
+            self._check(came)  # a system call for each of them
             self._returned_s = time.monotonic()
             self._next_check_s = self._returned_s + _CHECK_S
-        return messages
+        if len(self._lost) > num_lost:
+            came.sort(key=lambda received: isinstance(received.message, Lost | Gone))
+        return came
 
-    def _note(self, received: Received, source: Source, messages: list[Received]) -> None:
-        """Deal with what concerns processes; put the rest into `messages`."""
-        message = received.message
+    def keep(self, received: list[Received]) -> None:
+        """What one who waited for something else did not take: `receive` gives it again."""
+        self._unread = received + self._unread
+
+    def _note(
+        self,
+        message: control.ToDriver,
+        source: Source,
+        at_s: float,
+        epoch: int,
+        came: list[Received],
+    ) -> None:
+        """Deal with what concerns processes; put the rest, and what happened, into `came`."""
+        rank = self._rank_of.get(source)
+        if rank is None:  # it says who it is
+            if isinstance(message, control.KeeperHello):
+                self._welcome(message, source, at_s, came)
+            else:
+                self._take_in(message, source, epoch)
+            return
+        if epoch != self.epoch:
+            if isinstance(message, control.Pong):  # a keeper outlives an epoch
+                self._watch.answered(rank)
+            return
         match message:
-            case control.Sampled() | control.Timing():
-                messages.append(received)
+            case control.Sampled() | control.Timing() | control.Memory():
+                came.append(Received(message, rank, at_s, epoch))
             case control.Pong():
-                self._asked_s.pop(message.rank, None)
-                self._loading.moved(message.rank, message.num_moved, received.at_s)
-                if self._is_remote(message.rank):
-                    messages.append(received)
+                self._watch.answered(rank)
+                if self._start is not None:
+                    self._start.loading.moved(rank, message.num_moved, at_s)
+                if self._watch.is_remote(rank):
+                    came.append(Received(message, rank, at_s, epoch))
             case control.Loading():
-                self._loading.take(message, received.at_s)
-            case control.StageHello():
-                if 0 <= message.stage < self.num_ranks and message.stage not in self._stages:
-                    source.carries = "words of a stage"
-                    self._stages[message.stage] = source
-                else:
-                    source.turn_away(f"stage {message.stage} is not missing")
-            case control.KeeperHello():
-                self._welcome(message, source)
+                self._start.loading.take(rank, message, at_s)
+            case control.StageReady():
+                if self._start.loaded(rank, message, at_s):
+                    self._connect(self._start.stages)
+            case control.Connected():
+                if self._start.connected(rank):
+                    came.append(Received(Ready(self._start.stages), 0, at_s, epoch))
             case control.StageFailed():
-                self.lost_stage = message.stage
-                error = ConfigError if message.is_user_error else StageError
-                raise error(f"stage {message.stage}: {message.reason}")
+                why = f"{self.topology.name(rank)}: {message.reason}"
+                self._happened(Lost(why, message.is_user_error), rank, at_s, came)
             case control.StageExited():
-                self._report_exit(message)
-            case _:
-                messages.append(received)
+                self._watch.exited(rank, message, at_s)
 
-    def _welcome(self, hello: control.KeeperHello, source: Connection) -> None:
-        why = self._why_not(hello)
+    def _welcome(
+        self, hello: control.KeeperHello, source: Source, at_s: float, came: list[Received]
+    ) -> None:
+        why = why_not(hello, self.topology, self.keepers)
         if why:
-            source.send(control.encode(control.NotWanted(why)))
+            source.send(control.encode(control.NotWanted(why), self.epoch))
             source.turn_away(why)
             return
         source.carries = "words of a keeper"
         self.keepers[hello.rank] = hello
         self._keeper_of[hello.rank] = source
+        self._rank_of[source] = hello.rank
+        self._happened(Joined(), hello.rank, at_s, came)
 
-    def _why_not(self, hello: control.KeeperHello) -> str:
-        """Empty: it is one of ours."""
-        who = f"keeper of rank {hello.rank} on {hello.host}"
-        if hello.world_size != self.num_ranks:
-            return (
-                f"{who} is one of {hello.world_size}, and the pipeline has {self.num_ranks} "
-                "stages; make --pipeline-parallel-size equal to the number of keepers"
-            )
-        if not 0 <= hello.rank < self.num_ranks:
-            return f"{who}: there are ranks 0 to {self.num_ranks - 1}"
-        if hello.rank in self.keepers:
-            first = self.keepers[hello.rank]
-            return f"{who}: that rank has joined already, from {first.host} (pid {first.pid})"
-        return ""
-
-    def _report_exit(self, exited: control.StageExited) -> None:
-        """Raise for a stage that ended, with its own last word if that is still on its way."""
-        if self._exited is not None:
+    def _take_in(self, hello: control.StageHello, source: Source, epoch: int) -> None:
+        is_ours = 0 <= hello.rank < self.topology.num_ranks and hello.rank not in self._stages
+        if not is_ours or self._start is None or epoch != self.epoch:
+            source.turn_away(f"the stage of rank {hello.rank} is not missing")
             return
-        self._exited = exited
-        self.lost_stage = exited.rank
-        stage = self._stages.get(exited.rank)
-        deadline = time.monotonic() + _LAST_WORD_S
-        while exited.exit_code > 0 and time.monotonic() < deadline:
-            if stage is not None and stage.has_ended:
-                break
-            self.receive(0.1)
-        raise StageError(
-            f"stage {exited.rank} (pid {exited.pid} on {self.keepers[exited.rank].host}) died: "
-            f"{_describe_exit(exited.exit_code)}"
-        )
+        source.carries = "words of a stage"
+        self._stages[hello.rank] = source
+        self._rank_of[source] = hello.rank
 
-    def _check_keepers(self) -> None:
-        ended = self._spawned.ended()
-        if ended is not None:
-            self.lost_stage, process = ended
-            raise StageError(
-                f"the keeper of stage {self.lost_stage} (pid {process.pid}) ended with "
-                f"{process.returncode}; was it killed by hand?"
-            )
+    def _check(self, came: list[Received]) -> None:
+        """Who is still there; and ask, for the next time."""
         now = time.monotonic()
-        silence_s = _MISSED_HEARTBEATS * self._config.heartbeat_interval
-        for rank, asked_s in self._asked_s.items():
-            if now - asked_s > silence_s:
-                self.lost_stage = rank
-                raise StageError(
-                    f"nothing heard from the keeper of stage {rank} on {self.keepers[rank].host} "
-                    f"for {silence_s:g} s; is it stopped, or its machine down?"
-                )
-        for stage, connection in self._stages.items():
-            if self._has_hung_up(connection):  # why, its keeper says within moments
-                self.lost_stage = stage
-                raise StageError(
-                    f"stage {stage} hung up, and its keeper on {self.keepers[stage].host} does "
-                    "not say why; is the network between the two up?"
-                )
-        for rank, connection in self._keeper_of.items():
-            if self._has_hung_up(connection):
-                self.lost_stage = rank
-                raise StageError(
-                    f"the keeper of stage {rank} on {self.keepers[rank].host} hung up; was it "
-                    "ended by hand, or by its launcher?"
-                )
+        for rank, event in self._watch.look(now):
+            self._happened(event, rank, now, came)
+        late = self._start.late(now) if self._start is not None else None
+        if late is not None:
+            self._happened(late[1], late[0], now, came)
+        for rank in self._watch.to_ask(now):
+            self._tell_keeper(rank, control.Ping(time.monotonic()))
 
-    def _has_hung_up(self, connection: Connection) -> bool:
-        """And nobody has said more of it for a while."""
-        if not connection.has_ended:
-            return False
-        now = time.monotonic()
-        return now - self._hung_up_s.setdefault(connection, now) > _LAST_WORD_S
+    def _happened(self, event: Event, rank: int, at_s: float, came: list[Received]) -> None:
+        """Tell it, once."""
+        match event:
+            case Lost():
+                if rank in self._lost:
+                    return
+                self._lost.add(rank)
+            case Gone():
+                if self.keepers.pop(rank, None) is None:
+                    return
+                for by_rank in (self._keeper_of, self._stages):
+                    if rank in by_rank:
+                        self._let_go(by_rank.pop(rank))
+        came.append(Received(event, rank, at_s, self.epoch))
 
-    def _ask_keepers(self) -> None:
-        """For a sign of life, now and then; those of other machines also for the time, more often.
-        The answers come as any other message."""
-        now = time.monotonic()
-        period_s = self._config.heartbeat_interval
-        if any(map(self._is_remote, self.keepers)):
-            period_s = min(period_s, _CLOCK_PING_S)
-        if now < self._asked_all_s + period_s:
-            return
-        self._asked_all_s = now
-        for rank, keeper in self._keeper_of.items():
-            keeper.send(control.encode(control.Ping(time.monotonic())))
-            self._asked_s.setdefault(rank, now)
-
-    def _is_remote(self, rank: int) -> bool:
-        return self.keepers[rank].boot_id != self._boot_id
+    def _let_go(self, connection: Connection) -> None:
+        connection.close()
+        del self._rank_of[connection]
 
     def _tell_keeper(self, rank: int, message: control.ToKeeper) -> None:
-        self._keeper_of[rank].send(control.encode(message))
+        self._keeper_of[rank].send(control.encode(message, self.epoch))
 
     # ---- ending ---------------------------------------------------------------------------------
 
@@ -433,26 +297,10 @@ class Fleet:
         if not self.is_own:
             return
         for keeper in self._keeper_of.values():
-            keeper.send(control.encode(control.Stop()))
+            keeper.send(control.encode(control.Stop(), self.epoch))
         self._spawned.end()
         deadline = time.monotonic() + _STOP_S
         for keeper in self._keeper_of.values():  # of another launcher: it hangs up when it is done
             keeper.close(wait_s=max(deadline - time.monotonic(), 1e-3))
-        self._keeper_of = {}
+        self._keeper_of.clear()
         self._sources.close()
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-
-
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    name = signal.Signals(-code).name
-    if -code == signal.SIGKILL:
-        return (
-            f"killed by {name}, often the kernel when memory runs out; "
-            "use more stages or a smaller --kv-cache-memory-bytes"
-        )
-    return f"killed by {name}"

@@ -20,12 +20,13 @@ class SpawnedKeepers:
         for rank in range(num_ranks):
             self._processes.append(_spawn(rank, num_ranks, address, secret))
 
-    def ended(self) -> tuple[int, subprocess.Popen] | None:
-        """Rank and process of one that has."""
-        for rank, process in enumerate(self._processes):
-            if process.poll() is not None:
-                return rank, process
-        return None
+    def ended(self) -> list[tuple[int, subprocess.Popen]]:
+        """Rank and process of those that have."""
+        return [
+            (rank, process)
+            for rank, process in enumerate(self._processes)
+            if process.poll() is not None
+        ]
 
     def end(self) -> None:
         """All of them. They get time to end their stages; killing one ends its stage too, by the

@@ -53,6 +53,8 @@ class Keeper:
         self.has_joined = False
         self.failure = "nobody listens there"
         """Of the attempt to join before."""
+        self.epoch = 0
+        """Of the stage that it has started; 0: none yet."""
         self.exit_code: int | None = None
         self.stage: subprocess.Popen | None = None
         self.stage_ended: Descriptor | None = None
@@ -131,16 +133,16 @@ class Keeper:
         match source.carries:
             case "keeper":
                 for message in messages:
-                    self._obey(control.decode_for_keeper(message))
+                    self._obey(*control.decode_for_keeper(message))
             case "stage's end":
                 self._report_exit()
             case "driver's end" if self.exit_code is None:
                 self.exit_code = 1  # the driver is gone; perhaps before it ever answered
 
-    def _obey(self, message: control.ToKeeper) -> None:
+    def _obey(self, epoch: int, message: control.ToKeeper) -> None:
         match message:
             case StartStage():
-                self._start(message)
+                self._start(message, epoch)
             case Stop():
                 self.exit_code = 0
             case NotWanted():
@@ -148,14 +150,16 @@ class Keeper:
                 self.exit_code = 2
             case Ping():
                 now = time.monotonic()
-                self._tell(control.Pong(self.rank, message.sent_s, now, self._num_moved()))
+                self._tell(control.Pong(message.sent_s, now, self._num_moved()))
 
-    def _start(self, job: StartStage) -> None:
+    def _start(self, job: StartStage, epoch: int) -> None:
+        self.epoch = epoch
         place = _local_place(self.rank, self.world_size)
         cores, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), *place)
         if job.control.startswith("/"):
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
-        with _file_of(control.encode(control.Launch(job, self.rank, self.secret))) as launch:
+        launched = control.Launch(job, self.rank, epoch, self.secret)
+        with _file_of(control.encode_job(launched)) as launch:
             self.stage = subprocess.Popen(
                 [
                     sys.executable,
@@ -184,7 +188,7 @@ class Keeper:
         self.stage_ended.close()
         os.close(self.stage_pidfd)
         self.stage_ended = None
-        self._tell(control.StageExited(self.rank, self.stage.pid, code))
+        self._tell(control.StageExited(self.stage.pid, code))
 
     def _end_stage(self) -> None:
         """A stage has nothing to save, so it is killed and not asked."""
@@ -193,7 +197,7 @@ class Keeper:
             self.stage.wait()
 
     def _tell(self, message: control.ToDriver) -> None:
-        self.driver.send(control.encode(message))
+        self.driver.send(control.encode(message, self.epoch))
 
     def _say(self, what: str) -> None:
         print(f"error: keeper of rank {self.rank}: {what}", file=sys.stderr)

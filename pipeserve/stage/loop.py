@@ -110,13 +110,14 @@ class StageLoop:
     def __init__(
         self,
         job: StartStage,
-        rank: int,
+        epoch: int,
         sources: Sources,
         driver: Connection,
         load: Callable[[StartStage, Tell], Compute],
         baseline: int,
     ) -> None:
         self.job = job
+        self.epoch = epoch
         self.is_first = job.stage == 0
         self.is_last = job.stage == job.num_stages - 1
         self.sources = sources
@@ -133,10 +134,15 @@ class StageLoop:
         self.last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
         self._listen()
-        self._report_ready(rank, baseline)
+        self._report_ready(baseline)
 
     def tell(self, message: control.ToDriver) -> None:
-        self.driver.send(control.encode(message))
+        self.driver.send(control.encode(message, self.epoch))
+
+    def report(self, message: control.Sampled | control.Timing) -> None:
+        """What the stage did: of its ranks, one tells."""
+        if self.job.speaks:
+            self.tell(message)
 
     def meanwhile(self) -> None:
         """What need not wait for the end of a microbatch that is computed elsewhere."""
@@ -145,7 +151,7 @@ class StageLoop:
 
     def _tell_span(self) -> None:
         if self.untold is not None:
-            self.tell(control.Timing(self.untold))
+            self.report(control.Timing(self.untold))
             self.untold = None
 
     def close(self) -> None:
@@ -169,11 +175,9 @@ class StageLoop:
         elif not self.is_last:
             self.tokens_at = Listener(self.job.host, self.sources, ("tokens",), once=True).address
 
-    def _report_ready(self, rank: int, baseline: int) -> None:
+    def _report_ready(self, baseline: int) -> None:
         self.tell(
             control.StageReady(
-                stage=self.job.stage,
-                rank=rank,
                 pid=os.getpid(),
                 host=self.job.host,
                 activations_at=self.activations_at,
@@ -212,7 +216,7 @@ class StageLoop:
             for message in messages:
                 match source.carries:
                     case "stage":  # the driver's words to it
-                        self._obey(control.decode_for_stage(message), now)
+                        self._obey(*control.decode_for_stage(message), now)
                     case "activations":
                         self.activations.append((message, now))
                     case "tokens":
@@ -222,14 +226,16 @@ class StageLoop:
         if self.driver.has_ended:
             sys.exit(1)  # as its keeper would have it
 
-    def _obey(self, message: control.ToStage, now: float) -> None:
+    def _obey(self, epoch: int, message: control.ToStage, now: float) -> None:
+        if epoch != self.epoch:
+            return
         match message:
             case Step():
                 self.plans.append((message, now))
             case Connect():
                 self._connect(message)
             case ReportMemory():
-                self.tell(control.Memory(self.job.stage, peak_bytes()))
+                self.tell(control.Memory(peak_bytes()))
 
     def _connect(self, addresses: Connect) -> None:
         """To its neighbours, who take a moment to answer."""
@@ -251,7 +257,7 @@ class StageLoop:
         by strangers: it is called again."""
         self._opening = [again for opening in self._opening if (again := opening.goes_on())]
         if not self._opening:
-            self.tell(control.Connected(self.job.stage))
+            self.tell(control.Connected())
 
     # ---- one microbatch -------------------------------------------------------------------------
 
@@ -305,23 +311,24 @@ def serve(load: Callable[[StartStage, Tell], Compute]) -> None:
     """Run the stage that standard input says; on failure, tell the driver and exit 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     baseline = resident_bytes()
-    job, rank, secret = msgspec.structs.astuple(control.decode_launch(sys.stdin.buffer.read()))
+    launch = control.decode_launch(sys.stdin.buffer.read())
+    job, rank, epoch, secret = msgspec.structs.astuple(launch)
     sources = Sources(secret)
     try:
         driver = connection.connected(job.control, sources, "stage")
     except ConnectionError as error:
         sys.exit(f"error: stage {job.stage}: the driver at {error}")
-    driver.send(control.encode(control.StageHello(job.stage)))
+    driver.send(control.encode(control.StageHello(rank), epoch))
     try:
-        stage = StageLoop(job, rank, sources, driver, load, baseline)
+        stage = StageLoop(job, epoch, sources, driver, load, baseline)
         gc.collect()
         gc.freeze()
         stage.run()
     except Exception as error:
         if job.traceback:
             traceback.print_exc()
-        failed = control.StageFailed(job.stage, _reason(error), isinstance(error, PipeserveError))
-        driver.send(control.encode(failed))
+        failed = control.StageFailed(_reason(error), isinstance(error, PipeserveError))
+        driver.send(control.encode(failed, epoch))
         driver.close(wait_s=_LAST_WORD_S)
         sys.exit(1)
 

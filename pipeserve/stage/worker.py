@@ -33,7 +33,6 @@ class ModelCompute:
 
     def __init__(self, job: StartStage, tell: Tell) -> None:
         """Reads the weights, and tells how far that is."""
-        self._stage = job.stage
         self._tell = tell
         self._next_report_s = 0.0
         share = control.decode_share(job.work)
@@ -68,7 +67,7 @@ class ModelCompute:
         now = time.monotonic()
         if now >= self._next_report_s or num_read == num_bytes:
             self._next_report_s = now + _LOADING_REPORT_S
-            self._tell(control.Loading(self._stage, num_read, num_bytes))
+            self._tell(control.Loading(num_read, num_bytes))
 
     def take_in(self, step: Step, activations: bytearray, seen_s: float) -> float:
         """They are there when they are seen."""
@@ -145,7 +144,7 @@ class ModelCompute:
                 failed[place] = self._not_finite(first + is_nan.index(True))
         if scored:
             end_s, end_cpu_s = time.monotonic(), time.thread_time()
-        stage.tell(control.Sampled(turn.step.index, tokens, logprobs, prompt_logprobs, failed))
+        stage.report(control.Sampled(turn.step.index, tokens, logprobs, prompt_logprobs, failed))
         cpu_s = end_cpu_s - turn.start_cpu_s
         return Done(inputs.num_tokens, head_s, end_s, sent_s, cpu_s, end_cpu_s, num_bytes=0)
 

@@ -6,6 +6,10 @@ wake-up. Never a socket that drops what it cannot send: drops become hangs.
 A request is registered once, with prompt and outputs so far; after that a step names only its new
 positions and new blocks.
 
+Every message carries the epoch in which it was said. A pipeline that lost a stage begins a fresh
+one: what is said late of an old one finds nobody who listens. Who says something, the connection
+knows: each belongs to one rank, whose `KeeperHello` or `StageHello` was first on it.
+
 Activations and sampled tokens do not pass here: see links.py.
 """
 
@@ -47,6 +51,8 @@ class StartStage(_Message):
     """Address on which this stage listens for its neighbours."""
     traceback: bool
     """Print the traceback of an unexpected error to stderr, too."""
+    speaks: bool = True
+    """Of the ranks of its stage, this is the one that tells the driver what the stage did."""
 
 
 class Stop(_Message):
@@ -90,6 +96,7 @@ class Launch(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     job: StartStage
     rank: int
+    epoch: int
     secret: bytes
 
 
@@ -112,7 +119,6 @@ class KeeperHello(_Message):
 class Pong(_Message):
     """A heartbeat. None is sent unasked: what a driver that rests does not read would pile up."""
 
-    rank: int
     sent_s: float
     """Of the `Ping`, by the driver's clock."""
     remote_s: float
@@ -122,7 +128,8 @@ class Pong(_Message):
 
 
 class StageExited(_Message):
-    rank: int
+    """The process of the keeper's stage has ended."""
+
     pid: int
     exit_code: int
     """As `subprocess.Popen.returncode`: negative for a signal."""
@@ -202,13 +209,12 @@ class ReportMemory(_Message):
 class StageHello(_Message):
     """Whose connection this is: the first message on it."""
 
-    stage: int
+    rank: int
 
 
 class Loading(_Message):
     """How far a stage is with its weights; a few times a second, and at their end."""
 
-    stage: int
     num_read: int
     """Bytes of them read so far."""
     num_bytes: int
@@ -218,8 +224,6 @@ class Loading(_Message):
 class StageReady(_Message):
     """Weights are loaded; the stage listens for its neighbours."""
 
-    stage: int
-    rank: int
     pid: int
     host: str
     activations_at: str
@@ -234,7 +238,7 @@ class StageReady(_Message):
 
 
 class Connected(_Message):
-    stage: int
+    """The stage has reached its neighbours."""
 
 
 class Sampled(_Message):
@@ -258,14 +262,14 @@ class Timing(_Message):
 
 
 class Memory(_Message):
-    stage: int
+    """What a stage has used so far."""
+
     peak_bytes: int
 
 
 class StageFailed(_Message):
     """The last word of a stage that cannot go on."""
 
-    stage: int
     reason: str
     is_user_error: bool
 
@@ -276,18 +280,26 @@ FromKeeper = Pong | StageExited
 FromStage = Loading | StageReady | Connected | Sampled | Timing | Memory | StageFailed
 ToDriver = KeeperHello | StageHello | FromKeeper | FromStage
 
-encode = msgspec.msgpack.Encoder().encode
-decode_for_keeper = msgspec.msgpack.Decoder(ToKeeper).decode
-decode_for_stage = msgspec.msgpack.Decoder(ToStage).decode
-decode_keeper_hello = msgspec.msgpack.Decoder(KeeperHello).decode
-decode_stage_hello = msgspec.msgpack.Decoder(StageHello).decode
-decode_from_keeper = msgspec.msgpack.Decoder(FromKeeper).decode
-decode_from_stage = msgspec.msgpack.Decoder(FromStage).decode
+decode_for_keeper = msgspec.msgpack.Decoder(tuple[int, ToKeeper]).decode
+decode_for_stage = msgspec.msgpack.Decoder(tuple[int, ToStage]).decode
+decode_keeper_hello = msgspec.msgpack.Decoder(tuple[int, KeeperHello]).decode
+decode_stage_hello = msgspec.msgpack.Decoder(tuple[int, StageHello]).decode
+decode_from_keeper = msgspec.msgpack.Decoder(tuple[int, FromKeeper]).decode
+decode_from_stage = msgspec.msgpack.Decoder(tuple[int, FromStage]).decode
+"""Each gives the epoch and the message."""
+
+encode_job = msgspec.msgpack.Encoder().encode
+"""What is no message: a `Launch`, and the `work` in it."""
 decode_launch = msgspec.msgpack.Decoder(Launch).decode
 decode_share = msgspec.msgpack.Decoder(ModelShare).decode
 
 
 _NO_RULES = LogitRules(1.0, 0.0, 0.0, None, (), None)
+
+
+def encode(message: ToKeeper | ToStage | ToDriver, epoch: int) -> bytes:
+    """As it crosses the wire."""
+    return encode_job((epoch, message))
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:

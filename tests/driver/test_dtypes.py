@@ -121,9 +121,8 @@ def test_the_ranks_that_join_decide(folder, monkeypatch):
 def test_one_type_for_the_whole_pipeline(folder, monkeypatch, thought, joined):
     monkeypatch.setattr(pipeserve.driver.checkpoint, "native_dtypes", lambda: thought)
     monkeypatch.setattr(local_fleet, "native_dtypes", lambda: joined)
-    monkeypatch.setattr(pipeserve.driver.driver, "Fleet", LocalFleet)
     config = RunConfig(model=folder, pipeline_parallel_size=2, num_gpu_blocks_override=8)
-    with Driver(checkpoint_setup(config)) as driver:
+    with Driver(checkpoint_setup(config), fleet=LocalFleet) as driver:
         expected = "bfloat16" if joined == BF16 else "float32"
         computes = [worker.compute for worker in driver.fleet.workers]
         assert {str(compute.dtype) for compute in computes} == {f"torch.{expected}"}

@@ -57,11 +57,11 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("layers", CUTS, ids=str)
 @pytest.mark.parametrize("name", TINY)
-def test_every_family_over_every_number_of_stages(model, monkeypatch, name, layers):
+def test_every_family_over_every_number_of_stages(model, name, layers):
     """In chunks of 13 and preempted for want of blocks: first with the prompts scored, for which
     they are computed whole, then from cached prefixes."""
     folder, prompts, answers, expected = model(name)
-    with local_llm(monkeypatch, folder, layers, **SCARCE) as llm:
+    with local_llm(folder, layers, **SCARCE) as llm:
         stats = llm.client.engine.stats
         scored = llm.generate(prompts, greedy(prompt_logprobs=0))
         num_preempted = stats.preemptions

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from pipeserve.configs import RunConfig
+from pipeserve.core.topology import Topology
 from pipeserve.driver import fleet
-from pipeserve.errors import StageError
+from pipeserve.driver.events import Lost
+from pipeserve.errors import ConfigError, StageError
 from pipeserve.wire import control
 from pipeserve.wire.connection import connect
 from pipeserve.wire.sources import Sources
@@ -21,26 +23,50 @@ class Alone(fleet.Fleet):
 
 
 class OneStage:
-    """A fleet of one stage, which is here, and a clock that stands still."""
+    """A fleet whose first stage is here, and a clock that stands still."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, num_stages=1):
         self.now_s = 100.0
         monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: self.now_s))
-        self.fleet = Alone(1, RunConfig(model="any"))
+        topology = Topology(tuple((rank,) for rank in range(num_stages)))
+        self.fleet = Alone(topology, RunConfig(model="any"))
+        self.fleet.start([])
         self._sources = Sources(self.fleet.secret)
-        address = f"{self.fleet.address}/{self.fleet.local_name}"
-        self._stage = connect(address, self._sources, "stage")
-        self._stage.send(control.encode(control.StageHello(0)))
+        self._stage = self.comes()
         self.says_something()
         while not self.fleet.receive(0.0):
-            for source in self._sources.ready(0):
-                source.receive()
+            self.listens()
+
+    def comes(self, rank=0, epoch=1, sources=None):
+        """One more, which says that it is a stage."""
+        address = f"{self.fleet.address}/{self.fleet.local_name}"
+        stage = connect(address, sources or self._sources, "stage")
+        stage.send(control.encode(control.StageHello(rank), epoch))
+        return stage
+
+    def listens(self):
+        for source in self._sources.ready(0):
+            source.receive()
+
+    def says(self, message, epoch=1):
+        self._stage.send(control.encode(message, epoch))
 
     def says_something(self):
-        self._stage.send(control.encode(control.Connected(0)))
+        self.says(control.Memory(7))
+
+    def hangs_up(self):
+        self._stage.close()
 
     def passes(self, seconds):
         self.now_s += seconds
+
+    def hears(self, num=1):
+        """The messages that come next."""
+        came = []
+        while len(came) < num:
+            came += self.fleet.receive(0.01)
+            self.listens()
+        return [received.message for received in came]
 
     def close(self):
         self._sources.close()
@@ -81,51 +107,99 @@ def test_both_send_more_than_the_kernel_takes(stage):
     admitted = control.Registration(1, tokens, 1, [], 0, 0, 1, 0, 0, 0, [], None, None, None)
     stage.fleet.broadcast(control.Step(0, (), [admitted], []))
     stage.fleet.broadcast(control.ReportMemory())
-    stage._stage.send(control.encode(control.Sampled(0, large, [], [])))
+    stage.says(control.Sampled(0, large, [], []))
     stage.says_something()
     here, there = [], []
     while len(here) < 2 or len(there) < 2:
         here += stage.fleet.receive(0.01)
         for source in stage._sources.ready(10):
             there += map(control.decode_for_stage, source.receive())
-    assert [type(received.message) for received in here] == [control.Sampled, control.Connected]
+    assert [type(received.message) for received in here] == [control.Sampled, control.Memory]
     assert here[0].message.tokens == large
-    assert there[0].admitted[0].token_ids == tokens
-    assert there[1] == control.ReportMemory()
+    assert there[0][1].admitted[0].token_ids == tokens
+    assert there[1] == (1, control.ReportMemory())
 
 
-@pytest.mark.parametrize("number", [0, 1, -1])
-def test_a_stage_that_is_not_missing_is_turned_away(stage, capsys, number):
+@pytest.mark.parametrize(("rank", "epoch"), [(0, 1), (1, 1), (-1, 1), (0, 0), (0, 2)])
+def test_a_stage_that_is_not_missing_is_turned_away(stage, capsys, rank, epoch):
     """And the one that is here goes on."""
     sources = Sources(stage.fleet.secret)
-    second = connect(stage.fleet.address, sources, "stage")
-    second.send(control.encode(control.StageHello(number)))
+    second = stage.comes(rank, epoch, sources)
     while not second.has_ended:
         stage.fleet.receive(0.0)
         for source in sources.ready(1):
             source.receive()
-    assert f"stage {number} is not missing" in capsys.readouterr().err
+    assert f"the stage of rank {rank} is not missing" in capsys.readouterr().err
     stage.says_something()
-    assert stage.fleet.receive(10.0)
+    assert stage.hears() == [control.Memory(7)]
     sources.close()
 
 
-def test_the_last_word_of_a_stage_is_what_the_driver_raises(stage):
-    stage._stage.send(control.encode(control.StageFailed(0, "no layer 7", False)))
-    stage._stage.close()
+# ---- events -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_user_error", [False, True])
+def test_the_last_word_of_a_stage_comes_behind_what_it_said_before(stage, is_user_error):
+    stage.says(control.Sampled(0, [5], [], []))
+    stage.says(control.StageFailed("no layer 7", is_user_error))
+    stage.hangs_up()
     stage.fleet.broadcast(control.ReportMemory())  # nobody is there
-    with pytest.raises(StageError, match=r"^stage 0: no layer 7$"):
-        while True:
-            stage.fleet.receive(1.0)
+    sampled, lost = stage.hears(2)
+    assert sampled.tokens == [5]
+    assert lost == Lost("stage 0: no layer 7", is_user_error)
+    assert isinstance(lost.error(), ConfigError if is_user_error else StageError)
 
 
-def test_a_stage_that_hangs_up_is_an_error_if_no_keeper_says_why(stage):
+def test_what_others_said_before_a_loss_comes_before_it(monkeypatch):
+    """Though it is read after it."""
+    stage = OneStage(monkeypatch, num_stages=2)
+    last = stage.comes(1)
+    while len(stage.fleet._stages) < 2:
+        stage.fleet.receive(0.0)
+        stage.listens()
+    stage.says(control.StageFailed("no more", False))
+    last.send(control.encode(control.Sampled(0, [5], [], []), 1))
+    sampled, lost = stage.fleet.receive(1.0)
+    assert (sampled.rank, sampled.message.tokens) == (1, [5])
+    assert (lost.rank, lost.message.why) == (0, "stage 0: no more")
+    stage.close()
+
+
+def test_a_stage_that_hangs_up_is_lost_if_no_keeper_says_why(stage):
     stage.fleet.keepers[0] = control.KeeperHello(0, 1, "afar", "", 0, "")
-    stage._stage.close()
+    stage.hangs_up()
     for seconds in (1.0, 1.5, 1.0):
-        stage.fleet.receive(1.0)
+        assert not stage.fleet.receive(1.0)
         stage.passes(seconds)
-    with pytest.raises(StageError, match=r"stage 0 hung up, .* on afar does not say why"):
-        stage.fleet.receive(1.0)
-    assert stage.fleet.lost_stage == 0
-    stage.fleet.keepers = {}
+    (received,) = stage.fleet.receive(1.0)
+    assert (received.rank, received.at_s) == (0, 103.5)
+    assert "stage 0 hung up, and its keeper on afar does not say why" in received.message.why
+    stage.passes(10.0)
+    assert not stage.fleet.receive(0.1)  # it is told once
+    stage.fleet.keepers.clear()
+
+
+def test_what_is_said_of_an_old_epoch_is_dropped(stage):
+    stage.says(control.Sampled(0, [5], [], []), epoch=0)
+    stage.says(control.StageFailed("too late", False), epoch=0)
+    stage.says_something()
+    assert stage.hears() == [control.Memory(7)]
+
+
+def test_a_fresh_epoch_has_new_stages(stage):
+    """The old one is not heard any more, neither is that it ends."""
+    stage.says(control.Sampled(0, [5], [], []))
+    stage.fleet.start([])
+    assert stage.fleet.epoch == 2
+    stage._stage = stage.comes(epoch=2)
+    stage.says(control.Memory(8), epoch=2)
+    assert stage.hears() == [control.Memory(8)]
+
+
+def test_what_was_kept_comes_first_and_does_not_wait(stage):
+    stage.says_something()
+    kept = []
+    while not kept:
+        kept = stage.fleet.receive(0.01)
+    stage.fleet.keep(kept)
+    assert stage.fleet.receive(60.0) == kept

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,10 +18,14 @@ import pytest
 
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import RequestId
-from pipeserve.driver import fleet, spawned_keepers
+from pipeserve.core.records import Fault
+from pipeserve.core.topology import Topology
+from pipeserve.driver import joining, spawned_keepers, starting, watching
 from pipeserve.driver.driver import Driver
+from pipeserve.driver.events import Gone
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.loading import LoadWatch
+from pipeserve.driver.waiting import wait_for_keepers
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.launch import cli
 from pipeserve.launch.run.emulated import emulated_setup
@@ -83,7 +88,7 @@ def keepers(*places, address, more=(), **environment):
 
 @contextmanager
 def opened(config, num_ranks=2):
-    opened = Fleet(num_ranks, config)
+    opened = Fleet(Topology(tuple((rank,) for rank in range(num_ranks))), config)
     try:
         yield opened
     finally:
@@ -95,6 +100,16 @@ def receive_until(opened, is_so, seconds=20.0):
     while not is_so() and time.monotonic() < until_s:
         opened.receive(0.05)
     assert is_so()
+
+
+def loss_of(opened, rank, seconds=20.0):
+    """Why a rank's stage is lost; and its keeper is gone."""
+    came, until_s = [], time.monotonic() + seconds
+    while Gone() not in [each.message for each in came] and time.monotonic() < until_s:
+        came += opened.receive(0.5)
+    lost, gone = came[-2:]
+    assert lost.rank == gone.rank == rank and isinstance(gone.message, Gone)
+    return lost.message.why
 
 
 def serves(driver):
@@ -150,7 +165,7 @@ def test_a_keeper_that_does_not_belong_is_told_so_and_the_run_goes_on(capsys, ra
         address = f"error: keeper of rank {rank}: not wanted by the driver at {config.control}: "
         assert told.startswith(address) and why in told
         with keepers((1, 2), address=config.control) as (second,):
-            fleet.wait_for_keepers(print)
+            wait_for_keepers(fleet, print)
             assert [fleet.keepers[r].pid for r in range(2)] == [first.pid, second.pid]
             fleet.close()
             assert first.wait(10) == second.wait(10) == 0
@@ -193,7 +208,7 @@ def test_another_secret_is_refused_and_in_the_end_those_who_did_not_come_are_nam
         keepers((2, 3), address=address) as (without,),
     ):
         with pytest.raises(StageError, match=rf"no keeper of ranks 0, 2 joined {address}") as error:
-            fleet.wait_for_keepers(print)
+            wait_for_keepers(fleet, print)
         assert "within 4 s (2 were turned away, the last: the secrets differ" in str(error.value)
         assert "\n" not in str(error.value)
         assert set(fleet.keepers) == {1} and fleet.keepers[1].pid == right.pid
@@ -264,19 +279,19 @@ def test_keepers_that_the_driver_starts_share_a_secret_of_the_run(monkeypatch, h
 
 def test_a_stage_that_other_machines_cannot_reach_is_an_error():
     with opened(config_of(join_timeout=30.0)) as fleet:
-        fleet.wait_for_keepers(print)
+        wait_for_keepers(fleet, print)
         fleet.keepers[1] = msgspec.structs.replace(
             fleet.keepers[1], boot_id="b", address="10.0.0.2"
         )
         with pytest.raises(ConfigError, match=r"rank 0 on .* joined at 127\.0\.0\.1, where the"):
-            fleet._check_addresses()
+            joining.check_addresses(fleet.keepers, fleet.address)
 
 
 @pytest.mark.parametrize("control", ["nowhere.invalid:29600", "203.0.113.7:29600"])
 def test_an_address_that_is_not_here_is_one_line(monkeypatch, control):
     monkeypatch.setenv(VARIABLE, "of this run")
     with pytest.raises(ConfigError, match=f"^--control {control}: "):
-        Fleet(1, config_of(control=control))
+        Fleet(Topology(((0,),)), config_of(control=control))
 
 
 # ---- loading ------------------------------------------------------------------------------------
@@ -294,7 +309,7 @@ def load(job, tell):
 
 serve(load)
 """
-TELL = "tell(control.Loading(1, {0}, 10**9))"
+TELL = "tell(control.Loading({0}, 10**9))"
 HANGS = {
     "sleeps": ("time.sleep(60)", "before its first weight"),
     "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "before its first weight"),
@@ -355,15 +370,15 @@ def test_which_stage_has_stopped_is_a_matter_of_bytes():
     watch = LoadWatch(3, 100.0)
     assert watch.stopped([0, 1, 2], 60.0, 160.0) is None
     assert watch.stopped([0, 1, 2], 60.0, 160.1) == 0
-    watch.take(control.Loading(0, 0, 100), 150.0)  # it has found its weights
+    watch.take(0, control.Loading(0, 100), 150.0)  # it has found its weights
     watch.moved(1, 4096, 140.0)
     assert watch.stopped([0, 1, 2], 60.0, 160.1) == 2
     assert watch.stopped([0, 1], 60.0, 160.1) is None
-    watch.take(control.Loading(0, 0, 100), 205.0)
+    watch.take(0, control.Loading(0, 100), 205.0)
     watch.moved(1, 4096, 205.0)
     assert watch.stopped([0, 1], 60.0, 205.0) == 1
     assert watch.stopped([0], 60.0, 215.0) == 0
-    watch.take(control.Loading(0, 1, 100), 215.0)
+    watch.take(0, control.Loading(1, 100), 215.0)
     assert watch.stopped([0], 60.0, 216.0) is None
     assert watch.stopped([], 60.0, 1e9) is None
 
@@ -373,7 +388,9 @@ def test_which_stage_has_stopped_is_a_matter_of_bytes():
 
 def test_a_silent_keeper_is_named_and_nothing_is_left(monkeypatch):
     monkeypatch.setattr(spawned_keepers, "_CLOSE_S", 0.5)
-    with Driver(emulated_setup(config_of(heartbeat_interval=0.1))) as driver:
+    told = []
+    setup = emulated_setup(config_of(heartbeat_interval=0.1))
+    with Driver(setup, record=told.append) as driver:
         assert serves(driver)
         time.sleep(1.0)  # a driver that rests has asked nobody
         assert serves(driver)
@@ -382,31 +399,30 @@ def test_a_silent_keeper_is_named_and_nothing_is_left(monkeypatch):
         with pytest.raises(StageError, match=r"keeper of stage 1 on .* for 0\.5 s; is it stopped"):
             while True:
                 serves(driver)
-        assert driver.fleet.lost_stage == 1
+        assert [entry.stage for entry in told if isinstance(entry, Fault)] == [1]
     assert are_gone(parts)
 
 
 def test_a_silent_keeper_is_named_before_its_stage_is_there_too():
     config = external(heartbeat_interval=0.1)
     with opened(config) as fleet, keepers((0, 2), (1, 2), address=config.control) as (_, second):
-        fleet.wait_for_keepers(print)
+        wait_for_keepers(fleet, print)
         second.send_signal(signal.SIGSTOP)
-        with pytest.raises(StageError, match="nothing heard from the keeper of stage 1"):
-            fleet._gather(control.StageReady, lambda stages: None)
+        assert loss_of(fleet, 1).startswith("nothing heard from the keeper of stage 1 on ")
 
 
 def test_a_keeper_that_dies_once_it_has_joined_is_named(monkeypatch):
-    monkeypatch.setattr(fleet, "_LAST_WORD_S", 0.2)
+    monkeypatch.setattr(watching, "LAST_WORD_S", 0.2)
     config = external()
     with opened(config) as own, keepers((0, 2), (1, 2), address=config.control) as (_, second):
-        own.wait_for_keepers(print)
+        wait_for_keepers(own, print)
         second.kill()
-        with pytest.raises(StageError, match=r"the keeper of stage 1 on .* hung up"):
-            own._gather(control.StageReady, lambda stages: None)
+        assert re.match(r"the keeper of stage 1 on .* hung up", loss_of(own, 1))
+        assert set(own.keepers) == {0}
 
 
 def test_a_stopped_stage_that_is_asked_for_its_memory_is_named(monkeypatch):
-    monkeypatch.setattr(fleet, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(starting, "ANSWER_S", 1.0)
     with Driver(emulated_setup(config_of())) as driver:
         parts = parts_of(driver)
         os.kill(driver.stages[0].pid, signal.SIGSTOP)
@@ -418,23 +434,26 @@ def test_a_stopped_stage_that_is_asked_for_its_memory_is_named(monkeypatch):
 @pytest.mark.parametrize(
     "said",
     [
-        control.encode(control.Memory(0, 1)),
-        b"\x96" + control.encode(control.Pong(1, 0.0, 0.0, 0))[1:] + b"\x91" * 5000 + b"\xc0",
+        control.encode(control.Memory(1), 0),
+        # One field more than a Pong has: a list in a list in a list.
+        b"\x92\x00\x95"
+        + control.encode(control.Pong(0.0, 0.0, 0), 0)[3:]
+        + b"\x91" * 5000
+        + b"\xc0",
     ],
 )
 def test_what_a_keeper_says_that_cannot_be_costs_its_connection(monkeypatch, capsys, said):
     """And then it is missed, by name."""
-    monkeypatch.setattr(fleet, "_LAST_WORD_S", 0.1)
+    monkeypatch.setattr(watching, "LAST_WORD_S", 0.1)
     with opened(config_of()) as own:
-        own.wait_for_keepers(print)
+        wait_for_keepers(own, print)
         source = own._keeper_of[1]
         monkeypatch.setattr(source, "receive", lambda: [said])
         own._sources.ready = lambda timeout_ms: [source]
         own.receive(0.0)
         assert source.has_ended
         del own._sources.ready
-        with pytest.raises(StageError, match=r"the keeper of stage 1 .* (hung up|ended with 1)"):
-            own._gather(control.StageReady, lambda stages: None)
+        assert re.match(r"the keeper of stage 1 .* (hung up|ended with 1)", loss_of(own, 1))
     assert "what it says is not understood" in capsys.readouterr().err
 
 
@@ -446,7 +465,7 @@ def test_strangers_while_keepers_are_waited_for():
         for number, stranger in enumerate(crowd):
             stranger.sendall((b"", b"GET / HTTP/1.1\r\n\r\n", b"ppsv")[number % 3])
         with keepers((0, 2), (1, 2), address=config.control):
-            fleet.wait_for_keepers(print)
+            wait_for_keepers(fleet, print)
             assert set(fleet.keepers) == {0, 1}
             fleet.close()
         for stranger in crowd:
@@ -467,7 +486,7 @@ def test_no_process_with_threads_is_forked():
             assert getattr(node, "arg", None) != "preexec_fn", path
             assert not (isinstance(node, ast.Attribute) and node.attr == "fork"), path
     with opened(config_of(), 1) as fleet:
-        fleet.wait_for_keepers(print)
+        wait_for_keepers(fleet, print)
         assert len(os.listdir(f"/proc/{fleet.keepers[0].pid}/task")) == 1
 
 
@@ -480,7 +499,7 @@ def test_a_killed_keeper_leaves_no_stage_at_whatever_moment(after_s):
         opened(config, 1) as fleet,
         keepers((0, 1), address=config.control) as (keeper,),
     ):
-        fleet.wait_for_keepers(print)
+        wait_for_keepers(fleet, print)
         job = control.StartStage(
             0, 1, setup.module, setup.works[0], f"/{fleet.local_name}", "127.0.0.1", False
         )
@@ -547,4 +566,4 @@ def test_a_keeper_that_ends_before_it_has_its_secret(monkeypatch):
 
     monkeypatch.setattr(spawned_keepers.subprocess, "Popen", slow)
     with opened(config_of()) as own, pytest.raises(StageError, match=r"keeper of stage 0 .* ended"):
-        own.wait_for_keepers(print)
+        wait_for_keepers(own, print)

@@ -81,7 +81,7 @@ class Run:
         with Driver(checkpoint_setup(config, cost=self.cost), record=self.told.append) as driver:
             keepers = driver.fleet.keepers
             keepers[1] = msgspec.structs.replace(keepers[1], boot_id="another machine")
-            driver.fleet._asked_all_s = -inf  # it is asked from the start
+            driver.fleet._watch.asked_all_s = -inf  # it is asked from the start
             self.tokens = serve(driver, random_prompts(folder, lengths=LENGTHS))
             self.window = driver.engine.pipeline.window + driver.engine.policy.traits.plans_ahead
             self.num_blocks = driver.engine.limits.num_blocks

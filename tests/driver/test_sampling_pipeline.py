@@ -100,8 +100,8 @@ def lose_what_is_outstanding(driver):
     told that all KV is gone."""
     outstanding = list(driver.engine.outstanding)
     while outstanding:
-        for message, _ in driver.fleet.receive(1.0):
-            if isinstance(message, control.Sampled):
+        for received in driver.fleet.receive(1.0):
+            if isinstance(message := received.message, control.Sampled):
                 assert message.index == outstanding.pop(0)
     driver.engine.lost(time.monotonic())
     driver._may_plan = True

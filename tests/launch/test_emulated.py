@@ -18,6 +18,7 @@ import pytest
 from pipeserve import LLM
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.core.nouns import Request, RequestId, SamplingParams, Wait
+from pipeserve.driver import waiting
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.fleet import Fleet
 from pipeserve.errors import ConfigError, StageError
@@ -42,7 +43,7 @@ from pipeserve.wire.control import (
     StepChunk,
     decode_from_stage,
     decode_stage_hello,
-    encode,
+    encode_job,
 )
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
@@ -313,13 +314,13 @@ def start_stage(address):
     """A stage as its keeper would start it, whose driver is at `address`."""
     setup = emulated_setup(config_of(1))
     job = StartStage(0, 1, setup.module, setup.works[0], address, "127.0.0.1", traceback=False)
-    launch = Launch(job, 0, b"secret")
+    launch = Launch(job, 0, 1, b"secret")
     stage = subprocess.Popen(
         [sys.executable, "-m", setup.module],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    stage.stdin.write(encode(launch))
+    stage.stdin.write(encode_job(launch))
     stage.stdin.close()
     stage.stdin = None
     return stage
@@ -342,8 +343,8 @@ def test_a_stage_ends_with_its_driver():
     while len(said) < 2:
         for source in sources.ready(30_000):
             said += source.receive()
-    assert decode_stage_hello(said[0]) == StageHello(0)
-    assert isinstance(decode_from_stage(said[1]), StageReady)
+    assert decode_stage_hello(said[0]) == (1, StageHello(0))
+    assert isinstance(decode_from_stage(said[1])[1], StageReady)
     assert stage.poll() is None
     sources.close()
     _, stderr = stage.communicate(timeout=30)
@@ -432,12 +433,12 @@ def test_stages_of_two_machines_have_no_clock_in_common():
 def test_a_command_with_stages_on_two_machines_leaves_nothing_behind(monkeypatch, capsys, workload):
     hellos, welcome = [], Fleet._welcome
 
-    def from_two_machines(fleet, hello, source):
+    def from_two_machines(fleet, hello, *how):
         hellos.append(msgspec.structs.replace(hello, boot_id=f"machine {hello.rank % 2}"))
-        welcome(fleet, hellos[-1], source)
+        welcome(fleet, hellos[-1], *how)
 
     monkeypatch.setattr(Fleet, "_welcome", from_two_machines)
-    monkeypatch.setattr(Fleet, "_check_addresses", lambda fleet: None)  # they are on one
+    monkeypatch.setattr(waiting, "check_addresses", lambda *where: None)  # they are on one
     assert cli.main(["bench", *RUN, "--workload", workload]) == 2
     assert "start all of them on one machine" in capsys.readouterr().err.splitlines()[-1]
     assert len(hellos) == 3

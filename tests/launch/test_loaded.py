@@ -28,7 +28,7 @@ def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     config = run_config(folder, pipeline_parallel_size=3, pipeline_layers=(3, 0, 1))
     with Driver(checkpoint_setup(config), on_progress=said.append) as driver:
         line = loaded(driver)
-        read = driver.fleet._loading.weights
+        read = driver.fleet._start.loading.weights
         assert [read[stage].num_read for stage in range(3)] == [
             stage.weight_bytes for stage in driver.stages
         ]
@@ -50,12 +50,12 @@ def test_the_time_between_tokens_that_is_wanted_reaches_the_engine(tmp_path):
 def test_how_far_in_words():
     loading = LoadWatch(2, 0.0)
     assert str(loading) == "starting stages: 0 of 2 load weights"
-    loading.take(control.Loading(1, 10**9, 3 * 10**9), 1.0)
+    loading.take(1, control.Loading(10**9, 3 * 10**9), 1.0)
     assert str(loading) == "starting stages: 1 of 2 load weights"
-    loading.take(control.Loading(0, 250_000_000, 10**9), 2.0)
+    loading.take(0, control.Loading(250_000_000, 10**9), 2.0)
     assert str(loading) == "loading weights: 1.25 of 4.00 GB, 31%"
     nothing_to_read = LoadWatch(1, 0.0)
-    nothing_to_read.take(control.Loading(0, 0, 0), 1.0)
+    nothing_to_read.take(0, control.Loading(0, 0), 1.0)
     assert str(nothing_to_read) == "loading weights: 0.00 of 0.00 GB, 100%"
 
 
@@ -105,7 +105,7 @@ def test_token_ids_of_no_token_are_found_before_stages_start(
     folder = tiny_llama(tmp_path / "model")
     capsys.readouterr()
     monkeypatch.setattr(
-        "pipeserve.driver.driver.Fleet", lambda *args: pytest.fail("stages were started")
+        "pipeserve.driver.fleet.Fleet.__init__", lambda *args: pytest.fail("stages were started")
     )
     assert cli.main(["generate", folder, "--prompt", "x", *flags]) == 2
     error = capsys.readouterr().err

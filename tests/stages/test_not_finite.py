@@ -11,7 +11,6 @@ from checkpoints import random_prompts, tiny_llama
 from local_fleet import LocalFleet
 from safetensors.torch import load_file, save_file
 
-import pipeserve.driver.driver
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
 from pipeserve.driver.checkpoint import checkpoint_setup
@@ -64,9 +63,7 @@ def start(folder):
             pipeline_parallel_size=2,
             **{"num_gpu_blocks_override": 24, **options},
         )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeserve.driver.driver, "Fleet", LocalFleet)
-            return Driver(checkpoint_setup(config))
+        return Driver(checkpoint_setup(config), fleet=LocalFleet)
 
     yield start
     for driver in drivers.values():
@@ -178,9 +175,9 @@ def test_what_comes_before_it_is_clean(start, length):
         prompt=(*prompt, BAD, 6),
         params=SamplingParams(temperature=0, max_tokens=2, seed=0),
     )
-    driver.add(failing)
+    driver.submit([failing])
     driver._plan_all()
-    driver.finish(failing.id, "abort")
+    driver.abort(failing.id)
     cached = driver.engine.stats.cached_prefix_tokens
     assert tokens(ask(driver, [[*prompt, 5]], temperature=0)[0]) == alone
     assert driver.engine.stats.cached_prefix_tokens == cached + length // 16 * 16

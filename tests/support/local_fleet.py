@@ -9,10 +9,13 @@ import time
 
 import torch
 
-import pipeserve.driver.driver
 from pipeserve import LLM
-from pipeserve.configs import RunConfig
-from pipeserve.driver.fleet import Fleet, Received
+from pipeserve.configs import RunConfig, make_config
+from pipeserve.core.topology import Topology
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
+from pipeserve.driver.events import Received
+from pipeserve.driver.fleet import Fleet
 from pipeserve.machine import boot_id, native_dtypes
 from pipeserve.stage.loop import StageLoop
 from pipeserve.stage.worker import ModelCompute
@@ -25,17 +28,15 @@ from pipeserve.wire.sources import Sources
 class LocalFleet(Fleet):
     """Stages are made where a keeper would be told to, and work while the driver waits for them."""
 
-    def __init__(self, num_ranks: int, config: RunConfig) -> None:
+    def __init__(self, topology: Topology, config: RunConfig) -> None:
         self.workers: list[StageLoop] = []
-        super().__init__(num_ranks, config)
+        super().__init__(topology, config)
 
-    def _start_keepers(self, listener: Listener) -> None: ...
-
-    def wait_for_keepers(self, on_progress) -> None:
-        for rank in range(self.num_ranks):
+    def _start_keepers(self, listener: Listener) -> None:
+        for rank in range(self.topology.num_ranks):
             self.keepers[rank] = control.KeeperHello(
                 rank,
-                self.num_ranks,
+                self.topology.num_ranks,
                 host="here",
                 address="127.0.0.1",
                 pid=0,
@@ -53,7 +54,6 @@ class LocalFleet(Fleet):
                 return messages
 
     def close(self) -> None:
-        self.keepers = {}  # there is nobody to be told
         super().close()
         for worker in self.workers:
             worker.close()
@@ -62,9 +62,9 @@ class LocalFleet(Fleet):
     def _tell_keeper(self, rank: int, job: control.StartStage) -> None:
         sources = Sources(self.secret)
         driver = connect(f"{self.address}{job.control}", sources, "stage")
-        driver.send(control.encode(control.StageHello(job.stage)))
+        driver.send(control.encode(control.StageHello(rank), self.epoch))
         with torch.inference_mode():
-            self.workers.append(StageLoop(job, rank, sources, driver, ModelCompute, 0))
+            self.workers.append(StageLoop(job, self.epoch, sources, driver, ModelCompute, 0))
 
 
 @torch.inference_mode()
@@ -75,13 +75,13 @@ def _work(worker: StageLoop) -> None:
         worker._run_next()
 
 
-def local_llm(monkeypatch, folder: str, layers: tuple[int, ...], **options) -> LLM:
+def local_llm(folder: str, layers: tuple[int, ...], **options) -> LLM:
     """An LLM in float32 whose stages hold so many layers each."""
-    monkeypatch.setattr(pipeserve.driver.driver, "Fleet", LocalFleet)
-    return LLM(
-        folder,
-        dtype="float32",
-        pipeline_parallel_size=len(layers),
-        pipeline_layers=list(layers),
+    wanted = {
+        "model": folder,
+        "dtype": "float32",
+        "pipeline_parallel_size": len(layers),
+        "pipeline_layers": list(layers),
         **options,
-    )
+    }
+    return LLM.on(Driver(checkpoint_setup(make_config({}, wanted)), fleet=LocalFleet))

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from random import Random
 from typing import Any
-from unittest import mock
 
 from late_links import LateLinks
 from other_engine import go_on_under
@@ -39,7 +38,6 @@ from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.recording.recording import Recording, recording_of
 from pipeserve.profiling.simulation.simulator import Arrival
-from pipeserve.wire import control
 
 WARM_UP = (Arrival(0.0, 16, 4),) * 4
 
@@ -99,16 +97,15 @@ class Stages:
         class LinkedFleet(Fleet):
             """Tells the stages that driver and neighbours are where the late links are."""
 
-            def start_stages(self, jobs: list, *said: Any) -> list:
-                return super().start_stages(links.before_start(jobs, self), *said)
+            def start(self, jobs: list) -> None:
+                super().start(links.before_start(jobs, self))
 
-            def _gather(self, kind: type, *said: Any) -> list:
-                answers = super()._gather(kind, *said)
-                return links.between(answers) if kind is control.StageReady else answers
+            def _connect(self, stages: Sequence) -> None:
+                super()._connect(links.between(stages))
 
         try:
-            with mock.patch("pipeserve.driver.driver.Fleet", LinkedFleet):
-                self.driver = Driver(checkpoint_setup(self.config), record=self._records.append)
+            setup = checkpoint_setup(self.config)
+            self.driver = Driver(setup, record=self._records.append, fleet=LinkedFleet)
         except BaseException:
             links.close()
             raise

@@ -29,7 +29,7 @@ def _request(request_id, prompt, **params):
 
 def _step(*arguments, requests=()):
     message = control.step_message(Microbatch(*arguments), {r.id: r for r in requests})
-    return control.decode_for_stage(control.encode(message))
+    return control.decode_for_stage(control.encode(message, 1))[1]
 
 
 def test_a_step_survives_the_wire():
@@ -110,7 +110,7 @@ def test_the_worker_samples_by_all_that_was_registered():
 def test_a_decode_costs_a_few_bytes_however_long_its_context():
     def bytes_of(num_decodes):
         chunks = tuple(Chunk(i, 9000, 9001, (), 5, 1) for i in range(num_decodes))
-        return len(control.encode(control.step_message(Microbatch(6, chunks), {})))
+        return len(control.encode(control.step_message(Microbatch(6, chunks), {}), 1))
 
     assert bytes_of(64) - bytes_of(32) <= 32 * 16
 
@@ -118,7 +118,7 @@ def test_a_decode_costs_a_few_bytes_however_long_its_context():
 def test_logprobs_survive_the_wire():
     prompt = [(-0.25, []), (-0.75, [(1, -0.1)])]
     sampled = control.Sampled(4, [5, 6], [(-0.5, [(5, -0.5), (9, -1.5)]), None], prompt, {1: "why"})
-    result = control.step_result(control.decode_from_stage(control.encode(sampled)))
+    result = control.step_result(control.decode_from_stage(control.encode(sampled, 1))[1])
     assert result.tokens == (5, 6)
     assert result.logprobs == (TokenLogprobs(-0.5, {5: -0.5, 9: -1.5}), None)
     assert result.prompt_logprobs == (TokenLogprobs(-0.25, {}), TokenLogprobs(-0.75, {1: -0.1}))

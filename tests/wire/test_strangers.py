@@ -101,10 +101,10 @@ JUNK = {
     "4 GiB": (struct.pack("<4sI", b"ppsv", 0xFFFFFFFF), "over 1,024 bytes"),
     "a byte too many": (framed(b"x" * 1025), "over 1,024 bytes"),
     "a keeper's hello": (
-        framed(encode(KeeperHello(0, 3, "h", "127.0.0.1", 1, "b"))),
+        framed(encode(KeeperHello(0, 3, "h", "127.0.0.1", 1, "b"), 0)),
         "something else",
     ),
-    "a result": (framed(encode(Sampled(0, [1], [], []))), "something else"),
+    "a result": (framed(encode(Sampled(0, [1], [], []), 0)), "something else"),
     "TLS": (bytes.fromhex("16030100c8010000c40303") + os.urandom(180), "something else"),
     "HTTP": (b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", "something else"),
     "SSH": (b"SSH-2.0-OpenSSH_9.2\r\n", "something else"),

@@ -1,0 +1,77 @@
+"""Which ranks compute which stage: the one place that knows.
+
+A rank is one keeper and the process that it starts. A stage has one rank, or one for each shard of
+its layers. Whatever goes to one process (a job, a connection, a heartbeat, a clock) goes by rank;
+whatever is of the pipeline (layers, spans, predictions) goes by stage.
+"""
+
+from dataclasses import dataclass
+
+from pipeserve.core.nouns import PipelinePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Every rank from 0 on, each in one place. Raises ValueError otherwise, and when stages have
+    different numbers of ranks, whose links would end nowhere."""
+
+    ranks: tuple[tuple[int, ...], ...]
+    """Of each stage, in the order of their shards."""
+
+    def __post_init__(self) -> None:
+        placed = sorted(rank for ranks in self.ranks for rank in ranks)
+        if not placed or placed != list(range(len(placed))):
+            raise ValueError(f"ranks {placed} of a pipeline are not 0, 1, 2 and so on")
+        if len({len(ranks) for ranks in self.ranks}) > 1:
+            raise ValueError(f"stages have different numbers of ranks: {self.ranks}")
+
+    @classmethod
+    def of(cls, plan: PipelinePlan) -> "Topology":
+        """As `plan` has it."""
+        return cls(tuple(stage.ranks for stage in plan.stages))
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_stages * len(self.ranks[0])
+
+    def stage_of(self, rank: int) -> int:
+        return self._place_of(rank)[0]
+
+    def speaker(self, stage: int) -> int:
+        """The rank of a stage that tells the driver what the stage did, by its own clock."""
+        return self.ranks[stage][0]
+
+    def speaks(self, rank: int) -> bool:
+        """Whether it is the one of its stage that does."""
+        return rank == self.speaker(self.stage_of(rank))
+
+    def next_of(self, rank: int) -> int | None:
+        """The rank of the next stage that it sends activations to; None on the last stage."""
+        stage, shard = self._place_of(rank)
+        return self.ranks[stage + 1][shard] if stage + 1 < self.num_stages else None
+
+    def first_of(self, rank: int) -> int | None:
+        """The rank of the first stage that it sends sampled tokens to; None but on the last of
+        several stages."""
+        stage, shard = self._place_of(rank)
+        return self.ranks[0][shard] if 0 < stage == self.num_stages - 1 else None
+
+    def name(self, rank: int) -> str:
+        """What a user knows it as."""
+        stage = self.stage_of(rank)
+        return f"stage {stage}" if len(self.ranks[stage]) == 1 else f"rank {rank} of stage {stage}"
+
+    def __str__(self) -> str:
+        width = len(self.ranks[0])
+        return f"{self.num_stages} stages" + (f" of {width} ranks each" if width > 1 else "")
+
+    def _place_of(self, rank: int) -> tuple[int, int]:
+        """Its stage, and its shard there."""
+        for stage, ranks in enumerate(self.ranks):
+            if rank in ranks:
+                return stage, ranks.index(rank)
+        raise ValueError(f"there is no rank {rank}")

@@ -1,0 +1,59 @@
+"""What a driver knows of its stages."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pipeserve.core.nouns import PipelinePlan
+from pipeserve.wire.control import KeeperHello, Memory, StageReady
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInfo:
+    """Where one stage runs and what it holds. Memory in bytes, of all its ranks; the rest is of the
+    one that speaks for it."""
+
+    stage: int
+    rank: int
+    host: str
+    pid: int
+    cpus: tuple[int, ...]
+    num_layers: int
+    weight_bytes: int
+    kv_bytes: int
+    baseline_bytes: int
+    """The interpreter with torch, before the model."""
+    peak_bytes: int | None = None
+    """The most that was resident at once; None until `Driver.refresh_memory`."""
+
+
+def stage_infos(
+    plan: PipelinePlan, keepers: Mapping[int, KeeperHello], started: Sequence[StageReady]
+) -> tuple[StageInfo, ...]:
+    """Of each stage, from what the stage of each rank says of itself."""
+    infos = []
+    for stage in plan.stages:
+        rank, parts = stage.ranks[0], [started[each] for each in stage.ranks]
+        infos.append(
+            StageInfo(
+                stage=stage.stage,
+                rank=rank,
+                host=keepers[rank].host,
+                pid=started[rank].pid,
+                cpus=tuple(started[rank].cpus),
+                num_layers=stage.num_layers,
+                weight_bytes=sum(part.weight_bytes for part in parts),
+                kv_bytes=sum(part.kv_bytes for part in parts),
+                baseline_bytes=sum(part.baseline_bytes for part in parts),
+            )
+        )
+    return tuple(infos)
+
+
+def with_memory(
+    infos: Sequence[StageInfo], plan: PipelinePlan, memory: Sequence[Memory]
+) -> tuple[StageInfo, ...]:
+    """The same, with what each rank has used at most so far."""
+    return tuple(
+        replace(info, peak_bytes=sum(memory[rank].peak_bytes for rank in stage.ranks))
+        for info, stage in zip(infos, plan.stages, strict=True)
+    )

@@ -1,0 +1,123 @@
+"""One start of all stages: from the jobs that their keepers get to stages that have reached their
+neighbours. Sends nothing, and reads no clock.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+
+from pipeserve.core.topology import Topology
+from pipeserve.driver.events import Lost
+from pipeserve.driver.loading import LoadWatch
+from pipeserve.driver.setup import Setup
+from pipeserve.wire import control
+
+ANSWER_S = 30.0
+"""For what a stage does at once: connect to its neighbours, say how much memory it has used."""
+
+
+def jobs_of(
+    setup: Setup,
+    topology: Topology,
+    keepers: Mapping[int, control.KeeperHello],
+    local_name: str,
+) -> list[control.StartStage]:
+    """What the keeper of each rank is to start. `local_name`: of where the driver listens."""
+    jobs = []
+    for rank in range(topology.num_ranks):
+        stage = topology.stage_of(rank)
+        jobs.append(
+            control.StartStage(
+                stage=stage,
+                num_stages=topology.num_stages,
+                module=setup.module,
+                work=setup.works[stage],
+                control=f"/{local_name}",
+                host=keepers[rank].address,
+                traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
+                speaks=topology.speaks(rank),
+            )
+        )
+    return jobs
+
+
+class Start:
+    """How far it is."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        keepers: Mapping[int, control.KeeperHello],
+        load_timeout_s: float,
+        now: float,
+    ) -> None:
+        self._topology = topology
+        self._keepers = keepers
+        self._load_timeout_s = load_timeout_s
+        self.loading = LoadWatch(topology.num_ranks, now)
+        self._loaded: dict[int, control.StageReady] = {}
+        self._loaded_s = now
+        """When the last of them was."""
+        self._connected: set[int] = set()
+
+    @property
+    def stages(self) -> tuple[control.StageReady, ...]:
+        """Of each rank, once all have loaded."""
+        return tuple(self._loaded[rank] for rank in range(self._topology.num_ranks))
+
+    def loaded(self, rank: int, stage: control.StageReady, now: float) -> bool:
+        """Whether all stages have, with this one."""
+        self._loaded[rank] = stage
+        self._loaded_s = now
+        return len(self._loaded) == self._topology.num_ranks
+
+    def connected(self, rank: int) -> bool:
+        """Whether all stages have reached their neighbours, with this one."""
+        self._connected.add(rank)
+        return len(self._connected) == self._topology.num_ranks
+
+    def late(self, now: float) -> tuple[int, Lost] | None:
+        """A rank that is not to be waited for any longer."""
+        ranks = range(self._topology.num_ranks)
+        loading = [rank for rank in ranks if rank not in self._loaded]
+        if loading:
+            return self._stopped(loading, now)
+        missing = [rank for rank in ranks if rank not in self._connected]
+        if missing and now - self._loaded_s > ANSWER_S:
+            return missing[0], no_answer(
+                missing, "reached its neighbours", self._topology, self._keepers
+            )
+        return None
+
+    def _stopped(self, loading: Sequence[int], now: float) -> tuple[int, Lost] | None:
+        rank = self.loading.stopped(loading, self._load_timeout_s, now)
+        if rank is None:
+            return None
+        return rank, Lost(
+            f"{self._topology.name(rank)} on {self._keepers[rank].host} has stopped loading, "
+            f"{self.loading.how_far(rank)}: it has moved no byte for {self._load_timeout_s:g} s; "
+            "look at its disk, or raise --load-timeout"
+        )
+
+
+def links_of(
+    rank: int, topology: Topology, stages: Sequence[control.StageReady]
+) -> control.Connect:
+    """Where a rank's stage is to send; `stages`, of each rank, say where they listen."""
+    following, first = topology.next_of(rank), topology.first_of(rank)
+    return control.Connect(
+        next_stage="" if following is None else stages[following].activations_at,
+        first_stage="" if first is None else stages[first].tokens_at,
+    )
+
+
+def no_answer(
+    ranks: Sequence[int], what: str, topology: Topology, keepers: Mapping[int, control.KeeperHello]
+) -> Lost:
+    """Of `ranks`, whose stages have not done `what` for so long."""
+    first, *others = [topology.name(rank) for rank in ranks]
+    names = ", ".join([first, *(name.removeprefix("stage ") for name in others)])
+    hosts = ", ".join(sorted({keepers[rank].host for rank in ranks}))
+    return Lost(
+        f"{names} (on {hosts}) has not {what} within {ANSWER_S:g} s; is it stopped, or does a "
+        "firewall stand between the machines?"
+    )

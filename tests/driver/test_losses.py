@@ -1,0 +1,152 @@
+"""What becomes of a run when stages are lost: with a fleet that starts them again it goes on, with
+today's it ends, after the outputs that came before."""
+
+import random
+import time
+
+import pytest
+
+from pipeserve.configs import make_config
+from pipeserve.core.nouns import Request, SamplingParams
+from pipeserve.core.records import Ended, Fault
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
+from pipeserve.driver.events import Lost, Received
+from pipeserve.errors import StageError
+from pipeserve.wire import control
+
+from checkpoints import random_prompts, tiny_llama  # isort: skip
+from local_fleet import LocalFleet  # isort: skip
+
+LENGTHS = (40, 3, 17, 33, 1, 25)
+MAX_TOKENS = 10
+STAGES = 3
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class MortalFleet(LocalFleet):
+    """Whose stages are lost now and then, once `draw` is set, and started again. What the others
+    said behind a loss comes all the same: some with it, and all of it once more, later."""
+
+    restarts = True
+    draw = None
+    num_left = 0
+    num_late = 0
+
+    def start(self, jobs):
+        for worker in self.workers:
+            worker.close()
+        self.workers = []
+        super().start(jobs)
+
+    def receive(self, timeout_s):
+        late, self._late = getattr(self, "_late", []), []
+        self.num_late += sum(isinstance(each.message, control.Sampled) for each in late)
+        came = super().receive(0.0 if late else timeout_s)
+        if self.draw is None or not self.num_left or self.draw.random() > 0.5:
+            return late + came
+        self.num_left -= 1
+        cut = self.draw.randrange(len(came) + 1)
+        lost = [
+            self._loss(rank) for rank in self.draw.sample(range(STAGES), self.draw.choice([1, 2]))
+        ]
+        self._late = came[cut:]
+        return late + came[:cut] + lost + came[cut:]
+
+    def _loss(self, rank):
+        return Received(Lost(f"stage {rank} was lost"), rank, time.monotonic(), self.epoch)
+
+
+class DoomedFleet(LocalFleet):
+    """That loses stages in the same breath in which it hands on a result, and for good."""
+
+    is_doomed = False
+
+    def receive(self, timeout_s):
+        came = super().receive(timeout_s)
+        if self.is_doomed and any(isinstance(each.message, control.Sampled) for each in came):
+            now = time.monotonic()
+            for rank in (1, 2):
+                came.append(Received(Lost(f"stage {rank} died"), rank, now, self.epoch))
+        return came
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def start(folder, fleet, told):
+    wanted = {
+        "model": folder,
+        "dtype": "float32",
+        "pipeline_parallel_size": STAGES,
+        "max_num_batched_tokens": 16,
+        "block_size": 4,
+        "num_gpu_blocks_override": 24,
+        "max_num_seqs": 4,
+    }
+    return Driver(checkpoint_setup(make_config({}, wanted)), record=told.append, fleet=fleet)
+
+
+def add_all(driver, folder):
+    for number, prompt in enumerate(random_prompts(folder, LENGTHS)):
+        temperature = 0.0 if number % 2 else 1.0
+        params = SamplingParams(
+            max_tokens=MAX_TOKENS, temperature=temperature, seed=number, ignore_eos=True
+        )
+        driver.submit([Request(id=number, prompt=tuple(prompt), params=params)])
+
+
+def take_all(driver):
+    """The tokens of each request, as they come."""
+    tokens = {}
+    while driver.engine.num_unfinished:
+        for output in driver.outputs(1.0):
+            tokens.setdefault(output.request_id, []).append(output.token)
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    with start(folder, LocalFleet, []) as driver:
+        add_all(driver, folder)
+        return take_all(driver)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_request_gets_its_tokens_whenever_stages_are_lost(folder, expected, seed):
+    told = []
+    with start(folder, MortalFleet, told) as driver:
+        driver.fleet.draw, driver.fleet.num_left = random.Random(seed), 12
+        add_all(driver, folder)
+        assert take_all(driver) == expected
+        num_epochs, num_late = driver.fleet.epoch, driver.fleet.num_late
+        driver.fleet.num_left = 0
+        driver.settle()
+        add_all(driver, folder)  # and it is as good as new
+        assert take_all(driver) == expected
+        assert driver.engine.num_free_blocks == driver.engine.limits.num_blocks
+    faults = [entry for entry in told if isinstance(entry, Fault)]
+    assert len(faults) == num_epochs - 1 >= 3  # two of one epoch are one
+    assert num_late
+    assert len([entry for entry in told if isinstance(entry, Ended)]) == 2 * len(LENGTHS)
+
+
+def test_a_run_that_ends_by_a_loss_hands_on_what_came_before(folder, expected):
+    told = []
+    with start(folder, DoomedFleet, told) as driver:
+        add_all(driver, folder)
+        first = None
+        driver.fleet.is_doomed = True
+        while not first:
+            first = driver.outputs(1.0)
+        assert all(output.token == expected[output.request_id][0] for output in first)
+        for _ in range(2):
+            with pytest.raises(StageError, match="stage 1 died"):
+                driver.outputs(1.0)
+        with pytest.raises(StageError, match=r"has ended \(stage 1 died\)"):
+            add_all(driver, folder)
+    (fault,) = [entry for entry in told if isinstance(entry, Fault)]
+    assert (fault.stage, fault.reason) == (1, "stage 1 died")

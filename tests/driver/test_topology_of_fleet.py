@@ -1,0 +1,230 @@
+"""Two ranks a stage: who joins, what each is told, and who speaks for its stage. Each rank computes
+its whole stage here; to share it out is tensor parallelism, which is not built yet."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeserve import LLM, SamplingParams
+from pipeserve.configs import RunConfig, make_config
+from pipeserve.core.records import Ping, Span
+from pipeserve.core.topology import Topology
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
+from pipeserve.driver.events import Joined, Lost, Ready
+from pipeserve.driver.fleet import Fleet
+from pipeserve.driver.starting import jobs_of
+from pipeserve.driver.waiting import wait_for_keepers
+from pipeserve.wire import control
+from pipeserve.wire.connection import connect
+from pipeserve.wire.sources import Sources
+
+from checkpoints import random_prompts, tiny_llama  # isort: skip
+from local_fleet import LocalFleet  # isort: skip
+
+TWO_A_STAGE = Topology(((0, 1), (2, 3)))
+
+
+class Alone(Fleet):
+    """That starts no keepers."""
+
+    def _start_keepers(self, listener): ...
+
+
+class ByHand:
+    """Keepers and stages that are here, and say what the test has them say."""
+
+    def __init__(self):
+        self.fleet = Alone(TWO_A_STAGE, RunConfig(model="any"))
+        self._sources = Sources(self.fleet.secret)
+        self._who = {}
+
+    def joins(self, rank, world_size=4):
+        hello = control.KeeperHello(rank, world_size, f"host{rank}", f"10.0.0.{rank}", 0, "")
+        self._comes("keeper", rank).send(control.encode(hello, 0))
+
+    def comes(self, rank):
+        """Its stage, which has loaded."""
+        stage = self._comes("stage", rank)
+        stage.send(control.encode(control.StageHello(rank), 1))
+        ready = control.StageReady(100 + rank, "", f"a{rank}", f"t{rank}", 0, 0, 0, [])
+        stage.send(control.encode(ready, 1))
+
+    def says(self, rank, message):
+        self._who["stage", rank].send(control.encode(message, 1))
+
+    def _comes(self, purpose, rank):
+        address = f"{self.fleet.address}/{self.fleet.local_name}"
+        self._who[purpose, rank] = connect(address, self._sources, purpose)
+        return self._who[purpose, rank]
+
+    def hears(self, purpose):
+        """The next message to each rank; what the fleet makes of all that is said."""
+        decode = {"keeper": control.decode_for_keeper, "stage": control.decode_for_stage}[purpose]
+        heard, events = {}, []
+        while len(heard) < 4:
+            events += self.fleet.receive(0.01)
+            self._sources.ready(0)
+            for rank in range(4):
+                for payload in self._who[purpose, rank].receive():
+                    epoch, message = decode(payload)
+                    if not isinstance(message, control.Ping):
+                        heard[rank] = epoch, message
+        return [heard[rank] for rank in range(4)], events
+
+    def close(self):
+        self._sources.close()
+        self.fleet.close()
+
+
+@pytest.fixture
+def hand():
+    hand = ByHand()
+    yield hand
+    hand.close()
+
+
+def joined(hand):
+    for rank in (3, 0, 2, 1):
+        hand.joins(rank)
+    events = []
+    while len(events) < 4:
+        for source in hand._sources.ready(0):
+            source.receive()
+        events += hand.fleet.receive(0.01)
+    return events
+
+
+def started(hand):
+    joined(hand)
+    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    hand.fleet.start(jobs_of(setup, TWO_A_STAGE, hand.fleet.keepers, "here"))
+    return hand.hears("keeper")[0]
+
+
+def test_every_rank_joins(hand):
+    events = joined(hand)
+    assert all(isinstance(event.message, Joined) for event in events)
+    assert sorted(event.rank for event in events) == [0, 1, 2, 3] == sorted(hand.fleet.keepers)
+    wait_for_keepers(hand.fleet, print)
+
+
+def test_a_keeper_of_another_run_is_told_of_stages_and_ranks(hand):
+    hand.joins(0, world_size=2)
+    keeper = hand._who["keeper", 0]
+    while not (payloads := keeper.receive()):
+        hand.fleet.receive(0.01)
+    _, message = control.decode_for_keeper(payloads[0])
+    assert "is one of 2, and the pipeline has 2 stages of 2 ranks each" in message.why
+
+
+def test_every_rank_starts_its_stage(hand):
+    jobs = started(hand)
+    assert [epoch for epoch, _ in jobs] == [1] * 4
+    assert [(job.stage, job.num_stages, job.work) for _, job in jobs] == [
+        *[(0, 2, b"first")] * 2,
+        *[(1, 2, b"last")] * 2,
+    ]
+    assert [job.host for _, job in jobs] == [f"10.0.0.{rank}" for rank in range(4)]
+    assert [job.speaks for _, job in jobs] == [True, False, True, False]
+
+
+def test_links_go_from_shard_to_shard_and_then_it_is_ready(hand):
+    started(hand)
+    for rank in (2, 0, 1, 3):
+        hand.comes(rank)
+    links, events = hand.hears("stage")
+    assert [message for _, message in links] == [
+        control.Connect("a2", ""),
+        control.Connect("a3", ""),
+        control.Connect("", "t0"),
+        control.Connect("", "t1"),
+    ]
+    for rank in (1, 2, 3):
+        hand.says(rank, control.Connected())
+    events += hand.fleet.receive(0.05)
+    assert not events
+    hand.says(0, control.Connected())
+    while not (came := hand.fleet.receive(0.01)):
+        pass
+    assert isinstance(came[0].message, Ready)
+    assert [stage.pid for stage in came[0].message.stages] == [100, 101, 102, 103]
+    hand.fleet.broadcast(control.ReportMemory())
+    assert hand.hears("stage")[0] == [(1, control.ReportMemory())] * 4
+
+
+def test_one_that_is_lost_is_named_by_its_rank(hand):
+    started(hand)
+    hand.comes(3)
+    hand.says(3, control.StageFailed("no more", False))
+    while not (came := hand.fleet.receive(0.01)):
+        for source in hand._sources.ready(0):
+            source.receive()
+    assert came[0].rank == 3
+    assert came[0].message == Lost("rank 3 of stage 1: no more")
+
+
+# ---- a whole run --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def two_a_stage(folder):
+    config = {"model": folder, "dtype": "float32", "pipeline_parallel_size": 2}
+    setup = checkpoint_setup(make_config({}, config))
+    stages = [
+        replace(stage, ranks=ranks)
+        for stage, ranks in zip(setup.plan.stages, TWO_A_STAGE.ranks, strict=True)
+    ]
+    return replace(setup, plan=replace(setup.plan, stages=tuple(stages)), for_ranks=None), setup
+
+
+def run(setup, prompts):
+    told = []
+    with Driver(setup, record=told.append, fleet=LocalFleet) as driver, torch.inference_mode():
+        llm = LLM.on(driver)
+        completions = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=6))
+        driver.settle()
+        driver.refresh_memory()
+        return [each.token_ids for each in completions], told, driver.stages
+
+
+def test_tokens_and_records_are_those_of_one_rank_a_stage(folder, one_thread):
+    prompts = random_prompts(folder, (9, 3, 20))
+    double, single = two_a_stage(folder)
+    tokens, told, stages = run(double, prompts)
+    expected_tokens, _, expected = run(single, prompts)
+    assert tokens == expected_tokens
+    spans = [entry for entry in told if isinstance(entry, Span)]
+    assert len({(span.stage, span.index) for span in spans}) == len(spans)  # one for each stage
+    assert {span.stage for span in spans} == {0, 1}
+    assert [stage.rank for stage in stages] == [0, 2]
+    for stage, one in zip(stages, expected, strict=True):
+        assert stage.weight_bytes == 2 * one.weight_bytes
+        assert stage.kv_bytes == 2 * one.kv_bytes
+        assert stage.peak_bytes > stage.baseline_bytes
+
+
+def test_the_clock_of_a_stage_is_that_of_the_rank_that_speaks_for_it(folder, one_thread):
+    """Pings are recorded by stage."""
+    told = []
+    setup, _ = two_a_stage(folder)
+    with Driver(setup, record=told.append, fleet=LocalFleet) as driver:
+        pongs = [driver_pong(driver, rank, control.Pong(1.0 + rank, 2.0, 0)) for rank in range(4)]
+        driver.fleet.keep(pongs)
+        driver.outputs(0.0)
+    assert [(ping.stage, ping.sent_s) for ping in told if isinstance(ping, Ping)] == [
+        (0, 1.0),
+        (1, 3.0),
+    ]
+
+
+def driver_pong(driver, rank, pong):
+    from pipeserve.driver.events import Received
+
+    return Received(pong, rank, 3.0, driver.fleet.epoch)

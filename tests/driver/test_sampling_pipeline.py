@@ -107,19 +107,19 @@ def lose_what_is_outstanding(driver):
     driver._may_plan = True
 
 
-def lose_now_and_then(llm, monkeypatch, at_polls):
-    """Before each of these polls; how many were outstanding each time. Only so often: faults
+def lose_now_and_then(llm, monkeypatch, at_looks):
+    """Before each of these looks; how many were outstanding each time. Only so often: faults
     without end would let nothing be finished."""
     driver, num_lost = llm.client, []
-    poll, number = driver.poll, itertools.count()
+    outputs, number = driver.outputs, itertools.count()
 
-    def poll_or_lose(timeout_s):
-        if next(number) in at_polls:
+    def outputs_or_lose(timeout_s):
+        if next(number) in at_looks:
             num_lost.append(len(driver.engine.outstanding))
             lose_what_is_outstanding(driver)
-        return poll(timeout_s)
+        return outputs(timeout_s)
 
-    monkeypatch.setattr(driver, "poll", poll_or_lose)
+    monkeypatch.setattr(driver, "outputs", outputs_or_lose)
     return num_lost
 
 
@@ -142,7 +142,7 @@ def test_a_token_depends_on_its_request_alone(llm, model, monkeypatch):
     assert llm.client.engine.stats.preemptions > 0
 
     renew(llm, num_blocks=512, max_num_batched_tokens=16)
-    num_lost = lose_now_and_then(llm, monkeypatch, at_polls=(3, 8, 16, 25))
+    num_lost = lose_now_and_then(llm, monkeypatch, at_looks=(3, 8, 16, 25))
     assert tokens(llm.generate(prompts, params)) == tokens(expected)
     assert len(num_lost) == 4 and all(num_lost)
 
@@ -260,7 +260,7 @@ def test_prompt_logprobs_are_those_of_transformers(llm, model, transformers_llam
 def test_prompt_logprobs_survive_faults(llm, model, transformers_llama, monkeypatch):
     _, prompts = model
     renew(llm, max_num_batched_tokens=8)
-    num_lost = lose_now_and_then(llm, monkeypatch, at_polls=(1, 4, 9, 15, 22))
+    num_lost = lose_now_and_then(llm, monkeypatch, at_looks=(1, 4, 9, 15, 22))
     params = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0, ignore_eos=True)
     for prompt, completion in zip(prompts, llm.generate(prompts, params), strict=True):
         own, _ = reference_logprobs(transformers_llama, prompt, 1)

@@ -135,9 +135,8 @@ class EmulatedCompute:
         tokens = []
         for chunk, sequence in zip(step.chunks, sequences, strict=True):
             if chunk.num_logits > chunk.num_scored:
-                registration = sequence.registration
-                place = chunk.stop - registration.num_prompt_tokens
-                tokens.append(crc32(_SEED.pack(registration.seed, place)) % self._vocab_size)
+                place = chunk.stop - sequence.registration.num_prompt_tokens
+                tokens.append(crc32(_SEED.pack(sequence.params.seed, place)) % self._vocab_size)
         return tokens
 
 

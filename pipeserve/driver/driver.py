@@ -17,6 +17,7 @@ from pipeserve.core.records import Completed, Ping, Recorder, ignore
 from pipeserve.driver.fleet import Fleet, Received
 from pipeserve.driver.setup import Setup
 from pipeserve.errors import CapacityError, ConfigError, StageError
+from pipeserve.sampling_params import token_ids_of
 from pipeserve.wire import control
 
 
@@ -252,8 +253,7 @@ class Driver:
 
 def _check_token_ids(request: Request, vocab_size: int) -> None:
     """A stage would end at one that is not in its tables, and the run with it."""
-    allowed, bias = request.params.allowed_token_ids, request.params.logit_bias
-    for ids in (request.prompt, allowed or (), bias or (), *request.bad_word_ids):
+    for ids in (request.prompt, *token_ids_of(request.params), *request.bad_word_ids):
         for token in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token < vocab_size:
                 raise ConfigError(

@@ -5,7 +5,8 @@ from collections import deque
 from dataclasses import dataclass
 from math import inf
 
-from pipeserve.wire.control import Registration, Step, unpack_tokens
+from pipeserve.sampling_params import DrawParams
+from pipeserve.wire.control import Registration, Step, unpack_params, unpack_tokens
 
 
 @dataclass(slots=True)
@@ -18,6 +19,14 @@ class Sequence:
     block_table: list[int]
     token_s: float = -inf
     """When the token that the last microbatch sampled was here; -inf before the first."""
+    _params: DrawParams | None = None
+
+    @property
+    def params(self) -> DrawParams:
+        """How its tokens are drawn; unpacked by the stage that asks, which is the last one."""
+        if self._params is None:
+            self._params = unpack_params(self.registration.params)
+        return self._params
 
 
 class Sequences:

@@ -5,9 +5,9 @@ A `Request` is what the user asked. The engine cuts it into `Chunk`s, packs chun
 with a `StepResult`. `PipelinePlan` says which stage holds which layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, NewType
+from typing import Any, NamedTuple, NewType
 
 from pipeserve.sampling_params import SamplingParams
 
@@ -63,6 +63,17 @@ class Chunk(NamedTuple):
     def num_tokens(self) -> int:
         return self.stop - self.start
 
+    @property
+    def samples(self) -> bool:
+        """Whether it is to sample; how many tokens that gave, the result says."""
+        return self.num_logits > self.num_scored
+
+
+def one_each(chunks: Iterable[Any]) -> bytes:
+    """`StepResult.counts` of a last stage that samples one token for each chunk that is to: all of
+    them do, while nothing decodes speculatively. Of `Chunk`s, or of their form on the wire."""
+    return bytes([chunk.num_logits > chunk.num_scored for chunk in chunks])
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
@@ -98,7 +109,7 @@ class Microbatch:
     @property
     def samples(self) -> bool:
         """False when no chunk samples: such a microbatch sends no token feedback."""
-        return any(chunk.num_logits > chunk.num_scored for chunk in self.chunks)
+        return any(chunk.samples for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +128,9 @@ class StepResult:
 
     index: int
     tokens: tuple[int, ...]
-    """One token for each chunk that samples, in the microbatch's order."""
+    """Chunk after chunk in the microbatch's order."""
+    counts: bytes
+    """How many of them each chunk sampled; 0 where it was not to."""
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """Parallel to `tokens`, or empty when no request of the microbatch asked for any."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from pipeserve.core.nouns import one_each
 from pipeserve.stage.loop import Done, StageLoop, Tell, Turn, serve
 from pipeserve.stage.sequences import Sequence
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
@@ -118,7 +119,7 @@ class ModelCompute:
             start, stop = stop, stop + chunk.num_logits
             if chunk.num_scored:
                 scored.append((place, start, chunk, sequence))
-            if chunk.num_logits > chunk.num_scored:
+            if chunk.samples:
                 places.append(stop - 1)
                 rows.append(_sample_row(sequence, chunk.stop))
                 owners.append(place)
@@ -130,7 +131,8 @@ class ModelCompute:
         # A request that failed goes on until the driver has heard of it, with a token that exists.
         tokens = [0 if token is None else token for token, _ in sampled]
         end_s = sent_s = time.monotonic()
-        end_cpu_s = stage.feed_back(turn.step, tokens, end_s)
+        counts = one_each(turn.step.chunks)
+        end_cpu_s = stage.feed_back(turn.step, tokens, counts, end_s)
         wants_logprobs = any(row.params.logprobs is not None for row in rows)
         logprobs = [entry for _, entry in sampled] if wants_logprobs else []
         prompt_logprobs = []
@@ -144,7 +146,8 @@ class ModelCompute:
                 failed[place] = self._not_finite(first + is_nan.index(True))
         if scored:
             end_s, end_cpu_s = time.monotonic(), time.thread_time()
-        stage.tell(control.Sampled(turn.step.index, tokens, logprobs, prompt_logprobs, failed))
+        index = turn.step.index
+        stage.tell(control.Sampled(index, tokens, counts, logprobs, prompt_logprobs, failed))
         cpu_s = end_cpu_s - turn.start_cpu_s
         return Done(inputs.num_tokens, head_s, end_s, sent_s, cpu_s, end_cpu_s, num_bytes=0)
 

@@ -167,6 +167,10 @@ class StepChunk(msgspec.Struct, array_like=True, frozen=True, gc=False):
     num_logits: int
     num_scored: int
 
+    @property
+    def samples(self) -> bool:
+        return self.num_logits > self.num_scored
+
 
 class Step(_Message):
     """One microbatch: the same bytes go to every stage."""
@@ -227,6 +231,8 @@ class Sampled(_Message):
 
     index: int
     tokens: list[int]
+    counts: bytes
+    """How many of them each chunk of the step sampled."""
     logprobs: list[tuple[float, list[tuple[int, float]]] | None]
     """Parallel to `tokens`, or empty: (of the sampled token, the most likely ones)."""
     prompt_logprobs: list[tuple[float, list[tuple[int, float]]]]
@@ -325,6 +331,7 @@ def step_result(sampled: Sampled) -> StepResult:
     return StepResult(
         sampled.index,
         tuple(sampled.tokens),
+        sampled.counts,
         tuple(None if entry is None else _token_logprobs(entry) for entry in sampled.logprobs),
         tuple(_token_logprobs(entry) for entry in sampled.prompt_logprobs),
         sampled.failed,

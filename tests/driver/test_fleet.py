@@ -78,10 +78,10 @@ def test_who_sent_a_plan_waits_anew(stage):
 def test_both_send_more_than_the_kernel_takes(stage):
     """And neither takes anything until it has sent all of its own."""
     tokens, large = os.urandom(16 << 20), list(range(1, 4_000_000))
-    admitted = control.Registration(1, tokens, 1, [], 0, 0, 1, 0, 0, 0, [], None, None, None)
+    admitted = control.Registration(1, tokens, 1, [], {}, [], ())
     stage.fleet.broadcast(control.Step(0, (), [admitted], []))
     stage.fleet.broadcast(control.ReportMemory())
-    stage._stage.send(control.encode(control.Sampled(0, large, [], [])))
+    stage._stage.send(control.encode(control.Sampled(0, large, b"", [], [])))
     stage.says_something()
     here, there = [], []
     while len(here) < 2 or len(there) < 2:

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -105,9 +106,10 @@ def test_a_decode_costs_a_few_bytes_however_long_its_context():
 
 def test_logprobs_survive_the_wire():
     prompt = [(-0.25, []), (-0.75, [(1, -0.1)])]
-    sampled = control.Sampled(4, [5, 6], [(-0.5, [(5, -0.5), (9, -1.5)]), None], prompt, {1: "why"})
+    own = [(-0.5, [(5, -0.5), (9, -1.5)]), None]
+    sampled = control.Sampled(4, [5, 6], b"\2\0", own, prompt, {1: "why"})
     result = control.step_result(control.decode_from_stage(control.encode(sampled)))
-    assert result.tokens == (5, 6)
+    assert (result.tokens, result.counts) == ((5, 6), b"\2\0")
     assert result.logprobs == (TokenLogprobs(-0.5, {5: -0.5, 9: -1.5}), None)
     assert result.prompt_logprobs == (TokenLogprobs(-0.25, {}), TokenLogprobs(-0.75, {1: -0.1}))
     assert result.failed == {1: "why"}
@@ -128,7 +130,7 @@ def _stage_with(request_id=1, prompt=(10, 11, 12)):
 
 def test_feedback_reaches_the_sequence_that_waits_for_it():
     sequences, sequence = _stage_with()
-    sequences.take_tokens(0, [99], 2.5)
+    sequences.take_tokens(0, [99], b"\1", 2.5)
     assert list(sequence.token_ids) == [10, 11, 12, 99]
     assert (sequence.block_table, sequence.token_s) == ([4], 2.5)
 
@@ -144,7 +146,7 @@ def test_feedback_that_comes_after_a_new_registration_changes_nothing_there():
         requests=[_request(1, (10, 11, 12))],
     )
     (sequence,) = sequences.apply(again)
-    sequences.take_tokens(0, [99], 2.5)
+    sequences.take_tokens(0, [99], b"\1", 2.5)
     assert list(sequence.token_ids) == [10, 11, 12, 99]
     assert sequence.block_table == [6]
 
@@ -159,14 +161,40 @@ def test_a_chunk_that_only_scores_brings_no_token():
     )
     first, second = sequences.apply(step)
     sequences.await_tokens(step, [first, second])
-    sequences.take_tokens(0, [99], 2.5)
+    sequences.take_tokens(0, [99], b"\0\1", 2.5)
     assert (len(first.token_ids), list(second.token_ids)) == (3, [10, 11, 12, 99])
+
+
+def test_a_chunk_may_bring_several_tokens():
+    sequences = Sequences()
+    step = _step(
+        0,
+        tuple(Chunk(number, 0, 3, (number,), None, 1) for number in range(3)),
+        tuple(Admission(number, (10, 11, 12), 3, ()) for number in range(3)),
+        requests=[_request(number, (10, 11, 12)) for number in range(3)],
+    )
+    first, second, third = sequences.apply(step)
+    sequences.await_tokens(step, [first, second, third])
+    sequences.take_tokens(0, [96, 97, 98, 99], b"\1\0\3", 2.5)
+    assert [list(each.token_ids[3:]) for each in (first, second, third)] == [
+        [96],
+        [],
+        [97, 98, 99],
+    ]
+    assert (second.token_s, third.token_s) == (-inf, 2.5)
 
 
 def test_feedback_out_of_step_is_refused():
     sequences, _ = _stage_with()
     with pytest.raises(RuntimeError, match="out of step"):
-        sequences.take_tokens(1, [99], 2.5)
+        sequences.take_tokens(1, [99], b"\1", 2.5)
+
+
+@pytest.mark.parametrize(("tokens", "counts"), [([98, 99], b"\1"), ([99], b""), ([99], b"\1\0")])
+def test_feedback_of_another_number_of_tokens_is_refused(tokens, counts):
+    sequences, _ = _stage_with()
+    with pytest.raises(RuntimeError, match="out of step"):
+        sequences.take_tokens(0, tokens, counts, 2.5)
 
 
 def test_a_released_request_is_forgotten():

@@ -28,7 +28,14 @@ from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.forecast import Forecast
-from pipeserve.core.nouns import Microbatch, Request, RequestId, SamplingParams, StepResult
+from pipeserve.core.nouns import (
+    Microbatch,
+    Request,
+    RequestId,
+    SamplingParams,
+    StepResult,
+    one_each,
+)
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.work import Work
 from pipeserve.launch.run.collector import no_pauses
@@ -104,9 +111,9 @@ class Load:
         microbatch = self.flying.popleft()
         self.now = self.forecast.known_s(microbatch.index)
         self.forecast.completed(microbatch.index, self.now)
-        sampled = sum(chunk.num_logits for chunk in microbatch.chunks)
-        tokens = tuple(self.random.randrange(50_000) for _ in range(sampled))
-        result = StepResult(microbatch.index, tokens)
+        counts = one_each(microbatch.chunks)
+        tokens = tuple(self.random.randrange(50_000) for _ in range(sum(counts)))
+        result = StepResult(microbatch.index, tokens, counts)
         elapsed, outputs = timed_us(lambda: self.engine.complete(result, self.now))
         new = [o.request_id for o in outputs if o.request_id not in self.begun]
         self.begun.update(new)

@@ -18,9 +18,8 @@ import typer
 
 import pipeserve
 from pipeserve.configs import RunConfig, load_recipe, make_config
-from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError, PipeserveError
-from pipeserve.launch.inputs.flags import given, run_flags, sampling_flags, with_flags
+from pipeserve.launch.inputs.flags import given, given_params, run_flags, sampling_flags, with_flags
 from pipeserve.launch.inputs.options import (
     Explain,
     JsonTo,
@@ -123,7 +122,7 @@ def generate(
     from pipeserve.launch.verbs import generate as verb
 
     run_config = _run_config(model, config, flags)
-    options = given(SamplingParams, flags, without="seed")
+    options = given_params(flags)
     given_prompts.check_options(options)
     wants_logprobs = bool({"logprobs", "prompt_logprobs"} & options.keys())
     if (prompt is None) == (prompts is None):

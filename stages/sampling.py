@@ -13,12 +13,14 @@ Suffixes: V vocabulary, R rows, K tokens kept by a filter.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeserve.sampling_params import DrawParams
 
 _MASK = (1 << 64) - 1
 _NUCLEUS = 1024  # likeliest tokens that top-p looks at before it sorts the whole vocabulary
@@ -30,39 +32,19 @@ Sampled = tuple[int | None, Logprobs | None]
 finite: a NaN or +infinity among them, or none above -infinity."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitRules:
-    """What changes the logits of one row, greedy or not; ids are token ids."""
+class SampleRow(NamedTuple):
+    """What one token is drawn by; ids are token ids."""
 
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    bad_words: Sequence[Sequence[int]] = ()
-    """Sequences whose last id is not drawn when the output ends with the others."""
-    allowed_ids: Sequence[int] | None = None
+    params: DrawParams
+    output_index: int
+    """0 for the request's first output token."""
     known_ids: Sequence[int] = ()
     """Prompt and output before this position."""
     num_prompt_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleRow:
-    """How to draw one token."""
-
-    temperature: float
-    """0 is greedy."""
-    top_k: int
-    """0 keeps all."""
-    top_p: float
-    min_p: float = 0.0
-    seed: int
-    output_index: int
-    """0 for the request's first output token."""
-    banned_ids: tuple[int, ...] = ()
-    """Never drawn at this position: stop ids, before `min_tokens`."""
-    rules: LogitRules | None = None
-    num_logprobs: int | None = None
+    stop_ids: Sequence[int] = ()
+    """Not drawn before `params.min_tokens` outputs are there."""
+    bad_word_ids: Sequence[Sequence[int]] = ()
+    """Sequences whose last id is not drawn when the output ends with the others."""
 
 
 def uniform_draw(seed: int, output_index: int) -> float:
@@ -89,16 +71,10 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     highest_R, greedy_R = (part.tolist() for part in logits_RV.max(-1))  # NaN is the highest
     sampled: list[Sampled] = []
     for logits_V, highest, token, row in zip(logits_RV, highest_R, greedy_R, rows, strict=True):
-        if not math.isfinite(highest):
-            token = None
-        elif row.temperature > 0 or row.banned_ids or row.rules is not None:
-            token = _choose(logits_V, row)
-        if token is None:
-            sampled.append((None, None))
-            continue
+        token = _choose(logits_V, token, row) if math.isfinite(highest) else None
         logprobs = None
-        if row.num_logprobs is not None:
-            (logprobs,) = score(logits_V[None], [token], row.num_logprobs)
+        if token is not None and row.params.logprobs is not None:
+            (logprobs,) = score(logits_V[None], [token], row.params.logprobs)
         sampled.append((token, logprobs))
     return sampled
 
@@ -119,20 +95,25 @@ def score(logits_RV: Tensor, token_ids: Sequence[int], num_logprobs: int) -> lis
     ]
 
 
-def _choose(logits_V: Tensor, row: SampleRow) -> int | None:
-    logits_V = _ruled(logits_V, row)
-    if not logits_V.max().isfinite():
-        return None
-    if row.temperature == 0:
-        return int(logits_V.argmax())
-    weights_K, ids_K = _filtered(logits_V, row)
+def _choose(logits_V: Tensor, greedy: int, row: SampleRow) -> int | None:
+    """The token of a row whose highest logit is finite, and `greedy`'s."""
+    ruled_V = logits_V
+    for rule in _RULES:
+        ruled_V = rule(ruled_V, row)
+    if ruled_V is not logits_V:
+        if not ruled_V.max().isfinite():
+            return None
+        greedy = int(ruled_V.argmax())
+    if row.params.temperature == 0:
+        return greedy
+    weights_K, ids_K = _filtered(ruled_V, row.params)
     cumulative_K = weights_K.cumsum(-1)
-    draw = uniform_draw(row.seed, row.output_index) * cumulative_K[-1]
+    draw = uniform_draw(row.params.seed, row.output_index) * cumulative_K[-1]
     place = min(int(torch.searchsorted(cumulative_K, draw, right=True)), len(cumulative_K) - 1)
     return place if ids_K is None else int(ids_K[place])
 
 
-def _filtered(logits_V: Tensor, row: SampleRow) -> tuple[Tensor, Tensor | None]:
+def _filtered(logits_V: Tensor, params: DrawParams) -> tuple[Tensor, Tensor | None]:
     """Weights, in proportion to the probabilities, of what temperature and filters leave; and the
     token ids that they belong to, or None for the whole vocabulary in order.
 
@@ -140,19 +121,19 @@ def _filtered(logits_V: Tensor, row: SampleRow) -> tuple[Tensor, Tensor | None]:
     whole vocabulary loses digits. The likeliest token is at 0, so that nothing overflows at all.
     """
     wide_V = logits_V.double()
-    scaled_V = (wide_V - wide_V.max()) / row.temperature
-    if row.min_p > 0:
-        scaled_V = scaled_V.masked_fill(scaled_V < math.log(row.min_p), -torch.inf)
-    if 0 < row.top_k < len(scaled_V):
-        scaled_K, ids_K = scaled_V.topk(row.top_k)
+    scaled_V = (wide_V - wide_V.max()) / params.temperature
+    if params.min_p > 0:
+        scaled_V = scaled_V.masked_fill(scaled_V < math.log(params.min_p), -torch.inf)
+    if 0 < params.top_k < len(scaled_V):
+        scaled_K, ids_K = scaled_V.topk(params.top_k)
         weights_K = scaled_K.exp()
-        if row.top_p < 1:
-            weights_K, _ = _nucleus(weights_K, row.top_p * weights_K.sum())
+        if params.top_p < 1:
+            weights_K, _ = _nucleus(weights_K, params.top_p * weights_K.sum())
         return weights_K, ids_K
     weights_V = scaled_V.exp()
-    if row.top_p == 1:
+    if params.top_p == 1:
         return weights_V, None
-    wanted = row.top_p * weights_V.sum()
+    wanted = params.top_p * weights_V.sum()
     # A language model's top-p is mostly a few tokens; sorting 49,152 costs ten times as much.
     weights_K, ids_K = weights_V.topk(min(_NUCLEUS, len(weights_V)))
     weights_K, is_reached = _nucleus(weights_K, wanted)
@@ -171,61 +152,74 @@ def _nucleus(weights_K: Tensor, wanted: Tensor) -> tuple[Tensor, bool]:
     return weights_K.masked_fill(before_K >= wanted, 0.0), bool(reached_K[-1] >= wanted)
 
 
-# ---- rules --------------------------------------------------------------------------------------
+# ---- rules: each returns a changed copy of the logits, or what it got where it does not apply ----
 
 
-def _ruled(logits_V: Tensor, row: SampleRow) -> Tensor:
-    """The logits after bans, bias and penalties: a copy wherever any apply."""
-    rules = row.rules
-    if rules is None:
-        return _without(logits_V, row.banned_ids) if row.banned_ids else logits_V
-    logits_V = logits_V.double()
-    if rules.allowed_ids is not None:
-        allowed = _ids(rules.allowed_ids)
-        only_V = torch.full_like(logits_V, -torch.inf)
-        logits_V = only_V.index_copy_(0, allowed, logits_V[allowed])
-    banned = [*_ends_of_bad_words(rules), *row.banned_ids]
-    if banned:
-        logits_V = _without(logits_V, banned)
-    if rules.logit_bias:
-        biased, bias = list(rules.logit_bias), list(rules.logit_bias.values())
-        logits_V = logits_V.index_add(0, torch.tensor(biased), logits_V.new_tensor(bias))
-    return _penalised(logits_V, rules)
+def _only_allowed(logits_V: Tensor, row: SampleRow) -> Tensor:
+    if row.params.allowed_token_ids is None:
+        return logits_V
+    allowed = _ids(row.params.allowed_token_ids)
+    only_V = torch.full_like(logits_V, -torch.inf)
+    return only_V.index_copy_(0, allowed, logits_V[allowed])
 
 
-def _without(logits_V: Tensor, banned: Sequence[int]) -> Tensor:
-    """No banned id, unless that leaves none: allowed ids are kept to, then, and bans are not."""
+def _without_banned(logits_V: Tensor, row: SampleRow) -> Tensor:
+    """Bad words, and stop ids before `min_tokens`; unless that leaves nothing: allowed ids are kept
+    to, then, and bans are not."""
+    banned = list(_ends_of_bad_words(row)) if row.bad_word_ids else []
+    if row.output_index < row.params.min_tokens:
+        banned += row.stop_ids
+    if not banned:
+        return logits_V
     banned = [token for token in banned if 0 <= token < len(logits_V)]  # an eos of no token, say
     kept_V = logits_V.index_fill(0, torch.tensor(banned, dtype=torch.int64), -torch.inf)
     return logits_V if kept_V.max() == -torch.inf else kept_V
 
 
-def _ends_of_bad_words(rules: LogitRules) -> Iterator[int]:
+def _ends_of_bad_words(row: SampleRow) -> Iterator[int]:
     """The last id of each sequence whose other ids the output ends with. As in vLLM, a sequence
     that began in the prompt is none."""
-    num_outputs = len(rules.known_ids) - rules.num_prompt_tokens
-    for word in rules.bad_words:
+    num_outputs = len(row.known_ids) - row.num_prompt_tokens
+    for word in row.bad_word_ids:
         num_before = len(word) - 1
         if num_before > num_outputs:
             continue
-        if list(rules.known_ids[len(rules.known_ids) - num_before :]) == list(word[:-1]):
+        if list(row.known_ids[len(row.known_ids) - num_before :]) == list(word[:-1]):
             yield word[-1]
 
 
-def _penalised(logits_V: Tensor, rules: LogitRules) -> Tensor:
+def _biased(logits_V: Tensor, row: SampleRow) -> Tensor:
+    if not row.params.logit_bias:
+        return logits_V
+    biased, bias = list(row.params.logit_bias), list(row.params.logit_bias.values())
+    wide_V = logits_V.double()
+    return wide_V.index_add(0, torch.tensor(biased), wide_V.new_tensor(bias))
+
+
+def _less_repeated(logits_V: Tensor, row: SampleRow) -> Tensor:
     """Repetition over prompt and output (Keskar et al., CTRL, 2019, section 4.1; negative logits
-    multiplied, as vLLM and transformers do), frequency and presence over the output (OpenAI)."""
-    if rules.repetition_penalty != 1:
-        known, penalty = _ids(rules.known_ids), rules.repetition_penalty
-        seen = logits_V[known]
-        changed = torch.where(seen > 0, seen / penalty, seen * penalty)
-        logits_V = logits_V.index_copy(0, known, changed)
-    if rules.frequency_penalty or rules.presence_penalty:
-        outputs = _ids(rules.known_ids[rules.num_prompt_tokens :])
-        counts_V = torch.bincount(outputs, minlength=len(logits_V)).double()
-        logits_V = logits_V - rules.frequency_penalty * counts_V
-        logits_V -= rules.presence_penalty * counts_V.clamp(max=1)
-    return logits_V
+    multiplied, as vLLM and transformers do)."""
+    penalty = row.params.repetition_penalty
+    if penalty == 1:
+        return logits_V
+    known, wide_V = _ids(row.known_ids), logits_V.double()
+    seen = wide_V[known]
+    changed = torch.where(seen > 0, seen / penalty, seen * penalty)
+    return wide_V.index_copy(0, known, changed)
+
+
+def _less_frequent(logits_V: Tensor, row: SampleRow) -> Tensor:
+    """Frequency and presence over the output (OpenAI)."""
+    frequency, presence = row.params.frequency_penalty, row.params.presence_penalty
+    if not frequency and not presence:
+        return logits_V
+    outputs = _ids(row.known_ids[row.num_prompt_tokens :])
+    counts_V = torch.bincount(outputs, minlength=len(logits_V)).double()
+    return logits_V.double() - frequency * counts_V - presence * counts_V.clamp(max=1)
+
+
+_RULES = (_only_allowed, _without_banned, _biased, _less_repeated, _less_frequent)
+"""In vLLM's order."""
 
 
 def _ids(token_ids: Sequence[int]) -> Tensor:

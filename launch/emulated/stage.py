@@ -16,7 +16,7 @@ import msgspec
 
 from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.shape import ModelShape
-from pipeserve.core.nouns import PipelinePlan
+from pipeserve.core.nouns import PipelinePlan, one_each
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes, StageTimes
 from pipeserve.stage.loop import Done, StageLoop, Tell, Turn, serve
 from pipeserve.stage.sequences import Sequence
@@ -114,8 +114,9 @@ class EmulatedCompute:
         self._wait_until(due_s, stage)
         end_s = time.monotonic()
         if stage.is_last:
-            end_cpu_s = stage.feed_back(step, tokens, end_s)
-            stage.report(control.Sampled(step.index, tokens, [], []))
+            counts = one_each(step.chunks)
+            end_cpu_s = stage.feed_back(step, tokens, counts, end_s)
+            stage.report(control.Sampled(step.index, tokens, counts, [], []))
             return Done(num_tokens, head_s, end_s, end_s, seconds, end_cpu_s, 0)
         num_bytes = self.links.send(step.index, end_s)
         end_cpu_s = time.thread_time()
@@ -134,10 +135,9 @@ class EmulatedCompute:
         """Token ids that follow from the request's seed and the place in its output."""
         tokens = []
         for chunk, sequence in zip(step.chunks, sequences, strict=True):
-            if chunk.num_logits > chunk.num_scored:
-                registration = sequence.registration
-                place = chunk.stop - registration.num_prompt_tokens
-                tokens.append(crc32(_SEED.pack(registration.seed, place)) % self._vocab_size)
+            if chunk.samples:
+                place = chunk.stop - sequence.registration.num_prompt_tokens
+                tokens.append(crc32(_SEED.pack(sequence.params.seed, place)) % self._vocab_size)
         return tokens
 
 

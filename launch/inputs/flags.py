@@ -3,56 +3,24 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
-from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from pipeserve.configs import RunConfig
-from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError
-
-# SamplingParams is one of the engine's nouns and carries no help for a command line.
-_SAMPLING_HELP = MappingProxyType(
-    {
-        "n": "Samples of each prompt, whose blocks they share.",
-        "max_tokens": "Most output tokens of a sample.",
-        "min_tokens": "Output tokens before which nothing but max_tokens ends a sample.",
-        "temperature": "0 is greedy.",
-        "top_k": "Sample from the k most likely tokens; 0 from all.",
-        "top_p": "Sample from the most likely tokens that together have this probability.",
-        "min_p": "Sample from tokens at least this share as probable as the likeliest.",
-        "repetition_penalty": "Over 1, tokens of prompt and output become less likely.",
-        "presence_penalty": "Taken off the logits of tokens that the output has: -2 to 2.",
-        "frequency_penalty": "Likewise, for each time that it has them: -2 to 2.",
-        "logit_bias": "ID=NUMBER: added to the logit of a token id; may be given several times.",
-        "bad_words": "Never generate this text; may be given several times.",
-        "allowed_token_ids": "Sample only these token ids, such as 16,14.",
-        "stop": "End before this text; may be given several times.",
-        "stop_token_ids": "End at this token id; may be given several times.",
-        "include_stop_str_in_output": "Keep the stop string, or the stop token's text.",
-        "ignore_eos": "Go on after the model's end-of-sequence token.",
-        "logprobs": "Report, in JSON, this many log-probabilities at each position; 0: the "
-        "sampled one's; -1: all.",
-        "prompt_logprobs": "The same for each token of the prompt but the first.",
-        "detokenize": "Make text of tokens.",
-        "skip_special_tokens": "Leave special tokens out of the text.",
-        "spaces_between_special_tokens": "Keep what the tokenizer puts between added tokens.",
-        "skip_reading_prefix_cache": "Compute the prompt though the cache has its beginning.",
-    }
-)
+from pipeserve.sampling_params import OPTIONS, SamplingParams
 
 
 def run_flags() -> list[inspect.Parameter]:
     """A flag for each field of RunConfig but `model`, which is an argument."""
-    help_of = {item.name: item.metadata["help"] for item in fields(RunConfig)}
-    return _flags_of(RunConfig, help_of, without="model", panel="Run")
+    return _flags_of(RunConfig, without="model", panel="Run")
 
 
 def sampling_flags() -> list[inspect.Parameter]:
     """A flag for each field of SamplingParams that is not refused, but `seed`: `--seed` is the
     run's, from which each request's follows."""
-    return _flags_of(SamplingParams, _SAMPLING_HELP, without="seed", panel="Sampling")
+    return _flags_of(SamplingParams, without="seed", panel="Sampling")
 
 
 def with_flags(*flags: inspect.Parameter) -> Callable[[Callable], Callable]:
@@ -71,47 +39,56 @@ def with_flags(*flags: inspect.Parameter) -> Callable[[Callable], Callable]:
 def given(noun: type, flags: Mapping[str, Any], without: str = "") -> dict[str, Any]:
     """Those of `flags` that are fields of `noun`, but for `without`, and were given."""
     names = {item.name for item in fields(noun)} - {without}
-    values = {
+    return {
         name: value for name, value in flags.items() if name in names and value not in (None, [])
     }
-    if "logit_bias" in values:
-        values["logit_bias"] = dict(map(_pair, values["logit_bias"]))
-    if "allowed_token_ids" in values:
-        values["allowed_token_ids"] = _numbers(values["allowed_token_ids"])
+
+
+def given_params(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `flags` that are sampling parameters and were given, read where they are text."""
+    values = given(SamplingParams, flags, without="seed")
+    for option in OPTIONS:
+        name, value = option.name, values.get(option.name)
+        if value is not None and option.type == Mapping[int, float]:
+            values[name] = dict(_pair(name, text) for text in value)
+        elif isinstance(value, str) and option.type == tuple[int, ...]:
+            values[name] = _numbers(name, value)
     return values
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(name: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise ConfigError(
-            f"--allowed-token-ids {text} is no list of token ids, such as 16,14"
+            f"{_flag_name(name)} {text} is no list of token ids, such as 16,14"
         ) from None
 
 
-def _pair(text: str) -> tuple[str, float]:
+def _pair(name: str, text: str) -> tuple[str, float]:
     """What `--logit-bias 123=-5` says; whether 123 is a token id is checked later."""
     token, _, number = text.partition("=")
     try:
         return token, float(number)
     except ValueError:
-        raise ConfigError(f"--logit-bias {text} is not ID=NUMBER, such as 123=-5") from None
+        raise ConfigError(f"{_flag_name(name)} {text} is not ID=NUMBER, such as 123=-5") from None
 
 
-def _flags_of(
-    noun: type, help_of: Mapping[str, str], *, without: str, panel: str
-) -> list[inspect.Parameter]:
+def _flags_of(noun: type, *, without: str, panel: str) -> list[inspect.Parameter]:
     hints = get_type_hints(noun)
     return [
-        _flag(item, hints[item.name], help_of[item.name], panel)
+        _flag(item, hints[item.name], panel)
         for item in fields(noun)
         if item.name != without and "refused" not in item.metadata
     ]
 
 
-def _flag(item: Field, hint: Any, help: str, panel: str) -> inspect.Parameter:
-    name = "--" + item.name.replace("_", "-")
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _flag(item: Field, hint: Any, panel: str) -> inspect.Parameter:
+    name, help = _flag_name(item.name), item.metadata["help"]
     short = [item.metadata["short"]] if "short" in item.metadata else []
     kind = _flag_type(hint)
     if kind is bool:

@@ -110,7 +110,7 @@ class View:
             return
         now, num_tokens = completed.done_s, 0
         for chunk in planned.chunks:
-            if chunk.num_logits > chunk.num_scored and chunk.request_id in self._told_s:
+            if chunk.samples and chunk.request_id in self._told_s:
                 before = self._told_s[chunk.request_id]
                 if before is not None:
                     self._gaps.append((now, now - before))

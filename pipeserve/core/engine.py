@@ -10,7 +10,7 @@ outstanding is never recalled: it runs out, and its result is taken or dropped.
 """
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
@@ -219,41 +219,38 @@ class Engine:
         """
         flight = self._oldest(result)
         self._forecast.completed(result.index, now)
-        tokens = iter(result.tokens)
-        logprobs = iter(result.logprobs or repeat(None))
+        sampled = zip(result.tokens, result.logprobs or repeat(None))  # noqa: B905  (without end)
         scored = iter(result.prompt_logprobs)
         failed, outputs = result.failed, []
-        for place, (chunk, record) in enumerate(
-            zip(flight.microbatch.chunks, flight.records, strict=True)
+        for place, (chunk, record, count) in enumerate(
+            zip(flight.microbatch.chunks, flight.records, result.counts, strict=True)
         ):
             record.num_outstanding -= 1
-            sampled = chunk.num_logits
             if chunk.num_scored:
-                sampled -= chunk.num_scored
                 record.prompt_logprobs += islice(scored, chunk.num_scored)
             if record.finished:
-                if sampled:
-                    next(tokens), next(logprobs)
-                    self.stats.wasted_decodes += 1
+                self.stats.wasted_decodes += _skip(sampled, count)
                 continue
             if place in failed:
-                if sampled:
-                    next(tokens), next(logprobs)
+                _skip(sampled, count)
                 outputs.append(Output(record.id, None, "error", error=failed[place]))
                 self._pool.withdraw(record.keys)
                 self._end(record)
                 continue
-            if sampled:
-                token = next(tokens)
+            while count:
+                count -= 1
+                token, logprobs = next(sampled)
                 reason = record.append(token, now)
                 told = record.prompt_logprobs
                 if told is not None:
                     told = record.tell_prompt_logprobs()
-                outputs.append(_new_output((record.id, token, reason, next(logprobs), told, None)))
+                outputs.append(_new_output((record.id, token, reason, logprobs, told, None)))
                 if reason is not None:
                     self._end(record)
-                    continue
-            self._queues.file(record)
+                    self.stats.wasted_decodes += _skip(sampled, count)
+                    break
+            else:
+                self._queues.file(record)
         return outputs
 
     def observe(self, index: int, stage: int, seconds: float) -> None:
@@ -441,6 +438,11 @@ class Engine:
                 f"microbatch {result.index} samples {expected} tokens, the result has "
                 f"{len(result.tokens)} and {len(result.logprobs)} logprobs"
             )
+        if len(result.counts) != len(chunks) or sum(result.counts) != expected:
+            raise ValueError(
+                f"microbatch {result.index} samples {expected} tokens in {len(chunks)} chunks, the "
+                f"result counts {list(result.counts)}"
+            )
         if len(result.prompt_logprobs) != num_scored:
             raise ValueError(
                 f"microbatch {result.index} scores {num_scored} prompt tokens, the result "
@@ -450,3 +452,8 @@ class Engine:
 
     def _wrong(self, what: str) -> PolicyError:
         return PolicyError(f"policy {self.policy.name} {what}")
+
+
+def _skip(sampled: Iterator, count: int) -> int:
+    """Takes so many tokens that nobody wants; returns how many."""
+    return len(list(islice(sampled, count)))

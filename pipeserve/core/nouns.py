@@ -5,102 +5,14 @@ A `Request` is what the user asked. The engine cuts it into `Chunk`s, packs chun
 with a `StepResult`. `PipelinePlan` says which stage holds which layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NewType
 
+from pipeserve.sampling_params import SamplingParams
+
 RequestId = NewType("RequestId", int)
 BlockId = NewType("BlockId", int)
-
-
-def _refused(why: str) -> Any:
-    """A field that vLLM has and that must be left out here: `why`, and what to do instead."""
-    return field(default=None, repr=False, metadata={"refused": why})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How the tokens of one request are drawn, and made text. Names, defaults and meanings are
-    vLLM's, and so is the order in which they act (`stages/sampling.py`).
-
-    None is as if the field were left out, but for `max_tokens`. What vLLM has and this has not is
-    at the end, and refused by name.
-    """
-
-    n: int = 1
-    """Samples of the prompt, each a request of its own with the seed `seed + its index`."""
-    max_tokens: int | None = 16
-    """None: as many as the context has room for. The engine's requests have a number."""
-    min_tokens: int = 0
-    """Stop ids are not sampled before this many output tokens, and a stop string that is complete
-    with them ends nothing."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this share."""
-    min_p: float = 0.0
-    """Keep tokens at least this share as probable as the likeliest; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Divides the logits above 0 of tokens that prompt or output have, and multiplies the others.
-    """
-    presence_penalty: float = 0.0
-    """Taken off the logits of tokens that the output has."""
-    frequency_penalty: float = 0.0
-    """Likewise, for each time that it has them."""
-    logit_bias: Mapping[int, float] | None = None
-    """Added to the logits of these token ids."""
-    bad_words: tuple[str, ...] = ()
-    """Texts that are not generated: the last token of one is not sampled after its others."""
-    allowed_token_ids: tuple[int, ...] | None = None
-    """No other token is sampled."""
-    seed: int | None = None
-    """None: the driver draws one when the request is added."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the output: the one that is complete first; of several that are complete at
-    the same character the one that begins first (vLLM goes by the order of the list)."""
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    """Whether the text has the stop string, or the text of the stop token, that ended it."""
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    """How many of the most likely tokens to report at each position (0: the sampled one alone; -1:
-    the whole vocabulary)."""
-    prompt_logprobs: int | None = None
-    """The same for each token of the prompt but the first. Such a request shares no prefix."""
-    detokenize: bool = True
-    """False: no text is made, and `text` is ''."""
-    skip_special_tokens: bool = True
-    """Whether special tokens are left out of the text."""
-    spaces_between_special_tokens: bool = True
-    """False: where they are in the text, one added token stands right behind another, whatever the
-    tokenizer would put between."""
-    skip_reading_prefix_cache: bool = False
-    """Whether the prompt is computed although the cache has blocks of it."""
-
-    best_of: None = _refused("vLLM itself has it no more; give n")
-    use_beam_search: None = _refused("there is no beam search; leave it out")
-    length_penalty: None = _refused("there is no beam search; leave it out")
-    early_stopping: None = _refused("there is no beam search; leave it out")
-    structured_outputs: None = _refused("it is not there yet; leave it out")
-    guided_decoding: None = _refused("it is not there yet; leave it out")
-    logits_processors: None = _refused(
-        "stages run no code of a request; give logit_bias, bad_words or allowed_token_ids"
-    )
-    extra_args: None = _refused("there are no plugins to read it; leave it out")
-    thinking_token_budget: None = _refused("it is not there; give max_tokens")
-    repetition_detection: None = _refused("it is not there; give repetition_penalty or max_tokens")
-    trace_decode_token_ids: None = _refused("tokens are not forced; leave it out")
-    routed_experts_prompt_start: None = _refused("routing is not reported; leave it out")
-    logprob_token_ids: None = _refused("it is not there; give logprobs")
-    prompt_logprob_token_ids: None = _refused("it is not there; give prompt_logprobs")
-    prompt_logprob_start: None = _refused("it is not there; prompt_logprobs are of all tokens")
-    flat_logprobs: None = _refused("logprobs have one form; leave it out")
-    output_kind: None = _refused("stream gives what is new and generate the whole; leave it out")
-    stream_interval: None = _refused("stream gives each token as it comes; leave it out")
-    skip_clone: None = _refused("these are frozen and need no clone; leave it out")
-    truncate_prompt_tokens: None = _refused("give a shorter prompt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +63,17 @@ class Chunk(NamedTuple):
     def num_tokens(self) -> int:
         return self.stop - self.start
 
+    @property
+    def samples(self) -> bool:
+        """Whether it is to sample; how many tokens that gave, the result says."""
+        return self.num_logits > self.num_scored
+
+
+def one_each(chunks: Iterable[Any]) -> bytes:
+    """`StepResult.counts` of a last stage that samples one token for each chunk that is to: all of
+    them do, while nothing decodes speculatively. Of `Chunk`s, or of their form on the wire."""
+    return bytes([chunk.num_logits > chunk.num_scored for chunk in chunks])
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
@@ -186,7 +109,7 @@ class Microbatch:
     @property
     def samples(self) -> bool:
         """False when no chunk samples: such a microbatch sends no token feedback."""
-        return any(chunk.num_logits > chunk.num_scored for chunk in self.chunks)
+        return any(chunk.samples for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +128,9 @@ class StepResult:
 
     index: int
     tokens: tuple[int, ...]
-    """One token for each chunk that samples, in the microbatch's order."""
+    """Chunk after chunk in the microbatch's order."""
+    counts: bytes
+    """How many of them each chunk sampled; 0 where it was not to."""
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """Parallel to `tokens`, or empty when no request of the microbatch asked for any."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()

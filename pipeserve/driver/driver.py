@@ -28,6 +28,7 @@ from pipeserve.driver.stage_info import stage_infos, with_memory
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import gather_memory, wait_for_keepers, wait_until_ready
 from pipeserve.errors import CapacityError, ConfigError, StageError
+from pipeserve.sampling_params import token_ids_of
 from pipeserve.wire import control
 
 
@@ -281,8 +282,7 @@ class Driver:
 
 def _check_token_ids(request: Request, vocab_size: int) -> None:
     """A stage would end at one that is not in its tables, and the run with it."""
-    allowed, bias = request.params.allowed_token_ids, request.params.logit_bias
-    for ids in (request.prompt, allowed or (), bias or (), *request.bad_word_ids):
+    for ids in (request.prompt, *token_ids_of(request.params), *request.bad_word_ids):
         for token in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token < vocab_size:
                 raise ConfigError(

@@ -1,28 +1,22 @@
-"""The border at which sampling parameters are checked, and given a seed."""
+"""The border at which sampling parameters are checked, and given a seed.
+
+What an option may be is declared with it (`pipeserve/sampling_params.py`). Here is how values of
+each type are checked, and what options may not be together.
+"""
 
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from numbers import Number
 from typing import Any
 
 from pipeserve.configs.recipes import check_keys
-from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError
+from pipeserve.sampling_params import MAX_SEED, OPTIONS, REFUSED, Limits, Option, SamplingParams
 
-PARAM_NAMES = tuple(item.name for item in fields(SamplingParams))
-REFUSED = {item.name: item.metadata["refused"] for item in fields(SamplingParams) if item.metadata}
-"""Of vLLM's parameters those that are not here, and why."""
-_DEFAULTS = {item.name: item.default for item in fields(SamplingParams)}
-_FRACTIONS = tuple(name for name, default in _DEFAULTS.items() if type(default) is float)
-_MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
-_MAX_SEED = 2**63 - 1  # what a 64-bit field of a message carries
-_MAX_COUNT = 2**31 - 1
-_MAX_SAMPLES = 16384  # as vLLM's VLLM_MAX_N_SEQUENCES
-_MAX_LOGPROBS = 256  # of each position, all of which the driver holds until the request ends
+PARAM_NAMES = (*(option.name for option in OPTIONS), *REFUSED)
 _MAX_DIGITS = 10  # of a token id, which is 31 bits at most
-_MAX_BIAS = 100  # as OpenAI's; what is to be banned, or alone allowed, has fields of its own
 
 
 def params_from(values: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
@@ -44,62 +38,35 @@ def check_params(params: SamplingParams, vocab_size: int | None = None) -> Sampl
     contradict each other, and what is not here at all. `vocab_size` bounds token ids, and is how
     many log-probabilities -1 asks for, where the model is known.
     """
-    params = _without_none(params)
-    params = replace(params, **{name: _plain(getattr(params, name)) for name in PARAM_NAMES})
-    stop = (params.stop,) if isinstance(params.stop, str) else params.stop
-    allowed = params.allowed_token_ids
+    for name, why in REFUSED.items():
+        if getattr(params, name) is not None:
+            raise ConfigError(f"{name} is a parameter of vLLM that pipeserve does not take: {why}")
     params = replace(
         params,
         top_k=0 if params.top_k == -1 else params.top_k,
         seed=None if params.seed == -1 else params.seed,
-        logprobs=_all_of(params.logprobs, vocab_size),
-        prompt_logprobs=_all_of(params.prompt_logprobs, vocab_size),
-        stop=_tuple_of(str, "stop", stop),
-        stop_token_ids=_tuple_of(int, "stop_token_ids", params.stop_token_ids),
-        bad_words=_tuple_of(str, "bad_words", params.bad_words),
-        allowed_token_ids=None if allowed is None else _tuple_of(int, "allowed_token_ids", allowed),
-        logit_bias=_bias_of(params.logit_bias),
+        stop=(params.stop,) if isinstance(params.stop, str) else params.stop,
     )
-    _check_counts(params, vocab_size)
-    _check_numbers(params)
-    _check_texts(params)
-    _check_token_ids(params, vocab_size)
-    if params.n > 1 and params.temperature == 0:
-        raise ConfigError(
-            f"n is {params.n} at temperature 0, which gives one text {params.n} times; "
-            "raise the temperature or leave n out"
-        )
-    return _with_fractions(params)
+    values = {
+        option.name: _checked(option, getattr(params, option.name), vocab_size)
+        for option in OPTIONS
+    }
+    params = replace(params, **values)
+    _check_together(params)
+    return params
 
 
-def _without_none(params: SamplingParams) -> SamplingParams:
-    """Raises ConfigError for a parameter that is refused by its name."""
-    for name, why in REFUSED.items():
-        if getattr(params, name) is not None:
-            raise ConfigError(f"{name} is a parameter of vLLM that pipeserve does not take: {why}")
-    unset = [name for name in PARAM_NAMES if getattr(params, name) is None]
-    unset = {name: _DEFAULTS[name] for name in unset if name not in _MAY_BE_NONE}
-    return replace(params, **unset)
-
-
-def _with_fractions(params: SamplingParams) -> SamplingParams:
-    """What may have a fraction as a float, since a message to the stages has no room for a whole
-    number of more than 64 bits."""
-    bias = params.logit_bias
-    return replace(
-        params,
-        **{name: float(getattr(params, name)) for name in _FRACTIONS},
-        logit_bias=None if bias is None else {token: float(add) for token, add in bias.items()},
-    )
+def _checked(option: Option, value: Any, vocab_size: int | None) -> Any:
+    """A value in the form that it has from here on."""
+    if value is None and option.may_be_none:
+        return None
+    value = option.default if value is None else _plain(value)
+    return _CHECKS[option.type](option.name, value, option.limits, vocab_size)
 
 
 def _plain(value: Any) -> Any:
     """A number of numpy as Python's."""
     return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
-
-
-def _all_of(count: Any, vocab_size: int | None) -> Any:
-    return vocab_size if count == -1 and vocab_size is not None else count
 
 
 def check_leaves_a_token(
@@ -124,96 +91,89 @@ def seeded(
     """`params` with a seed: its own and, as in vLLM, the sample's index added; or a pure function
     of the run's seed and the request."""
     if params.seed is not None:
-        return replace(params, seed=(params.seed + sample) & _MAX_SEED)
+        return replace(params, seed=(params.seed + sample) & MAX_SEED)
     digest = hashlib.blake2b(f"{run_seed}/{request_number}".encode(), digest_size=8).digest()
-    return replace(params, seed=int.from_bytes(digest, "little") & _MAX_SEED)
+    return replace(params, seed=int.from_bytes(digest, "little") & MAX_SEED)
 
 
-def _check_counts(params: SamplingParams, vocab_size: int | None) -> None:
-    limits = {
-        "n": (1, _MAX_SAMPLES),
-        "max_tokens": (1, _MAX_COUNT),
-        "min_tokens": (0, _MAX_COUNT),
-        "top_k": (0, _MAX_COUNT),
-        "seed": (0, _MAX_SEED),
-        "logprobs": (0, _MAX_LOGPROBS),
-        "prompt_logprobs": (0, _MAX_LOGPROBS),
-    }
-    for name, (least, most) in limits.items():
-        value = getattr(params, name)
-        if value is None and name in _MAY_BE_NONE:
-            continue
-        if type(value) is not int:
-            raise ConfigError(f"{name} is {value!r}, must be a whole number")
-        if most == _MAX_LOGPROBS and value in (-1, vocab_size):
-            continue
-        if not least <= value <= most:
-            also = "; or -1, all" if most == _MAX_LOGPROBS else ""
-            raise ConfigError(f"{name} is {value}, must be {least} to {most}{also}")
-    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
-        raise ConfigError(
-            f"min_tokens is {params.min_tokens}, over max_tokens {params.max_tokens}; "
-            "lower the one or raise the other"
-        )
+# ---- one value ----------------------------------------------------------------------------------
 
 
-def _check_numbers(params: SamplingParams) -> None:
-    limits: dict[str, tuple[Callable[[float], bool], str]] = {
-        "temperature": (lambda value: value >= 0, "0 (greedy) or more"),
-        "top_p": (lambda value: 0 < value <= 1, "over 0 and at most 1 (keep all)"),
-        "min_p": (lambda value: 0 <= value <= 1, "0 (keep all) to 1"),
-        "repetition_penalty": (lambda value: value > 0, "over 0; 1 is none"),
-        "presence_penalty": (lambda value: -2 <= value <= 2, "-2 to 2; 0 is none"),
-        "frequency_penalty": (lambda value: -2 <= value <= 2, "-2 to 2; 0 is none"),
-    }
-    for name, (is_good, limit) in limits.items():
-        value = getattr(params, name)
-        if not _is_finite(value):
-            raise ConfigError(f"{name} is {value!r}, must be a finite number")
-        if not is_good(value):
-            raise ConfigError(f"{name} is {value}, must be {limit}")
-    for token, bias in (params.logit_bias or {}).items():
-        if not _is_finite(bias) or abs(bias) > _MAX_BIAS:
-            raise ConfigError(
-                f"logit_bias of token {token} is {bias!r}, must be {-_MAX_BIAS} to {_MAX_BIAS}"
-            )
+def _whole(name: str, value: Any, limits: Limits, vocab_size: int | None) -> int:
+    if type(value) is not int:
+        raise ConfigError(f"{name} is {value!r}, must be a whole number")
+    if limits.or_all and value == -1:
+        return value if vocab_size is None else vocab_size
+    if not limits.allow(value) and not (limits.or_all and value == vocab_size):
+        raise ConfigError(f"{name} is {value}, must be {limits}")
+    if limits.or_all and vocab_size is not None and value > vocab_size:
+        raise ConfigError(f"{name} is {value}, the vocabulary has {vocab_size} tokens")
+    return value
 
 
-def _check_texts(params: SamplingParams) -> None:
-    for item in fields(SamplingParams):
-        value = getattr(params, item.name)
-        if type(item.default) is bool and type(value) is not bool:
-            raise ConfigError(f"{item.name} is {value!r}, must be true or false")
-    if params.stop and not params.detokenize:
-        raise ConfigError(
-            f"stop is {params.stop!r}, but detokenize is false: no text is made; use stop_token_ids"
-        )
-    for name in ("stop", "bad_words"):
-        if not all(map(is_text, getattr(params, name))):
-            raise ConfigError(f"{name} has half a surrogate pair, which is no text; leave it out")
-    if "" in params.stop:
-        raise ConfigError("stop has an empty string, which ends every text at once; leave it out")
-    if not all(word.strip() for word in params.bad_words):
-        raise ConfigError("bad_words has an empty text; leave it out")
+def _number(name: str, value: Any, limits: Limits, vocab_size: int | None) -> float:
+    if not _is_finite(value):
+        raise ConfigError(f"{name} is {value!r}, must be a finite number")
+    if not limits.allow(value):
+        raise ConfigError(f"{name} is {value}, must be {limits}")
+    return float(value)  # a message to the stages has no room for a whole number over 64 bits
 
 
-def _check_token_ids(params: SamplingParams, vocab_size: int | None) -> None:
-    if params.allowed_token_ids == ():
-        raise ConfigError("allowed_token_ids is empty, which leaves no token; leave it out")
-    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        for token in getattr(params, name) or ():
-            if token < 0 or (vocab_size is not None and token >= vocab_size):
-                most = " or more" if vocab_size is None else f" to {vocab_size - 1}"
-                raise ConfigError(f"{name} has {token}, token ids are 0{most}")
-    for name in ("logprobs", "prompt_logprobs"):
-        count = getattr(params, name)
-        if vocab_size is not None and count is not None and count > vocab_size:
-            raise ConfigError(f"{name} is {count}, the vocabulary has {vocab_size} tokens")
+def _yes_or_no(name: str, value: Any, limits: None, vocab_size: int | None) -> bool:
+    if type(value) is not bool:
+        raise ConfigError(f"{name} is {value!r}, must be true or false")
+    return value
 
 
-def is_text(text: str) -> bool:
-    """Whether UTF-8 can say it: a JSON escape or a file name may hold half a surrogate pair."""
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+def _texts(name: str, value: Any, limits: None, vocab_size: int | None) -> tuple[str, ...]:
+    texts = _tuple_of(str, name, value)
+    if not all(map(is_text, texts)):
+        raise ConfigError(f"{name} has half a surrogate pair, which is no text; leave it out")
+    return texts
+
+
+def _token_ids(name: str, value: Any, limits: None, vocab_size: int | None) -> tuple[int, ...]:
+    ids = _tuple_of(int, name, value)
+    _check_ids(name, ids, vocab_size)
+    return ids
+
+
+def _numbers_of_tokens(
+    name: str, value: Any, limits: Limits, vocab_size: int | None
+) -> dict[int, float]:
+    """JSON has no keys but text, so "123" is 123."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is {value!r}, must map token ids to numbers")
+    numbers = {}
+    for token, number in value.items():
+        if isinstance(token, str) and token.isdecimal() and len(token) <= _MAX_DIGITS:
+            token = int(token)
+        token, number = _plain(token), _plain(number)
+        if type(token) is not int:
+            raise ConfigError(f"{name} has {token!r}, which is no token id")
+        if not _is_finite(number) or not limits.allow(number):
+            raise ConfigError(f"{name} of token {token} is {number!r}, must be {limits}")
+        numbers[token] = float(number)
+    _check_ids(name, numbers, vocab_size)
+    return numbers
+
+
+_CHECKS: dict[Any, Callable[..., Any]] = {
+    int: _whole,
+    float: _number,
+    bool: _yes_or_no,
+    tuple[str, ...]: _texts,
+    tuple[int, ...]: _token_ids,
+    Mapping[int, float]: _numbers_of_tokens,
+}
+"""By an option's type: `(name, value, limits, vocab_size)` to the value. Raises ConfigError."""
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int | None) -> None:
+    for token in ids:
+        if token < 0 or (vocab_size is not None and token >= vocab_size):
+            most = " or more" if vocab_size is None else f" to {vocab_size - 1}"
+            raise ConfigError(f"{name} has {token}, token ids are 0{most}")
 
 
 def _is_finite(value: Any) -> bool:
@@ -223,26 +183,40 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def _bias_of(given: Any) -> dict[int, float] | None:
-    """JSON has no keys but text, so "123" is 123."""
-    if given is None:
-        return None
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"logit_bias is {given!r}, must map token ids to numbers")
-    bias = {}
-    for token, value in given.items():
-        if isinstance(token, str) and token.isdecimal() and len(token) <= _MAX_DIGITS:
-            token = int(token)
-        token = _plain(token)
-        if type(token) is not int:
-            raise ConfigError(f"logit_bias has {token!r}, which is no token id")
-        bias[token] = _plain(value)
-    return bias
-
-
 def _tuple_of(kind: type, name: str, values: Any) -> tuple:
     plain = tuple(map(_plain, values)) if isinstance(values, (list, tuple)) else None
     if plain is None or any(type(value) is not kind for value in plain):
         what = "strings" if kind is str else "whole numbers"
         raise ConfigError(f"{name} is {values!r}, must be a list of {what}")
     return plain
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can say it: a JSON escape or a file name may hold half a surrogate pair."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+# ---- values that do not go together -------------------------------------------------------------
+
+
+def _check_together(params: SamplingParams) -> None:
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise ConfigError(
+            f"min_tokens is {params.min_tokens}, over max_tokens {params.max_tokens}; "
+            "lower the one or raise the other"
+        )
+    if params.stop and not params.detokenize:
+        raise ConfigError(
+            f"stop is {params.stop!r}, but detokenize is false: no text is made; use stop_token_ids"
+        )
+    if "" in params.stop:
+        raise ConfigError("stop has an empty string, which ends every text at once; leave it out")
+    if not all(word.strip() for word in params.bad_words):
+        raise ConfigError("bad_words has an empty text; leave it out")
+    if params.allowed_token_ids == ():
+        raise ConfigError("allowed_token_ids is empty, which leaves no token; leave it out")
+    if params.n > 1 and params.temperature == 0:
+        raise ConfigError(
+            f"n is {params.n} at temperature 0, which gives one text {params.n} times; "
+            "raise the temperature or leave n out"
+        )

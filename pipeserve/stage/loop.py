@@ -157,14 +157,14 @@ class StageLoop:
     def close(self) -> None:
         self.sources.close()
 
-    def feed_back(self, step: Step, tokens: list[int], now: float) -> float:
-        """What the last stage sampled, to the first before anything else, for it may be waiting.
-        Returns this thread's CPU time once it is on its way."""
+    def feed_back(self, step: Step, tokens: list[int], counts: bytes, now: float) -> float:
+        """What the last stage sampled, `counts` of it in each chunk, to the first before anything
+        else, for it may be waiting. Returns this thread's CPU time once it is on its way."""
         if tokens and not self.is_first:
-            send_tokens(self.first_stage, step.index, tokens)
+            send_tokens(self.first_stage, step.index, tokens, counts)
         cpu_s = time.thread_time()  # a system call: not before the tokens are on their way
         if tokens:
-            self.sequences.take_tokens(step.index, tokens, now)
+            self.sequences.take_tokens(step.index, tokens, counts, now)
         return cpu_s
 
     def _listen(self) -> None:

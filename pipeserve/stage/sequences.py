@@ -3,9 +3,11 @@
 from array import array
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain, repeat
 from math import inf
 
-from pipeserve.wire.control import Registration, Step, unpack_tokens
+from pipeserve.sampling_params import DrawParams
+from pipeserve.wire.control import Registration, Step, unpack_params, unpack_tokens
 
 
 @dataclass(slots=True)
@@ -18,6 +20,14 @@ class Sequence:
     block_table: list[int]
     token_s: float = -inf
     """When the token that the last microbatch sampled was here; -inf before the first."""
+    _params: DrawParams | None = None
+
+    @property
+    def params(self) -> DrawParams:
+        """How its tokens are drawn; unpacked by the stage that asks, which is the last one."""
+        if self._params is None:
+            self._params = unpack_params(self.registration.params)
+        return self._params
 
 
 class Sequences:
@@ -57,27 +67,24 @@ class Sequences:
         )
 
     def await_tokens(self, step: Step, sequences: list[Sequence]) -> None:
-        """Note whose tokens microbatch `step` will bring (first and last stage)."""
-        sampling = [
-            sequence
-            for sequence, chunk in zip(sequences, step.chunks, strict=True)
-            if chunk.num_logits > chunk.num_scored
-        ]
-        if sampling:
-            self._awaiting.append((step.index, sampling))
+        """Note whose tokens microbatch `step` will bring, if it samples (first and last stage)."""
+        if any(chunk.samples for chunk in step.chunks):
+            self._awaiting.append((step.index, sequences))
 
-    def take_tokens(self, index: int, tokens: list[int], now: float) -> None:
-        """Append what microbatch `index` sampled (first and last stage).
+    def take_tokens(self, index: int, tokens: list[int], counts: bytes, now: float) -> None:
+        """Append what microbatch `index` sampled, `counts` of it in each chunk (first and last
+        stage).
 
         The sequences are those of the time when the microbatch ran, so a token of a request that
         was released or admitted again since then changes nothing.
         """
         expected, sequences = self._awaiting.popleft()
-        if index != expected or len(tokens) != len(sequences):
+        if index != expected or len(counts) != len(sequences) or len(tokens) != sum(counts):
             raise RuntimeError(
-                f"token feedback out of step: expected {len(sequences)} tokens of microbatch "
-                f"{expected}, got {len(tokens)} of {index}"
+                f"token feedback out of step: expected those of {len(sequences)} chunks of "
+                f"microbatch {expected}, got {len(tokens)} of {len(counts)} chunks of {index}"
             )
-        for sequence, token in zip(sequences, tokens, strict=True):
+        owners = chain.from_iterable(map(repeat, sequences, counts))
+        for sequence, token in zip(owners, tokens, strict=True):
             sequence.token_ids.append(token)
             sequence.token_s = now

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 import torch
 
+from pipeserve.core.nouns import one_each
 from pipeserve.stage.loop import Done, StageLoop, Tell, Turn, serve
-from pipeserve.stage.sample_row import sample_row
 from pipeserve.stage.sequences import Sequence
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
 from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.checkpoint.weights import load_stage
 from pipeserve.stages.families import read_config
 from pipeserve.stages.layers.padding import pad_rows
-from pipeserve.stages.sampling import Logprobs, sample, score
+from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
 from pipeserve.wire import control, links
 from pipeserve.wire.control import StartStage, Step, StepChunk
 
@@ -118,9 +118,9 @@ class ModelCompute:
             start, stop = stop, stop + chunk.num_logits
             if chunk.num_scored:
                 scored.append((place, start, chunk, sequence))
-            if chunk.num_logits > chunk.num_scored:
+            if chunk.samples:
                 places.append(stop - 1)
-                rows.append(sample_row(sequence, chunk.stop))
+                rows.append(_sample_row(sequence, chunk.stop))
                 owners.append(place)
         sampled_RD = hidden_RD[places] if scored else hidden_RD
         sampled = sample(self._logits(sampled_RD), rows) if rows else []
@@ -130,8 +130,9 @@ class ModelCompute:
         # A request that failed goes on until the driver has heard of it, with a token that exists.
         tokens = [0 if token is None else token for token, _ in sampled]
         end_s = sent_s = time.monotonic()
-        end_cpu_s = stage.feed_back(turn.step, tokens, end_s)
-        wants_logprobs = any(row.num_logprobs is not None for row in rows)
+        counts = one_each(turn.step.chunks)
+        end_cpu_s = stage.feed_back(turn.step, tokens, counts, end_s)
+        wants_logprobs = any(row.params.logprobs is not None for row in rows)
         logprobs = [entry for _, entry in sampled] if wants_logprobs else []
         prompt_logprobs = []
         for place, *span in scored:
@@ -144,7 +145,8 @@ class ModelCompute:
                 failed[place] = self._not_finite(first + is_nan.index(True))
         if scored:
             end_s, end_cpu_s = time.monotonic(), time.thread_time()
-        stage.report(control.Sampled(turn.step.index, tokens, logprobs, prompt_logprobs, failed))
+        index = turn.step.index
+        stage.report(control.Sampled(index, tokens, counts, logprobs, prompt_logprobs, failed))
         cpu_s = end_cpu_s - turn.start_cpu_s
         return Done(inputs.num_tokens, head_s, end_s, sent_s, cpu_s, end_cpu_s, num_bytes=0)
 
@@ -158,7 +160,7 @@ class ModelCompute:
             yield from score(
                 self._logits(hidden_RD[first_row + start : first_row + stop]),
                 sequence.token_ids[following + start : following + stop],
-                sequence.registration.prompt_logprobs,
+                sequence.params.prompt_logprobs,
             )
 
     def _not_finite(self, position: int) -> str:
@@ -176,6 +178,20 @@ class ModelCompute:
 
     def _logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         return self.head(pad_rows(hidden_RD))[: len(hidden_RD)]
+
+
+def _sample_row(sequence: Sequence, position: int) -> SampleRow:
+    """What the token at `position` is drawn by: the request and the position alone."""
+    assert len(sequence.token_ids) == position, "rules need every token before theirs"
+    registration = sequence.registration
+    return SampleRow(
+        sequence.params,
+        position - registration.num_prompt_tokens,
+        sequence.token_ids,
+        registration.num_prompt_tokens,
+        registration.stop_ids,
+        registration.bad_word_ids,
+    )
 
 
 def main() -> None:

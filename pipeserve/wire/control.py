@@ -15,6 +15,9 @@ Activations and sampled tokens do not pass here: see links.py.
 
 import array
 from collections.abc import Mapping, Sequence
+from itertools import compress
+from operator import attrgetter, ne
+from typing import Any
 
 import msgspec
 
@@ -26,6 +29,7 @@ from pipeserve.core.nouns import (
     TokenLogprobs,
 )
 from pipeserve.core.records import Span
+from pipeserve.sampling_params import DRAW_OPTIONS, DrawParams
 
 
 class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True):
@@ -145,18 +149,6 @@ class Connect(_Message):
     first_stage: str
 
 
-class LogitRules(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What changes the logits of a request, as `stages.sampling.LogitRules` has it."""
-
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: dict[int, float] | None
-    bad_words: tuple[tuple[int, ...], ...]
-    allowed_ids: bytes | None
-    """int32, native order."""
-
-
 class Registration(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A request that starts, or starts again: everything a stage needs to know of it."""
 
@@ -165,17 +157,10 @@ class Registration(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Prompt and outputs so far: int32, native order."""
     num_prompt_tokens: int
     blocks: list[int]
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    min_tokens: int
+    params: dict[int, Any]
+    """`pack_params` of its options."""
     stop_ids: list[int]
-    rules: LogitRules | None
-    """None when none applies."""
-    logprobs: int | None
-    prompt_logprobs: int | None
+    bad_word_ids: tuple[tuple[int, ...], ...]
 
 
 class StepChunk(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -188,6 +173,10 @@ class StepChunk(msgspec.Struct, array_like=True, frozen=True, gc=False):
     token_from: int | None
     num_logits: int
     num_scored: int
+
+    @property
+    def samples(self) -> bool:
+        return self.num_logits > self.num_scored
 
 
 class Step(_Message):
@@ -246,6 +235,8 @@ class Sampled(_Message):
 
     index: int
     tokens: list[int]
+    counts: bytes
+    """How many of them each chunk of the step sampled."""
     logprobs: list[tuple[float, list[tuple[int, float]]] | None]
     """Parallel to `tokens`, or empty: (of the sampled token, the most likely ones)."""
     prompt_logprobs: list[tuple[float, list[tuple[int, float]]]]
@@ -294,9 +285,6 @@ decode_launch = msgspec.msgpack.Decoder(Launch).decode
 decode_share = msgspec.msgpack.Decoder(ModelShare).decode
 
 
-_NO_RULES = LogitRules(1.0, 0.0, 0.0, None, (), None)
-
-
 def encode(message: ToKeeper | ToStage | ToDriver, epoch: int) -> bytes:
     """As it crosses the wire."""
     return encode_job((epoch, message))
@@ -310,47 +298,44 @@ def unpack_tokens(packed: bytes) -> array.array:
     return array.array("i", packed)
 
 
+_draw_values = attrgetter(*(option.name for option in DRAW_OPTIONS))
+_DRAW_DEFAULTS = tuple(option.default for option in DRAW_OPTIONS)
+
+
+def pack_params(params: DrawParams) -> dict[int, Any]:
+    """What is not at its default, by its place among `DRAW_OPTIONS`; both ends have one version."""
+    values = _draw_values(params)
+    return dict(compress(enumerate(values), map(ne, values, _DRAW_DEFAULTS)))
+
+
+def unpack_params(packed: Mapping[int, Any]) -> DrawParams:
+    """Token ids become an array."""
+    values = {
+        DRAW_OPTIONS[place].name: array.array("i", value) if isinstance(value, list) else value
+        for place, value in packed.items()
+    }
+    return DrawParams(**values)
+
+
 def step_message(microbatch: Microbatch, requests: Mapping[RequestId, Request]) -> Step:
     """The wire form of `microbatch`; `requests` holds those that it admits."""
     admitted = []
     for admission in microbatch.admitted:
         request = requests[admission.request_id]
-        params = request.params
-        assert params.seed is not None, "the driver gives every request a seed"
+        assert request.params.seed is not None, "the client gives every request a seed"
         admitted.append(
             Registration(
                 request_id=request.id,
                 token_ids=pack_tokens(admission.token_ids),
                 num_prompt_tokens=admission.num_prompt_tokens,
                 blocks=list(admission.blocks),
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                min_p=params.min_p,
-                seed=params.seed,
-                min_tokens=params.min_tokens,
+                params=pack_params(request.params),
                 stop_ids=sorted(request.stop_ids),
-                rules=_logit_rules(request),
-                logprobs=params.logprobs,
-                prompt_logprobs=params.prompt_logprobs,
+                bad_word_ids=request.bad_word_ids,
             )
         )
     chunks = [StepChunk(*chunk) for chunk in microbatch.chunks]
     return Step(microbatch.index, microbatch.released, admitted, chunks)
-
-
-def _logit_rules(request: Request) -> LogitRules | None:
-    params = request.params
-    allowed = params.allowed_token_ids
-    rules = LogitRules(
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=dict(params.logit_bias) if params.logit_bias else None,
-        bad_words=request.bad_word_ids,
-        allowed_ids=None if allowed is None else pack_tokens(allowed),
-    )
-    return None if rules == _NO_RULES else rules
 
 
 def step_result(sampled: Sampled) -> StepResult:
@@ -358,6 +343,7 @@ def step_result(sampled: Sampled) -> StepResult:
     return StepResult(
         sampled.index,
         tuple(sampled.tokens),
+        sampled.counts,
         tuple(None if entry is None else _token_logprobs(entry) for entry in sampled.logprobs),
         tuple(_token_logprobs(entry) for entry in sampled.prompt_logprobs),
         sampled.failed,

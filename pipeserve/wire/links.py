@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 _INDEX = struct.Struct("<q")
+_TOKENS = struct.Struct("<qi")
+"""Index, and how many ids follow."""
+_ID_SIZE = array.array("i").itemsize
 
 
 class ActivationLinks(Protocol):
@@ -90,12 +93,19 @@ def unpack_tensor(
     return torch.frombuffer(message, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
-def send_tokens(first_stage: Connection, index: int, tokens: list[int]) -> None:
-    """The last stage's sampled ids of microbatch `index`, to the first stage."""
-    first_stage.send(_INDEX.pack(index) + array.array("i", tokens).tobytes())
+def send_tokens(first_stage: Connection, index: int, tokens: list[int], counts: bytes) -> None:
+    """The last stage's sampled ids of microbatch `index`, and how many of them are of each chunk,
+    to the first stage."""
+    ids = array.array("i", tokens).tobytes()
+    first_stage.send(_TOKENS.pack(index, len(tokens)) + ids + counts)
 
 
-def unpack_tokens(message: bytes | bytearray) -> tuple[int, list[int]]:
-    """The microbatch's index and its sampled ids."""
-    (index,) = _INDEX.unpack_from(message)
-    return index, array.array("i", message[_INDEX.size :]).tolist()
+def unpack_tokens(message: bytes | bytearray) -> tuple[int, list[int], bytes]:
+    """The microbatch's index, its sampled ids, and how many are of each chunk."""
+    index, num_tokens = _TOKENS.unpack_from(message)
+    stop = _TOKENS.size + num_tokens * _ID_SIZE
+    return (
+        index,
+        array.array("i", message[_TOKENS.size : stop]).tolist(),
+        bytes(message[stop:]),
+    )

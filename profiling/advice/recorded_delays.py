@@ -150,7 +150,7 @@ def _sources(planned: Sequence[Planned]) -> dict[int, int]:
         if found >= 0:
             sources[plan.index] = found
         for chunk in plan.chunks:
-            if chunk.num_logits > chunk.num_scored:
+            if chunk.samples:
                 sampled_by[chunk.request_id] = plan.index
     return sources
 

@@ -145,7 +145,7 @@ class Walk:
             self.last_parts[stage] = parts
             self._end(span, (list(map(add, start, parts)), span.end_s))
         if planned is not None:
-            sampling = [c.request_id for c in planned.chunks if c.num_logits > c.num_scored]
+            sampling = [c.request_id for c in planned.chunks if c.samples]
             self.sampled_by.update(dict.fromkeys(sampling, index))
 
     def _missing(self, planned: Planned) -> str | None:

@@ -260,5 +260,5 @@ def chunk_columns(plans: Iterable[Planned | None]) -> dict[str, list[int]]:
         "requests": np.diff(requests, prepend=0).tolist(),
         "lengths": (stops - starts).tolist(),
         "starts": (starts - expected).tolist(),
-        "samples": [int(chunk.num_logits > chunk.num_scored) for chunk in chunks],
+        "samples": [int(chunk.samples) for chunk in chunks],
     }

@@ -20,7 +20,7 @@ def token_times(recording: Recording) -> dict[RequestId, list[float]]:
         if at_s is None:  # under way when the run ended, or lost by a fault
             continue
         for chunk in planned.chunks:
-            if chunk.num_logits > chunk.num_scored:
+            if chunk.samples:
                 times.setdefault(chunk.request_id, []).append(at_s)
     num_told = {ended.request_id: ended.num_output_tokens for ended in recording.ended}
     return {request: known[: num_told.get(request)] for request, known in times.items()}

@@ -12,6 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from math import inf
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from pipeserve.core.nouns import (
     SamplingParams,
     StepResult,
     Wait,
+    one_each,
 )
 from pipeserve.core.records import Recorder, ignore
 from pipeserve.profiling.recording.summary import RequestRecord
@@ -80,7 +82,7 @@ class SimulatedPipeline:
         self._link_free = [0.0] * (num_stages - 1)
         self._driver_free_s = -inf
         self._wanted_s = inf  # since when the driver has something to do beside completions
-        self._outstanding: deque[tuple[Flight, int]] = deque()  # with how many tokens it samples
+        self._outstanding: deque[tuple[Flight, bytes]] = deque()  # with how many each chunk samples
         # So slow that stage 0 may lack a token of which driver and plan knew.
         self._is_feedback_slow = self._feedback_s > 2 * times.control_s + times.planning_s
         self._fed_s: dict[RequestId, float] = {}  # when stage 0 has the newest token
@@ -129,10 +131,11 @@ class SimulatedPipeline:
         self._driver_free_s, self._wanted_s = now, inf
         return outputs
 
-    def _complete(self, flight: Flight, num_sampled: int, now: float) -> list[Output]:
+    def _complete(self, flight: Flight, counts: bytes, now: float) -> list[Output]:
         for stage, (start, end) in enumerate(zip(flight.starts_s, flight.ends_s, strict=True)):
             self.engine.observe(flight.index, stage, end - start)
-        outputs = self.engine.complete(StepResult(flight.index, (0,) * num_sampled), now)
+        result = StepResult(flight.index, (0,) * sum(counts), counts)
+        outputs = self.engine.complete(result, now)
         self._tell.completed(flight, outputs, now)
         return outputs
 
@@ -163,10 +166,11 @@ class SimulatedPipeline:
             end + self._times.control_s,
         )
         self.started += [(a.request_id, starts[0]) for a in microbatch.admitted]
-        sampling = [c.request_id for c in microbatch.chunks if c.num_logits]
+        counts = one_each(microbatch.chunks)
         if self._is_feedback_slow:
+            sampling = [c.request_id for c in compress(microbatch.chunks, counts)]
             self._fed_s |= dict.fromkeys(sampling, end + self._feedback_s)
-        self._outstanding.append((flight, len(sampling)))
+        self._outstanding.append((flight, counts))
         self.flights.append(flight)
         self._tell.flew(microbatch, flight)
 

@@ -14,6 +14,7 @@ from pipeserve.core.nouns import (
     StepResult,
     TokenLogprobs,
     Wait,
+    one_each,
 )
 from pipeserve.core.policies import get_policy
 from pipeserve.core.view import Draft, PolicyError, Traits
@@ -62,13 +63,13 @@ def plan(engine) -> Microbatch:
 
 def complete(engine, microbatch, token=7) -> list[Output]:
     """Every sample is `token`, and every prompt token's log-probability minus its position."""
-    count = sum(chunk.num_logits - chunk.num_scored for chunk in microbatch.chunks)
+    counts = one_each(microbatch.chunks)
     scores = tuple(
         TokenLogprobs(-float(chunk.stop - chunk.num_logits + 1 + place))
         for chunk in microbatch.chunks
         for place in range(chunk.num_scored)
     )
-    result = StepResult(microbatch.index, (token,) * count, prompt_logprobs=scores)
+    result = StepResult(microbatch.index, (token,) * sum(counts), counts, prompt_logprobs=scores)
     return engine.complete(result, 0.0)
 
 
@@ -228,7 +229,11 @@ def test_a_wrong_number_of_tokens_is_an_error():
     add(engine)
     index = plan(engine).index
     with pytest.raises(ValueError, match="samples 1 tokens, the result has 2"):
-        engine.complete(StepResult(index, (1, 2)), 0.0)
+        engine.complete(StepResult(index, (1, 2), b"\2"), 0.0)
+    for counts in (b"", b"\0", b"\2", b"\1\0"):
+        with pytest.raises(ValueError, match=r"samples 1 tokens in 1 chunks, .* counts \["):
+            engine.complete(StepResult(index, (1,), counts), 0.0)
+    engine.complete(StepResult(index, (1,), b"\1"), 0.0)
 
 
 def test_logprobs_go_with_their_token():
@@ -237,8 +242,20 @@ def test_logprobs_go_with_their_token():
     add(engine, 1, prompt=(2,))
     index = plan(engine).index
     some = TokenLogprobs(-0.5, {3: -0.5})
-    outputs = engine.complete(StepResult(index, (3, 4), (some, None)), 0.0)
+    outputs = engine.complete(StepResult(index, (3, 4), b"\1\1", (some, None)), 0.0)
     assert [output.logprobs for output in outputs] == [some, None]
+
+
+def test_the_result_says_whose_each_token_is():
+    """Also several of one chunk, and those behind the end of their request are dropped."""
+    engine = make_engine()
+    add(engine, 0, prompt=(1,), max_tokens=9)
+    add(engine, 1, prompt=(2,), stop_ids={3}, max_tokens=9)
+    add(engine, 2, prompt=(3,), max_tokens=9)
+    index = plan(engine).index
+    outputs = engine.complete(StepResult(index, (3, 4, 5), b"\0\2\1"), 0.0)
+    assert [output[:3] for output in outputs] == [(1, 3, "stop"), (2, 5, None)]
+    assert engine.stats.wasted_decodes == 1
 
 
 def test_a_middle_chunk_samples_nothing():
@@ -575,7 +592,7 @@ def test_a_wrong_number_of_scores_is_an_error():
     add(engine, prompt_logprobs=0)
     index = plan(engine).index
     with pytest.raises(ValueError, match="scores 2 prompt tokens, the result 1"):
-        engine.complete(StepResult(index, (1,), prompt_logprobs=(TokenLogprobs(0.0),)), 0.0)
+        engine.complete(StepResult(index, (1,), b"\1", prompt_logprobs=(TokenLogprobs(0.0),)), 0.0)
 
 
 def test_imported_positions_cannot_be_scored():
@@ -658,7 +675,7 @@ def test_a_chunk_that_failed_ends_its_request_and_no_other():
     index = plan(engine).index
     some = TokenLogprobs(-0.5)
     outputs = engine.complete(
-        StepResult(index, (3, 0, 5), (None, some, some), failed={1: "why"}), 0.0
+        StepResult(index, (3, 0, 5), b"\1\1\1", (None, some, some), failed={1: "why"}), 0.0
     )
     assert outputs == [
         Output(RequestId(0), 3, None),
@@ -674,8 +691,8 @@ def test_what_is_outstanding_of_one_that_failed_is_dropped():
     add(engine, 0, max_tokens=9)
     first, second = plan(engine), plan(engine)
     assert second.chunks[0].token_from == first.index
-    engine.complete(StepResult(first.index, (0,), failed={0: "why"}), 0.0)
-    assert engine.complete(StepResult(second.index, (0,), failed={0: "why"}), 0.0) == []
+    engine.complete(StepResult(first.index, (0,), b"\1", failed={0: "why"}), 0.0)
+    assert engine.complete(StepResult(second.index, (0,), b"\1", failed={0: "why"}), 0.0) == []
     assert engine.stats.wasted_decodes == 1
     assert not engine.has_work
     add(engine, 0)  # the id is free again
@@ -688,7 +705,7 @@ def test_a_prompt_that_fails_in_its_middle_ends_there():
     microbatch = plan(engine)
     scores = (TokenLogprobs(float("nan")),) * 8
     (output,) = engine.complete(
-        StepResult(microbatch.index, (), prompt_logprobs=scores, failed={0: "why"}), 0.0
+        StepResult(microbatch.index, (), b"\0", prompt_logprobs=scores, failed={0: "why"}), 0.0
     )
     assert (output.finish_reason, output.error, output.prompt_logprobs) == ("error", "why", None)
     assert not engine.has_work
@@ -702,7 +719,7 @@ def test_what_one_that_failed_computed_is_shared_no_more():
     add(engine, 1, prompt=range(20), max_tokens=1)
     microbatch = plan(engine)
     assert engine.stats.cached_prefix_tokens == 12
-    engine.complete(StepResult(microbatch.index, (0,), failed={0: "why"}), 0.0)
+    engine.complete(StepResult(microbatch.index, (0,), b"\1", failed={0: "why"}), 0.0)
     add(engine, 2, prompt=range(20), max_tokens=1)
     assert plan(engine).chunks[0].start == 0
     assert engine.stats.cached_prefix_tokens == 12
@@ -712,6 +729,6 @@ def test_samples_of_a_prompt_that_failed_are_let_go():
     engine = make_engine()
     add(engine, 0, prompt=range(12), max_tokens=4)
     microbatch = plan(engine)
-    engine.complete(StepResult(microbatch.index, (0,), failed={0: "why"}), 0.0)
+    engine.complete(StepResult(microbatch.index, (0,), b"\1", failed={0: "why"}), 0.0)
     add(engine, 1, prompt=range(12), sample_of=0, max_tokens=1)
     assert [output.request_id for output in run(engine)] == [1]

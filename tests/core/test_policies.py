@@ -6,7 +6,15 @@ import pytest
 
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
-from pipeserve.core.nouns import Microbatch, Request, RequestId, SamplingParams, StepResult, Wait
+from pipeserve.core.nouns import (
+    Microbatch,
+    Request,
+    RequestId,
+    SamplingParams,
+    StepResult,
+    Wait,
+    one_each,
+)
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.errors import ConfigError
 
@@ -36,8 +44,8 @@ def plan(engine) -> Microbatch:
 
 
 def complete(engine, microbatch):
-    count = sum(chunk.num_logits for chunk in microbatch.chunks)
-    return engine.complete(StepResult(microbatch.index, (7,) * count), 0.0)
+    counts = one_each(microbatch.chunks)
+    return engine.complete(StepResult(microbatch.index, (7,) * sum(counts), counts), 0.0)
 
 
 def run_to_steady_state(engine, num_microbatches) -> list[Microbatch]:

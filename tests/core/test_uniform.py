@@ -17,6 +17,7 @@ from pipeserve.core.nouns import (
     StageCost,
     StepResult,
     Wait,
+    one_each,
 )
 from pipeserve.core.policies import get_policy, uniform
 from pipeserve.core.work import Work, work_of
@@ -205,8 +206,8 @@ def steady(engine, num_microbatches) -> list[Microbatch]:
         if isinstance(microbatch, Wait):
             oldest = flying.pop(0)
             now += 1.0
-            tokens = (7,) * sum(chunk.num_logits for chunk in oldest.chunks)
-            engine.complete(StepResult(oldest.index, tokens), now)
+            counts = one_each(oldest.chunks)
+            engine.complete(StepResult(oldest.index, (7,) * sum(counts), counts), now)
         else:
             planned.append(microbatch)
             flying.append(microbatch)
@@ -371,7 +372,7 @@ def test_cached_blocks_that_count_as_free_are_not_counted_twice():
     engine = Engine(split_layers(1, 1), get_policy("uniform"), limits)
     engine.add(replace(request_of(0, Arrival(0.0, 65, 1)), prompt=(1,) * 65), 0.0)
     steady(engine, 1)
-    engine.complete(StepResult(0, (7,)), 1.0)
+    engine.complete(StepResult(0, (7,), b"\1"), 1.0)
     engine.add(replace(request_of(1, Arrival(1.0, 60, 4)), prompt=(2,) * 60), 1.0)
     first = engine.plan(1.0)
     engine.add(replace(request_of(2, Arrival(2.0, 128, 1)), prompt=(1,) * 128), 2.0)

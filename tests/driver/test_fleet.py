@@ -104,10 +104,10 @@ def test_who_sent_a_plan_waits_anew(stage):
 def test_both_send_more_than_the_kernel_takes(stage):
     """And neither takes anything until it has sent all of its own."""
     tokens, large = os.urandom(16 << 20), list(range(1, 4_000_000))
-    admitted = control.Registration(1, tokens, 1, [], 0, 0, 1, 0, 0, 0, [], None, None, None)
+    admitted = control.Registration(1, tokens, 1, [], {}, [], ())
     stage.fleet.broadcast(control.Step(0, (), [admitted], []))
     stage.fleet.broadcast(control.ReportMemory())
-    stage.says(control.Sampled(0, large, [], []))
+    stage.says(control.Sampled(0, large, b"", [], []))
     stage.says_something()
     here, there = [], []
     while len(here) < 2 or len(there) < 2:
@@ -140,7 +140,7 @@ def test_a_stage_that_is_not_missing_is_turned_away(stage, capsys, rank, epoch):
 
 @pytest.mark.parametrize("is_user_error", [False, True])
 def test_the_last_word_of_a_stage_comes_behind_what_it_said_before(stage, is_user_error):
-    stage.says(control.Sampled(0, [5], [], []))
+    stage.says(control.Sampled(0, [5], b"\x01", [], []))
     stage.says(control.StageFailed("no layer 7", is_user_error))
     stage.hangs_up()
     stage.fleet.broadcast(control.ReportMemory())  # nobody is there
@@ -158,7 +158,7 @@ def test_what_others_said_before_a_loss_comes_before_it(monkeypatch):
         stage.fleet.receive(0.0)
         stage.listens()
     stage.says(control.StageFailed("no more", False))
-    last.send(control.encode(control.Sampled(0, [5], [], []), 1))
+    last.send(control.encode(control.Sampled(0, [5], b"\x01", [], []), 1))
     sampled, lost = stage.fleet.receive(1.0)
     assert (sampled.rank, sampled.message.tokens) == (1, [5])
     assert (lost.rank, lost.message.why) == (0, "stage 0: no more")
@@ -180,7 +180,7 @@ def test_a_stage_that_hangs_up_is_lost_if_no_keeper_says_why(stage):
 
 
 def test_what_is_said_of_an_old_epoch_is_dropped(stage):
-    stage.says(control.Sampled(0, [5], [], []), epoch=0)
+    stage.says(control.Sampled(0, [5], b"\x01", [], []), epoch=0)
     stage.says(control.StageFailed("too late", False), epoch=0)
     stage.says_something()
     assert stage.hears() == [control.Memory(7)]
@@ -188,7 +188,7 @@ def test_what_is_said_of_an_old_epoch_is_dropped(stage):
 
 def test_a_fresh_epoch_has_new_stages(stage):
     """The old one is not heard any more, neither is that it ends."""
-    stage.says(control.Sampled(0, [5], [], []))
+    stage.says(control.Sampled(0, [5], b"\x01", [], []))
     stage.fleet.start([])
     assert stage.fleet.epoch == 2
     stage._stage = stage.comes(epoch=2)

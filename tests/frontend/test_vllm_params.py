@@ -10,7 +10,8 @@ from fake_client import EOS, FakeClient, byte_tokenizer
 from pipeserve import SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.frontend.llm import LLM
-from pipeserve.frontend.params import REFUSED, check_params, params_from
+from pipeserve.frontend.params import check_params, params_from
+from pipeserve.sampling_params import REFUSED
 
 # vllm/sampling_params.py of 0.32 and of its main branch in November 2026, its private fields and
 # those that only `__post_init__` sets left out; and what older versions had.

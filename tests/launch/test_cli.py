@@ -17,7 +17,6 @@ from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import PipeserveError
 from pipeserve.frontend.completion import Delta
 from pipeserve.frontend.llm import LLM
-from pipeserve.frontend.params import REFUSED
 from pipeserve.launch import cli
 from pipeserve.launch.inputs.flags import run_flags, sampling_flags
 from pipeserve.launch.inputs.jsonl import ResultFile
@@ -26,6 +25,7 @@ from pipeserve.launch.inputs.workload import read_workload
 from pipeserve.launch.run import starting
 from pipeserve.launch.verbs.generate import write_results
 from pipeserve.profiling.simulation.workloads import DISTRIBUTIONS
+from pipeserve.sampling_params import REFUSED
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("no_collections")

@@ -13,7 +13,7 @@ from test_emulated import config_of
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
-from pipeserve.core.nouns import Microbatch, Request, SamplingParams, StepResult
+from pipeserve.core.nouns import Microbatch, Request, SamplingParams, StepResult, one_each
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.records import Completed, Span
 from pipeserve.core.view import Limits
@@ -70,8 +70,8 @@ class Run:
                 self.journal.computed(
                     Span(stage, done.index, done.num_tokens, *times, 0.1, 0.01, 8)
                 )
-            num_sampled = sum(chunk.num_logits > chunk.num_scored for chunk in done.chunks)
-            result = StepResult(done.index, tuple(range(1000, 1000 + num_sampled)))
+            counts = one_each(done.chunks)
+            result = StepResult(done.index, tuple(range(1000, 1000 + sum(counts))), counts)
             outputs = self.engine.complete(result, self.now)
             self.journal.completed(Completed(done.index, self.now, self.now, self.now), outputs)
             for output in outputs:
@@ -80,8 +80,9 @@ class Run:
             self.num_microbatches += 1
         while flying:
             done = flying.pop(0)
-            num_sampled = sum(chunk.num_logits > chunk.num_scored for chunk in done.chunks)
-            self.engine.complete(StepResult(done.index, (1000,) * num_sampled), self.now)
+            counts = one_each(done.chunks)
+            result = StepResult(done.index, (1000,) * sum(counts), counts)
+            self.engine.complete(result, self.now)
 
 
 @contextmanager

@@ -6,24 +6,41 @@ Every draw is a pure function of (seed, index), so these statistics are the same
 import math
 from array import array
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeserve.sampling_params import DrawParams
 from pipeserve.stages import sampling
-from pipeserve.stages.sampling import LogitRules, SampleRow, sample, score, uniform_draw
+from pipeserve.stages.sampling import SampleRow, sample, score, uniform_draw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB = 50
 
 
+PARAMS = {item.name for item in fields(DrawParams)}
+
+
 def row(**options):
-    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 7, "output_index": 0}
-    return SampleRow(**{**plain, **options})
+    """Options of `DrawParams` and fields of `SampleRow`."""
+    params = {name: value for name, value in options.items() if name in PARAMS}
+    others = {name: value for name, value in options.items() if name not in PARAMS}
+    return SampleRow(DrawParams(**{"seed": 7, **params}), **{"output_index": 0, **others})
+
+
+def banning(*banned):
+    """Options by which these ids are not drawn at any place in the output."""
+    return {"stop_ids": banned, "min_tokens": 10**6}
+
+
+def ruled(logits_V, one):
+    for rule in sampling._RULES:
+        logits_V = rule(logits_V, one)
+    return logits_V
 
 
 def tokens(logits, rows):
@@ -65,18 +82,18 @@ def chi_squared_is_plausible(observed, expected):
     return abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
 
 
-def reference_logits(logits, rules):
+def reference_logits(logits, one):
     """What vLLM's rules make of a row, each by its definition, in vLLM's order. Plain Python."""
-    prompt, outputs = (
-        rules.known_ids[: rules.num_prompt_tokens],
-        rules.known_ids[rules.num_prompt_tokens :],
-    )
-    prompt, outputs = list(prompt), list(outputs)
+    rules, known = one.params, list(one.known_ids)
+    prompt, outputs = known[: one.num_prompt_tokens], known[one.num_prompt_tokens :]
+    is_early = one.output_index < rules.min_tokens
     changed = [float(value) for value in logits]
     for token in range(len(changed)):
-        if rules.allowed_ids is not None and token not in rules.allowed_ids:
+        if rules.allowed_token_ids is not None and token not in rules.allowed_token_ids:
             changed[token] = -math.inf
-        for *before, last in rules.bad_words:
+        if is_early and token in one.stop_ids:
+            changed[token] = -math.inf
+        for *before, last in one.bad_word_ids:
             began = outputs[len(outputs) - len(before) :] if len(before) <= len(outputs) else None
             if last == token and began == before:
                 changed[token] = -math.inf
@@ -104,7 +121,7 @@ def test_each_draw_is_the_inverse_of_the_filtered_distribution(options):
     logits = torch.randn(60, VOCAB, generator=generator) * 2
     rows = [row(seed=i, output_index=3 * i, **options) for i in range(len(logits))]
     for logits_V, one, got in zip(logits, rows, tokens(logits, rows), strict=True):
-        draw, reached = uniform_draw(one.seed, one.output_index), 0.0
+        draw, reached = uniform_draw(one.params.seed, one.output_index), 0.0
         for token, probability in reference_distribution(logits_V.tolist(), **options):
             reached += probability
             if reached > draw:
@@ -117,9 +134,11 @@ def many_draws(logits_V, count, **options):
     """What `draws` gives, as counts. The weights that the draws choose from are the same for each,
     so they are made once; that they are those of `sample` is checked on the first 300."""
     one = row(**options)
-    weights, ids = sampling._filtered(sampling._ruled(logits_V, one), one)
+    weights, ids = sampling._filtered(ruled(logits_V, one), one.params)
     cumulative = weights.cumsum(-1)
-    shares = torch.tensor([uniform_draw(one.seed, i) for i in range(count)], dtype=torch.float64)
+    shares = torch.tensor(
+        [uniform_draw(one.params.seed, i) for i in range(count)], dtype=torch.float64
+    )
     places = torch.searchsorted(cumulative, shares * cumulative[-1], right=True)
     got = (places if ids is None else ids[places]).tolist()
     assert got[:300] == draws(logits_V, 300, **options)
@@ -132,15 +151,15 @@ RULES = {
     "presence": {"presence_penalty": 0.9},
     "frequency": {"frequency_penalty": 0.4},
     "bias": {"logit_bias": {3: 1.5, 9: -2.0}},
-    "bad words": {"bad_words": ((7,), (9, 4, 6), (4, 8), (9, 3))},
-    "allowed": {"allowed_ids": array("i", [2, 4, 9, 11, 12])},
+    "bad words": {"bad_word_ids": ((7,), (9, 4, 6), (4, 8), (9, 3))},
+    "allowed": {"allowed_token_ids": array("i", [2, 4, 9, 11, 12])},
     "all": {
         "repetition_penalty": 0.7,
         "presence_penalty": -0.5,
         "frequency_penalty": 0.2,
         "logit_bias": {2: 1.0, 15: 3.0},
-        "bad_words": ((4, 2),),
-        "allowed_ids": [2, 4, 5, 8, 9, 10, 11, 15],
+        "bad_word_ids": ((4, 2),),
+        "allowed_token_ids": [2, 4, 5, 8, 9, 10, 11, 15],
     },
 }
 
@@ -155,8 +174,8 @@ RULES = {
         {"min_p": 0.2},
         {"top_k": 9, "top_p": 0.7},
         {"top_k": 9, "top_p": 0.9, "min_p": 0.1, "temperature": 1.3},
-        *({"rules": LogitRules(**HISTORY, **rules)} for rules in RULES.values()),
-        {"rules": LogitRules(**HISTORY, **RULES["all"]), "top_p": 0.9, "min_p": 0.02},
+        *({**HISTORY, **rules} for rules in RULES.values()),
+        {**HISTORY, **RULES["all"], "top_p": 0.9, "min_p": 0.02},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -164,9 +183,8 @@ def test_frequencies_are_the_probabilities(options):
     """Pearson's chi-squared over 100,000 draws."""
     logits_V = torch.randn(16, generator=torch.Generator().manual_seed(2))
     wanted = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
-    rules = wanted.pop("rules", LogitRules())
-    changed = reference_logits(logits_V.tolist(), rules)
-    kept = reference_distribution(changed, **wanted)
+    wanted = {name: wanted[name] for name in wanted if name in FILTERS[0]}
+    kept = reference_distribution(reference_logits(logits_V.tolist(), row(**options)), **wanted)
     kept = [(token, probability) for token, probability in kept if probability > 0]
     num_draws = 100_000
     got = many_draws(logits_V, num_draws, seed=5, **options)
@@ -219,7 +237,7 @@ def test_seeds_use_all_of_their_bits():
 def test_a_row_does_not_know_its_neighbours():
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(len(FILTERS), VOCAB, generator=generator)
-    rows = [row(seed=i, num_logprobs=i % 3, **options) for i, options in enumerate(FILTERS)]
+    rows = [row(seed=i, logprobs=i % 3, **options) for i, options in enumerate(FILTERS)]
     together = sample(logits, rows)
     assert together == [sample(logits[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
     assert together[::-1] == sample(logits.flip(0), rows[::-1])
@@ -228,12 +246,9 @@ def test_a_row_does_not_know_its_neighbours():
 def test_it_leaves_the_logits_alone():
     logits = torch.randn(len(FILTERS), VOCAB)
     before = logits.clone()
-    rules = LogitRules(**HISTORY, **RULES["all"])
-    for changes in ({"rules": None}, {"rules": rules}):
-        sample(
-            logits,
-            [row(banned_ids=(1, 2), num_logprobs=2, **changes, **options) for options in FILTERS],
-        )
+    for changes in ({}, *RULES.values()):
+        changes = {**banning(1, 2), **HISTORY, **changes, "logprobs": 2}
+        sample(logits, [row(**changes, **options) for options in FILTERS])
         score(logits, [3] * len(logits), 2)
     assert torch.equal(logits, before)
 
@@ -268,7 +283,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
 @pytest.mark.parametrize("top_p", [0.3, 1.0])
 def test_banned_ids_are_never_drawn(temperature, top_p):
     logits_V = torch.tensor([9.0, 2.0, 1.0, 1.0, 7.0, 1.0])
-    options = {"temperature": temperature, "top_p": top_p, "banned_ids": (0, 4)}
+    options = {"temperature": temperature, "top_p": top_p, **banning(0, 4)}
     got = set(draws(logits_V, 300, **options))
     assert got == ({1, 2, 3, 5} if (temperature, top_p) == (1, 1) else {1})
 
@@ -297,7 +312,7 @@ def test_the_outermost_draws_take_no_token_of_probability_0(monkeypatch, draw):
     monkeypatch.setattr(sampling, "uniform_draw", lambda seed, output_index: draw)
     logits_V = torch.tensor([0.0, 1.0, 0.5, 0.0])
     for options in ({}, {"top_k": 3}, {"top_p": 0.999}):
-        assert set(draws(logits_V, 1, banned_ids=(0, 3), **options)) < {1, 2}
+        assert set(draws(logits_V, 1, **banning(0, 3), **options)) < {1, 2}
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -309,9 +324,9 @@ def test_the_outermost_draws_take_no_token_of_probability_0(monkeypatch, draw):
         {"temperature": 0},
         {"top_k": 5},
         {"top_p": 0.5},
-        {"num_logprobs": 2},
-        {"banned_ids": (3,)},
-        {"rules": LogitRules(allowed_ids=[1, 2])},
+        {"logprobs": 2},
+        banning(3),
+        {"allowed_token_ids": [1, 2]},
     ],
 )
 def test_logits_of_a_broken_model_give_no_token(value, everywhere, options):
@@ -330,17 +345,17 @@ def test_logits_of_a_broken_model_give_no_token(value, everywhere, options):
 
 
 def test_rules_that_leave_no_finite_logit_give_no_token():
-    huge = LogitRules(repetition_penalty=1e-308, known_ids=[4], num_prompt_tokens=1)
+    huge = {"repetition_penalty": 1e-308, "known_ids": [4], "num_prompt_tokens": 1}
     logits = torch.full((1, VOCAB), 5.0)
     for temperature in (0, 1.0):
-        assert sample(logits, [row(temperature=temperature, rules=huge)]) == [(None, None)]
+        assert sample(logits, [row(temperature=temperature, **huge)]) == [(None, None)]
 
 
 def test_banned_ids_beyond_the_vocabulary_ban_nothing():
     """Some checkpoints name an eos that is no token, or -1."""
     logits = torch.zeros(1, VOCAB)
     logits[0, VOCAB - 1] = 1.0
-    banned = row(temperature=0, banned_ids=(VOCAB, -1, 2**40))
+    banned = row(temperature=0, **banning(VOCAB, -1, 2**40))
     assert tokens(logits, [banned]) == [VOCAB - 1]
 
 
@@ -358,9 +373,9 @@ def test_logprobs_are_those_of_the_raw_logits():
     expected = torch.log_softmax(logits.double(), -1)
     best = int(logits[1].argmax())
     rows = [
-        row(num_logprobs=0, temperature=0.2),
-        row(num_logprobs=4, temperature=1.5, top_k=3, banned_ids=(best,)),
-        row(num_logprobs=None),
+        row(logprobs=0, temperature=0.2),
+        row(logprobs=4, temperature=1.5, top_k=3, **banning(best)),
+        row(logprobs=None),
     ]
     got = sample(logits, rows)
     assert got[2][1] is None
@@ -395,48 +410,52 @@ penalties = st.sampled_from([-2.0, -0.3, 0.0, 0.0, 0.7, 2.0])
 def ruled_rows(draw):
     """Twelve tokens, so that prompt, output, words and bans meet all the time."""
     known = draw(st.lists(ids, min_size=1, max_size=14))
-    rules = LogitRules(
+    return row(
         repetition_penalty=draw(st.sampled_from([0.2, 1.0, 1.0, 1.5, 4.0])),
         presence_penalty=draw(penalties),
         frequency_penalty=draw(penalties),
         logit_bias=draw(st.none() | st.dictionaries(ids, st.floats(-100, 100), max_size=4)),
-        bad_words=draw(st.lists(st.lists(ids, min_size=1, max_size=3), max_size=5)),
-        allowed_ids=draw(st.none() | st.lists(ids, min_size=1, unique=True)),
+        bad_word_ids=draw(st.lists(st.lists(ids, min_size=1, max_size=3), max_size=5)),
+        allowed_token_ids=draw(st.none() | st.lists(ids, min_size=1, unique=True)),
+        stop_ids=draw(st.lists(ids, max_size=3)),
+        min_tokens=draw(st.sampled_from([0, 3, 4])),
+        output_index=3,
         known_ids=array("i", known),
         num_prompt_tokens=draw(st.integers(1, len(known))),
+        temperature=0,
     )
-    banned = draw(st.lists(ids, max_size=3))
-    return rules, tuple(banned), draw(st.integers(0, 2**32))
 
 
 @settings(
     max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(case=ruled_rows())
-def test_rules_change_the_logits_as_their_definitions_say(case):
-    rules, banned, seed = case
+@given(one=ruled_rows(), seed=st.integers(0, 2**32))
+def test_rules_change_the_logits_as_their_definitions_say(one, seed):
     logits_V = torch.randn(12, generator=torch.Generator().manual_seed(seed)) * 3
-    bans = replace(rules, bad_words=[*rules.bad_words, *([token] for token in banned)])
-    expected = reference_logits(logits_V.tolist(), bans)
+    expected = reference_logits(logits_V.tolist(), one)
     if max(expected) == -math.inf:
         return  # bans that leave nothing: the next test
-    got = sampling._ruled(logits_V, row(rules=rules, banned_ids=banned))
+    got = ruled(logits_V, one)
     assert got.tolist() == pytest.approx(expected, abs=1e-12)
-    greedy = row(rules=rules, banned_ids=banned, temperature=0)
-    assert tokens(logits_V[None], [greedy]) == [int(got.argmax())]
+    assert tokens(logits_V[None], [one]) == [int(got.argmax())]
 
 
 def test_bans_that_leave_nothing_give_way_to_allowed_ids():
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(7))
-    rules = LogitRules(
-        allowed_ids=[3, 4], bad_words=((3,), (4,)), known_ids=[1], num_prompt_tokens=1
-    )
+    rules = {"allowed_token_ids": [3, 4], "bad_word_ids": ((3,), (4,))}
     for temperature in (0, 1.0):
         for index in range(50):
-            one = row(rules=rules, temperature=temperature, output_index=index)
+            one = row(temperature=temperature, output_index=index, **rules)
             assert tokens(logits, [one])[0] in (3, 4)
-    everything = row(banned_ids=tuple(range(VOCAB)), temperature=0)
+    everything = row(**banning(*range(VOCAB)), temperature=0)
     assert tokens(logits, [everything]) == logits.argmax(-1).tolist()
+
+
+def test_stop_ids_are_banned_until_there_are_min_tokens():
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 8] = 1.0
+    rows = [row(temperature=0, stop_ids=(8,), min_tokens=2, output_index=i) for i in range(3)]
+    assert tokens(logits, rows) == [0, 0, 8]
 
 
 def test_a_bad_word_is_one_only_within_the_output():
@@ -445,8 +464,9 @@ def test_a_bad_word_is_one_only_within_the_output():
     logits_V[8] = 9.0
 
     def drawn(known, num_prompt):
-        rules = LogitRules(bad_words=((6, 7, 8),), known_ids=known, num_prompt_tokens=num_prompt)
-        return tokens(logits_V[None], [row(rules=rules, temperature=0)])[0]
+        one = row(bad_word_ids=((6, 7, 8),), known_ids=known, num_prompt_tokens=num_prompt,
+                  temperature=0)  # fmt: skip
+        return tokens(logits_V[None], [one])[0]
 
     assert drawn([1, 6, 7], 1) == 0
     assert drawn([1, 6, 7], 2) == 8
@@ -456,11 +476,11 @@ def test_a_bad_word_is_one_only_within_the_output():
 
 def test_penalties_of_thousands_of_tokens_are_exact():
     known = array("i", [i * i % VOCAB for i in range(5000)])
-    rules = LogitRules(frequency_penalty=0.01, presence_penalty=0.5, repetition_penalty=1.1,
-                       known_ids=known, num_prompt_tokens=1234)  # fmt: skip
+    one = row(frequency_penalty=0.01, presence_penalty=0.5, repetition_penalty=1.1,
+              known_ids=known, num_prompt_tokens=1234)  # fmt: skip
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(8))
-    got = sampling._ruled(logits_V, row(rules=rules)).tolist()
-    assert got == pytest.approx(reference_logits(logits_V.tolist(), rules), abs=1e-9)
+    got = ruled(logits_V, one).tolist()
+    assert got == pytest.approx(reference_logits(logits_V.tolist(), one), abs=1e-9)
 
 
 # ---- top-p over a large vocabulary --------------------------------------------------------------
@@ -473,7 +493,7 @@ def test_top_p_of_a_large_vocabulary_keeps_what_a_whole_sort_would(top_p, scale)
     generator = torch.Generator().manual_seed(int(scale * 10))
     logits_V = torch.randn(20_000, generator=generator) * scale
     one = row(top_p=top_p)
-    weights, kept_ids = sampling._filtered(logits_V, one)
+    weights, kept_ids = sampling._filtered(logits_V, one.params)
     expected = reference_distribution(logits_V.tolist(), 1.0, 0, top_p)
     kept = int((weights > 0).sum())
     assert kept == len(expected)

@@ -14,6 +14,7 @@ from pipeserve.core.nouns import (
     StepResult,
     TokenLogprobs,
     Wait,
+    one_each,
 )
 from pipeserve.core.view import Policy
 
@@ -95,15 +96,16 @@ class Pipeline:
             prompt = states_of(request.cache_salt, request.prompt)
             first = chunk.stop - chunk.num_logits
             scored += [prompt_score(prompt[first + i + 1]) for i in range(chunk.num_scored)]
-            if chunk.num_logits == chunk.num_scored:
+            if not chunk.samples:
                 continue
             sampled.append(next_token(states[-1], request))
             if self.first_stage.get(chunk.request_id) == states:
                 # Else stage 0 was told to release it, or admitted it anew.
                 state = hash((states[-1], sampled[-1]))
                 self.first_stage[chunk.request_id] = [*states, state]
+        counts = one_each(microbatch.chunks)
         self.results.append(
-            StepResult(microbatch.index, tuple(sampled), prompt_logprobs=tuple(scored))
+            StepResult(microbatch.index, tuple(sampled), counts, prompt_logprobs=tuple(scored))
         )
 
     def deliver(self) -> bool:

@@ -30,6 +30,7 @@ from pipeserve.core.nouns import (
     RequestId,
     StepResult,
     Wait,
+    one_each,
 )
 from pipeserve.core.policies import get_policy
 from pipeserve.core.view import CostModel, Flow
@@ -180,8 +181,9 @@ class CheckedEngine(Engine):
             if num_logits > num_scored:  # a decode planned ahead may be behind the end
                 tokens.append(story.tokens[stop] if stop < len(story.tokens) else 0)
         self.checker.completed(result.index)
+        counts = one_each(microbatch.chunks)
         result = StepResult(
-            result.index, tuple(tokens), prompt_logprobs=tuple(scores), failed=failed
+            result.index, tuple(tokens), counts, prompt_logprobs=tuple(scores), failed=failed
         )
         outputs = super().complete(result, self.clock(now))
         for output in outputs:

@@ -112,13 +112,13 @@ def test_another_microbatch_or_size_is_refused(seam, index, shape):
 def test_tokens_arrive_with_their_microbatch():
     sources, theirs = Sources(), Sources()
     last_stage = connect(Listener("127.0.0.1", sources, ("tokens",)).address, theirs, "tokens")
-    links.send_tokens(last_stage, 12, [5, 0, 131071])
+    links.send_tokens(last_stage, 12, [5, 0, 131071], b"\1\0\2")
     got = []
     while not got:
         for source in [*theirs.ready(0), *sources.ready(0)]:
             got += map(links.unpack_tokens, source.receive())
             carries = source.carries
     assert carries == "tokens"
-    assert got == [(12, [5, 0, 131071])]
+    assert got == [(12, [5, 0, 131071], b"\1\0\2")]
     sources.close()
     theirs.close()

@@ -104,7 +104,7 @@ JUNK = {
         framed(encode(KeeperHello(0, 3, "h", "127.0.0.1", 1, "b"), 0)),
         "something else",
     ),
-    "a result": (framed(encode(Sampled(0, [1], [], []), 0)), "something else"),
+    "a result": (framed(encode(Sampled(0, [1], b"\x01", [], []), 0)), "something else"),
     "TLS": (bytes.fromhex("16030100c8010000c40303") + os.urandom(180), "something else"),
     "HTTP": (b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", "something else"),
     "SSH": (b"SSH-2.0-OpenSSH_9.2\r\n", "something else"),

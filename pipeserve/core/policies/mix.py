@@ -15,7 +15,7 @@ class Price:
         self.is_time = view.cost is not None
         self._seconds = view.cost.seconds if view.cost is not None else _tokens
 
-    def of(self, num_decodes: int, context: int, prefills: tuple = ()) -> Sequence[float]:
+    def of(self, num_decodes: int, context: int, prefills: tuple[tuple[int, int], ...] = ()) -> Sequence[float]:
         """`prefills`: (positions before it, positions) of each chunk."""
         num_tokens = num_decodes + sum([tokens for _, tokens in prefills])
         num_logits = num_decodes + len(prefills)

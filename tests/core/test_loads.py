@@ -9,11 +9,12 @@ from loads import make_load, policy_of
 
 from pipeserve.core.policies import POLICIES
 
-QUICK, ALL = 150, 1000
+NUM_LOADS = 300
 
 
-def serve(policy: str, seeds: range) -> None:
-    for seed in seeds:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_loads(policy):
+    for seed in range(NUM_LOADS):
         if policy_of(seed) != policy:
             continue
         load = make_load(seed)
@@ -22,13 +23,3 @@ def serve(policy: str, seeds: range) -> None:
         except Exception as error:
             error.add_note(f"{load}\nalone: python bench/random_loads.py --first {seed} --loads 1")
             raise
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_quick_loads(policy):
-    serve(policy, range(QUICK))
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_more_loads(policy):
-    serve(policy, range(QUICK, ALL))

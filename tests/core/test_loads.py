@@ -9,7 +9,7 @@ from loads import make_load, policy_of
 
 from pipeserve.core.policies import POLICIES
 
-NUM_LOADS = 300
+NUM_LOADS = 250
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -17,7 +17,8 @@ import pytest
 
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import RequestId
-from pipeserve.driver.driver import Driver, fleet, spawned_keepers
+from pipeserve.driver import fleet, spawned_keepers
+from pipeserve.driver.driver import Driver
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.loading import LoadWatch
 from pipeserve.errors import ConfigError, StageError
@@ -27,6 +28,8 @@ from pipeserve.launch.verbs.bench import replay
 from pipeserve.profiling.simulation.workloads import WorkItem
 from pipeserve.wire import control
 from pipeserve.wire.secret import VARIABLE
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EMULATED = {"model": "llama2-7b", "device_profile": "a100-80gb-dgx", "max_model_len": 1024,

@@ -500,7 +500,7 @@ def test_both_infinities_are_found(single):
     refused(single, name, "NaN or infinity")
 
 
-def test_large_weights_are_not_taken_for_infinite(single):
+def test_large_weights_are_not_taken_for_infinite(single, unpacked):
     """Their sum overflows, none of them does."""
     rewrite(single, lambda t: t["lm_head.weight"].fill_(3e38))
     assert load(str(single)).head.vocabulary.weight.max() > 1e38

@@ -507,8 +507,10 @@ def test_large_weights_are_not_taken_for_infinite(single, unpacked):
 
 
 def test_weights_too_large_for_the_dtype_are_named(single):
-    rewrite(single, lambda t: t["lm_head.weight"].fill_(7e4))
-    refused(single, "lm_head.weight", "70000", "65504", "--dtype", dtype=torch.float16)
+    """Of a layer: the head is float32 whatever the dtype."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    rewrite(single, lambda t: t[name].fill_(7e4))
+    refused(single, name, "70000", "65504", "--dtype", dtype=torch.float16)
 
 
 # ---- adapters ------------------------------------------------------------------------------------

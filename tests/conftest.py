@@ -1,12 +1,69 @@
-"""What several test files share."""
+"""What several test files share, and what the tiers need (tiers.py)."""
 
+import json
+import os
 import signal
+import sys
+from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 # In the background of a shell SIGINT is ignored, and by whatever is started there: tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if "PIPESERVE_TESTS_WITHOUT_TORCH" in os.environ:
+    sys.modules["torch"] = None  # an import of it now raises
+
+
+# ---- tiers --------------------------------------------------------------------------------------
+
+NUM_TRIES = 3
+STAGES = ("pipeserve.launch.keeper", "pipeserve.launch.cli", "torch.distributed.run")
+"""In the command line of whatever runs stages as processes."""
+
+running_test: list[pytest.Item] = []
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("timing"):
+            item.add_marker(pytest.mark.flaky(reruns=NUM_TRIES - 1))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    running_test[:] = [item]
+
+
+def processes_are_marked(event, arguments):
+    """A test that runs stages as processes says so, or the tiers would not know."""
+    if event == "subprocess.Popen" and running_test:
+        (item,) = running_test
+        starts_stages = any(name in str(arguments[1]) for name in STAGES)
+        if starts_stages and not any(map(item.get_closest_marker, ("processes", "timing"))):
+            raise AssertionError(f"{item.nodeid} starts stages: mark it with `processes`")
+
+
+sys.addaudithook(processes_are_marked)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """For tiers.py: how many tests came to what, and the seconds that each took."""
+    path = os.environ.get("PIPESERVE_TESTS_TALLY")
+    if path is None or hasattr(config, "workerinput"):
+        return
+    outcomes = {name: len(them) for name, them in terminalreporter.stats.items() if name}
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid] += report.duration
+    Path(path).write_text(json.dumps({"outcomes": outcomes, "seconds": seconds}))
+
+
+# ---- fixtures -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

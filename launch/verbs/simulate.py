@@ -45,7 +45,7 @@ from pipeserve.profiling.simulation.simulator import (
 )
 from pipeserve.profiling.simulation.workloads import check_fits
 
-_CAPACITY_REQUESTS = 1000
+CAPACITY_REQUESTS = 1000
 _LONE_REQUESTS = 50
 _LONE_SHARE = 1 / 500  # of the ceiling: requests hardly ever meet
 
@@ -162,7 +162,7 @@ def search_capacity(setup: SimulatedRun, workload: Workload, slo_tbt_s: float) -
         )
     seed = setup.config.seed
 
-    def trial(rate: float, min_requests: int = _CAPACITY_REQUESTS) -> Trial:
+    def trial(rate: float, min_requests: int = CAPACITY_REQUESTS) -> Trial:
         return run_trial(setup.make_pipeline, lengths, rate, min_requests, seed)
 
     ceiling = ceiling_rate(setup.times, lengths)

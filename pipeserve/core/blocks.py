@@ -14,7 +14,7 @@ KEY_BYTES = 16
 
 
 def new_keys(
-    keys: Sequence[bytes], token_ids: array, block_size: int, salt: str
+    keys: Sequence[bytes], token_ids: "array[int]", block_size: int, salt: str
 ) -> tuple[bytes, ...]:
     """What follows `keys`: the prefix key of each full block of `token_ids` that has none yet.
 
@@ -124,7 +124,7 @@ class BlockPool:
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
         blocks = []
         for _ in range(count):
-            block = self._free.pop() if self._free else self._evict()
+            block = BlockId(self._free.pop()) if self._free else self._evict()
             self._holders[block] = 1
             blocks.append(block)
         return blocks

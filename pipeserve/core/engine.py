@@ -129,7 +129,7 @@ class Engine:
     def last_known_s(self) -> float | None:
         """When the tokens of the microbatch planned last are predicted to be known; None where it
         is not outstanding, or without a cost model."""
-        if not self._in_flight or self._cost is None:
+        if not self._in_flight or self._last is None or self._cost is None:
             return None
         return self._forecast.known_s(self._last.index)
 
@@ -227,7 +227,7 @@ class Engine:
         ):
             record.num_outstanding -= 1
             if chunk.num_scored:
-                record.prompt_logprobs += islice(scored, chunk.num_scored)
+                record.score(islice(scored, chunk.num_scored))
             if record.finished:
                 self.stats.wasted_decodes += _skip(sampled, count)
                 continue
@@ -241,8 +241,8 @@ class Engine:
                 count -= 1
                 token, logprobs = next(sampled)
                 reason = record.append(token, now)
-                told = record.prompt_logprobs
-                if told is not None:
+                told = None
+                if record.prompt_logprobs is not None:
                     told = record.tell_prompt_logprobs()
                 outputs.append(_new_output((record.id, token, reason, logprobs, told, None)))
                 if reason is not None:
@@ -281,7 +281,8 @@ class Engine:
 
     def _hold(self, record: Record) -> bool:
         """Keeps a sample back while the prompt that it is to share is not planned."""
-        first = self._records.get(record.request.sample_of)
+        sample_of = record.request.sample_of
+        first = self._records.get(sample_of) if sample_of is not None else None
         if first is None or not first.prefilling or not record.matchable_keys:
             return False
         self._queues.hold(record, until=first)
@@ -402,7 +403,7 @@ class Engine:
         """Plans the next positions of a request: blocks, feedback, and its new place in queues."""
         start = record.num_planned
         stop = start + num_tokens
-        new_blocks: tuple = ()
+        new_blocks: tuple[BlockId, ...] = ()
         if stop > record.num_slots or record.id in reserved:
             new_blocks = self._grow(record, max(stop, reserved.get(record.id, 0)))
         token_from = record.token_from
@@ -454,6 +455,6 @@ class Engine:
         return PolicyError(f"policy {self.policy.name} {what}")
 
 
-def _skip(sampled: Iterator, count: int) -> int:
+def _skip(sampled: Iterator[object], count: int) -> int:
     """Takes so many tokens that nobody wants; returns how many."""
     return len(list(islice(sampled, count)))

@@ -35,7 +35,7 @@ class Journal:
 
     def arrived(self, request: Request, now: float) -> None:
         self._num_outputs[request.id] = 0
-        self._record(Arrived(request.id, now, len(request.prompt), request.params.max_tokens))
+        self._record(Arrived(request.id, now, len(request.prompt), request.max_tokens))
         if self._waited_for != "window":  # which only a completion opens
             self._wake(-1, now)
 
@@ -54,7 +54,8 @@ class Journal:
         self._waited_for, self._woken, self._handed_s = "", None, now
 
     def planned(self, microbatch: Microbatch, start_s: float, sent_s: float) -> None:
-        engine, cost = self._engine, self._engine.last.cost
+        engine, last = self._engine, self._engine.last
+        cost = last.cost if last is not None else None
         after, woken_s = self._woken or (-1, self._handed_s)
         self._record(
             Planned(
@@ -93,6 +94,7 @@ class Journal:
         self._record(Fault(stage, now, reason))
 
     def _end(self, output: Output, now: float) -> None:
+        assert output.finish_reason is not None
         num_outputs = self._num_outputs.pop(output.request_id)
         self._record(Ended(output.request_id, now, output.finish_reason, num_outputs))
 

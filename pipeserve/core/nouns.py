@@ -38,6 +38,12 @@ class Request:
     """An earlier request with the same prompt: this one waits until that one's prompt is planned,
     and then shares its blocks."""
 
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of the output; whoever adds a request has put a number for None."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
+
 
 class Chunk(NamedTuple):
     """The positions `[start, stop)` of one request that run in one microbatch.

@@ -35,7 +35,7 @@ class Ended(NamedTuple):
 class Planned(NamedTuple):
     """The driver made one microbatch and told every stage."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # as a field it hides tuple.index
     waited_for: str
     """Why the last try at this microbatch gave none (`Wait.reason`); "" when the first one gave it,
     right behind the microbatch before."""
@@ -61,7 +61,7 @@ class Planned(NamedTuple):
 class Completed(NamedTuple):
     """The driver took up what the last stage sampled."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # as a field it hides tuple.index
     waiting_s: float
     """Since when the driver had done nothing but wait for messages. A result that was there before
     waited for the driver."""
@@ -79,7 +79,7 @@ class Span(NamedTuple):
     """
 
     stage: int
-    index: int
+    index: int  # type: ignore[assignment]  # as a field it hides tuple.index
     num_tokens: int
     plan_s: float
     """The plan was there."""

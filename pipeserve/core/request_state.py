@@ -11,7 +11,7 @@ values, whose contents it does not visit.
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from pipeserve.core.blocks import BlockPool, BlockTable, new_keys
@@ -125,6 +125,11 @@ class Record:
         first = num_prompt - 1 - self.num_unscored
         return max(0, min(stop, num_prompt - 1) - max(start, first))
 
+    def score(self, logprobs: Iterable[TokenLogprobs]) -> None:
+        """Those of its next prompt tokens became known."""
+        assert self.prompt_logprobs is not None  # or nothing of it would be scored
+        self.prompt_logprobs += logprobs
+
     def tell_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
         """All of them, once, with the first token."""
         told = tuple(self.prompt_logprobs or ())
@@ -183,7 +188,7 @@ class Record:
 
 def longest(request: Request, limits: Limits) -> int:
     """Most tokens that a request can reach, prompt and output."""
-    return min(len(request.prompt) + request.params.max_tokens, limits.max_model_len)
+    return min(len(request.prompt) + request.max_tokens, limits.max_model_len)
 
 
 def check_fits(request: Request, limits: Limits) -> None:
@@ -197,8 +202,8 @@ def check_fits(request: Request, limits: Limits) -> None:
                 f"request {request.id} has the token id {token}, ids are 0 to {_MAX_TOKEN_ID}: "
                 "give the ids of the model's own tokenizer"
             )
-    if request.params.max_tokens < 1:
-        raise CapacityError(f"max_tokens is {request.params.max_tokens}: ask for at least 1")
+    if request.max_tokens < 1:
+        raise CapacityError(f"max_tokens is {request.max_tokens}: ask for at least 1")
     if num_prompt >= limits.max_model_len:
         raise CapacityError(
             f"the prompt has {num_prompt} tokens and the context {limits.max_model_len}, one of "

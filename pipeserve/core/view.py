@@ -132,7 +132,7 @@ class Prefix(NamedTuple):
 class Outstanding(NamedTuple):
     """A microbatch that was planned and has not completed."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # as a field it hides tuple.index
     num_decodes: int
     num_prefill_tokens: int
     cost: StageCost | None

@@ -75,6 +75,7 @@ def test_every_family_over_every_number_of_stages(model, name, layers):
     assert_logprobs_of_prompts(scored, expected)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "layers"), [(name, layers) for name, cuts in PIPELINES.items() for layers in cuts]
 )

@@ -34,6 +34,8 @@ from pipeserve.profiling.simulation.workloads import WorkItem
 from pipeserve.wire import control
 from pipeserve.wire.secret import VARIABLE
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 EMULATED = {"model": "llama2-7b", "device_profile": "a100-80gb-dgx", "max_model_len": 1024,
             "pipeline_parallel_size": 2, "device": "emulated"}  # fmt: skip

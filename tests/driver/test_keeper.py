@@ -11,6 +11,8 @@ from pipeserve.wire import control
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "shares", "threads"),

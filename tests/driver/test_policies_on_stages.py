@@ -15,9 +15,10 @@ from pipeserve import SamplingParams
 from pipeserve.core.engine import Engine
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.view import Traits
-from pipeserve.errors import ConfigError
 
 from checkpoints import random_prompts, tiny_llama, transformers_model  # isort: skip
+
+pytestmark = pytest.mark.processes
 
 NEVER_PREEMPT = {"orca", "request_level", "sarathi"}
 BLOCK_SIZE = 4
@@ -75,9 +76,6 @@ def check(policy: str, llm: pipeserve.LLM, prompts, expected, num_blocks: int) -
     assert policy == "uniform" or (preemptions == 0) == (policy in NEVER_PREEMPT)  # it keeps a room
 
 
-# ---- a tiny random checkpoint -------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tiny_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
@@ -95,41 +93,3 @@ def tiny_pipeline(tiny, request):
 def test_every_policy_gives_the_same_tokens(tiny, tiny_pipeline, policy):
     _, prompts, expected = tiny
     check(policy, tiny_pipeline, prompts, expected, num_blocks=16)
-
-
-# ---- SmolLM2 ------------------------------------------------------------------------------------
-
-TEXTS = [
-    "The capital of France is",
-    "Once upon a time, in a village by the sea, there lived a fisherman who could not swim. So",
-    "def add(a, b):",
-    "Water boils at 100 degrees Celsius at sea level because",
-]
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    from pipeserve.stages.checkpoint.sources import resolve
-
-    try:
-        folder = resolve("smollm2-135m")
-    except ConfigError as error:
-        pytest.skip(f"smollm2-135m cannot be had here: {error}")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [tokenizer(text).input_ids for text in TEXTS]
-    return str(folder), prompts, reference(str(folder), prompts, 6)
-
-
-@pytest.fixture(scope="module")
-def smollm2_pipeline(smollm2):
-    """Uneven, as the last stage has the head; that the cut is no matter, the tiny model shows."""
-    with start(smollm2[0], 3, [11, 10, 9]) as llm:
-        yield llm
-
-
-@pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_every_policy_gives_the_same_tokens_of_smollm2(smollm2, smollm2_pipeline, policy):
-    _, prompts, expected = smollm2
-    check(policy, smollm2_pipeline, prompts, expected, num_blocks=8)

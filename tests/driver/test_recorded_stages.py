@@ -20,6 +20,8 @@ from pipeserve.profiling.recording.recording import recording_of
 
 from checkpoints import random_prompts, tiny_llama  # isort: skip
 
+pytestmark = pytest.mark.processes
+
 HIDDEN, LENGTHS, MAX_TOKENS = 48, (1, 3, 17, 16, 40, 9, 33, 5), 9
 ABORTED = 7
 

@@ -1,5 +1,5 @@
 """Sampling over real stage processes: the same draws however a request is scheduled, the samples
-of a prompt, the prompt's own logprobs, and a chat over the prefix cache. All in float32.
+of a prompt, and the prompt's own logprobs. All in float32.
 
 One pipeline serves all tests of a model: nothing is outstanding between two of them, so each gets a
 fresh engine over the same stages, with the limits that it needs.
@@ -17,10 +17,11 @@ import pipeserve
 from pipeserve import SamplingParams
 from pipeserve.core.engine import Engine
 from pipeserve.core.policies import get_policy
-from pipeserve.errors import ConfigError
 from pipeserve.wire import control
 
 from checkpoints import random_prompts, tiny_llama, transformers_model  # isort: skip
+
+pytestmark = pytest.mark.processes
 
 BLOCK_SIZE = 4
 MAX_TOKENS = 10
@@ -280,70 +281,3 @@ def test_prompt_logprobs_skip_the_cache_and_fill_it(llm, model):
     assert again.prompt_logprobs == first.prompt_logprobs
     assert llm.generate([prompts[4]], plain)[0].token_ids == first.token_ids
     assert stats.cached_prefix_tokens == (len(prompts[4]) - 1) // BLOCK_SIZE * BLOCK_SIZE
-
-
-# ---- SmolLM2 ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    from pipeserve.stages.checkpoint.sources import resolve
-
-    try:
-        folder = resolve("smollm2-135m")
-    except ConfigError as error:
-        pytest.skip(f"smollm2-135m cannot be had here: {error}")
-    with start(str(folder), 3, block_size=16, max_model_len=1024) as llm:
-        yield llm
-
-
-TURNS = ["Hi!", "Name a color.", "Another one?", "And an animal.", "Where does it live?",
-         "What does it eat?", "Is it big?", "Thanks.", "One more color?", "Bye!"]  # fmt: skip
-
-
-def chat(llm, params):
-    """Ten turns; each prompt holds all that was said before."""
-    messages, completions = [], []
-    for turn in TURNS:
-        messages.append({"role": "user", "content": turn})
-        completions.append(llm.chat(messages, params)[0])
-        messages.append({"role": "assistant", "content": completions[-1].text})
-    return completions
-
-
-def reusable_tokens(completions, block_size):
-    """Positions in whole blocks that each prompt has in common with an earlier one and its output;
-    the last output token's KV is never computed."""
-    total, earlier = 0, []
-    for completion in completions:
-        prompt = completion.prompt_token_ids
-        common = 0
-        for ids in earlier:
-            alike = [a == b for a, b in zip(ids, prompt[:-1], strict=False)]
-            common = max(common, alike.index(False) if False in alike else len(alike))
-        total += common // block_size * block_size
-        earlier.append((*prompt, *completion.token_ids[:-1]))
-    return total
-
-
-def test_a_chat_of_ten_turns_reuses_the_prefix_and_says_the_same(smollm2):
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    renew(smollm2, enable_prefix_caching=True)
-    cached = chat(smollm2, params)
-    reused = smollm2.client.engine.stats.cached_prefix_tokens
-    assert reused == reusable_tokens(cached, 16)
-    assert reused > 0.7 * sum(len(completion.prompt_token_ids) for completion in cached)
-    renew(smollm2, enable_prefix_caching=False)
-    plain = smollm2.generate([list(c.prompt_token_ids) for c in cached], params)  # all at once
-    assert smollm2.client.engine.stats.cached_prefix_tokens == 0
-    assert tokens(plain) == tokens(cached)
-
-
-def test_a_bad_word_is_not_said(smollm2):
-    renew(smollm2, enable_prefix_caching=True)
-    prompt = "The capital of France is"
-    plain = SamplingParams(temperature=0, max_tokens=6)
-    said = smollm2.generate(prompt, plain)[0].text
-    assert "Paris" in said
-    banned = smollm2.generate(prompt, replace(plain, bad_words=("Paris", "the")))[0].text
-    assert "Paris" not in banned and banned

@@ -1,5 +1,6 @@
 """What a prompt may be, and what is refused by the name of its type."""
 
+import re
 from collections import UserDict, deque
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_the_salt_of_a_prompt(asked):
         ([{"role": "user", "content": 7}], "int"),
         ([{"role": "user", "content": [7]}], "int"),
     ],
-    ids=repr,
+    ids=lambda value: re.sub(r" at 0x\w+", "", repr(value)),
 )
 def test_what_is_refused_names_its_type(asked, prompts, name):
     with pytest.raises(ConfigError) as caught:

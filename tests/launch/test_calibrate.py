@@ -23,6 +23,7 @@ def checkpoint(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.processes
 def test_a_profile_of_real_stages_simulates_their_model(checkpoint, tmp_path, capsys):
     profile_path, json_path = tmp_path / "p.yaml", tmp_path / "r.json"
     run = [str(checkpoint), "-pp", "2", "--dtype", "float32"]

@@ -48,6 +48,8 @@ from pipeserve.wire.control import (
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 
+pytestmark = pytest.mark.processes
+
 MODEL = {"model": "llama2-7b", "device_profile": "a100-80gb-dgx", "max_model_len": 1024}
 RUN = [
     "llama2-7b", "--device-profile", "a100-80gb-dgx", "--max-model-len", "1024", "-pp", "3",

@@ -37,6 +37,7 @@ def lines_of(capsys):
     return [line for line in lines if line.startswith("microbatch ")]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("verb", [["simulate", *RUN], ["bench", *RUN, "--device", "emulated"]])
 def test_every_microbatch_is_explained(capsys, tmp_path, workload, verb):
     run = [*verb, "--workload", workload, "--record", str(tmp_path / "run"), "--slo-tbt", "1"]

@@ -21,6 +21,7 @@ def run_config(model, **options):
     return RunConfig(model=str(model), **plain | options)
 
 
+@pytest.mark.processes
 def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     folder = tiny_llama(tmp_path / "model")
     size = 4 * sum(tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
@@ -68,6 +69,7 @@ def test_parameters_are_those_of_the_file(tmp_path, name):
     assert num_parameters(config) == sum(tensor.numel() for tensor in tensors)
 
 
+@pytest.mark.processes
 def test_the_summary_goes_to_stderr_and_the_text_to_stdout(tmp_path, capsys):
     folder = tiny_llama(tmp_path / "model")
     capsys.readouterr()

@@ -188,6 +188,7 @@ def test_a_run_leaves_nothing_to_the_collector(policy):
         gc.enable()
 
 
+@pytest.mark.processes
 def test_an_emulated_run_leaves_nothing_to_the_collector():
     items = [WorkItem(prompt=(7,) * (5 + k), max_tokens=10 + k) for k in range(20)]
     ring = Ring()
@@ -242,6 +243,7 @@ def test_the_collector_is_left_as_it_was():
         gc.unfreeze()
 
 
+@pytest.mark.processes
 def test_the_commands_have_it():
     """`bench` and `generate` get their driver here."""
     items = [WorkItem(prompt=(7,) * 5, max_tokens=40)]

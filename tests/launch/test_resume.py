@@ -342,6 +342,7 @@ def _num_lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.processes
 def test_killed_half_way_and_resumed(tmp_path):
     model = tiny_llama(tmp_path / "model")
     prompts = write_jsonl(

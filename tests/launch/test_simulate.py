@@ -10,6 +10,7 @@ from pipeserve.configs import load_recipe, recipe_names
 from pipeserve.configs.device_profiles import load_profile, save_profile
 from pipeserve.core.policies import POLICIES
 from pipeserve.launch import cli
+from pipeserve.launch.verbs import simulate as simulate_verb
 
 FALCON = ["simulate", "--config", "falcon-180b-8xa100", "--num-prompts", "40", "--rate", "1"]
 SMALL = [
@@ -89,8 +90,9 @@ def test_every_policy_serves_everything(simulate, policy):
 
 
 @pytest.fixture
-def search(lengths, tmp_path):
-    """For a capacity, by a recipe that wants what no schedule gives."""
+def search(lengths, tmp_path, monkeypatch):
+    """For a capacity, by a recipe that wants what no schedule gives, in trials of few requests."""
+    monkeypatch.setattr(simulate_verb, "CAPACITY_REQUESTS", 100)
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "model: llama2-7b\ndevice_profile: a100-80gb-dgx\npipeline_parallel_size: 2\n"

@@ -241,6 +241,7 @@ def test_a_process_that_the_pools_thread_reaps_is_gone_too(monkeypatch):
     assert reaped and not active_children()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_search_leaves_no_process_and_no_file(tmp_path, ending):
     recipe = tmp_path / "best.yaml"

@@ -1,6 +1,6 @@
 """Where a model comes from. Nothing here fetches or converts: pip and the converter are stand-ins.
 
-The real ones run in test_gguf.py, and in test_pipeline.py through `resolve("smollm2-135m")`; hub
+The real ones run in test_gguf.py, and in test_smollm2.py through `resolve("smollm2-135m")`; hub
 ids are in test_hub.py.
 """
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import ceil, inf, isclose, nan
 
 from linear_times import LinearCost, LinearTimes
-from loads import Finish, Load
+from loads import Finish, Load, make_load, policy_of
 from made_up_profile import SHAPE, TRUE
 from model_stages import ModelStage
 from plan_checker import PlanChecker
@@ -42,6 +42,19 @@ from pipeserve.profiling.simulation.stage_times import StageTimes
 MAX_EVENTS = 200_000
 GPU = load_profile("a100-80gb-dgx"), load_shape("falcon-180b")
 GARBAGE = (0.0, -1.0, nan, inf, 1e-300, 1e300, 1e-9, 1e9)
+
+
+def serve(policy: str, seeds: range) -> None:
+    """The loads of `seeds` that are for `policy`; what fails says how to run it alone."""
+    for seed in seeds:
+        if policy_of(seed) != policy:
+            continue
+        load = make_load(seed)
+        try:
+            run(load)
+        except Exception as error:
+            error.add_note(f"{load}\nalone: python bench/random_loads.py --first {seed} --loads 1")
+            raise
 
 
 def run(load: Load) -> "CheckedEngine":

@@ -387,6 +387,7 @@ def test_many_addresses_fill_neither_memory_nor_the_terminal(capsys):
 # ---- a pipeline ---------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_pipeline_serves_on_among_strangers():
     """A short run of bench/strangers.py."""
     done = subprocess.run(

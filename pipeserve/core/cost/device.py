@@ -105,7 +105,10 @@ class DeviceProfile:
     @property
     def linear(self) -> Kernels | Tables:
         """What answers for a layer's linear work, the head and the embedding."""
-        return self.kernels or self.tables
+        if self.kernels is not None:
+            return self.kernels
+        assert self.tables is not None  # one of both is there
+        return self.tables
 
     def all_reduce_of(self, group: int) -> AllReduce:
         """Of a tensor-parallel group, over as few nodes as hold it. Raises ConfigError."""
@@ -130,7 +133,7 @@ def check_profile(
     tensor_parallel_size: int = 1,
 ) -> None:
     """Raises ConfigError when the profile was made for something else. None: not checked."""
-    wanted = {"device": (profile.name, device)}
+    wanted: dict[str, tuple[object, object]] = {"device": (profile.name, device)}
     if profile.tables is not None:
         tables = profile.tables
         wanted |= {

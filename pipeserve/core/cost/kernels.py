@@ -63,7 +63,8 @@ class Gemm:
         flops = 2 * tiles * tile_rows * TILE * (inner + self.ramp)
         moved = bytes_per_value * (rows * inner + groups * inner * columns + rows * columns)
         busy = (flops / self.flops_per_s) ** self.norm + (moved / self.bytes_per_s) ** self.norm
-        return busy ** (1 / self.norm) + self.overhead_s
+        joined: float = busy ** (1 / self.norm)
+        return joined + self.overhead_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

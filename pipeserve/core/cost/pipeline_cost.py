@@ -101,7 +101,7 @@ class PipelineCost:
         Additive Models", 1986), one observation at a time. A number of tiles that was never seen
         gets the usual one's.
         """
-        size_class, raw = self._predicted.get(index, (0, ()))
+        size_class, raw = self._predicted.get(index, (0, []))
         if not (0 <= stage < len(raw) and raw[stage] > 0 and seconds > 0 and isfinite(seconds)):
             return
         times = seconds / raw[stage]

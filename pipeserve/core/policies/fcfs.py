@@ -39,7 +39,7 @@ def make_room(view: View, decodes: Sequence[RequestView]) -> Room:
     chunks = dict.fromkeys([d.id for d in decodes], 1)
     if len(needed) <= view.free_blocks:
         return Room(chunks, (), view.free_blocks - len(needed))
-    latest = list(reversed(view.running))
+    latest = list(view.running)[::-1]
 
     def spare(count: int) -> int:
         """Blocks left when so many are preempted; less than 0 if that is not enough."""

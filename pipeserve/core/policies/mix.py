@@ -7,6 +7,9 @@ from pipeserve.core.cost.kernels import TILE
 from pipeserve.core.view import RequestView, View
 from pipeserve.core.work import Work
 
+Prefills = tuple[tuple[int, int], ...]
+"""Of each chunk: positions before it, and its own."""
+
 
 class Price:
     """What work costs: seconds on each stage or, without a cost model, a unit for each token."""
@@ -15,8 +18,7 @@ class Price:
         self.is_time = view.cost is not None
         self._seconds = view.cost.seconds if view.cost is not None else _tokens
 
-    def of(self, num_decodes: int, context: int, prefills: tuple = ()) -> Sequence[float]:
-        """`prefills`: (positions before it, positions) of each chunk."""
+    def of(self, num_decodes: int, context: int, prefills: Prefills = ()) -> Sequence[float]:
         num_tokens = num_decodes + sum([tokens for _, tokens in prefills])
         num_logits = num_decodes + len(prefills)
         return self._seconds(Work(num_tokens, num_logits, prefills, num_decodes, context))

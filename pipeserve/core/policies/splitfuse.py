@@ -42,7 +42,7 @@ class SplitFuse:
             new = _start(view, budget - sum(prompts.values()), most - len(prompts))
         chunks = decodes | prompts | new.chunks
         if not chunks and view.running and not view.outstanding:
-            return Draft(preempt=tuple(reversed(view.running)))  # the reset; the first stays first
+            return Draft(preempt=tuple(view.running)[::-1])  # the reset; the first stays first
         # Without chunks, a decode that is ready has found no block.
         out_of_blocks = new.out_of_blocks or view.decodes
         return Draft(chunks=chunks, admit=new.reserve, wait="kv" if out_of_blocks else "token")

@@ -1,8 +1,8 @@
 """Fits the formulae of a device profile to measurements.
 
-Every formula is the one of `core/cost/kernels.py` and `core/cost/device.py`, evaluated on arrays. All
-parameters are positive; they are found on a logarithmic scale, for the least mean absolute error of
-log(measured / predicted), so that a decode's microseconds count as much as a prefill's
+Every formula is the one of `core/cost/kernels.py` and `core/cost/device.py`, evaluated on arrays.
+All parameters are positive; they are found on a logarithmic scale, for the least mean absolute
+error of log(measured / predicted), so that a decode's microseconds count as much as a prefill's
 milliseconds, and outliers little.
 """
 

@@ -83,6 +83,7 @@ def check_checkpoint(folder: str | Path, config: ModelConfig) -> None:
     )
     wanted, unwanted = set(), set()
     with Checkpoint(Path(folder)) as checkpoint:
+        _check_no_adapter(Path(folder))
         for leaf in whole_model.leaves():
             for part, shape in _parts(leaf):
                 checkpoint.find(leaf.source, part, shape)
@@ -285,7 +286,18 @@ def _shard_of_tensor(folder: Path) -> dict[str, Path]:
     )
 
 
+def _check_no_adapter(folder: Path) -> None:
+    """One that lies beside a model: transformers puts it on top where peft is installed."""
+    if (folder / "adapter_config.json").exists() and any(folder.glob("adapter_model.*")):
+        raise ConfigError(
+            f"{folder} holds an adapter (adapter_config.json) beside its model; merge the two "
+            "(merge_and_unload of peft), or take the adapter's files away to run without it"
+        )
+
+
 def _open(path: Path) -> int:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a file; fetch it again")
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as error:

@@ -533,3 +533,18 @@ def test_an_adapter_beside_a_config(single):
     (single / "model.safetensors").rename(single / "adapter_model.safetensors")
     (single / "adapter_config.json").write_text("{}")
     refused(single, "adapter alone", "merge")
+
+
+def test_an_adapter_beside_a_whole_model(single):
+    """Who leaves it there means it to be used."""
+    (single / "adapter_config.json").write_text("{}")
+    assert load(str(single))  # a left-over of training, without weights
+    save_file({"x": torch.zeros(1)}, single / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"an adapter .* beside its model; merge"):
+        check_checkpoint(single, read_config(single))
+
+
+def test_a_folder_in_place_of_a_file(single):
+    (single / "model.safetensors").unlink()
+    (single / "model.safetensors").mkdir()
+    refused(single, "model.safetensors is a folder, not a file")

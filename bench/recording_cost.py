@@ -111,7 +111,7 @@ def driver_cost_s(folder: Path, num_chunks: int) -> float:
     """CPU time of one microbatch of two stages and so many decodes, in the driver's loop: telling
     all of it to a ring and to files, writing included."""
     chunks = tuple(Chunk(n, 345, 346, (), 4, 1) for n in range(num_chunks))
-    outputs = [Output(n, 17) for n in range(num_chunks)]
+    outputs, counts = [Output(n, 17) for n in range(num_chunks)], bytes([1] * num_chunks)
     engine = SimpleNamespace(
         last=SimpleNamespace(cost=None), num_waiting=0, num_running=16, num_free_blocks=999
     )
@@ -129,7 +129,7 @@ def driver_cost_s(folder: Path, num_chunks: int) -> float:
             journal.planned(Microbatch(index, chunks), now, now)
             journal.computed(span)
             journal.computed(span)
-            journal.completed(Completed(index, now, now, now), outputs)
+            journal.completed(Completed(index, now, now, now, tuple(counts)), outputs)
         writer.flush()
         return (time.thread_time() - start_cpu_s) / number
 

@@ -109,13 +109,14 @@ class View:
         if planned is None:
             return
         now, num_tokens = completed.done_s, 0
-        for chunk in planned.chunks:
-            if chunk.samples and chunk.request_id in self._told_s:
+        for chunk, count in zip(planned.chunks, completed.counts, strict=True):
+            if count and chunk.request_id in self._told_s:
                 before = self._told_s[chunk.request_id]
                 if before is not None:
                     self._gaps.append((now, now - before))
+                self._gaps += [(now, 0.0)] * (count - 1)  # they became known together
                 self._told_s[chunk.request_id] = now
-                num_tokens += 1
+                num_tokens += count
         self._tokens.append((now, num_tokens))
 
     def frame(self, now: float, width: int = 100) -> RenderableType:

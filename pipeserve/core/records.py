@@ -68,6 +68,8 @@ class Completed(NamedTuple):
     received_s: float
     done_s: float
     """The engine knows the tokens."""
+    counts: tuple[int, ...]
+    """How many tokens each chunk of the microbatch sampled; 0 where it was not to."""
 
 
 class Span(NamedTuple):

@@ -201,10 +201,14 @@ class Driver:
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
         self._may_plan = True
-        waiting_s, received_s = self.fleet.waiting_s, received.at_s
-        self.journal.completed(
-            Completed(result.index, waiting_s, received_s, time.monotonic()), outputs
+        completed = Completed(
+            result.index,
+            self.fleet.waiting_s,
+            received.at_s,
+            time.monotonic(),
+            tuple(result.counts),
         )
+        self.journal.completed(completed, outputs)
         return outputs
 
     def _lose(self, received: Received) -> None:

@@ -6,12 +6,14 @@ gap and a duration for each block of a row. The page adds them up again, so noth
 
 import base64
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
+from pipeserve.core.nouns import Chunk
 from pipeserve.core.records import Completed, Planned, Span
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.critical_path import Idle
@@ -190,12 +192,14 @@ def details(recording: Recording, clock: Clock, all_: np.ndarray) -> Iterator[st
     for first in range(0, len(all_), BLOCK):
         indices = all_[first : first + BLOCK].tolist()
         of_block = [plans.get(index) for index in indices]
+        results = [completed.get(index) for index in indices]
         block = {
             "plans": [
-                plan and _plan_row(plan, completed.get(plan.index), clock) for plan in of_block
+                plan and _plan_row(plan, done, clock)
+                for plan, done in zip(of_block, results, strict=True)
             ],
             "spans": [stage.columns(first, first + len(indices)) for stage in stages],
-            "chunks": chunk_columns(of_block),
+            "chunks": chunk_columns(of_block, results),
         }
         yield pack(msgspec.json.encode(block))
 
@@ -242,9 +246,12 @@ def _whole(values: np.ndarray) -> list[int | None]:
     return [number if is_known else None for number, is_known in zip(numbers, known, strict=True)]
 
 
-def chunk_columns(plans: Iterable[Planned | None]) -> dict[str, list[int]]:
-    """Requests (the difference to the chunk before), lengths, and starts (the difference to where
-    the request's chunk before stopped, 0 for the first): in a run of decodes, nearly all are equal.
+def chunk_columns(
+    plans: Sequence[Planned | None], results: Sequence[Completed | None]
+) -> dict[str, list[int]]:
+    """Requests (the difference to the chunk before), lengths, starts (the difference to where the
+    request's chunk before stopped, 0 for the first), and tokens that were sampled (0 of what was
+    not completed): in a run of decodes, nearly all are equal.
     """
     chunks_of = [plan.chunks if plan is not None else () for plan in plans]
     chunks = [chunk for chunks in chunks_of for chunk in chunks]
@@ -260,5 +267,11 @@ def chunk_columns(plans: Iterable[Planned | None]) -> dict[str, list[int]]:
         "requests": np.diff(requests, prepend=0).tolist(),
         "lengths": (stops - starts).tolist(),
         "starts": (starts - expected).tolist(),
-        "samples": [int(chunk.samples) for chunk in chunks],
+        "sampled": list(chain.from_iterable(map(_sampled, chunks_of, results))),
     }
+
+
+def _sampled(chunks: Sequence[Chunk], done: Completed | None) -> list[int]:
+    """How many tokens each chunk sampled; a damaged recording may not say it of all."""
+    counts = list(done.counts) if done is not None else []
+    return (counts + [0] * len(chunks))[: len(chunks)]

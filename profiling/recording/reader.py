@@ -59,6 +59,10 @@ def read_recording(folder: Path) -> Recording:
                 continue
             if file.schema > SCHEMA:
                 notes.append(f"{file.name} is of a newer pipeserve: what it adds is left out")
+            elif file.schema < SCHEMA:
+                notes.append(
+                    f"{file.name} is of an older pipeserve: what lacks a field is left out"
+                )
             _take_file(recording, file)
     _note_missing(recording, {file.name for file in files})
     return recording

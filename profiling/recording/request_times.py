@@ -10,18 +10,18 @@ from pipeserve.profiling.recording.summary import RequestRecord
 def token_times(recording: Recording) -> dict[RequestId, list[float]]:
     """Seconds of the driver's clock at which each token of a request was known, in order.
 
-    A chunk that samples gives its request one token when its microbatch is completed. Tokens that
-    came after a request had ended were dropped, and are here.
+    A chunk gives its request as many tokens as it sampled when its microbatch is completed. Those
+    that came after a request had ended were dropped, and are left out.
     """
-    done_s = {completed.index: completed.done_s for completed in recording.completed}
+    completed = {completed.index: completed for completed in recording.completed}
     times: dict[RequestId, list[float]] = {arrived.request_id: [] for arrived in recording.arrived}
     for planned in recording.planned:
-        at_s = done_s.get(planned.index)
-        if at_s is None:  # under way when the run ended, or lost by a fault
+        done = completed.get(planned.index)
+        if done is None:  # under way when the run ended, or lost by a fault
             continue
-        for chunk in planned.chunks:
-            if chunk.samples:
-                times.setdefault(chunk.request_id, []).append(at_s)
+        for chunk, count in zip(planned.chunks, done.counts, strict=False):  # may be damaged
+            if count:
+                times.setdefault(chunk.request_id, []).extend([done.done_s] * count)
     num_told = {ended.request_id: ended.num_output_tokens for ended in recording.ended}
     return {request: known[: num_told.get(request)] for request, known in times.items()}
 

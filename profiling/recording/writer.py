@@ -26,7 +26,7 @@ from pipeserve.core.nouns import Chunk
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Record, Span
 from pipeserve.errors import ConfigError
 
-SCHEMA = 1
+SCHEMA = 2
 KINDS: Mapping[str, type] = {
     kind.__name__.lower(): kind for kind in (Arrived, Ended, Planned, Completed, Ping, Fault)
 }

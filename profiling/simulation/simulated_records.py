@@ -31,6 +31,8 @@ class Flight(NamedTuple):
     ends_s: tuple[float, ...]
     known_s: float
     """When the driver has its tokens."""
+    counts: bytes
+    """How many of them each chunk sampled."""
 
 
 class Silent:
@@ -101,7 +103,8 @@ class Teller:
             busy = self._busy[span.stage]
             while busy[0][0] < span.start_s:
                 busy.popleft()
-        self._journal.completed(Completed(flight.index, self._idle_since_s, now, now), outputs)
+        completed = Completed(flight.index, self._idle_since_s, now, now, tuple(flight.counts))
+        self._journal.completed(completed, outputs)
 
     def lost(self, stage: int, now: float) -> None:
         for spans in self._spans:

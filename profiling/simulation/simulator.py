@@ -82,7 +82,7 @@ class SimulatedPipeline:
         self._link_free = [0.0] * (num_stages - 1)
         self._driver_free_s = -inf
         self._wanted_s = inf  # since when the driver has something to do beside completions
-        self._outstanding: deque[tuple[Flight, bytes]] = deque()  # with how many each chunk samples
+        self._outstanding: deque[Flight] = deque()
         # So slow that stage 0 may lack a token of which driver and plan knew.
         self._is_feedback_slow = self._feedback_s > 2 * times.control_s + times.planning_s
         self._fed_s: dict[RequestId, float] = {}  # when stage 0 has the newest token
@@ -92,7 +92,7 @@ class SimulatedPipeline:
     def next_event_s(self) -> float:
         """When `advance` has something to do: the oldest outstanding microbatch completes, or what
         was added can be planned; inf when there is nothing."""
-        next_s = self._outstanding[0][0].known_s if self._outstanding else inf
+        next_s = self._outstanding[0].known_s if self._outstanding else inf
         if self._wanted_s < next_s:
             next_s = self._wanted_s
         if next_s < self._driver_free_s:
@@ -120,8 +120,8 @@ class SimulatedPipeline:
         outputs: list[Output] = []
         if now < self._driver_free_s:
             return outputs
-        while self._outstanding and self._outstanding[0][0].known_s <= now:
-            outputs += self._complete(*self._outstanding.popleft(), now)
+        while self._outstanding and self._outstanding[0].known_s <= now:
+            outputs += self._complete(self._outstanding.popleft(), now)
         while not isinstance(planned := self.engine.plan(now), Wait):
             sent_s = now + self._times.planning_s
             self._tell.planned(planned, now, sent_s)
@@ -131,10 +131,10 @@ class SimulatedPipeline:
         self._driver_free_s, self._wanted_s = now, inf
         return outputs
 
-    def _complete(self, flight: Flight, counts: bytes, now: float) -> list[Output]:
+    def _complete(self, flight: Flight, now: float) -> list[Output]:
         for stage, (start, end) in enumerate(zip(flight.starts_s, flight.ends_s, strict=True)):
             self.engine.observe(flight.index, stage, end - start)
-        result = StepResult(flight.index, (0,) * sum(counts), counts)
+        result = StepResult(flight.index, (0,) * sum(flight.counts), flight.counts)
         outputs = self.engine.complete(result, now)
         self._tell.completed(flight, outputs, now)
         return outputs
@@ -154,7 +154,7 @@ class SimulatedPipeline:
                 there = max(end, self._link_free[stage]) + hop_s[stage]
                 self._link_free[stage] = there
                 inputs.append(there)
-        summary = self.engine.last
+        summary, counts = self.engine.last, one_each(microbatch.chunks)
         flight = Flight(
             microbatch.index,
             summary.num_decodes + summary.num_prefill_tokens,
@@ -164,13 +164,13 @@ class SimulatedPipeline:
             tuple(starts),
             tuple(ends),
             end + self._times.control_s,
+            counts,
         )
         self.started += [(a.request_id, starts[0]) for a in microbatch.admitted]
-        counts = one_each(microbatch.chunks)
         if self._is_feedback_slow:
             sampling = [c.request_id for c in compress(microbatch.chunks, counts)]
             self._fed_s |= dict.fromkeys(sampling, end + self._feedback_s)
-        self._outstanding.append((flight, counts))
+        self._outstanding.append(flight)
         self.flights.append(flight)
         self._tell.flew(microbatch, flight)
 
@@ -182,8 +182,8 @@ class SimulatedPipeline:
         sources = [c.token_from for c in microbatch.chunks if c.token_from is not None]
         if not sources:
             return -inf
-        oldest = self._outstanding[0][0].index
-        source, _ = self._outstanding[max(sources) - oldest]
+        oldest = self._outstanding[0].index
+        source = self._outstanding[max(sources) - oldest]
         return source.ends_s[-1] + self._feedback_s
 
     def _all_tokens_there(self, microbatch: Microbatch) -> float:

@@ -125,7 +125,7 @@ def test_a_microbatch_stands_at_the_stage_that_runs_it():
     lines = text_of(view, 0.4).splitlines()
     assert "#8 1 tok" in lines[2] and "#7 1 tok" in lines[4]
     assert "#7" not in lines[2] and "#8" not in lines[4]
-    view.take([span(1, 7, 0.3, 0.4), Completed(7, 0.2, 0.45, 0.45)])
+    view.take([span(1, 7, 0.3, 0.4), Completed(7, 0.2, 0.45, 0.45, (1,))])
     assert "#7" not in text_of(view, 0.5)
     assert "5 running, 2 waiting · KV 60%" in text_of(view, 0.5)
     view.take([Fault(1, 0.6, "lost")])
@@ -142,7 +142,7 @@ def test_tokens_after_a_request_ended_do_not_count():
     view = View(META)
     view.take([Arrived(0, 0.0, 8, 99), Arrived(1, 0.0, 8, 99)])
     for index, at_s in enumerate([1.0, 1.1, 1.2]):
-        view.take([planned(index, at_s, (0, 1)), Completed(index, at_s, at_s, at_s)])
+        view.take([planned(index, at_s, (0, 1)), Completed(index, at_s, at_s, at_s, (1, 1))])
         if index == 1:
             view.take([Ended(1, at_s, "stop", 2)])
     assert f"{5 / 2.0:.1f} tokens/s" in text_of(view, 2.0)

@@ -73,7 +73,8 @@ class Run:
             counts = one_each(done.chunks)
             result = StepResult(done.index, tuple(range(1000, 1000 + sum(counts))), counts)
             outputs = self.engine.complete(result, self.now)
-            self.journal.completed(Completed(done.index, self.now, self.now, self.now), outputs)
+            times = [self.now] * 3
+            self.journal.completed(Completed(done.index, *times, tuple(counts)), outputs)
             for output in outputs:
                 if output.finish_reason is not None:
                     self.add()

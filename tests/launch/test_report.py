@@ -52,7 +52,11 @@ def test_a_token_is_known_when_its_microbatch_is_completed():
             {},
             arrived=[Arrived(7, 1.0, 6, 9), Arrived(8, 1.5, 3, 9)],
             planned=[planned(0, prompt[0]), planned(1, prompt[1]), planned(2, decode)],
-            completed=[Completed(0, 0, 2.0, 2.1), Completed(1, 0, 3, 3.5), Completed(2, 0, 4, 4.5)],
+            completed=[
+                Completed(0, 0, 2.0, 2.1, (0,)),
+                Completed(1, 0, 3, 3.5, (1,)),
+                Completed(2, 0, 4, 4.5, (1,)),
+            ],
         )
     )
     assert [(r.num_prompt_tokens, r.arrival_s, r.token_times_s) for r in found] == [
@@ -68,7 +72,7 @@ def test_positions_that_are_only_scored_give_no_token():
         {},
         arrived=[Arrived(1, 0.0, 6, 9)],
         planned=[planned(0, scored), planned(1, last)],
-        completed=[Completed(0, 0, 1, 1), Completed(1, 0, 2, 2)],
+        completed=[Completed(0, 0, 1, 1, (0,)), Completed(1, 0, 2, 2, (1,))],
     )
     assert request_records(recording)[1].token_times_s == (2,)
 
@@ -79,7 +83,7 @@ def test_tokens_behind_the_end_of_a_request_and_of_lost_microbatches_do_not_coun
         {},
         arrived=[Arrived(1, 0.0, 1, 9)],
         planned=[planned(n, chunk) for n, chunk in enumerate(chunks)],
-        completed=[Completed(0, 0, 1, 1), Completed(2, 0, 3, 3), Completed(3, 0, 4, 4)],
+        completed=[Completed(n, 0, n + 1, n + 1, (1,)) for n in (0, 2, 3)],
         ended=[Ended(1, 3.0, "stop", 2)],
     )
     assert request_records(recording)[1].token_times_s == (1, 3)

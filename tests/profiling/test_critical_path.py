@@ -41,7 +41,7 @@ def span(stage, index, plan_s, input_s, start_s, end_s, *, sent_s=None, cpu=nan,
 
 
 def done(index, received_s, waiting_s=0.0):
-    return Completed(index, waiting_s, received_s, received_s)
+    return Completed(index, waiting_s, received_s, received_s, (1,))
 
 
 def ledger_of(num_stages, *records) -> Ledger:

@@ -53,7 +53,7 @@ def records():
     for index in range(NUM):
         yield planned(index)
         yield from (span(0, index), span(1, index))
-        yield Completed(index, 0.1, 0.2, 0.3 + index)
+        yield Completed(index, 0.1, 0.2, 0.3 + index, (0, 3))
     yield Ping(1, 0.5, 99.5, 0.75)
     yield Ended(7, 20.5, "length", 5)
     yield Ended(8, 21.5, "abort", 3)
@@ -92,7 +92,7 @@ def test_every_record_comes_back_as_it_was(tmp_path):
     assert type(recording.planned[0].chunks[0]) is Chunk
     assert recording.notes == []
     meta = recording.meta
-    assert meta.pop("schema") == 1 and len(meta.pop("run")) == 16
+    assert meta.pop("schema") == 2 and len(meta.pop("run")) == 16
     assert meta == META
 
 
@@ -208,7 +208,7 @@ def test_a_missing_run_json(tmp_path):
     (folder / "run.json").unlink()
     recording = assert_notes(folder, "run.json is missing")
     assert recording.meta == {} and recording.num_stages == 2
-    (folder / "run.json").write_text('{"schema": 1, "run"')
+    (folder / "run.json").write_text('{"schema": 2, "run"')
     assert assert_notes(folder, "run.json is damaged").meta == {}
     (folder / "run.json").write_text("[]")
     assert assert_notes(folder, "run.json is damaged").meta == {}
@@ -281,7 +281,7 @@ def test_a_newer_schema_is_read_by_the_names_of_its_fields(tmp_path):
     folder = written(tmp_path)
     for name, kind in (("driver.jsonl", "completed"), ("stage-0.jsonl", "span")):
         head, *lines = map(json.loads, (folder / name).read_text().splitlines())
-        head["schema"] = 2
+        head["schema"] = 3
         head["fields"][kind] = [*reversed(head["fields"][kind]), "new"]
         for line in lines:
             fields = line[1] if line[0] == kind else line
@@ -426,7 +426,7 @@ def arrive(journal, number, at_s):
 
 
 def complete(journal, index, at_s, *outputs):
-    journal.completed(Completed(index, at_s - 1, at_s, at_s + 1), outputs)
+    journal.completed(Completed(index, at_s - 1, at_s, at_s + 1, (1,) * len(outputs)), outputs)
 
 
 def test_the_first_plan_waited_for_the_first_request(told):

@@ -278,7 +278,7 @@ def test_the_records_of_a_lone_request():
     assert (last.head_s, last.end_s) == (pytest.approx(12.475), 12.875)
     assert math.isnan(last.cpu_s)
     # The driver waited since it had planned; it knows the token long before stage 0 has it.
-    assert told.completed[0] == (0, 10.25, 13.0, 13.0)
+    assert told.completed[0] == (0, 10.25, 13.0, 13.0, (1,))
     assert (decode.waited_for, decode.after, decode.woken_s) == ("token", 0, 13.0)
     second = told.spans[0][1]
     assert (second.plan_s, second.input_s, second.start_s) == (13.375, 14.875, 14.875)
@@ -306,7 +306,7 @@ def test_one_plan_at_a_time_and_results_wait_for_the_planner():
         ("", 1.0, 2.0),
     ]
     # The first was there at 2, when the driver had sent the second: since then it had waited.
-    assert told.completed[0] == (0, 2.0, 2.0, 2.0)
+    assert told.completed[0] == (0, 2.0, 2.0, 2.0, (1,))
 
 
 def test_what_comes_while_a_stage_computes_is_seen_when_it_looks():

@@ -108,7 +108,7 @@ class FakeClient:
                      0.0, 8)
             )  # fmt: skip
         done_s = time.monotonic()
-        self.record(Completed(index, now_s, done_s, done_s))
+        self.record(Completed(index, now_s, done_s, done_s, (1,) * len(chunks)))
         return outputs
 
     def _tokens(self, request):

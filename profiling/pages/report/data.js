@@ -177,13 +177,13 @@ class Details {
     return block;
   }
 
-  unpackChunks({ counts, requests, lengths, starts, samples }) {
+  unpackChunks({ counts, requests, lengths, starts, sampled }) {
     const stops = new Map();
     let next = 0, request = 0;
     return counts.map((count) => Array.from({ length: count }, () => {
       request += requests[next];
       const start = (stops.get(request) ?? 0) + starts[next];
-      const chunk = { request, start, stop: start + lengths[next], samples: samples[next] };
+      const chunk = { request, start, stop: start + lengths[next], sampled: sampled[next] };
       stops.set(request, chunk.stop);
       next += 1;
       return chunk;

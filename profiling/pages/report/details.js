@@ -151,8 +151,9 @@ const sentence = (text) => text[0].toUpperCase() + text.slice(1) + ".";
 const heading = (text, quiet) => element("h3", {}, text, quiet ? element("small", {}, quiet) : null);
 const factList = (facts) => element("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
 
-function chunkText({ request, start, stop }) {
-  return stop - start === 1 ? `request ${request}: decode at ${grouped(start)}` : `request ${request}: prefill ${grouped(start)} to ${grouped(stop)}`;
+function chunkText({ request, start, stop, sampled }) {
+  const what = stop - start === 1 ? `decode at ${grouped(start)}` : `prefill ${grouped(start)} to ${grouped(stop)}`;
+  return `request ${request}: ${what}${sampled > 1 ? `, ${grouped(sampled)} tokens sampled` : ""}`;
 }
 
 function chunkList(chunks, most = MOST_CHUNKS) {

@@ -13,6 +13,14 @@ from pathlib import Path
 
 import numpy as np
 from cost_model_plots import plot_attention, plot_prefill, plot_tiles
+from published.fit import fit_gemm
+from published.measurements import (
+    Iteration,
+    LayerTimes,
+    read_attention,
+    read_iterations,
+    read_layers,
+)
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
@@ -21,14 +29,6 @@ from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.core.work import Work
-from pipeserve.profiling.calibration.fit import fit_gemm
-from pipeserve.profiling.calibration.measurements import (
-    Iteration,
-    LayerTimes,
-    read_attention,
-    read_iterations,
-    read_layers,
-)
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 
 DOC = Path("docs/cost-model.md")

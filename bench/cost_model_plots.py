@@ -8,10 +8,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from published.fit import fit_attention, smaller_sizes
+from published.measurements import AttentionTimes, Iteration, LayerTimes
 
 from pipeserve.core.cost.kernels import Gemm, products
-from pipeserve.profiling.calibration.fit import fit_attention, smaller_sizes
-from pipeserve.profiling.calibration.measurements import AttentionTimes, Iteration, LayerTimes
 
 PLOTS = Path("docs/cost-model")
 BLUE, ORANGE, GREY = "#1f6fb4", "#d95f0e", "#777777"

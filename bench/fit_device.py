@@ -13,11 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-
-from pipeserve.configs.device_profiles import save_profile
-from pipeserve.core.cost.device import AllReduce, DeviceProfile, Link, Residuals
-from pipeserve.core.cost.kernels import Attention, Kernels
-from pipeserve.profiling.calibration.fit import (
+from published.fit import (
     fit_attention,
     fit_elementwise,
     fit_gemm,
@@ -27,7 +23,7 @@ from pipeserve.profiling.calibration.fit import (
     product_columns,
     smaller_sizes,
 )
-from pipeserve.profiling.calibration.measurements import (
+from published.measurements import (
     AttentionTimes,
     LayerTimes,
     MessageTimes,
@@ -35,6 +31,10 @@ from pipeserve.profiling.calibration.measurements import (
     read_layers,
     read_messages,
 )
+
+from pipeserve.configs.device_profiles import save_profile
+from pipeserve.core.cost.device import AllReduce, DeviceProfile, Link, Residuals
+from pipeserve.core.cost.kernels import Attention, Kernels
 
 NUM_PROCESSORS = 108  # streaming multiprocessors of an A100
 MEMORY_BYTES = 80_000_000_000  # as sold; SARATHI's batch sizes of 11 and 27 follow from it

@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from distserve_lengths import Lengths, finite_arrivals, sharegpt_lengths, trace_lengths
+from published.distserve_latency import FITS, PublishedTimes, published_times
+from published.distserve_lengths import Lengths, finite_arrivals, sharegpt_lengths, trace_lengths
 from report import plain_table
 
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.profiling.calibration.distserve_latency import FITS, PublishedTimes, published_times
 from pipeserve.profiling.search.goodput import Slo, attainment, find_goodput, meets_separately
 from pipeserve.profiling.search.placement import (
     A100_80GB_BYTES,

@@ -73,7 +73,7 @@ MAY_SEE = {
     "profiling.recording": {"errors", "core"},
     "profiling.ledger": {"core", "profiling.recording"},
     "profiling.simulation": {"errors", "core", "core.cost", "profiling.recording"},
-    "profiling.calibration": {"errors", "core", "core.cost", "profiling.simulation"},
+    "profiling.calibration": {"errors", "core", "core.cost"},
     "profiling.search": {"errors", "core", "core.cost", "core.policies", "profiling.simulation"},
     "profiling.advice": {
         "errors",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
+from published.distserve_latency import published_times
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
@@ -10,7 +11,6 @@ from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import Microbatch
 from pipeserve.errors import ConfigError
-from pipeserve.profiling.calibration.distserve_latency import published_times
 from pipeserve.profiling.search.goodput import Slo
 from pipeserve.profiling.search.placement import (
     A100_80GB_BYTES,

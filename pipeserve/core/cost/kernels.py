@@ -3,7 +3,7 @@
 `Kernels` are formulae, fitted on microbenchmarks of many shapes and good for any model; `Tables`
 are seconds measured for one model on the machine at hand. Both answer the same: the linear work of
 a layer, the head, the embedding. `Attention` is a formula for either. The formulae use arithmetic
-only, so that the fit (`profiling/calibration/fit.py`) evaluates the very same ones on numpy arrays.
+only, so that the fit (`bench/published/fit.py`) evaluates the very same ones on numpy arrays.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class Gemm:
     """A matrix product, tile by tile: the roofline, its corner rounded by a p-norm.
 
     Flops are those of whole tiles, so 257 rows cost what 384 do. Tiles run in waves of one a
-    processor; a share of the time counts whole waves. `profiling/calibration/fit.py` says what was
+    processor; a share of the time counts whole waves. `bench/published/fit.py` says what was
     tried.
     """
 

@@ -1,10 +1,10 @@
 """DistServe's published latency model against figures that its coefficients give by hand."""
 
 import pytest
+from published.distserve_latency import FITS, PublishedTimes, published_times
 
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.errors import ConfigError
-from pipeserve.profiling.calibration.distserve_latency import FITS, PublishedTimes, published_times
 
 
 def prompts(*lengths: int) -> Microbatch:

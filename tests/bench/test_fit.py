@@ -6,16 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeserve.configs.device_profiles import load_profile
-from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost.device import Link
-from pipeserve.core.cost.kernels import Gemm, products
-from pipeserve.core.cost.partition import split_layers
-from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.shape import ModelShape
-from pipeserve.core.work import Work
-from pipeserve.profiling.calibration.fit import (
+from published.fit import (
     fit_attention,
     fit_gemm,
     fit_link,
@@ -25,7 +16,7 @@ from pipeserve.profiling.calibration.fit import (
     product_columns,
     rising,
 )
-from pipeserve.profiling.calibration.measurements import (
+from published.measurements import (
     LayerTimes,
     MessageTimes,
     read_attention,
@@ -33,6 +24,15 @@ from pipeserve.profiling.calibration.measurements import (
     read_layers,
     read_messages,
 )
+
+from pipeserve.configs.device_profiles import load_profile
+from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.cost.device import Link
+from pipeserve.core.cost.kernels import Gemm, products
+from pipeserve.core.cost.partition import split_layers
+from pipeserve.core.cost.pipeline_cost import PipelineCost
+from pipeserve.core.cost.shape import ModelShape
+from pipeserve.core.work import Work
 
 BESIDE = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "data"
 

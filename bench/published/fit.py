@@ -19,7 +19,7 @@ from pipeserve.core.cost.kernels import (
     elementwise_bytes,
     products,
 )
-from pipeserve.profiling.calibration.measurements import (
+from published.measurements import (
     Array,
     AttentionTimes,
     LayerTimes,

@@ -1,0 +1,1 @@
+"""What others measured and published of GPUs, read and fitted: for the scripts of bench/ alone."""

@@ -10,21 +10,19 @@ run is not there in the next.
 """
 
 import argparse
-import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from commands import LIMITS, result
 from report import plain_table
 
 from pipeserve.profiling.advice.advice import Advice, advise
 from pipeserve.profiling.recording.reader import read_recording
 
-LIMITS = ["--max-model-len", "2048", "--num-gpu-blocks-override", "2048"]
 MISTAKES = {
     "uneven": ("layers", ["--pipeline-layers", "22,8"]),
     "lockstep": ("policy", ["--policy", "request_level", "--max-num-batched-tokens", "2048"]),
@@ -36,12 +34,7 @@ of 30 layers."""
 
 def bench(folder: Path, *arguments: str) -> float:
     """Output tokens/s."""
-    command = [sys.executable, "-m", "pipeserve.launch.cli", "bench", *arguments]
-    file = folder / "bench.json"
-    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{shlex.join(arguments)}: {done.stderr.strip()}")
-    return json.loads(file.read_text())["output_tokens_per_s"]
+    return result(folder / "bench.json", "bench", *arguments)["output_tokens_per_s"]
 
 
 def without(flags: Sequence[str], given: Sequence[str]) -> list[str]:

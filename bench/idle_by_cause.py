@@ -10,18 +10,16 @@ the one of median duration counts. `uniform` goes by a cost profile of this mach
 is `jitter`, and truly so.
 """
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from random import Random
 
+from commands import LIMITS, profile_of, result, stage_flags
 from report import plain_table, show
 
 REFERENCE = ["--workload", "sharegpt", "--scale", "8", "--num-prompts", "64"]
-LIMITS = ["--max-model-len", "2048", "--num-gpu-blocks-override", "2048"]
 HEAVY = {
     "decode-heavy": {"num_prompts": 48, "prompt": (16, 64), "output": (48, 128)},
     "prefill-heavy": {"num_prompts": 40, "prompt": (400, 1200), "output": (2, 10)},
@@ -29,13 +27,6 @@ HEAVY = {
 """Drawn evenly between the two."""
 LEAST = 0.0005
 """Of the wall time, mean over stages: causes below are not shown."""
-
-
-def pipeserve(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pipeserve.launch.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)}: {done.stderr.strip()}")
 
 
 def write_heavy(folder: Path) -> dict[str, list[str]]:
@@ -57,10 +48,8 @@ def run(folder: Path, repeat: int, *flags: str) -> tuple[dict, dict]:
     found = []
     for _ in range(repeat):
         record = tempfile.mkdtemp(dir=folder)
-        bench, report = folder / "bench.json", folder / "report.json"
-        pipeserve("bench", *flags, *LIMITS, "--record", record, "--json", str(bench))
-        pipeserve("report", record, "--json", str(report))
-        found.append((json.loads(bench.read_text()), json.loads(report.read_text())))
+        bench = result(folder / "bench.json", "bench", *flags, *LIMITS, "--record", record)
+        found.append((bench, result(folder / "report.json", "report", record)))
     return sorted(found, key=lambda pair: pair[0]["output_tokens_per_s"])[(repeat - 1) // 2]
 
 
@@ -78,11 +67,7 @@ def row(mix: str, policy: str, bench: dict, report: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", type=Path)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--stages", default="2")
-    parser.add_argument("--policies", default="sarathi_serve,uniform")
+    parser = stage_flags(__doc__.splitlines()[0], "sarathi_serve,uniform")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--page", type=Path, help="docs/schedules.md: where the table is put")
     args = parser.parse_args()
@@ -90,9 +75,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        profile = args.profile or folder / "profile.yaml"
-        if args.profile is None:
-            pipeserve("calibrate", *model, "--output", str(profile))
+        profile = profile_of(args, folder)
         for mix, flags in write_heavy(folder).items():
             for policy in args.policies.split(","):
                 which = ["--policy", policy, "--device-profile", str(profile)]

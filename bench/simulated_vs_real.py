@@ -8,30 +8,15 @@ Without --profile the machine is calibrated first. Then each policy runs `pipese
 median duration counts. Use an idle machine: a stage robbed of its core is slower than its profile.
 """
 
-import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from commands import LIMITS, profile_of, result, stage_flags
 from report import plain_table
 
 WORKLOAD = ["--workload", "sharegpt", "--scale", "8", "--num-prompts", "64"]
-LIMITS = ["--max-model-len", "2048", "--num-gpu-blocks-override", "2048"]
 POLICIES = "sarathi_serve,vllm,uniform"
-
-
-def pipeserve(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pipeserve.launch.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)}: {done.stderr.strip()}")
-
-
-def result(path: Path, *arguments: str) -> dict:
-    pipeserve(*arguments, "--json", str(path))
-    return json.loads(path.read_text())
 
 
 def compare(policy: str, real: dict, simulated: dict) -> list[list[str]]:
@@ -52,19 +37,13 @@ def compare(policy: str, real: dict, simulated: dict) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", type=Path)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--stages", default="2")
-    parser.add_argument("--policies", default=POLICIES)
+    parser = stage_flags(__doc__.splitlines()[0], POLICIES)
     parser.add_argument("--rate", help="requests a second; by default all at once")
     parser.add_argument("--repeat", default="1")
     args = parser.parse_args()
     rate = ["--rate", args.rate] if args.rate else []
     with tempfile.TemporaryDirectory() as folder:
-        profile = args.profile or Path(folder, "profile.yaml")
-        if args.profile is None:
-            pipeserve("calibrate", args.model, "-pp", args.stages, "--output", str(profile))
+        profile = profile_of(args, Path(folder))
         rows = []
         for policy in args.policies.split(","):
             run = [args.model, "-pp", args.stages, "--policy", policy, *WORKLOAD, *LIMITS, *rate]

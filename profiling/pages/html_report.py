@@ -17,8 +17,8 @@ from pipeserve.profiling.ledger.ledger import Ledger
 from pipeserve.profiling.ledger.notes import notes_of
 from pipeserve.profiling.pages import html_data
 from pipeserve.profiling.recording.recording import Recording
-from pipeserve.profiling.recording.request_times import gaps_s, request_records
-from pipeserve.profiling.recording.summary import RequestRecord, summarize
+from pipeserve.profiling.recording.request_times import request_records
+from pipeserve.profiling.recording.summary import RequestRecord, gaps_s, summarize
 
 _SCRIPTS = (
     "data.js",

@@ -1,7 +1,5 @@
 """When each request's tokens became known, from a recording: what `summary` takes."""
 
-from collections.abc import Sequence
-
 from pipeserve.core.nouns import RequestId
 from pipeserve.profiling.recording.recording import Recording
 from pipeserve.profiling.recording.summary import RequestRecord
@@ -42,12 +40,3 @@ def request_records(recording: Recording) -> dict[RequestId, RequestRecord]:
 def records_of(recording: Recording) -> list[RequestRecord]:
     """What `summary.summarize` takes: the requests that have a token at least, by arrival."""
     return [record for record in request_records(recording).values() if record.token_times_s]
-
-
-def gaps_s(records: Sequence[RequestRecord]) -> list[float]:
-    """Time between tokens: every gap of every request, pooled."""
-    return [
-        later - earlier
-        for record in records
-        for earlier, later in zip(record.token_times_s, record.token_times_s[1:], strict=False)
-    ]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pipeserve.core.records import Span
 
@@ -50,11 +51,7 @@ def summarize(records: Sequence[RequestRecord]) -> Summary:
     seconds = stop_s - start_s
     prompt_tokens = sum(record.num_prompt_tokens for record in records)
     output_tokens = sum(len(record.token_times_s) for record in records)
-    gaps = [
-        later - earlier
-        for record in records
-        for earlier, later in zip(record.token_times_s, record.token_times_s[1:], strict=False)
-    ]
+    gaps = gaps_s(records)
     return Summary(
         requests=len(records),
         prompt_tokens=prompt_tokens,
@@ -73,6 +70,13 @@ def window(records: Sequence[RequestRecord]) -> tuple[float, float]:
         min(record.arrival_s for record in records),
         max(record.token_times_s[-1] for record in records),
     )
+
+
+def gaps_s(records: Iterable[RequestRecord]) -> list[float]:
+    """Time between tokens: every gap of every request, pooled."""
+    return [
+        later - earlier for record in records for earlier, later in pairwise(record.token_times_s)
+    ]
 
 
 def percentiles(values: Sequence[float]) -> Percentiles:

@@ -20,8 +20,8 @@ from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.pages.perfetto import events, write_perfetto
 from pipeserve.profiling.recording.recording import Recording
-from pipeserve.profiling.recording.request_times import gaps_s, records_of, request_records
-from pipeserve.profiling.recording.summary import summarize
+from pipeserve.profiling.recording.request_times import records_of, request_records
+from pipeserve.profiling.recording.summary import gaps_s, summarize
 
 CLOCKED = ("plan_s", "input_s", "start_s", "head_s", "end_s", "sent_s")
 

@@ -95,7 +95,8 @@ LAUNCH_MAY_SEE = {
     "launch.inputs": set(),
     "launch.run": {"launch.emulated", "launch.show"},
     "launch.verbs": {"launch.inputs", "launch.run", "launch.show"},
-    "launch": {"launch.inputs", "launch.run", "launch.verbs"},
+    "launch.commands": {"launch.inputs", "launch.run", "launch.verbs"},
+    "launch": {"launch.commands"},
 }
 # What the pure part may use of the standard library: nothing that reads, writes, waits or draws.
 PURE = {

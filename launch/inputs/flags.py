@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from pipeserve.configs import RunConfig
+from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.errors import ConfigError
 from pipeserve.sampling_params import OPTIONS, SamplingParams
 
@@ -54,6 +54,20 @@ def given_params(flags: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, str) and option.type == tuple[int, ...]:
             values[name] = _numbers(name, value)
     return values
+
+
+def run_config_of(model: str | None, recipe: str | None, flags: dict[str, Any]) -> RunConfig:
+    """What a verb is to run: flags over the recipe over defaults. Raises ConfigError."""
+    overrides = given(RunConfig, flags)
+    if model is not None:
+        overrides["model"] = model
+    return make_config(load_recipe(recipe) if recipe is not None else {}, overrides)
+
+
+def check_terminal(live: bool, explain: bool) -> None:
+    """Raises ConfigError where both would write to it."""
+    if live and explain:
+        raise ConfigError("--live and --explain both write to stderr; give one")
 
 
 def _numbers(name: str, text: str) -> list[int]:

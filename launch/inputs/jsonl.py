@@ -9,7 +9,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,12 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"{path}: {error.strerror}; give a writable file") from None
     if is_new:
         path.unlink()
+
+
+def write_json(path: Path | None, numbers: Mapping[str, Any]) -> None:
+    """What `--json` writes, where it was given."""
+    if path is not None:
+        path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""What each verb of the command line does; `launch/cli.py` has their flags."""
+"""What each verb of the command line does; `launch/commands/` has their flags."""

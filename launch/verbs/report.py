@@ -4,7 +4,6 @@ runs, cause by cause.
 `docs/timeline.md` says how to read it and documents the keys of `--json`.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.errors import ConfigError
-from pipeserve.launch.inputs.jsonl import check_writable
+from pipeserve.launch.inputs.jsonl import check_writable, write_json
 from pipeserve.launch.show.report_numbers import compare, report_of
 from pipeserve.launch.show.report_tables import print_comparison, print_report
 from pipeserve.profiling.ledger.ledger import Ledger, explain
@@ -71,8 +70,7 @@ def report(
         _write_pictures(run, html_file, perfetto_file, console)
         if advise:
             found["advice"] = _advise(run, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(json_file, found)
     return 0
 
 

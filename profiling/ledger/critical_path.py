@@ -27,49 +27,38 @@ from typing import NamedTuple
 from pipeserve.core.nouns import RequestId
 from pipeserve.core.records import Planned, Span
 from pipeserve.core.work import work_of
-from pipeserve.profiling.ledger.causes import CAUSES
+from pipeserve.profiling.ledger.path_vectors import (
+    CONTROL,
+    FAULT,
+    FEEDBACK,
+    LINK,
+    NO_REQUESTS,
+    PLANNING,
+    PREFILL_STEPS,
+    SIZE,
+    STEPS,
+    UNKNOWN,
+    Vector,
+    at_an_edge,
+    by_cause,
+    carry,
+    divide,
+    later,
+    step_by_step,
+)
 from pipeserve.profiling.ledger.step_parts import (
-    BASE,
-    CONTEXT,
-    DECODES,
     HEAD,
-    IMBALANCE,
     JITTER,
     NUM_PARTS,
-    PREFILL,
     StepParts,
     has_prefill,
     measured_parts,
 )
 from pipeserve.profiling.recording.recording import Recording
 
-# Components of a vector: the parts of compute, what lies between, and two counts of steps.
-_LINK, _FEEDBACK, _PLANNING, _CONTROL, _NO_REQUESTS, _FAULT, _UNKNOWN = range(NUM_PARTS, 14)
-_PREFILL_STEPS, _STEPS, _SIZE = 14, 15, 16
-
-_PLACE = {cause: place for place, cause in enumerate(CAUSES)}
-_PLACE_OF = {
-    PREFILL: _PLACE["prefill_length"],
-    _PREFILL_STEPS: _PLACE["prefill_vs_decode"],
-    DECODES: _PLACE["decode_count"],
-    CONTEXT: _PLACE["context_length"],
-    IMBALANCE: _PLACE["stage_imbalance"],
-    HEAD: _PLACE["head_and_sampling"],
-    JITTER: _PLACE["jitter"],
-    _LINK: _PLACE["link"],
-    _FEEDBACK: _PLACE["token_feedback"],
-    _PLANNING: _PLACE["planning"],
-    _CONTROL: _PLACE["control"],
-    _NO_REQUESTS: _PLACE["no_requests"],
-    _FAULT: _PLACE["fault"],
-    _UNKNOWN: _PLACE["unknown"],
-}
 _KEPT = 4096
 """Microbatches whose vectors are remembered: more than are ever outstanding."""
 
-_FORGETTING = 0.99
-
-Vector = list[float]
 Event = tuple[Vector, float]
 """What led to it, and when; the first 14 components sum to the time since the start."""
 
@@ -97,7 +86,7 @@ class Walk:
         self.is_whole = _is_whole(recording)
         self.start_s, self.stop_s = _bounds(recording, self.is_whole)
         self.model = StepParts.fit(recording)
-        origin: Event = [0.0] * _SIZE, self.start_s
+        origin: Event = [0.0] * SIZE, self.start_s
         self.sent = origin
         """The latest plan."""
         self.ends: list[dict[int, Event]] = [{} for _ in recording.spans]
@@ -108,7 +97,7 @@ class Walk:
         """The microbatch that sampled the latest token of each request."""
         self.done_s = [completed.done_s for completed in recording.completed]
         self.done = [completed.index for completed in recording.completed]
-        self.carried = [[0.0] * _SIZE for _ in recording.spans]
+        self.carried = [[0.0] * SIZE for _ in recording.spans]
         """What the intervals before were given too little (over 0) and too much of; sums to 0."""
         self.faults_s = [fault.at_s for fault in recording.faults]
         self.idle: list[list[Idle]] = [[] for _ in recording.spans]
@@ -141,7 +130,7 @@ class Walk:
                 parts = [span.end_s - span.start_s] + [0.0] * (NUM_PARTS - 1)
             else:
                 parts = measured_parts(predicted[stage], span)
-            parts += [0.0] * (_PREFILL_STEPS - NUM_PARTS) + [float(prefills), 1.0]
+            parts += [0.0] * (PREFILL_STEPS - NUM_PARTS) + [float(prefills), 1.0]
             self.last_parts[stage] = parts
             self._end(span, (list(map(add, start, parts)), span.end_s))
         if planned is not None:
@@ -168,14 +157,14 @@ class Walk:
         """The event of its plan."""
         vector, time_s = self.sent
         if missing == "fault":
-            self.sent = _later(vector, _FAULT, planned.sent_s - time_s), planned.sent_s
+            self.sent = later(vector, FAULT, planned.sent_s - time_s), planned.sent_s
             return
         if planned.after >= 0:
             vector, time_s = self._received(planned.after)
         elif planned.waited_for:  # for an arrival
             waited_s = planned.woken_s - time_s
-            vector, time_s = _later(vector, _NO_REQUESTS, waited_s), planned.woken_s
-        self.sent = _later(vector, _PLANNING, planned.sent_s - time_s), planned.sent_s
+            vector, time_s = later(vector, NO_REQUESTS, waited_s), planned.woken_s
+        self.sent = later(vector, PLANNING, planned.sent_s - time_s), planned.sent_s
 
     def _start(self, span: Span, planned: Planned | None) -> Vector:
         """What led to the start: the last to be there of plan, input and the device itself."""
@@ -189,7 +178,7 @@ class Walk:
                 vector, there_s = self._tokens_there(span, planned), span.input_s
         lag_s = span.start_s - there_s
         own_s = lag_s if isnan(span.between_cpu_s) else min(lag_s, span.between_cpu_s)
-        vector = _later(vector, _CONTROL, own_s)
+        vector = later(vector, CONTROL, own_s)
         vector[JITTER] += lag_s - own_s
         return vector
 
@@ -197,13 +186,13 @@ class Walk:
         if planned is None:
             return self._unknown(span.stage, span.plan_s)
         vector, sent_s = self.sent
-        return _later(vector, _CONTROL, span.plan_s - sent_s)
+        return later(vector, CONTROL, span.plan_s - sent_s)
 
     def _activations_there(self, span: Span) -> Vector:
         event = self.ends[span.stage - 1].get(span.index)
         if event is None:
             return self._unknown(span.stage, span.input_s)
-        return _later(event[0], _LINK, span.input_s - event[1])
+        return later(event[0], LINK, span.input_s - event[1])
 
     def _tokens_there(self, span: Span, planned: Planned | None) -> Vector:
         """From the microbatch whose tokens came last."""
@@ -214,13 +203,13 @@ class Walk:
             return self._unknown(span.stage, span.input_s)
         vector, end_s = event
         sent_s = min(self.spans[-1][source].sent_s, end_s)  # before it ended, if it also scored
-        vector = _later(vector, _FEEDBACK, span.input_s - sent_s)
+        vector = later(vector, FEEDBACK, span.input_s - sent_s)
         vector[HEAD] += sent_s - end_s
         return vector
 
     def _unknown(self, stage: int, time_s: float) -> Vector:
         vector, there_s = self.last[stage]
-        return _later(vector, _UNKNOWN, time_s - there_s)
+        return later(vector, UNKNOWN, time_s - there_s)
 
     def _end(self, span: Span, event: Event) -> None:
         """No moment counts twice, also where damaged spans overlap or run backwards."""
@@ -241,13 +230,13 @@ class Walk:
             return self.sent
         received_s = completed.received_s
         if event is None:
-            return _later(vector, _UNKNOWN, received_s - time_s), received_s
+            return later(vector, UNKNOWN, received_s - time_s), received_s
         if completed.waiting_s > event[1]:
             if event[1] > time_s:
                 vector, time_s = event
-            vector = _later(vector, _PLANNING, completed.waiting_s - time_s)
-            return _later(vector, _CONTROL, received_s - completed.waiting_s), received_s
-        return _later(event[0], _CONTROL, received_s - event[1]), received_s
+            vector = later(vector, PLANNING, completed.waiting_s - time_s)
+            return later(vector, CONTROL, received_s - completed.waiting_s), received_s
+        return later(event[0], CONTROL, received_s - event[1]), received_s
 
     # ---- idle intervals -------------------------------------------------------------------------
 
@@ -261,20 +250,20 @@ class Walk:
         difference = list(map(sub, start, before))
         if last_parts is None:
             first = "fill" if self.is_whole else "unknown"
-            split = _split(_at_an_edge(difference), span.start_s - end_s)
-            self._note(stage, span.index, end_s, span.start_s, _by_cause(split, first))
+            split = divide(at_an_edge(difference), span.start_s - end_s)
+            self._note(stage, span.index, end_s, span.start_s, by_cause(split, first))
             return
         if missing is None:
-            difference[_STEPS] = 0.0
-        wanted = list(map(add, _step_by_step(difference, last_parts), self.carried[stage]))
-        split = _split(wanted, span.start_s - end_s)
-        self.carried[stage] = _carry(wanted, split)
+            difference[STEPS] = 0.0
+        wanted = list(map(add, step_by_step(difference, last_parts), self.carried[stage]))
+        split = divide(wanted, span.start_s - end_s)
+        self.carried[stage] = carry(wanted, split)
         self._note(
             stage,
             span.index,
             end_s,
             span.start_s,
-            _by_cause(split, missing or "too_few_microbatches"),
+            by_cause(split, missing or "too_few_microbatches"),
         )
 
     def _trailing(self, stage: int) -> None:
@@ -283,9 +272,9 @@ class Walk:
         after, after_s = self._received(max(self.completed, default=-1))
         if self.last_parts[stage] is None or after_s < self.stop_s:
             is_fault = bool(self.faults_s) and self.faults_s[-1] >= after_s
-            after = _later(before, _FAULT if is_fault else _UNKNOWN, self.stop_s - end_s)
-        split = _split(_at_an_edge(list(map(sub, after, before))), self.stop_s - end_s)
-        self._note(stage, -1, end_s, self.stop_s, _by_cause(split, "drain"))
+            after = later(before, FAULT if is_fault else UNKNOWN, self.stop_s - end_s)
+        split = divide(at_an_edge(list(map(sub, after, before))), self.stop_s - end_s)
+        self._note(stage, -1, end_s, self.stop_s, by_cause(split, "drain"))
 
     def _note(
         self, stage: int, index: int, begin_s: float, end_s: float, seconds: tuple[float, ...]
@@ -299,78 +288,6 @@ class Walk:
             seconds = tuple([value * share for value in seconds])
         begin_s = max(begin_s, self.start_s)
         self.idle[stage].append(Idle(stage, index, begin_s, begin_s + inside_s, seconds))
-
-
-def _later(vector: Vector, component: int, seconds: float) -> Vector:
-    """A copy, `seconds` later for one reason."""
-    vector = vector.copy()
-    vector[component] += seconds
-    return vector
-
-
-# ---- differences ------------------------------------------------------------------------------
-# Of the paths to a start and to the end before. Their counts become seconds: `_STEPS` those of
-# missing steps, `_PREFILL_STEPS` those of prefill that one path has in more steps than the other.
-
-
-def _step_by_step(difference: Vector, last_parts: Vector) -> Vector:
-    """Steps that are missing count as the stage's last one; the rest is how steps differ."""
-    num_missing = difference[_STEPS]
-    if num_missing:
-        for part in range(JITTER):
-            difference[part] -= num_missing * last_parts[part]
-        difference[_PREFILL_STEPS] -= num_missing * last_parts[_PREFILL_STEPS]
-        difference[_STEPS] = num_missing * sum(last_parts[:JITTER])
-    # Equal for all steps; what is left of it, nothing explains.
-    difference[JITTER] += difference[BASE]
-    difference[BASE] = 0.0
-    if difference[PREFILL] * difference[_PREFILL_STEPS] > 0:
-        difference[_PREFILL_STEPS], difference[PREFILL] = difference[PREFILL], 0.0
-    else:
-        difference[_PREFILL_STEPS] = 0.0
-    return difference
-
-
-def _at_an_edge(difference: Vector) -> Vector:
-    """Before a stage's first step and behind its last, all steps are missing ones."""
-    difference[_STEPS] = sum(difference[:NUM_PARTS])
-    difference[:NUM_PARTS] = [0.0] * NUM_PARTS
-    difference[_PREFILL_STEPS] = 0.0
-    return difference
-
-
-def _split(wanted: Vector, seconds: float) -> Vector:
-    """An interval by component: what is below 0 is taken off the others in proportion."""
-    positive = [value if value > 0 else 0.0 for value in wanted]
-    total = sum(positive)
-    if not total:  # the records contradict each other
-        positive[_UNKNOWN] = total = 1.0
-    seconds = max(seconds, 0.0)
-    return [value / total * seconds for value in positive]  # in this order never infinite
-
-
-def _carry(wanted: Vector, split: Vector) -> Vector:
-    """What the next intervals are to make good. Paths of different history (two chains of
-    microbatches that take turns) differ to and fro, by what lies long back; so it cancels.
-
-    Steps that a path has too many of cancel nothing: microbatches were not missing because others
-    were there before.
-    """
-    left = [_FORGETTING * value for value in map(sub, wanted, split)]
-    if left[_STEPS] < 0:
-        positive = sum([value for value in left[:_STEPS] if value > 0])
-        kept = 1 + left[_STEPS] / positive if positive > 0 else 0.0
-        left[:_STEPS] = [value * kept if value > 0 else value for value in left[:_STEPS]]
-        left[_STEPS] = 0.0
-    return left
-
-
-def _by_cause(split: Vector, missing: str) -> tuple[float, ...]:
-    causes = [0.0] * len(CAUSES)
-    causes[_PLACE[missing]] = split[_STEPS]
-    for component, place in _PLACE_OF.items():
-        causes[place] += split[component]
-    return tuple(causes)
 
 
 def _is_whole(recording: Recording) -> bool:

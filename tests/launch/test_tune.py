@@ -16,15 +16,15 @@ import pytest
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.launch import cli
 from pipeserve.launch.run.processes import processes
-from pipeserve.launch.verbs import tune
+from pipeserve.launch.verbs import tune_search
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ["falcon-180b", "--device-profile", "a100-80gb-dgx", "--max-model-len", "2048"]
 SIZES = ["-tp", "4", "-pp", "2"]
 SHORT = (
-    tune.Effort(name="short trials", num_requests=20, num_lifetimes=1),
-    tune.Effort(name="longer trials", num_requests=30, num_lifetimes=1),
-    tune.Effort(name="the last few", num_requests=40, num_lifetimes=1),
+    tune_search.Effort(name="short trials", num_requests=20, num_lifetimes=1),
+    tune_search.Effort(name="longer trials", num_requests=30, num_lifetimes=1),
+    tune_search.Effort(name="the last few", num_requests=40, num_lifetimes=1),
 )
 
 
@@ -39,7 +39,7 @@ def workload(tmp_path):
 @pytest.fixture
 def run(monkeypatch, workload, tmp_path):
     """Runs a search: its exit code, and the object of --json."""
-    monkeypatch.setattr(tune, "ROUNDS", SHORT)
+    monkeypatch.setattr(tune_search, "ROUNDS", SHORT)
 
     def run(*arguments):
         path = tmp_path / "result.json"
@@ -77,8 +77,8 @@ def test_at_a_rate_the_best_is_written_as_a_recipe_that_simulates(run, capsys, t
     assert best["is_within"] and best["tbt_p99_s"] <= 0.5 and best["capacity_rps"] is None
     assert best["ttft_p50_s"] == min(e["ttft_p50_s"] for e in tried if e["round"] == 2)
     config = make_config(load_recipe(str(recipe)), {})
-    assert {name: getattr(config, name) for name in tune._SEARCHED} == {
-        **{name: best[name] for name in tune._SEARCHED},
+    assert {name: getattr(config, name) for name in tune_search.SEARCHED} == {
+        **{name: best[name] for name in tune_search.SEARCHED},
         "pipeline_layers": best["pipeline_layers"] and tuple(best["pipeline_layers"]),
     }
     assert config.slo_tbt == 0.5 and config.max_model_len == 2048

@@ -37,7 +37,8 @@ from pipeserve.launch.run.collector import no_pauses
 from pipeserve.profiling.search.capacity import busy_in
 from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, request_of
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
-from pipeserve.wire.control import encode, step_message
+from pipeserve.wire.control import encode
+from pipeserve.wire.step_messages import step_message
 
 STAGES = (2, 4, 8, 16, 32, 64)
 RUNNING = (10, 100, 1_000, 10_000)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from pipeserve.wire.connection import connected
+from pipeserve.wire.connecting import connected
 from pipeserve.wire.links import TensorLinks, unpack_tensor
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources

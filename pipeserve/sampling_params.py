@@ -2,8 +2,8 @@
 
 All else follows from here: the command line's flags (`launch/inputs/flags.py`), the checks where a
 request comes in (`frontend/params.py`), and what the last stage is told of a request
-(`wire/control.py`). What an option does to a token is written in `stages/sampling.py`, which reads
-it by its name. So a new one takes a line in `DrawParams` and a line there.
+(`wire/step_messages.py`). What an option does to a token is written in `stages/sampling.py`, which
+reads it by its name. So a new one takes a line in `DrawParams` and a line there.
 
 Plain data that imports nothing of pipeserve: from the command line to the sampler everyone may
 read it.

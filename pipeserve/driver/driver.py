@@ -30,6 +30,7 @@ from pipeserve.driver.waiting import gather_memory, wait_for_keepers, wait_until
 from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.sampling_params import token_ids_of
 from pipeserve.wire import control
+from pipeserve.wire.step_messages import step_message, step_result
 
 
 class Driver:
@@ -188,14 +189,14 @@ class Driver:
                 self._dispatch(planned, now)
 
     def _dispatch(self, microbatch: Microbatch, start_s: float) -> None:
-        message = control.step_message(microbatch, self._requests)
+        message = step_message(microbatch, self._requests)
         sent_s = time.monotonic()
         self.fleet.broadcast(message)
         self._num_spans_due += len(self.plan.stages)
         self.journal.planned(microbatch, start_s, sent_s)
 
     def _complete(self, received: Received) -> list[Output]:
-        result = control.step_result(received.message)
+        result = step_result(received.message)
         outputs = self.engine.complete(result, time.monotonic())
         for output in outputs:
             if output.finish_reason is not None:

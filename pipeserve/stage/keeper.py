@@ -24,7 +24,7 @@ import msgspec
 from pipeserve.configs.addresses import split_address
 from pipeserve.errors import ConfigError
 from pipeserve.machine import boot_id, native_dtypes
-from pipeserve.wire import connection, control
+from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import NotWanted, Ping, StartStage, Stop
 from pipeserve.wire.listener import is_loopback
@@ -102,7 +102,7 @@ class Keeper:
 
     def _call(self) -> None:
         try:
-            self.driver = connection.connect(self.address, self.sources, "keeper")
+            self.driver = connecting.connect(self.address, self.sources, "keeper")
         except ConnectionError as error:
             self.failure = str(error)
         else:

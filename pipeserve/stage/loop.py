@@ -24,7 +24,7 @@ from pipeserve.core.records import Span
 from pipeserve.errors import PipeserveError
 from pipeserve.stage.memory import peak_bytes, resident_bytes
 from pipeserve.stage.sequences import Sequence, Sequences
-from pipeserve.wire import connection, control
+from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Connect, ReportMemory, StartStage, Step
 from pipeserve.wire.links import ActivationLinks, send_tokens, unpack_tokens
@@ -249,7 +249,7 @@ class StageLoop:
         self._look_at_neighbours()
 
     def _reach_first_stage(self, address: str, sources: Sources) -> Connection:
-        self.first_stage = connection.connect(address, sources, "tokens")
+        self.first_stage = connecting.connect(address, sources, "tokens")
         return self.first_stage
 
     def _look_at_neighbours(self) -> None:
@@ -315,7 +315,7 @@ def serve(load: Callable[[StartStage, Tell], Compute]) -> None:
     job, rank, epoch, secret = msgspec.structs.astuple(launch)
     sources = Sources(secret)
     try:
-        driver = connection.connected(job.control, sources, "stage")
+        driver = connecting.connected(job.control, sources, "stage")
     except ConnectionError as error:
         sys.exit(f"error: stage {job.stage}: the driver at {error}")
     driver.send(control.encode(control.StageHello(rank), epoch))

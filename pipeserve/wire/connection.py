@@ -9,7 +9,7 @@ Both ends prove first that they have the run's secret (`handshake.py`). Until th
 stranger: it may say 1 KiB, `Sources` ends it after 5 seconds, and what it does costs that
 connection alone.
 
-Nothing here blocks but `connect` and a `close` that is told to wait. A peer that is gone does not
+Nothing here blocks but a `close` that is told to wait. A peer that is gone does not
 raise: `has_ended` says so, and its keeper tells the driver why.
 """
 
@@ -21,11 +21,10 @@ from collections import deque
 from collections.abc import Collection
 from typing import Protocol
 
-from pipeserve.configs.addresses import split_address
 from pipeserve.wire import handshake
 from pipeserve.wire.handshake import Connecting, Listening, Refused
 from pipeserve.wire.pump import Pump
-from pipeserve.wire.sources import PROVE_S, Sources
+from pipeserve.wire.sources import Sources
 
 _PREFIX = struct.Struct("<4sI")
 _OURS = b"ppsv"
@@ -34,7 +33,6 @@ _RECEIVE_BYTES = 1 << 16
 _SEND_BYTES = 4 << 20
 _MOST_BYTES = {"keeper": 1 << 20, "stage": 1 << 30, "tokens": 1 << 24, "activations": (1 << 32) - 1}
 """Of one message, by what the connection is for."""
-_CONNECT_S = 10.0
 _WATCH = (
     ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
     ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 5),
@@ -312,56 +310,6 @@ class Connection:
 
 def _framed(message: bytes) -> memoryview:
     return memoryview(_PREFIX.pack(_OURS, len(message)) + message)
-
-
-# ---- connecting ---------------------------------------------------------------------------------
-
-
-def connect(address: str, sources: Sources, purpose: str) -> Connection:
-    """The other end of a connection to the listener at `address` (HOST:PORT/NAME or HOST:PORT).
-
-    Raises ConnectionError when it cannot be reached within 10 seconds.
-    """
-    place, _, name = address.partition("/")
-    return Connection(_local(name) or _tcp(place), sources, purpose)
-
-
-def connected(address: str, sources: Sources, purpose: str) -> Connection:
-    """As `connect`, and waits until both have proved themselves. Nothing else is among `sources`.
-
-    Raises ConnectionError when that takes over 10 seconds, too.
-    """
-    until_s = time.monotonic() + _CONNECT_S
-    while True:
-        connection = connect(address, sources, purpose)
-        while not (connection.is_open or connection.has_ended):
-            for source in sources.ready(PROVE_S * 1000):
-                source.receive()
-        if connection.is_open:
-            return connection
-        if connection.is_refused or time.monotonic() > until_s:
-            raise ConnectionError(f"{address.partition('/')[0]} hung up: {connection.refusal}")
-        time.sleep(0.05)  # it was displaced, where many come at once
-
-
-def _local(name: str) -> socket.socket | None:
-    """None: no one of this name is on this machine."""
-    if not name:
-        return None
-    connected = socket.socket(socket.AF_UNIX)
-    try:
-        connected.connect(f"\0{name}")
-    except OSError:
-        connected.close()
-        return None
-    return connected
-
-
-def _tcp(place: str) -> socket.socket:
-    try:
-        return socket.create_connection(split_address(place), _CONNECT_S)
-    except OSError as error:
-        raise ConnectionError(f"{place} cannot be reached: {error}") from None
 
 
 def _name_of_peer(connected: socket.socket) -> str:

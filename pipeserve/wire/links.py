@@ -21,7 +21,7 @@ import math
 import struct
 from typing import TYPE_CHECKING
 
-from pipeserve.wire import connection
+from pipeserve.wire import connecting
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
@@ -49,7 +49,7 @@ class ActivationLinks:
 
     def connect(self, address: str, sources: Sources) -> Connection:
         """To the stage behind, that listens at `address`."""
-        self._next_stage = connection.connect(address, sources, "activations")
+        self._next_stage = connecting.connect(address, sources, "activations")
         return self._next_stage
 
 

@@ -12,7 +12,7 @@ from pipeserve.driver import fleet
 from pipeserve.driver.events import Lost
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.wire import control
-from pipeserve.wire.connection import connect
+from pipeserve.wire.connecting import connect
 from pipeserve.wire.sources import Sources
 
 

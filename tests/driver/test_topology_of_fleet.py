@@ -18,7 +18,7 @@ from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import wait_for_keepers
 from pipeserve.wire import control
-from pipeserve.wire.connection import connect
+from pipeserve.wire.connecting import connect
 from pipeserve.wire.sources import Sources
 
 from checkpoints import random_prompts, tiny_llama  # isort: skip

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from pipeserve.driver.fleet import Fleet
-from pipeserve.wire.connection import Connection, connect
+from pipeserve.wire.connecting import connect
+from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import StageReady, StartStage
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Source, Sources

@@ -20,7 +20,7 @@ from pipeserve.machine import boot_id, native_dtypes
 from pipeserve.stage.loop import StageLoop
 from pipeserve.stage.worker import ModelCompute
 from pipeserve.wire import control
-from pipeserve.wire.connection import connect
+from pipeserve.wire.connecting import connect
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 

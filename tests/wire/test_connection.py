@@ -8,7 +8,8 @@ import time
 import pytest
 
 from pipeserve.wire import connection
-from pipeserve.wire.connection import Connection, connect
+from pipeserve.wire.connecting import connect
+from pipeserve.wire.connection import Connection
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 

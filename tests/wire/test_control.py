@@ -19,6 +19,7 @@ from pipeserve.core.nouns import (
 from pipeserve.sampling_params import DRAW_OPTIONS, DrawParams
 from pipeserve.stage.sequences import Sequences
 from pipeserve.wire import control
+from pipeserve.wire.step_messages import pack_params, step_message, step_result, unpack_tokens
 
 
 def _request(request_id, prompt, **params):
@@ -31,7 +32,7 @@ def _request(request_id, prompt, **params):
 
 
 def _step(*arguments, requests=()):
-    message = control.step_message(Microbatch(*arguments), {r.id: r for r in requests})
+    message = step_message(Microbatch(*arguments), {r.id: r for r in requests})
     return control.decode_for_stage(control.encode(message, 1))[1]
 
 
@@ -48,7 +49,7 @@ def test_a_step_survives_the_wire():
     assert step.chunks[0] == control.StepChunk(3, 0, 5, (8, 1), None, 5, 4)
     assert step.chunks[1] == control.StepChunk(4, 17, 18, (), 8, 1, 0)
     (registered,) = step.admitted
-    assert list(control.unpack_tokens(registered.token_ids)) == [0, 1, 2, 3, 4]
+    assert list(unpack_tokens(registered.token_ids)) == [0, 1, 2, 3, 4]
     assert registered.num_prompt_tokens == 5
     assert registered.stop_ids == [2, 7]
 
@@ -89,7 +90,7 @@ def test_options_cost_a_few_bytes():
     """Each request is registered once, with nothing of what is at its default."""
 
     def bytes_of(**params):
-        return len(control.encode_job(control.pack_params(SamplingParams(**params))))
+        return len(control.encode_job(pack_params(SamplingParams(**params))))
 
     assert bytes_of() == 1
     assert bytes_of(seed=2**63 - 1, max_tokens=9, stop=("x",), ignore_eos=True) == 11
@@ -99,7 +100,7 @@ def test_options_cost_a_few_bytes():
 def test_a_decode_costs_a_few_bytes_however_long_its_context():
     def bytes_of(num_decodes):
         chunks = tuple(Chunk(i, 9000, 9001, (), 5, 1) for i in range(num_decodes))
-        return len(control.encode(control.step_message(Microbatch(6, chunks), {}), 1))
+        return len(control.encode(step_message(Microbatch(6, chunks), {}), 1))
 
     assert bytes_of(64) - bytes_of(32) <= 32 * 16
 
@@ -108,7 +109,7 @@ def test_logprobs_survive_the_wire():
     prompt = [(-0.25, []), (-0.75, [(1, -0.1)])]
     own = [(-0.5, [(5, -0.5), (9, -1.5)]), None]
     sampled = control.Sampled(4, [5, 6], b"\2\0", own, prompt, {1: "why"})
-    result = control.step_result(control.decode_from_stage(control.encode(sampled, 1))[1])
+    result = step_result(control.decode_from_stage(control.encode(sampled, 1))[1])
     assert (result.tokens, result.counts) == ((5, 6), b"\2\0")
     assert result.logprobs == (TokenLogprobs(-0.5, {5: -0.5, 9: -1.5}), None)
     assert result.prompt_logprobs == (TokenLogprobs(-0.25, {}), TokenLogprobs(-0.75, {1: -0.1}))

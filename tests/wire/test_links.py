@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeserve.wire import links
-from pipeserve.wire.connection import connect
+from pipeserve.wire.connecting import connect
 from pipeserve.wire.links import TensorLinks, unpack_tensor
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from pipeserve.errors import ConfigError
-from pipeserve.wire import connection, handshake, sources
-from pipeserve.wire.connection import Connection, connect, connected
+from pipeserve.wire import connecting, connection, handshake, sources
+from pipeserve.wire.connecting import connect, connected
+from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import KeeperHello, Sampled, encode
 from pipeserve.wire.handshake import Connecting
 from pipeserve.wire.listener import Listener, is_loopback, is_wildcard
@@ -323,7 +324,7 @@ def test_another_secret_is_an_error_that_says_so(port):
 
 def test_one_who_waits_for_an_answer_gets_tired(monkeypatch):
     monkeypatch.setattr(sources, "PROVE_S", 0.1)
-    monkeypatch.setattr(connection, "_CONNECT_S", 0.3)
+    monkeypatch.setattr(connecting, "_CONNECT_S", 0.3)
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         pytest.raises(ConnectionError, match=r"hung up: nothing .* in 0\.1 s"),

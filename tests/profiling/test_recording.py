@@ -298,6 +298,24 @@ def test_a_newer_schema_is_read_by_the_names_of_its_fields(tmp_path):
         assert list(map(repr, ours)) == list(map(repr, theirs))
 
 
+def test_of_an_older_schema_what_lacks_a_field_is_left_out(tmp_path):
+    folder = written(tmp_path)
+    head, *lines = map(json.loads, (folder / "driver.jsonl").read_text().splitlines())
+    head["schema"] = 1
+    head["fields"]["completed"].remove("counts")
+    for kind, fields in lines:
+        if kind == "completed":
+            del fields[-1]
+    text = "".join(json.dumps(line) + "\n" for line in [head, *lines])
+    (folder / "driver.jsonl").write_text(text)
+    recording = assert_notes(
+        folder,
+        "driver.jsonl is of an older pipeserve",
+        f"driver.jsonl: {NUM} damaged lines",
+    )
+    assert len(recording.planned) == NUM and not recording.completed
+
+
 def test_a_line_that_is_too_short_for_its_names_is_damaged(tmp_path):
     folder = written(tmp_path)
     file = folder / "stage-0.jsonl"

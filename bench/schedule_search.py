@@ -1,0 +1,137 @@
+"""The capacity of each case of `schedules.py`, searched once and kept in a file."""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from schedule_cases import (
+    MAX_MODEL_LEN,
+    SLOS,
+    TRACES,
+    UNSEEN,
+    Case,
+    case_of,
+    make_pipeline,
+    setup_of,
+)
+
+from pipeserve.launch.inputs.traces import read_trace
+from pipeserve.launch.run.simulated import SimulatedRun
+from pipeserve.profiling.search.capacity import Lengths, Trial, run_trial
+from pipeserve.profiling.search.ceiling import Ceiling, ceiling
+from pipeserve.profiling.simulation.workloads import DISTRIBUTIONS, draw_lengths
+
+SEED, SEEDS = 1, (1, 2, 3)
+"""`uniform` was made looking at seed 0 of the built-in distributions."""
+
+QUICK, STEADY = (1, 1, 200), (3, 3, 500)
+"""Of a trial: lifetimes of its window, lifetimes of the ramp before it, least requests. A pipeline
+fills for three lifetimes: until then it has fewer decodes than it will have, and serves more."""
+
+
+@cache
+def lengths_of(workload: str, traces: Path | None) -> Lengths:
+    """(prompt, output) of requests that fit the context."""
+    path = traces / {**TRACES, **UNSEEN}[workload] if traces is not None else None
+    if path is not None and path.exists():
+        lengths = read_trace(path).lengths
+    else:
+        lengths = draw_lengths(DISTRIBUTIONS[workload], 20_000, Random(0))
+    return [(p, o) for p, o in lengths if p + o <= MAX_MODEL_LEN and o > 1]
+
+
+def ceiling_of(setup: SimulatedRun, lengths: Lengths, slo_s: float, mixed: bool = True) -> Ceiling:
+    return ceiling(
+        setup.times,
+        lengths,
+        num_stages=len(setup.plan.stages),
+        slo_tbt_s=slo_s,
+        kv_positions=setup.limits.num_blocks * setup.limits.block_size,
+        mixed=mixed,
+    )
+
+
+def search(case: Case, traces: Path | None, quick: bool) -> dict[str, Any]:
+    """Capacities within each SLO that the case is for, from one set of trials: bisected in steps of
+    5 % of the ceiling. (Of the requests that a seed draws for a window, the ceiling is itself up to
+    3 % off: finer steps would say nothing.)"""
+    os.nice(5)
+    setup, lengths = setup_of(case), lengths_of(case.workload, traces)
+    kept: dict[int, Trial] = {}
+    slos = [case.slo_s] if case.slo_s is not None else list(SLOS.values())
+    top = ceiling_of(setup, lengths, max(slos)).rate
+    steps = 20  # of the ceiling
+    lifetimes, ramp, requests = QUICK if quick else STEADY
+
+    def is_within(step: int, slo_s: float) -> bool:
+        if step not in kept:
+            make = partial(make_pipeline, case, setup)
+            rate = top * step / steps
+            kept[step] = run_trial(make, lengths, rate, requests, SEED, lifetimes, ramp)
+        return kept[step].within(slo_s)
+
+    found = {}
+    for slo_s in slos:
+        low, high = 0, steps  # at 0 nothing is late, and the ceiling no schedule reaches
+        while high - low > 1:
+            middle = (low + high + 1) // 2
+            if is_within(middle, slo_s):
+                low = middle
+            else:
+                high = middle
+        found[str(slo_s)] = top * low / steps
+    return {"case": asdict(case), "capacity": found, "trials": [asdict(t) for t in kept.values()]}
+
+
+def at_rate(case: Case, traces: Path | None, rate: float, quick: bool, seed: int = SEED) -> Trial:
+    setup, lengths = setup_of(case), lengths_of(case.workload, traces)
+    lifetimes, ramp, requests = QUICK if quick else STEADY
+    make = partial(make_pipeline, case, setup)
+    return run_trial(make, lengths, rate, requests, seed, lifetimes, ramp)
+
+
+class Cache:
+    """Searches that were done, in a file of lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.found: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                self.found[case_of(entry).key] = entry
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.found[case_of(entry).key] = entry
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def is_of(entry: dict[str, Any], layout: str, workload: str, slo_s: float) -> bool:
+    case = entry["case"]
+    return (
+        (case["layout"], case["workload"]) == (layout, workload)
+        and str(slo_s) in entry["capacity"]
+        and not case["wrong"]
+    )
+
+
+def search_all(wanted: Sequence[Case], cache: Cache, processes: int, **how: Any) -> None:
+    todo = [case for case in wanted if case.key not in cache.found]
+    with ProcessPoolExecutor(processes, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(search, case, **how): case for case in todo}
+        for number, future in enumerate(as_completed(futures)):
+            entry = future.result()
+            cache.add(entry)
+            case = futures[future]
+            print(
+                f"{number + 1}/{len(todo)} {case.layout} {case.workload} {case.policy} "
+                f"{dict(case.knobs)} slo {case.slo_s}: {entry['capacity']}",
+                flush=True,
+            )

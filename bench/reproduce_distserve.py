@@ -32,12 +32,12 @@ from pipeserve.profiling.search.placement import (
     Pair,
     Parallelism,
     Placement,
-    Service,
     instances,
     pairs,
     place_apart,
     place_together,
 )
+from pipeserve.profiling.search.service import Service
 from pipeserve.profiling.simulation.disaggregated import KvLink
 from pipeserve.profiling.simulation.simulator import Arrival, Served, Simulation
 

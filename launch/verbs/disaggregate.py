@@ -28,12 +28,12 @@ from pipeserve.profiling.search.placement import (
     BLOCK_SIZE,
     Cluster,
     Parallelism,
-    Service,
     instances,
     pairs,
     place_apart,
     place_together,
 )
+from pipeserve.profiling.search.service import Service
 from pipeserve.profiling.simulation.disaggregated import KvLink
 from pipeserve.profiling.simulation.simulator import SimulatedPipeline, in_order
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes

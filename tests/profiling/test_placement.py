@@ -17,13 +17,13 @@ from pipeserve.profiling.search.placement import (
     Cluster,
     Pair,
     Parallelism,
-    Service,
     instances,
     kv_capacity,
     pairs,
     place_apart,
     place_together,
 )
+from pipeserve.profiling.search.service import Service
 from pipeserve.profiling.simulation.disaggregated import KvLink
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes, StageTimes
 

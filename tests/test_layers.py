@@ -17,7 +17,8 @@ TOPS = ("pipeserve", "stages", "profiling", "launch", "configs")
 FRONT_DOOR = "pipeserve"
 MAY_SEE = {
     "errors": set(),
-    "machine": set(),
+    "cgroups": set(),
+    "machine": {"cgroups"},
     "sampling_params": set(),
     "core": {"errors", "sampling_params"},
     "core.cost": {"errors", "core"},

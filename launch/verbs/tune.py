@@ -4,7 +4,6 @@ in the simulator.
 `docs/tune.md` says how, and documents the keys of `--json`.
 """
 
-import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,6 +27,7 @@ from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.processes import Run, processes
 from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.launch.show.tables import print_notes
+from pipeserve.machine import num_cpus
 from pipeserve.profiling.search.capacity import Lengths, Trial, find_capacity, run_trial
 from pipeserve.profiling.search.ceiling import ceiling
 from pipeserve.profiling.search.tuning import (
@@ -101,7 +101,7 @@ def tune(
     wanted = make_wanted(config, shape, workload, rate, tried)
     with (
         bars(Console(stderr=True)) as progress,
-        processes(num_processes or len(os.sched_getaffinity(0))) as run,
+        processes(num_processes or num_cpus()) as run,
     ):
         ranked = search(config, shape, wanted, tried, run, progress)
     print_ranked(wanted, ranked, Console())

@@ -110,11 +110,6 @@ def total_memory_bytes() -> int:
     return min(limit.num_bytes for limit in memory_limits())
 
 
-def available_memory_bytes() -> int:
-    """What can be had without swapping."""
-    return min(limit.free_bytes for limit in memory_limits())
-
-
 def _meminfo(name: str, root: Path) -> int:
     for line in (root / "proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):

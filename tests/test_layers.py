@@ -24,7 +24,7 @@ MAY_SEE = {
     "core.cost": {"errors", "core"},
     "core.policies": {"errors", "core", "core.cost"},
     "configs": {"errors", "core.cost", "core.policies"},
-    "wire": {"errors", "core", "configs", "sampling_params"},
+    "wire": {"errors", "machine", "core", "configs", "sampling_params"},
     "stages.config": {"errors"},
     "stages.attention": {"errors", "stages.config"},
     "stages.layers": {"stages.attention", "stages.config"},

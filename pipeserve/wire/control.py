@@ -29,6 +29,7 @@ from pipeserve.core.nouns import (
     TokenLogprobs,
 )
 from pipeserve.core.records import Span
+from pipeserve.machine import MemoryLimit
 from pipeserve.sampling_params import DRAW_OPTIONS, DrawParams
 
 
@@ -79,7 +80,7 @@ class Ping(_Message):
 
 
 class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What one stage holds of a checkpoint, and of KV."""
+    """What one stage holds of a checkpoint, and how."""
 
     model_folder: str
     first_layer: int
@@ -88,8 +89,8 @@ class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
     has_head: bool
     dtype: str
     attention: str
-    num_blocks: int
     block_size: int
+    """Tokens in a block of its KV."""
 
 
 # ---- keeper -> stage ----------------------------------------------------------------------------
@@ -140,6 +141,12 @@ class StageExited(_Message):
 
 
 # ---- driver -> stage ----------------------------------------------------------------------------
+
+
+class TakeMemory(_Message):
+    """Read the weights, and make a pool of so many KV blocks."""
+
+    num_blocks: int
 
 
 class Connect(_Message):
@@ -199,6 +206,16 @@ class StageHello(_Message):
     """Whose connection this is: the first message on it."""
 
     rank: int
+
+
+class StageSized(_Message):
+    """What a stage will take, told before it takes it: it waits for `TakeMemory`."""
+
+    weight_bytes: int
+    block_bytes: int
+    """Of one KV block, in all its layers."""
+    memory: tuple[MemoryLimit, ...]
+    """Where all of that has to fit, beside what others take there. Empty: it takes none."""
 
 
 class Loading(_Message):
@@ -266,9 +283,9 @@ class StageFailed(_Message):
 
 
 ToKeeper = StartStage | Stop | NotWanted | Ping
-ToStage = Connect | Step | ReportMemory
+ToStage = TakeMemory | Connect | Step | ReportMemory
 FromKeeper = Pong | StageExited
-FromStage = Loading | StageReady | Connected | Sampled | Timing | Memory | StageFailed
+FromStage = StageSized | Loading | StageReady | Connected | Sampled | Timing | Memory | StageFailed
 ToDriver = KeeperHello | StageHello | FromKeeper | FromStage
 
 decode_for_keeper = msgspec.msgpack.Decoder(tuple[int, ToKeeper]).decode

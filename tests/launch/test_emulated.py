@@ -132,7 +132,7 @@ def test_stages_are_told_the_simulator_s_truth():
 
 
 def test_limits_are_those_of_the_flags():
-    assert emulated_setup(config_of(slo_tbt=0.5)).limits.max_tbt_s == 0.5
+    assert emulated_setup(config_of(slo_tbt=0.5)).limits_for([]).max_tbt_s == 0.5
 
 
 def test_every_token_comes(run):

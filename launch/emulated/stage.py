@@ -65,6 +65,7 @@ class EmulatedCompute:
 
     size = control.StageSized(weight_bytes=0, block_bytes=0, memory=())
     weight_bytes = kv_bytes = 0
+    num_threads = 1
     is_elsewhere = True
 
     def __init__(self, times: StageTimes, stage: int, vocab_size: int) -> None:

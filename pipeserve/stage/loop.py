@@ -70,6 +70,7 @@ class Compute(Protocol):
     weight_bytes: int
     kv_bytes: int
     """The two are known once it has taken its memory."""
+    num_threads: int
     links: ActivationLinks
     is_elsewhere: bool
     """The computing is not this thread's, which can do something else meanwhile."""
@@ -202,6 +203,7 @@ class StageLoop:
                 weight_bytes=self.compute.weight_bytes,
                 kv_bytes=self.compute.kv_bytes,
                 cpus=sorted(os.sched_getaffinity(0)),
+                num_threads=self.compute.num_threads,
             )
         )
 

@@ -59,6 +59,7 @@ class ModelCompute:
             ),
             memory=device_memory(),
         )
+        self.num_threads = torch.get_num_threads()
         self.links = links.TensorLinks()
 
     def take_memory(self, num_blocks: int) -> None:

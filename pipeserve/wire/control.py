@@ -241,6 +241,9 @@ class StageReady(_Message):
     weight_bytes: int
     kv_bytes: int
     cpus: list[int]
+    """That it may run on."""
+    num_threads: int
+    """That compute."""
 
 
 class Connected(_Message):

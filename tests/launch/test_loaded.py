@@ -14,6 +14,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch import cli
 from pipeserve.launch.run import starting
 from pipeserve.launch.show.loaded import loaded, num_parameters
+from pipeserve.machine import num_cpus
 from pipeserve.stages.families import read_config
 from pipeserve.wire import control
 
@@ -27,7 +28,7 @@ def run_config(model, **options):
 def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     folder = tiny_llama(tmp_path / "model")
     size = 4 * sum(tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
-    said = []
+    said, threads = [], max(num_cpus() // 3, 1)
     config = run_config(folder, pipeline_parallel_size=3, pipeline_layers=(3, 0, 1))
     with Driver(checkpoint_setup(config), on_progress=said.append) as driver:
         line = loaded(driver)
@@ -41,7 +42,7 @@ def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     assert said[-1] == "loading weights: 0.00 of 0.00 GB, 100%"
     assert line == (
         f"{folder} (folder): LlamaForCausalLM, {size / 4e6:.1f} M parameters in float32; "
-        "3 stages of 3+0+1 layers, 0.00+0.00+0.00 GB"
+        f"3 stages of 3+0+1 layers, 0.00+0.00+0.00 GB, {threads}+{threads}+{threads} threads"
     )
 
 

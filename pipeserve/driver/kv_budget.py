@@ -54,10 +54,9 @@ def _wanted_blocks(
     if config.kv_cache_memory_bytes is not None:
         given = config.kv_cache_memory_bytes
         return min(blocks_within(given, block_bytes, config.block_size), most)
-    shares = [int(demand.beside_weights * _DEFAULT_SHARE) for demand in demands]
     fitting = [
-        share // demand.block_bytes
-        for share, demand in zip(shares, demands, strict=True)
+        int(demand.beside_weights * _DEFAULT_SHARE) // demand.block_bytes
+        for demand in demands
         if demand.block_bytes
     ]
     # At least one, of which the check says whether it fits.

@@ -15,9 +15,10 @@ import torch
 
 from pipeserve.stages.attention.inputs import build_inputs
 from pipeserve.stages.attention.kv import KVCache
-from pipeserve.stages.checkpoint.weights import load_stage
+from pipeserve.stages.checkpoint.weights import load_weights
 from pipeserve.stages.families import read_config
 from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.stage import Stage
 
 BLOCK_SIZE = 16
 
@@ -52,16 +53,15 @@ def main() -> None:
     first, stop = map(int, args.layers.split(":"))
     has_head = stop == config.num_layers
     dtype = getattr(torch, args.dtype)
-    stage = load_stage(
-        args.model,
+    stage = Stage(
         config,
         first_layer=first,
         stop_layer=stop,
         has_embedding=first == 0,
         has_head=has_head,
-        dtype=dtype,
         attention=args.attention,
     )
+    load_weights(stage, args.model, dtype)
     rng = random.Random(0)
     contexts = [max(1, int(args.context * rng.uniform(0.5, 1.5))) for _ in range(args.decodes)]
     lengths = [args.prefix + args.prefill] * bool(args.prefill) + contexts

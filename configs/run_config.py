@@ -77,7 +77,9 @@ class RunConfig:
     )
     block_size: int = _option(16, "Tokens in one KV block.", least=1)
     kv_cache_memory_bytes: int | None = _option(
-        None, "Bytes of the KV pool of each stage; by default from free memory.", least=1
+        None,
+        "Bytes of the KV pool of each stage; by default 1 GiB, or less where less memory is free.",
+        least=1,
     )
     num_gpu_blocks_override: int | None = _option(
         None, "Exact number of KV blocks, instead of a number of bytes.", least=1

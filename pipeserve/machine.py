@@ -1,9 +1,16 @@
-"""The machine at hand: which device it is, what it multiplies natively, how much memory it has."""
+"""The machine at hand: which device it is, what it multiplies natively, and how much memory and how
+many CPUs this process may have of it.
+"""
 
+import math
 import os
 import platform
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
+
+from pipeserve.cgroups import groups_of
 
 _INSTRUCTIONS = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},  # the last is Arm's
@@ -60,17 +67,51 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
 
 
+def num_cpus(root: Path = Path("/")) -> int:
+    """How many CPUs the threads of this process can keep busy: those that they may run on, or the
+    quota of its container, begun ones counted, whichever is less."""
+    quota = min((group.cpu_limit() for group in groups_of("cpu", root)), default=math.inf)
+    num_cores = len(os.sched_getaffinity(0))
+    return num_cores if quota >= num_cores else math.ceil(quota)
+
+
+class MemoryLimit(NamedTuple):
+    """Memory that processes take from, and can use up."""
+
+    key: str
+    """The same for all processes that take from it."""
+    name: str
+    """In words."""
+    num_bytes: int
+    free_bytes: int
+    """What can be had of it without swapping."""
+
+
+def memory_limits(root: Path = Path("/")) -> tuple[MemoryLimit, ...]:
+    """All that hold for this process: the machine's memory, and what its control groups allow it
+    of that. `root` stands for the machine's folder /."""
+    machine, host = boot_id(), socket.gethostname()
+    total = _meminfo("MemTotal", root)
+    limits = [MemoryLimit(machine, host, total, _meminfo("MemAvailable", root))]
+    for group in groups_of("memory", root):
+        limit = group.memory_limit()
+        if limit < total:  # version 1 says 2**63 less a page for none
+            # The folder's number is that of the group, however many containers it is seen from.
+            key = f"{machine}/{group.folder.stat().st_ino}"
+            name = f"{host}, limited to {limit} bytes by its control group {group.folder},"
+            limits.append(
+                MemoryLimit(key, name, int(limit), int(max(limit - group.used_memory(), 0)))
+            )
+    return tuple(limits)
+
+
 def total_memory_bytes() -> int:
-    return _meminfo("MemTotal")
+    """Of this machine, or what this process may have of it, if that is less."""
+    return min(limit.num_bytes for limit in memory_limits())
 
 
-def available_memory_bytes() -> int:
-    """What can be had without swapping."""
-    return _meminfo("MemAvailable")
-
-
-def _meminfo(name: str) -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+def _meminfo(name: str, root: Path) -> int:
+    for line in (root / "proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/meminfo has no {name}")

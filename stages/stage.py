@@ -9,6 +9,7 @@ size, R rows whose logits are wanted, V vocabulary.
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from pipeserve.stages.attention.attention import make_attention
@@ -25,7 +26,7 @@ from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 class Stage(nn.Module):
     """Layers `[first_layer, stop_layer)`, with the embedding before or the head behind them.
 
-    Holds no weights until they are set (`weights.load_stage`).
+    Holds no weights until they are set (`load_weights`).
     """
 
     def __init__(
@@ -84,6 +85,10 @@ class Stage(nn.Module):
     def num_parameters(self) -> int:
         """As held here: a tied embedding counts on the first stage and as the head on the last."""
         return sum(leaf.num_parameters for leaf in self.leaves())
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """What the weights take, or will, in a run of `dtype`."""
+        return sum(leaf.num_parameters * leaf.dtype_in(dtype).itemsize for leaf in self.leaves())
 
     @property
     def num_bytes(self) -> int:

@@ -17,13 +17,14 @@ TOPS = ("pipeserve", "stages", "profiling", "launch", "configs")
 FRONT_DOOR = "pipeserve"
 MAY_SEE = {
     "errors": set(),
-    "machine": set(),
+    "cgroups": set(),
+    "machine": {"cgroups"},
     "sampling_params": set(),
     "core": {"errors", "sampling_params"},
     "core.cost": {"errors", "core"},
     "core.policies": {"errors", "core", "core.cost"},
     "configs": {"errors", "core.cost", "core.policies"},
-    "wire": {"errors", "core", "configs", "sampling_params"},
+    "wire": {"errors", "machine", "core", "configs", "sampling_params"},
     "stages.config": {"errors"},
     "stages.attention": {"errors", "stages.config"},
     "stages.layers": {"stages.attention", "stages.config"},

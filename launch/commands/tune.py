@@ -37,7 +37,7 @@ def tune(
     overwrite: OverwriteOutput = False,
     num_processes: Annotated[
         int | None,
-        typer.Option("--processes", help="To search with; by default one a core.", min=1),
+        typer.Option("--processes", help="To search with; by default one a CPU.", min=1),
     ] = None,
     json_file: JsonTo = None,
     config: Recipe = None,

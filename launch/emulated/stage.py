@@ -63,7 +63,9 @@ class HeaderLinks(ActivationLinks):
 class EmulatedCompute:
     """The `stage_loop.Compute` that waits."""
 
+    size = control.StageSized(weight_bytes=0, block_bytes=0, memory=())
     weight_bytes = kv_bytes = 0
+    num_threads = 1
     is_elsewhere = True
 
     def __init__(self, times: StageTimes, stage: int, vocab_size: int) -> None:
@@ -77,6 +79,9 @@ class EmulatedCompute:
     def load(cls, job: StartStage, tell: Tell) -> "EmulatedCompute":
         work = msgspec.msgpack.decode(job.work, type=EmulatedWork)
         return cls(work.times(), job.stage, work.shape.vocab_size)
+
+    def take_memory(self, num_blocks: int) -> None:
+        """It holds nothing."""
 
     def take_in(self, step: Step, activations: bytes | bytearray, seen_s: float) -> float:
         """The link carries one microbatch at a time, each as long as the profile says."""

@@ -35,7 +35,7 @@ def emulated_setup(config: RunConfig) -> Setup:
         shape=simulated.shape,
         dtype=simulated.dtype,
         plan=plan,
-        limits=simulated.limits,
+        limits_for=lambda sizes: simulated.limits,  # its devices are those of the profile
         cost=simulated.make_cost(),
         module=MODULE,
         works=(encode_job(work),) * len(plan.stages),

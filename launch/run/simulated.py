@@ -3,7 +3,6 @@ emulated stages run, too, in real processes (`emulated.py`).
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from pipeserve.configs import RunConfig
@@ -80,19 +79,17 @@ def simulated_run(config: RunConfig, shape: ModelShape | None = None) -> Simulat
     shape.check_divides(size)
     check_made_for(profile, shape, config)
     check_profile(profile, tensor_parallel_size=size)
-    plan, limits = lay_out(
+    plan, limits_with = lay_out(
         config,
         shape,
         max_model_len=config.max_model_len or shape.max_position_embeddings,
-        num_blocks=partial(_num_blocks, config, shape, profile),
         enable_prefix_caching=False,  # lengths have no content that could be shared
     )
+    limits = limits_with(_num_blocks(config, shape, profile, plan))
     times = ProfiledTimes(profile, shape, plan, config.tensor_parallel_size, config.seed)
-    run = SimulatedRun(
+    return SimulatedRun(
         config=config, shape=shape, profile=profile, plan=plan, limits=limits, times=times
     )
-    run.make_engine()  # refuses limits that the policy cannot work within
-    return run
 
 
 def check_made_for(profile: DeviceProfile, shape: ModelShape, config: RunConfig) -> None:
@@ -113,7 +110,8 @@ def _num_blocks(
         return config.num_gpu_blocks_override
     if config.kv_cache_memory_bytes is not None:
         layer_block_bytes = config.block_size * shape.kv_bytes_per_token_per_layer
-        return blocks_within(config.kv_cache_memory_bytes, config, plan, layer_block_bytes)
+        block_bytes = [stage.num_layers * layer_block_bytes for stage in plan.stages]
+        return blocks_within(config.kv_cache_memory_bytes, block_bytes, config.block_size)
     return kv_blocks_beside_weights(
         shape,
         plan,

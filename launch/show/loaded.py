@@ -11,16 +11,18 @@ if TYPE_CHECKING:
 
 
 def loaded(driver: "Driver") -> str:
-    """Of a driver that has started: model, source, architecture, parameters, dtype, and what each
-    stage holds of it."""
+    """Of a driver that has started: model, source, architecture, parameters, dtype, what each stage
+    holds of it, and how many threads compute it."""
     model, stages = driver.config.model, driver.stages
     layers = "+".join(str(stage.num_layers) for stage in stages)
     gigabytes = "+".join(f"{stage.weight_bytes / 1e9:.2f}" for stage in stages)
+    threads = "+".join(str(stage.num_threads) for stage in stages)
     return (
         f"{model} ({origin(model, driver.model_folder)}): {driver.model_config.architecture}, "
         f"{_count(num_parameters(driver.model_config))} parameters in {driver.dtype}"
         f"{f' ({why})' if (why := driver.setup.dtype_why) else ''}; "
-        f"{len(stages)} stage{'s' * (len(stages) > 1)} of {layers} layers, {gigabytes} GB"
+        f"{len(stages)} stage{'s' * (len(stages) > 1)} of {layers} layers, {gigabytes} GB, "
+        f"{threads} thread{'s' * (threads != '1')}"
     )
 
 

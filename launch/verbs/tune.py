@@ -4,7 +4,6 @@ in the simulator.
 `docs/tune.md` says how, and documents the keys of `--json`.
 """
 
-import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,6 +23,7 @@ from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.processes import processes
 from pipeserve.launch.show.tables import print_notes
 from pipeserve.launch.verbs.tune_search import SEARCHED, Wanted, bars, make_wanted, search, searched
+from pipeserve.machine import num_cpus
 from pipeserve.profiling.search.tuning import Tried
 
 _MOST_ROWS = 20
@@ -50,7 +50,7 @@ def tune(
     wanted = make_wanted(config, shape, workload, rate, tried)
     with (
         bars(Console(stderr=True)) as progress,
-        processes(num_processes or len(os.sched_getaffinity(0))) as run,
+        processes(num_processes or num_cpus()) as run,
     ):
         ranked = search(config, shape, wanted, tried, run, progress)
     print_ranked(wanted, ranked, Console())

@@ -71,6 +71,16 @@ class _InFlight:
     summary: Outstanding
 
 
+def check_suits(policy: Policy, limits: Limits) -> None:
+    """Raises ConfigError for limits that the policy cannot work within, however many blocks."""
+    if policy.traits.whole_prompts and limits.max_num_batched_tokens < limits.max_model_len:
+        raise ConfigError(
+            f"policy {policy.name} runs a prompt in one microbatch, but max_num_batched_tokens "
+            f"is {limits.max_num_batched_tokens}: give at least max_model_len, "
+            f"{limits.max_model_len}"
+        )
+
+
 class Engine:
     """Requests in, microbatches out, in index order. Not thread-safe: one host calls it.
 
@@ -80,12 +90,7 @@ class Engine:
     def __init__(
         self, plan: PipelinePlan, policy: Policy, limits: Limits, cost: CostModel | None = None
     ):
-        if policy.traits.whole_prompts and limits.max_num_batched_tokens < limits.max_model_len:
-            raise ConfigError(
-                f"policy {policy.name} runs a prompt in one microbatch, but max_num_batched_tokens "
-                f"is {limits.max_num_batched_tokens}: give at least max_model_len, "
-                f"{limits.max_model_len}"
-            )
+        check_suits(policy, limits)
         self.policy = policy
         self.limits = limits
         self.stats = Stats()

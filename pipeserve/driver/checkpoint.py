@@ -23,7 +23,7 @@ from pipeserve.stages.checkpoint.sources import resolve
 from pipeserve.stages.checkpoint.weights import check_checkpoint
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families import read_config
-from pipeserve.wire.control import KeeperHello, ModelShare, encode_job
+from pipeserve.wire.control import KeeperHello, ModelShare, StageSized, encode_job
 
 
 def checkpoint_setup(
@@ -68,24 +68,26 @@ def _setup(found: _Found, native: tuple[tuple[str, ...], ...], hosts: Sequence[s
     dtype = chosen.name
     max_model_len = _max_model_len(config, model_config)
     shape = shape_of(model_config, config.model, dtype)
-    kv_bytes = model_config.kv_bytes_per_token_per_layer(dtype)
-    plan, limits = lay_out(
+    plan, limits_with = lay_out(
         config,
         shape,
         max_model_len=max_model_len,
-        num_blocks=lambda plan: num_kv_blocks(config, plan, kv_bytes, max_model_len),
         enable_prefix_caching=config.enable_prefix_caching,
     )
+
+    def limits_for(sizes: Sequence[StageSized]) -> Limits:
+        return limits_with(num_kv_blocks(config, plan, max_model_len, sizes))
+
     return Setup(
         kind="real",
         config=config,
         shape=shape,
         dtype=dtype,
         plan=plan,
-        limits=limits,
+        limits_for=limits_for,
         cost=found.cost or _profiled_cost(config, shape, plan, dtype),
         module="pipeserve.stage.worker",
-        works=_works(config, str(found.folder), plan, dtype, limits),
+        works=_works(config, str(found.folder), plan, dtype),
         model_folder=found.folder,
         model_config=model_config,
         dtype_why=chosen.why,
@@ -132,9 +134,7 @@ def _profiled_cost(
     return PipelineCost(profile, shape, plan)
 
 
-def _works(
-    config: RunConfig, folder: str, plan: PipelinePlan, dtype: str, limits: Limits
-) -> tuple[bytes, ...]:
+def _works(config: RunConfig, folder: str, plan: PipelinePlan, dtype: str) -> tuple[bytes, ...]:
     return tuple(
         encode_job(
             ModelShare(
@@ -145,8 +145,7 @@ def _works(
                 has_head=stage.has_head,
                 dtype=dtype,
                 attention=config.attention,
-                num_blocks=limits.num_blocks,
-                block_size=limits.block_size,
+                block_size=config.block_size,
             )
         )
         for stage in plan.stages

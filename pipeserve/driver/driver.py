@@ -21,12 +21,17 @@ from pipeserve.core.records import Completed, Ping, Recorder, ignore
 from pipeserve.core.request_state import check_fits
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
-from pipeserve.driver.events import Lost, Ready, Received
+from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.setup import Setup
 from pipeserve.driver.stage_info import stage_infos, with_memory
 from pipeserve.driver.starting import jobs_of
-from pipeserve.driver.waiting import gather_memory, wait_for_keepers, wait_until_ready
+from pipeserve.driver.waiting import (
+    gather_memory,
+    wait_for_keepers,
+    wait_until_ready,
+    wait_until_sized,
+)
 from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.sampling_params import token_ids_of
 from pipeserve.wire import control
@@ -51,7 +56,7 @@ class Driver:
         """Returns when all stages are ready. `on_progress` is told in words how far they are.
         `record` is handed what the run tells of itself, from within `submit`, `outputs`, `settle`
         and `close`, and must not raise. `fleet` makes what stages are started and reached by."""
-        self._take(setup, record)
+        self._take(setup)
         self._may_plan = False
         """Something came since the engine last had no plan; nothing else can give it one."""
         self._num_spans_due = 0
@@ -65,8 +70,11 @@ class Driver:
         self.fleet = fleet(self.topology, self.config)
         try:
             wait_for_keepers(self.fleet, on_progress)
-            self._suit_ranks(record)
+            self._suit_ranks()
             self._start()
+            sizes = wait_until_sized(self.fleet, on_progress)
+            self._plan_within(self.setup.limits_for(sizes), record)
+            self._fill()
             self._is_whole = True
             """Stages are there; else they are waited for, after a loss."""
             started = wait_until_ready(self.fleet, on_progress)
@@ -75,26 +83,33 @@ class Driver:
             raise
         self.stages = stage_infos(self.plan, self.fleet.keepers, started)
 
-    def _take(self, setup: Setup, record: Recorder) -> None:
+    def _take(self, setup: Setup) -> None:
         self.setup = setup
         self.config, self.dtype = setup.config, setup.dtype
         self.shape, self.plan = setup.shape, setup.plan
         self.model_folder, self.model_config = setup.model_folder, setup.model_config
+
+    def _plan_within(self, limits: Limits, record: Recorder) -> None:
+        """They hold as long as this driver does, whatever stages it starts again."""
         policy = get_policy(self.config.policy)
-        self.engine = Engine(self.plan, policy, setup.limits, setup.cost)
+        self.engine = Engine(self.plan, policy, limits, self.setup.cost)
         self.journal = Journal(self.engine, record)
 
-    def _suit_ranks(self, record: Recorder) -> None:
+    def _suit_ranks(self) -> None:
         """Where ranks on other machines multiply other types than was thought."""
         keepers = [self.fleet.keepers[rank] for rank in range(self.topology.num_ranks)]
         native = tuple(keeper.native_dtypes for keeper in keepers)
         if self.setup.for_ranks is not None and native != self.setup.native_dtypes:
-            self._take(self.setup.for_ranks(keepers), record)
+            self._take(self.setup.for_ranks(keepers))
 
     def _start(self) -> None:
         """All stages, in a fresh epoch."""
         fleet = self.fleet
         fleet.start(jobs_of(self.setup, self.topology, fleet.keepers, fleet.local_name))
+
+    def _fill(self) -> None:
+        """All stages, which have said what memory they need."""
+        self.fleet.broadcast(control.TakeMemory(self.limits.num_blocks))
 
     # ---- what its client calls ------------------------------------------------------------------
 
@@ -161,6 +176,8 @@ class Driver:
                         self.journal.pinged(Ping(stage, sent_s, remote_s, received.at_s))
                 case Lost():
                     self._lose(received)
+                case Sized():
+                    self._fill()
                 case Ready(stages):
                     self._go_on(stages)
         if not outputs:

@@ -14,6 +14,13 @@ class Joined(NamedTuple):
     """A rank's keeper is there: a stage can be started on it."""
 
 
+class Sized(NamedTuple):
+    """All stages of this epoch have said what they will take, and wait to be told to."""
+
+    stages: tuple[control.StageSized, ...]
+    """Of each rank."""
+
+
 class Ready(NamedTuple):
     """All stages of this epoch have loaded and reached their neighbours: they can take a step."""
 
@@ -38,7 +45,7 @@ class Gone(NamedTuple):
     """A rank's keeper is gone, and its stage with it: there is nobody who could start another."""
 
 
-Event = Joined | Ready | Lost | Gone
+Event = Joined | Sized | Ready | Lost | Gone
 
 
 class Received(NamedTuple):
@@ -46,7 +53,7 @@ class Received(NamedTuple):
 
     message: control.FromStage | control.FromKeeper | Event
     rank: int
-    """Whose; of `Ready`, rank 0."""
+    """Whose; of `Sized` and `Ready`, rank 0."""
     at_s: float
     epoch: int
     """In which it was said, or happened. One that is over is nobody's business any more."""

@@ -20,7 +20,7 @@ import msgspec
 from pipeserve.configs import RunConfig
 from pipeserve.configs.addresses import join_address, split_address
 from pipeserve.core.topology import Topology
-from pipeserve.driver.events import Event, Gone, Joined, Lost, Ready, Received
+from pipeserve.driver.events import Event, Gone, Joined, Lost, Ready, Received, Sized
 from pipeserve.driver.joining import find_secret, listen, why_not
 from pipeserve.driver.spawned_keepers import SpawnedKeepers
 from pipeserve.driver.starting import Start, links_of
@@ -117,8 +117,9 @@ class Fleet:
         self._spawned.start(self.topology.num_ranks, address, self.secret)
 
     def start(self, jobs: Sequence[control.StartStage]) -> None:
-        """Start each rank's stage, in a fresh epoch: `Ready` says when all can take a step. Nothing
-        that a stage of an old epoch says is heard any more."""
+        """Start each rank's stage, in a fresh epoch: `Sized` says when all wait for `TakeMemory`,
+        and then `Ready` when all can take a step. Nothing that a stage of an old epoch says is
+        heard any more."""
         self.epoch += 1
         now = time.monotonic()
         for rank in list(self._stages):
@@ -215,6 +216,9 @@ class Fleet:
                     came.append(Received(message, rank, at_s, epoch))
             case control.Loading():
                 self._start.loading.take(rank, message, at_s)
+            case control.StageSized():
+                if self._start.sized(rank, message, at_s):
+                    came.append(Received(Sized(self._start.sizes), 0, at_s, epoch))
             case control.StageReady():
                 if self._start.loaded(rank, message, at_s):
                     self._connect(self._start.stages)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pipeserve.configs import RunConfig
 from pipeserve.core.cost.partition import plan_pipeline
 from pipeserve.core.cost.shape import ModelShape
+from pipeserve.core.engine import check_suits
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.core.policies import get_policy
 from pipeserve.core.view import Limits
@@ -17,15 +18,15 @@ def lay_out(
     shape: ModelShape,
     *,
     max_model_len: int,
-    num_blocks: Callable[[PipelinePlan], int],
     enable_prefix_caching: bool,
-) -> tuple[PipelinePlan, Limits]:
-    """`num_blocks`: KV blocks of the pool, once it is known which layers a stage has.
+) -> tuple[PipelinePlan, Callable[[int], Limits]]:
+    """The cut, and the limits with so many KV blocks: how many, follows from the stages' memory.
 
-    Raises ConfigError for a cut that the model does not allow, and as `num_blocks` does.
+    Raises ConfigError for a cut that the model does not allow, and for limits that the policy
+    cannot work within.
     """
-    whole_prompts = get_policy(config.policy).traits.whole_prompts
-    num_tokens = config.batched_tokens(whole_prompts, max_model_len)
+    policy = get_policy(config.policy)
+    num_tokens = config.batched_tokens(policy.traits.whole_prompts, max_model_len)
     plan = plan_pipeline(
         shape,
         config.pipeline_parallel_size,
@@ -33,13 +34,17 @@ def lay_out(
         num_tokens,
         config.pipeline_window,
     )
-    limits = Limits(
-        num_blocks=num_blocks(plan),
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=num_tokens,
-        max_model_len=max_model_len,
-        enable_prefix_caching=enable_prefix_caching,
-        max_tbt_s=config.slo_tbt,
-    )
-    return plan, limits
+
+    def limits_with(num_blocks: int) -> Limits:
+        return Limits(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=num_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
+            max_tbt_s=config.slo_tbt,
+        )
+
+    check_suits(policy, limits_with(1))  # before anything is started
+    return plan, limits_with

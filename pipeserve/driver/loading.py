@@ -21,6 +21,10 @@ class LoadWatch:
         self._num_moved = [0] * num_ranks
         self._progress_s = [now] * num_ranks
 
+    def begin(self, now: float) -> None:
+        """All of them did nothing until now, and go on."""
+        self._progress_s = [now] * self._num_ranks
+
     def take(self, rank: int, loading: control.Loading, now: float) -> None:
         """What a rank says of its weights."""
         before = self.weights.get(rank)

@@ -15,7 +15,7 @@ from pipeserve.core.view import CostModel, Limits
 
 if TYPE_CHECKING:
     from pipeserve.stages.config.model_config import ModelConfig
-    from pipeserve.wire.control import KeeperHello
+    from pipeserve.wire.control import KeeperHello, StageSized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,9 @@ class Setup:
     dtype: str
     """Of weights, products, KV and what links carry."""
     plan: PipelinePlan
-    limits: Limits
+    limits_for: "Callable[[Sequence[StageSized]], Limits]"
+    """Within which the engine plans, by what each rank says that it takes. Raises ConfigError when
+    that does not fit where it is."""
     cost: CostModel | None
     """What the policy predicts with; it learns, so it is for one engine."""
     module: str

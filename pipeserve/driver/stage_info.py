@@ -17,6 +17,7 @@ class StageInfo:
     host: str
     pid: int
     cpus: tuple[int, ...]
+    num_threads: int
     num_layers: int
     weight_bytes: int
     kv_bytes: int
@@ -40,6 +41,7 @@ def stage_infos(
                 host=keepers[rank].host,
                 pid=started[rank].pid,
                 cpus=tuple(started[rank].cpus),
+                num_threads=started[rank].num_threads,
                 num_layers=stage.num_layers,
                 weight_bytes=sum(part.weight_bytes for part in parts),
                 kv_bytes=sum(part.kv_bytes for part in parts),

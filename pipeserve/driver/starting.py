@@ -54,15 +54,30 @@ class Start:
         self._keepers = keepers
         self._load_timeout_s = load_timeout_s
         self.loading = LoadWatch(topology.num_ranks, now)
+        self._sized: dict[int, control.StageSized] = {}
         self._loaded: dict[int, control.StageReady] = {}
         self._loaded_s = now
         """When the last of them was."""
         self._connected: set[int] = set()
 
     @property
+    def sizes(self) -> tuple[control.StageSized, ...]:
+        """Of each rank, once all have told."""
+        return tuple(self._sized[rank] for rank in range(self._topology.num_ranks))
+
+    @property
     def stages(self) -> tuple[control.StageReady, ...]:
         """Of each rank, once all have loaded."""
         return tuple(self._loaded[rank] for rank in range(self._topology.num_ranks))
+
+    def sized(self, rank: int, size: control.StageSized, now: float) -> bool:
+        """Whether all stages have told what they take, with this one. Those that have, wait for the
+        others; now they all begin to load."""
+        self._sized[rank] = size
+        are_all = len(self._sized) == self._topology.num_ranks
+        if are_all:
+            self.loading.begin(now)
+        return are_all
 
     def loaded(self, rank: int, stage: control.StageReady, now: float) -> bool:
         """Whether all stages have, with this one."""
@@ -78,7 +93,8 @@ class Start:
     def late(self, now: float) -> tuple[int, Lost] | None:
         """A rank that is not to be waited for any longer."""
         ranks = range(self._topology.num_ranks)
-        loading = [rank for rank in ranks if rank not in self._loaded]
+        unsized = [rank for rank in ranks if rank not in self._sized]
+        loading = unsized or [rank for rank in ranks if rank not in self._loaded]
         if loading:
             return self._stopped(loading, now)
         missing = [rank for rank in ranks if rank not in self._connected]

@@ -4,14 +4,16 @@ come; and none goes on when somebody is lost.
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from pipeserve.driver import starting
-from pipeserve.driver.events import Lost, Ready, Received
+from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.joining import check_addresses, nobody_came
 from pipeserve.wire import control
 
 _LOOK_S = 0.5
+_Awaited = TypeVar("_Awaited", Sized, Ready)
 
 
 def wait_for_keepers(fleet: Fleet, on_progress: Callable[[str], None]) -> None:
@@ -28,23 +30,36 @@ def wait_for_keepers(fleet: Fleet, on_progress: Callable[[str], None]) -> None:
     check_addresses(fleet.keepers, fleet.address)
 
 
+def wait_until_sized(
+    fleet: Fleet, on_progress: Callable[[str], None]
+) -> tuple[control.StageSized, ...]:
+    """What each rank says that it will take, once all that were started have. Raises StageError, or
+    ConfigError, when one is lost."""
+    on_progress("starting stages")
+    return _wait_for(Sized, fleet, on_progress).stages
+
+
 def wait_until_ready(
     fleet: Fleet, on_progress: Callable[[str], None]
 ) -> tuple[control.StageReady, ...]:
-    """Of each rank, once all stages that were started can take a step. Raises StageError, or
-    ConfigError, when one is lost."""
-    on_progress("starting stages")
+    """Of each rank, once all stages can take a step. Raises StageError, or ConfigError, when one is
+    lost."""
+    return _wait_for(Ready, fleet, on_progress).stages
+
+
+def _wait_for(kind: type[_Awaited], fleet: Fleet, on_progress: Callable[[str], None]) -> _Awaited:
+    """The event of that kind."""
     others: list[Received] = []
-    ready = None
-    while ready is None:
+    event = None
+    while event is None:
         for received in _check(fleet, fleet.receive(_LOOK_S)):
-            if isinstance(received.message, Ready):
-                ready = received.message
+            if isinstance(received.message, kind):
+                event = received.message
             else:
                 others.append(received)
         on_progress(fleet.how_far())
     fleet.keep(others)
-    return ready.stages
+    return event
 
 
 def gather_memory(fleet: Fleet) -> list[control.Memory]:

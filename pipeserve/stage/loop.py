@@ -26,7 +26,7 @@ from pipeserve.stage.memory import peak_bytes, resident_bytes
 from pipeserve.stage.sequences import Sequence, Sequences
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.control import Connect, ReportMemory, StartStage, Step
+from pipeserve.wire.control import Connect, ReportMemory, StartStage, Step, TakeMemory
 from pipeserve.wire.links import ActivationLinks, send_tokens, unpack_tokens
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
@@ -64,13 +64,20 @@ class Done(NamedTuple):
 
 
 class Compute(Protocol):
-    """What a stage does with a microbatch."""
+    """What a stage holds, and does with a microbatch."""
 
+    size: control.StageSized
     weight_bytes: int
     kv_bytes: int
+    """The two are known once it has taken its memory."""
+    num_threads: int
     links: ActivationLinks
     is_elsewhere: bool
     """The computing is not this thread's, which can do something else meanwhile."""
+
+    def take_memory(self, num_blocks: int) -> None:
+        """Reads its weights, and makes a pool of so many KV blocks."""
+        ...
 
     def take_in(self, step: Step, activations: Any, seen_s: float) -> float:
         """When `activations`, a message of the link, seen at `seen_s`, are there; returns not
@@ -113,9 +120,10 @@ class StageLoop:
         epoch: int,
         sources: Sources,
         driver: Connection,
-        load: Callable[[StartStage, Tell], Compute],
+        make: Callable[[StartStage, Tell], Compute],
         baseline: int,
     ) -> None:
+        """`baseline`: bytes of this process's memory, before all that the stage takes."""
         self.job = job
         self.epoch = epoch
         self.is_first = job.stage == 0
@@ -128,13 +136,20 @@ class StageLoop:
         self.plans: deque[tuple[Step, float]] = deque()
         self.activations: deque[tuple[Any, float]] = deque()
         self.sequences = Sequences()
-        self.compute = load(job, self.tell)
+        self.has_memory = False
+        self.baseline = baseline
+        self.compute = make(job, self.tell)
         self.untold: Span | None = None
         """Of the microbatch before."""
         self.last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
         self._listen()
-        self._report_ready(baseline)
+        self.tell(self.compute.size)
+
+    def wait_for_memory(self) -> None:
+        """Until the driver has said how much to take, and it is taken."""
+        while not self.has_memory:
+            self._receive()
 
     def tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))
@@ -175,17 +190,20 @@ class StageLoop:
         elif not self.is_last:
             self.tokens_at = Listener(self.job.host, self.sources, ("tokens",), once=True).address
 
-    def _report_ready(self, baseline: int) -> None:
+    def _take_memory(self, num_blocks: int) -> None:
+        self.compute.take_memory(num_blocks)
+        self.has_memory = True
         self.tell(
             control.StageReady(
                 pid=os.getpid(),
                 host=self.job.host,
                 activations_at=self.activations_at,
                 tokens_at=self.tokens_at,
-                baseline_bytes=baseline,
+                baseline_bytes=self.baseline,
                 weight_bytes=self.compute.weight_bytes,
                 kv_bytes=self.compute.kv_bytes,
                 cpus=sorted(os.sched_getaffinity(0)),
+                num_threads=self.compute.num_threads,
             )
         )
 
@@ -232,6 +250,8 @@ class StageLoop:
         match message:
             case Step():
                 self.plans.append((message, now))
+            case TakeMemory():
+                self._take_memory(message.num_blocks)
             case Connect():
                 self._connect(message)
             case ReportMemory():
@@ -307,7 +327,7 @@ class StageLoop:
 # ---- the process --------------------------------------------------------------------------------
 
 
-def serve(load: Callable[[StartStage, Tell], Compute]) -> None:
+def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
     """Run the stage that standard input says; on failure, tell the driver and exit 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     baseline = resident_bytes()
@@ -320,7 +340,8 @@ def serve(load: Callable[[StartStage, Tell], Compute]) -> None:
         sys.exit(f"error: stage {job.stage}: the driver at {error}")
     driver.send(control.encode(control.StageHello(rank), epoch))
     try:
-        stage = StageLoop(job, epoch, sources, driver, load, baseline)
+        stage = StageLoop(job, epoch, sources, driver, make, baseline)
+        stage.wait_for_memory()
         gc.collect()
         gc.freeze()
         stage.run()

@@ -1,6 +1,14 @@
-"""This process's memory as Linux counts it, in bytes."""
+"""The memory of a stage's process, in bytes: what it has, and what there is for it."""
 
 from pathlib import Path
+
+from pipeserve.machine import MemoryLimit, memory_limits
+
+
+def device_memory() -> tuple[MemoryLimit, ...]:
+    """Where weights and KV have to fit: on a CPU, the machine's memory and the limits of its
+    containers. A GPU's is its own (`torch.cuda.mem_get_info`), under a key that is the GPU's."""
+    return memory_limits()
 
 
 def resident_bytes() -> int:

@@ -12,13 +12,15 @@ import torch
 
 from pipeserve.core.nouns import one_each
 from pipeserve.stage.loop import Done, StageLoop, Tell, Turn, serve
+from pipeserve.stage.memory import device_memory
 from pipeserve.stage.sequences import Sequence
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
 from pipeserve.stages.attention.kv import KVCache
-from pipeserve.stages.checkpoint.weights import load_stage
+from pipeserve.stages.checkpoint.weights import load_weights
 from pipeserve.stages.families import read_config
 from pipeserve.stages.layers.padding import pad_rows
 from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
+from pipeserve.stages.stage import Stage
 from pipeserve.wire import control, links
 from pipeserve.wire.control import StartStage, Step, StepChunk
 
@@ -32,36 +34,49 @@ class ModelCompute:
     is_elsewhere = False
 
     def __init__(self, job: StartStage, tell: Tell) -> None:
-        """Reads the weights, and tells how far that is."""
+        """By its configuration alone: no weight is read."""
         self._tell = tell
         self._next_report_s = 0.0
-        share = control.decode_share(job.work)
+        self._share = share = control.decode_share(job.work)
         self.block_size = share.block_size
         self.config = read_config(share.model_folder)
         self.dtype = getattr(torch, share.dtype)
-        self.model = load_stage(
-            share.model_folder,
+        self.model = Stage(
             self.config,
             first_layer=share.first_layer,
             stop_layer=share.stop_layer,
             has_embedding=share.has_embedding,
             has_head=share.has_head,
-            dtype=self.dtype,
             attention=share.attention,
-            progress=self._report_loading,
         )
+        self.size = control.StageSized(
+            weight_bytes=self.model.bytes_in(self.dtype),
+            block_bytes=KVCache.block_bytes(
+                self.config,
+                num_layers=share.stop_layer - share.first_layer,
+                block_size=share.block_size,
+                dtype=self.dtype,
+            ),
+            memory=device_memory(),
+        )
+        self.num_threads = torch.get_num_threads()
+        self.links = links.TensorLinks()
+
+    def take_memory(self, num_blocks: int) -> None:
+        """As `stage_loop.Compute`. Tells how far the weights are."""
+        share = self._share
+        load_weights(self.model, share.model_folder, self.dtype, self._report_loading)
         self.weight_bytes = self.model.num_bytes
         # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
         self.head, self.model.head = self.model.head, None
         self.kv = KVCache(
             self.config,
             num_layers=share.stop_layer - share.first_layer,
-            num_blocks=share.num_blocks,
+            num_blocks=num_blocks,
             block_size=share.block_size,
             dtype=self.dtype,
         )
         self.kv_bytes = self.kv.num_bytes
-        self.links = links.TensorLinks()
 
     def _report_loading(self, num_read: int, num_bytes: int) -> None:
         now = time.monotonic()

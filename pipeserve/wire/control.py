@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from pipeserve.core.records import Span
+from pipeserve.machine import MemoryLimit
 
 
 class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True):
@@ -67,7 +68,7 @@ class Ping(_Message):
 
 
 class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What one stage holds of a checkpoint, and of KV."""
+    """What one stage holds of a checkpoint, and how."""
 
     model_folder: str
     first_layer: int
@@ -76,8 +77,8 @@ class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
     has_head: bool
     dtype: str
     attention: str
-    num_blocks: int
     block_size: int
+    """Tokens in a block of its KV."""
 
 
 # ---- keeper -> stage ----------------------------------------------------------------------------
@@ -128,6 +129,12 @@ class StageExited(_Message):
 
 
 # ---- driver -> stage ----------------------------------------------------------------------------
+
+
+class TakeMemory(_Message):
+    """Read the weights, and make a pool of so many KV blocks."""
+
+    num_blocks: int
 
 
 class Connect(_Message):
@@ -189,6 +196,16 @@ class StageHello(_Message):
     rank: int
 
 
+class StageSized(_Message):
+    """What a stage will take, told before it takes it: it waits for `TakeMemory`."""
+
+    weight_bytes: int
+    block_bytes: int
+    """Of one KV block, in all its layers."""
+    memory: tuple[MemoryLimit, ...]
+    """Where all of that has to fit, beside what others take there. Empty: it takes none."""
+
+
 class Loading(_Message):
     """How far a stage is with its weights; a few times a second, and at their end."""
 
@@ -212,6 +229,9 @@ class StageReady(_Message):
     weight_bytes: int
     kv_bytes: int
     cpus: list[int]
+    """That it may run on."""
+    num_threads: int
+    """That compute."""
 
 
 class Connected(_Message):
@@ -254,9 +274,9 @@ class StageFailed(_Message):
 
 
 ToKeeper = StartStage | Stop | NotWanted | Ping
-ToStage = Connect | Step | ReportMemory
+ToStage = TakeMemory | Connect | Step | ReportMemory
 FromKeeper = Pong | StageExited
-FromStage = Loading | StageReady | Connected | Sampled | Timing | Memory | StageFailed
+FromStage = StageSized | Loading | StageReady | Connected | Sampled | Timing | Memory | StageFailed
 ToDriver = KeeperHello | StageHello | FromKeeper | FromStage
 
 decode_for_keeper = msgspec.msgpack.Decoder(tuple[int, ToKeeper]).decode

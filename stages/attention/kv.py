@@ -3,6 +3,8 @@
 Suffixes: L layers of the stage, K kv heads, B blocks, P positions in a block, H head size.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,17 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         self.block_size = block_size
-        shape = (num_layers, config.num_kv_heads, num_blocks, block_size, config.head_dim)
+        shape = _shape(config, num_layers, num_blocks, block_size)
         # Written once now, so that the memory is really there and not found missing while serving.
         self.keys_LKBPH = torch.empty(shape, dtype=dtype).zero_()
         self.values_LKBPH = torch.empty(shape, dtype=dtype).zero_()
+
+    @staticmethod
+    def block_bytes(
+        config: ModelConfig, *, num_layers: int, block_size: int, dtype: torch.dtype
+    ) -> int:
+        """What each block adds to a pool."""
+        return 2 * math.prod(_shape(config, num_layers, 1, block_size)) * dtype.itemsize
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of the stage's own layer number `layer`, each [K, B, P, H]."""
@@ -46,6 +55,13 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         return self.keys_LKBPH.nbytes + self.values_LKBPH.nbytes
+
+
+def _shape(
+    config: ModelConfig, num_layers: int, num_blocks: int, block_size: int
+) -> tuple[int, ...]:
+    """[L, K, B, P, H], of keys and of values."""
+    return (num_layers, config.num_kv_heads, num_blocks, block_size, config.head_dim)
 
 
 def write(k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, slots_T: Tensor) -> None:

@@ -28,32 +28,18 @@ _COMPUTED = ".rotary_emb.inv_freq"  # what old checkpoints keep in each layer, a
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_stage(
+def load_weights(
+    stage: Stage,
     folder: str | Path,
-    config: ModelConfig,
-    *,
-    first_layer: int,
-    stop_layer: int,
-    has_embedding: bool,
-    has_head: bool,
     dtype: torch.dtype,
-    attention: str = "auto",
     progress: Callable[[int, int], None] = lambda num_read, num_bytes: None,
-) -> Stage:
-    """The stage with its weights in `dtype`. `progress` is called before the first read and after
+) -> None:
+    """Set the weights of `stage`, in `dtype`. `progress` is called before the first read and after
     each, with the bytes read so far and those that there are to read.
 
     Raises ConfigError for a checkpoint that is missing, truncated, pickled or of another shape, and
     for weights that are not finite.
     """
-    stage = Stage(
-        config,
-        first_layer=first_layer,
-        stop_layer=stop_layer,
-        has_embedding=has_embedding,
-        has_head=has_head,
-        attention=attention,
-    )
     with Checkpoint(Path(folder)) as checkpoint:
         num_bytes = sum(
             checkpoint.num_bytes(leaf.source, part, shape)
@@ -63,9 +49,8 @@ def load_stage(
         progress(0, num_bytes)
         checkpoint.on_read = lambda num_read: progress(num_read, num_bytes)
         for leaf in stage.leaves():
-            own = torch.float32 if leaf.is_float32 else dtype
+            own = leaf.dtype_in(dtype)
             leaf.set(*(checkpoint.read(leaf.source, *part, own) for part in _parts(leaf)))
-    return stage
 
 
 def _parts(leaf: Leaf) -> list[tuple[str, tuple[int, ...]]]:

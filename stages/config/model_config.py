@@ -108,7 +108,3 @@ class ModelConfig:
     def resolve_dtype(self, wanted: str) -> str:
         """`wanted`, or the checkpoint's own for "auto"."""
         return self.dtype if wanted == "auto" else wanted
-
-    def kv_bytes_per_token_per_layer(self, dtype: str) -> int:
-        """K and V of one position in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]

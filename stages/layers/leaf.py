@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,6 +54,10 @@ class Leaf(nn.Module):
     @property
     def num_parameters(self) -> int:
         return math.prod(self.shape) + self.has_bias * self.shape[0]
+
+    def dtype_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What it is kept as in a run of `dtype`."""
+        return torch.float32 if self.is_float32 else dtype
 
     @property
     def num_bytes(self) -> int:

@@ -13,6 +13,7 @@ from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.events import Lost, Received
 from pipeserve.errors import StageError
+from pipeserve.machine import MemoryLimit
 from pipeserve.wire import control
 
 from checkpoints import random_prompts, tiny_llama  # isort: skip
@@ -77,7 +78,7 @@ def folder(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("model"))
 
 
-def start(folder, fleet, told):
+def start(folder, fleet, told, **options):
     wanted = {
         "model": folder,
         "dtype": "float32",
@@ -86,8 +87,28 @@ def start(folder, fleet, told):
         "block_size": 4,
         "num_gpu_blocks_override": 24,
         "max_num_seqs": 4,
+        **options,
     }
     return Driver(checkpoint_setup(make_config({}, wanted)), record=told.append, fleet=fleet)
+
+
+def test_after_a_loss_stages_have_as_many_blocks_as_before(folder, monkeypatch):
+    """The engine goes on with its own, whatever is free by then."""
+    free = [MemoryLimit("it", "here", 64 << 20, 64 << 20)]
+    monkeypatch.setattr("pipeserve.stage.worker.device_memory", lambda: tuple(free))
+
+    def pools():
+        return {worker.compute.kv.keys_LKBPH.shape[2] for worker in driver.fleet.workers}
+
+    with start(folder, MortalFleet, [], num_gpu_blocks_override=None) as driver:
+        num_blocks = driver.limits.num_blocks
+        assert pools() == {num_blocks}
+        free[0] = free[0]._replace(free_bytes=16 << 20)
+        driver.fleet.draw, driver.fleet.num_left = random.Random(0), 1
+        add_all(driver, folder)
+        take_all(driver)
+        assert driver.fleet.epoch == 2
+        assert driver.limits.num_blocks == num_blocks and pools() == {num_blocks}
 
 
 def add_all(driver, folder):

@@ -13,7 +13,7 @@ from pipeserve.core.records import Ping, Span
 from pipeserve.core.topology import Topology
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
-from pipeserve.driver.events import Joined, Lost, Ready
+from pipeserve.driver.events import Joined, Lost, Ready, Sized
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import wait_for_keepers
@@ -46,11 +46,10 @@ class ByHand:
         self._comes("keeper", rank).send(control.encode(hello, 0))
 
     def comes(self, rank):
-        """Its stage, which has loaded."""
+        """Its stage, which says what it will take."""
         stage = self._comes("stage", rank)
         stage.send(control.encode(control.StageHello(rank), 1))
-        ready = control.StageReady(100 + rank, "", f"a{rank}", f"t{rank}", 0, 0, 0, [])
-        stage.send(control.encode(ready, 1))
+        self.says(rank, control.StageSized(10 + rank, 1, ()))
 
     def says(self, rank, message):
         self._who["stage", rank].send(control.encode(message, 1))
@@ -59,6 +58,10 @@ class ByHand:
         address = f"{self.fleet.address}/{self.fleet.local_name}"
         self._who[purpose, rank] = connect(address, self._sources, purpose)
         return self._who[purpose, rank]
+
+    def listens(self):
+        for source in self._sources.ready(0):
+            source.receive()
 
     def hears(self, purpose):
         """The next message to each rank; what the fleet makes of all that is said."""
@@ -135,6 +138,14 @@ def test_links_go_from_shard_to_shard_and_then_it_is_ready(hand):
     started(hand)
     for rank in (2, 0, 1, 3):
         hand.comes(rank)
+    while not (came := hand.fleet.receive(0.01)):
+        hand.listens()
+    assert [size.weight_bytes for size in came[0].message.stages] == [10, 11, 12, 13]
+    assert isinstance(came[0].message, Sized)
+    hand.fleet.broadcast(control.TakeMemory(7))
+    assert hand.hears("stage") == ([(1, control.TakeMemory(7))] * 4, [])
+    for rank in (2, 0, 1, 3):
+        hand.says(rank, control.StageReady(100 + rank, "", f"a{rank}", f"t{rank}", 0, 0, 0, [], 1))
     links, events = hand.hears("stage")
     assert [message for _, message in links] == [
         control.Connect("a2", ""),

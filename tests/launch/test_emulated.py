@@ -38,11 +38,14 @@ from pipeserve.wire.control import (
     Launch,
     StageHello,
     StageReady,
+    StageSized,
     StartStage,
     Step,
     StepChunk,
+    TakeMemory,
     decode_from_stage,
     decode_stage_hello,
+    encode,
     encode_job,
 )
 from pipeserve.wire.listener import Listener
@@ -132,7 +135,7 @@ def test_stages_are_told_the_simulator_s_truth():
 
 
 def test_limits_are_those_of_the_flags():
-    assert emulated_setup(config_of(slo_tbt=0.5)).limits.max_tbt_s == 0.5
+    assert emulated_setup(config_of(slo_tbt=0.5)).limits_for([]).max_tbt_s == 0.5
 
 
 def test_every_token_comes(run):
@@ -338,15 +341,20 @@ def test_a_stage_without_a_driver_is_one_line():
     assert stderr.count(b"\n") == 1
 
 
-def test_a_stage_ends_with_its_driver():
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_stage_ends_with_its_driver(is_told):
+    """Before it is told how much memory to take, and after."""
     sources = Sources(b"secret")
     stage = start_stage(Listener("127.0.0.1", sources, ("stage",)).address)
     said = []
-    while len(said) < 2:
+    while len(said) < 2 + is_told:
         for source in sources.ready(30_000):
             said += source.receive()
+            if is_told and len(said) == 2:
+                source.send(encode(TakeMemory(1), 1))
     assert decode_stage_hello(said[0]) == (1, StageHello(0))
-    assert isinstance(decode_from_stage(said[1])[1], StageReady)
+    told = [type(decode_from_stage(each)[1]) for each in said[1:]]
+    assert told == [StageSized, StageReady][: 1 + is_told]
     assert stage.poll() is None
     sources.close()
     _, stderr = stage.communicate(timeout=30)

@@ -5,13 +5,16 @@ from checkpoints import tiny, tiny_llama
 from safetensors.torch import load_file
 
 from pipeserve.configs import RunConfig
+from pipeserve.core.topology import Topology
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.loading import LoadWatch
+from pipeserve.driver.starting import Start
 from pipeserve.errors import ConfigError
 from pipeserve.launch import cli
 from pipeserve.launch.run import starting
 from pipeserve.launch.show.loaded import loaded, num_parameters
+from pipeserve.machine import num_cpus
 from pipeserve.stages.families import read_config
 from pipeserve.wire import control
 
@@ -25,7 +28,7 @@ def run_config(model, **options):
 def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     folder = tiny_llama(tmp_path / "model")
     size = 4 * sum(tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
-    said = []
+    said, threads = [], max(num_cpus() // 3, 1)
     config = run_config(folder, pipeline_parallel_size=3, pipeline_layers=(3, 0, 1))
     with Driver(checkpoint_setup(config), on_progress=said.append) as driver:
         line = loaded(driver)
@@ -39,13 +42,14 @@ def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     assert said[-1] == "loading weights: 0.00 of 0.00 GB, 100%"
     assert line == (
         f"{folder} (folder): LlamaForCausalLM, {size / 4e6:.1f} M parameters in float32; "
-        "3 stages of 3+0+1 layers, 0.00+0.00+0.00 GB"
+        f"3 stages of 3+0+1 layers, 0.00+0.00+0.00 GB, {threads}+{threads}+{threads} threads"
     )
 
 
 def test_the_time_between_tokens_that_is_wanted_reaches_the_engine(tmp_path):
     config = run_config(tiny_llama(tmp_path / "model"), slo_tbt=0.5)
-    assert checkpoint_setup(config).limits.max_tbt_s == 0.5
+    sizes = [control.StageSized(weight_bytes=0, block_bytes=1, memory=())]
+    assert checkpoint_setup(config).limits_for(sizes).max_tbt_s == 0.5
 
 
 def test_how_far_in_words():
@@ -58,6 +62,20 @@ def test_how_far_in_words():
     nothing_to_read = LoadWatch(1, 0.0)
     nothing_to_read.take(0, control.Loading(0, 0), 1.0)
     assert str(nothing_to_read) == "loading weights: 0.00 of 0.00 GB, 100%"
+
+
+def test_who_waits_for_the_others_to_say_what_they_take_has_not_stopped():
+    """And has all of its time once they have."""
+    names = control.KeeperHello(0, 2, "here", "", 0, "")
+    start = Start(Topology(((0,), (1,))), {0: names, 1: names}, load_timeout_s=10.0, now=0.0)
+    size = control.StageSized(0, 0, ())
+    assert not start.sized(0, size, 1.0)
+    start.loading.moved(1, 9, 5.0)  # it still imports
+    assert start.late(14.0) is None
+    assert start.sized(1, size, 14.0)
+    assert start.late(23.0) is None
+    rank, lost = start.late(25.0)
+    assert (rank, lost.why.partition(",")[0]) == (0, "stage 0 on here has stopped loading")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "opt", "falcon_new"])

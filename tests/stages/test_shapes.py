@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.driver.shapes import find_shape, shape_of
+from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.families import read_config
 from pipeserve.stages.stage import Stage
 
@@ -149,8 +150,10 @@ def test_parameters_are_those_of_transformers_and_of_the_papers(real, name):
     model = transformers_on_meta(folder)
     assert own == sum(parameter.numel() for parameter in model.parameters())
     assert own / 1e9 == pytest.approx(billions, rel=5e-3)
-    kv = config.num_layers * config.kv_bytes_per_token_per_layer("float16")
-    assert kv == kv_bytes
+    of_token = KVCache.block_bytes(
+        config, num_layers=config.num_layers, block_size=1, dtype=torch.float16
+    )
+    assert of_token == kv_bytes
     assert all(leaf.weight is None for leaf in stage.leaves())
 
 

@@ -11,10 +11,11 @@ from checkpoints import TINY, edit_config, tiny, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.checkpoint.weights import check_checkpoint, load_stage
+from pipeserve.stages.checkpoint.weights import check_checkpoint, load_weights
 from pipeserve.stages.families import read_config
 from pipeserve.stages.layers import linear
 from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.stage import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,16 +25,15 @@ CUT = [(0, 1), (1, 1), (1, 4)]
 
 def load(folder, first=0, stop=4, *, dtype=torch.float32, config=None, **options):
     config = config or read_config(folder)
-    return load_stage(
-        folder,
+    stage = Stage(
         config,
         first_layer=first,
         stop_layer=stop,
         has_embedding=first == 0,
         has_head=stop == config.num_layers,
-        dtype=dtype,
-        **options,
     )
+    load_weights(stage, folder, dtype, **options)
+    return stage
 
 
 def tensors_of(folder):

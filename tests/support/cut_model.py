@@ -9,8 +9,9 @@ import torch
 
 from pipeserve.stages.attention.inputs import build_inputs
 from pipeserve.stages.attention.kv import KVCache
-from pipeserve.stages.checkpoint.weights import load_stage
+from pipeserve.stages.checkpoint.weights import load_weights
 from pipeserve.stages.families import read_config
+from pipeserve.stages.stage import Stage
 
 TOLERANCE = 1e-4
 
@@ -37,18 +38,16 @@ class Stages:
         self.stages, self.pools = [], []
         for number, count in enumerate(layers):
             first = sum(layers[:number])
-            self.stages.append(
-                load_stage(
-                    folder,
-                    config,
-                    first_layer=first,
-                    stop_layer=first + count,
-                    has_embedding=number == 0,
-                    has_head=number == len(layers) - 1,
-                    dtype=dtype,
-                    attention=attention,
-                )
+            stage = Stage(
+                config,
+                first_layer=first,
+                stop_layer=first + count,
+                has_embedding=number == 0,
+                has_head=number == len(layers) - 1,
+                attention=attention,
             )
+            load_weights(stage, folder, dtype)
+            self.stages.append(stage)
             pool = KVCache(
                 config,
                 num_layers=count,

@@ -69,8 +69,10 @@ class LocalFleet(Fleet):
 
 @torch.inference_mode()
 def _work(worker: StageLoop) -> None:
-    """What it can do without waiting."""
+    """All that it can do without waiting: it goes on as long as it has ended a microbatch."""
     worker.go_round(may_wait=False)
+    while worker.untold is not None:
+        worker.go_round(may_wait=False)
 
 
 def local_llm(folder: str, layers: tuple[int, ...], **options) -> LLM:

@@ -61,7 +61,8 @@ class ActivationLinks:
         self._inbox.extend([(message, seen_s) for message in messages])
 
     def ready(self, index: int) -> bool:
-        """Whether what microbatch `index` needs is there. Asked of the next one alone."""
+        """Whether what microbatch `index` needs is there; or on its way, where the device itself
+        waits for it. Asked of the next one alone."""
         return bool(self._inbox)
 
     def take(self, index: int) -> tuple[Any, float]:

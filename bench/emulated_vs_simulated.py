@@ -6,8 +6,8 @@
 Each case runs a pipeline of emulated stages in real time: processes, control messages, link
 headers and token feedback are real, computing and moving activations are waited for. The simulator
 then serves the same requests, at the times at which they were added, on the same truth. What lies
-between the two is the runtime: idle time by cause of the ledger less the simulator's, and how late
-stages woke up from computing, for each microbatch. Of several repeats the median run counts.
+between the two is the runtime: idle time by cause of the ledger less the simulator's, for each
+microbatch. Of several repeats the median run counts.
 
 Use an idle machine: processes that wait for a core are late.
 """
@@ -103,9 +103,6 @@ class Side:
     """Share of wall time, mean over the stages; likewise below."""
     idle_us: dict[str, float]
     """By cause, microseconds for each microbatch."""
-    late_us: float
-    """Microseconds that a microbatch's stages, together a P-th each, computed longer than the
-    profile says."""
 
     @classmethod
     def of(cls, recording: Recording) -> "Side":
@@ -113,7 +110,6 @@ class Side:
         stages, num = range(recording.num_stages), len(recording.planned)
         idle_s = [ledger.idle_s(stage) for stage in stages]
         spans = [span for of_stage in recording.spans for span in of_stage]
-        late_s = [span.end_s - span.start_s - span.cpu_s for span in spans]
         return cls(
             seconds=ledger.seconds,
             output_tokens_per_s=summary.output_tokens_per_s,
@@ -126,7 +122,6 @@ class Side:
                 cause: 1e6 * fmean([of_stage[cause] for of_stage in idle_s]) / num
                 for cause in idle_s[0]
             },
-            late_us=1e6 * sum(late_s) / len(late_s) if recording.meta["kind"] == "emulated" else 0,
         )
 
 
@@ -180,7 +175,6 @@ def run(case: Case, policy: str, repeat: int) -> dict[str, Any]:
         )
     _, seed, (real, ideal), alike = sorted(found, key=lambda one: one[:2])[(repeat - 1) // 2]
     own_us = {cause: real.idle_us[cause] - ideal.idle_us[cause] for cause in OWN}
-    own_us["late wake-ups"] = real.late_us
     return {
         "case": case.name,
         "policy": policy,

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 2 -m pipeserve.launch.keeper --control HOST:PORT
 """
 
-from pipeserve.stage.keeper import main
+from pipeserve.stage.keeper_command import main
 
 if __name__ == "__main__":
     main()

@@ -10,6 +10,7 @@ import ctypes
 import os
 import struct
 import time
+from typing import NamedTuple
 from zlib import crc32
 
 import msgspec
@@ -18,22 +19,23 @@ from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan, one_each
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes, StageTimes
-from pipeserve.stage.loop import Done, StageLoop, Tell, Turn, serve
-from pipeserve.stage.sequences import Sequence
+from pipeserve.stage.compute import Done, FeedBack, Tell, Turn
+from pipeserve.stage.serve import serve
 from pipeserve.wire import control
-from pipeserve.wire.control import StartStage, Step
+from pipeserve.wire.control import StartStage
 from pipeserve.wire.links import ActivationLinks
 
 MODULE = "pipeserve.launch.emulated.stage"
 _HEADER = struct.Struct("<qd")
-"""A real link's header, the microbatch's index, and when it was sent: the hop begins then."""
+"""A real link's header, the microbatch's index, and when its activations are there."""
 _SEED = struct.Struct("<qq")
 _PR_SET_TIMERSLACK = 29
 _SPIN_S = 150e-6
 """Before the end of a wait: a sleeping thread wakes late by 100 us, 130 us at the 90th percentile
 (on the virtual machine that this was written on)."""
-_AHEAD_S = 600e-6
-"""Before the end of a microbatch: enough to wake up late and to take in what has arrived."""
+_LOOK_S = 1e-3
+"""The shortest wait for messages: of the last millisecond of a microbatch this thread sleeps, and
+does not look at them."""
 
 
 class EmulatedWork(msgspec.Struct, frozen=True):
@@ -52,82 +54,102 @@ class EmulatedWork(msgspec.Struct, frozen=True):
 
 
 class HeaderLinks(ActivationLinks):
-    """Those of stages that have no activations: a message is 16 bytes."""
+    """Those of stages that have no activations: a message is 16 bytes. The link with the next stage
+    carries one microbatch at a time, each as long as the profile says."""
 
-    def send(self, index: int, sent_s: float) -> int:
+    def __init__(self) -> None:
+        super().__init__()
+        self._free_s = 0.0
+
+    def send(self, index: int, sent_s: float, hop_s: float) -> int:
         """Returns the number of bytes."""
-        self._next_stage.send(_HEADER.pack(index, sent_s))
+        self._free_s = max(sent_s, self._free_s) + hop_s
+        self._next_stage.send(_HEADER.pack(index, self._free_s))
         return _HEADER.size
+
+    def take(self, index: int) -> tuple[None, float]:
+        """The device waits for the rest of the hop, as for what it computes before."""
+        message, seen_s = super().take(index)
+        sent_index, there_s = _HEADER.unpack(message)
+        if sent_index != index:
+            raise RuntimeError(f"link out of step: expected microbatch {index}, got {sent_index}")
+        return None, max(there_s, seen_s)
+
+
+class Computing(NamedTuple):
+    """A microbatch that the device was given."""
+
+    index: int
+    hop_s: float
+    """Of its activations to the next stage."""
+    done: Done
+    """What will come of it; when it is sent alone is not known yet."""
 
 
 class EmulatedCompute:
-    """The `stage_loop.Compute` that waits."""
+    """The `Compute` that waits: the model of a device that computes one microbatch after the other,
+    in the order in which they were begun, each as long as the profile says."""
 
     size = control.StageSized(weight_bytes=0, block_bytes=0, memory=())
     weight_bytes = kv_bytes = 0
     num_threads = 1
-    is_elsewhere = True
+    most_begun = 2
 
-    def __init__(self, times: StageTimes, stage: int, vocab_size: int) -> None:
+    def __init__(self, times: StageTimes, job: StartStage, vocab_size: int) -> None:
         self._times = times
-        self._stage = stage
+        self._job = job
         self._vocab_size = vocab_size
-        self._link_free_s = 0.0
+        self._free_s = 0.0
+        """When the device is done with all that was begun."""
+        self._last_cpu_s = time.thread_time()
+        """Of this thread at the end of the microbatch before."""
         self.links = HeaderLinks()
 
     @classmethod
     def load(cls, job: StartStage, tell: Tell) -> "EmulatedCompute":
         work = msgspec.msgpack.decode(job.work, type=EmulatedWork)
-        return cls(work.times(), job.stage, work.shape.vocab_size)
+        return cls(work.times(), job, work.shape.vocab_size)
 
     def take_memory(self, num_blocks: int) -> None:
         """It holds nothing."""
 
-    def take_in(self, step: Step, activations: bytes | bytearray, seen_s: float) -> float:
-        """The link carries one microbatch at a time, each as long as the profile says."""
-        index, sent_s = _HEADER.unpack(activations)
-        if index != step.index:
-            raise RuntimeError(f"link out of step: expected microbatch {step.index}, got {index}")
-        hop_s = self._times.hop_s(step)[self._stage - 1]
-        self._link_free_s = max(sent_s, self._link_free_s) + hop_s
-        wait_until(self._link_free_s)
-        return max(self._link_free_s, seen_s)
-
-    def run(self, turn: Turn, stage: StageLoop) -> Done:
-        """As `stage_loop.Compute`. The device's own time counts as CPU time: what the stage took
-        longer is how late it woke up, and that is nobody's work."""
-        step = turn.step
-        seconds = self._times.compute_s(step)[self._stage]
-        due_s = turn.start_s + seconds
-        tokens, head_s = [], due_s
-        if stage.is_last:
-            tokens = self._sample(step, turn.sequences)
+    def begin(self, turn: Turn) -> Computing:
+        """The device begins it when it is there and the one before is done."""
+        start_s = max(time.monotonic(), turn.input_s, self._free_s)
+        has_rested = start_s > self._free_s
+        between_cpu_s = time.thread_time() - self._last_cpu_s if has_rested else 0.0
+        step, stage = turn.step, self._job.stage
+        seconds = self._times.compute_s(step)[stage]
+        self._free_s = due_s = start_s + seconds
+        hop_s, head_s, sampled = 0.0, due_s, None
+        if self._job.is_last:
             head_s -= self._times.head_s(step)
-        num_tokens = sum([chunk.stop - chunk.start for chunk in step.chunks])
-        self._wait_until(due_s, stage)
-        end_s = time.monotonic()
-        if stage.is_last:
-            counts = one_each(step.chunks)
-            end_cpu_s = stage.feed_back(step, tokens, counts, end_s)
-            stage.report(control.Sampled(step.index, tokens, counts, [], []))
-            return Done(num_tokens, head_s, end_s, end_s, seconds, end_cpu_s, 0)
-        num_bytes = self.links.send(step.index, end_s)
-        end_cpu_s = time.thread_time()
-        return Done(num_tokens, end_s, end_s, end_s, seconds, end_cpu_s, num_bytes)
+            sampled = control.Sampled(step.index, self._sample(turn), one_each(step.chunks), [], [])
+        else:
+            hop_s = self._times.hop_s(step)[stage]
+        done = Done(start_s, head_s, due_s, due_s, seconds, between_cpu_s, 0, sampled)
+        return Computing(step.index, hop_s, done)
 
-    def _wait_until(self, due_s: float, stage: StageLoop) -> None:
-        """Shortly before the end the stage looks what there is to do next, as it could while a
-        device computes: two microbatches do not wait for that between them."""
-        time.sleep(max(due_s - time.monotonic() - _AHEAD_S, 0.0))
-        stage.meanwhile()
-        if stage.plans:
-            self._times.hop_s(stage.plans[0][0])  # reckoned once, and needed as soon as it is begun
-        wait_until(due_s)
+    def left_s(self, computing: Computing) -> float:
+        left_s = computing.done.end_s - time.monotonic() - _SPIN_S
+        return left_s if left_s >= _LOOK_S else 0.0
 
-    def _sample(self, step: Step, sequences: list[Sequence]) -> list[int]:
+    def end(self, computing: Computing, feed_back: FeedBack) -> Done:
+        """As `Compute`. The device's own time counts as CPU time."""
+        index, hop_s, done = computing
+        wait_until(done.end_s)
+        sent_s, num_bytes = time.monotonic(), 0
+        if done.sampled is None:
+            num_bytes = self.links.send(index, sent_s, hop_s)
+        else:
+            feed_back(index, done.sampled.tokens, done.sampled.counts)
+        self._last_cpu_s = time.thread_time()
+        return done._replace(sent_s=sent_s, num_bytes=num_bytes)
+
+    def _sample(self, turn: Turn) -> list[int]:
         """Token ids that follow from the request's seed and the place in its output."""
         tokens = []
-        for chunk, sequence in zip(step.chunks, sequences, strict=True):
+        for chunk, sequence in zip(turn.step.chunks, turn.sequences, strict=True):
             if chunk.samples:
                 place = chunk.stop - sequence.registration.num_prompt_tokens
                 tokens.append(crc32(_SEED.pack(sequence.params.seed, place)) % self._vocab_size)

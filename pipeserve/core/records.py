@@ -75,9 +75,13 @@ class Completed(NamedTuple):
 class Span(NamedTuple):
     """One microbatch on one stage. Times of that stage's machine.
 
-    What came while the stage computed is seen when it looks, and stamped as at the end of that
-    microbatch: it was not waited for. So is what comes between that end and the look, which makes
-    it as much too early; who needs it causal takes the sender's `sent_s` where that is later.
+    What came while the stage computed, or waited for the end of that, is seen when it looks, and
+    stamped as at the end of that microbatch: it was not waited for. So is what comes between that
+    end and the look, which makes it as much too early; who needs it causal takes the sender's
+    `sent_s` where that is later.
+
+    Of a microbatch that a device computes, start and end are the device's: it may have been begun
+    while the one before was computed, and its end is taken some time after it.
     """
 
     stage: int

@@ -49,7 +49,7 @@ def _spawn(rank: int, num_ranks: int, address: str, secret: bytes) -> subprocess
     process = subprocess.Popen(
         [
             sys.executable,
-            *("-m", "pipeserve.stage.keeper"),
+            *("-m", "pipeserve.stage.keeper_command"),
             *("--control", address, "--until-stdin-closes"),
         ],
         env={

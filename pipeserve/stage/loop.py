@@ -1,6 +1,6 @@
-"""One stage process: a single loop that waits for what the next microbatch needs, then has it
-computed. What computing is, a `Compute` says: `worker.py` runs the model's layers, the emulated
-stage waits as long as a device profile says. All else is here, the same for both, without torch.
+"""One stage process: a single loop that receives what has arrived, begins what can be begun, and
+takes the end of what is computed. What computing is, a `Compute` says (`compute.py`). All else is
+here, the same for every kind of stage, without torch.
 
 The next microbatch, strictly by index, needs its plan (control), its activations (from the previous
 stage) and, on the first stage, the tokens that are still on their way (from the last stage). All of
@@ -8,107 +8,23 @@ them are polled together, so nothing can block the stage but its own computing. 
 runs beside it, but the one that sends on what the kernel does not take of a large activation.
 """
 
-import gc
 import os
-import signal
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
-
-import msgspec
+from typing import Any
 
 from pipeserve.core.records import Span
-from pipeserve.errors import PipeserveError
-from pipeserve.stage.memory import peak_bytes, resident_bytes
-from pipeserve.stage.sequences import Sequence, Sequences
-from pipeserve.wire import connecting, control
+from pipeserve.stage.compute import Compute, Done, Tell, Turn
+from pipeserve.stage.memory import peak_bytes
+from pipeserve.stage.neighbours import Neighbours
+from pipeserve.stage.sequences import Sequences
+from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Connect, ReportMemory, StartStage, Step, TakeMemory
-from pipeserve.wire.links import ActivationLinks, send_tokens, unpack_tokens
-from pipeserve.wire.listener import Listener
+from pipeserve.wire.links import send_tokens, unpack_tokens
 from pipeserve.wire.sources import Sources
-
-_LAST_WORD_S = 2.0
-_CONNECT_S = 10.0
-
-Tell = Callable[[control.ToDriver], None]
-
-
-class Turn(NamedTuple):
-    """The next microbatch, all of which is here, and when its compute began."""
-
-    step: Step
-    sequences: list[Sequence]
-    """Of each chunk."""
-    activations: Any
-    """What the link with the stage before brought; None on the first stage."""
-    start_s: float
-    start_cpu_s: float
-    """Of this thread."""
-
-
-class Done(NamedTuple):
-    """When a microbatch's compute was done, and what it took. As `Span` has it."""
-
-    num_tokens: int
-    head_s: float
-    end_s: float
-    sent_s: float
-    cpu_s: float
-    end_cpu_s: float
-    """Of this thread, at the end."""
-    num_bytes: int
-
-
-class Compute(Protocol):
-    """What a stage holds, and does with a microbatch."""
-
-    size: control.StageSized
-    weight_bytes: int
-    kv_bytes: int
-    """The two are known once it has taken its memory."""
-    num_threads: int
-    links: ActivationLinks
-    is_elsewhere: bool
-    """The computing is not this thread's, which can do something else meanwhile."""
-
-    def take_memory(self, num_blocks: int) -> None:
-        """Reads its weights, and makes a pool of so many KV blocks."""
-        ...
-
-    def take_in(self, step: Step, activations: Any, seen_s: float) -> float:
-        """When `activations`, a message of the link, seen at `seen_s`, are there; returns not
-        before."""
-        ...
-
-    def run(self, turn: Turn, stage: "StageLoop") -> Done:
-        """Computes it, and hands what comes of it to its link with the next stage; on the last
-        stage, to `stage.feed_back` and the driver. One that is elsewhere calls `stage.meanwhile`
-        before it is done."""
-        ...
-
-
-class Opening(NamedTuple):
-    """A connection to a neighbour that is about to be."""
-
-    connection: Connection
-    address: str
-    reach: Callable[[str, Sources], Connection]
-    until_s: float
-
-    def goes_on(self) -> "Opening | None":
-        """None: it is there. Raises ConnectionError when it will not be."""
-        if self.connection.is_open:
-            return None
-        if not self.connection.has_ended:
-            return self
-        why = self.connection.refusal
-        if self.connection.is_refused or time.monotonic() > self.until_s:
-            raise ConnectionError(f"{self.address.partition('/')[0]} hung up: {why}")
-        return self._replace(connection=self.reach(self.address, self.connection.sources))
 
 
 class StageLoop:
@@ -126,30 +42,44 @@ class StageLoop:
         """`baseline`: bytes of this process's memory, before all that the stage takes."""
         self.job = job
         self.epoch = epoch
-        self.is_first = job.stage == 0
-        self.is_last = job.stage == job.num_stages - 1
         self.sources = sources
         self.driver = driver
-        self.first_stage: Connection | None = None
-        self._opening: list[Opening] = []
-        # Each with the time when it was seen.
         self.plans: deque[tuple[Step, float]] = deque()
-        self.activations: deque[tuple[Any, float]] = deque()
+        """Not begun, each with the time when it was seen."""
+        self.begun: deque[tuple[Turn, Any]] = deque()
+        """Not ended, each with what the compute keeps of it."""
+        self.untold: Span | None = None
+        """Of the microbatch that ended last."""
         self.sequences = Sequences()
         self.has_memory = False
         self.baseline = baseline
         self.compute = make(job, self.tell)
-        self.untold: Span | None = None
-        """Of the microbatch before."""
-        self.last_cpu_s = time.thread_time()
-        """Of this thread at the end of the microbatch before."""
-        self._listen()
+        self.neighbours = Neighbours(job, self.compute.links, sources)
         self.tell(self.compute.size)
 
     def wait_for_memory(self) -> None:
         """Until the driver has said how much to take, and it is taken."""
         while not self.has_memory:
-            self._receive()
+            self._receive(None)
+
+    def run(self) -> None:
+        """Until the keeper ends this process."""
+        while True:
+            self.go_round()
+
+    def go_round(self, may_wait: bool = True) -> None:
+        """Once. Where it may wait, it does so while there is nothing else to do."""
+        self._receive(self._patience_s() if may_wait else 0.0)
+        while self._can_begin():
+            self._begin()
+        self._tell_span()  # not before the next microbatch has begun, if it can
+        if self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
+            self._end()
+
+    def close(self) -> None:
+        self.sources.close()
+
+    # ---- what is told ---------------------------------------------------------------------------
 
     def tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))
@@ -159,37 +89,6 @@ class StageLoop:
         if self.job.speaks:
             self.tell(message)
 
-    def meanwhile(self) -> None:
-        """What need not wait for the end of a microbatch that is computed elsewhere."""
-        self._tell_span()
-        self._receive(seen_s=time.monotonic())
-
-    def _tell_span(self) -> None:
-        if self.untold is not None:
-            self.report(control.Timing(self.untold))
-            self.untold = None
-
-    def close(self) -> None:
-        self.sources.close()
-
-    def feed_back(self, step: Step, tokens: list[int], counts: bytes, now: float) -> float:
-        """What the last stage sampled, `counts` of it in each chunk, to the first before anything
-        else, for it may be waiting. Returns this thread's CPU time once it is on its way."""
-        if tokens and not self.is_first:
-            send_tokens(self.first_stage, step.index, tokens, counts)
-        cpu_s = time.thread_time()  # a system call: not before the tokens are on their way
-        if tokens:
-            self.sequences.take_tokens(step.index, tokens, counts, now)
-        return cpu_s
-
-    def _listen(self) -> None:
-        """Open the receiving ends of this stage's links."""
-        self.activations_at = self.tokens_at = ""
-        if not self.is_first:
-            self.activations_at = self.compute.links.listen(self.job.host, self.sources)
-        elif not self.is_last:
-            self.tokens_at = Listener(self.job.host, self.sources, ("tokens",), once=True).address
-
     def _take_memory(self, num_blocks: int) -> None:
         self.compute.take_memory(num_blocks)
         self.has_memory = True
@@ -197,8 +96,8 @@ class StageLoop:
             control.StageReady(
                 pid=os.getpid(),
                 host=self.job.host,
-                activations_at=self.activations_at,
-                tokens_at=self.tokens_at,
+                activations_at=self.neighbours.activations_at,
+                tokens_at=self.neighbours.tokens_at,
                 baseline_bytes=self.baseline,
                 weight_bytes=self.compute.weight_bytes,
                 kv_bytes=self.compute.kv_bytes,
@@ -207,158 +106,125 @@ class StageLoop:
             )
         )
 
-    def run(self) -> None:
-        """Microbatch after microbatch, until the keeper ends this process."""
-        while True:
-            while not self._is_ready():
-                self._receive()
-            self._run_next()
+    def _tell_span(self) -> None:
+        if self.untold is not None:
+            self.report(control.Timing(self.untold))
+            self.untold = None
 
-    # ---- waiting --------------------------------------------------------------------------------
+    # ---- what arrives ---------------------------------------------------------------------------
 
-    def _is_ready(self) -> bool:
-        """Whether plan, activations and tokens of the next microbatch are all here."""
-        if not self.plans:
-            return False
-        if not self.is_first:
-            return bool(self.activations)
-        return self.sequences.has_tokens_for(self.plans[0][0])
+    def _patience_s(self) -> float | None:
+        """How long to wait for messages; None: until one comes."""
+        if self.untold is not None or self._is_full():
+            return 0.0
+        if self.begun:
+            return self.compute.left_s(self.begun[0][1])
+        return None
 
-    def _receive(self, seen_s: float | None = None) -> None:
-        """Take everything that has arrived, as seen at `seen_s`: what came while the stage computed
-        was not waited for, however late it is taken. Without it, wait until something has arrived.
+    def _receive(self, timeout_s: float | None) -> None:
+        """Take everything that has arrived, waiting for it so long.
+
+        What came while the stage ended a microbatch, however late it is taken, was not waited for:
+        it counts as seen at that end.
         """
-        for source in self.sources.ready(None if seen_s is None else 0):
+        # Whole milliseconds, the finest that a wait can be, and not longer than it may be.
+        timeout_ms = None if timeout_s is None else int(1000 * timeout_s)
+        for source in self.sources.ready(timeout_ms):
             messages = source.receive()
-            now = time.monotonic() if seen_s is None else seen_s
-            for message in messages:
-                match source.carries:
-                    case "stage":  # the driver's words to it
-                        self._obey(*control.decode_for_stage(message), now)
-                    case "activations":
-                        self.activations.append((message, now))
-                    case "tokens":
-                        self.sequences.take_tokens(*unpack_tokens(message), now)
-        if self._opening:
+            seen_s = time.monotonic() if self.untold is None else self.untold.end_s
+            match source.carries:
+                case "stage":  # the driver's words to it
+                    for message in messages:
+                        self._obey(*control.decode_for_stage(message), seen_s)
+                case "activations":
+                    self.compute.links.came(messages, seen_s)
+                case "tokens":
+                    for message in messages:
+                        self.sequences.take_tokens(*unpack_tokens(message), seen_s)
+        if self.neighbours.is_connecting:
             self._look_at_neighbours()
         if self.driver.has_ended:
             sys.exit(1)  # as its keeper would have it
 
-    def _obey(self, epoch: int, message: control.ToStage, now: float) -> None:
+    def _obey(self, epoch: int, message: control.ToStage, seen_s: float) -> None:
         if epoch != self.epoch:
             return
         match message:
             case Step():
-                self.plans.append((message, now))
-            case TakeMemory():
-                self._take_memory(message.num_blocks)
+                self.plans.append((message, seen_s))
+            case TakeMemory(num_blocks):
+                self._take_memory(num_blocks)
             case Connect():
-                self._connect(message)
+                self.neighbours.connect(message)
+                self._look_at_neighbours()
             case ReportMemory():
                 self.tell(control.Memory(peak_bytes()))
 
-    def _connect(self, addresses: Connect) -> None:
-        """To its neighbours, who take a moment to answer."""
-        until_s = time.monotonic() + _CONNECT_S
-        for address, reach in (
-            (addresses.next_stage, self.compute.links.connect),
-            (addresses.first_stage, self._reach_first_stage),
-        ):
-            if address:
-                self._opening.append(Opening(reach(address, self.sources), address, reach, until_s))
-        self._look_at_neighbours()
-
-    def _reach_first_stage(self, address: str, sources: Sources) -> Connection:
-        self.first_stage = connecting.connect(address, sources, "tokens")
-        return self.first_stage
-
     def _look_at_neighbours(self) -> None:
-        """Tells the driver once all of them have answered. One that hung up may have been displaced
-        by strangers: it is called again."""
-        self._opening = [again for opening in self._opening if (again := opening.goes_on())]
-        if not self._opening:
+        """Tells the driver once all of them have answered."""
+        self.neighbours.look()
+        if not self.neighbours.is_connecting:
             self.tell(control.Connected())
 
     # ---- one microbatch -------------------------------------------------------------------------
 
-    def _run_next(self) -> None:
-        """The next microbatch, all of which is here. What is told of it comes last: when the one
-        after it has begun, if it can."""
-        self.untold = span = self._compute(*self.plans.popleft())
-        if not self._can_go_on():
-            self._receive(seen_s=span.end_s)
-            if not self._can_go_on():
-                self._tell_span()
+    def _is_full(self) -> bool:
+        """Nothing that comes could be begun before an end is taken."""
+        return len(self.begun) >= self.compute.most_begun
 
-    def _can_go_on(self) -> bool:
-        """Whether the next microbatch can begin, and leaves time for all that is put off to it."""
-        return self.compute.is_elsewhere and self._is_ready()
+    def _can_begin(self) -> bool:
+        """Whether plan, activations and tokens of the next microbatch are all here."""
+        if not self.plans or self._is_full():
+            return False
+        step = self.plans[0][0]
+        if self.job.is_first:
+            return self.sequences.has_tokens_for(step)
+        return self.compute.links.ready(step.index)
 
-    def _compute(self, step: Step, plan_s: float) -> Span:
-        """Have it computed and sent on; returns what is told of it."""
-        activations = None
-        if not self.is_first:
-            activations, seen_s = self.activations.popleft()
-            input_s = self.compute.take_in(step, activations, seen_s)
-        start_s, start_cpu_s = time.monotonic(), time.thread_time()
+    def _begin(self) -> None:
+        """The next microbatch."""
+        step, plan_s = self.plans.popleft()
         sequences = self.sequences.apply(step)
-        if self.is_first:
-            input_s = max([sequence.token_s for sequence in sequences])
-        if self.is_first or self.is_last:
+        if self.job.is_first:
+            activations, input_s = None, max([sequence.token_s for sequence in sequences])
+        else:
+            activations, input_s = self.compute.links.take(step.index)
+        if self.job.is_first or self.job.is_last:
             self.sequences.await_tokens(step, sequences)
-        done = self.compute.run(Turn(step, sequences, activations, start_s, start_cpu_s), self)
-        between_cpu_s, self.last_cpu_s = start_cpu_s - self.last_cpu_s, done.end_cpu_s
+        turn = Turn(step, sequences, activations, plan_s, input_s)
+        self.begun.append((turn, self.compute.begin(turn)))
+
+    def _end(self) -> None:
+        """The microbatch that was begun first. Its span is told later: its output comes first, and
+        what the next one needs."""
+        turn, computing = self.begun.popleft()
+        done = self.compute.end(computing, self._feed_back)
+        sampled = done.sampled
+        if sampled is not None:
+            self.report(sampled)
+            if sampled.tokens:
+                self.sequences.take_tokens(
+                    sampled.index, sampled.tokens, sampled.counts, done.sent_s
+                )
+        self.untold = self._span(turn, done)
+
+    def _feed_back(self, index: int, tokens: list[int], counts: bytes) -> None:
+        """What the last stage sampled, to the first before anything else, for it may be waiting."""
+        if tokens and not self.job.is_first:
+            send_tokens(self.neighbours.first_stage, index, tokens, counts)
+
+    def _span(self, turn: Turn, done: Done) -> Span:
         return Span(
             stage=self.job.stage,
-            index=step.index,
-            num_tokens=done.num_tokens,
-            plan_s=plan_s,
-            input_s=input_s,
-            start_s=start_s,
+            index=turn.step.index,
+            num_tokens=sum([chunk.stop - chunk.start for chunk in turn.step.chunks]),
+            plan_s=turn.plan_s,
+            input_s=turn.input_s,
+            start_s=done.start_s,
             head_s=done.head_s,
             end_s=done.end_s,
             sent_s=done.sent_s,
             cpu_s=done.cpu_s,
-            between_cpu_s=between_cpu_s,
+            between_cpu_s=done.between_cpu_s,
             num_bytes=done.num_bytes,
         )
-
-
-# ---- the process --------------------------------------------------------------------------------
-
-
-def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
-    """Run the stage that standard input says; on failure, tell the driver and exit 1."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
-    baseline = resident_bytes()
-    launch = control.decode_launch(sys.stdin.buffer.read())
-    job, rank, epoch, secret = msgspec.structs.astuple(launch)
-    sources = Sources(secret)
-    try:
-        driver = connecting.connected(job.control, sources, "stage")
-    except ConnectionError as error:
-        sys.exit(f"error: stage {job.stage}: the driver at {error}")
-    driver.send(control.encode(control.StageHello(rank), epoch))
-    try:
-        stage = StageLoop(job, epoch, sources, driver, make, baseline)
-        stage.wait_for_memory()
-        gc.collect()
-        gc.freeze()
-        stage.run()
-    except Exception as error:
-        if job.traceback:
-            traceback.print_exc()
-        failed = control.StageFailed(_reason(error), isinstance(error, PipeserveError))
-        driver.send(control.encode(failed, epoch))
-        driver.close(wait_s=_LAST_WORD_S)
-        sys.exit(1)
-
-
-def _reason(error: Exception) -> str:
-    """One line for the user: what happened and, where it is known, the remedy."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, PipeserveError):
-        return text
-    if isinstance(error, MemoryError) or "allocate memory" in text:
-        return f"out of memory ({text}); use more stages or a smaller --kv-cache-memory-bytes"
-    return f"{type(error).__name__}: {text} (PIPESERVE_TRACEBACK=1 prints where)"

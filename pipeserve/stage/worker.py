@@ -7,13 +7,15 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from pipeserve.core.nouns import one_each
-from pipeserve.stage.loop import Done, StageLoop, Tell, Turn, serve
+from pipeserve.stage.compute import Done, FeedBack, Tell, Turn
 from pipeserve.stage.memory import device_memory
 from pipeserve.stage.sequences import Sequence
+from pipeserve.stage.serve import serve
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
 from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.checkpoint.weights import load_weights
@@ -22,19 +24,29 @@ from pipeserve.stages.layers.padding import pad_rows
 from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
 from pipeserve.stages.stage import Stage
 from pipeserve.wire import control, links
-from pipeserve.wire.control import StartStage, Step, StepChunk
+from pipeserve.wire.control import StartStage, StepChunk
 
 _SCORED_ROWS = 64  # whose logits over the whole vocabulary are held at a time
 _LOADING_REPORT_S = 0.25
 
 
-class ModelCompute:
-    """This stage's layers and their KV: the `stage_loop.Compute` of a checkpoint."""
+class Stamps(NamedTuple):
+    """As `Span` has them, and this thread's CPU time at the end."""
 
-    is_elsewhere = False
+    head_s: float
+    end_s: float
+    sent_s: float
+    end_cpu_s: float
+
+
+class ModelCompute:
+    """This stage's layers and their KV: the `Compute` of a checkpoint."""
+
+    most_begun = 1
 
     def __init__(self, job: StartStage, tell: Tell) -> None:
         """By its configuration alone: no weight is read."""
+        self._job = job
         self._tell = tell
         self._next_report_s = 0.0
         self._share = share = control.decode_share(job.work)
@@ -61,9 +73,11 @@ class ModelCompute:
         )
         self.num_threads = torch.get_num_threads()
         self.links = links.TensorLinks()
+        self._last_cpu_s = time.thread_time()
+        """Of this thread at the end of the microbatch before."""
 
     def take_memory(self, num_blocks: int) -> None:
-        """As `stage_loop.Compute`. Tells how far the weights are."""
+        """As `Compute`. Tells how far the weights are."""
         share = self._share
         load_weights(self.model, share.model_folder, self.dtype, self._report_loading)
         self.weight_bytes = self.model.num_bytes
@@ -84,36 +98,39 @@ class ModelCompute:
             self._next_report_s = now + _LOADING_REPORT_S
             self._tell(control.Loading(num_read, num_bytes))
 
-    def take_in(self, step: Step, activations: bytearray, seen_s: float) -> float:
-        """They are there when they are seen."""
-        return seen_s
+    def begin(self, turn: Turn) -> Turn:
+        """Nothing: this thread computes, and does so in `end`."""
+        return turn
 
-    def run(self, turn: Turn, stage: StageLoop) -> Done:
-        """As `stage_loop.Compute`."""
-        inputs = self._build_inputs(turn, stage.is_first)
-        given = inputs.token_ids_T if stage.is_first else self._unpack(turn, inputs)
+    def left_s(self, turn: Turn) -> float:
+        return 0.0
+
+    def end(self, turn: Turn, feed_back: FeedBack) -> Done:
+        """As `Compute`."""
+        start_s, start_cpu_s = time.monotonic(), time.thread_time()
+        between_cpu_s = start_cpu_s - self._last_cpu_s
+        inputs = self._build_inputs(turn)
+        given = inputs.token_ids_T if self._job.is_first else self._unpack(turn, inputs)
         hidden = self.model(given, inputs, self.kv)
-        if stage.is_last:
-            return self._answer(turn, stage, inputs, hidden[inputs.logit_rows_R])
-        end_s, end_cpu_s = time.monotonic(), time.thread_time()
-        return Done(
-            num_tokens=inputs.num_tokens,
-            head_s=end_s,
-            end_s=end_s,
-            sent_s=end_s,
-            cpu_s=end_cpu_s - turn.start_cpu_s,
-            end_cpu_s=end_cpu_s,
-            num_bytes=self.links.send(turn.step.index, hidden.to(self.dtype)),
-        )
+        if self._job.is_last:
+            sampled, stamps = self._answer(turn, hidden[inputs.logit_rows_R], feed_back)
+            num_bytes = 0
+        else:
+            end_s = time.monotonic()
+            sampled, stamps = None, Stamps(end_s, end_s, end_s, time.thread_time())
+            num_bytes = self.links.send(turn.step.index, hidden.to(self.dtype))
+        self._last_cpu_s = stamps.end_cpu_s
+        cpu_s = stamps.end_cpu_s - start_cpu_s
+        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled)
 
-    def _build_inputs(self, turn: Turn, is_first: bool) -> StageInputs:
+    def _build_inputs(self, turn: Turn) -> StageInputs:
         return build_inputs(
             [
                 (chunk.start, chunk.stop, sequence.block_table, chunk.num_logits)
                 for chunk, sequence in zip(turn.step.chunks, turn.sequences, strict=True)
             ],
             self.block_size,
-            token_ids=[s.token_ids for s in turn.sequences] if is_first else None,
+            token_ids=[s.token_ids for s in turn.sequences] if self._job.is_first else None,
         )
 
     def _unpack(self, turn: Turn, inputs: StageInputs) -> torch.Tensor:
@@ -121,8 +138,8 @@ class ModelCompute:
         return links.unpack_tensor(turn.activations, turn.step.index, shape, self.dtype)
 
     def _answer(
-        self, turn: Turn, stage: StageLoop, inputs: StageInputs, hidden_RD: torch.Tensor
-    ) -> Done:
+        self, turn: Turn, hidden_RD: torch.Tensor, feed_back: FeedBack
+    ) -> tuple[control.Sampled, Stamps]:
         """Sample, then score what prompt tokens there are to score."""
         head_s = time.monotonic()
         places, rows, owners, scored, failed = [], [], [], [], {}
@@ -138,17 +155,18 @@ class ModelCompute:
                 rows.append(_sample_row(sequence, chunk.stop))
                 owners.append(place)
         sampled_RD = hidden_RD[places] if scored else hidden_RD
-        sampled = sample(self._logits(sampled_RD), rows) if rows else []
-        for place, (token, _) in zip(owners, sampled, strict=True):
+        drawn = sample(self._logits(sampled_RD), rows) if rows else []
+        for place, (token, _) in zip(owners, drawn, strict=True):
             if token is None:
                 failed[place] = self._not_finite(turn.step.chunks[place].stop)
         # A request that failed goes on until the driver has heard of it, with a token that exists.
-        tokens = [0 if token is None else token for token, _ in sampled]
+        tokens = [0 if token is None else token for token, _ in drawn]
         end_s = sent_s = time.monotonic()
         counts = one_each(turn.step.chunks)
-        end_cpu_s = stage.feed_back(turn.step, tokens, counts, end_s)
+        feed_back(turn.step.index, tokens, counts)
+        end_cpu_s = time.thread_time()  # a system call: not before the tokens are on their way
         wants_logprobs = any(row.params.logprobs is not None for row in rows)
-        logprobs = [entry for _, entry in sampled] if wants_logprobs else []
+        logprobs = [entry for _, entry in drawn] if wants_logprobs else []
         prompt_logprobs = []
         for place, *span in scored:
             entries = list(self._score(hidden_RD, *span))
@@ -161,9 +179,8 @@ class ModelCompute:
         if scored:
             end_s, end_cpu_s = time.monotonic(), time.thread_time()
         index = turn.step.index
-        stage.report(control.Sampled(index, tokens, counts, logprobs, prompt_logprobs, failed))
-        cpu_s = end_cpu_s - turn.start_cpu_s
-        return Done(inputs.num_tokens, head_s, end_s, sent_s, cpu_s, end_cpu_s, num_bytes=0)
+        sampled = control.Sampled(index, tokens, counts, logprobs, prompt_logprobs, failed)
+        return sampled, Stamps(head_s, end_s, sent_s, end_cpu_s)
 
     def _score(
         self, hidden_RD: torch.Tensor, first_row: int, chunk: StepChunk, sequence: Sequence

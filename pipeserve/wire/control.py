@@ -47,6 +47,14 @@ class StartStage(_Message):
     speaks: bool = True
     """Of the ranks of its stage, this is the one that tells the driver what the stage did."""
 
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
 
 class Stop(_Message):
     """End the stage and yourself."""

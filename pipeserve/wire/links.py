@@ -19,7 +19,9 @@ A dead neighbour does not raise here: its keeper tells the driver, and the drive
 import array
 import math
 import struct
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from pipeserve.wire import connecting
 from pipeserve.wire.connection import Connection
@@ -36,11 +38,13 @@ _ID_SIZE = array.array("i").itemsize
 
 
 class ActivationLinks:
-    """A stage's links with its neighbours. What it sends, and what a message of the source that
-    `listen` adds is, are a subclass's and its `Compute`'s own."""
+    """A stage's links with its neighbours. What it sends, and what a message is, are a subclass's
+    and its `Compute`'s own."""
 
     def __init__(self) -> None:
         self._next_stage: Connection | None = None
+        self._inbox: deque[tuple[bytearray, float]] = deque()
+        """In the order of microbatches, each with the time when it was seen."""
 
     def listen(self, host: str, sources: Sources) -> str:
         """From the stage before, as a source that carries "activations"; returns its address. Who
@@ -51,6 +55,20 @@ class ActivationLinks:
         """To the stage behind, that listens at `address`."""
         self._next_stage = connecting.connect(address, sources, "activations")
         return self._next_stage
+
+    def came(self, messages: Iterable[bytearray], seen_s: float) -> None:
+        """What the source that `listen` added has brought."""
+        self._inbox.extend([(message, seen_s) for message in messages])
+
+    def ready(self, index: int) -> bool:
+        """Whether what microbatch `index` needs is there; or on its way, where the device itself
+        waits for it. Asked of the next one alone."""
+        return bool(self._inbox)
+
+    def take(self, index: int) -> tuple[Any, float]:
+        """What microbatch `index` needs, once it is ready, as `Compute.begin` is to have it; and
+        since when it was there."""
+        return self._inbox.popleft()
 
 
 class TensorLinks(ActivationLinks):

@@ -302,7 +302,7 @@ STAGE = """
 import os, signal, sys, time
 from pipeserve.wire import control
 from pipeserve.launch.emulated.stage import EmulatedCompute
-from pipeserve.stage.loop import serve
+from pipeserve.stage.serve import serve
 
 def load(job, tell):
     if job.stage == 1:

@@ -69,10 +69,10 @@ class LocalFleet(Fleet):
 
 @torch.inference_mode()
 def _work(worker: StageLoop) -> None:
-    """One round of the worker's loop, that does not wait."""
-    worker._receive(seen_s=time.monotonic())
-    while worker._is_ready():
-        worker._run_next()
+    """All that it can do without waiting: it goes on as long as it has ended a microbatch."""
+    worker.go_round(may_wait=False)
+    while worker.untold is not None:
+        worker.go_round(may_wait=False)
 
 
 def local_llm(folder: str, layers: tuple[int, ...], **options) -> LLM:

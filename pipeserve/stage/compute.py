@@ -1,0 +1,81 @@
+"""What a kind of stage brings to the loop: its `Compute`. `worker.py` runs the model's layers, the
+emulated stage waits as long as a device profile says.
+
+Computing a microbatch has two halves. `begin` hands it to the device and returns; `end` takes what
+came of it. While one is computed the next one can be begun, if it is there, so a device never waits
+for this thread between two. Where this thread itself computes, it does so in `end`, and there is
+nothing to begin ahead.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from pipeserve.stage.sequences import Sequence
+from pipeserve.wire import control
+from pipeserve.wire.control import Step
+from pipeserve.wire.links import ActivationLinks
+
+Tell = Callable[[control.ToDriver], None]
+FeedBack = Callable[[int, list[int], bytes], None]
+"""Sends the first stage the ids that microbatch `index` sampled, and how many are of each chunk."""
+
+
+class Turn(NamedTuple):
+    """A microbatch, all of which is here."""
+
+    step: Step
+    sequences: list[Sequence]
+    """Of each chunk, as this step has them. The next step may change them before this one's end."""
+    activations: Any
+    """What the link with the stage before handed over; None on the first stage."""
+    plan_s: float
+    """When the plan was there."""
+    input_s: float
+    """When the activations were, or the last token that it embeds. As `Span` has both."""
+
+
+class Done(NamedTuple):
+    """What came of a microbatch, and what it took; the times as `Span` has them."""
+
+    start_s: float
+    head_s: float
+    end_s: float
+    sent_s: float
+    cpu_s: float
+    between_cpu_s: float
+    num_bytes: int = 0
+    sampled: control.Sampled | None = None
+    """On the last stage."""
+
+
+class Compute(Protocol):
+    """What a stage holds, and does with a microbatch."""
+
+    size: control.StageSized
+    weight_bytes: int
+    kv_bytes: int
+    """The two are known once it has taken its memory."""
+    num_threads: int
+    links: ActivationLinks
+    most_begun: int
+    """Microbatches that it has begun and not ended at once: 2 where a device computes, which goes
+    from one to the next by itself; 1 where this thread does."""
+
+    def take_memory(self, num_blocks: int) -> None:
+        """Reads its weights, and makes a pool of so many KV blocks."""
+        ...
+
+    def begin(self, turn: Turn) -> Any:
+        """Have it computed behind those that were begun before it, which are not waited for.
+        Returns what `end` needs; that includes what it needs of the sequences."""
+        ...
+
+    def left_s(self, computing: Any) -> float:
+        """Seconds for which this thread may wait for another microbatch to begin before it takes
+        the end of this one, which was begun first; 0 when it should do so now."""
+        ...
+
+    def end(self, computing: Any, feed_back: FeedBack) -> Done:
+        """Wait until that microbatch is computed, and hand what came of it to the link with the
+        next stage; on the last stage, call `feed_back` as soon as its tokens are known."""
+        ...

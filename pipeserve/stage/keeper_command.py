@@ -1,0 +1,108 @@
+"""The command that a launcher starts for each rank: its keeper.
+
+    python -m pipeserve.launch.keeper --control HOST:PORT                    (RANK, WORLD_SIZE set)
+    torchrun --nproc-per-node 2 -m pipeserve.launch.keeper --control HOST:PORT
+
+It ends when the driver says so (exit code 0), is gone (1) or will not have it (2).
+"""
+
+import argparse
+import os
+import signal
+import sys
+
+from pipeserve.configs.addresses import split_address
+from pipeserve.errors import ConfigError
+from pipeserve.stage.keeper import Keeper
+from pipeserve.wire.listener import is_loopback
+from pipeserve.wire.secret import control_secret
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeserve.launch.keeper", description=__doc__)
+    parser.add_argument(
+        "--control",
+        default=os.environ.get("PIPESERVE_CONTROL"),
+        help="HOST:PORT of the driver (default: $PIPESERVE_CONTROL)",
+    )
+    parser.add_argument(
+        "--control-secret",
+        metavar="FILE",
+        help="file with the secret that the driver has, too (default: $PIPESERVE_CONTROL_SECRET)",
+    )
+    parser.add_argument("--rank", type=int, default=os.environ.get("RANK"))
+    parser.add_argument("--world-size", type=int, default=os.environ.get("WORLD_SIZE"))
+    parser.add_argument(
+        "--join-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to look for the driver, which may have a model to fetch or to convert "
+        "before it listens (default: 600)",
+    )
+    parser.add_argument(
+        "--until-stdin-closes",
+        action="store_true",
+        help="end when standard input does; its first line is the secret, in hexadecimal digits",
+    )
+    arguments = parser.parse_args()
+    for name in ("control", "rank", "world_size"):
+        if getattr(arguments, name) is None:
+            parser.error(f"--{name.replace('_', '-')} is needed where the launcher does not set it")
+    return arguments
+
+
+def _find_secret(arguments: argparse.Namespace) -> bytes:
+    """Empty: none was given, and none is needed. Raises ConfigError."""
+    if arguments.until_stdin_closes:
+        return bytes.fromhex(sys.stdin.readline())
+    secret = control_secret(arguments.control_secret)
+    try:
+        host, _ = split_address(arguments.control)
+        is_near = secret is not None or is_loopback(host)
+    except ValueError:
+        raise ConfigError(
+            f"--control {arguments.control!r} is not HOST:PORT, such as 10.0.0.1:29600 or "
+            "[::1]:29600"
+        ) from None
+    except OSError:  # a name that nobody knows yet
+        is_near = False
+    if not is_near:
+        raise ConfigError(
+            f"the driver at {arguments.control} is on another machine, which takes a shared "
+            "secret: give driver and keepers the same --control-secret FILE or "
+            "PIPESERVE_CONTROL_SECRET"
+        )
+    return secret or b""
+
+
+def _end_on_signal(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    arguments = _parse()
+    signal.signal(signal.SIGTERM, _end_on_signal)
+    signal.signal(signal.SIGINT, _end_on_signal)
+    try:
+        secret = _find_secret(arguments)
+    except ConfigError as error:
+        print(f"error: keeper of rank {arguments.rank}: {error}", file=sys.stderr)
+        sys.exit(2)
+    keeper = Keeper(
+        arguments.control,
+        int(arguments.rank),
+        int(arguments.world_size),
+        arguments.join_timeout,
+        secret,
+    )
+    if arguments.until_stdin_closes:
+        keeper.end_with_driver()
+    exit_code = keeper.run()
+    for ending in (signal.SIGTERM, signal.SIGINT):  # it ends already
+        signal.signal(ending, signal.SIG_IGN)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""How a stage and its neighbours find each other: it listens for those that send to it, and
+connects to those that it sends to, once the driver has said where they are."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pipeserve.wire import connecting
+from pipeserve.wire.connection import Connection
+from pipeserve.wire.control import Connect, StartStage
+from pipeserve.wire.links import ActivationLinks
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Sources
+
+_CONNECT_S = 10.0
+
+
+class Opening(NamedTuple):
+    """A connection to a neighbour that is about to be."""
+
+    connection: Connection
+    address: str
+    reach: Callable[[str, Sources], Connection]
+    until_s: float
+
+    def goes_on(self) -> "Opening | None":
+        """None: it is there. Raises ConnectionError when it will not be."""
+        if self.connection.is_open:
+            return None
+        if not self.connection.has_ended:
+            return self
+        why = self.connection.refusal
+        if self.connection.is_refused or time.monotonic() > self.until_s:
+            raise ConnectionError(f"{self.address.partition('/')[0]} hung up: {why}")
+        return self._replace(connection=self.reach(self.address, self.connection.sources))
+
+
+class Neighbours:
+    """Of one stage: the ends of its links."""
+
+    def __init__(self, job: StartStage, links: ActivationLinks, sources: Sources) -> None:
+        """Listens for the stage before, or on the first one for the last one's tokens."""
+        self._links = links
+        self._sources = sources
+        self._opening: list[Opening] = []
+        self.first_stage: Connection | None = None
+        """Where the last stage sends its tokens; None on others."""
+        self.activations_at = self.tokens_at = ""
+        if not job.is_first:
+            self.activations_at = links.listen(job.host, sources)
+        elif not job.is_last:
+            self.tokens_at = Listener(job.host, sources, ("tokens",), once=True).address
+
+    def connect(self, addresses: Connect) -> None:
+        """To those that this stage sends to, who take a moment to answer."""
+        until_s = time.monotonic() + _CONNECT_S
+        for address, reach in (
+            (addresses.next_stage, self._links.connect),
+            (addresses.first_stage, self._reach_first_stage),
+        ):
+            if address:
+                opening = Opening(reach(address, self._sources), address, reach, until_s)
+                self._opening.append(opening)
+
+    @property
+    def is_connecting(self) -> bool:
+        """Until all of them have answered, as far as `look` has seen."""
+        return bool(self._opening)
+
+    def look(self) -> None:
+        """Who has answered. One that hung up may have been displaced by strangers: it is called
+        again."""
+        self._opening = [again for opening in self._opening if (again := opening.goes_on())]
+
+    def _reach_first_stage(self, address: str, sources: Sources) -> Connection:
+        self.first_stage = connecting.connect(address, sources, "tokens")
+        return self.first_stage

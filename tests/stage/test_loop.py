@@ -1,0 +1,352 @@
+"""The stage's loop around a device that computes while the loop goes on: here one that is driven by
+hand, with links that bring no messages."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from pipeserve.core.nouns import one_each
+from pipeserve.stage.compute import Done
+from pipeserve.stage.loop import StageLoop
+from pipeserve.wire import control
+from pipeserve.wire.connection import connect
+from pipeserve.wire.control import Registration, StartStage, Step, StepChunk
+from pipeserve.wire.links import send_tokens, unpack_tokens
+from pipeserve.wire.listener import Listener
+from pipeserve.wire.sources import Sources
+
+EPOCH = 3
+SECONDS = 10.0
+"""That the device takes for a microbatch."""
+
+
+class PostedLinks:
+    """Whoever asks is told what is there; and since when, as a test says."""
+
+    def __init__(self):
+        self.there = {}
+
+    def listen(self, host, sources):
+        return ""
+
+    def connect(self, address, sources):
+        raise AssertionError("there is nothing to connect")
+
+    def ready(self, index):
+        return index in self.there
+
+    def take(self, index):
+        return f"activations of {index}", self.there.pop(index)
+
+
+class Device:
+    """A `Compute` with a clock of its own, that a test sets; who takes an end waits until then."""
+
+    weight_bytes = kv_bytes = 0
+
+    def __init__(self, most_begun, is_last, log):
+        self.most_begun, self.is_last, self.log = most_begun, is_last, log
+        self.links = PostedLinks()
+        self.now_s = self.free_s = 0.0
+        self.given = []
+
+    def begin(self, turn):
+        self.log.append(f"begin {turn.step.index}")
+        self.given.append(turn)
+        start_s = max(self.now_s, self.free_s)
+        self.free_s = start_s + SECONDS
+        return SimpleNamespace(turn=turn, start_s=start_s, end_s=self.free_s)
+
+    def left_s(self, computing):
+        return max(computing.end_s - self.now_s, 0.0)
+
+    def end(self, computing, feed_back):
+        """Samples the microbatch's index, for each chunk that samples."""
+        step, end_s = computing.turn.step, computing.end_s
+        self.log.append(f"end {step.index}")
+        self.now_s = max(self.now_s, end_s)
+        sampled = None
+        if self.is_last:
+            counts = one_each(step.chunks)
+            tokens = [step.index] * sum(counts)
+            feed_back(step.index, tokens, counts)
+            sampled = control.Sampled(step.index, tokens, counts, [], [])
+        return Done(computing.start_s, end_s, end_s, self.now_s, SECONDS, 0.0, 0, sampled)
+
+
+class Stage:
+    """The loop of one stage in this process, and its driver's end of the connection."""
+
+    def __init__(self, stage, num_stages, most_begun=2):
+        self.log = []
+        self.device = Device(most_begun, stage == num_stages - 1, self.log)
+        self.own, self.theirs = Sources(), Sources()
+        self.told = []
+        self.tokens = []
+        """As they came to the first stage."""
+        listener = Listener("127.0.0.1", self.theirs, ("stage",))
+        driver = connect(listener.address, self.own, "stage")
+        while not driver.is_open:
+            self._exchange()
+            for source in self.own.ready(0):
+                source.receive()
+        job = StartStage(stage, num_stages, "", b"", "", "127.0.0.1", traceback=False)
+        self.loop = StageLoop(job, EPOCH, self.own, driver, lambda *job: self.device, 0)
+        self._listen_in(driver)
+        self._exchange()
+
+    def _listen_in(self, connection):
+        """Logs what is sent on it."""
+        send, purpose = connection.send, connection.carries
+
+        def logged(message):
+            what = purpose
+            if purpose == "stage":
+                what = type(control.decode_from_stage(message)[1]).__name__
+            self.log.append(what)
+            send(message)
+
+        connection.send = logged
+
+    def _exchange(self):
+        """What has come from the stage."""
+        for source in self.theirs.ready(0):
+            messages = source.receive()
+            if source.carries == "stage":
+                self.driver = source
+                self.told += [control.decode_from_stage(message)[1] for message in messages]
+            elif source.carries == "tokens":
+                self.tokens += map(unpack_tokens, messages)
+
+    def connect_to_first(self):
+        first = Listener("127.0.0.1", self.theirs, ("tokens",))
+        self.say(control.Connect("", first.address))
+        while not any(isinstance(message, control.Connected) for message in self.told):
+            self.rounds(1)
+        self._listen_in(self.loop.neighbours.first_stage)
+        self.log.clear()
+
+    def say(self, message):
+        self.driver.send(control.encode(message, EPOCH))
+
+    def plan(self, *steps):
+        for step in steps:
+            self.say(step)
+
+    def rounds(self, number=1):
+        for _ in range(number):
+            self.loop.go_round(may_wait=False)
+            self._exchange()
+
+    @property
+    def spans(self):
+        return [message.span for message in self.told if isinstance(message, control.Timing)]
+
+    def close(self):
+        self.loop.close()
+        self.theirs.close()
+
+
+@pytest.fixture
+def opened():
+    stages = []
+
+    def open_stage(*how, **options):
+        stages.append(Stage(*how, **options))
+        return stages[-1]
+
+    yield open_stage
+    for stage in stages:
+        stage.close()
+
+
+def registration(request_id, num_tokens):
+    ids = control.pack_tokens([7] * num_tokens)
+    return Registration(request_id, ids, num_tokens, [request_id], {}, [], ())
+
+
+def prompt(index, length=4):
+    """A step that admits request `index` and computes its prompt, and samples."""
+    chunk = StepChunk(index, 0, length, (), None, 1, 0)
+    return Step(index, (), [registration(index, length)], [chunk])
+
+
+def decode(index, request_id, stop, released=()):
+    """The token before `stop` of a request goes in, and one is sampled."""
+    return Step(index, released, [], [StepChunk(request_id, stop - 1, stop, (), index - 1, 1, 0)])
+
+
+def events(stage, *kinds):
+    return [line for line in stage.log if line.split()[0] in kinds]
+
+
+# ---- two halves ---------------------------------------------------------------------------------
+
+
+def test_two_are_begun_at_most_and_ends_are_taken_in_order(opened):
+    stage = opened(1, 3)
+    stage.plan(*map(prompt, range(5)))
+    stage.device.links.there = dict.fromkeys(range(5), 0.5)
+    stage.rounds(8)
+    assert events(stage, "begin", "end") == [
+        "begin 0", "begin 1", "end 0", "begin 2", "end 1", "begin 3", "end 2", "begin 4", "end 3",
+    ]  # fmt: skip
+    stage.device.now_s = 5 * SECONDS
+    stage.rounds()
+    assert events(stage, "begin", "end")[-1] == "end 4"
+    assert [turn.activations for turn in stage.device.given] == [
+        f"activations of {index}" for index in range(5)
+    ]
+
+
+def test_a_compute_that_wants_it_has_one_at_a_time(opened):
+    stage = opened(1, 3, most_begun=1)
+    stage.plan(prompt(0), prompt(1))
+    stage.device.links.there = {0: 0.5, 1: 0.5}
+    stage.rounds(4)
+    assert events(stage, "begin", "end") == ["begin 0", "end 0", "begin 1", "end 1"]
+
+
+def test_the_next_is_begun_as_soon_as_it_is_there(opened):
+    """While the one before is computed."""
+    stage = opened(1, 3)
+    stage.plan(prompt(0), prompt(1))
+    stage.device.links.there = {0: 0.5}
+    stage.rounds(2)
+    stage.device.now_s = SECONDS / 2
+    stage.rounds(2)
+    assert events(stage, "begin", "end") == ["begin 0"]
+    stage.device.links.there = {1: 0.5}
+    stage.rounds()
+    assert events(stage, "begin", "end") == ["begin 0", "begin 1", "end 0"]
+
+
+def test_an_end_is_not_taken_before_it_is_due_while_another_could_come(opened):
+    stage = opened(1, 3)
+    stage.plan(prompt(0))
+    stage.device.links.there = {0: 0.5}
+    stage.rounds(3)
+    assert events(stage, "end") == []
+    stage.device.now_s = SECONDS
+    stage.rounds()
+    assert events(stage, "end") == ["end 0"]
+
+
+def test_nothing_is_begun_before_its_plan_and_its_activations(opened):
+    stage = opened(1, 3)
+    stage.plan(prompt(0))
+    stage.device.links.there = {1: 0.5}  # of one behind it
+    stage.rounds(3)
+    assert stage.log == []
+    stage.device.links.there[0] = 0.25
+    stage.rounds(3)
+    assert events(stage, "begin") == ["begin 0"], "1 is there, but for its plan"
+    stage.plan(prompt(1))
+    stage.rounds(3)
+    assert events(stage, "begin") == ["begin 0", "begin 1"]
+    assert [turn.input_s for turn in stage.device.given] == [0.25, 0.5]
+
+
+def test_the_first_stage_waits_for_tokens_on_their_way(opened):
+    """And what is planned behind such a microbatch, for it."""
+    stage = opened(0, 2)
+    stage.device.most_begun = 3  # room, so that nothing but tokens is waited for
+    stage.plan(prompt(0), decode(1, 0, stop=5), prompt(2))
+    stage.rounds(3)
+    assert events(stage, "begin") == ["begin 0"]
+    last_stage = connect(stage.loop.neighbours.tokens_at, stage.theirs, "tokens")
+    send_tokens(last_stage, 0, [11], b"\1")
+    for _ in range(1000):
+        stage.rounds()
+        if len(stage.device.given) > 1:
+            break
+    assert events(stage, "begin") == ["begin 0", "begin 1", "begin 2"]
+    assert list(stage.device.given[1].sequences[0].token_ids) == [7, 7, 7, 7, 11]
+
+
+def test_a_single_stage_waits_for_its_own_tokens(opened):
+    """Two of other requests go at once; one that needs what the one before samples does not."""
+    stage = opened(0, 1)
+    stage.plan(prompt(0), prompt(1), decode(2, 1, stop=5), decode(3, 0, stop=5))
+    stage.rounds(8)
+    assert events(stage, "begin", "end") == [
+        "begin 0", "begin 1", "end 0",  # 2 needs the token of 1, and 3 comes behind 2
+    ]  # fmt: skip
+    stage.device.now_s = 2 * SECONDS
+    stage.rounds(2)
+    assert events(stage, "begin", "end")[3:] == ["end 1", "begin 2", "begin 3", "end 2"]
+    tokens = [list(turn.sequences[0].token_ids[4:]) for turn in stage.device.given]
+    assert tokens[2][0] == 1 and tokens[3][0] == 0
+
+
+def test_a_request_may_be_released_while_its_microbatch_is_computed(opened):
+    """By the one behind it, which is begun before the first has its tokens."""
+    stage = opened(0, 1)
+    behind = prompt(1)
+    stage.plan(prompt(0), Step(1, (0,), behind.admitted, behind.chunks))
+    stage.rounds(2)
+    assert events(stage, "begin", "end") == ["begin 0", "begin 1", "end 0"]
+    stage.device.now_s = 2 * SECONDS
+    stage.rounds(2)
+    sampled = [message for message in stage.told if isinstance(message, control.Sampled)]
+    assert [(each.index, each.tokens) for each in sampled] == [(0, [0]), (1, [1])]
+    assert len(stage.loop.sequences) == 1
+
+
+# ---- what is told -------------------------------------------------------------------------------
+
+
+def test_spans_are_the_device_s_and_do_not_overlap(opened):
+    stage = opened(1, 3)
+    stage.plan(*map(prompt, range(4)))
+    stage.device.links.there = dict.fromkeys(range(4), 0.5)
+    stage.rounds(4)
+    stage.device.now_s = 4 * SECONDS
+    stage.rounds(2)
+    assert [span.index for span in stage.spans] == [0, 1, 2, 3]
+    for before, after in pairwise(stage.spans):
+        assert before.end_s == after.start_s, "the device stood still, or did two at once"
+    assert {(span.num_tokens, span.input_s) for span in stage.spans} == {(4, 0.5)}
+
+
+def test_tokens_go_to_the_first_stage_before_anything_else(opened):
+    """Then to the driver; and times are told when the device has its next microbatch."""
+    stage = opened(1, 2)
+    stage.connect_to_first()
+    stage.plan(*map(prompt, range(3)))
+    stage.device.links.there = dict.fromkeys(range(3), 0.5)
+    stage.rounds(5)
+    assert stage.log == [
+        "begin 0", "begin 1", "end 0", "tokens", "Sampled",
+        "begin 2", "Timing", "end 1", "tokens", "Sampled", "Timing",
+    ]  # fmt: skip
+    stage.device.now_s = 3 * SECONDS
+    stage.rounds(3)
+    assert stage.tokens == [(index, [index], b"\1") for index in range(3)]
+
+
+def test_what_came_while_an_end_was_waited_for_counts_as_seen_then(opened):
+    stage = opened(1, 3)
+    stage.plan(prompt(0), prompt(1))
+    stage.device.links.there = {0: 0.5, 1: 0.5}
+    stage.rounds()  # ends 0, for there is nothing else to do
+    stage.plan(prompt(2))
+    stage.device.links.there = {2: 0.5}
+    stage.rounds(4)
+    assert stage.device.given[2].plan_s == stage.spans[0].end_s == SECONDS
+
+
+# ---- the end ------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_has_begun_two_ends_with_its_driver(opened):
+    stage = opened(1, 3)
+    stage.plan(*map(prompt, range(3)))
+    stage.device.links.there = dict.fromkeys(range(3), 0.5)
+    stage.rounds()
+    stage.driver.close()
+    with pytest.raises(SystemExit) as ended:
+        stage.rounds(2)
+    assert ended.value.code == 1
+    assert stage.device.given[-1].step.index == 1

@@ -14,10 +14,9 @@ from pipeserve.core.nouns import one_each
 from pipeserve.stage.loop import Done, StageLoop, Tell, Turn, serve
 from pipeserve.stage.sequences import Sequence
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
-from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.checkpoint.weights import load_stage
+from pipeserve.stages.devices import make_backend
 from pipeserve.stages.families import read_config
-from pipeserve.stages.layers.padding import pad_rows
 from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
 from pipeserve.wire import control, links
 from pipeserve.wire.control import StartStage, Step, StepChunk
@@ -39,6 +38,7 @@ class ModelCompute:
         self.block_size = share.block_size
         self.config = read_config(share.model_folder)
         self.dtype = getattr(torch, share.dtype)
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.model = load_stage(
             share.model_folder,
             self.config,
@@ -47,18 +47,14 @@ class ModelCompute:
             has_embedding=share.has_embedding,
             has_head=share.has_head,
             dtype=self.dtype,
-            attention=share.attention,
+            backend=make_backend(share.device, share.attention, local_rank),
             progress=self._report_loading,
         )
         self.weight_bytes = self.model.num_bytes
         # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
         self.head, self.model.head = self.model.head, None
-        self.kv = KVCache(
-            self.config,
-            num_layers=share.stop_layer - share.first_layer,
-            num_blocks=share.num_blocks,
-            block_size=share.block_size,
-            dtype=self.dtype,
+        self.kv = self.model.make_kv(
+            num_blocks=share.num_blocks, block_size=share.block_size, dtype=self.dtype
         )
         self.kv_bytes = self.kv.num_bytes
         self.links = links.TensorLinks()
@@ -80,6 +76,7 @@ class ModelCompute:
         hidden = self.model(given, inputs, self.kv)
         if stage.is_last:
             return self._answer(turn, stage, inputs, hidden[inputs.logit_rows_R])
+        hidden = hidden.to("cpu", self.dtype)  # where a GPU computes, this waits for it
         end_s, end_cpu_s = time.monotonic(), time.thread_time()
         return Done(
             num_tokens=inputs.num_tokens,
@@ -88,7 +85,7 @@ class ModelCompute:
             sent_s=end_s,
             cpu_s=end_cpu_s - turn.start_cpu_s,
             end_cpu_s=end_cpu_s,
-            num_bytes=self.links.send(turn.step.index, hidden.to(self.dtype)),
+            num_bytes=self.links.send(turn.step.index, hidden),
         )
 
     def _build_inputs(self, turn: Turn, is_first: bool) -> StageInputs:
@@ -122,8 +119,8 @@ class ModelCompute:
                 places.append(stop - 1)
                 rows.append(_sample_row(sequence, chunk.stop))
                 owners.append(place)
-        sampled_RD = hidden_RD[places] if scored else hidden_RD
-        sampled = sample(self._logits(sampled_RD), rows) if rows else []
+        sampled_RD = hidden_RD[torch.tensor(places, dtype=torch.int64)] if scored else hidden_RD
+        sampled = sample(self.head(sampled_RD), rows) if rows else []
         for place, (token, _) in zip(owners, sampled, strict=True):
             if token is None:
                 failed[place] = self._not_finite(turn.step.chunks[place].stop)
@@ -158,7 +155,7 @@ class ModelCompute:
         for start in range(0, chunk.num_scored, _SCORED_ROWS):
             stop = min(start + _SCORED_ROWS, chunk.num_scored)
             yield from score(
-                self._logits(hidden_RD[first_row + start : first_row + stop]),
+                self.head(hidden_RD[first_row + start : first_row + stop]),
                 sequence.token_ids[following + start : following + stop],
                 sequence.params.prompt_logprobs,
             )
@@ -175,9 +172,6 @@ class ModelCompute:
             f"the logits of token {position} are not finite: the model's numbers leave the range "
             f"of {dtype}; {remedy}"
         )
-
-    def _logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        return self.head(pad_rows(hidden_RD))[: len(hidden_RD)]
 
 
 def _sample_row(sequence: Sequence, position: int) -> SampleRow:

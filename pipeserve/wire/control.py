@@ -87,6 +87,7 @@ class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
     has_embedding: bool
     has_head: bool
     dtype: str
+    device: str
     attention: str
     num_blocks: int
     block_size: int

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeserve.errors import ConfigError
+from pipeserve.stages.backends.backend import Backend
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families import find_family
 from pipeserve.stages.layers.leaf import Leaf, Rows
@@ -37,11 +38,12 @@ def load_stage(
     has_embedding: bool,
     has_head: bool,
     dtype: torch.dtype,
-    attention: str = "auto",
+    backend: Backend | None = None,
     progress: Callable[[int, int], None] = lambda num_read, num_bytes: None,
 ) -> Stage:
-    """The stage with its weights in `dtype`. `progress` is called before the first read and after
-    each, with the bytes read so far and those that there are to read.
+    """The stage with its weights in `dtype`, held by `backend` (by default in plain PyTorch).
+    `progress` is called before the first read and after each, with the bytes read so far and those
+    that there are to read.
 
     Raises ConfigError for a checkpoint that is missing, truncated, pickled or of another shape, and
     for weights that are not finite.
@@ -52,7 +54,7 @@ def load_stage(
         stop_layer=stop_layer,
         has_embedding=has_embedding,
         has_head=has_head,
-        attention=attention,
+        backend=backend,
     )
     with Checkpoint(Path(folder)) as checkpoint:
         num_bytes = sum(

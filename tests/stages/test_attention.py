@@ -194,6 +194,13 @@ def test_many_decodes_of_very_different_contexts(heads, name):
     Case([(n - 1, n) for n in contexts], heads=heads).check(name)
 
 
+@pytest.mark.parametrize("window", [None, 70])
+def test_more_than_is_gathered_at_a_time(window):
+    """Of one chunk's queries, and of decodes."""
+    spans = [(5, 600), (0, 257), *((n, n + 1) for n in range(1, 80, 2))]
+    Case(spans, scoring=Scoring(8**-0.5, window=window)).check("gathered")
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 16, 37])
 @pytest.mark.parametrize("query_len", [2, 63, 64, 65, 127, 128, 129])
 def test_chunks_around_the_query_block(query_len, prefix):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_every_family_computes_all_of_it_there(tmp_path, name):
     """Random chunks of several requests, decodes among them; hidden states cross by the host."""
     folder = tiny(name, tmp_path)
-    prompts = random_prompts(folder, (37, 21, 2), seed=1)
+    prompts = random_prompts(folder, (26, 9, 2), seed=1)
     here = Stages(folder, (4,), backend=make_backend("cpu"))
     expected = [here.logits(prompt, len(prompt)) for prompt in prompts]
     with torch.inference_mode(), Elsewhere():
@@ -29,7 +29,7 @@ def test_every_family_computes_all_of_it_there(tmp_path, name):
         held = [leaf.weight for stage in stages.stages for leaf in stage.leaves()]
         pools = [side for pool in stages.pools for side in (pool.keys_LKBPH, pool.values_LKBPH)]
         assert {tensor.device for tensor in (*held, *pools)} == {ELSEWHERE}
-        run_mixed(stages, prompts, expected, seed=3)
+        run_mixed(stages, prompts, expected, seed=7)
 
 
 SAMPLED = [

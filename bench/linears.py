@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeserve.stage.memory import resident_bytes
+from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.layers.linear import Linear
 
 SHAPES = {
@@ -38,6 +39,7 @@ def least_ms(function, seconds: float = 0.2) -> float:
 
 def make_linear(weight: torch.Tensor) -> Linear:
     linear = Linear(weight.shape[1], weight.shape[0])
+    linear.backend = CpuBackend()
     linear.set(weight)
     return linear
 
@@ -90,7 +92,7 @@ def heads(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tens
         "float32": lambda x: F.linear(x, wide),
         "bf16 made wide in blocks": in_blocks,
     }
-    if half.is_packed:
+    if half.weight.is_mkldnn:
         found["bf16 in two products"] = in_two
     return found
 

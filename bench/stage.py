@@ -14,8 +14,8 @@ import time
 import torch
 
 from pipeserve.stages.attention.inputs import build_inputs
-from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.checkpoint.weights import load_weights
+from pipeserve.stages.devices import make_backend
 from pipeserve.stages.families import read_config
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.stage import Stage
@@ -59,7 +59,7 @@ def main() -> None:
         stop_layer=stop,
         has_embedding=first == 0,
         has_head=has_head,
-        attention=args.attention,
+        backend=make_backend("cpu", args.attention),
     )
     load_weights(stage, args.model, dtype)
     rng = random.Random(0)
@@ -72,9 +72,7 @@ def main() -> None:
         table = [free.pop() for _ in range(-(-length // BLOCK_SIZE))]
         start = args.prefix if args.prefill and not spans else length - 1
         spans.append((start, length, table, 1))
-    kv = KVCache(
-        config, num_layers=stop - first, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype
-    )
+    kv = stage.make_kv(num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype)
     ids = [[7] * length for length in lengths] if first == 0 else None
     with torch.inference_mode():
         inputs = build_inputs(spans, BLOCK_SIZE, ids)

@@ -52,11 +52,14 @@ class RunConfig:
     )
     device: str = _option(
         "auto",
-        "Where stages compute; auto is cpu so far; emulated ones wait as their profile says.",
-        choices=("auto", "cpu", "emulated"),
+        "Where stages compute; auto is cpu; cuda: GPUs, which the ranks of a machine take in turn; "
+        "emulated ones wait as their profile says.",
+        choices=("auto", "cpu", "cuda", "emulated"),
     )
     attention: str = _option(
-        "auto", "Attention kernel; auto is the fastest.", choices=("auto", "reference", "cpu")
+        "auto",
+        "Attention kernel; auto is the fastest of the device.",
+        choices=("auto", "reference", "cpu"),
     )
     max_model_len: int | None = _option(
         None, "Longest prompt + output, in tokens; by default the model's own.", least=2

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from pipeserve.stages.attention.attention import make_attention
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache
+from pipeserve.stages.backends.backend import Backend
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families import find_family
 from pipeserve.stages.layers.leaf import Leaf
-from pipeserve.stages.layers.padding import pad_rows
+from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
@@ -26,7 +26,8 @@ from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 class Stage(nn.Module):
     """Layers `[first_layer, stop_layer)`, with the embedding before or the head behind them.
 
-    Holds no weights until they are set (`load_weights`).
+    Holds no weights until they are set (`load_weights`). All of it lies on the device of `backend`,
+    and computes by it; by default in plain PyTorch on the CPU.
     """
 
     def __init__(
@@ -37,21 +38,43 @@ class Stage(nn.Module):
         stop_layer: int,
         has_embedding: bool,
         has_head: bool,
-        attention: str = "auto",
+        backend: Backend | None = None,
     ) -> None:
         super().__init__()
         family = find_family(config.architecture)
-        self.attention = make_attention(attention)
+        self.config = config
+        self.backend = backend or Backend()
         self.embedding = family.make_embedding(config) if has_embedding else None
         self.layers = nn.ModuleList(
-            family.make_layer(config, number, f"{family.layers}.{number}.", self.attention)
+            family.make_layer(config, number, f"{family.layers}.{number}.")
             for number in range(first_layer, stop_layer)
         )
         self.head = family.make_head(config) if has_head else None
+        for module in self.modules():
+            if isinstance(module, Part):
+                module.backend = self.backend
         attentions = [module for module in self.modules() if isinstance(module, SelfAttention)]
         self.windows = {attention.scoring.window for attention in attentions}
         ropes = {attention.rope for attention in attentions} - {None}
-        self.frequencies = {rope: rope_frequencies(rope, config.head_dim) for rope in ropes}
+        self.frequencies = {
+            rope: self.backend.place(rope_frequencies(rope, config.head_dim)) for rope in ropes
+        }
+
+    def make_kv(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
+        """The KV pool of this stage's layers."""
+        return self.backend.make_kv(
+            self.config,
+            num_layers=len(self.layers),
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=dtype,
+        )
+
+    def kv_block_bytes(self, *, block_size: int, dtype: torch.dtype) -> int:
+        """What each block of that pool takes."""
+        return self.backend.kv_block_bytes(
+            self.config, num_layers=len(self.layers), block_size=block_size, dtype=dtype
+        )
 
     def forward(self, x: Tensor, inputs: StageInputs, kv: KVCache) -> Tensor:
         """Token ids [T] (first stage) or hidden [T, D] -> hidden [T, D], or logits [R, V]; both
@@ -61,15 +84,18 @@ class Stage(nn.Module):
         stays in float32: half the error of transformers in bf16 (bench/accuracy.py), in the same
         time.
 
-        Writes the microbatch's K and V into `kv`; does not modify `x`.
+        `x` and `inputs` may lie on the host; what is returned lies on the stage's device. Writes
+        the microbatch's K and V into `kv`; does not modify `x`.
         """
-        positions_T = pad_rows(inputs.positions_T)
-        x_TD = pad_rows(x)
+        backend, inputs = self.backend, inputs.to(self.backend.device)
+        positions_T = backend.pad_rows(inputs.positions_T)
+        x_TD = backend.pad_rows(backend.place(x))
         if self.embedding is not None:
             x_TD = self.embedding(x_TD, positions_T)
         x_TD = x_TD.float()
         shared = LayerInputs(
-            plan=self.attention.prepare(inputs, kv, self.windows),
+            inputs=inputs,
+            plan=backend.prepare_attention(inputs, kv, self.windows),
             rotations={
                 rope: make_rotation(positions_T, frequencies_h, rope.attention_factor)
                 for rope, frequencies_h in self.frequencies.items()
@@ -79,7 +105,7 @@ class Stage(nn.Module):
             x_TD = layer(x_TD, shared, kv.layer(number))
         if self.head is None:
             return x_TD[: inputs.num_tokens]
-        return self.head(pad_rows(x_TD[inputs.logit_rows_R]))[: len(inputs.logit_rows_R)]
+        return self.head(x_TD[inputs.logit_rows_R])
 
     @property
     def num_parameters(self) -> int:

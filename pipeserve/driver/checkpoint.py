@@ -19,9 +19,11 @@ from pipeserve.driver.setup import Setup
 from pipeserve.driver.shapes import shape_of
 from pipeserve.errors import ConfigError
 from pipeserve.machine import device_name, native_dtypes
+from pipeserve.stages.backends.cuda import check_gpu
 from pipeserve.stages.checkpoint.sources import resolve
 from pipeserve.stages.checkpoint.weights import check_checkpoint
 from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.devices import check_attention
 from pipeserve.stages.families import read_config
 from pipeserve.wire.control import KeeperHello, ModelShare, StageSized, encode_job
 
@@ -64,7 +66,8 @@ def _setup_for(found: _Found, keepers: Sequence[KeeperHello]) -> Setup:
 def _setup(found: _Found, native: tuple[tuple[str, ...], ...], hosts: Sequence[str] = ()) -> Setup:
     """`native`: of each rank, as `machine.native_dtypes`."""
     config, model_config = found.config, found.model_config
-    chosen = choose_dtype(config.dtype, model_config.dtype, native, hosts)
+    device = _device_of(config)
+    chosen = choose_dtype(config.dtype, model_config.dtype, native, hosts, device)
     dtype = chosen.name
     max_model_len = _max_model_len(config, model_config)
     shape = shape_of(model_config, config.model, dtype)
@@ -87,7 +90,7 @@ def _setup(found: _Found, native: tuple[tuple[str, ...], ...], hosts: Sequence[s
         limits_for=limits_for,
         cost=found.cost or _profiled_cost(config, shape, plan, dtype),
         module="pipeserve.stage.worker",
-        works=_works(config, str(found.folder), plan, dtype),
+        works=_works(config, device, str(found.folder), plan, dtype),
         model_folder=found.folder,
         model_config=model_config,
         dtype_why=chosen.why,
@@ -108,6 +111,14 @@ def _check_runs_here(config: RunConfig) -> None:
             f"tensor_parallel_size is {config.tensor_parallel_size}, on real stages only 1 works "
             "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
         )
+    check_attention(_device_of(config), config.attention)
+    if config.device == "cuda" and config.launcher == "spawn":
+        check_gpu()
+
+
+def _device_of(config: RunConfig) -> str:
+    """Of every stage: "cpu" or "cuda"."""
+    return "cpu" if config.device == "auto" else config.device
 
 
 def _max_model_len(config: RunConfig, model_config: ModelConfig) -> int:
@@ -134,7 +145,9 @@ def _profiled_cost(
     return PipelineCost(profile, shape, plan)
 
 
-def _works(config: RunConfig, folder: str, plan: PipelinePlan, dtype: str) -> tuple[bytes, ...]:
+def _works(
+    config: RunConfig, device: str, folder: str, plan: PipelinePlan, dtype: str
+) -> tuple[bytes, ...]:
     return tuple(
         encode_job(
             ModelShare(
@@ -144,6 +157,7 @@ def _works(config: RunConfig, folder: str, plan: PipelinePlan, dtype: str) -> tu
                 has_embedding=stage.has_embedding,
                 has_head=stage.has_head,
                 dtype=dtype,
+                device=device,
                 attention=config.attention,
                 block_size=config.block_size,
             )

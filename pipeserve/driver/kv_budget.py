@@ -54,13 +54,17 @@ def _wanted_blocks(
     if config.kv_cache_memory_bytes is not None:
         given = config.kv_cache_memory_bytes
         return min(blocks_within(given, block_bytes, config.block_size), most)
+    is_gpu = config.device == "cuda"
     fitting = [
-        int(demand.beside_weights * _DEFAULT_SHARE) // demand.block_bytes
+        demand.default_bytes(config.gpu_memory_utilization if is_gpu else None)
+        // demand.block_bytes
         for demand in demands
         if demand.block_bytes
     ]
+    if not is_gpu:
+        fitting.append(_DEFAULT_BYTES // max(block_bytes))
     # At least one, of which the check says whether it fits.
-    return max(min(_DEFAULT_BYTES // max(block_bytes), most, *fitting), 1)
+    return max(min(most, *fitting), 1)
 
 
 @dataclass(slots=True)
@@ -75,6 +79,12 @@ class _Demand:
     @property
     def beside_weights(self) -> int:
         return self.memory.free_bytes - self.weight_bytes
+
+    def default_bytes(self, utilization: float | None) -> int:
+        """For KV, where the user says nothing; `utilization`: the share of a GPU that is ours."""
+        if utilization is None:
+            return int(self.beside_weights * _DEFAULT_SHARE)
+        return self.beside_weights - int((1 - utilization) * self.memory.num_bytes)
 
     def check(self, num_blocks: int, topology: Topology) -> None:
         kv_bytes = num_blocks * self.block_bytes

@@ -159,7 +159,7 @@ class Keeper:
                     *(str(os.getpid()), ",".join(map(str, cores)), job.module),
                 ],
                 stdin=launch,
-                env=_stage_environment(self.rank, num_threads),
+                env=_stage_environment(self.rank, place[0], num_threads),
             )
         self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
         self.stage_ended = Descriptor(self.stage_pidfd, self.sources, "stage's end")
@@ -219,7 +219,7 @@ def _local_place(rank: int, world_size: int) -> tuple[int, int]:
     return int(place[0]), int(place[1])
 
 
-def _stage_environment(rank: int, num_threads: int) -> dict[str, str]:
+def _stage_environment(rank: int, local_rank: int, num_threads: int) -> dict[str, str]:
     """What has to be set before the stage's interpreter starts.
 
     Huge pages for large allocations (glibc 2.35 and newer; others ignore it): gathering KV touches
@@ -229,6 +229,7 @@ def _stage_environment(rank: int, num_threads: int) -> dict[str, str]:
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         **os.environ,
         "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
         "OMP_NUM_THREADS": str(num_threads),
     }
     environment.pop(VARIABLE, None)  # it is told in another way

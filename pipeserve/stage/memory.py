@@ -1,14 +1,24 @@
 """The memory of a stage's process, in bytes: what it has, and what there is for it."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeserve.machine import MemoryLimit, memory_limits
 
+if TYPE_CHECKING:
+    import torch
 
-def device_memory() -> tuple[MemoryLimit, ...]:
+
+def device_memory(device: "torch.device") -> tuple[MemoryLimit, ...]:
     """Where weights and KV have to fit: on a CPU, the machine's memory and the limits of its
-    containers. A GPU's is its own (`torch.cuda.mem_get_info`), under a key that is the GPU's."""
-    return memory_limits()
+    containers; on a GPU, its own."""
+    if device.type == "cpu":
+        return memory_limits()
+    import torch
+
+    free_bytes, num_bytes = torch.cuda.mem_get_info(device)
+    properties = torch.cuda.get_device_properties(device)
+    return (MemoryLimit(str(properties.uuid), f"GPU {device.index}", num_bytes, free_bytes),)
 
 
 def resident_bytes() -> int:

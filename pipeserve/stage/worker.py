@@ -17,10 +17,9 @@ from pipeserve.stage.memory import device_memory
 from pipeserve.stage.sequences import Sequence
 from pipeserve.stage.serve import serve
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
-from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.checkpoint.weights import load_weights
+from pipeserve.stages.devices import make_backend
 from pipeserve.stages.families import read_config
-from pipeserve.stages.layers.padding import pad_rows
 from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
 from pipeserve.stages.stage import Stage
 from pipeserve.wire import control, links
@@ -53,23 +52,19 @@ class ModelCompute:
         self.block_size = share.block_size
         self.config = read_config(share.model_folder)
         self.dtype = getattr(torch, share.dtype)
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.model = Stage(
             self.config,
             first_layer=share.first_layer,
             stop_layer=share.stop_layer,
             has_embedding=share.has_embedding,
             has_head=share.has_head,
-            attention=share.attention,
+            backend=make_backend(share.device, share.attention, local_rank),
         )
         self.size = control.StageSized(
             weight_bytes=self.model.bytes_in(self.dtype),
-            block_bytes=KVCache.block_bytes(
-                self.config,
-                num_layers=share.stop_layer - share.first_layer,
-                block_size=share.block_size,
-                dtype=self.dtype,
-            ),
-            memory=device_memory(),
+            block_bytes=self.model.kv_block_bytes(block_size=share.block_size, dtype=self.dtype),
+            memory=device_memory(self.model.backend.device),
         )
         self.num_threads = torch.get_num_threads()
         self.links = links.TensorLinks()
@@ -83,12 +78,8 @@ class ModelCompute:
         self.weight_bytes = self.model.num_bytes
         # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
         self.head, self.model.head = self.model.head, None
-        self.kv = KVCache(
-            self.config,
-            num_layers=share.stop_layer - share.first_layer,
-            num_blocks=num_blocks,
-            block_size=share.block_size,
-            dtype=self.dtype,
+        self.kv = self.model.make_kv(
+            num_blocks=num_blocks, block_size=share.block_size, dtype=self.dtype
         )
         self.kv_bytes = self.kv.num_bytes
 
@@ -116,9 +107,10 @@ class ModelCompute:
             sampled, stamps = self._answer(turn, hidden[inputs.logit_rows_R], feed_back)
             num_bytes = 0
         else:
+            hidden = hidden.to("cpu", self.dtype)  # where a GPU computes, this waits for it
             end_s = time.monotonic()
             sampled, stamps = None, Stamps(end_s, end_s, end_s, time.thread_time())
-            num_bytes = self.links.send(turn.step.index, hidden.to(self.dtype))
+            num_bytes = self.links.send(turn.step.index, hidden)
         self._last_cpu_s = stamps.end_cpu_s
         cpu_s = stamps.end_cpu_s - start_cpu_s
         return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled)
@@ -154,8 +146,8 @@ class ModelCompute:
                 places.append(stop - 1)
                 rows.append(_sample_row(sequence, chunk.stop))
                 owners.append(place)
-        sampled_RD = hidden_RD[places] if scored else hidden_RD
-        drawn = sample(self._logits(sampled_RD), rows) if rows else []
+        sampled_RD = hidden_RD[torch.tensor(places, dtype=torch.int64)] if scored else hidden_RD
+        drawn = sample(self.head(sampled_RD), rows) if rows else []
         for place, (token, _) in zip(owners, drawn, strict=True):
             if token is None:
                 failed[place] = self._not_finite(turn.step.chunks[place].stop)
@@ -190,7 +182,7 @@ class ModelCompute:
         for start in range(0, chunk.num_scored, _SCORED_ROWS):
             stop = min(start + _SCORED_ROWS, chunk.num_scored)
             yield from score(
-                self._logits(hidden_RD[first_row + start : first_row + stop]),
+                self.head(hidden_RD[first_row + start : first_row + stop]),
                 sequence.token_ids[following + start : following + stop],
                 sequence.params.prompt_logprobs,
             )
@@ -207,9 +199,6 @@ class ModelCompute:
             f"the logits of token {position} are not finite: the model's numbers leave the range "
             f"of {dtype}; {remedy}"
         )
-
-    def _logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        return self.head(pad_rows(hidden_RD))[: len(hidden_RD)]
 
 
 def _sample_row(sequence: Sequence, position: int) -> SampleRow:

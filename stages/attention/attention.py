@@ -1,7 +1,7 @@
-"""Causal attention of a microbatch over the paged KV pool: one signature, two implementations.
+"""Causal attention of a microbatch over the paged KV pool: the signature, and the definition.
 
-`prepare` does once what all layers share; calling the object writes the microbatch's K and V into
-the pool and then attends, so a chunk may read blocks that an earlier chunk of the same microbatch
+`prepare` does once what all layers share. In each layer the pool has the microbatch's own K and V
+before the object is called, so a chunk may read blocks that an earlier chunk of the same microbatch
 fills. How a layer scores its keys is its `Scoring`.
 
 Suffixes: T rows (the microbatch's tokens, then rows of padding), N query heads, K kv heads, H head
@@ -14,10 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeserve.errors import ConfigError
-from pipeserve.stages.attention.blocked_attention import BlockedAttention
 from pipeserve.stages.attention.inputs import StageInputs
-from pipeserve.stages.attention.kv import KVCache, PoolLayer, write
+from pipeserve.stages.attention.kv import KVCache, PoolLayer
 from pipeserve.stages.attention.scoring import Scoring, alibi_bias
 
 
@@ -26,27 +24,9 @@ class Attention(Protocol):
         """What the layers of this microbatch share; `windows` are those of the layers' scoring."""
         ...
 
-    def __call__(
-        self,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        pool: PoolLayer,
-        plan: object,
-        scoring: Scoring,
-    ) -> Tensor:
-        """Writes k and v into `pool`; returns [T, N, H]. Rows of padding are not written, and what
-        is returned for them is of no use."""
+    def __call__(self, q_TNH: Tensor, pool: PoolLayer, plan: object, scoring: Scoring) -> Tensor:
+        """[T, N, H]; what is returned for rows of padding is of no use."""
         ...
-
-
-def make_attention(name: str) -> Attention:
-    """ "auto" and "cpu": the fast one; "reference": the plain one."""
-    if name in ("auto", "cpu"):
-        return BlockedAttention()
-    if name == "reference":
-        return ReferenceAttention()
-    raise ConfigError(f"attention {name!r} is not one of auto, cpu, reference")
 
 
 class ReferenceAttention:
@@ -58,17 +38,10 @@ class ReferenceAttention:
         return inputs
 
     def __call__(
-        self,
-        q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        pool: PoolLayer,
-        plan: StageInputs,
-        scoring: Scoring,
+        self, q_TNH: Tensor, pool: PoolLayer, plan: StageInputs, scoring: Scoring
     ) -> Tensor:
-        write(k_TKH, v_TKH, pool, plan.slots_T)
         out_TNH = torch.zeros_like(q_TNH)
-        group = q_TNH.shape[1] // k_TKH.shape[1]
+        group = q_TNH.shape[1] // len(pool[0])
         row = 0
         for query_len, context_len, blocks in zip(
             plan.query_lens, plan.context_lens, plan.block_tables, strict=True
@@ -82,7 +55,7 @@ class ReferenceAttention:
                     if scoring.softcap is not None:
                         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
                     if scoring.slopes_N is not None:
-                        scores = scores + alibi_bias(scoring, stop)[head, seen]
+                        scores = scores + alibi_bias(scoring, stop, scores.device)[head, seen]
                     out_TNH[row, head] = (torch.softmax(scores, 0) @ values).to(q_TNH.dtype)
                 row += 1
         return out_TNH

@@ -1,10 +1,10 @@
-"""A microbatch as a stage's forward sees it: tensors, and nothing of requests.
+"""A microbatch as a stage's forward sees it: tensors, and nothing of requests. Made on the host.
 
 Suffixes: T tokens of the microbatch, S chunks, R rows whose logits are wanted.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,12 +30,28 @@ class StageInputs:
     """Keys that the last query of each chunk sees, its own included."""
     block_tables: tuple[Tensor, ...]
     """int64 block ids that hold each chunk's context, in order; the last may be partly filled."""
+    begun_blocks: Tensor
+    """int64 blocks that this microbatch begins and leaves partly filled."""
     logit_rows_R: Tensor
     """int64 rows along T whose logits are wanted."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.positions_T)
+
+    def to(self, device: torch.device) -> "StageInputs":
+        """With what layers read on `device`; block tables stay, for attention plans by them."""
+        return (
+            self
+            if device.type == "cpu"
+            else replace(
+                self,
+                positions_T=self.positions_T.to(device),
+                slots_T=self.slots_T.to(device),
+                begun_blocks=self.begun_blocks.to(device),
+                logit_rows_R=self.logit_rows_R.to(device),
+            )
+        )
 
 
 def build_inputs(
@@ -46,7 +62,7 @@ def build_inputs(
     `token_ids`: all known ids of each chunk's request (first stage), or None. Does not modify its
     arguments and keeps none of their lists.
     """
-    positions, slots, tables, rows = [], [], [], []
+    positions, slots, tables, begun, rows = [], [], [], [], []
     num_tokens = 0
     for start, stop, block_table, num_logits in spans:
         table = np.array(block_table[: -(-stop // block_size)], dtype=np.int64)
@@ -54,6 +70,8 @@ def build_inputs(
         positions.append(where)
         slots.append(table[where // block_size] * block_size + where % block_size)
         tables.append(torch.from_numpy(table))
+        if 0 < stop % block_size <= stop - start:
+            begun.append(int(table[-1]))
         num_tokens += stop - start
         rows.extend(range(num_tokens - num_logits, num_tokens))
     return StageInputs(
@@ -63,6 +81,7 @@ def build_inputs(
         query_lens=tuple(stop - start for start, stop, _, _ in spans),
         context_lens=tuple(stop for _, stop, _, _ in spans),
         block_tables=tuple(tables),
+        begun_blocks=torch.tensor(begun, dtype=torch.int64),
         logit_rows_R=torch.tensor(rows, dtype=torch.int64),
     )
 

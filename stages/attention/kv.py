@@ -1,4 +1,6 @@
-"""The paged KV pool of one stage.
+"""The paged KV pool of one stage, in the layout that attention in PyTorch reads.
+
+A backend makes it (`Backend.make_kv`) and its attention reads it; nobody else knows the layout.
 
 Suffixes: L layers of the stage, K kv heads, B blocks, P positions in a block, H head size.
 """
@@ -29,12 +31,13 @@ class KVCache:
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.block_size = block_size
         shape = _shape(config, num_layers, num_blocks, block_size)
         # Written once now, so that the memory is really there and not found missing while serving.
-        self.keys_LKBPH = torch.empty(shape, dtype=dtype).zero_()
-        self.values_LKBPH = torch.empty(shape, dtype=dtype).zero_()
+        self.keys_LKBPH = torch.empty(shape, dtype=dtype, device=device).zero_()
+        self.values_LKBPH = torch.empty(shape, dtype=dtype, device=device).zero_()
 
     @staticmethod
     def block_bytes(
@@ -50,7 +53,9 @@ class KVCache:
     def rows_of(self, blocks: Tensor) -> Tensor:
         """Where `blocks` [N] of each head lie when K and B are one axis: int64 [K * N], by head."""
         _, num_kv_heads, num_blocks, _, _ = self.keys_LKBPH.shape
-        return (torch.arange(num_kv_heads)[:, None] * num_blocks + blocks).flatten()
+        return (
+            torch.arange(num_kv_heads, device=blocks.device)[:, None] * num_blocks + blocks
+        ).flatten()
 
     @property
     def num_bytes(self) -> int:

@@ -33,12 +33,13 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes)
 
 
-def alibi_bias(scoring: Scoring, num_positions: int) -> Tensor:
+def alibi_bias(scoring: Scoring, num_positions: int, device: torch.device) -> Tensor:
     """Float32 [N, C] to add to the scaled scores of the positions from 0 on.
 
     Less the last position's, which the softmax does not see: so what matters stays small, and exact
     in half precision.
     """
-    positions_C = torch.arange(num_positions)
-    bias_NC = (scoring.slopes_N.bfloat16()[:, None] * positions_C).float()
+    positions_C = torch.arange(num_positions, device=device)
+    slopes_N = scoring.slopes_N.to(device).bfloat16()
+    bias_NC = (slopes_N[:, None] * positions_C).float()
     return (bias_NC - bias_NC[:, -1:]) * scoring.scale

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pipeserve.stages.attention.attention import Attention
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring, alibi_slopes
+from pipeserve.stages.backends.activations import ACTIVATIONS
 from pipeserve.stages.config.config_file import ConfigFile
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.config.rope_keys import read_rope
@@ -20,7 +20,7 @@ from pipeserve.stages.families.llama import qkv_width
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.layers.leaf import Rows
 from pipeserve.stages.layers.linear import Linear
-from pipeserve.stages.layers.mlp import ACTIVATIONS, Mlp
+from pipeserve.stages.layers.mlp import Mlp
 from pipeserve.stages.layers.norms import LayerNorm
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
@@ -67,9 +67,7 @@ def _read_falcon(file: ConfigFile) -> FalconConfig:
 class FalconLayer(nn.Module):
     """Attention and MLP read the same x, or one after the other."""
 
-    def __init__(
-        self, config: FalconConfig, number: int, prefix: str, attention: Attention
-    ) -> None:
+    def __init__(self, config: FalconConfig, number: int, prefix: str) -> None:
         super().__init__()
         size, width = config.hidden_size, config.intermediate_size
         first, second = "input_layernorm", None
@@ -80,7 +78,7 @@ class FalconLayer(nn.Module):
         self.is_parallel = config.parallel_attention
         self.attention_norm = LayerNorm(size, config.norm_eps, f"{prefix}{first}")
         self.mlp_norm = LayerNorm(size, config.norm_eps, f"{prefix}{second}") if second else None
-        self.attention = _attention(config, f"{prefix}self_attention.", attention)
+        self.attention = _attention(config, f"{prefix}self_attention.")
         self.mlp = Mlp(
             config.activation,
             Linear(size, width, f"{prefix}mlp.dense_h_to_4h", config.has_bias),
@@ -89,21 +87,17 @@ class FalconLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
         normed_TD = self.attention_norm(x_TD)
-        attended_TD = self.attention(normed_TD, shared, pool)
-        if not self.is_parallel:
-            x_TD = x_TD + attended_TD
-            return x_TD + self.mlp(self.mlp_norm(x_TD))
+        attended_TD = self.attention(normed_TD, shared, pool, onto_TD=x_TD)
         if self.mlp_norm is not None:
-            normed_TD = self.mlp_norm(x_TD)
-        return x_TD + attended_TD + self.mlp(normed_TD)
+            normed_TD = self.mlp_norm(x_TD if self.is_parallel else attended_TD)
+        return self.mlp(normed_TD, onto_TD=attended_TD)
 
 
-def _attention(config: FalconConfig, prefix: str, attention: Attention) -> SelfAttention:
+def _attention(config: FalconConfig, prefix: str) -> SelfAttention:
     size = config.hidden_size
     slopes_N = alibi_slopes(config.num_heads) if config.rope is None else None
     return SelfAttention(
         config,
-        attention,
         Scoring(config.head_dim**-0.5, slopes_N=slopes_N),
         qkv=Linear(size, qkv_width(config), _qkv_rows(config, prefix), config.has_bias),
         out=Linear(size, size, f"{prefix}dense", config.has_bias),

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from pipeserve.stages.attention.attention import Attention
 from pipeserve.stages.config.config_file import ConfigFile
 
 
@@ -32,6 +31,6 @@ class Family:
     read_config: Callable[[ConfigFile], Any]
     """-> a ModelConfig, which the functions below take."""
     make_embedding: Callable[[Any], nn.Module]
-    make_layer: Callable[[Any, int, str, Attention], nn.Module]
-    """(config, number of the layer, prefix of its tensors' names, attention)."""
+    make_layer: Callable[[Any, int, str], nn.Module]
+    """(config, number of the layer, prefix of its tensors' names)."""
     make_head: Callable[[Any], nn.Module]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.attention.attention import Attention
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
+from pipeserve.stages.backends.activations import ACTIVATIONS
 from pipeserve.stages.config.config_file import ConfigFile
 from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 from pipeserve.stages.config.rope_keys import read_rope, rope_from
@@ -20,7 +20,7 @@ from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import gate_up_rows, qkv_rows, qkv_width
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.layers.linear import Linear
-from pipeserve.stages.layers.mlp import ACTIVATIONS, GatedMlp
+from pipeserve.stages.layers.mlp import GatedMlp
 from pipeserve.stages.layers.norms import OffsetRMSNorm
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
@@ -127,11 +127,11 @@ def _gemma3_ropes(file: ConfigFile) -> tuple[RopeConfig, RopeConfig]:
 
 
 class GemmaLayer(nn.Module):
-    def __init__(self, config: GemmaConfig, number: int, prefix: str, attention: Attention) -> None:
+    def __init__(self, config: GemmaConfig, number: int, prefix: str) -> None:
         super().__init__()
         norm = _norm(config, config.hidden_size, prefix)
         self.attention_norm = norm("input_layernorm")
-        self.attention = _attention(config, number, f"{prefix}self_attn.", attention)
+        self.attention = _attention(config, number, f"{prefix}self_attn.")
         self.attention_out_norm = norm("post_attention_layernorm")
         self.mlp_norm = norm("pre_feedforward_layernorm")
         self.mlp = _mlp(config, f"{prefix}mlp.")
@@ -139,22 +139,19 @@ class GemmaLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
         attended_TD = self.attention(self.attention_norm(x_TD), shared, pool)
-        x_TD = x_TD + self.attention_out_norm(attended_TD)
-        return x_TD + self.mlp_out_norm(self.mlp(self.mlp_norm(x_TD)))
+        x_TD = self.attention_out_norm(attended_TD, onto_XD=x_TD)
+        return self.mlp_out_norm(self.mlp(self.mlp_norm(x_TD)), onto_XD=x_TD)
 
 
 def _norm(config: GemmaConfig, size: int, prefix: str) -> Callable[[str], OffsetRMSNorm]:
     return lambda name: OffsetRMSNorm(size, config.norm_eps, f"{prefix}{name}")
 
 
-def _attention(
-    config: GemmaConfig, number: int, prefix: str, attention: Attention
-) -> SelfAttention:
+def _attention(config: GemmaConfig, number: int, prefix: str) -> SelfAttention:
     size, width = config.hidden_size, config.num_heads * config.head_dim
     norm = _norm(config, config.head_dim, prefix)
     return SelfAttention(
         config,
-        attention,
         Scoring(
             config.query_scale**-0.5,
             window=config.window_of(number),

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pipeserve.stages.attention.attention import Attention
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
+from pipeserve.stages.backends.activations import ACTIVATIONS
 from pipeserve.stages.config.config_file import ConfigFile
 from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 from pipeserve.stages.config.rope_keys import read_rope
@@ -17,7 +17,7 @@ from pipeserve.stages.families.family import Family
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.layers.leaf import Rows, whole
 from pipeserve.stages.layers.linear import Linear
-from pipeserve.stages.layers.mlp import ACTIVATIONS, Experts, GatedMlp
+from pipeserve.stages.layers.mlp import Experts, GatedMlp
 from pipeserve.stages.layers.norms import RMSNorm
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
@@ -76,11 +76,11 @@ def _read_llama(file: ConfigFile) -> LlamaConfig:
 
 
 class LlamaLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, number: int, prefix: str, attention: Attention) -> None:
+    def __init__(self, config: LlamaConfig, number: int, prefix: str) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.norm_eps
         self.attention_norm = RMSNorm(size, eps, f"{prefix}input_layernorm")
-        self.attention = _attention(config, number, f"{prefix}self_attn.", attention)
+        self.attention = _attention(config, number, f"{prefix}self_attn.")
         self.mlp_norm = RMSNorm(size, eps, f"{prefix}post_attention_layernorm")
         self.mlp = (
             gated_mlp(config, f"{prefix}mlp.")
@@ -89,19 +89,16 @@ class LlamaLayer(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), shared, pool)
-        return x_TD + self.mlp(self.mlp_norm(x_TD))
+        x_TD = self.attention(self.attention_norm(x_TD), shared, pool, onto_TD=x_TD)
+        return self.mlp(self.mlp_norm(x_TD), onto_TD=x_TD)
 
 
-def _attention(
-    config: LlamaConfig, number: int, prefix: str, attention: Attention
-) -> SelfAttention:
+def _attention(config: LlamaConfig, number: int, prefix: str) -> SelfAttention:
     size, head_dim, eps = config.hidden_size, config.head_dim, config.norm_eps
     width = config.num_heads * head_dim
     source = f"{prefix}qkv_proj" if config.is_fused else qkv_rows(config, prefix)
     return SelfAttention(
         config,
-        attention,
         Scoring(head_dim**-0.5, config.window_of(number)),
         qkv=Linear(size, qkv_width(config), source, config.qkv_bias),
         out=Linear(width, size, f"{prefix}o_proj", config.out_bias),

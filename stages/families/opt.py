@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pipeserve.stages.attention.attention import Attention
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
+from pipeserve.stages.backends.activations import ACTIVATIONS
 from pipeserve.stages.config.config_file import ConfigFile
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families.family import Family
@@ -18,7 +18,7 @@ from pipeserve.stages.families.llama import qkv_rows, qkv_width
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.layers.leaf import Embedding
 from pipeserve.stages.layers.linear import Linear
-from pipeserve.stages.layers.mlp import ACTIVATIONS, Mlp
+from pipeserve.stages.layers.mlp import Mlp
 from pipeserve.stages.layers.norms import LayerNorm
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
@@ -57,12 +57,12 @@ def _read_opt(file: ConfigFile) -> OPTConfig:
 
 
 class OPTLayer(nn.Module):
-    def __init__(self, config: OPTConfig, number: int, prefix: str, attention: Attention) -> None:
+    def __init__(self, config: OPTConfig, number: int, prefix: str) -> None:
         super().__init__()
         size, width = config.hidden_size, config.intermediate_size
         self.is_pre_norm = config.is_pre_norm
         self.attention_norm = LayerNorm(size, config.norm_eps, f"{prefix}self_attn_layer_norm")
-        self.attention = _attention(config, f"{prefix}self_attn.", attention)
+        self.attention = _attention(config, f"{prefix}self_attn.")
         self.mlp_norm = LayerNorm(size, config.norm_eps, f"{prefix}final_layer_norm")
         self.mlp = Mlp(
             config.activation,
@@ -72,17 +72,16 @@ class OPTLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
         if self.is_pre_norm:
-            x_TD = x_TD + self.attention(self.attention_norm(x_TD), shared, pool)
-            return x_TD + self.mlp(self.mlp_norm(x_TD))
-        x_TD = self.attention_norm(x_TD + self.attention(x_TD, shared, pool))
-        return self.mlp_norm(x_TD + self.mlp(x_TD))
+            x_TD = self.attention(self.attention_norm(x_TD), shared, pool, onto_TD=x_TD)
+            return self.mlp(self.mlp_norm(x_TD), onto_TD=x_TD)
+        x_TD = self.attention_norm(self.attention(x_TD, shared, pool, onto_TD=x_TD))
+        return self.mlp_norm(self.mlp(x_TD, onto_TD=x_TD))
 
 
-def _attention(config: OPTConfig, prefix: str, attention: Attention) -> SelfAttention:
+def _attention(config: OPTConfig, prefix: str) -> SelfAttention:
     size = config.hidden_size
     return SelfAttention(
         config,
-        attention,
         Scoring(config.head_dim**-0.5),
         qkv=Linear(size, qkv_width(config), qkv_rows(config, prefix), config.has_bias),
         out=Linear(size, size, f"{prefix}out_proj", config.has_bias),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.layers.leaf import Embedding, Leaf, whole
 from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.part import Part
 
 _HEAD = "lm_head"
 
@@ -55,7 +56,7 @@ def vocabulary(config: ModelConfig, size: int, table: str) -> Linear:
     return Linear(size, config.vocab_size, [whole(_HEAD, config.vocab_size, instead)])
 
 
-class Head(nn.Module):
+class Head(Part):
     """Final norm and projection, where there are any, and the logits, perhaps soft-capped.
 
     All of it in float32, weights too: in bf16 a logit of 25 is a multiple of 1/8, and of two
@@ -82,9 +83,11 @@ class Head(nn.Module):
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """[R, D] -> [R, V] float32."""
+        num_rows = len(x_RD)
+        x_RD = self.backend.pad_rows(x_RD)
         for part in (self.norm, self.projection):
             x_RD = x_RD if part is None else part(x_RD)
-        logits_RV = self.vocabulary(x_RD)
+        logits_RV = self.vocabulary(x_RD)[:num_rows]
         if self.softcap is None:
             return logits_RV
         return torch.tanh(logits_RV / self.softcap) * self.softcap

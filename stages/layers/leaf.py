@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from pipeserve.stages.layers.part import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ def whole(name: str, num_rows: int, instead: str = "") -> Rows:
     return Rows(name, num_rows, 0, num_rows, instead)
 
 
-class Leaf(nn.Module):
+class Leaf(Part):
     """One weight, perhaps with a bias of its first axis; inference only.
 
     `source`: the rows that make up the weight, joined along its first axis; a name stands for the
@@ -65,8 +67,12 @@ class Leaf(nn.Module):
         return sum(part.nbytes for part in (self.weight, self.bias) if part is not None)
 
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Takes `weight`, of `shape`, and `bias` over."""
-        self.weight, self.bias = weight, bias
+        """Takes `weight`, of `shape`, and `bias` over, to the stage's device."""
+        self.weight = self._placed(weight)
+        self.bias = None if bias is None else self.backend.place(bias)
+
+    def _placed(self, weight: Tensor) -> Tensor:
+        return self.backend.place(weight)
 
 
 class Embedding(Leaf):
@@ -83,4 +89,4 @@ class Embedding(Leaf):
         rows_TD = F.embedding(ids_T, self.weight).float()
         if self.scale == 1.0:
             return rows_TD
-        return rows_TD * self.weight.new_tensor(self.scale).float()
+        return rows_TD * torch.tensor(self.scale, dtype=self.weight.dtype).item()

@@ -1,53 +1,42 @@
 """The other half of a decoder layer: plain, gated, or experts of which each token takes a few.
 
-Suffixes: T tokens, D hidden size, F intermediate size, E experts, A experts that a token takes.
+`onto`: what the result is added to, or nothing.
+
+Suffixes: T tokens, D hidden size, E experts, A experts that a token takes.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeserve.stages.layers.linear import Linear
-from pipeserve.stages.layers.padding import pad_rows
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-"""By Hugging Face's names."""
+from pipeserve.stages.layers.part import Part
 
 
-class Mlp(nn.Module):
+class Mlp(Part):
     def __init__(self, activation: str, up: Linear, down: Linear) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.up, self.down = up, down
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x_TD)))
+    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
+        return self.down(self.backend.activate(self.up(x_TD), self.activation), onto_TD)
 
 
-class GatedMlp(nn.Module):
+class GatedMlp(Part):
     """Gate and up in one product, gate first."""
 
     def __init__(self, activation: str, gate_up: Linear, down: Linear) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.gate_up, self.down = gate_up, down
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_up(x_TD).chunk(2, -1)
-        return self.down(self.activation(gate_TF).mul_(up_TF))
+    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
+        return self.down(self.backend.activate_gated(self.gate_up(x_TD), self.activation), onto_TD)
 
 
-class Experts(nn.Module):
+class Experts(Part):
     """Each token takes the `num_taken` experts that the router likes best, weighted by its liking.
 
     `normalize`: those weights sum to 1. All experts of a layer lie on its stage.
@@ -63,7 +52,7 @@ class Experts(nn.Module):
         self.num_taken = num_taken
         self.normalize = normalize
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
         likings_TE = torch.softmax(self.router(x_TD), -1, dtype=torch.float32)
         weights_TA, taken_TA = likings_TE.topk(self.num_taken, -1)
         if self.normalize:
@@ -71,6 +60,6 @@ class Experts(nn.Module):
         out_TD = torch.zeros_like(x_TD)
         for number in taken_TA.unique().tolist():
             rows, place = torch.where(taken_TA == number)
-            own = self.experts[number](pad_rows(x_TD[rows]))[: len(rows)]
+            own = self.experts[number](self.backend.pad_rows(x_TD[rows]))[: len(rows)]
             out_TD.index_add_(0, rows, own * weights_TA[rows, place, None])
-        return out_TD
+        return out_TD if onto_TD is None else onto_TD + out_TD

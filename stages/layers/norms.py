@@ -1,7 +1,5 @@
 """Norms over the last axis, float32 whatever comes in. Suffixes: X any axes, D the normed one."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeserve.stages.layers.leaf import Leaf
@@ -14,10 +12,8 @@ class RMSNorm(Leaf):
         super().__init__((size,), source)
         self.eps = eps
 
-    def forward(self, x_XD: Tensor) -> Tensor:
-        x_XD = x_XD.float()
-        squares_X = torch.linalg.vecdot(x_XD, x_XD)[..., None]
-        return (x_XD * (squares_X / x_XD.shape[-1] + self.eps).rsqrt_()).mul_(self.weight)
+    def forward(self, x_XD: Tensor, onto_XD: Tensor | None = None) -> Tensor:
+        return self.backend.rms_norm(x_XD, self.weight, self.eps, onto_XD)
 
 
 class OffsetRMSNorm(RMSNorm):
@@ -37,4 +33,4 @@ class LayerNorm(Leaf):
         self.eps = eps
 
     def forward(self, x_XD: Tensor) -> Tensor:
-        return F.layer_norm(x_XD.float(), self.shape, self.weight, self.bias, self.eps)
+        return self.backend.layer_norm(x_XD, self.weight, self.bias, self.eps)

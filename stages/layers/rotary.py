@@ -1,6 +1,6 @@
 """Rotary positions, in the half-split layout of Hugging Face's checkpoints.
 
-Suffixes: T tokens, X heads, H head size, h half of it.
+Suffixes: T tokens, h half of a head's size.
 """
 
 import math
@@ -8,10 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from pipeserve.stages.backends.backend import Rotation
 from pipeserve.stages.config.model_config import RopeConfig
-
-Rotation = tuple[Tensor, Tensor]
-"""(cos, signed sin) of each token, float32 [T, 1, H or what is rotated of it]."""
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -76,15 +74,3 @@ def make_rotation(positions_T: Tensor, frequencies_h: Tensor, factor: float = 1.
         torch.cat((cos_Th, cos_Th), -1)[:, None],
         torch.cat((-sin_Th, sin_Th), -1)[:, None],
     )
-
-
-def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:
-    """In float32. Does not modify its arguments. Dimensions behind those of `rotation` stay as they
-    are."""
-    cos_T1H, signed_sin_T1H = rotation
-    heads_TXH = heads_TXH.float()
-    size = cos_T1H.shape[-1]
-    if size < heads_TXH.shape[-1]:
-        return torch.cat((rotate(heads_TXH[..., :size], rotation), heads_TXH[..., size:]), -1)
-    swapped_TXH = heads_TXH.roll(size // 2, -1)
-    return (heads_TXH * cos_T1H).addcmul_(swapped_TXH, signed_sin_T1H)

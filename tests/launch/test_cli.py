@@ -141,6 +141,7 @@ def test_version_and_help(capsys, monkeypatch):
         (["generate", "--prompt", "x"], "no model"),
         (["generate", "--prompt", "x", "--config", "smolm2-2stage"], "did you mean"),
         (["generate", "m", "--prompts", "none.jsonl"], "none.jsonl: No such file"),
+        (["generate", "m", "--prompt", "x", "--device", "gpu"], "device is 'gpu'"),
         (["bench", "m", "--workload", "shargpt"], "no workload 'shargpt'"),
         (["bench", "m", "--scale", "0"], "--scale is 0"),
         (["bench", "m", "--repeat", "0"], "--repeat"),

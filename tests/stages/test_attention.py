@@ -1,4 +1,4 @@
-"""Both attentions against the definition written out in float64, over a pool full of garbage."""
+"""Every attention against the definition written out in float64, over a pool full of garbage."""
 
 import random
 
@@ -6,16 +6,25 @@ import pytest
 import torch
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.attention.attention import make_attention
+from pipeserve.stages.attention.attention import ReferenceAttention
+from pipeserve.stages.attention.gathered_attention import GatheredAttention
 from pipeserve.stages.attention.inputs import build_inputs
-from pipeserve.stages.attention.kv import KVCache
+from pipeserve.stages.attention.kv import KVCache, clear, write
 from pipeserve.stages.attention.scoring import Scoring, alibi_slopes
+from pipeserve.stages.backends.cpu.blocked_attention import BlockedAttention
 from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.devices import make_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 """For outputs of size 1: some units in the last place of each dtype."""
+HOST = torch.device("cpu")
+ATTENTIONS = {
+    "blocked": BlockedAttention(),
+    "gathered": GatheredAttention(HOST),
+    "reference": ReferenceAttention(),
+}
 HEADS = [(6, 2, 8), (4, 4, 16), (3, 1, 64), (9, 3, 24)]
 """(query heads, kv heads, head size)."""
 
@@ -47,6 +56,7 @@ class Case:
             num_blocks=num_blocks,
             block_size=block_size,
             dtype=dtype,
+            device=HOST,
         )
         self.kv.keys_LKBPH.fill_(garbage)
         self.kv.values_LKBPH.fill_(-garbage)
@@ -72,11 +82,13 @@ class Case:
                 side[:, table[number], : len(new)] = new.transpose(0, 1)
 
     def run(self, name):
-        attention = make_attention(name)
+        attention, pool = ATTENTIONS[name], self.kv.layer(1)
         with torch.inference_mode():
             plan = attention.prepare(self.inputs, self.kv, {self.scoring.window})
             q, k, v = (torch.cat(parts) for parts in (self.q, self.k, self.v))
-            return attention(q, k, v, self.kv.layer(1), plan, self.scoring)
+            clear(pool, self.inputs.begun_blocks)
+            write(k, v, pool, self.inputs.slots_T)
+            return attention(q, pool, plan, self.scoring)
 
     def check(self, name):
         got = self.run(name)
@@ -130,7 +142,7 @@ def _random_spans(rng, num_chunks):
     return spans
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("seed", range(10))
 def test_random_microbatches(name, dtype, seed):
@@ -140,7 +152,7 @@ def test_random_microbatches(name, dtype, seed):
     Case(spans, heads=heads, block_size=block_size, dtype=dtype).check(name)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 63, 64, 65, 130, 10**6])
 def test_a_sliding_window(name, window, dtype):
@@ -152,7 +164,7 @@ def test_a_sliding_window(name, window, dtype):
         case.check(name)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("kind", ["scale", "softcap", "alibi", "softcap_window"])
 def test_every_way_to_score(name, heads, kind):
@@ -174,20 +186,28 @@ def test_slopes_of_alibi():
     )
 
 
+@pytest.mark.parametrize("name", ["blocked", "gathered"])
 @pytest.mark.parametrize("heads", HEADS)
-def test_many_decodes_of_very_different_contexts(heads):
+def test_many_decodes_of_very_different_contexts(heads, name):
     """From one position to hundreds: some share a group, some stand alone."""
     contexts = [1, 700, 2, 350, 16, 17, 33, 32, 31, 340, 1, 64, 90, 8, 128, 690, 15, 3]
-    Case([(n - 1, n) for n in contexts], heads=heads).check("cpu")
+    Case([(n - 1, n) for n in contexts], heads=heads).check(name)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_more_than_is_gathered_at_a_time(window):
+    """Of one chunk's queries, and of decodes."""
+    spans = [(5, 600), (0, 257), *((n, n + 1) for n in range(1, 80, 2))]
+    Case(spans, scoring=Scoring(8**-0.5, window=window)).check("gathered")
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 16, 37])
 @pytest.mark.parametrize("query_len", [2, 63, 64, 65, 127, 128, 129])
 def test_chunks_around_the_query_block(query_len, prefix):
-    Case([(prefix, prefix + query_len)]).check("cpu")
+    Case([(prefix, prefix + query_len)]).check("blocked")
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("garbage", [1e30, torch.inf, torch.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_other_requests_left_in_the_pool_does_not_leak(name, garbage, dtype):
@@ -196,7 +216,7 @@ def test_what_other_requests_left_in_the_pool_does_not_leak(name, garbage, dtype
     Case(lengths, garbage=garbage, dtype=dtype).check(name)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ATTENTIONS)
 def test_a_broken_request_leaves_its_neighbours_alone(name):
     """NaN in one request, decode or chunk, spoils its own rows and no others."""
     case = Case([(40, 41), (44, 45), (3, 30), (5, 40)])
@@ -210,7 +230,7 @@ def test_a_broken_request_leaves_its_neighbours_alone(name):
         torch.testing.assert_close(got[i].double(), case.expected[i], rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ATTENTIONS)
 def test_it_writes_only_its_own_layer_and_blocks(name):
     case = Case([(0, 20), (30, 31)], garbage=7.0)
     case.run(name)
@@ -220,6 +240,8 @@ def test_it_writes_only_its_own_layer_and_blocks(name):
     assert (case.kv.values_LKBPH[1][:, case.spare_blocks] == -7.0).all()
 
 
-def test_an_unknown_attention_is_refused():
-    with pytest.raises(ConfigError, match=r"'flash' is not one of auto, cpu, reference"):
-        make_attention("flash")
+def test_an_attention_that_the_device_has_not_is_refused():
+    with pytest.raises(ConfigError, match=r"'flash' of cpu is not one of auto, cpu, reference"):
+        make_backend("cpu", "flash")
+    with pytest.raises(ConfigError, match=r"'cpu' of cuda is not one of auto, reference"):
+        make_backend("cuda", "cpu")

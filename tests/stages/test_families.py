@@ -24,20 +24,24 @@ from cut_model import Stages, assert_close, run_mixed
 from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
+from pipeserve.stages.backends.backend import Backend
 from pipeserve.stages.checkpoint.weights import check_checkpoint
 from pipeserve.stages.config.model_config import RopeConfig
+from pipeserve.stages.devices import make_backend
 from pipeserve.stages.families import FAMILIES, read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RUNS = [
-    ("cpu", (4,), 70),
-    ("cpu", (1, 3), 33),
-    ("cpu", (1, 2, 1), 7),
-    ("cpu", (1, 1, 1, 1), 1),
-    ("reference", (3, 1), 16),
+    (make_backend("cpu"), (4,), 70),
+    (make_backend("cpu"), (1, 3), 33),
+    (make_backend("cpu"), (1, 2, 1), 7),
+    (make_backend("cpu"), (1, 1, 1, 1), 1),
+    (make_backend("cpu", "reference"), (3, 1), 16),
+    (Backend(), (4,), 70),
+    (Backend(), (2, 2), 9),
 ]
-"""(attention, layers of each stage, tokens a microbatch): whole, chunks, decodes."""
+"""(backend, layers of each stage, tokens a microbatch): whole, chunks, decodes."""
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +64,10 @@ def test_every_family_has_a_tiny_checkpoint():
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize(("attention", "layers", "budget"), RUNS)
-def test_logits_are_those_of_transformers(checkpoint, name, attention, layers, budget):
+@pytest.mark.parametrize(("backend", "layers", "budget"), RUNS)
+def test_logits_are_those_of_transformers(checkpoint, name, backend, layers, budget):
     folder, prompt, expected = checkpoint(name)
-    stages = Stages(folder, layers, attention=attention)
+    stages = Stages(folder, layers, backend=backend)
     assert_close(stages.logits(prompt, budget), expected)
 
 

@@ -11,10 +11,9 @@ from checkpoints import TINY, edit_config, tiny, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
+from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.checkpoint.weights import check_checkpoint, load_weights
 from pipeserve.stages.families import read_config
-from pipeserve.stages.layers import linear
-from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.stage import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,17 +134,9 @@ def test_it_leaves_no_file_open(tmp_path):
     assert os.listdir("/proc/self/fd") == before
 
 
-@pytest.fixture
-def unpacked(monkeypatch):
-    """Linear layers keep their weights as they are read, for tests to look at."""
-    monkeypatch.setattr(linear, "_can_pack", lambda weight: False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_are_converted_as_torch_converts_them(
-    tmp_path, unpacked, monkeypatch, stored, dtype
-):
+def test_weights_are_converted_as_torch_converts_them(tmp_path, monkeypatch, stored, dtype):
     """But for what stays in float32 whatever the run's dtype is: norms and the head."""
     monkeypatch.setattr(
         "pipeserve.stages.checkpoint.weights._PIECE_BYTES", 1000
@@ -172,7 +163,7 @@ def test_weights_are_converted_as_torch_converts_them(
 
 
 @pytest.mark.parametrize("name", ["falcon_new", "falcon_multi_query", "falcon_rw"])
-def test_rows_of_a_fused_tensor_are_read_in_small_pieces(tmp_path, unpacked, monkeypatch, name):
+def test_rows_of_a_fused_tensor_are_read_in_small_pieces(tmp_path, monkeypatch, name):
     """Pieces that end inside a row, and begin anywhere in the file."""
     folder = tiny(name, tmp_path)
     whole = load(folder).layers[0].attention.qkv.weight
@@ -182,7 +173,7 @@ def test_rows_of_a_fused_tensor_are_read_in_small_pieces(tmp_path, unpacked, mon
     assert sorted(whole.tolist()) == sorted(fused.tolist())
 
 
-def test_a_checkpoint_of_the_model_without_its_head(tmp_path, unpacked):
+def test_a_checkpoint_of_the_model_without_its_head(tmp_path):
     """As some are saved: no tensor's name has the first part that the family's have."""
     folder = tiny("opt", tmp_path)
     expected = load(folder).head.vocabulary.weight
@@ -200,16 +191,17 @@ def test_a_packed_linear_layer_is_the_plain_one(rows, with_bias, dtype, limit):
     weight = torch.randn(96, 64, generator=generator).to(dtype)
     bias = torch.randn(96, generator=generator).to(dtype) if with_bias else None
     x = torch.randn(rows, 64, generator=generator).to(dtype)
-    packed = Linear(64, 96)
-    packed.set(weight.clone(), bias)
-    if not packed.is_packed:
+    backend = CpuBackend()
+    packed = backend.place_matrix(weight.clone())
+    if not packed.is_mkldnn:
         pytest.skip(f"oneDNN has no {dtype} on this CPU")
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     with torch.inference_mode():
-        torch.testing.assert_close(packed(x).double(), exact, rtol=limit, atol=limit)
+        got = backend.linear(x, packed, bias)
+        torch.testing.assert_close(got.double(), exact, rtol=limit, atol=limit)
         for row in range(0, rows, 7):
-            alone = packed(x[row : row + 1])
-            assert torch.equal(alone[0], packed(x)[row]), "depends on the rows beside it"
+            alone = backend.linear(x[row : row + 1], packed, bias)
+            assert torch.equal(alone[0], got[row]), "depends on the rows beside it"
 
 
 # ---- bad checkpoints ----------------------------------------------------------------------------

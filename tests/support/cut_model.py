@@ -8,8 +8,8 @@ import random
 import torch
 
 from pipeserve.stages.attention.inputs import build_inputs
-from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.checkpoint.weights import load_weights
+from pipeserve.stages.devices import make_backend
 from pipeserve.stages.families import read_config
 from pipeserve.stages.stage import Stage
 
@@ -24,7 +24,8 @@ class Stages:
         folder: str,
         layers=(1, 3),
         *,
-        attention="cpu",
+        attention="auto",
+        backend=None,
         block_size=16,
         num_blocks=64,
         config=None,
@@ -44,17 +45,11 @@ class Stages:
                 stop_layer=first + count,
                 has_embedding=number == 0,
                 has_head=number == len(layers) - 1,
-                attention=attention,
+                backend=backend or make_backend("cpu", attention),
             )
             load_weights(stage, folder, dtype)
             self.stages.append(stage)
-            pool = KVCache(
-                config,
-                num_layers=count,
-                num_blocks=num_blocks,
-                block_size=block_size,
-                dtype=dtype,
-            )
+            pool = stage.make_kv(num_blocks=num_blocks, block_size=block_size, dtype=dtype)
             pool.keys_LKBPH.fill_(torch.nan)
             pool.values_LKBPH.fill_(torch.nan)
             self.pools.append(pool)
@@ -66,8 +61,9 @@ class Stages:
         for stage, pool in zip(self.stages, self.pools, strict=True):
             is_first = stage.embedding is not None
             inputs = build_inputs(spans, self.block_size, token_ids if is_first else None)
-            x = stage(inputs.token_ids_T if is_first else x.to(self.dtype), inputs, pool)
-        return x
+            given = inputs.token_ids_T if is_first else x.to("cpu", self.dtype)
+            x = stage(given, inputs, pool)
+        return x.cpu()
 
     def logits(self, prompt, budget):
         """Of every position of `prompt`, taken `budget` tokens at a time."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeserve.stages.attention.inputs import StageInputs
-from pipeserve.stages.attention.kv import KVCache, PoolLayer, clear, write
+from pipeserve.stages.attention.kv import KVCache, PoolLayer
 from pipeserve.stages.attention.scoring import Scoring, alibi_bias
 
 _QUERY_BLOCK = 64  # few enough to skip what causality hides, enough to multiply well
@@ -64,15 +64,6 @@ class _View:
     prefills: tuple[_Prefill, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    slots_T: Tensor
-    begun_blocks: Tensor
-    """Blocks that this microbatch begins and leaves partly filled."""
-    views: Mapping[int | None, _View]
-    """By window."""
-
-
 class BlockedAttention:
     """Matrix products over gathered blocks, in the pool's dtype (softmax sums in float32 inside).
 
@@ -89,35 +80,25 @@ class BlockedAttention:
     single queries to powers of two.
     """
 
-    def prepare(self, inputs: StageInputs, kv: KVCache, windows: Collection[int | None]) -> _Plan:
-        begun = [
-            int(blocks[-1])
-            for query_len, context_len, blocks in _chunks_of(inputs)
-            if 0 < context_len % kv.block_size <= query_len
-        ]
-        return _Plan(
-            slots_T=inputs.slots_T,
-            begun_blocks=torch.tensor(begun, dtype=torch.int64),
-            views={window: _view(inputs, kv, window) for window in windows},
-        )
+    def prepare(
+        self, inputs: StageInputs, kv: KVCache, windows: Collection[int | None]
+    ) -> Mapping[int | None, _View]:
+        """By window."""
+        return {window: _view(inputs, kv, window) for window in windows}
 
     def __call__(
         self,
         q_TNH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
         pool: PoolLayer,
-        plan: _Plan,
+        plan: Mapping[int | None, _View],
         scoring: Scoring,
     ) -> Tensor:
-        clear(pool, plan.begun_blocks)
-        write(k_TKH, v_TKH, pool, plan.slots_T)
         num_tokens, num_heads, head_dim = q_TNH.shape
-        num_kv_heads = k_TKH.shape[1]
+        num_kv_heads = len(pool[0])
         q_TNH = (q_TNH * scoring.scale).to(pool[0].dtype)
         q_TKGH = q_TNH.view(num_tokens, num_kv_heads, -1, head_dim)
         out_TKGH = torch.zeros_like(q_TKGH)
-        view = plan.views[scoring.window]
+        view = plan[scoring.window]
         for decodes in view.decodes:
             out_TKGH[decodes.rows_D] = _decode(q_TKGH[decodes.rows_D], pool, decodes, scoring)
         for prefill in view.prefills:
@@ -211,7 +192,7 @@ def _adjusted(scores: Tensor, scoring: Scoring, seen: slice) -> Tensor:
     if scoring.softcap is not None:
         scores = (scores.float() / scoring.softcap).tanh_().mul_(scoring.softcap)
     if scoring.slopes_N is not None:
-        bias_NC = alibi_bias(scoring, seen.stop)[:, seen]
+        bias_NC = alibi_bias(scoring, seen.stop, scores.device)[:, seen]
         scores = scores.float() + bias_NC.view(*scores.shape[:2], 1, -1)
     return scores
 

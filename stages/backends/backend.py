@@ -1,0 +1,166 @@
+"""What a stage computes with: its device, what it holds there, and the operations of its layers.
+
+Modules say what is computed (`stages/layers`, `stages/families`), a backend how. `Backend` is that
+in plain PyTorch on any device: what a GPU uses, and what tests hold other backends against. A
+device with something better overrides single methods, and no module knows of it.
+
+`onto`, wherever it is, is what a result is added to: the residual of a layer, so that an operation
+may add as it writes. Nothing here modifies its arguments but a KV pool.
+
+Suffixes: T tokens, X any axes, D a normed axis, I and O features of a product, F intermediate size,
+N query heads, K kv heads, A all heads (queries, then keys, then values), H head size.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeserve.stages.attention.attention import Attention
+from pipeserve.stages.attention.gathered_attention import GatheredAttention
+from pipeserve.stages.attention.inputs import StageInputs
+from pipeserve.stages.attention.kv import KVCache, PoolLayer, clear, write
+from pipeserve.stages.attention.scoring import Scoring
+from pipeserve.stages.backends.activations import ACTIVATIONS
+from pipeserve.stages.config.model_config import ModelConfig
+
+Rotation = tuple[Tensor, Tensor]
+"""(cos, signed sin) of each token, float32 [T, 1, H or what is rotated of it]."""
+HeadNorms = Sequence[Callable[[Tensor], Tensor]]
+"""Of the queries and of the keys, over each head."""
+
+
+class Backend:
+    """Of one stage, on one device. Keeps nothing of a microbatch."""
+
+    def __init__(
+        self, device: str | torch.device = "cpu", attention: Attention | None = None
+    ) -> None:
+        self.device = torch.device(device)
+        self.attention = attention or GatheredAttention(self.device)
+
+    # ---- what lies on the device ----------------------------------------------------------------
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device; itself where it is there."""
+        return tensor.to(self.device)
+
+    def place_matrix(self, weight_OI: Tensor) -> Tensor:
+        """The weight of a product, in the layout that `linear` likes best."""
+        return self.place(weight_OI)
+
+    def make_kv(
+        self,
+        config: ModelConfig,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> KVCache:
+        """The pool in the layout that this backend's attention reads."""
+        return KVCache(
+            config,
+            num_layers=num_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=dtype,
+            device=self.device,
+        )
+
+    def kv_block_bytes(
+        self, config: ModelConfig, *, num_layers: int, block_size: int, dtype: torch.dtype
+    ) -> int:
+        """What each block adds to that pool."""
+        return KVCache.block_bytes(
+            config, num_layers=num_layers, block_size=block_size, dtype=dtype
+        )
+
+    # ---- operations -----------------------------------------------------------------------------
+
+    def pad_rows(self, x: Tensor) -> Tensor:
+        """`x`, perhaps with rows behind it that nobody reads, where few distinct shapes pay."""
+        return x
+
+    def linear(
+        self,
+        x_XI: Tensor,
+        weight: Tensor,
+        bias_O: Tensor | None = None,
+        onto_XO: Tensor | None = None,
+    ) -> Tensor:
+        """[X, I] of any dtype -> [X, O] of the weight's, or of `onto_XO`'s. `weight` is what
+        `place_matrix` made."""
+        return _added(F.linear(x_XI.to(weight.dtype), weight, bias_O), onto_XO)
+
+    def rms_norm(
+        self, x_XD: Tensor, weight_D: Tensor, eps: float, onto_XD: Tensor | None = None
+    ) -> Tensor:
+        """Float32, whatever comes in."""
+        x_XD = x_XD.float()
+        squares_X = torch.linalg.vecdot(x_XD, x_XD)[..., None]
+        scale_X = (squares_X / x_XD.shape[-1] + eps).rsqrt_()
+        return _added((x_XD * scale_X).mul_(weight_D), onto_XD)
+
+    def layer_norm(self, x_XD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """Float32, whatever comes in."""
+        return F.layer_norm(x_XD.float(), weight_D.shape, weight_D, bias_D, eps)
+
+    def activate(self, x_XF: Tensor, activation: str) -> Tensor:
+        """`activation` is a name of ACTIVATIONS."""
+        return ACTIVATIONS[activation](x_XF)
+
+    def activate_gated(self, gate_up_X2F: Tensor, activation: str) -> Tensor:
+        """activation(gate) * up, of a product that has the gate's columns first: [X, F]."""
+        gate_XF, up_XF = gate_up_X2F.chunk(2, -1)
+        return ACTIVATIONS[activation](gate_XF).mul_(up_XF)
+
+    def prepare_attention(
+        self, inputs: StageInputs, kv: KVCache, windows: Collection[int | None]
+    ) -> object:
+        """What `attend` needs of a microbatch in every layer; `windows` are those of the layers."""
+        return self.attention.prepare(inputs, kv, windows)
+
+    def place_heads(
+        self,
+        heads_TAH: Tensor,
+        num_kv_heads: int,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        pool: PoolLayer,
+        inputs: StageInputs,
+    ) -> Tensor:
+        """Norms and rotates queries and keys, writes keys and values into `pool`, and returns the
+        queries [T, N, H]. Rows of padding are not written."""
+        num_q = heads_TAH.shape[1] - 2 * num_kv_heads
+        q_TNH, k_TKH, v_TKH = heads_TAH.split((num_q, num_kv_heads, num_kv_heads), 1)
+        if norms is None and rotation is not None:  # in one go
+            rotated_TXH = rotate(heads_TAH[:, : num_q + num_kv_heads], rotation)
+            q_TNH, k_TKH = rotated_TXH.split((num_q, num_kv_heads), 1)
+        elif norms is not None:
+            q_TNH, k_TKH = norms[0](q_TNH), norms[1](k_TKH)
+            if rotation is not None:
+                q_TNH, k_TKH = rotate(q_TNH, rotation), rotate(k_TKH, rotation)
+        clear(pool, inputs.begun_blocks)
+        write(k_TKH, v_TKH, pool, inputs.slots_T)
+        return q_TNH
+
+    def attend(self, q_TNH: Tensor, pool: PoolLayer, plan: object, scoring: Scoring) -> Tensor:
+        """[T, N, H]; what comes of rows of padding is of no use. `plan`: `prepare_attention`'s."""
+        return self.attention(q_TNH, pool, plan, scoring)
+
+
+def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:
+    """In float32. Dimensions behind those of `rotation` stay as they are."""
+    cos_T1H, signed_sin_T1H = rotation
+    heads_TXH = heads_TXH.float()
+    size = cos_T1H.shape[-1]
+    if size < heads_TXH.shape[-1]:
+        return torch.cat((rotate(heads_TXH[..., :size], rotation), heads_TXH[..., size:]), -1)
+    swapped_TXH = heads_TXH.roll(size // 2, -1)
+    return (heads_TXH * cos_T1H).addcmul_(swapped_TXH, signed_sin_T1H)
+
+
+def _added(x: Tensor, onto: Tensor | None) -> Tensor:
+    return x if onto is None else onto + x

@@ -1,0 +1,1 @@
+"""What only the CPU does: oneDNN's packed weights and few shapes, attention in blocks."""

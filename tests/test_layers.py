@@ -50,7 +50,6 @@ MAY_SEE = {
     "stages.checkpoint": {
         "errors",
         "stages",
-        "stages.backends",
         "stages.config",
         "stages.families",
         "stages.layers",

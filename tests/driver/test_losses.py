@@ -95,7 +95,7 @@ def start(folder, fleet, told, **options):
 def test_after_a_loss_stages_have_as_many_blocks_as_before(folder, monkeypatch):
     """The engine goes on with its own, whatever is free by then."""
     free = [MemoryLimit("it", "here", 64 << 20, 64 << 20)]
-    monkeypatch.setattr("pipeserve.stage.worker.device_memory", lambda: tuple(free))
+    monkeypatch.setattr("pipeserve.stage.worker.device_memory", lambda device: tuple(free))
 
     def pools():
         return {worker.compute.kv.keys_LKBPH.shape[2] for worker in driver.fleet.workers}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from pipeserve.configs.addresses import split_address
+from pipeserve.core.order import ORDERS
 from pipeserve.errors import ConfigError
 
 _DEFAULT_BUDGET = 512
@@ -69,6 +70,12 @@ class RunConfig:
         least=1,
     )
     policy: str = _option("uniform", "Scheduling policy.")
+    order: str = _option(
+        "fcfs",
+        "Who goes first, under every policy: fcfs is first come, first served; priority is the "
+        "lowest number that a request brings.",
+        choices=tuple(ORDERS),
+    )
     slo_tbt: float | None = _option(
         None,
         "Longest time between two tokens that is wanted, seconds; what uniform plans by, where "

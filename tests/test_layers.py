@@ -22,7 +22,7 @@ MAY_SEE = {
     "core": {"errors", "sampling_params"},
     "core.cost": {"errors", "core"},
     "core.policies": {"errors", "core", "core.cost"},
-    "configs": {"errors", "core.cost", "core.policies"},
+    "configs": {"errors", "core", "core.cost", "core.policies"},
     "wire": {"errors", "core", "configs", "sampling_params"},
     "stages.config": {"errors"},
     "stages.attention": {"errors", "stages.config"},

@@ -35,7 +35,8 @@ class Journal:
 
     def arrived(self, request: Request, now: float) -> None:
         self._num_outputs[request.id] = 0
-        self._record(Arrived(request.id, now, len(request.prompt), request.max_tokens))
+        num_prompt = len(request.prompt)
+        self._record(Arrived(request.id, now, num_prompt, request.max_tokens, request.priority))
         if self._waited_for != "window":  # which only a completion opens
             self._wake(-1, now)
 

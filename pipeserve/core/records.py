@@ -21,6 +21,7 @@ class Arrived(NamedTuple):
     at_s: float
     num_prompt_tokens: int
     max_tokens: int
+    priority: int = 0
 
 
 class Ended(NamedTuple):

@@ -41,5 +41,6 @@ def lay_out(
         max_model_len=max_model_len,
         enable_prefix_caching=enable_prefix_caching,
         max_tbt_s=config.slo_tbt,
+        order=config.order,
     )
     return plan, limits

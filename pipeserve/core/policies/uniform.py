@@ -11,8 +11,9 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
   counted. With a limit between tokens all that are ready go at once, unless there are so many more
   than a share that they are evened out, and none is late for it.
 - **Prompts** fill the rest. Chunks of one prompt follow one another at once, and are cut so that no
-  decode of this microbatch, or of those in flight, is predicted to come late. The order is arrival
-  plus `PATIENCE_S` for each token: a long prompt lets short ones pass that come soon after it.
+  decode of this microbatch, or of those in flight, is predicted to come late. Those of the same
+  precedence go by arrival plus `PATIENCE_S` for each token: a long prompt lets short ones pass that
+  come soon after it.
 - **KV** is taken as decodes need it; an admission leaves a free block for each running request.
 - **In a lull**, where decodes alone would make many microbatches that mostly read weights, decodes
   wait for the next to complete and go with it, as long as the turn stays well within the time that
@@ -391,10 +392,12 @@ def _in_order(view: View) -> Iterator[RequestView]:
     not change with its chunks."""
     prompts = list(view.prefills.values())
     if len(view.running) < view.limits.max_num_seqs:
-        waiting = islice(view.waiting.values(), COMPARED)
-        prompts += [each for each in waiting if not each.num_outstanding]
+        waiting = list(islice(view.waiting.values(), COMPARED))
+        # One that was preempted and is still in flight cannot start yet: later classes wait for it.
+        last = next((each.precedence for each in waiting if each.num_outstanding), inf)
+        prompts += [w for w in waiting if not w.num_outstanding and w.precedence <= last]
     by_turn = [
-        (request.arrived + PATIENCE_S * request.num_known, place, request)
+        (request.precedence, request.arrived + PATIENCE_S * request.num_known, place, request)
         for place, request in enumerate(prompts)
     ]
     heapify(by_turn)  # few are looked at: most of a sort would be for nothing

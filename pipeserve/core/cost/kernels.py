@@ -2,8 +2,9 @@
 
 `Kernels` are formulae, fitted on microbenchmarks of many shapes and good for any model; `Tables`
 are seconds measured for one model on the machine at hand. Both answer the same: the linear work of
-a layer, the head, the embedding. `Attention` is a formula for either. The formulae use arithmetic
-only, so that the fit (`profiling/calibration/fit.py`) evaluates the very same ones on numpy arrays.
+a layer, the head, the embedding. `Attention` is a formula for either. The formulae use
+arithmetic only, so that the fit (`profiling/calibration/fit.py`) evaluates the very same ones on
+numpy arrays.
 """
 
 from collections.abc import Iterator

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from pipeserve.configs.addresses import split_address
 from pipeserve.core.order import ORDERS
+from pipeserve.core.policies import POLICIES
 from pipeserve.errors import ConfigError
 
 _DEFAULT_BUDGET = 512
@@ -69,7 +70,7 @@ class RunConfig:
         "the longest context for policies that run whole prompts.",
         least=1,
     )
-    policy: str = _option("uniform", "Scheduling policy.")
+    policy: str = _option("uniform", f"Scheduling policy: {', '.join(POLICIES)}.")
     order: str = _option(
         "fcfs",
         "Who goes first, under every policy: fcfs is first come, first served; priority is the "

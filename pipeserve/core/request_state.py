@@ -1,8 +1,8 @@
 """The engine's private record of one unfinished request, and the queues that policies look into.
 
-A decode passes through here twice, when it is planned and when its token is known. Both are kept
-to a few attribute and dictionary operations: at a thousand running requests they are most of what
-planning costs.
+What is here runs twice for each decode, when it is planned and when its token is known. Both are
+kept to a few attribute and dictionary operations: at a thousand running requests they are most of
+what planning costs.
 
 A garbage collection visits whatever a list, a set or an object refers to, and stops the run for it.
 So what a request has many of (tokens, blocks, keys) is kept in arrays and in tuples of plain
@@ -128,15 +128,15 @@ class Record:
         return max(0, min(stop, num_prompt - 1) - max(start, first))
 
     def score(self, logprobs: Iterable[TokenLogprobs]) -> None:
-        """Those of its next prompt tokens became known."""
+        """The logprobs of its next prompt tokens became known."""
         assert self.prompt_logprobs is not None  # or nothing of it would be scored
         self.prompt_logprobs += logprobs
 
-    def tell_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
-        """All of them, once, with the first token."""
-        told = tuple(self.prompt_logprobs or ())
+    def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """All of them, for the output of the first token; there are none after that."""
+        taken = tuple(self.prompt_logprobs or ())
         self.prompt_logprobs = None
-        return told
+        return taken
 
     def update_keys(self) -> None:
         if self._caches:
@@ -182,7 +182,7 @@ class Record:
         self.prefilling = True
 
     def forget_outstanding(self) -> None:
-        """What was on its way will not come."""
+        """After a fault: what is outstanding will have no result."""
         self.num_outstanding = 0
         self.num_on_way = 0
         self.token_from = None
@@ -296,7 +296,7 @@ class Queues:
         self._waiting.to_front(record.id)
 
     def drop(self, record: Record) -> None:
-        """The request is in no queue."""
+        """Takes the request out of every queue."""
         for queue in (self._waiting, self._running, self._prefills):
             queue.discard(record.id)
         self._decodes.pop(record.id, None)

@@ -151,7 +151,7 @@ class Outstanding(NamedTuple):
 
 @dataclass(slots=True)
 class Flow:
-    """What went through the engine so far; what is older counts less."""
+    """What the engine has planned and ended so far; what is older counts less."""
 
     prefill_tokens: float = 0.0
     decodes: float = 0.0
@@ -161,7 +161,7 @@ class Flow:
     """Of these. It can be the larger: an admission fades while its request runs."""
 
     def fade(self) -> None:
-        """At every microbatch: after 4096 of them, what went through counts a third."""
+        """Called at every microbatch: after 4096 of them, what was counted weighs a third (1/e)."""
         self.prefill_tokens *= _FADING
         self.decodes *= _FADING
         self.admitted *= _FADING
@@ -212,7 +212,8 @@ class Why(NamedTuple):
     budget: float
     """Seconds on the slowest stage; tokens without a cost model."""
     due_s: float
-    """When it must be through, by the host's clock; inf without a limit between tokens."""
+    """When it must have left the last stage, by the host's clock; inf without a limit between
+    tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Reads what `recording_writer.py` wrote: whatever is there of it, and notes on what is not."""
+"""Reads what `writer.py` wrote: whatever is there of it, and notes on what is not."""
 
 import contextlib
 import json

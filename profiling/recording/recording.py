@@ -1,4 +1,4 @@
-"""A recorded run: what was told of it, in memory. `recording_writer.py` has it in files."""
+"""A recorded run: what was told of it, in memory. `writer.py` has it in files."""
 
 import contextlib
 import gc

@@ -6,7 +6,7 @@
 
 The first line of a JSON Lines file is its head: the run that it is of, and the names of the fields
 that its records list. Numbers that JSON has not (NaN, infinity) are null. The blocks of chunks are
-left out. `recording_reader.py` reads them.
+left out. `reader.py` reads them.
 """
 
 import contextlib

@@ -191,15 +191,20 @@ class _Without(Uniform):
 
 
 class TimeBudget(_Without):
-    off: ClassVar = {"SUSTAINED": 1e6, "MIN_THROTTLED": 10**9, "PATIENCE_S": 0.0, "HELD": 0.0}
+    off: ClassVar = {
+        "SUSTAINED": 1e6,
+        "MIN_THROTTLED": 10**9,
+        "PATIENCE_S": 0.0,
+        "LONGEST_LULL": 0.0,
+    }
 
 
 class KvAsNeeded(_Without):
-    off: ClassVar = {"PATIENCE_S": 0.0, "HELD": 0.0}
+    off: ClassVar = {"PATIENCE_S": 0.0, "LONGEST_LULL": 0.0}
 
 
 class Patient(_Without):
-    off: ClassVar = {"HELD": 0.0}
+    off: ClassVar = {"LONGEST_LULL": 0.0}
 
 
 PARTS = {

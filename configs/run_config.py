@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from pipeserve.configs.addresses import split_address
+from pipeserve.core.order import ORDERS
+from pipeserve.core.policies import POLICIES
 from pipeserve.errors import ConfigError
 
 _DEFAULT_BUDGET = 512
@@ -71,7 +73,13 @@ class RunConfig:
         "the longest context for policies that run whole prompts.",
         least=1,
     )
-    policy: str = _option("uniform", "Scheduling policy.")
+    policy: str = _option("uniform", f"Scheduling policy: {', '.join(POLICIES)}.")
+    order: str = _option(
+        "fcfs",
+        "Who goes first, under every policy: fcfs is first come, first served; priority is the "
+        "lowest number that a request brings.",
+        choices=tuple(ORDERS),
+    )
     slo_tbt: float | None = _option(
         None,
         "Longest time between two tokens that is wanted, seconds; what uniform plans by, where "

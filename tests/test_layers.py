@@ -23,7 +23,7 @@ MAY_SEE = {
     "core": {"errors", "sampling_params"},
     "core.cost": {"errors", "core"},
     "core.policies": {"errors", "core", "core.cost"},
-    "configs": {"errors", "core.cost", "core.policies"},
+    "configs": {"errors", "core", "core.cost", "core.policies"},
     "wire": {"errors", "machine", "core", "configs", "sampling_params"},
     "stages.config": {"errors"},
     "stages.attention": {"stages.config"},

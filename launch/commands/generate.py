@@ -51,8 +51,9 @@ def generate(
     """Complete one prompt, or every line of a JSONL file, and write results as they end.
 
     A line is {"prompt": TEXT}, {"prompt_token_ids": [...]} or {"messages": [...]}, with sampling
-    parameters of its own if wanted. Its result repeats it and has text, token_ids, finish_reason,
-    logprobs and prompt_logprobs where asked for, and all samples as outputs where n is over 1.
+    parameters and a priority of its own if wanted. Its result repeats it and has text, token_ids,
+    finish_reason, logprobs and prompt_logprobs where asked for, and all samples as outputs where n
+    is over 1.
     """
     from pipeserve.launch.inputs import prompts as given_prompts
     from pipeserve.launch.verbs import generate as verb
@@ -78,6 +79,7 @@ def generate(
         lines = [given_prompts.one_prompt(prompt, options, chat)]
     else:
         lines = given_prompts.read_prompts(prompts, options, chat)
+        given_prompts.check_order(lines, run_config.order)
     start = partial(
         starting.recorded_driver,
         run_config,

@@ -10,7 +10,13 @@ from pipeserve.configs import RunConfig
 from pipeserve.configs.recipes import check_keys
 from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError
-from pipeserve.frontend.params import PARAM_NAMES, check_params, params_from, seeded
+from pipeserve.frontend.params import (
+    PARAM_NAMES,
+    check_params,
+    check_priority,
+    params_from,
+    seeded,
+)
 from pipeserve.frontend.prompt_forms import Prompt, plain_prompt
 from pipeserve.launch.inputs.jsonl import read_objects
 
@@ -34,6 +40,8 @@ class PromptLine:
     prompt: Prompt
     options: Mapping[str, Any]
     """Sampling parameters as the line and the flags give them; what neither does is the model's."""
+    priority: int = 0
+    """The lowest goes first, under `--order priority`."""
 
     def params(
         self, defaults: SamplingParams, run_seed: int, vocab_size: int | None = None
@@ -55,8 +63,9 @@ def check_options(options: Mapping[str, Any]) -> None:
 def read_prompts(path: Path, options: Mapping[str, Any], chat: bool) -> list[PromptLine]:
     """The prompts of a JSONL file, each with `options` but for what its line says.
 
-    A line is {"prompt": text | "prompt_token_ids": [...] | "messages": [...]} and any field of
-    SamplingParams; null is as if absent. Raises ConfigError (FILE:LINE) for a line that is not.
+    A line is {"prompt": text | "prompt_token_ids": [...] | "messages": [...]}, a "priority" if
+    wanted, and any field of SamplingParams; null is as if absent. Raises ConfigError (FILE:LINE)
+    for a line that is not.
     """
     prompts = []
     for index, line in read_objects(path):
@@ -73,6 +82,15 @@ def one_prompt(text: str, options: Mapping[str, Any], chat: bool) -> PromptLine:
     return PromptLine(
         index=0, shown={"prompt": text}, prompt=_as_chat(text) if chat else text, options=options
     )
+
+
+def check_order(lines: Iterable[PromptLine], order: str) -> None:
+    """Raise ConfigError for a priority that the run's order would pass over."""
+    for line in lines:
+        try:
+            check_priority(line.priority, order)
+        except ConfigError as error:
+            raise ConfigError(f"prompt {line.index}: {error}") from None
 
 
 def check_lines(lines: Iterable[PromptLine], model_config: "ModelConfig") -> None:
@@ -96,7 +114,7 @@ def job_of(config: RunConfig, lines: Sequence[PromptLine]) -> str:
 def _parse_line(
     index: int, line: dict[str, Any], options: Mapping[str, Any], chat: bool
 ) -> PromptLine:
-    check_keys(line, [*PROMPT_KEYS, *PARAM_NAMES])
+    check_keys(line, [*PROMPT_KEYS, "priority", *PARAM_NAMES])
     given = {key: value for key, value in line.items() if value is not None}
     keys = [key for key in PROMPT_KEYS if key in given]
     if len(keys) != 1:
@@ -104,6 +122,7 @@ def _parse_line(
         raise ConfigError(f"a line has one of {', '.join(PROMPT_KEYS)}; this one has {found}")
     key = keys[0]
     prompt = _check_prompt(key, given.pop(key))
+    priority = check_priority(given.pop("priority", 0))
     own = {**options, **given}
     check_options(own)
     return PromptLine(
@@ -111,6 +130,7 @@ def _parse_line(
         shown={key: line[key]},
         prompt=_as_chat(prompt) if chat and key == "prompt" else prompt,
         options=own,
+        priority=priority,
     )
 
 

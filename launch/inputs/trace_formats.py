@@ -24,6 +24,8 @@ class Format:
     """Seconds of one unit of its times; None where they are dates, or where one cannot know."""
     mark: str | None = None
     """A column that only this one has, of several with the same names."""
+    priority: str | None = None
+    """Column of whole numbers, the lowest to be served first; None where the trace has none."""
 
 
 FORMATS = (
@@ -105,6 +107,7 @@ FORMATS = (
         output="decode",
         arrival="arrival_s",
         unit_s=1,
+        priority="priority",
     ),
 )
 _GAPS = "request_inter_arrival_delay"
@@ -121,6 +124,7 @@ class Columns:
     """Of its times; None: dates, or not known."""
     are_gaps: bool
     """Its times are since the row above, not since one moment."""
+    priority: str | None = None
 
 
 def has_lengths(names: Iterable[str]) -> bool:
@@ -152,6 +156,7 @@ def find_columns(place: str, names: Collection[str | None]) -> Columns:
         arrival=arrival,
         unit_s=unit_s,
         are_gaps=arrival is not None and same_name(arrival, _GAPS),
+        priority=_one(place, names, "priority"),
     )
 
 
@@ -168,7 +173,8 @@ def _is_of(format: Format, keys: Collection[str]) -> bool:
 def _one(place: str, names: Iterable[str], role: str) -> str | None:
     found = [name for name in names if _key(name) in _names(role)]
     if len(found) > 1:
-        what = "arrival times" if role == "arrival" else f"{role} tokens"
+        whats = {"arrival": "arrival times", "priority": "priorities"}
+        what = whats.get(role, f"{role} tokens")
         raise ConfigError(f"{place}: columns {', '.join(found)} all say {what}; keep one")
     return found[0] if found else None
 

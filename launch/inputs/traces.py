@@ -39,6 +39,8 @@ class Trace:
     """(prompt tokens, output tokens), each at least 1."""
     arrivals_s: tuple[float, ...] = ()
     """Seconds after the first, parallel to `lengths`; empty where the trace has none."""
+    priorities: tuple[int, ...] = ()
+    """Parallel to `lengths`; empty where the trace has none."""
     notes: tuple[str, ...] = ()
     """What was left out."""
     time_notes: tuple[str, ...] = ()
@@ -70,7 +72,7 @@ def trace_of(
 
     Raises ConfigError: no rows, no known columns, the place of a length or time that is none.
     """
-    lengths, moments, columns, num_failed = _served(path, rows, num_rows)
+    lengths, moments, priorities, columns, num_failed = _served(path, rows, num_rows)
     if not lengths:
         raise ConfigError(f"{path}: no row with prompt and output tokens; give a trace with some")
     notes = ()
@@ -84,7 +86,7 @@ def trace_of(
             raise ConfigError(
                 f"--timed-trace-sec-multiplier is for times, and {path} has none; leave it out"
             )
-        return Trace(lengths=tuple(lengths), notes=notes)
+        return Trace(lengths=tuple(lengths), priorities=tuple(priorities), notes=notes)
     time_notes: list[str] = []
     in_order = _in_order(moments, columns, time_notes)
     unit_s = _unit(moments, columns, unit_s, time_notes)
@@ -92,6 +94,7 @@ def trace_of(
     return Trace(
         lengths=tuple(lengths[index] for index in in_order),
         arrivals_s=tuple((moments[index].value - first) * unit_s for index in in_order),
+        priorities=tuple(priorities[index] for index in in_order if priorities),
         notes=notes,
         time_notes=tuple(time_notes),
     )
@@ -99,10 +102,10 @@ def trace_of(
 
 def _served(
     path: Path, rows: Iterable[Row], num_rows: int | None
-) -> tuple[list[tuple[int, int]], list[_Moment], Columns | None, int]:
-    """Of the rows that are no failures: lengths, and when, if that is known (then of the first
-    `num_rows`); the columns; and how many rows are failures."""
-    columns, lengths, moments = None, [], []
+) -> tuple[list[tuple[int, int]], list[_Moment], list[int], Columns | None, int]:
+    """Of the rows that are no failures: lengths; when, if that is known (then of the first
+    `num_rows`); priorities, if they are known; the columns; and how many rows are failures."""
+    columns, lengths, moments, priorities = None, [], [], []
     num_failed, clock = 0, 0.0
     for row in rows:
         columns = columns or find_columns(str(path), row.values)
@@ -115,11 +118,13 @@ def _served(
             num_failed += 1
             continue
         lengths.append(pair)
+        if columns.priority is not None:
+            priorities.append(_priority(row, columns.priority))
         if columns.arrival is not None:
             moments.append(moment._replace(value=clock))
             if len(moments) == num_rows:
                 break
-    return lengths, moments, columns, num_failed
+    return lengths, moments, priorities, columns, num_failed
 
 
 def _length(row: Row, column: str) -> int:
@@ -130,6 +135,14 @@ def _length(row: Row, column: str) -> int:
             f"{row.place}: {column} is {_shown(value)}, must be a whole number of 0 to "
             f"{_MOST_TOKENS:,} tokens"
         )
+    return int(number)
+
+
+def _priority(row: Row, column: str) -> int:
+    value = row.values.get(column)
+    number = _number(value)
+    if number is None or not number.is_integer():
+        raise ConfigError(f"{row.place}: {column} is {_shown(value)}, must be a whole number")
     return int(number)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeserve.configs.recipes import check_keys
 from pipeserve.errors import ConfigError
+from pipeserve.frontend.params import check_priority
 from pipeserve.launch.inputs.conversations import (
     Conversation,
     conversations_of,
@@ -44,6 +45,8 @@ class Workload:
     """(prompt tokens, output tokens); the ids are drawn once the vocabulary is known."""
     arrivals_s: tuple[float, ...] = ()
     """Of a trace, parallel to `lengths`; empty where it has none."""
+    priorities: tuple[int, ...] = ()
+    """Likewise."""
     scale: float = 1.0
     rate: float | None = None
     """Requests a second, as a Poisson process, `inf` for all at once; None: the workload's own
@@ -88,8 +91,8 @@ class Workload:
         """The requests; the same for the same seed and vocabulary."""
         rng = Random(f"{self.seed}/requests")
         items = self.items or random_items(self.lengths, self.scale, vocab_size, rng)
-        times = zip(items, self.arrival_times_s(), strict=True)
-        return [replace(item, arrival_s=arrival_s) for item, arrival_s in times]
+        parts = zip(items, self.arrival_times_s(), self.request_priorities(), strict=True)
+        return [replace(item, arrival_s=at_s, priority=each) for item, at_s, each in parts]
 
     def token_lengths(self) -> list[tuple[int, int]]:
         """(prompt tokens, output tokens) of each request. Raises ConfigError for text prompts."""
@@ -113,6 +116,12 @@ class Workload:
         if self.items:
             return [item.arrival_s for item in self.items]
         return self.arrivals_s or [0.0] * num_requests
+
+    def request_priorities(self) -> Sequence[int]:
+        """Of each request, in the order of `token_lengths()`; 0 where the workload names none."""
+        if self.items:
+            return [item.priority for item in self.items]
+        return self.priorities or [0] * len(self.lengths)
 
 
 def read_workload(
@@ -163,15 +172,21 @@ def read_workload(
     rows = chain([first], rows)
     if has_lengths(first.values) or not first.is_json:
         trace = trace_of(Path(name), rows, num_prompts, unit_s)
-        lengths, arrivals_s = trace.lengths, trace.arrivals_s
+        arrivals_s = trace.arrivals_s
+        chosen = range(len(trace.lengths))
         if arrivals_s:
-            arrivals_s = tuple(starting_again(arrivals_s, num_prompts or len(lengths)))
+            arrivals_s = tuple(starting_again(arrivals_s, num_prompts or len(chosen)))
         else:
-            lengths = rng.sample(lengths, min(num_prompts or len(lengths), len(lengths)))
-        lengths, note = _repeated(name, lengths, num_prompts)
-        notes = trace.notes + (trace.time_notes if timed and rate is None else ()) + note
-        lengths = tuple(lengths)
-        return Workload(lengths=lengths, arrivals_s=arrivals_s, notes=notes, scale=scale, **shared)
+            chosen = rng.sample(chosen, min(num_prompts or len(chosen), len(chosen)))
+        chosen, note = _repeated(name, chosen, num_prompts)
+        return Workload(
+            lengths=tuple(trace.lengths[row] for row in chosen),
+            arrivals_s=arrivals_s,
+            priorities=tuple(trace.priorities[row] for row in chosen if trace.priorities),
+            notes=trace.notes + (trace.time_notes if timed and rate is None else ()) + note,
+            scale=scale,
+            **shared,
+        )
     _check_no_unit(name, unit_s)
     if scale != 1:
         raise ConfigError(
@@ -226,7 +241,7 @@ def _read_item(row: Row) -> WorkItem:
 def _parse_item(line: dict[str, Any]) -> WorkItem:
     if "output_tokens" in line and "max_tokens" not in line:  # so in vLLM's custom data sets
         line["max_tokens"] = line.pop("output_tokens")
-    check_keys(line, ["prompt", "prompt_token_ids", "max_tokens", "arrival_s"])
+    check_keys(line, ["prompt", "prompt_token_ids", "max_tokens", "arrival_s", "priority"])
     line = {key: value for key, value in line.items() if value is not None}
     prompt, ids = line.get("prompt"), line.get("prompt_token_ids")
     if (prompt is None) == (ids is None):
@@ -241,5 +256,8 @@ def _parse_item(line: dict[str, Any]) -> WorkItem:
     if type(arrival_s) not in (int, float) or not 0 <= arrival_s < float("inf"):
         raise ConfigError(f"arrival_s is {arrival_s!r}, must be seconds of 0 or more")
     return WorkItem(
-        prompt=prompt if is_text else tuple(ids), max_tokens=max_tokens, arrival_s=arrival_s
+        prompt=prompt if is_text else tuple(ids),
+        max_tokens=max_tokens,
+        arrival_s=arrival_s,
+        priority=check_priority(line.get("priority", 0)),
     )

@@ -134,7 +134,13 @@ def replay(
 
 def _request(request_id: RequestId, item: WorkItem, salt: str) -> Request:
     params = SamplingParams(temperature=0, max_tokens=item.max_tokens, ignore_eos=True, seed=0)
-    return Request(id=request_id, prompt=tuple(item.prompt), params=params, cache_salt=salt)
+    return Request(
+        id=request_id,
+        prompt=tuple(item.prompt),
+        params=params,
+        cache_salt=salt,
+        priority=item.priority,
+    )
 
 
 def _warmup_items(items: Sequence[WorkItem], vocab_size: int) -> list[WorkItem]:

@@ -41,7 +41,7 @@ from pipeserve.profiling.simulation.workloads import check_fits
 
 _TRIAL_REQUESTS = 300
 _SEARCH_STEPS = 256
-_USED = ("device_profile", "dtype", "gpu_memory_utilization", "max_model_len", "seed")
+_USED = ("device_profile", "dtype", "gpu_memory_utilization", "max_model_len", "order", "seed")
 
 
 def check_flags(given: Iterable[str]) -> None:
@@ -109,6 +109,8 @@ def make_service(
     return Service(
         shape=shape,
         lengths=lengths,
+        priorities=workload.request_priorities(),
+        order=config.order,
         slo=wanted.slo,
         times=times,
         bytes_per_gpu=profile.memory_bytes * config.gpu_memory_utilization,
@@ -149,7 +151,7 @@ def simulate(service: Service, pools: Pools, workload: Workload) -> dict[str, An
 
     Raises CapacityError for a request that an instance could never hold.
     """
-    arrivals = in_order(workload.arrival_times_s(), service.lengths)
+    arrivals = in_order(workload.arrival_times_s(), service.lengths, service.priorities)
     prefill, decode = _pipelines(service, pools)
     simulation = service.simulation(prefill, decode, arrivals)
     simulation.run_until()
@@ -171,7 +173,7 @@ def search_goodput(service: Service, pools: Pools, workload: Workload) -> dict[s
     service = _searching(service, [pools.prefill.parallelism])
 
     def is_met(rate: float) -> bool:
-        arrivals = poisson_arrivals(service.lengths, rate, service.seed)
+        arrivals = poisson_arrivals(service.lengths, rate, service.seed, service.priorities)
         simulation = service.simulation(*_pipelines(service, pools), arrivals)
         return meets(simulation, service.slo, _TRIAL_REQUESTS // 3, _TRIAL_REQUESTS, rate)
 

@@ -145,7 +145,9 @@ def write_results(
     start_s = time.monotonic()
     show = shown or nullcontext
     with show(), _Progress(len(lines), hidden=shown is not None) as progress:
-        deltas = llm.stream([line.prompt for line in lines], params, on_error=on_error)
+        priority = [line.priority for line in lines]
+        prompts = [line.prompt for line in lines]
+        deltas = llm.stream(prompts, params, priority=priority, on_error=on_error)
         try:
             with closing(deltas):
                 for place, completion in completed(progress.counted(deltas)):

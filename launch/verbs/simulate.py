@@ -114,7 +114,8 @@ def simulate(
 
 
 def _arrivals(setup: SimulatedRun, workload: Workload) -> list[Arrival]:
-    return in_order(workload.arrival_times_s(), _checked_lengths(setup, workload))
+    lengths = _checked_lengths(setup, workload)
+    return in_order(workload.arrival_times_s(), lengths, workload.request_priorities())
 
 
 def _checked_lengths(setup: SimulatedRun, workload: Workload) -> list[tuple[int, int]]:
@@ -163,7 +164,10 @@ def search_capacity(setup: SimulatedRun, workload: Workload, slo_tbt_s: float) -
     seed = setup.config.seed
 
     def trial(rate: float, min_requests: int = CAPACITY_REQUESTS) -> Trial:
-        return run_trial(setup.make_pipeline, lengths, rate, min_requests, seed)
+        priorities = workload.request_priorities()
+        return run_trial(
+            setup.make_pipeline, lengths, rate, min_requests, seed, priorities=priorities
+        )
 
     ceiling = ceiling_rate(setup.times, lengths)
     lone = trial(ceiling * _LONE_SHARE, _LONE_REQUESTS)

@@ -60,6 +60,8 @@ class Wanted:
 
     workload: str
     lengths: Lengths
+    priorities: Sequence[int]
+    """Parallel to `lengths`."""
     num_left_out: int
     """Requests that no layout can hold."""
     slo_tbt_s: float
@@ -128,7 +130,8 @@ def make_wanted(
     pool = max(each.limits.num_blocks * each.limits.block_size for each in setups)
     longest = min(pool, setups[0].limits.max_model_len)
     every = workload.token_lengths()
-    lengths = [pair for pair in every if sum(pair) <= longest]
+    fitting = [number for number, pair in enumerate(every) if sum(pair) <= longest]
+    lengths = [every[number] for number in fitting]
     if not lengths:
         raise ConfigError(
             f"no request of {workload.name} fits: the shortest has {min(map(sum, every))} tokens, "
@@ -148,6 +151,7 @@ def make_wanted(
     return Wanted(
         workload=workload.name,
         lengths=lengths,
+        priorities=[workload.request_priorities()[number] for number in fitting],
         num_left_out=len(every) - len(lengths),
         slo_tbt_s=config.slo_tbt,
         rate=rate,
@@ -226,6 +230,7 @@ def measure(
             num_requests,
             config.seed,
             effort.num_lifetimes,
+            priorities=wanted.priorities,
         )
 
     try:

@@ -246,10 +246,10 @@ class Engine:
                 count -= 1
                 token, logprobs = next(sampled)
                 reason = record.append(token, now)
-                told = None
+                scores = None
                 if record.prompt_logprobs is not None:
-                    told = record.tell_prompt_logprobs()
-                outputs.append(_new_output((record.id, token, reason, logprobs, told, None)))
+                    scores = record.take_prompt_logprobs()
+                outputs.append(_new_output((record.id, token, reason, logprobs, scores, None)))
                 if reason is not None:
                     self._end(record)
                     self.stats.wasted_decodes += _skip(sampled, count)

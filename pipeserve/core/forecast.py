@@ -1,4 +1,4 @@
-"""When the outstanding microbatches will be through, by what the cost model says of them. Pure.
+"""When the outstanding microbatches will have left the last stage, by the cost model. Pure.
 
 Stages are servers that take microbatches strictly in order, one at a time, so a microbatch's whole
 way follows from when each stage is free (the recurrence of a permutation flow shop: Johnson,
@@ -12,7 +12,7 @@ from math import inf
 
 
 class Forecast:
-    """Of one pipeline. The engine tells it of every microbatch that has a predicted cost; policies
+    """Of one pipeline. The engine adds every microbatch that has a predicted cost; policies
     only ask. Times are those of the engine's host, in seconds."""
 
     def __init__(self, num_stages: int) -> None:
@@ -24,7 +24,7 @@ class Forecast:
         return len(self._free_s)
 
     def through_s(self, seconds: Sequence[float], now: float) -> float:
-        """When a microbatch that takes `seconds` on each stage would be through, planned now."""
+        """When a microbatch of so many seconds on each stage, planned now, leaves the last one."""
         for free_s, stage_s in zip(self._free_s, seconds, strict=True):
             now = (free_s if free_s > now else now) + stage_s
         return now

@@ -1,7 +1,7 @@
-"""What the host of an engine tells of its run: each deed of its loop, as a record (records.py).
+"""Makes the records of a run (records.py) from what the host of an engine does, step by step.
 
-The driver tells it of real stages, the simulator of its own. Off is the recorder that ignores.
-Nothing here decides anything.
+The driver calls it for real stages, the simulator for its own. Where a run is not recorded, the
+recorder is `records.ignore`. Nothing here decides anything.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,9 @@ from pipeserve.core.records import (
 
 
 class Journal:
-    """Told what the host does; knows, between a wait and the plan that ends it, what ended it."""
+    """Its methods are called as the host does what they are named for. Between a wait and the plan
+    that follows, it remembers what ended the wait.
+    """
 
     def __init__(self, engine: Engine, record: Recorder) -> None:
         self._engine = engine
@@ -35,7 +37,8 @@ class Journal:
 
     def arrived(self, request: Request, now: float) -> None:
         self._num_outputs[request.id] = 0
-        self._record(Arrived(request.id, now, len(request.prompt), request.max_tokens))
+        num_prompt = len(request.prompt)
+        self._record(Arrived(request.id, now, num_prompt, request.max_tokens, request.priority))
         if self._waited_for != "window":  # which only a completion opens
             self._wake(-1, now)
 

@@ -30,6 +30,9 @@ class Request:
     """
     cache_salt: str = ""
     """Prefix blocks are shared only between requests with the same salt."""
+    priority: int = 0
+    """Under `--order priority` lower goes first, as in vLLM; under another order it means nothing.
+    """
     num_imported: int = 0
     """Leading positions whose KV another pipeline computed (disaggregated prefill), at most all but
     the last. Whoever adds the request brings it into the blocks of its first admission; after a

@@ -1,4 +1,4 @@
-"""What a run tells of itself: one schema for real, emulated and simulated runs.
+"""What is recorded of a run: one schema for real, emulated and simulated runs.
 
 Whoever hosts an engine hands each record to a `Record`er as it becomes known: the driver on real
 stages, the simulator on virtual time. `profiling.recording` keeps and writes them, and
@@ -21,6 +21,7 @@ class Arrived(NamedTuple):
     at_s: float
     num_prompt_tokens: int
     max_tokens: int
+    priority: int = 0
 
 
 class Ended(NamedTuple):
@@ -33,7 +34,7 @@ class Ended(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """The driver made one microbatch and told every stage."""
+    """The driver made one microbatch and sent it to every stage."""
 
     index: int  # type: ignore[assignment]  # as a field it hides tuple.index
     waited_for: str

@@ -1,8 +1,8 @@
 """The engine's private record of one unfinished request, and the queues that policies look into.
 
-A decode passes through here twice, when it is planned and when its token is known. Both are kept
-to a few attribute and dictionary operations: at a thousand running requests they are most of what
-planning costs.
+What is here runs twice for each decode, when it is planned and when its token is known. Both are
+kept to a few attribute and dictionary operations: at a thousand running requests they are most of
+what planning costs.
 
 A garbage collection visits whatever a list, a set or an object refers to, and stops the run for it.
 So what a request has many of (tokens, blocks, keys) is kept in arrays and in tuples of plain
@@ -10,12 +10,12 @@ values, whose contents it does not visit.
 """
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from pipeserve.core.blocks import BlockPool, BlockTable, new_keys
 from pipeserve.core.nouns import BlockId, Request, RequestId, TokenLogprobs
+from pipeserve.core.order import ORDERS, RequestQueue
 from pipeserve.core.view import Limits, RequestView, Traits
 from pipeserve.errors import CapacityError
 
@@ -48,6 +48,7 @@ class Record:
         "num_planned",
         "num_slots",
         "number",
+        "precedence",
         "prefilling",
         "prompt_logprobs",
         "request",
@@ -64,6 +65,7 @@ class Record:
         self.id = request.id
         self.request = request
         self.number = number  # order of arrival
+        self.precedence = ORDERS[limits.order](request)
         self.arrived = arrived
         self.limits = limits
         self._caches = limits.enable_prefix_caching
@@ -126,15 +128,15 @@ class Record:
         return max(0, min(stop, num_prompt - 1) - max(start, first))
 
     def score(self, logprobs: Iterable[TokenLogprobs]) -> None:
-        """Those of its next prompt tokens became known."""
+        """The logprobs of its next prompt tokens became known."""
         assert self.prompt_logprobs is not None  # or nothing of it would be scored
         self.prompt_logprobs += logprobs
 
-    def tell_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
-        """All of them, once, with the first token."""
-        told = tuple(self.prompt_logprobs or ())
+    def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """All of them, for the output of the first token; there are none after that."""
+        taken = tuple(self.prompt_logprobs or ())
         self.prompt_logprobs = None
-        return told
+        return taken
 
     def update_keys(self) -> None:
         if self._caches:
@@ -180,7 +182,7 @@ class Record:
         self.prefilling = True
 
     def forget_outstanding(self) -> None:
-        """What was on its way will not come."""
+        """After a fault: what is outstanding will have no result."""
         self.num_outstanding = 0
         self.num_on_way = 0
         self.token_from = None
@@ -221,22 +223,21 @@ def check_fits(request: Request, limits: Limits) -> None:
 class Queues:
     """Files each request where a policy looks for it, so that `plan` touches no other.
 
-    Plain dicts keep the order; `waiting` is an OrderedDict because requests come back to its front
-    and leave from it by the thousand.
+    Whoever waits, runs or prefills stands in order (`order.py`); decodes take turns.
     """
 
     def __init__(self, traits: Traits):
         self._one_in_flight = traits.one_in_flight
         self._max_on_way = MAX_ON_WAY if traits.plans_ahead else 1
         self._chunks_follow = traits.chunk_pipelining and not traits.one_in_flight
-        self._waiting: OrderedDict[RequestId, Record] = OrderedDict()
-        self._running: dict[RequestId, Record] = {}
+        self._waiting: RequestQueue[Record] = RequestQueue()
+        self._running: RequestQueue[Record] = RequestQueue()
+        self._prefills: RequestQueue[Record] = RequestQueue()
         self._decodes: dict[RequestId, Record] = {}
-        self._prefills: dict[RequestId, Record] = {}
         self.waiting: Mapping[RequestId, RequestView] = MappingProxyType(self._waiting)
         self.running: Mapping[RequestId, RequestView] = MappingProxyType(self._running)
-        self.decodes: Mapping[RequestId, RequestView] = MappingProxyType(self._decodes)
         self.prefills: Mapping[RequestId, RequestView] = MappingProxyType(self._prefills)
+        self.decodes: Mapping[RequestId, RequestView] = MappingProxyType(self._decodes)
         self.num_decoding = 0
         self.decoding_context = 0
         self.prefill_backlog = 0
@@ -272,9 +273,9 @@ class Queues:
         return True
 
     def admit(self, record: Record) -> None:
-        del self._waiting[record.id]
+        self._waiting.discard(record.id)
         record.running = True
-        self._running[record.id] = record
+        self._running.put(record.id, record, record.precedence)
         self.file(record)
 
     def hold(self, record: Record, until: Record) -> None:
@@ -282,22 +283,23 @@ class Queues:
         until.held += (record,)
 
     def let_go(self, record: Record) -> None:
-        """Those that this request held back came with it: they go before all that wait."""
+        """Those that this request held back came with it: they go to the front."""
         for held in sorted(record.held, key=lambda held: -held.number):
             if not held.finished:
                 self.to_front(held)
         record.held = ()
 
     def to_front(self, record: Record) -> None:
-        """A request that runs no longer goes before all that wait."""
+        """A request that runs no longer waits again, before all others of its precedence."""
         self.drop(record)
         self.file(record)
-        self._waiting.move_to_end(record.id, last=False)
+        self._waiting.to_front(record.id)
 
     def drop(self, record: Record) -> None:
-        """The request is in no queue."""
-        for queue in (self._waiting, self._running, self._decodes, self._prefills):
-            queue.pop(record.id, None)
+        """Takes the request out of every queue."""
+        for queue in (self._waiting, self._running, self._prefills):
+            queue.discard(record.id)
+        self._decodes.pop(record.id, None)
         self._count(record, is_decoding=False, backlog=0)
 
     def plannable(self, request_id: RequestId, num_tokens: int) -> Record:
@@ -325,16 +327,16 @@ class Queues:
             record.token_from = index
             self.let_go(record)
         if is_last or not self._chunks_follow:
-            del self._prefills[record.id]
+            self._prefills.discard(record.id)
         self.file(record)
         return is_last
 
     def _file_prefill(self, record: Record) -> None:
         self._count(record, is_decoding=False, backlog=record.num_unplanned)
         if not record.running:
-            self._waiting[record.id] = record
+            self._waiting.put(record.id, record, record.precedence)
         elif not record.num_outstanding or self._chunks_follow:
-            self._prefills[record.id] = record
+            self._prefills.put(record.id, record, record.precedence)
 
     def _count(self, record: Record, is_decoding: bool, backlog: int) -> None:
         context = record.num_planned if is_decoding else 0

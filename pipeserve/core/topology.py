@@ -42,7 +42,7 @@ class Topology:
         return self._place_of(rank)[0]
 
     def speaker(self, stage: int) -> int:
-        """The rank of a stage that tells the driver what the stage did, by its own clock."""
+        """The rank of a stage that reports to the driver what the stage did, by its own clock."""
         return self.ranks[stage][0]
 
     def speaks(self, rank: int) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from pipeserve.core.forecast import Forecast
 from pipeserve.core.nouns import Microbatch, RequestId, StageCost
+from pipeserve.core.order import ORDERS
 from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 
@@ -23,7 +24,7 @@ class PolicyError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the engine may hand out. Raises ConfigError for a limit below 1."""
+    """What the engine may hand out. Raises ConfigError for a limit below 1, or an unknown order."""
 
     num_blocks: int
     """KV blocks of a stage; the same ids on every stage."""
@@ -38,6 +39,8 @@ class Limits:
     enable_prefix_caching: bool = True
     max_tbt_s: float | None = None
     """Longest time between two tokens of a request that is wanted; None: as it comes."""
+    order: str = "fcfs"
+    """Who goes first: a key of `order.ORDERS`."""
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -48,6 +51,8 @@ class Limits:
                 f"max_model_len is {self.max_model_len}: it must be at least 2, "
                 "a prompt token and an output token"
             )
+        if self.order not in ORDERS:
+            raise ConfigError(f"there is no order {self.order!r}: choose from {', '.join(ORDERS)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +82,11 @@ class RequestView(Protocol):
     @property
     def arrived(self) -> float:
         """The `now` of `Engine.add`."""
+        ...
+
+    @property
+    def precedence(self) -> float:
+        """By the run's order: lower goes first. The same for all where that is fcfs."""
         ...
 
     @property
@@ -141,7 +151,7 @@ class Outstanding(NamedTuple):
 
 @dataclass(slots=True)
 class Flow:
-    """What went through the engine so far; what is older counts less."""
+    """What the engine has planned and ended so far; what is older counts less."""
 
     prefill_tokens: float = 0.0
     decodes: float = 0.0
@@ -151,7 +161,7 @@ class Flow:
     """Of these. It can be the larger: an admission fades while its request runs."""
 
     def fade(self) -> None:
-        """At every microbatch: after 4096 of them, what went through counts a third."""
+        """Called at every microbatch: after 4096 of them, what was counted weighs a third (1/e)."""
         self.prefill_tokens *= _FADING
         self.decodes *= _FADING
         self.admitted *= _FADING
@@ -166,13 +176,14 @@ class View:
     window: int
     """Microbatches that may be outstanding, the one planned ahead not counted."""
     waiting: Mapping[RequestId, RequestView]
-    """By arrival; preempted requests are in front."""
+    """In order: who is to be admitted first comes first. Of the same precedence, those that were
+    preempted come before the others, and these by arrival."""
     running: Mapping[RequestId, RequestView]
-    """By admission: under a first-come policy the last one arrived last."""
+    """In order: who is to be preempted first comes last. Of the same precedence, by admission."""
     decodes: Mapping[RequestId, RequestView]
     """Running requests that may decode now, the one that waited longest first."""
     prefills: Mapping[RequestId, RequestView]
-    """Running requests whose next prefill chunk may be planned now, by admission."""
+    """Running requests whose next prefill chunk may be planned now, in order as `running`."""
     num_decoding: int
     """Running requests past their prefill with a decode still to plan, plannable now or not."""
     decoding_context: int
@@ -201,7 +212,8 @@ class Why(NamedTuple):
     budget: float
     """Seconds on the slowest stage; tokens without a cost model."""
     due_s: float
-    """When it must be through, by the host's clock; inf without a limit between tokens."""
+    """When it must have left the last stage, by the host's clock; inf without a limit between
+    tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,8 +53,8 @@ class Driver:
         record: Recorder = ignore,
         fleet: Callable[[Topology, RunConfig], Fleet] = Fleet,
     ) -> None:
-        """Returns when all stages are ready. `on_progress` is told in words how far they are.
-        `record` is handed what the run tells of itself, from within `submit`, `outputs`, `settle`
+        """Returns when all stages are ready. `on_progress` is called with a text, how far they are.
+        `record` is called with every record of the run, from within `submit`, `outputs`, `settle`
         and `close`, and must not raise. `fleet` makes what stages are started and reached by."""
         self._take(setup)
         self._may_plan = False
@@ -256,8 +256,8 @@ class Driver:
             raise self._loss.error()
 
     def settle(self, timeout_s: float = 2.0) -> None:
-        """Let what is outstanding run out and take what the stages tell of it, when no request is
-        unfinished. A run has been told whole then. Raises StageError."""
+        """When no request is unfinished: wait until what is outstanding has run, and take what the
+        stages report of it, so that the run's records are complete. Raises StageError."""
         deadline = time.monotonic() + timeout_s
         while self._num_spans_due and time.monotonic() < deadline:
             self.outputs(0.05)
@@ -270,7 +270,7 @@ class Driver:
 
     def close(self) -> None:
         """End every process. Safe to call twice; nothing can be run after it."""
-        self._end_aborted()  # the run tells of it
+        self._end_aborted()  # so that the records have it
         self._end("it was closed")
 
     def _end(self, reason: str) -> None:

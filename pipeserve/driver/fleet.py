@@ -76,7 +76,7 @@ class Fleet:
         self._start: Start | None = None
         """Of this epoch; None before the first."""
         self._lost: set[int] = set()
-        """Ranks of which that was told in this epoch."""
+        """Ranks whose loss in this epoch was reported."""
         self._unread: list[Received] = []
         self._spawned = SpawnedKeepers()
         self._watch = Watch(
@@ -131,7 +131,7 @@ class Fleet:
             self._tell_keeper(rank, job)
 
     def _connect(self, stages: Sequence[control.StageReady]) -> None:
-        """All have loaded: each is told where its neighbours listen."""
+        """All have loaded: sends each the addresses at which its neighbours listen."""
         for rank, connection in self._stages.items():
             links = links_of(rank, self.topology, stages)
             connection.send(control.encode(links, self.epoch))

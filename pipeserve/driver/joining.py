@@ -16,7 +16,7 @@ from pipeserve.wire.strangers import TurnedAway
 
 
 def find_secret(config: RunConfig, host: str) -> bytes:
-    """What was given, or what the keepers that are started here can be told; empty: none."""
+    """The secret that was given, or a random one that the keepers started here get; empty: none."""
     given = control_secret(config.control_secret)
     if given is not None:
         return given

@@ -1,4 +1,4 @@
-"""What a driver runs: a model cut into stages, its limits, and what each stage's process is told.
+"""What a driver runs: a model cut into stages, its limits, and what each stage's process gets.
 
 Made of a checkpoint (`checkpoint.py`), or of a recipe alone where stages are emulated.
 """
@@ -37,7 +37,7 @@ class Setup:
     module: str
     """The program of every stage, run as `python -m`."""
     works: tuple[bytes, ...]
-    """What each stage's program is told that it is to compute."""
+    """For each stage's program, what it is to compute."""
     model_folder: Path | None = None
     model_config: "ModelConfig | None" = None
     dtype_why: str = ""

@@ -24,7 +24,12 @@ from pipeserve.errors import ConfigError, PipeserveError, StageError
 from pipeserve.frontend.client import Client
 from pipeserve.frontend.completion import Completion, Delta, Generation, completed
 from pipeserve.frontend.generation_config import default_params, eos_token_ids
-from pipeserve.frontend.params import check_leaves_a_token, check_params, seeded
+from pipeserve.frontend.params import (
+    check_leaves_a_token,
+    check_params,
+    check_priority,
+    seeded,
+)
 from pipeserve.frontend.prompt_forms import (
     PlainPrompt,
     Prompt,
@@ -95,35 +100,42 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt] | Mapping[str, Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] | None = None,
     ) -> list[Completion]:
         """The completions of one or many prompts, in the order of the prompts, each with its
         `SamplingParams.n` samples.
 
         `sampling_params` is one for all or one for each; None is the model's own
-        (`get_default_sampling_params`). A sample that cannot go on, because no text can be made of
-        its tokens, say, has the finish reason "error". All or nothing: an empty or too long
-        prompt is a CapacityError that names its index, and nothing of the call is run. Raises
+        (`get_default_sampling_params`). `priority`, one for all or one for each, says who goes
+        first, the lowest number, where the LLM has `order="priority"`; None is 0. A sample that
+        cannot go on, because no text can be made of its tokens, say, has the finish reason
+        "error". All or nothing: an empty or too long prompt is a CapacityError that names its
+        index, and nothing of the call is run. Raises
         ConfigError for wrong parameters, StageError when a stage dies.
         """
-        done = dict(completed(self.stream(prompts, sampling_params)))
+        done = dict(completed(self.stream(prompts, sampling_params, priority=priority)))
         return [done[index] for index in range(len(done))]
 
     def chat(
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] | None = None,
     ) -> list[Completion]:
         """`generate` for one or many conversations, through the model's own chat template.
 
         Raises ConfigError for what is no conversation, such as text, which would get no template.
         """
-        return self.generate(as_conversations(messages), sampling_params)
+        return self.generate(as_conversations(messages), sampling_params, priority=priority)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt] | Mapping[str, Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] | None = None,
         on_error: OnError | None = None,
     ) -> Iterator[Delta]:
         """Deltas of all prompts as they come; several streams may be read in turn.
@@ -134,7 +146,7 @@ class LLM:
         """
         call = _Call()
         try:
-            self._submit(call, prompts, sampling_params, on_error)
+            self._submit(call, prompts, sampling_params, priority, on_error)
             while call.inbox or call.running:
                 while call.inbox:
                     yield call.inbox.popleft()
@@ -162,14 +174,21 @@ class LLM:
 
     # ---- submitting -----------------------------------------------------------------------------
 
-    def _submit(self, call: _Call, prompts: Any, params: Any, on_error: OnError | None) -> None:
+    def _submit(
+        self, call: _Call, prompts: Any, params: Any, priority: Any, on_error: OnError | None
+    ) -> None:
         """All prompts at once, when every one of them is known to be able to run."""
         prompts = as_prompts(prompts)
-        pairs = zip(prompts, self._as_params(params, len(prompts)), strict=True)
+        parts = zip(
+            prompts,
+            self._as_params(params, len(prompts)),
+            self._as_priorities(priority, len(prompts)),
+            strict=True,
+        )
         generations: list[Generation] = []
-        for index, (prompt, own) in enumerate(pairs):
+        for index, (prompt, own, number) in enumerate(parts):
             try:
-                first = self._request(next(self._numbers), prompt, own)
+                first = self._request(next(self._numbers), prompt, own, number)
                 check_fits(first, self.client.limits)
             except PipeserveError as error:
                 if on_error is None:
@@ -193,7 +212,7 @@ class LLM:
             request = self._sample(first, sample)
             yield Generation(index, sample, unfinished, request, self.tokenizer)
 
-    def _request(self, number: int, prompt: Any, params: SamplingParams) -> Request:
+    def _request(self, number: int, prompt: Any, params: SamplingParams, priority: int) -> Request:
         """The first sample of a prompt, but for its seed."""
         params = check_params(params, self.client.model_config.vocab_size)
         if params.stop and not self.tokenizer.exists:
@@ -218,6 +237,7 @@ class LLM:
             stop_ids=stop_ids,
             bad_word_ids=bad_word_ids,
             cache_salt=plain.cache_salt,
+            priority=priority,
         )
 
     def _room_behind(self, prompt: Sequence[int]) -> int:
@@ -283,6 +303,16 @@ class LLM:
                     "pipeserve.SamplingParams, one or a list"
                 )
         return [self._default_params if own is None else own for own in given]
+
+    def _as_priorities(self, priority: Any, num_prompts: int) -> list[int]:
+        """Likewise."""
+        priority = 0 if priority is None else priority
+        given = list(priority) if isinstance(priority, (list, tuple)) else [priority] * num_prompts
+        if len(given) != num_prompts:
+            raise ConfigError(
+                f"{len(given)} priorities for {num_prompts} prompts; give one, or one for each"
+            )
+        return [check_priority(each, self.client.limits.order) for each in given]
 
     # ---- running --------------------------------------------------------------------------------
 

@@ -56,6 +56,19 @@ def check_params(params: SamplingParams, vocab_size: int | None = None) -> Sampl
     return params
 
 
+def check_priority(priority: Any, order: str | None = None) -> int:
+    """A request's priority. Raises ConfigError for what is no whole number, and for one that the
+    order of the run, where it is known, would pass over in silence."""
+    if type(priority) is not int:
+        raise ConfigError(f"priority is {priority!r}, must be a whole number")
+    if priority and order not in (None, "priority"):
+        raise ConfigError(
+            f"priority is {priority}, and the order is {order}: start with --order priority "
+            "(order='priority'), or leave it out"
+        )
+    return priority
+
+
 def _checked(option: Option, value: Any, vocab_size: int | None) -> Any:
     """A value in the form that it has from here on."""
     if value is None and option.may_be_none:

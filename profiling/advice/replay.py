@@ -111,7 +111,7 @@ def load_of(recording: Recording, most_chunks: int) -> Load:
         reached = num_outputs.get(arrived.request_id, arrived.max_tokens)
         if arrived.at_s <= stop_s and reached:
             prompt = arrived.num_prompt_tokens
-            arrivals.append(Arrival(arrived.at_s, prompt, reached))
+            arrivals.append(Arrival(arrived.at_s, prompt, reached, arrived.priority))
             cached.append(min(starts.get(arrived.request_id, 0), prompt - 1))
     if not arrivals:
         raise ConfigError("no request of the recording reached a token: nothing can be replayed")

@@ -172,17 +172,21 @@ def _decode_lines(body: bytes, decoder: "_Decoder") -> tuple[list[Any], int]:
 
 
 class _ByName:
-    """Decodes records whose fields are not in our order, or more than ours: by their names."""
+    """Decodes records whose fields are not ours, as those of another version: by their names. One
+    that is not there has its default."""
 
     def __init__(self, kind: type, fields: list[str]) -> None:
         self._kind = kind
-        self._places = [fields.index(name) if name in fields else None for name in kind._fields]
+        self._places = {name: fields.index(name) for name in kind._fields if name in fields}
 
     def decode(self, line: Any) -> Any:
         values = msgspec.json.decode(line, type=list)
-        if None in self._places or len(values) <= max(self._places):
-            raise msgspec.ValidationError("a field is missing")
-        return msgspec.convert([values[place] for place in self._places], self._kind)
+        try:
+            named = {name: values[place] for name, place in self._places.items()}
+            whole = self._kind._field_defaults | named
+            return msgspec.convert([whole[name] for name in self._kind._fields], self._kind)
+        except LookupError:
+            raise msgspec.ValidationError("a field is missing") from None
 
     def decode_lines(self, body: bytes) -> list[Any]:
         return [self.decode(line) for line in body.split(b"\n") if line]

@@ -75,14 +75,19 @@ class Capacity:
         return max(good, key=lambda trial: trial.rate, default=None)
 
 
-def poisson_arrivals(lengths: Lengths, rate: float, seed: int) -> Iterator[Arrival]:
-    """Requests without end: lengths drawn from `lengths`, arrivals a Poisson process of `rate` a
-    second. The n-th request of a seed has the same lengths at every rate."""
+def poisson_arrivals(
+    lengths: Lengths, rate: float, seed: int, priorities: Sequence[int] = ()
+) -> Iterator[Arrival]:
+    """Requests without end: lengths drawn from `lengths`, each with its priority of `priorities`
+    (parallel; empty: all 0), arrivals a Poisson process of `rate` a second. The n-th request of a
+    seed is the same at every rate."""
+    priorities = priorities or [0] * len(lengths)
     rng = Random(f"{seed}/poisson")
     now = 0.0
     while True:
         now += rng.expovariate(1.0) / rate
-        yield Arrival(now, *rng.choice(lengths))
+        number = rng.randrange(len(lengths))
+        yield Arrival(now, *lengths[number], priorities[number])
 
 
 def run_trial(
@@ -93,14 +98,15 @@ def run_trial(
     seed: int,
     lifetimes: int = WINDOW_LIFETIMES,
     ramp: int = RAMP_LIFETIMES,
+    priorities: Sequence[int] = (),
 ) -> Trial:
     """Serves `rate` requests a second and measures a window of at least so many mean lifetimes and
-    `min_requests` arrivals, after a ramp of so many.
+    `min_requests` arrivals, after a ramp of so many. `priorities`: parallel to `lengths`, or empty.
 
     A lifetime is the mean over the workload, from what was seen of tokens and not of ended
     requests: those that have ended by some time are the short ones.
     """
-    simulation = Simulation(make_pipeline(), poisson_arrivals(lengths, rate, seed))
+    simulation = Simulation(make_pipeline(), poisson_arrivals(lengths, rate, seed, priorities))
     mean_output = sum(output for _, output in lengths) / len(lengths)
     ramp_s = stop_s = min_requests / rate / 10
     while True:

@@ -33,6 +33,10 @@ class Service:
     shape: ModelShape
     lengths: Lengths
     """(prompt tokens, output tokens) to draw requests from."""
+    priorities: Sequence[int] = ()
+    """Parallel to `lengths`; empty: all 0."""
+    order: str = "fcfs"
+    """Of every instance: a key of `order.ORDERS`."""
     slo: Slo
     times: Callable[[Parallelism], StageTimes]
     bytes_per_gpu: float = A100_80GB_BYTES
@@ -140,6 +144,7 @@ class Service:
             max_num_batched_tokens=max(batch_tokens, self._longest),
             max_model_len=self._longest,
             enable_prefix_caching=False,
+            order=self.order,
         )
         return SimulatedPipeline(Engine(plan, get_policy(policy), limits), times)
 
@@ -152,7 +157,7 @@ class Service:
     ) -> float:
         def is_met(per_gpu: float) -> bool:
             rate = per_gpu * num_gpus
-            simulation = simulate(poisson_arrivals(lengths, rate, self.seed))
+            simulation = simulate(poisson_arrivals(lengths, rate, self.seed, self.priorities))
             return meets(simulation, self.slo, self.num_requests // 3, self.num_requests, rate)
 
         try:

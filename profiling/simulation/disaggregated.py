@@ -9,17 +9,23 @@ decode instance one whose prompt's KV is imported (`Request.num_imported`).
 Times are seconds of virtual time. Pure: no clock, nothing random, nothing is read or written.
 """
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
 
 from pipeserve.core.nouns import Output, Request, RequestId, SamplingParams
+from pipeserve.core.order import ORDERS, RequestQueue
 from pipeserve.core.request_state import check_fits
 from pipeserve.core.view import Limits
 from pipeserve.errors import CapacityError, ConfigError
-from pipeserve.profiling.simulation.simulator import Arrival, Served, SimulatedPipeline, request_of
+from pipeserve.profiling.simulation.simulator import (
+    Arrival,
+    Served,
+    SimulatedPipeline,
+    request_of,
+    served_of,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +52,8 @@ class _Instance:
     """One pipeline, and what the host has promised of its KV."""
 
     pipeline: SimulatedPipeline
-    queue: deque[RequestId] = field(default_factory=deque)
-    """Not let in yet: prompts without room here, or KV that this instance has to pull."""
+    queue: RequestQueue[Served] = field(default_factory=RequestQueue)
+    """Not let in yet, in order: prompts without room here, or KV that this instance has to pull."""
     num_requests: int = 0
     """That it has to serve; the pools' measure of load."""
     promised: dict[RequestId, int] = field(default_factory=dict)
@@ -62,6 +68,10 @@ class _Instance:
     @property
     def limits(self) -> Limits:
         return self.pipeline.engine.limits
+
+    def enqueue(self, request: Request, served: Served) -> None:
+        self.queue.put(request.id, served, ORDERS[self.limits.order](request))
+        self.num_requests += 1
 
     def num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)
@@ -136,16 +146,15 @@ class DisaggregatedSimulation:
         while self._next is not None and self._next.arrival_s <= now:
             arrival, request_id = self._next, RequestId(len(self.served))
             instance = _least_loaded(self._prefill)
-            check_fits(request_of(request_id, arrival._replace(max_tokens=1)), instance.limits)
+            served = served_of(arrival)
+            request = _only_first(request_id, served)
+            check_fits(request, instance.limits)
             if arrival.max_tokens > 1:
                 for decode in self._decode:
                     _check_continues(request_of(request_id, arrival), decode.limits)
-            instance.queue.append(request_id)
-            instance.num_requests += 1
+            instance.enqueue(request, served)
             self._sources[request_id] = instance
-            self.served.append(
-                Served(arrival.num_prompt_tokens, arrival.max_tokens, arrival.arrival_s)
-            )
+            self.served.append(served)
             self._next = next(self._arrivals, None)
 
     def _advance_prefill(self, instance: _Instance, now: float) -> None:
@@ -162,15 +171,13 @@ class DisaggregatedSimulation:
     def _let_in(self, instance: _Instance, now: float) -> None:
         """Prompts in order, while the KV of all that is not pulled yet leaves them room."""
         while instance.queue:
-            request_id = instance.queue[0]
-            served = self.served[request_id]
+            request_id, served = next(iter(instance.queue.items()))
             num_blocks = instance.num_blocks(served.num_prompt_tokens)
             if instance.num_promised + num_blocks > instance.limits.num_blocks:
                 return
-            instance.queue.popleft()
+            instance.queue.discard(request_id)
             instance.promise(request_id, num_blocks)
-            only_first = Arrival(served.arrival_s, served.num_prompt_tokens, max_tokens=1)
-            instance.add(request_of(request_id, only_first), now)
+            instance.add(_only_first(request_id, served), now)
 
     def _first_token(self, request_id: RequestId, now: float) -> None:
         """The KV waits for the decode instance that is least loaded now."""
@@ -180,8 +187,7 @@ class DisaggregatedSimulation:
             self._sources.pop(request_id).let_go(request_id)
             return
         instance = _least_loaded(self._decode)
-        instance.queue.append(request_id)
-        instance.num_requests += 1
+        instance.enqueue(_continued(request_id, served), served)
 
     def _advance_decode(self, instance: _Instance, now: float) -> None:
         for output in instance.advance(now):
@@ -195,11 +201,12 @@ class DisaggregatedSimulation:
     def _pull(self, instance: _Instance, now: float) -> None:
         """KV in order, while there is room for it that was not promised."""
         while instance.queue:
-            num_tokens = self.served[instance.queue[0]].num_prompt_tokens
+            request_id, served = next(iter(instance.queue.items()))
+            num_tokens = served.num_prompt_tokens
             num_blocks = instance.num_blocks(num_tokens + 1)
             if num_blocks > instance.pipeline.engine.num_free_blocks - instance.num_promised:
                 return
-            request_id = instance.queue.popleft()
+            instance.queue.discard(request_id)
             instance.promise(request_id, num_blocks)
             seconds = self._link.seconds(num_tokens * self._kv_bytes)
             instance.link_free_s = max(now, instance.link_free_s) + seconds
@@ -229,6 +236,12 @@ def _check_continues(request: Request, limits: Limits) -> None:
         )
 
 
+def _only_first(request_id: RequestId, served: Served) -> Request:
+    """What the prefill instance runs."""
+    arrival = Arrival(served.arrival_s, served.num_prompt_tokens, 1, served.priority)
+    return request_of(request_id, arrival)
+
+
 def _continued(request_id: RequestId, served: Served) -> Request:
     """What is left to do after the first token, with the prompt's KV imported."""
     params = SamplingParams(max_tokens=served.max_tokens - 1, ignore_eos=True, seed=0)
@@ -237,4 +250,5 @@ def _continued(request_id: RequestId, served: Served) -> Request:
         prompt=(0,) * (served.num_prompt_tokens + 1),
         params=params,
         num_imported=served.num_prompt_tokens,
+        priority=served.priority,
     )

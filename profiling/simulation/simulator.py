@@ -40,6 +40,7 @@ class Served:
     num_prompt_tokens: int
     max_tokens: int
     arrival_s: float
+    priority: int = 0
     started_s: float | None = None
     """Stage 0 began its first chunk; None while it waits."""
     token_times_s: array = field(default_factory=lambda: array("d"))
@@ -213,18 +214,39 @@ class Arrival(NamedTuple):
     arrival_s: float
     num_prompt_tokens: int
     max_tokens: int
+    priority: int = 0
 
 
-def in_order(times_s: Sequence[float], lengths: Sequence[tuple[int, int]]) -> list[Arrival]:
-    """Requests by time; those that come at once keep their order."""
-    arrivals = [Arrival(at, *pair) for at, pair in zip(times_s, lengths, strict=True)]
+def in_order(
+    times_s: Sequence[float],
+    lengths: Sequence[tuple[int, int]],
+    priorities: Sequence[int] = (),
+) -> list[Arrival]:
+    """Requests by time; those that come at once keep their order. No `priorities`: all 0."""
+    parts = zip(times_s, lengths, priorities or [0] * len(lengths), strict=True)
+    arrivals = [Arrival(at_s, *pair, priority) for at_s, pair, priority in parts]
     return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
 
 
 def request_of(request_id: int, arrival: Arrival) -> Request:
     """A request of the arrival's lengths; its ids mean nothing, so no prefix cache goes with it."""
     params = SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True, seed=0)
-    return Request(id=RequestId(request_id), prompt=(0,) * arrival.num_prompt_tokens, params=params)
+    return Request(
+        id=RequestId(request_id),
+        prompt=(0,) * arrival.num_prompt_tokens,
+        params=params,
+        priority=arrival.priority,
+    )
+
+
+def served_of(arrival: Arrival) -> Served:
+    """What is noted of a request, of which nothing has run yet."""
+    return Served(
+        num_prompt_tokens=arrival.num_prompt_tokens,
+        max_tokens=arrival.max_tokens,
+        arrival_s=arrival.arrival_s,
+        priority=arrival.priority,
+    )
 
 
 class Simulation:
@@ -255,9 +277,7 @@ class Simulation:
         while self._next is not None and self._next.arrival_s <= now:
             arrival = self._next
             self.pipeline.add(request_of(len(self.served), arrival), now)
-            self.served.append(
-                Served(arrival.num_prompt_tokens, arrival.max_tokens, arrival.arrival_s)
-            )
+            self.served.append(served_of(arrival))
             self._next = next(self._arrivals, None)
 
     def _note(self, outputs: list[Output], now: float) -> None:

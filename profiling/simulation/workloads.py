@@ -22,6 +22,8 @@ class WorkItem:
     """Output tokens, exactly: workloads run with `ignore_eos`."""
     arrival_s: float = 0.0
     """Seconds after the run's start."""
+    priority: int = 0
+    """`Request.priority`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ class Chaotic:
             return Draft(preempt=(self.random.choice(list(view.running)),))
         draft = self.chunks(view)
         if not draft.chunks and not view.outstanding and view.running:
-            return Draft(preempt=(next(reversed(view.running)),))
+            return Draft(preempt=(list(view.running)[-1],))
         return draft
 
     def chunks(self, view: View) -> Draft:

@@ -245,6 +245,29 @@ def test_text_needs_a_tokenizer_and_ids_do_not(tmp_path):
     assert (completion.text, len(completion.token_ids)) == ("", 4)
 
 
+def test_a_request_has_its_priority_and_so_have_its_samples(folder):
+    client = FakeClient(folder, order="priority")
+    LLM.on(client).generate(["a", "b"], SamplingParams(n=2, max_tokens=1), priority=[4, -1])
+    assert [request.priority for request in client.added] == [4, 4, -1, -1]
+    LLM.on(client).chat([{"role": "user", "content": "a"}], priority=7)
+    assert client.added[-1].priority == 7
+
+
+@pytest.mark.parametrize(
+    ("order", "priority", "message"),
+    [
+        ("fcfs", 1, "the order is fcfs: start with --order priority"),
+        ("priority", [1, 2], "2 priorities for 1 prompts"),
+        ("priority", 1.5, "must be a whole number"),
+    ],
+)
+def test_a_priority_that_cannot_be_kept_to_is_refused(folder, order, priority, message):
+    client = FakeClient(folder, order=order)
+    with pytest.raises(ConfigError, match=message):
+        LLM.on(client).generate(["a"], priority=priority)
+    assert not client.added
+
+
 def test_as_many_params_as_prompts(folder):
     with pytest.raises(ConfigError, match="1 sampling_params for 2 prompts"):
         LLM.on(FakeClient(folder)).generate(["a", "b"], [_greedy()])

@@ -446,6 +446,37 @@ def test_a_short_trace_begins_again_after_its_end(write):
     assert len(one.lengths) == 50 and set(one.arrival_times_s()) == {0}
 
 
+def test_a_request_keeps_its_priority(write):
+    table = write("prefill,decode,arrival_s,priority\n3,3,9,1\n1,1,0,-5\n2,0,4,7\n4,4,9,0\n")
+    trace = read_workload(str(table), 4, 1.0, None, seed=0)
+    assert list(zip(trace.lengths, trace.request_priorities(), strict=True)) == [
+        *[((1, 1), -5), ((3, 3), 1), ((4, 4), 0)],
+        ((1, 1), -5),
+    ]
+    assert [item.priority for item in trace.with_ids(9)] == [-5, 1, 0, -5]
+    rows = "".join(f"{number},{number},{-number}\n" for number in range(1, 101))
+    drawn = read_workload(str(write("prefill,decode,priority\n" + rows)), 9, 1.0, None, seed=3)
+    pairs = zip(drawn.lengths, drawn.request_priorities(), strict=True)
+    assert all(priority == -num_prompt for (num_prompt, _), priority in pairs)
+    lines = '{"prompt_token_ids": [1], "max_tokens": 1, "priority": 3}\n'
+    lines += '{"prompt_token_ids": [1], "max_tokens": 1}\n'
+    work = read_workload(str(write(lines, "w.jsonl")), 3, 1.0, None, seed=0)
+    assert [item.priority for item in work.with_ids(9)] == [3, 0, 3]
+    assert read_workload(str(write(AZURE)), None, 1.0, None, seed=0).request_priorities() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("prefill,decode,priority\n1,1,high\n", "w.csv"),
+        ('{"prompt_token_ids": [1], "max_tokens": 1, "priority": 0.5}\n', "w.jsonl"),
+    ],
+)
+def test_a_priority_is_a_whole_number(write, text, name):
+    with pytest.raises(ConfigError, match=r"w\.\w+:\d: priority is .*must be a whole number"):
+        read_workload(str(write(text, name)), None, 1.0, None, seed=0)
+
+
 def test_notes_on_times_are_for_who_uses_them(write):
     lines = '{"timestamp": 0, "input_length": 9, "output_length": 6}\n'
     path = str(write(lines + lines.replace("6", "0"), "m.jsonl"))

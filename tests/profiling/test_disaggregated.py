@@ -50,6 +50,7 @@ def pipeline(
     batch_tokens: int = 256,
     max_model_len: int = 256,
     times: Fixed | None = None,
+    order: str = "fcfs",
 ) -> SimulatedPipeline:
     """`num_tokens` is what its KV cache holds."""
     times = times or Fixed()
@@ -60,6 +61,7 @@ def pipeline(
         max_num_batched_tokens=batch_tokens,
         max_model_len=max_model_len,
         enable_prefix_caching=False,
+        order=order,
     )
     engine = Engine(split_layers(8, times.num_stages), get_policy(policy), limits)
     return SimulatedPipeline(engine, times)
@@ -152,6 +154,17 @@ def test_kv_is_pulled_only_when_the_decode_instance_has_room() -> None:
         [2, 7, 8, 9, 10, 11],  # waits for room until 6, and keeps the third one out till then
         [7, 12, 13, 14, 15, 16],
     ]
+
+
+@pytest.mark.parametrize(("order", "first"), [("fcfs", 1), ("priority", 2)])
+def test_what_waits_for_room_in_either_pool_goes_in_order(order: str, first: int) -> None:
+    arrivals = [Arrival(0.0, 100, 3, 0), Arrival(0.1, 100, 3, 9), Arrival(0.2, 100, 3, 5)]
+    roomy, narrow = {"order": order}, {"order": order, "num_tokens": 160}
+    last = {1: 2, 2: 1}[first]
+    prefills = run(([prefill(**narrow)], [decode(**roomy)]), arrivals)
+    assert prefills[first].token_times_s[0] < prefills[last].token_times_s[0]
+    decodes = run(([prefill(**roomy)], [decode(**narrow)]), arrivals)
+    assert decodes[first].token_times_s[1] < decodes[last].token_times_s[1]
 
 
 def test_room_in_a_decode_instance_is_promised_once() -> None:

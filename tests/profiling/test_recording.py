@@ -277,6 +277,17 @@ def test_a_file_without_head_and_one_of_no_stage(tmp_path):
     assert len(recording.spans[1]) == NUM
 
 
+def test_a_field_that_came_later_has_its_default(tmp_path):
+    path = written(tmp_path) / "driver.jsonl"
+    head, *lines = map(json.loads, path.read_text().splitlines())
+    head["fields"]["arrived"].remove("priority")
+    for name, fields in lines:
+        if name == "arrived":
+            fields.pop()
+    path.write_text("".join(json.dumps(line) + "\n" for line in [head, *lines]))
+    assert assert_notes(path.parent).arrived == recording_of(records(), 2, {}).arrived
+
+
 def test_a_newer_schema_is_read_by_the_names_of_its_fields(tmp_path):
     folder = written(tmp_path)
     for name, kind in (("driver.jsonl", "completed"), ("stage-0.jsonl", "span")):

@@ -161,7 +161,14 @@ def test_poisson_arrivals_have_the_rate_and_the_same_lengths_at_every_rate():
     assert slow[-1].arrival_s == pytest.approx(4000 / 2, rel=0.05)
     assert slow[-1].arrival_s == pytest.approx(2 * fast[-1].arrival_s)
     assert [a[1:] for a in slow] == [a[1:] for a in fast]
-    assert {a[1:] for a in slow} == set(LENGTHS)
+    assert {a[1:3] for a in slow} == set(LENGTHS)
+
+
+def test_each_request_keeps_its_priority():
+    arrivals = poisson_arrivals(LENGTHS, 1.0, seed=1, priorities=[0, 5, -2])
+    found = {next(arrivals)[1:] for _ in range(100)}
+    assert found == {(64, 10, 0), (128, 20, 5), (32, 5, -2)}
+    assert [a.priority for a in in_order([2.0, 1.0], LENGTHS[:2], [3, 4])] == [4, 3]
 
 
 def test_a_trial_measures_a_window_after_the_ramp():
@@ -267,7 +274,7 @@ def recorded(times, arrivals, policy="sarathi_serve", faults=(), **limits):
 def test_the_records_of_a_lone_request():
     times = Delays(2, hop=0.5, control=0.125)
     simulation, told = recorded(times, [Arrival(10.0, 20, 2)])
-    assert told.arrived == [(0, 10.0, 20, 2)]
+    assert told.arrived == [(0, 10.0, 20, 2, 0)]
     prompt, decode = told.planned
     assert (prompt.waited_for, prompt.after, prompt.woken_s) == ("no_requests", -1, 10.0)
     assert (prompt.start_s, prompt.sent_s) == (10.0, 10.25)

@@ -54,11 +54,12 @@ class FakeClient:
     """As pipeserve.frontend.client.Client."""
 
     def __init__(
-        self, folder: Path, *, reply=None, max_model_len=64, dies_at_look=None, seed=0
+        self, folder: Path, *, reply=None, max_model_len=64, dies_at_look=None, seed=0, order="fcfs"
     ) -> None:
         self.config = RunConfig(model=str(folder), pipeline_parallel_size=2, seed=seed)
         self.limits = Limits(num_blocks=100, block_size=16, max_num_seqs=8,
-                             max_num_batched_tokens=512, max_model_len=max_model_len)  # fmt: skip
+                             max_num_batched_tokens=512, max_model_len=max_model_len,
+                             order=order)  # fmt: skip
         self.model_folder = folder
         self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
         self.record = ignore

@@ -13,7 +13,7 @@ from linear_times import LinearCost, LinearTimes
 from loads import Finish, Load, make_load, policy_of
 from made_up_profile import SHAPE, TRUE
 from model_stages import ModelStage
-from plan_checker import PlanChecker
+from plan_checker import InOrder, PlanChecker
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
@@ -127,6 +127,7 @@ class CheckedEngine(Engine):
         super().__init__(plan, get_policy(load.policy), load.limits, cost)
         self.load = load
         self.checker = PlanChecker(self)
+        self.policy = InOrder(self.policy, self.checker.requests, load.limits.order)
         self.stage = ModelStage(load.limits)
         self.outputs: dict[RequestId, list[int]] = {}
         self.reasons: dict[RequestId, str] = {}

@@ -7,7 +7,7 @@ the host finds, requests that fail, faults. `load_runs.py` runs one.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from model_stages import VOCAB, Story
@@ -69,7 +69,7 @@ class Load:
             f"{len(self.arrivals)} requests, {len(self.finishes)} ended, {len(self.fails)} fail, "
             f"{len(self.faults)} faults, {limits.num_blocks} blocks of {limits.block_size}, "
             f"{limits.max_num_seqs} seqs, {limits.max_num_batched_tokens} tokens, "
-            f"SLO {limits.max_tbt_s}, caching {limits.enable_prefix_caching}"
+            f"SLO {limits.max_tbt_s}, caching {limits.enable_prefix_caching}, {limits.order}"
         )
 
 
@@ -246,12 +246,13 @@ def make_load(seed: int) -> Load:
     max_num_seqs = rng.choice((1, 2, 8, 32, 256, 256))
     budget = rng.choice((1, 2, 7, 32, 64, 512, 512, 2048))
     arrivals = sender.sent[: 20 if min(max_num_seqs, budget) < 8 else 200]
+    order, arrivals = _ordered(seed, arrivals)
     return Load(
         seed=seed,
         policy=policy,
         num_stages=num_stages,
         window=rng.choice((num_stages, num_stages, rng.randint(1, num_stages + 2))),
-        limits=_limits(rng, policy, arrivals, longest, max_num_seqs, budget),
+        limits=_limits(rng, policy, order, arrivals, longest, max_num_seqs, budget),
         cost=rng.choice(COSTS),
         clock=rng.choice(CLOCKS),
         slow=rng.choice((1.0, 1.0, 0.1, 5.0, 0.0)),
@@ -263,8 +264,22 @@ def make_load(seed: int) -> Load:
     )
 
 
+def _ordered(seed: int, arrivals: list) -> tuple[str, list]:
+    """Half of the loads are served by priority."""
+    rng = random.Random(f"order {seed}")
+    order = rng.choice(("fcfs", "priority"))
+    most = rng.choice((1, 3, 1000))
+    return order, [(at_s, replace(r, priority=rng.randint(-most, most))) for at_s, r in arrivals]
+
+
 def _limits(
-    rng: random.Random, policy: str, arrivals: list, longest: int, max_num_seqs: int, budget: int
+    rng: random.Random,
+    policy: str,
+    order: str,
+    arrivals: list,
+    longest: int,
+    max_num_seqs: int,
+    budget: int,
 ) -> Limits:
     """A pool of what the largest request can reach, upward."""
     block_size = rng.choice((1, 4, 16, 16))
@@ -280,6 +295,7 @@ def _limits(
         max_model_len=longest,
         enable_prefix_caching=rng.random() < 0.7,
         max_tbt_s=rng.choice((None, None, 1e-6, 0.05, 0.3, 100.0)),
+        order=order,
     )
 
 

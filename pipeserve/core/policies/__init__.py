@@ -1,4 +1,8 @@
-"""The policies by name. One file each; what they may see and answer is in `core/view.py`."""
+"""The policies by name. One file each; what they may see and answer is in `core/view.py`.
+
+To add one, write its file (`sarathi_serve.py` is a short one to begin from) and list it below:
+flags, recipes and the tests that hold for every policy take it from here.
+"""
 
 from difflib import get_close_matches
 

@@ -1,9 +1,9 @@
-"""What first-come policies share: room for decodes, then running prefills, then admissions.
+"""What most policies share: room for decodes, then running prefills, then admissions.
 
-Requests are admitted by arrival, and nothing passes the head of the queue. Blocks are reserved at
-admission, for the whole prompt (Sarathi-Serve, OSDI'24, algorithm 3, and its code,
+Requests are admitted in order (`core/order.py`), and nothing passes the head of the queue. Blocks
+are reserved at admission, for the whole prompt (Sarathi-Serve, OSDI'24, algorithm 3, and its code,
 `sarathi_scheduler.py`; the watermark is vLLM's) or for the longest that the request can reach
-(Orca). Where only the prompt has its blocks, decodes take one on demand, and the latest arrival is
+(Orca). Where only the prompt has its blocks, decodes take one on demand, and the last in order is
 preempted first, by recompute.
 """
 
@@ -31,7 +31,7 @@ class Room:
 
 
 def make_room(view: View, decodes: Sequence[RequestView]) -> Room:
-    """Preempts the latest arrivals until each remaining decode has a block to write to.
+    """Preempts the last in order until each remaining decode has a block to write to.
 
     A request that runs alone always has one (`Engine.add` saw to it), so this ends.
     """
@@ -64,7 +64,7 @@ def reserved_room(view: View, most: int) -> Room:
 
 
 def only_decodes(view: View, wait: str = "token") -> Draft:
-    """All ready decodes and nothing else; the latest arrivals are preempted to make room."""
+    """All ready decodes and nothing else; the last in order are preempted to make room."""
     most = view.limits.max_num_batched_tokens
     room = make_room(view, list(islice(view.decodes.values(), most)))
     return Draft(chunks=room.decodes, preempt=room.preempted, wait=wait)

@@ -59,8 +59,8 @@ class Mix:
 
     def fitting(self, start: int, most: int, limit: float, due_s: float) -> int:
         """How many of the next `most` positions of a prompt, from `start` on, fit: the microbatch
-        takes no longer than `limit` on any stage and is through by `due_s`. Time steps up behind a
-        whole tile: it is mostly there that no more fits, so tiles are tried first."""
+        takes no longer than `limit` on any stage and leaves the last one by `due_s`. Time steps up
+        behind a whole tile: it is mostly there that no more fits, so tiles are tried first."""
         most = min(most, self._most_tokens - self.num_tokens)
         if most <= 0 or self._fits(start, most, limit, due_s):
             return max(most, 0)

@@ -14,7 +14,7 @@ Departures. Nothing is padded to the longest of the batch (the papers' text; the
 either). The blocks of a request are free when it ends, not when its batch does (as that code, not
 Vidur). The prompts of a batch are at most `max_num_batched_tokens` tokens, a hard limit here. Two
 batches that come back before the next microbatch is planned are one from then on, up to the size of
-one, as in that code: nothing tells their requests apart.
+one, as in that code: nothing distinguishes their requests.
 """
 
 from pipeserve.core.policies.fcfs import only_prompts, reserved_room

@@ -11,8 +11,9 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
   counted. With a limit between tokens all that are ready go at once, unless there are so many more
   than a share that they are evened out, and none is late for it.
 - **Prompts** fill the rest. Chunks of one prompt follow one another at once, and are cut so that no
-  decode of this microbatch, or of those in flight, is predicted to come late. The order is arrival
-  plus `PATIENCE_S` for each token: a long prompt lets short ones pass that come soon after it.
+  decode of this microbatch, or of those in flight, is predicted to come late. Those of the same
+  precedence go by arrival plus `PATIENCE_S` for each token: a long prompt lets short ones pass that
+  come soon after it.
 - **KV** is taken as decodes need it; an admission leaves a free block for each running request.
 - **In a lull**, where decodes alone would make many microbatches that mostly read weights, decodes
   wait for the next to complete and go with it, as long as the turn stays well within the time that
@@ -33,40 +34,61 @@ from pipeserve.core.policies.fcfs import make_room
 from pipeserve.core.policies.mix import Mix, Price
 from pipeserve.core.view import Draft, RequestView, Traits, View, Why
 
+# What a microbatch may cost. "Seconds" below are tokens where there is no cost model.
+
 MARGIN = 0.96
-"""Of the limit between tokens: the rest is for what the forecast cannot know."""
+"""Share of the wanted time between tokens (`Limits.max_tbt_s`) that is planned for; the rest is for
+what the forecast cannot know."""
 KNEE = 0.98
-"""Of the most tokens a second that a microbatch of any size reaches."""
-SUSTAINED = 0.95
-"""Of the KV pool that decodes fill when every microbatch is full."""
-ENOUGH_ENDED = 20
-"""Requests that say something of how long outputs are."""
-TURNS = 8
-"""Over so many turns a prompt's tokens are spread when KV is all but full (gLLM's UT throttles
-likewise)."""
+"""A microbatch needs no more prefill tokens than it takes to reach this share of the most that any
+size gives a second: larger ones only make turns longer."""
 TOLERANCE = 1.08
-"""A chunk may use up the step in the time of a matrix product that it has begun."""
+"""A microbatch may cost so many times its budget: matrix products work in whole tiles, so a chunk
+may fill the tile that it has begun."""
 ROUND_UP = 0.7
-"""Part of a tile from which on (1 - it) a share is rounded up to a whole one."""
+"""Where a budget ends inside a tile, at least 1 - ROUND_UP of the tile must be within the budget
+for it to be filled; else the budget ends with the tile before."""
 MIN_PIECE = 64
-"""Prefill tokens below which reading the weights costs a stage more than the tokens do."""
+"""Smallest prefill chunk worth a microbatch, tokens: below it, reading the weights costs a stage
+more than the tokens do."""
+
+# How much prefill the KV pool can take.
+
+SUSTAINED = 0.95
+"""Share of the KV pool that decodes should fill when every microbatch is full."""
+ENOUGH_ENDED = 20
+"""So many requests must have ended before their outputs count as typical of the run."""
+TURNS = 8
+"""What KV has room for is prefilled over at least so many turns of the pipeline (gLLM's UT
+throttles likewise)."""
 MIN_THROTTLED = 192
-"""Prefill tokens that KV never throttles a microbatch below: smaller ones would cost more than an
-uneven flow does."""
+"""Fewest prefill tokens that KV restricts a microbatch to: smaller ones cost more than the uneven
+flow that they avoid."""
+
+# Which prompt goes first.
+
 PATIENCE_S = 0.01
-"""How much later another prompt may come, for each token that it is shorter, and go first."""
-COMPARED = 256
-"""Waiting prompts that are put in order, those that came first: bounds what planning costs."""
-AT_MOST = 1.25
-"""Of the turn under load, as long as which a turn may take, however long the limit is: or prompts
-that come in a burst would hold decodes up, which hold their KV meanwhile."""
-HELD = 0.55
-"""Of the turn under load, as long as which decodes may take in a lull."""
-PAYS = 0.25
-"""Seconds of a stage that merging two groups of decodes has to save, for each second that it adds
-to their turn. (Where reading weights is what takes long, one group costs hardly more.)"""
-SPLITS = 0.75
-"""Of the time of all decodes that are ready: below that, their share of a turn goes alone."""
+"""For each token that a prompt is shorter than another, so many seconds later it may come and still
+go first."""
+NUM_SORTED = 256
+"""Only so many waiting prompts, the first in order, are sorted: it bounds the time that planning
+takes."""
+
+# How long a turn may be: the time until the same requests decode again. "Under load" is the turn of
+# microbatches that are full.
+
+LONGEST_TURN = 1.25
+"""However long the limit between tokens is, a decode comes round within so many turns under load:
+else a burst of prompts would hold up decodes, which occupy KV meanwhile."""
+LONGEST_LULL = 0.55
+"""In a lull, decodes may wait for others to go with only while their turn stays within this share
+of a turn under load."""
+SAVED_PER_DELAY = 0.25
+"""Two groups of decodes are merged if that saves so many seconds of stage time for each second that
+it adds to their turn. (Where reading weights is what takes long, one group costs hardly more.)"""
+SPLIT_BELOW = 0.75
+"""Ready decodes are split, so that a share of them goes alone, only if that share takes less than
+so much of the time of all."""
 
 
 class Uniform:
@@ -108,20 +130,24 @@ class Uniform:
 
 
 class _Budget:
-    """Seconds on the bottleneck stage (tokens, without a cost model)."""
+    """How long a microbatch may take: seconds on the bottleneck stage (tokens, without a cost
+    model).
+
+    A turn is the time until the same requests decode again: `in_turn` microbatches."""
 
     def __init__(self, view: View, price: Price, knee: int) -> None:
         self._view, self._price, self._knee = view, price, knee
-        # Of a mean microbatch of the turn.
+        # What a mean microbatch of the turn holds.
         self._num_decodes = view.num_decoding // view.window
         self._context = view.decoding_context // view.window
         self.in_turn = max(view.window, view.forecast.num_stages)
-        """Microbatches that a turn takes as long as: a pipeline is no shorter than its stages."""
+        """A turn takes as long as so many microbatches: one for each that may be outstanding, and
+        at least one for each stage, which every microbatch has to cross."""
         self.longest = self._longest()
-        """Whatever there is to do."""
+        """No microbatch may take longer, however much there is to do."""
 
     def of_this(self) -> tuple[str, float]:
-        """What bounds the microbatch, and how long it may take."""
+        """The name of what bounds the next microbatch, and how long it may take."""
         view = self._view
         flying = sum([outstanding.num_prefill_tokens for outstanding in view.outstanding])
         total = view.prefill_backlog + flying
@@ -134,7 +160,7 @@ class _Budget:
         return (bound, even) if even <= longest else ("longest", longest)
 
     def of_full(self) -> float:
-        """What it would take with prompts in plenty."""
+        """How long a microbatch takes under load, when there are always prompts to fill it with."""
         view = self._view
         most: float = view.limits.max_num_batched_tokens
         if view.num_decoding:
@@ -151,16 +177,18 @@ class _Budget:
         return min(knee, MARGIN * view.limits.max_tbt_s / self.in_turn)
 
     def is_hopeless(self, mix: Mix) -> bool:
-        """Whether no size keeps to the limit between tokens. Prompts go on all the same."""
+        """Whether the limit between tokens cannot be kept, however small the microbatch. Prompts
+        then go on in the smallest pieces."""
         least = max(mix.seconds()) if mix.num_decodes else self.of_piece(mix)
         return least > self.longest
 
     def of_piece(self, mix: Mix) -> float:
-        """Of the decodes and the smallest chunk that is worth it."""
+        """How long the decodes take with the smallest chunk that is worth it."""
         return self._price.on_bottleneck(mix.num_decodes, mix.context, MIN_PIECE)
 
     def _throttled(self, flying: int) -> int:
-        """Prefill tokens, when what KV has room for is spread over `TURNS` turns."""
+        """Prefill tokens of a microbatch, when what KV has room for is spread over `TURNS`
+        turns."""
         view = self._view
         begun = sum([request.num_unplanned for request in view.prefills.values()])
         free = max(0, view.free_blocks - len(view.running)) * view.limits.block_size
@@ -183,8 +211,8 @@ class _Budget:
         return max(MIN_THROTTLED, num_decodes * mix)
 
     def _filled(self, num_prefill: int) -> float:
-        """Of `num_prefill` tokens beside a mean share of decodes, or of as many as make whole tiles
-        where these are cheaper for a token."""
+        """How long `num_prefill` tokens take beside a mean share of decodes; or as many tokens as
+        make whole tiles, where these cost less per token."""
         price, num_decodes, context = self._price, self._num_decodes, self._context
         even = price.on_bottleneck(num_decodes, context, num_prefill)
         if not price.is_time:
@@ -196,9 +224,9 @@ class _Budget:
 
 
 def _knee(view: View, price: Price) -> int:
-    """Prefill tokens from which on larger microbatches hardly raise throughput. Found once: a cost
-    that is learnt size by size would move it back and forth, and turns with it. One tile is
-    never enough: the decodes beside it would begin another."""
+    """Prefill tokens from which on larger microbatches hardly raise throughput. It is found once: a
+    cost model that learns would move it back and forth, and the length of turns with it. One tile
+    is never enough: the decodes beside it would begin another."""
     most = view.limits.max_num_batched_tokens
     sizes = [size for size in (2 * TILE << power for power in range(7)) if size < most] + [most]
     rates = [size / _of_tiles(price, size) for size in sizes]
@@ -207,7 +235,8 @@ def _knee(view: View, price: Price) -> int:
 
 
 def _of_tiles(price: Price, num_tokens: int) -> float:
-    """In chunks of a tile: what a long chunk reads of itself, its prompt has to read anyway."""
+    """What so many prefill tokens cost in chunks of one tile each. (One long chunk would cost more,
+    for its positions read each other; but its prompt has to read them anyway.)"""
     whole, rest = divmod(num_tokens, TILE)
     return max(price.of(0, 0, ((0, TILE),) * whole + ((0, rest),) * (rest > 0)))
 
@@ -218,10 +247,13 @@ def _of_tiles(price: Price, num_tokens: int) -> float:
 def _decodes_in_turn(
     view: View, price: Price, budget: _Budget, now: float
 ) -> Sequence[RequestView]:
-    """With a limit between tokens, all that are ready; but their share, where that takes much less
-    time and the others, which go with the next microbatch, are not late for it. Groups that came
-    together would stay as uneven as they came, or pass through as one for good, with one stage busy
-    at a time. (Where reading weights is what takes long, nothing is gained.)"""
+    """The decodes of this microbatch: their even share of a turn or, with a limit between tokens,
+    all that are ready.
+
+    With a limit, too, it is the share alone where that takes much less time than all, and the
+    others, which then go with the next microbatch, will not be late. Else requests that came
+    together would decode together for good, in uneven groups, or in one group with one stage busy
+    at a time. (Where reading weights is what takes long, nothing is gained by splitting.)"""
     decodes = _ready(view)
     share = decodes[: _share(view, price, decodes)]
     if view.limits.max_tbt_s is None or not price.is_time or len(share) == len(decodes):
@@ -230,7 +262,7 @@ def _decodes_in_turn(
         price.of(len(some), sum([each.num_planned + 1 for each in some]))
         for some in (decodes, share)
     )
-    if max(share_s) >= SPLITS * max(all_s):
+    if max(share_s) >= SPLIT_BELOW * max(all_s):
         return decodes
     next_s = view.forecast.through_s(share_s, now) + max(share_s)
     due_s = _last_token_s(view, decodes[len(share)]) + MARGIN * view.limits.max_tbt_s
@@ -253,7 +285,8 @@ def _ready(view: View) -> list[RequestView]:
 
 
 def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
-    """How many of the decodes cost what each microbatch of a turn has to take of all."""
+    """How many of `decodes`, from the first, make up one microbatch's even share of the work of all
+    decodes in a turn."""
     per_position = _tokens_per_position(view, price)
     share = (view.num_decoding + per_position * view.decoding_context) / view.window
     for place, decode in enumerate(decodes):
@@ -264,9 +297,10 @@ def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
 
 
 def _tokens_per_position(view: View, price: Price) -> float:
-    """What reading a position of context costs, as a share of what a token does in the linear
-    layers when there are many; never less than nothing, whatever a cost model says, or a turn's
-    share might be no decode at all. (A mean: the slope of a learnt cost may be nil or less.)"""
+    """What attention to one position of context costs, in tokens: as a share of what a token costs
+    in the linear layers when there are many. It is a mean over all decodes, for the slope of a
+    learnt cost may be 0 or less; and never below 0, or a share of a turn might be no decode at
+    all."""
     if not price.is_time or not view.decoding_context:
         return 0.0
     num_decodes, context = view.num_decoding // view.window + 1, view.decoding_context
@@ -298,7 +332,7 @@ def _due_s(
             turn_s = price.on_bottleneck(num_decodes, num_decodes * mean)
             last_s = min(last_s, view.forecast.known_s(other.index) - turn_s)
             break  # those behind it have more time
-    return last_s + min(MARGIN * max_tbt_s, AT_MOST * budget.in_turn * budget.of_full())
+    return last_s + min(MARGIN * max_tbt_s, LONGEST_TURN * budget.in_turn * budget.of_full())
 
 
 def _waits_for_more(view: View, price: Price, budget: _Budget, mix: Mix, last_s: float) -> bool:
@@ -316,10 +350,10 @@ def _waits_for_more(view: View, price: Price, budget: _Budget, mix: Mix, last_s:
     alone_s = price.on_bottleneck(oldest.num_decodes, context - mix.context)
     here_s, merged_s = max(mix.seconds()), max(seconds)
     saved_s, longer_s = here_s + alone_s - merged_s, merged_s - max(here_s, alone_s)
-    if saved_s < PAYS * budget.in_turn * longer_s:
+    if saved_s < SAVED_PER_DELAY * budget.in_turn * longer_s:
         return False
     through_s = view.forecast.through_s(seconds, view.forecast.known_s(oldest.index))
-    turn_s = min(MARGIN * view.limits.max_tbt_s, HELD * budget.in_turn * full_s)
+    turn_s = min(MARGIN * view.limits.max_tbt_s, LONGEST_LULL * budget.in_turn * full_s)
     return merged_s <= full_s and through_s <= last_s + turn_s
 
 
@@ -336,8 +370,8 @@ class _Prompts:
 def _add_prompts(
     view: View, mix: Mix, free: int, limit: float, longest: float, due_s: float
 ) -> _Prompts:
-    """Chunks in order, until one does not fit whole. Prompts that KV has no room for yet let
-    running ones pass, and no others."""
+    """Chunks of prompts, those that go first in front, until one does not fit whole. When KV has no
+    room for a waiting prompt, those that run already go on, and no other is admitted."""
     prompts = _Prompts()
     seats, num_begun = view.limits.max_num_seqs - len(view.running), len(view.prefills)
     for request in _in_order(view):
@@ -376,8 +410,9 @@ def _add_prompts(
 def _behind_prefix(
     view: View, mix: Mix, start: int, left: int, limit: float, longest: float, due_s: float
 ) -> int:
-    """Positions of a prompt of which none fits, should its long prefix be what is in the way: a
-    share is that of a chunk without one. Whatever the limits, where no wait would help."""
+    """Positions of a prompt of which none fits within the limits, if only because its chunk has to
+    read a long prefix: budgets are made for chunks without one, so a small piece is let through.
+    Where nothing else runs and waiting would not help, whatever the limits."""
     piece = min(left, MIN_PIECE)
     if mix.alone_s(start, piece) > longest or not (view.outstanding or mix.num_tokens):
         return mix.fitting(start, piece, inf, inf)
@@ -387,14 +422,16 @@ def _behind_prefix(
 
 
 def _in_order(view: View) -> Iterator[RequestView]:
-    """Prompts that may go on or start now. A prompt's whole length counts, so that its place does
-    not change with its chunks."""
+    """Prompts that may go on or start now: by precedence, and then by arrival and length. Its whole
+    length counts, so that a prompt keeps its place while its chunks run."""
     prompts = list(view.prefills.values())
     if len(view.running) < view.limits.max_num_seqs:
-        waiting = islice(view.waiting.values(), COMPARED)
-        prompts += [each for each in waiting if not each.num_outstanding]
+        waiting = list(islice(view.waiting.values(), NUM_SORTED))
+        # One that was preempted and is still in flight cannot start yet: later classes wait for it.
+        last = next((each.precedence for each in waiting if each.num_outstanding), inf)
+        prompts += [w for w in waiting if not w.num_outstanding and w.precedence <= last]
     by_turn = [
-        (request.arrived + PATIENCE_S * request.num_known, place, request)
+        (request.precedence, request.arrived + PATIENCE_S * request.num_known, place, request)
         for place, request in enumerate(prompts)
     ]
     heapify(by_turn)  # few are looked at: most of a sort would be for nothing

@@ -1,0 +1,95 @@
+"""The order in which requests are served (`--order`): the one place where it is decided.
+
+A new order is one line of `ORDERS`. Policies know none of them: the queues that they look into are
+sorted (`RequestQueue`). Whoever is first in order is admitted first and preempted last; a request
+that was preempted goes back before all others of its precedence, for it came before them. Nothing
+that runs is preempted only because a request that goes first has come. Both as in vLLM.
+"""
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
+from itertools import chain
+from types import MappingProxyType
+from typing import TypeVar
+
+from pipeserve.core.nouns import Request, RequestId
+
+T = TypeVar("T")
+
+ORDERS: Mapping[str, Callable[[Request], float]] = MappingProxyType(
+    {
+        "fcfs": lambda request: 0,
+        "priority": lambda request: request.priority,
+    }
+)
+"""The precedence of a request under each order: lower goes first, and those with the same go by
+arrival. It stays what it is from arrival to end. The default comes first."""
+
+
+class RequestQueue(Mapping[RequestId, T]):
+    """Something of each request, by precedence; of the same precedence, as they came.
+
+    Requests come and leave by the thousand, at both ends, so each precedence has an OrderedDict.
+    All of them are in one where the order is fcfs.
+    """
+
+    def __init__(self) -> None:
+        self._lanes: dict[float, OrderedDict[RequestId, T]] = {}
+        self._sorted: list[float] = []  # the keys of `_lanes`, in order
+        self._precedence: dict[RequestId, float] = {}
+
+    def put(self, request_id: RequestId, item: T, precedence: float) -> None:
+        """Behind all of its precedence; one that is in the queue already keeps its place."""
+        lane = self._lanes.get(precedence)
+        if lane is None:
+            lane = self._lanes[precedence] = OrderedDict()
+            insort(self._sorted, precedence)
+        lane[request_id] = item
+        self._precedence[request_id] = precedence
+
+    def to_front(self, request_id: RequestId) -> None:
+        """Before all others of its precedence."""
+        self._lanes[self._precedence[request_id]].move_to_end(request_id, last=False)
+
+    def discard(self, request_id: RequestId) -> None:
+        """Takes the request out, if it is in the queue."""
+        precedence = self._precedence.pop(request_id, None)
+        if precedence is None:
+            return
+        lane = self._lanes[precedence]
+        del lane[request_id]
+        if not lane:
+            del self._lanes[precedence]
+            del self._sorted[bisect_left(self._sorted, precedence)]
+
+    def __getitem__(self, request_id: RequestId) -> T:
+        return self._lanes[self._precedence[request_id]][request_id]
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._precedence
+
+    def __len__(self) -> int:
+        return len(self._precedence)
+
+    def __iter__(self) -> Iterator[RequestId]:
+        return chain.from_iterable(self._in_order())
+
+    def values(self) -> ValuesView[T]:
+        return _Values(self)
+
+    def in_order(self) -> Iterator[T]:
+        """The items."""
+        return chain.from_iterable([lane.values() for lane in self._in_order()])
+
+    def _in_order(self) -> Iterable[OrderedDict[RequestId, T]]:
+        return map(self._lanes.__getitem__, self._sorted)
+
+
+class _Values(ValuesView[T]):
+    """What `Mapping` offers, without a look-up for each item: policies go through hundreds."""
+
+    _mapping: RequestQueue[T]
+
+    def __iter__(self) -> Iterator[T]:
+        return self._mapping.in_order()

@@ -76,17 +76,15 @@ def test_every_family_over_every_number_of_stages(model, name, layers):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    ("name", "layers"), [(name, layers) for name, cuts in PIPELINES.items() for layers in cuts]
-)
+@pytest.mark.parametrize(("name", "layers"), PIPELINES.items())
 def test_some_families_as_processes(model, name, layers):
     """In chunks of 13, from cached prefixes the second time, preempted for want of blocks."""
     folder, prompts, answers, expected = model(name)
     with pipeserve.LLM(
         folder,
         dtype="float32",
-        pipeline_parallel_size=len(layers or (4,)),
-        pipeline_layers=list(layers) if layers else None,
+        pipeline_parallel_size=len(layers),
+        pipeline_layers=list(layers),
         **SCARCE,
     ) as llm:
         for _ in range(2):

@@ -245,6 +245,17 @@ def test_text_needs_a_tokenizer_and_ids_do_not(tmp_path):
     assert (completion.text, len(completion.token_ids)) == ("", 4)
 
 
+def test_a_tokenizer_that_cannot_be_read_is_found_before_anything_runs(tmp_path):
+    """Also where ids are given and no end of text is looked for."""
+    (tmp_path / "tokenizer.json").write_text("{")
+    client = FakeClient(tmp_path)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        LLM.on(client).generate([[97]], _greedy(ignore_eos=True))
+    assert not client.added
+    (answer,) = LLM.on(client).generate([[97]], _greedy(ignore_eos=True, detokenize=False))
+    assert len(answer.token_ids) == 4 and answer.text == ""
+
+
 def test_as_many_params_as_prompts(folder):
     with pytest.raises(ConfigError, match="1 sampling_params for 2 prompts"):
         LLM.on(FakeClient(folder)).generate(["a", "b"], [_greedy()])

@@ -13,7 +13,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.stages.checkpoint.sources import resolve
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload([__name__])
+_context.set_forkserver_preload([resolve.__module__])
 
 
 class Fetch:

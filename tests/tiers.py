@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKERS = ["-n", "2", "--dist", "loadfile"]
+WORKERS = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+"""In their own order: else files of few tests, which may be long, would come last."""
 NOT_CORE = "--ignore=tests/core"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TIERS = {

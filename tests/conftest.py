@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import signal
 import sys
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +18,11 @@ if "PIPESERVE_TESTS_WITHOUT_TORCH" in os.environ:
 
 
 # ---- tiers --------------------------------------------------------------------------------------
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # A core for each, or stages of one would make those of another wait.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 NUM_TRIES = 3
 STAGES = ("pipeserve.launch.keeper", "pipeserve.launch.cli", "torch.distributed.run")
@@ -49,18 +54,39 @@ def processes_are_marked(event, arguments):
 sys.addaudithook(processes_are_marked)
 
 
+def cpu_s():
+    """Of this process and of all that it started and waited for."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(who)[:2]) for who in whose)
+
+
+last_cpu_s = cpu_s()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Tells with each step of a test the CPU time since the step before."""
+    global last_cpu_s
+    report = yield
+    before_s, last_cpu_s = last_cpu_s, cpu_s()
+    report.cpu_s = last_cpu_s - before_s
+    return report
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    """For tiers.py: how many tests came to what, and the seconds that each took."""
+    """For tiers.py: how many tests came to what, and the seconds (wall, CPU) that each took."""
     path = os.environ.get("PIPESERVE_TESTS_TALLY")
     if path is None or hasattr(config, "workerinput"):
         return
     outcomes = {name: len(them) for name, them in terminalreporter.stats.items() if name}
-    seconds = Counter()
+    took = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                seconds[report.nodeid] += report.duration
-    Path(path).write_text(json.dumps({"outcomes": outcomes, "seconds": seconds}))
+                seconds = took.setdefault(report.nodeid, [0.0, 0.0])
+                seconds[0] += report.duration
+                seconds[1] += getattr(report, "cpu_s", 0.0)  # none of a worker that has died
+    Path(path).write_text(json.dumps({"outcomes": outcomes, "took": took}))
 
 
 # ---- fixtures -----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from pipeserve.profiling.simulation.simulator import SimulatedPipeline, in_order
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 from pipeserve.profiling.simulation.workloads import check_fits
 
-_TRIAL_REQUESTS = 300
+TRIAL_REQUESTS = 300
 _SEARCH_STEPS = 256
 _USED = ("device_profile", "dtype", "gpu_memory_utilization", "max_model_len", "order", "seed")
 
@@ -117,7 +117,7 @@ def make_service(
         kv_tokens=kv_tokens,
         link=_kv_link(profile, inside_node),
         widen=True,
-        num_requests=_TRIAL_REQUESTS,
+        num_requests=TRIAL_REQUESTS,
         seed=config.seed,
     )
 
@@ -175,7 +175,7 @@ def search_goodput(service: Service, pools: Pools, workload: Workload) -> dict[s
     def is_met(rate: float) -> bool:
         arrivals = poisson_arrivals(service.lengths, rate, service.seed, service.priorities)
         simulation = service.simulation(*_pipelines(service, pools), arrivals)
-        return meets(simulation, service.slo, _TRIAL_REQUESTS // 3, _TRIAL_REQUESTS, rate)
+        return meets(simulation, service.slo, TRIAL_REQUESTS // 3, TRIAL_REQUESTS, rate)
 
     num_gpus = pools.num_gpus
     highest, resolution = service.highest_per_gpu * num_gpus, service.resolution * num_gpus

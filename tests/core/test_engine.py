@@ -471,7 +471,7 @@ def test_samples_wait_for_the_prompt_and_share_its_blocks():
     first, second, third = plan(engine), plan(engine), plan(engine)
     assert (ids_of(first), ids_of(second)) == ([0], [0, 4])
     assert ids_of(third)[:4] == [4, 1, 2, 3]
-    shared = list(engine._records[RequestId(0)].table.blocks[:2])
+    shared = list(first.chunks[0].new_blocks[:2])
     assert [list(admission.blocks) for admission in third.admitted] == [shared] * 3
     assert [(c.start, c.stop, c.num_logits) for c in third.chunks[1:]] == [(8, 11, 1)] * 2 + [
         (8, 10, 0)

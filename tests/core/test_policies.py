@@ -1,5 +1,6 @@
 """What each policy drafts, in small hand-made situations."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -281,13 +282,16 @@ def test_those_that_share_their_blocks_are_preempted_in_one_go(policy):
     for number in range(201):
         params = SamplingParams(max_tokens=10)
         engine.add(Request(id=RequestId(number), prompt=(*shared, number), params=params), 0.0)
-    looked, freed_by = [], engine._freed_by
+    looked, compose = [], engine.policy.compose
 
-    def counted(request_ids):
-        looked.append(len(request_ids))
-        return freed_by(request_ids)
+    def watched(view, now):
+        def freed_by(request_ids):
+            looked.append(len(request_ids))
+            return view.freed_by(request_ids)
 
-    engine._freed_by = counted
+        return compose(replace(view, freed_by=freed_by), now)
+
+    engine.policy.compose = watched
     ended, most = [], 0
     while engine.num_unfinished:
         before = engine.stats.preemptions

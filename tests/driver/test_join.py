@@ -223,6 +223,15 @@ def test_another_secret_is_refused_and_in_the_end_those_who_did_not_come_are_nam
     assert len(said) == 2 and "2 times in all" in said[1]
 
 
+def test_when_nobody_comes_the_wait_ends():
+    config = external(join_timeout=0.2, pipeline_parallel_size=1)
+    with (
+        opened(config, 1) as fleet,
+        pytest.raises(StageError, match=r"^no keeper of rank 0 joined"),
+    ):
+        wait_for_keepers(fleet, print)
+
+
 # ---- where one listens --------------------------------------------------------------------------
 
 

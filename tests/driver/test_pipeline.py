@@ -10,9 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
+from other_engine import renew
 
 import pipeserve
 from pipeserve import SamplingParams
@@ -33,79 +36,64 @@ def model(tmp_path_factory):
     return folder, prompts, greedy_tokens(folder, prompts, MAX_TOKENS)
 
 
-def _generate(folder, prompts, max_tokens=MAX_TOKENS, **options):
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    with pipeserve.LLM(folder, dtype="float32", **options) as llm:
-        completions = llm.generate(prompts, params)
-        return [list(c.token_ids) for c in completions], llm.client.engine.stats
+@pytest.fixture(scope="module")
+def start(model):
+    """layers of each stage -> an LLM with the engine that it started with; stages start once."""
+    with ExitStack() as started:
+
+        @cache
+        def llm_of(*layers):
+            llm = pipeserve.LLM(
+                model[0],
+                dtype="float32",
+                pipeline_parallel_size=len(layers),
+                pipeline_layers=list(layers),
+                block_size=4,
+                num_gpu_blocks_override=256,
+            )
+            return started.enter_context(llm)
+
+        yield llm_of
 
 
-@pytest.mark.parametrize(
-    ("stages", "layers"),
-    [(1, None), (2, None), (3, [1, 2, 1]), (4, None), (2, [1, 3]), (3, [2, 0, 2])],
-)
-def test_greedy_tokens_are_those_of_transformers(model, stages, layers):
-    folder, prompts, expected = model
-    got, _ = _generate(folder, prompts, pipeline_parallel_size=stages, pipeline_layers=layers)
-    assert got == expected
+def greedy(llm, prompts):
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    return [list(c.token_ids) for c in llm.generate(prompts, params)]
+
+
+@pytest.mark.parametrize("layers", [(4,), (2, 2), (2, 0, 2), (1, 1, 1, 1)], ids=str)
+def test_greedy_tokens_are_those_of_transformers(start, model, layers):
+    _, prompts, expected = model
+    llm = start(*layers)
+    renew(llm)
+    assert greedy(llm, prompts) == expected
 
 
 @pytest.mark.parametrize("policy", ["uniform", "sarathi_serve"])
 @pytest.mark.parametrize("budget", [1, 7, 64])
-def test_tokens_do_not_depend_on_the_budget(model, budget, policy):
-    folder, prompts, expected = model
-    got, _ = _generate(
-        folder, prompts, pipeline_parallel_size=2, max_num_batched_tokens=budget, policy=policy
-    )
-    assert got == expected
+def test_tokens_do_not_depend_on_the_budget(start, model, budget, policy):
+    _, prompts, expected = model
+    llm = start(2, 2)
+    renew(llm, policy, max_num_batched_tokens=budget)
+    assert greedy(llm, prompts) == expected
 
 
-def test_tokens_survive_preemption(model):
-    folder, prompts, expected = model
-    got, stats = _generate(
-        folder,
-        prompts,
-        pipeline_parallel_size=3,
-        block_size=4,
-        num_gpu_blocks_override=20,
-        enable_prefix_caching=False,
-    )
-    assert stats.preemptions > 0
-    assert got == expected
+def test_tokens_survive_preemption(start, model):
+    _, prompts, expected = model
+    llm = start(2, 0, 2)
+    renew(llm, num_blocks=20, max_model_len=80, enable_prefix_caching=False)
+    assert greedy(llm, prompts) == expected
+    assert llm.client.engine.stats.preemptions > 0
 
 
-def test_tokens_do_not_depend_on_cached_prefixes(model):
+def test_tokens_do_not_depend_on_cached_prefixes(start, model):
     folder, prompts, _ = model
     shared = prompts[4]
     family = [shared + prompt for prompt in prompts] + [shared, shared]
-    expected = greedy_tokens(folder, family, MAX_TOKENS)
-    got, stats = _generate(folder, family, pipeline_parallel_size=2, block_size=4, max_num_seqs=3)
-    assert stats.cached_prefix_tokens > len(shared)
-    assert got == expected
-
-
-def test_a_drawn_token_depends_on_its_request_alone(model):
-    folder, prompts, _ = model
-    params = [SamplingParams(max_tokens=10, seed=i, ignore_eos=True, top_p=0.9) for i in range(8)]
-    with pipeserve.LLM(folder, dtype="float32", pipeline_parallel_size=2) as llm:
-        alone = [
-            llm.generate([prompt], [p])[0].token_ids
-            for prompt, p in zip(prompts, params, strict=True)
-        ]
-        together = [c.token_ids for c in llm.generate(prompts, params)]
-    with pipeserve.LLM(
-        folder,
-        dtype="float32",
-        pipeline_parallel_size=2,
-        block_size=4,
-        num_gpu_blocks_override=14,
-        enable_prefix_caching=False,
-    ) as llm:
-        preempted = [c.token_ids for c in llm.generate(prompts, params)]
-        assert llm.client.engine.stats.preemptions > 0
-    assert together == alone
-    assert preempted == alone
-    assert len(set(map(tuple, alone))) > 1
+    llm = start(2, 2)
+    renew(llm, max_num_seqs=3)
+    assert greedy(llm, family) == greedy_tokens(folder, family, MAX_TOKENS)
+    assert llm.client.engine.stats.cached_prefix_tokens > len(shared)
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -150,14 +138,6 @@ def test_a_dropped_llm_leaves_nothing_behind(model):
     _wait_until_gone(pids)
 
 
-def test_a_closed_llm_says_so(model):
-    folder, _, _ = model
-    llm = pipeserve.LLM(folder, dtype="float32")
-    llm.close()
-    with pytest.raises(StageError, match="it was closed"):
-        llm.generate([[3, 4, 5]])
-
-
 def test_a_kv_pool_over_the_machine_s_memory_is_refused_before_it_is_filled(model):
     folder, _, _ = model
     with pytest.raises(ConfigError, match="--kv-cache-memory-bytes"):
@@ -196,14 +176,14 @@ def test_torchrun_starts_the_same_keepers(model, tmp_path):
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        got, _ = _generate(
+        with pipeserve.LLM(
             folder,
-            prompts,
+            dtype="float32",
             pipeline_parallel_size=2,
             launcher="external",
             control=f"127.0.0.1:{port}",
-        )
-        assert got == expected
+        ) as llm:
+            assert greedy(llm, prompts) == expected
         assert torchrun.wait(timeout=60) == 0
     finally:
         torchrun.terminate()
@@ -212,7 +192,6 @@ def test_torchrun_starts_the_same_keepers(model, tmp_path):
 
 def test_a_busy_control_port_is_refused_at_once(model):
     folder, _, _ = model
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--control 127.0.0.1:{port}"):
@@ -220,6 +199,5 @@ def test_a_busy_control_port_is_refused_at_once(model):
 
 
 def _free_port():
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]

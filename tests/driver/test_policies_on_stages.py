@@ -1,20 +1,16 @@
 """Every policy on real stage processes: the same tokens (in float32, where that is promised).
 
-One pipeline serves all policies in turn: nothing is outstanding between two of them, so each gets a
-fresh engine over the same stages, with limits that make it work (little KV, small budgets).
+One pipeline serves all policies in turn, each in an engine of its own with limits that make it work
+(little KV, small budgets).
 """
-
-from dataclasses import replace
 
 import pytest
 import torch
-from other_engine import go_on_under
+from other_engine import renew
 
 import pipeserve
 from pipeserve import SamplingParams
-from pipeserve.core.engine import Engine
 from pipeserve.core.policies import POLICIES, get_policy
-from pipeserve.core.view import Traits
 
 from checkpoints import random_prompts, tiny_llama, transformers_model  # isort: skip
 
@@ -50,32 +46,6 @@ def start(folder: str, num_stages: int, layers: list[int] | None = None) -> pipe
     )
 
 
-def schedule_by(policy: str, llm: pipeserve.LLM, **limits: int) -> None:
-    """The pipeline goes on under another policy."""
-    driver = llm.client
-    budget = 128 if traits(policy).whole_prompts else 24
-    limits = replace(
-        driver.engine.limits,
-        max_num_batched_tokens=budget,
-        enable_prefix_caching=False,
-        **limits,
-    )
-    go_on_under(driver, Engine(driver.plan, get_policy(policy), limits))
-
-
-def traits(policy: str) -> Traits:
-    return get_policy(policy).traits
-
-
-def check(policy: str, llm: pipeserve.LLM, prompts, expected, num_blocks: int) -> None:
-    """Tokens as expected, and preemptions exactly where a policy knows them: KV is scarce."""
-    schedule_by(policy, llm, num_blocks=num_blocks, max_num_seqs=7)
-    params = SamplingParams(temperature=0, max_tokens=len(expected[0]), ignore_eos=True)
-    assert [list(c.token_ids) for c in llm.generate(prompts, params)] == expected
-    preemptions = llm.client.engine.stats.preemptions
-    assert policy == "uniform" or (preemptions == 0) == (policy in NEVER_PREEMPT)  # it keeps a room
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tiny_llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
@@ -91,5 +61,18 @@ def tiny_pipeline(tiny, request):
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_gives_the_same_tokens(tiny, tiny_pipeline, policy):
+    """And preempts exactly where it knows how to: KV is scarce."""
     _, prompts, expected = tiny
-    check(policy, tiny_pipeline, prompts, expected, num_blocks=16)
+    whole_prompts = get_policy(policy).traits.whole_prompts
+    renew(
+        tiny_pipeline,
+        policy,
+        num_blocks=16,
+        max_num_seqs=7,
+        max_num_batched_tokens=128 if whole_prompts else 24,
+        enable_prefix_caching=False,
+    )
+    params = SamplingParams(temperature=0, max_tokens=len(expected[0]), ignore_eos=True)
+    assert [list(c.token_ids) for c in tiny_pipeline.generate(prompts, params)] == expected
+    preemptions = tiny_pipeline.client.engine.stats.preemptions
+    assert policy == "uniform" or (preemptions == 0) == (policy in NEVER_PREEMPT)  # it keeps a room

@@ -11,12 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from other_engine import go_on_under
+from other_engine import renew
 
 import pipeserve
 from pipeserve import SamplingParams
-from pipeserve.core.engine import Engine
-from pipeserve.core.policies import get_policy
 from pipeserve.wire import control
 
 from checkpoints import random_prompts, tiny_llama, transformers_model  # isort: skip
@@ -27,21 +25,15 @@ BLOCK_SIZE = 4
 MAX_TOKENS = 10
 
 
-def start(folder, num_stages, **options):
+def start(folder, num_stages):
     return pipeserve.LLM(
         folder,
         dtype="float32",
         pipeline_parallel_size=num_stages,
-        **{"block_size": BLOCK_SIZE, "num_gpu_blocks_override": 512, **options},
+        block_size=BLOCK_SIZE,
+        num_gpu_blocks_override=512,
+        max_num_batched_tokens=512,
     )
-
-
-def renew(llm, policy="uniform", **limits):
-    """A fresh engine over the same stages."""
-    driver = llm.client
-    limits = replace(driver.engine.limits, **limits)
-    go_on_under(driver, Engine(driver.plan, get_policy(policy), limits))
-    return llm
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +49,8 @@ def llm(model, request):
 
 
 @pytest.fixture(autouse=True)
-def room(request):
-    """Before each test on the tiny model: as much room as there is."""
-    if "llm" in request.fixturenames:
-        renew(
-            request.getfixturevalue("llm"),
-            num_blocks=512,
-            max_num_batched_tokens=512,
-            enable_prefix_caching=True,
-        )
+def as_it_started(llm):
+    renew(llm)
 
 
 def one_of_each():
@@ -142,7 +127,7 @@ def test_a_token_depends_on_its_request_alone(llm, model, monkeypatch):
     assert tokens(llm.generate(prompts, params)) == tokens(expected)
     assert llm.client.engine.stats.preemptions > 0
 
-    renew(llm, num_blocks=512, max_num_batched_tokens=16)
+    renew(llm, max_num_batched_tokens=16)
     num_lost = lose_now_and_then(llm, monkeypatch, at_looks=(3, 8, 16, 25))
     assert tokens(llm.generate(prompts, params)) == tokens(expected)
     assert len(num_lost) == 4 and all(num_lost)

@@ -9,12 +9,10 @@ from dataclasses import replace
 
 import pytest
 from checkpoints import greedy_tokens
-from other_engine import go_on_under
+from other_engine import renew
 
 import pipeserve
 from pipeserve import SamplingParams
-from pipeserve.core.engine import Engine
-from pipeserve.core.policies import get_policy
 from pipeserve.errors import ConfigError
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
@@ -50,19 +48,6 @@ def llm():
         yield llm
 
 
-@pytest.fixture(scope="module")
-def renew(llm):
-    """Gives the pipeline a fresh engine over the same stages: nothing is outstanding between two
-    tests."""
-    driver, started_with = llm.client, llm.client.engine.limits
-
-    def renew(policy="uniform", **limits):
-        limits = replace(started_with, **limits)
-        go_on_under(driver, Engine(driver.plan, get_policy(policy), limits))
-
-    return renew
-
-
 def tokens(completions):
     return [list(completion.token_ids) for completion in completions]
 
@@ -74,15 +59,16 @@ def expected(llm):
     return prompts, greedy_tokens(llm.client.config.model, prompts, GREEDY.max_tokens)
 
 
-def test_it_says_what_transformers_says(llm, renew, expected):
+def test_it_says_what_transformers_says(llm, expected):
     prompts, answers = expected
-    renew()
+    renew(llm)
     assert tokens(llm.generate(prompts, GREEDY)) == answers
 
 
-def test_it_says_so_with_scarce_kv_and_small_chunks(llm, renew, expected):
+def test_it_says_so_with_scarce_kv_and_small_chunks(llm, expected):
     prompts, answers = expected
     renew(
+        llm,
         "sarathi_serve",
         num_blocks=8,
         max_model_len=32,
@@ -118,20 +104,20 @@ def reusable_tokens(completions):
     return total
 
 
-def test_a_chat_reuses_the_prefix_and_says_the_same(llm, renew):
-    renew()
+def test_a_chat_reuses_the_prefix_and_says_the_same(llm):
+    renew(llm)
     cached = chat(llm, GREEDY)
     reused = llm.client.engine.stats.cached_prefix_tokens
     assert reused == reusable_tokens(cached)
     assert reused > 0.6 * sum(len(completion.prompt_token_ids) for completion in cached)
-    renew(enable_prefix_caching=False)
+    renew(llm, enable_prefix_caching=False)
     plain = llm.generate([list(c.prompt_token_ids) for c in cached], GREEDY)  # all at once
     assert llm.client.engine.stats.cached_prefix_tokens == 0
     assert tokens(plain) == tokens(cached)
 
 
-def test_a_bad_word_is_not_said(llm, renew):
-    renew()
+def test_a_bad_word_is_not_said(llm):
+    renew(llm)
     said = llm.generate(TEXTS[0], GREEDY)[0].text
     assert "Paris" in said
     banned = llm.generate(TEXTS[0], replace(GREEDY, bad_words=("Paris", "the")))[0].text

@@ -104,6 +104,16 @@ def test_a_stop_string_over_tokens_ends_the_request_on_the_driver(folder):
     assert driver.aborted == [(0, "stop")] and driver.num_unfinished == 0
 
 
+def test_what_comes_behind_a_stop_string_is_dropped(folder, monkeypatch):
+    """Two tokens may come with one look, of which the first ends the text."""
+    driver = FakeClient(folder, reply=_says("abXcd"))
+    one = driver.outputs
+    monkeypatch.setattr(driver, "outputs", lambda timeout_s: [*one(timeout_s), *one(timeout_s)])
+    (answer,) = LLM.on(driver).generate("q", _greedy(max_tokens=9, stop=("X",)))
+    assert (answer.text, answer.finish_reason) == ("ab", "stop")
+    assert driver.aborted == [(0, "stop")]
+
+
 def test_stop_strings_wait_for_min_tokens(folder):
     llm = LLM.on(FakeClient(folder, reply=_says("a.b.c.d.")))
     params = _greedy(max_tokens=8, min_tokens=4, stop=[".", "never"])
@@ -266,6 +276,17 @@ def test_a_priority_that_cannot_be_kept_to_is_refused(folder, order, priority, m
     with pytest.raises(ConfigError, match=message):
         LLM.on(client).generate(["a"], priority=priority)
     assert not client.added
+
+
+def test_a_tokenizer_that_cannot_be_read_is_found_before_anything_runs(tmp_path):
+    """Also where ids are given and no end of text is looked for."""
+    (tmp_path / "tokenizer.json").write_text("{")
+    client = FakeClient(tmp_path)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        LLM.on(client).generate([[97]], _greedy(ignore_eos=True))
+    assert not client.added
+    (answer,) = LLM.on(client).generate([[97]], _greedy(ignore_eos=True, detokenize=False))
+    assert len(answer.token_ids) == 4 and answer.text == ""
 
 
 def test_as_many_params_as_prompts(folder):

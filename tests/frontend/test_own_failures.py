@@ -123,7 +123,7 @@ def test_what_the_engine_says_went_wrong_is_told(folder, monkeypatch):
     def ends_first(timeout_s):
         outputs = take(timeout_s)
         if driver.num_looks == 2:
-            driver._running.pop(0)
+            driver.running.pop(0)
             outputs[0] = Output(0, None, "error", error="logits are not finite in float16")
         return outputs
 

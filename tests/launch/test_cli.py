@@ -159,7 +159,7 @@ def test_wrong_arguments_are_one_line_before_anything_starts(
 
 
 def test_one_prompt_writes_its_text(driver, capsys):
-    driver._reply = lambda prompt: list("caf\u00e9".encode())
+    driver.reply = lambda prompt: list("caf\u00e9".encode())
     assert cli.main(["generate", "m", "--prompt", "x", "--max-tokens", "5"]) == 0
     assert capsys.readouterr().out == "caf\u00e9\n"
 
@@ -238,7 +238,7 @@ def test_results_go_to_a_file_as_they_end(driver, tmp_path, capsys):
 
 
 def test_results_of_several_samples(driver, tmp_path, capsys):
-    driver._reply = lambda prompt: list(prompt) * 3  # the same for each sample, but for its end
+    driver.reply = lambda prompt: list(prompt) * 3  # the same for each sample, but for its end
     prompts = write_jsonl(
         tmp_path / "in.jsonl",
         {"prompt": "abc", "n": 3, "logprobs": 0, "prompt_logprobs": 0, "seed": 5},
@@ -266,7 +266,7 @@ def test_which_sample_is_which(folder):
     line = one_prompt("ab", {"n": 3, "max_tokens": 5}, chat=False)
     tokens = {0: [*b"zero"], 1: [*b"1"], 2: [*b"two"]}
     replies = iter(tokens.values())
-    llm.client._reply = lambda prompt: [*next(replies), EOS]
+    llm.client.reply = lambda prompt: [*next(replies), EOS]
     results = []
     assert write_results(llm, [line], results.append, lambda start, stop: [0.0, 0.0]) == 0
     assert [sample["text"] for sample in results[0]["outputs"]] == ["zero", "1", "two"]
@@ -299,7 +299,7 @@ def test_without_output_results_go_to_stdout(driver, tmp_path, capsys):
 
 
 def test_print_is_for_people(driver, tmp_path, capsys):
-    driver._reply = lambda prompt: list(b"four")
+    driver.reply = lambda prompt: list(b"four")
     prompts = write_jsonl(tmp_path / "in.jsonl", {"prompt": "2 + 2?"}, {"prompt": ""})
     command = ["generate", "m", "--prompts", str(prompts), "--print", "--max-tokens", "4"]
     assert cli.main(command) == 1
@@ -373,10 +373,10 @@ def test_overwrite_keeps_the_old_file_until_there_is_a_result(driver, capsys, tm
     prompts = write_jsonl(tmp_path / "in.jsonl", {"prompt": "a"})
     output = write_jsonl(tmp_path / "out.jsonl", {"old": 1})
     command = ["generate", "m", "--prompts", prompts, "--output", output, "--overwrite"]
-    driver._dies_at_look = 1
+    driver.dies_at_look = 1
     _error(capsys, command, 1)
     assert _results(output) == [{"old": 1}]
-    driver._dies_at_look = None
+    driver.dies_at_look = None
     driver.aborted.clear()
     assert cli.main([str(part) for part in command]) == 0
     assert [result["index"] for result in _results(output)] == [0]
@@ -386,7 +386,7 @@ def test_a_stage_that_dies_leaves_what_had_ended(driver, capsys, tmp_path):
     lines = [{"prompt": "a", "max_tokens": n} for n in (2, 9, 1)]
     prompts = write_jsonl(tmp_path / "in.jsonl", *lines)
     output = tmp_path / "out.jsonl"
-    driver._dies_at_look = 4
+    driver.dies_at_look = 4
     error = _error(capsys, ["generate", "m", "--prompts", prompts, "--output", output], 1)
     assert "stage 1 (pid 7) died" in error and "2 of 3 prompts are done" in error
     assert [result["index"] for result in _results(output)] == [2, 0]
@@ -394,7 +394,7 @@ def test_a_stage_that_dies_leaves_what_had_ended(driver, capsys, tmp_path):
 
 
 def test_nothing_written_leaves_no_file(driver, capsys, tmp_path):
-    driver._dies_at_look = 1
+    driver.dies_at_look = 1
     output = tmp_path / "out.jsonl"
     _error(capsys, ["generate", "m", "--prompt", "a", "--output", output], 1)
     assert not output.exists()
@@ -437,7 +437,7 @@ def test_bench_counts_and_writes_its_keys(driver, tmp_path, capsys):
 
 def test_bench_is_greedy_ignores_eos_and_shares_no_prefix_between_passes(driver, tmp_path):
     workload = write_jsonl(tmp_path / "mix.jsonl", {"prompt": "ab", "max_tokens": 3})
-    driver._reply = lambda prompt: [EOS]
+    driver.reply = lambda prompt: [EOS]
     assert cli.main(["bench", "m", "--workload", str(workload), "--repeat", "2"]) == 0
     warmup, first, second = driver.added
     assert all(request.params.temperature == 0 for request in driver.added)

@@ -5,6 +5,7 @@ import pickle
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ def test_a_microbatch_stands_at_the_stage_that_runs_it():
     assert "#7" not in text_of(view, 0.5)
     assert "5 running, 2 waiting · KV 60%" in text_of(view, 0.5)
     view.take([Fault(1, 0.6, "lost")])
-    assert "#8" not in text_of(view, 0.7) and not view._flying
+    assert "#8" not in text_of(view, 0.7)
 
 
 def test_more_microbatches_than_there_is_room_for_are_counted():
@@ -157,7 +158,6 @@ def test_only_the_last_seconds_count():
     assert "TBT" not in text_of(view, 8.0 + WINDOW_S + 1)
     first = next(line for line in text_of(view, 30.0).splitlines() if "stage 0" in line)
     assert "%" not in first and "█" not in first
-    assert not view._recent
 
 
 def test_a_run_that_has_not_begun_has_a_frame():
@@ -194,7 +194,12 @@ def test_a_drawer_that_takes_nothing_holds_nobody_up():
         for index in range(3000):
             feed.record(big._replace(index=index))  # returns, or the test hangs
         assert feed.num_dropped > 0
-        assert len(feed._batch) < 10
+        theirs.setblocking(False)
+        num_taken = 0
+        with suppress(BlockingIOError):
+            while True:
+                num_taken += len(pickle.loads(theirs.recv(1 << 20)))
+        assert num_taken + feed.num_dropped > 2990  # few are held
         theirs.close()
         feed.record(big)
         feed.flush()

@@ -3,6 +3,7 @@
 import gc
 import time
 import weakref
+from collections import Counter
 from contextlib import contextmanager
 from itertools import count
 
@@ -43,7 +44,9 @@ class Run:
         self.ring = Ring()
         self.journal = Journal(self.engine, self.ring.record)
         self.now, self.ids, self.outputs = 0.0, count(), outputs
-        self.num_microbatches = 0
+        self.num_tokens: Counter[int] = Counter()
+        """That each request has had which has not ended."""
+        self.num_ended = 0
         for _ in range(num_running + 20):
             self.add()
 
@@ -76,9 +79,11 @@ class Run:
             times = [self.now] * 3
             self.journal.completed(Completed(done.index, *times, tuple(counts)), outputs)
             for output in outputs:
+                self.num_tokens[output.request_id] += 1
                 if output.finish_reason is not None:
+                    del self.num_tokens[output.request_id]
+                    self.num_ended += 1
                     self.add()
-            self.num_microbatches += 1
         while flying:
             done = flying.pop(0)
             counts = one_each(done.chunks)
@@ -157,9 +162,9 @@ def test_what_is_walked_does_not_grow_with_tokens_and_blocks():
     short = walked([run.engine])
     run.go(3000)
     gc.collect()
-    records = run.engine._records.values()
-    assert min(len(record.tokens) for record in records if record.running) > 500
-    assert min(len(record.table.blocks) for record in records if record.running) > 100
+    assert len(run.num_tokens) >= 50 and min(run.num_tokens.values()) > 500
+    num_held = run.engine.limits.num_blocks - run.engine.num_free_blocks
+    assert num_held > 100 * run.engine.num_running
     assert walked([run.engine]) < short + 500
 
 
@@ -169,7 +174,7 @@ def test_what_is_walked_does_not_grow_with_the_kv_pool():
     for run in (few, many):
         run.go(400)
         gc.collect()
-    assert len(many.engine._pool._idle) > 500
+    assert many.num_ended > 30  # each left a dozen full blocks in the cache
     assert walked([many.engine]) < walked([few.engine]) + 300
 
 
@@ -182,7 +187,7 @@ def test_a_run_leaves_nothing_to_the_collector(policy):
     gc.collect()
     gc.disable()
     try:
-        run.engine.finish(next(iter(run.engine._records)), "abort", run.now)
+        run.engine.finish(next(iter(run.num_tokens)), "abort", run.now)
         run.go(200)
         assert gc.collect() == 0
     finally:

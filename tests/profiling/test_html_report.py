@@ -159,11 +159,10 @@ def test_runs_over_an_hour_have_longer_ticks():
 
 def test_blocks_that_overlap_are_put_behind_each_other(recording, ledger):
     first, second = recording.spans[0][:2]
-    spans = [first, second._replace(start_s=first.end_s - 1e-3)]
-    columns, clock = html_data.Columns(), html_data.Clock.of(ledger)
-    html_data.add_stage(columns, "stage0", spans, [], clock, np.array([0, 1]))
-    gap = np.frombuffer(columns._parts[0], np.uint8).reshape(4, -1).T.copy().view("<u4").ravel()
-    assert gap[1] == 0
+    overlapping = [first, second._replace(start_s=first.end_s - 1e-3), *recording.spans[0][2:]]
+    odd = dataclasses.replace(recording, spans=[overlapping, *recording.spans[1:]])
+    assert column(page(recording, ledger), "stage0.gap")[1] > 0
+    assert column(page(odd, ledger), "stage0.gap")[1] == 0
 
 
 def test_a_stage_without_spans_is_an_empty_row(recording):

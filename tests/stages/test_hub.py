@@ -1,35 +1,20 @@
-"""Hub ids, through the real client of the hub, against a hub of our own.
-
-Each fetch is a process of its own, since the client reads its environment variables once.
-"""
+"""Hub ids, through the real client of the hub, against a hub of our own."""
 
 import errno
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from checkpoints import tiny_llama
 from fake_hub import COMMIT, FakeHub
+from hub_client import Fetch
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.checkpoint import hub as stages_hub
 from pipeserve.stages.checkpoint.hub import is_hub_id
 from pipeserve.stages.checkpoint.sources import origin, resolve
-
-FETCH = """
-import sys
-from pipeserve.errors import ConfigError
-from pipeserve.stages.checkpoint.sources import resolve
-try:
-    print(resolve(sys.argv[1], on_progress=lambda text: print("PROGRESS", text, file=sys.stderr)))
-except ConfigError as error:
-    print(error)
-    sys.exit(2)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -60,35 +45,21 @@ class Machine:
     def __init__(self, home: Path) -> None:
         self.home, self.endpoint = home, "http://127.0.0.1:9"  # where nothing listens
 
-    def start(self, model, **env):
-        return subprocess.Popen(
-            [sys.executable, "-c", FETCH, model],
-            env={
-                **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
-                "HF_HOME": str(self.home),
-                "HF_ENDPOINT": self.endpoint,
-                **env,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self.home.parent,
-        )
+    def start(self, model="org/tiny", **env):
+        where = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint}
+        return Fetch(model, self.home.parent, {**where, **env})
 
     def fetch(self, model="org/tiny", **env):
         """The folder that `model` is in."""
-        process = self.start(model, **env)
-        out, self.stderr = process.communicate(timeout=60)
-        assert process.returncode == 0, out + self.stderr
-        return Path(out.strip())
+        folder, why, self.said = self.start(model, **env).result()
+        assert folder is not None, why
+        return folder
 
     def refused(self, *parts, model="org/tiny", **env):
-        process = self.start(model, **env)
-        out, self.stderr = process.communicate(timeout=60)
-        assert process.returncode == 2, out + self.stderr
-        assert out.count("\n") == 1, out
+        folder, why, self.said = self.start(model, **env).result()
+        assert folder is None and "\n" not in why
         for part in parts:
-            assert part in out
+            assert part in why
 
 
 @pytest.fixture
@@ -107,7 +78,7 @@ def test_what_is_needed_is_fetched_once(machine, checkpoint):
         folder = machine.fetch()
         assert held(folder) == needed
         assert sorted(hub.fetched) == sorted(needed)
-        assert "PROGRESS fetching org/tiny: 0.00 of 0.00 GB" in machine.stderr
+        assert "fetching org/tiny: 0.00 of 0.00 GB" in machine.said
         assert machine.fetch() == folder
         assert len(hub.fetched) == len(needed)
         before = hub.num_requests
@@ -183,14 +154,13 @@ def test_it_goes_on_after_a_kill(machine, checkpoint):
     first, stalled, last = sorted(name for name in checkpoint if name.startswith("model-0"))
     hub = FakeHub(checkpoint, stalls=stalled)
     with hub.running() as machine.endpoint:
-        process = machine.start("org/tiny")
+        fetch = machine.start()
         assert hub.half_sent.wait(30)
         snapshot = machine.home / "hub" / "models--org--tiny" / "snapshots" / COMMIT
         while not ((snapshot / first).exists() and (snapshot / last).exists()):
-            assert process.poll() is None
+            assert fetch.process.is_alive()
             time.sleep(0.01)
-        process.kill()
-        process.communicate()
+        fetch.kill()
         machine.refused("not, or not wholly, in the cache", HF_HUB_OFFLINE="1")
         hub.go_on.set()
         hub.fetched.clear()

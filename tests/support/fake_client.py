@@ -65,9 +65,9 @@ class FakeClient:
         self.record = ignore
         self.added, self.aborted, self.closed = [], [], False
         self.num_looks = 0
-        self._dies_at_look = dies_at_look
-        self._reply = reply or (lambda prompt: [])
-        self._running = {}
+        self.dies_at_look = dies_at_look
+        self.reply = reply or (lambda prompt: [])
+        self.running = {}
 
     def submit(self, requests):
         for request in requests:
@@ -76,31 +76,31 @@ class FakeClient:
             self.added.append(request)
             num_prompt, max_tokens = len(request.prompt), request.params.max_tokens
             self.record(Arrived(request.id, time.monotonic(), num_prompt, max_tokens))
-            self._running[request.id] = (request, iter(self._tokens(request)))
+            self.running[request.id] = (request, iter(self._tokens(request)))
 
     def abort(self, request_id, reason="abort"):
         self.aborted.append((request_id, reason))
-        self._running.pop(request_id, None)
+        self.running.pop(request_id, None)
 
     @property
     def num_unfinished(self):
-        return len(self._running)
+        return len(self.running)
 
     def outputs(self, timeout_s):
         self.num_looks += 1
-        if self.num_looks == self._dies_at_look:
+        if self.num_looks == self.dies_at_look:
             raise StageError("stage 1 (pid 7) died: killed by SIGKILL")
-        if not self._running:
+        if not self.running:
             return []
         index, now_s = self.num_looks, time.monotonic()
-        chunks = tuple(Chunk(request_id, 0, 1, (), None, 1) for request_id in self._running)
+        chunks = tuple(Chunk(request_id, 0, 1, (), None, 1) for request_id in self.running)
         self.record(Planned(index, "", -1, now_s, now_s, now_s, chunks, 0, len(chunks), 90, ()))
         outputs = []
-        for request, tokens in list(self._running.values()):
+        for request, tokens in list(self.running.values()):
             output = next(tokens)
             outputs.append(output)
             if output.finish_reason is not None:
-                self._running.pop(request.id, None)
+                self.running.pop(request.id, None)
                 self.record(Ended(request.id, time.monotonic(), output.finish_reason, 1))
         for stage in range(2):
             start_s, end_s = now_s + stage * 1e-6, now_s + (stage + 1) * 1e-6
@@ -113,7 +113,7 @@ class FakeClient:
         return outputs
 
     def _tokens(self, request):
-        known = dict(enumerate(self._reply(request.prompt)))
+        known = dict(enumerate(self.reply(request.prompt)))
         for place in range(request.params.max_tokens):
             token = known.get(place, 97 + (sum(request.prompt) + place) % 26)
             reason = None

@@ -33,7 +33,7 @@ from pipeserve.core.nouns import (
     one_each,
 )
 from pipeserve.core.policies import get_policy
-from pipeserve.core.view import CostModel, Flow
+from pipeserve.core.view import CostModel, Draft, Flow, Policy, View
 from pipeserve.core.work import Work, work_of
 from pipeserve.errors import CapacityError
 from pipeserve.profiling.simulation.simulator import SimulatedPipeline
@@ -124,8 +124,9 @@ class CheckedEngine(Engine):
     """An engine whose every call is checked, and whose tokens are those of the made-up model."""
 
     def __init__(self, load: Load, plan: PipelinePlan, cost: CostModel | None):
-        super().__init__(plan, get_policy(load.policy), load.limits, cost)
+        super().__init__(plan, Watched(get_policy(load.policy), self), load.limits, cost)
         self.load = load
+        self.has_cost = cost is not None
         self.checker = PlanChecker(self)
         self.policy = InOrder(self.policy, self.checker.requests, load.limits.order)
         self.stage = ModelStage(load.limits)
@@ -168,17 +169,19 @@ class CheckedEngine(Engine):
         self.checker.planned(planned)
         stories = self.checker.stories
         self.stage.run(planned, [stories[chunk.request_id].states for chunk in planned.chunks])
-        self.check_flow(planned)
+        self.recount_flow(planned)
         self._num_fruitless += 1
         if planned.index % 8 == 0:
-            self.check_counts()
             self.check_progress()
         return planned
 
     def check_progress(self) -> None:
         """There is no need for more microbatches without a token than each known position in one
         of its own, and some for what is in flight."""
-        num_known = sum([record.num_known for record in self._records.values()])
+        going_on = [
+            request for request in self.checker.requests.values() if request.id not in self.reasons
+        ]
+        num_known = sum([len(r.prompt) + len(self.outputs[r.id]) for r in going_on])
         assert self._num_fruitless <= num_known + 8 * self.checker.most_outstanding
 
     def complete(self, result: StepResult, now: float) -> list[Output]:
@@ -226,12 +229,11 @@ class CheckedEngine(Engine):
         self.stage = ModelStage(self.limits)
         self._num_fruitless = 0
         assert self.last_known_s is None
-        self.check_counts()
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def check_flow(self, planned: Microbatch) -> None:
-        """What went through, of which what is older counts less, by a recount."""
+    def recount_flow(self, planned: Microbatch) -> None:
+        """What went through, of which what is older counts less."""
         plans, flow = self.checker.plans, self._flow_recount
         prefill = [c for c in planned.chunks if c.start < plans[c.request_id].num_prefill]
         num_prefill_tokens = sum([chunk.num_tokens for chunk in prefill])
@@ -243,30 +245,32 @@ class CheckedEngine(Engine):
         flow.prefill_tokens += num_prefill_tokens
         flow.decodes += num_decodes
         flow.admitted += len(first_time)
-        for name in ("prefill_tokens", "decodes", "admitted", "ended"):
-            counted, recount = getattr(self._flow, name), getattr(flow, name)
-            assert counted >= 0 and isclose(counted, recount, abs_tol=1e-9), name
-        assert (self.last_known_s is None) == (self._cost is None)
+        assert (self.last_known_s is None) == (not self.has_cost)
 
-    def check_counts(self) -> None:
+    def check_view(self, view: View) -> None:
         """What is counted along the way is what a recount gives."""
-        queues, records = self._queues, self._records.values()
-        held_back = {held for r in records for held in r.held}
-        prefilling = [r for r in records if r.prefilling and r not in held_back]
+        running = [(self.checker.plans[id_], each) for id_, each in view.running.items()]
+        prefilling = [plan for plan, _ in running if plan.next_position < plan.num_prefill]
         decoding = [
-            r for r in records if not r.prefilling and r.num_known + r.num_on_way < r.num_longest
+            plan
+            for plan, request in running
+            if plan.next_position >= plan.num_prefill and plan.num_tokens < request.num_longest
         ]
-        assert queues.num_decoding == len(decoding)
-        assert queues.decoding_context == sum([r.num_planned for r in decoding])
-        assert queues.prefill_backlog == sum([r.num_unplanned for r in prefilling])
-        assert len(queues.running) <= self.limits.max_num_seqs
-        assert not queues.running.keys() & queues.waiting.keys()
+        assert view.num_decoding == len(decoding)
+        assert view.decoding_context == sum([plan.next_position for plan in decoding])
+        waiting = sum([request.num_unplanned for request in view.waiting.values()])
+        begun = sum([plan.num_prefill - plan.next_position for plan in prefilling])
+        assert view.prefill_backlog == waiting + begun
+        assert not view.running.keys() & view.waiting.keys()
+        assert not (view.running.keys() | view.waiting.keys()) & self.reasons.keys()
+        for name in ("prefill_tokens", "decodes", "admitted", "ended"):
+            counted, recount = getattr(view.flow, name), getattr(self._flow_recount, name)
+            assert counted >= 0 and isclose(counted, recount, abs_tol=1e-9), name
 
     def check_end(self) -> None:
         assert not self.has_work
         assert self.outstanding == ()
         assert self.num_free_blocks == self.limits.num_blocks, "leaked blocks"
-        self.check_counts()
         for request_id, story in self.checker.stories.items():
             got, reason = self.outputs[request_id], self.reasons[request_id]
             assert self.scores.get(request_id) == (story.scores if got else None)
@@ -283,6 +287,20 @@ class CheckedEngine(Engine):
                 assert len(got) >= min(at_least, len(story.outputs))
             else:
                 assert (got, reason) == (story.outputs, story.reason)
+
+
+class Watched:
+    """A policy whose every eighth view is checked before it sees it."""
+
+    def __init__(self, policy: Policy, engine: CheckedEngine):
+        self.name, self.traits = policy.name, policy.traits
+        self._policy, self._engine, self._num_views = policy, engine, 0
+
+    def compose(self, view: View, now: float) -> Draft:
+        if self._num_views % 8 == 0:
+            self._engine.check_view(view)
+        self._num_views += 1
+        return self._policy.compose(view, now)
 
 
 # ---- what stages take, and what is predicted ----------------------------------------------------

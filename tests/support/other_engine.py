@@ -1,9 +1,21 @@
 """A pipeline that goes on under another engine: stages take seconds to start, an engine nothing."""
 
+from dataclasses import replace
+from typing import Any
+
+from pipeserve import LLM
 from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
+from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Recorder, ignore
 from pipeserve.driver.driver import Driver
+
+
+def renew(llm: LLM, policy: str = "uniform", **limits: Any) -> None:
+    """Gives `llm` a fresh engine with the limits that it started with, but for these."""
+    driver = llm.client
+    limits = replace(driver.setup.limits, **limits)
+    go_on_under(driver, Engine(driver.plan, get_policy(policy), limits))
 
 
 def go_on_under(driver: Driver, engine: Engine, record: Recorder = ignore) -> None:

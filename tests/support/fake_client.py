@@ -60,7 +60,7 @@ class FakeClient:
         self.limits = Limits(num_blocks=100, block_size=16, max_num_seqs=8,
                              max_num_batched_tokens=512, max_model_len=max_model_len)  # fmt: skip
         self.model_folder = folder
-        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+        self.vocab_size, self.eos_token_ids = VOCAB_SIZE, (EOS,)
         self.record = ignore
         self.added, self.aborted, self.closed = [], [], False
         self.num_looks = 0

@@ -19,7 +19,14 @@ import typer
 import pipeserve
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.errors import ConfigError, PipeserveError
-from pipeserve.launch.inputs.flags import given, given_params, run_flags, sampling_flags, with_flags
+from pipeserve.launch.inputs.flags import (
+    given,
+    given_params,
+    run_flags,
+    sampling_flags,
+    server_flags,
+    with_flags,
+)
 from pipeserve.launch.inputs.options import (
     Explain,
     JsonTo,
@@ -228,6 +235,18 @@ def _encoder(driver: "Driver") -> Callable[[str], Sequence[int]] | None:
     from pipeserve.frontend.tokenizer import Tokenizer
 
     return Tokenizer(driver.model_folder).encode
+
+
+@app.command()
+@with_flags(*server_flags(), *run_flags())
+def serve(model: Model = None, config: Recipe = None, **flags: Any) -> int:
+    """Serve a model over HTTP, by OpenAI's API, until a signal ends it."""
+    from pipeserve.launch.verbs import serve as verb
+    from pipeserve.server.options import ServerOptions
+
+    return verb.serve(
+        _run_config(model, config, flags), ServerOptions(**given(ServerOptions, flags))
+    )
 
 
 @app.command()

@@ -19,6 +19,7 @@ from pipeserve.core.nouns import Output, RequestId
 from pipeserve.core.view import Limits
 from pipeserve.errors import ConfigError, PipeserveError, StageError
 from pipeserve.frontend.completion import Delta, Generation
+from pipeserve.server.metrics import Metrics
 from pipeserve.wire import client
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.listener import Listener
@@ -40,6 +41,10 @@ class DriverJob(msgspec.Struct, frozen=True):
     secret: bytes
 
 
+class Late(Exception):
+    """A stream's time is over."""
+
+
 class Stream:
     """Deltas of some requests as they come, in order. Whoever has one closes it: what has not
     ended by then is ended."""
@@ -47,10 +52,21 @@ class Stream:
     def __init__(self, pipeline: "Pipeline", generations: Sequence[Generation]) -> None:
         self.running = {generation.request.id: generation for generation in generations}
         self._pipeline = pipeline
-        self._inbox: deque[Delta | PipeserveError] = deque()
+        self._inbox: deque[Delta | Exception] = deque()
         self._arrived = asyncio.Event()
+        self._deadline: asyncio.TimerHandle | None = None
 
-    def put(self, entry: Delta | PipeserveError) -> None:
+    def end_in(self, seconds: float) -> None:
+        """What has not ended by then raises Late."""
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(seconds, self._end_late)
+
+    def _end_late(self) -> None:
+        if self.running:
+            self.close("timeout")
+            self.put(Late())
+
+    def put(self, entry: Delta | Exception) -> None:
         self._inbox.append(entry)
         self._arrived.set()
 
@@ -58,18 +74,21 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        """Raises StageError when the pipeline has ended, and CapacityError for what cannot run."""
+        """Raises StageError when the pipeline has ended, ConfigError for what it would not run, and
+        Late."""
         while not self._inbox:
             if not self.running:
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
         entry = self._inbox.popleft()
-        if isinstance(entry, PipeserveError):
+        if isinstance(entry, Exception):
             raise entry
         return entry
 
     def close(self, reason: str = "abort") -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
         for request_id in tuple(self.running):
             self._pipeline.abort(request_id, reason)
 
@@ -83,7 +102,9 @@ class Stream:
 class Pipeline:
     """One driver's process, and the requests that it runs for this one."""
 
-    def __init__(self, on_progress: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, metrics: Metrics, on_progress: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.opened: client.Opened | None = None
         """What the driver said of the pipeline when it was up."""
         self.status: client.Status | None = None
@@ -91,6 +112,7 @@ class Pipeline:
         """When it was told."""
         self.ended: PipeserveError | None = None
         """Why the pipeline takes nothing more."""
+        self.metrics = metrics
         self._on_progress = on_progress
         self._streams: dict[RequestId, Stream] = {}
         self._sources = Sources(secrets.token_bytes(32))
@@ -145,6 +167,7 @@ class Pipeline:
             raise self.ended
         stream = Stream(self, generations)
         self._streams.update(dict.fromkeys(stream.running, stream))
+        self.metrics.submitted(generations)
         self._send(client.Submit([generation.request for generation in generations]))
         return stream
 
@@ -153,6 +176,7 @@ class Pipeline:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             stream.running.pop(request_id, None)
+            self.metrics.ended(request_id, reason)
             self._send(client.Abort(request_id, reason))
 
     # ---- what the driver says -------------------------------------------------------------------
@@ -170,11 +194,13 @@ class Pipeline:
                     self._make_text(output)
             case client.Status():
                 self.status, self.status_s = message, time.monotonic()
+                self.metrics.status = message
             case client.Refused(request_ids, reason):
                 for request_id in request_ids:
                     stream = self._streams.pop(request_id, None)
                     if stream is not None:
                         stream.running.pop(request_id, None)
+                        self.metrics.ended(request_id, "error")
                         stream.put(ConfigError(reason))
             case client.Progress(text):
                 self._on_progress(text)
@@ -189,6 +215,7 @@ class Pipeline:
         if stream is None:
             return  # it was aborted
         delta = stream.running[output.request_id].take(output)
+        self.metrics.came(output.request_id, delta)
         if delta.finish_reason is not None:
             del self._streams[output.request_id], stream.running[output.request_id]
             if output.finish_reason is None:  # its text ended it

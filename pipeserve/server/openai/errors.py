@@ -45,3 +45,8 @@ _TYPES = {
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """The request is wrong."""
     return ApiError(400, message, param=param, code=code)
+
+
+def failed(message: str) -> ApiError:
+    """One request alone could not be gone on with."""
+    return ApiError(500, message)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeserve.configs import RunConfig
+from pipeserve.core.nouns import Request
 from pipeserve.core.view import Limits
 from pipeserve.errors import CapacityError, ConfigError, PipeserveError, StageError
 from pipeserve.frontend.completion import Generation
@@ -19,6 +20,7 @@ from pipeserve.frontend.request_maker import RequestMaker
 from pipeserve.sampling_params import SamplingParams
 from pipeserve.server.openai.bodies import ChatBody, TokenizeBody
 from pipeserve.server.openai.errors import ApiError, bad
+from pipeserve.server.openai.sampling import check_limits
 from pipeserve.server.options import ServerOptions
 from pipeserve.server.pipeline import Late, Pipeline, Stream
 
@@ -104,6 +106,8 @@ class Service:
 
         Raises ApiError: a prompt that cannot run, a queue that is full, a deadline that is over.
         """
+        for each in asked:
+            check_limits(each.params, self.options)
         self._check_room(sum(each.params.n for each in asked))
         self.num_open += 1
         try:
@@ -140,6 +144,7 @@ class Service:
             except PipeserveError as error:
                 where = f"prompt {index}: " if len(asked) > 1 else ""
                 raise type(error)(f"{where}{error}") from None
+            self._check_length(first, each.params.max_tokens)
             unfinished = set(range(first.params.n))
             prompts.append(first.prompt)
             generations += [
@@ -147,6 +152,16 @@ class Service:
                 for sample, request in enumerate(self.maker.samples(first))
             ]
         return generations, prompts
+
+    def _check_length(self, first: Request, max_tokens: int | None) -> None:
+        """As OpenAI and vLLM: what is asked for has to fit, and is not cut. Raises ApiError."""
+        longest, num_prompt = self.client.limits.max_model_len, len(first.prompt)
+        if max_tokens is not None and num_prompt + max_tokens > longest:
+            raise bad(
+                f"the prompt has {num_prompt} tokens, and max_tokens is {max_tokens}: together "
+                f"over the context of {longest} (max_model_len); ask for fewer",
+                code="context_length_exceeded",
+            )
 
     def _check_room(self, num_samples: int) -> None:
         options = self.options

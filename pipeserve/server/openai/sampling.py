@@ -8,8 +8,14 @@ from pipeserve.frontend.params import check_params
 from pipeserve.sampling_params import REFUSED, SamplingParams
 from pipeserve.server.openai.bodies import ChatBody, CompletionBody, Sampling
 from pipeserve.server.openai.errors import bad
+from pipeserve.server.options import ServerOptions
 
 _SAME_NAME = {item.name for item in fields(SamplingParams)} - {"logprobs", "max_tokens", *REFUSED}
+_LATER = (
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+    *("use_beam_search", "prompt_embeds", "audio"),
+)
+"""Fields of vLLM and OpenAI that would change the answer, and are not ignored."""
 _DEFAULT_MAX_TOKENS = 16  # of a completion: OpenAI's and vLLM's
 
 
@@ -59,9 +65,25 @@ def _params(body: Sampling, defaults: SamplingParams, **values: Any) -> Sampling
         raise bad(str(error), _param_of(str(error))) from None
 
 
+def check_limits(params: SamplingParams, options: ServerOptions) -> None:
+    """Of what one request may take of a server that many share. Raises ApiError."""
+    if len(params.stop) > options.max_stop:
+        raise bad(f"stop has {len(params.stop)} strings, at most {options.max_stop}", "stop")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > options.max_logprobs:
+            raise bad(
+                f"{name} is {getattr(params, name)}, at most {options.max_logprobs} (the server's "
+                "--max-logprobs)",
+                name,
+            )
+
+
 def _check_offered(body: Sampling) -> None:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise bad("best_of is not supported; leave it out and use n", "best_of")
+    for name in _LATER:
+        if (body.model_extra or {}).get(name) is not None:
+            raise bad(f"{name} is not supported yet; leave it out", name)
     kind = (body.response_format or {}).get("type", "text")
     if kind != "text":
         raise bad(

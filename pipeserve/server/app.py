@@ -212,6 +212,8 @@ def _in_words(error: RequestValidationError) -> ApiError:
     wrong = error.errors()[0]
     if wrong["type"] == "json_invalid":
         return bad("the body is not JSON")
+    if wrong["loc"][1:2] == ("prompt",):  # of which there are four forms, and none fits
+        return bad("prompt must be text, token ids, or a list of either", "prompt")
     place = [str(part) for part in wrong["loc"][1:] if not str(part).startswith(("list[", "dict["))]
     name = ".".join(place) or None
     return bad(f"{name or 'the body'}: {wrong['msg']}", name)

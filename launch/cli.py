@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeserve.launch.inputs.flags import (
     server_flags,
     with_flags,
 )
+from pipeserve.launch.inputs.load_target import Target
 from pipeserve.launch.inputs.options import (
     Explain,
     JsonTo,
@@ -44,6 +46,7 @@ from pipeserve.launch.run import starting
 
 if TYPE_CHECKING:
     from pipeserve.driver.driver import Driver
+    from pipeserve.launch.inputs.workload import Workload
 
 # typer may carry its own copy of click, so its classes are reached through what typer exports.
 UsageError = typer.BadParameter.__base__
@@ -195,6 +198,20 @@ def bench(
     ] = None,
     time_unit: TimeUnit = None,
     repeat: Annotated[int, typer.Option(help="Runs; the median one is reported.", min=1)] = 1,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Measure a server of OpenAI's API, in place of a pipeline made here."),
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Of --url.")] = None,
+    find_capacity: Annotated[
+        bool, typer.Option("--find-capacity", help="Of --url: search the highest rate served.")
+    ] = False,
+    slo_ttft: Annotated[
+        float | None, typer.Option(help="Of --url: longest time to first token, seconds.")
+    ] = None,
+    attainment: Annotated[
+        float, typer.Option(help="Of --url: share of requests that must keep the limits.")
+    ] = 0.9,
     json_file: JsonTo = None,
     record: RecordTo = None,
     live: Live = False,
@@ -209,6 +226,20 @@ def bench(
     from pipeserve.launch.inputs.workload import read_workload
     from pipeserve.launch.verbs import bench as verb
 
+    if url is not None:
+        target = Target(
+            url=url,
+            model=model,
+            api_key=api_key,
+            find_capacity=find_capacity,
+            rate=rate,
+            slo_ttft_s=slo_ttft,
+            slo_tbt_s=flags["slo_tbt"],
+            attainment=attainment,
+        )
+        seed = flags["seed"] or 0
+        work = read_workload(workload, num_prompts, scale, rate, seed, unit_s=time_unit)
+        return _bench_server(target, work, repeat, json_file)
     run_config = _run_config(model, config, flags)
     _check_terminal(live, explain)
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed, unit_s=time_unit)
@@ -226,6 +257,21 @@ def bench(
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _bench_server(target: Target, work: "Workload", repeat: int, json_file: Path | None) -> int:
+    from rich.console import Console
+
+    from pipeserve.launch.inputs.jsonl import check_writable
+    from pipeserve.launch.verbs.bench_server import bench_server, print_server_report
+
+    if json_file is not None:
+        check_writable(json_file)
+    report = bench_server(target, work, None, repeat)
+    print_server_report(report, target, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 1 if report["errors"] else 0
 
 
 def _encoder(driver: "Driver") -> Callable[[str], Sequence[int]] | None:
@@ -247,6 +293,33 @@ def serve(model: Model = None, config: Recipe = None, **flags: Any) -> int:
     return verb.serve(
         _run_config(model, config, flags), ServerOptions(**given(ServerOptions, flags))
     )
+
+
+@app.command()
+@with_flags(*sampling_flags(), *run_flags())
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="As of generate, or the address of a server.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Of a server.")] = None,
+    config: Recipe = None,
+    **flags: Any,
+) -> int:
+    """Talk to a model, or to a server (http://...), in the terminal."""
+    from pipeserve.launch.verbs import chat as verb
+
+    options = given_params(flags)
+    if model is not None and model.startswith(("http://", "https://")):
+        return verb.talk(verb.of_server(model, api_key, options), system)
+    from pipeserve.frontend.llm import LLM
+    from pipeserve.frontend.params import params_from
+
+    run_config = _run_config(model, config, flags)
+    with starting.open_driver(run_config) as driver:
+        llm = LLM.on(driver)
+        defaults = replace(llm.get_default_sampling_params(), max_tokens=None)
+        return verb.talk(verb.of_pipeline(llm, params_from(options, defaults)), system)
 
 
 @app.command()

@@ -9,15 +9,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import aiohttp
 
 from pipeserve.errors import ConfigError, one_line
-from pipeserve.launch.inputs.load_target import Target
 from pipeserve.profiling.simulation.workloads import WorkItem
 
 _CONNECT_S = 10.0
 _LONGEST_LINE = 1 << 22
+
+
+class Server(NamedTuple):
+    """Whom to ask."""
+
+    base: str
+    """The address that /v1/... follows."""
+    model: str | None
+    """What it calls the model; None: the first that it lists."""
+    api_key: str | None
 
 
 @dataclass(slots=True)
@@ -35,19 +45,19 @@ class Answer:
 
 
 def run_load(
-    target: Target, items: Sequence[WorkItem], on_answer: Callable[[], None] = lambda: None
+    server: Server, items: Sequence[WorkItem], on_answer: Callable[[], None] = lambda: None
 ) -> list[Answer]:
     """Send each item when it is due, greedy and with `ignore_eos`; parallel to `items`.
 
     Raises ConfigError where nobody answers at all.
     """
-    return asyncio.run(_run_all(target, items, on_answer))
+    return asyncio.run(_run_all(server, items, on_answer))
 
 
 async def _run_all(
-    target: Target, items: Sequence[WorkItem], on_answer: Callable[[], None]
+    server: Server, items: Sequence[WorkItem], on_answer: Callable[[], None]
 ) -> list[Answer]:
-    headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+    headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
     async with aiohttp.ClientSession(
         headers=headers,
@@ -55,36 +65,36 @@ async def _run_all(
         connector=aiohttp.TCPConnector(limit=0),
         read_bufsize=_LONGEST_LINE,
     ) as session:
-        model = target.model or await _first_model(session, target)
+        model = server.model or await _first_model(session, server)
         start_s = time.monotonic()
 
         async def one(item: WorkItem) -> Answer:
             answer = Answer(start_s + item.arrival_s, len(item.prompt))
             await asyncio.sleep(max(0.0, answer.due_s - time.monotonic()))
-            await _ask(session, target, model, item, answer)
+            await _ask(session, server, model, item, answer)
             on_answer()
             return answer
 
         return list(await asyncio.gather(*map(one, items)))
 
 
-async def _first_model(session: aiohttp.ClientSession, target: Target) -> str:
+async def _first_model(session: aiohttp.ClientSession, server: Server) -> str:
     try:
-        async with session.get(f"{target.base}/v1/models") as response:
+        async with session.get(f"{server.base}/v1/models") as response:
             if response.status != 200:
                 raise ConfigError(
-                    f"{target.base}/v1/models answers {response.status}; is it a server of "
+                    f"{server.base}/v1/models answers {response.status}; is it a server of "
                     "OpenAI's API, and does it take the --api-key?"
                 )
             return (await response.json())["data"][0]["id"]
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise ConfigError(f"{target.base} does not answer: {one_line(error)}") from None
+        raise ConfigError(f"{server.base} does not answer: {one_line(error)}") from None
     except (ValueError, LookupError, TypeError):
-        raise ConfigError(f"{target.base}/v1/models lists no model") from None
+        raise ConfigError(f"{server.base}/v1/models lists no model") from None
 
 
 async def _ask(
-    session: aiohttp.ClientSession, target: Target, model: str, item: WorkItem, answer: Answer
+    session: aiohttp.ClientSession, server: Server, model: str, item: WorkItem, answer: Answer
 ) -> None:
     body = {
         "model": model,
@@ -96,7 +106,7 @@ async def _ask(
         "stream_options": {"include_usage": True},
     }
     try:
-        async with session.post(f"{target.base}/v1/completions", json=body) as response:
+        async with session.post(f"{server.base}/v1/completions", json=body) as response:
             if response.status != 200:
                 answer.error = f"HTTP {response.status}"
                 return

@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeserve.errors import StageError
 from pipeserve.launch.inputs.load_target import Target
 from pipeserve.launch.inputs.workload import Workload
-from pipeserve.launch.run.http_load import Answer, error_counts, run_load
+from pipeserve.launch.run.http_load import Answer, Server, error_counts, run_load
 from pipeserve.launch.show.tables import print_notes, run_table
 from pipeserve.profiling.recording.summary import RequestRecord, percentiles, summarize
 from pipeserve.profiling.simulation.workloads import WorkItem, poisson_times
@@ -36,12 +36,16 @@ def bench_server(
     _warm_up(target, items)
     if target.find_capacity:
         return _capacity(target, workload, items)
-    reports = [_report(target, workload, run_load(target, items)) for _ in range(repeat)]
+    reports = [_report(target, workload, run_load(_server(target), items)) for _ in range(repeat)]
     by_duration = sorted(reports, key=lambda report: report["seconds"])
     return {
         **by_duration[(repeat - 1) // 2],
         "run_seconds": [report["seconds"] for report in reports],
     }
+
+
+def _server(target: Target) -> Server:
+    return Server(target.base, target.model, target.api_key)
 
 
 def _warm_up(target: Target, items: Sequence[WorkItem]) -> None:
@@ -53,7 +57,7 @@ def _warm_up(target: Target, items: Sequence[WorkItem]) -> None:
         )
         for item in items[:_WARMUP_REQUESTS]
     ]
-    run_load(target, few)
+    run_load(_server(target), few)
 
 
 def _report(target: Target, workload: Workload, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def _capacity(target: Target, workload: Workload, items: Sequence[WorkItem]) -> 
             WorkItem(prompt=item.prompt, max_tokens=item.max_tokens, arrival_s=time_s)
             for item, time_s in zip(items, times, strict=True)
         ]
-        trials.append({"rate": rate, **_report(target, workload, run_load(target, due))})
+        trials.append({"rate": rate, **_report(target, workload, run_load(_server(target), due))})
         return trials[-1]["attainment"] >= target.attainment
 
     low, high, rate = 0.0, None, _FIRST_RATE

@@ -12,10 +12,10 @@ from starlette.types import ASGIApp
 
 import pipeserve
 from pipeserve.server.answers import EventStream, Gone, JsonAnswer, unless_gone
+from pipeserve.server.chat import Chat
+from pipeserve.server.completions import Completions
 from pipeserve.server.gate import Gate, error_response
 from pipeserve.server.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from pipeserve.server.openai.chat import Chat
-from pipeserve.server.openai.completions import Completions
 from pipeserve.server.openai.errors import ApiError, bad
 from pipeserve.server.options import ServerOptions
 from pipeserve.server.service import Service

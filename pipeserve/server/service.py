@@ -20,7 +20,6 @@ from pipeserve.frontend.request_maker import RequestMaker
 from pipeserve.sampling_params import SamplingParams
 from pipeserve.server.openai.bodies import ChatBody, TokenizeBody
 from pipeserve.server.openai.errors import ApiError, bad
-from pipeserve.server.openai.sampling import check_limits
 from pipeserve.server.options import ServerOptions
 from pipeserve.server.pipeline import Late, Pipeline, Stream
 
@@ -107,7 +106,7 @@ class Service:
         Raises ApiError: a prompt that cannot run, a queue that is full, a deadline that is over.
         """
         for each in asked:
-            check_limits(each.params, self.options)
+            _check_limits(each.params, self.options)
         self._check_room(sum(each.params.n for each in asked))
         self.num_open += 1
         try:
@@ -183,6 +182,19 @@ class Service:
     def close(self) -> None:
         """No text is made any more."""
         self._text.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_limits(params: SamplingParams, options: ServerOptions) -> None:
+    """Of what one request may take of a server that many share. Raises ApiError."""
+    if len(params.stop) > options.max_stop:
+        raise bad(f"stop has {len(params.stop)} strings, at most {options.max_stop}", "stop")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > options.max_logprobs:
+            raise bad(
+                f"{name} is {getattr(params, name)}, at most {options.max_logprobs} (the server's "
+                "--max-logprobs)",
+                name,
+            )
 
 
 def _add_generation_prompt(body: ChatBody | TokenizeBody) -> bool:

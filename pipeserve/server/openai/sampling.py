@@ -8,7 +8,6 @@ from pipeserve.frontend.params import check_params
 from pipeserve.sampling_params import REFUSED, SamplingParams
 from pipeserve.server.openai.bodies import ChatBody, CompletionBody, Sampling
 from pipeserve.server.openai.errors import bad
-from pipeserve.server.options import ServerOptions
 
 _SAME_NAME = {item.name for item in fields(SamplingParams)} - {"logprobs", "max_tokens", *REFUSED}
 _LATER = (
@@ -63,19 +62,6 @@ def _params(body: Sampling, defaults: SamplingParams, **values: Any) -> Sampling
         return check_params(replace(defaults, **given))
     except ConfigError as error:
         raise bad(str(error), _param_of(str(error))) from None
-
-
-def check_limits(params: SamplingParams, options: ServerOptions) -> None:
-    """Of what one request may take of a server that many share. Raises ApiError."""
-    if len(params.stop) > options.max_stop:
-        raise bad(f"stop has {len(params.stop)} strings, at most {options.max_stop}", "stop")
-    for name in ("logprobs", "prompt_logprobs"):
-        if (getattr(params, name) or 0) > options.max_logprobs:
-            raise bad(
-                f"{name} is {getattr(params, name)}, at most {options.max_logprobs} (the server's "
-                "--max-logprobs)",
-                name,
-            )
 
 
 def _check_offered(body: Sampling) -> None:

@@ -16,8 +16,10 @@ import pipeserve
 from pipeserve.errors import ConfigError, PipeserveError
 from pipeserve.launch.commands.bench import bench
 from pipeserve.launch.commands.calibrate import calibrate
+from pipeserve.launch.commands.chat import chat
 from pipeserve.launch.commands.generate import generate
 from pipeserve.launch.commands.report import report
+from pipeserve.launch.commands.serve import serve
 from pipeserve.launch.commands.simulate import simulate
 from pipeserve.launch.commands.tune import tune
 
@@ -29,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (generate, bench, calibrate, simulate, tune, report):
+for verb in (generate, serve, chat, bench, calibrate, simulate, tune, report):
     app.command()(verb)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeserve.launch.inputs.flags import check_terminal, run_config_of, run_flags, with_flags
+from pipeserve.launch.inputs.load_target import Target
 from pipeserve.launch.inputs.options import (
     Explain,
     JsonTo,
@@ -40,6 +41,20 @@ def bench(
     ] = None,
     time_unit: TimeUnit = None,
     repeat: Annotated[int, typer.Option(help="Runs; the median one is reported.", min=1)] = 1,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Measure a server of OpenAI's API, in place of a pipeline made here."),
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Of --url.")] = None,
+    find_capacity: Annotated[
+        bool, typer.Option("--find-capacity", help="Of --url: search the highest rate served.")
+    ] = False,
+    slo_ttft: Annotated[
+        float | None, typer.Option(help="Of --url: longest time to first token, seconds.")
+    ] = None,
+    attainment: Annotated[
+        float, typer.Option(help="Of --url: share of requests that must keep the limits.")
+    ] = 0.9,
     json_file: JsonTo = None,
     record: RecordTo = None,
     live: Live = False,
@@ -54,6 +69,27 @@ def bench(
     from pipeserve.launch.inputs.workload import read_workload
     from pipeserve.launch.verbs import bench as verb
 
+    if url is not None:
+        from pipeserve.launch.verbs import bench_server
+
+        target = Target(
+            url=url,
+            model=model,
+            api_key=api_key,
+            find_capacity=find_capacity,
+            rate=rate,
+            slo_ttft_s=slo_ttft,
+            slo_tbt_s=flags["slo_tbt"],
+            attainment=attainment,
+        )
+        seed = flags["seed"] or 0
+        work = read_workload(workload, num_prompts, scale, rate, seed, unit_s=time_unit)
+        if json_file is not None:
+            check_writable(json_file)
+        report = bench_server.bench_server(target, work, None, repeat)
+        bench_server.print_server_report(report, target, Console())
+        write_json(json_file, report)
+        return 1 if report["errors"] else 0
     run_config = run_config_of(model, config, flags)
     check_terminal(live, explain)
     work = read_workload(workload, num_prompts, scale, rate, run_config.seed, unit_s=time_unit)

@@ -10,6 +10,7 @@ import typer
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.errors import ConfigError
 from pipeserve.sampling_params import OPTIONS, SamplingParams
+from pipeserve.server.options import ServerOptions
 
 
 def run_flags() -> list[inspect.Parameter]:
@@ -21,6 +22,11 @@ def sampling_flags() -> list[inspect.Parameter]:
     """A flag for each field of SamplingParams that is not refused, but `seed`: `--seed` is the
     run's, from which each request's follows."""
     return _flags_of(SamplingParams, without="seed", panel="Sampling")
+
+
+def server_flags() -> list[inspect.Parameter]:
+    """A flag for each field of ServerOptions."""
+    return _flags_of(ServerOptions, without="", panel="Server")
 
 
 def with_flags(*flags: inspect.Parameter) -> Callable[[Callable], Callable]:

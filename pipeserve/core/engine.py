@@ -249,7 +249,10 @@ class Engine:
                 scores = None
                 if record.prompt_logprobs is not None:
                     scores = record.take_prompt_logprobs()
-                outputs.append(_new_output((record.id, token, reason, logprobs, scores, None)))
+                num_cached = record.num_cached if record.num_outputs == 1 else 0
+                outputs.append(
+                    _new_output((record.id, token, reason, logprobs, scores, None, num_cached))
+                )
                 if reason is not None:
                     self._end(record)
                     self.stats.wasted_decodes += _skip(sampled, count)
@@ -397,8 +400,11 @@ class Engine:
             raise self._wrong(f"admits request {request_id} but gives it no chunk")
         record = self._records[request_id]
         blocks = [] if record.num_imported else self._pool.match(record.matchable_keys)
-        self._flow.admitted += not record.was_admitted
+        first_time = not record.was_admitted
+        self._flow.admitted += first_time
         record.start(blocks)
+        if first_time:
+            record.num_cached = record.num_slots
         self.stats.cached_prefix_tokens += record.num_slots
         self._queues.admit(record)
         num_prompt = len(record.request.prompt)

@@ -161,6 +161,8 @@ class Output(NamedTuple):
     """With the first token of a request that asked for them: of each prompt token but the first."""
     error: str | None = None
     """What went wrong and what helps, where `finish_reason` is "error"."""
+    num_cached: int = 0
+    """With the first token: how many tokens of the prompt the prefix cache had."""
 
 
 @dataclass(frozen=True, slots=True)

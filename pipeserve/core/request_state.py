@@ -40,6 +40,7 @@ class Record:
         "keys",
         "last_token_s",
         "limits",
+        "num_cached",
         "num_imported",
         "num_known",
         "num_longest",
@@ -75,6 +76,7 @@ class Record:
         self.num_known = len(self.tokens)
         self.table = BlockTable(pool)
         self.num_slots = 0
+        self.num_cached = 0  # of the prompt, when it was admitted first
         self.keys: tuple[bytes, ...] = ()  # prefix key of each full block of `tokens`
         self.num_planned = 0
         self.num_on_way = 0  # tokens planned and not known yet

@@ -60,6 +60,8 @@ class Driver:
         self._may_plan = False
         """Something came since the engine last had no plan; nothing else can give it one."""
         self._num_spans_due = 0
+        self._progress_s = 0.0
+        """When the stages gave a result last, or were given the first microbatch that they owe."""
         self._ended: str | None = None
         self._requests: dict[RequestId, Request] = {}
         self._aborted: deque[tuple[RequestId, str]] = deque()
@@ -116,6 +118,22 @@ class Driver:
     @property
     def limits(self) -> Limits:
         return self.engine.limits
+
+    @property
+    def vocab_size(self) -> int:
+        return self.shape.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return () if self.model_config is None else self.model_config.eos_token_ids
+
+    def wake_on(self, descriptor: int) -> None:
+        """`outputs` returns, too, when this can be read from: it is where requests come from."""
+        self.fleet.wake_on(descriptor)
+
+    def stalled_s(self, now: float) -> float:
+        """How long the stages have owed a result and given none; 0 where they owe none."""
+        return now - self._progress_s if self.engine.outstanding else 0.0
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests, in this order; the next step plans for all of them. Each one's
@@ -209,6 +227,8 @@ class Driver:
         message = step_message(microbatch, self._requests)
         sent_s = time.monotonic()
         self.fleet.broadcast(message)
+        if len(self.engine.outstanding) == 1:
+            self._progress_s = sent_s
         self._num_spans_due += len(self.plan.stages)
         self.journal.planned(microbatch, start_s, sent_s)
 
@@ -219,6 +239,7 @@ class Driver:
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
         self._may_plan = True
+        self._progress_s = received.at_s
         completed = Completed(
             result.index,
             self.fleet.waiting_s,

@@ -28,7 +28,7 @@ from pipeserve.driver.watching import Watch
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.listener import Listener, is_wildcard
-from pipeserve.wire.sources import Source, Sources
+from pipeserve.wire.sources import Descriptor, Source, Sources
 from pipeserve.wire.strangers import TurnedAway
 
 _STOP_S = 2.0
@@ -101,6 +101,10 @@ class Fleet:
         except BaseException:
             self.close()
             raise
+
+    def wake_on(self, descriptor: int) -> None:
+        """`receive` returns, too, when this can be read from: who else speaks to the driver."""
+        Descriptor(descriptor, self._sources, "of somebody else")
 
     @property
     def turned_away(self) -> TurnedAway:

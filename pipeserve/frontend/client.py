@@ -7,14 +7,11 @@ token ids alone.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import Output, Request, RequestId
 from pipeserve.core.view import Limits
-
-if TYPE_CHECKING:
-    from pipeserve.stages.config.model_config import ModelConfig
 
 
 class Client(Protocol):
@@ -32,7 +29,14 @@ class Client(Protocol):
     def model_folder(self) -> Path: ...
 
     @property
-    def model_config(self) -> "ModelConfig": ...
+    def vocab_size(self) -> int:
+        """Of the model: token ids are below it."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """Of the model's configuration."""
+        ...
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests, all of them or none.

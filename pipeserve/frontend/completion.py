@@ -87,6 +87,8 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] | None
     prompt_logprobs: PromptLogprobs | None
     """In the first delta of sample 0, where they were asked for."""
+    num_cached: int = 0
+    """In the first delta of a sample: how many of the prompt's tokens the prefix cache had."""
     error: str | None = None
     """As CompletionOutput's, in the last one of the sample."""
 
@@ -141,6 +143,7 @@ class Generation:
             finished=not self._unfinished,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            num_cached=output.num_cached,
             error=error,
         )
 

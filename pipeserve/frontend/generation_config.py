@@ -7,6 +7,7 @@ are of the file in there. config.json says nothing of sampling, as in transforme
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from pipeserve.frontend.params import check_params
 
 if TYPE_CHECKING:
     from pipeserve.frontend.tokenizer import Tokenizer
-    from pipeserve.stages.config.model_config import ModelConfig
 
 _FILE = "generation_config.json"
 _FIELD_OF = {
@@ -52,10 +52,11 @@ def default_params(config: RunConfig, model_folder: Path) -> SamplingParams:
 
 
 def eos_token_ids(
-    config: RunConfig, model_config: "ModelConfig", tokenizer: "Tokenizer"
+    config: RunConfig, model_ids: Sequence[int], vocab_size: int, tokenizer: "Tokenizer"
 ) -> tuple[int, ...]:
-    """Ids that end a request, in no order. Raises ConfigError as `default_params` does."""
-    ids = model_config.eos_token_ids
+    """Ids that end a request, in no order; `model_ids` are those of its config.json. Raises
+    ConfigError as `default_params` does."""
+    ids = tuple(model_ids)
     if config.generation_config not in ("auto", "vllm"):
         path = _path(config, tokenizer.folder)
         eos = _read(path).get("eos_token_id")
@@ -65,7 +66,7 @@ def eos_token_ids(
     own = tokenizer.eos_token_id
     if own is not None:
         ids = (*ids, own)
-    return tuple({each for each in ids if 0 <= each < model_config.vocab_size})
+    return tuple({each for each in ids if 0 <= each < vocab_size})
 
 
 def _path(config: RunConfig, model_folder: Path) -> Path:

@@ -10,34 +10,20 @@ A prompt is text, a list of token ids, or a conversation (a list of dicts of `ro
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import count
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeserve.configs import make_config
-from pipeserve.core.nouns import Output, Request, RequestId, SamplingParams
-from pipeserve.core.request_state import check_fits
+from pipeserve.core.nouns import Output, RequestId
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError, PipeserveError, StageError
 from pipeserve.frontend.client import Client
 from pipeserve.frontend.completion import Completion, Delta, Generation, completed
-from pipeserve.frontend.generation_config import default_params, eos_token_ids
-from pipeserve.frontend.params import (
-    check_leaves_a_token,
-    check_params,
-    check_priority,
-    seeded,
-)
-from pipeserve.frontend.prompt_forms import (
-    PlainPrompt,
-    Prompt,
-    as_conversations,
-    as_prompts,
-    plain_prompt,
-)
-from pipeserve.frontend.tokenizer import Tokenizer
+from pipeserve.frontend.params import check_priority
+from pipeserve.frontend.prompt_forms import Prompt, as_conversations, as_prompts
+from pipeserve.frontend.request_maker import RequestMaker
+from pipeserve.sampling_params import SamplingParams
 
 OnError = Callable[[int, PipeserveError], None]
 
@@ -83,8 +69,8 @@ class LLM:
 
     def _serve(self, client: Client) -> None:
         self.client = client
-        self.tokenizer = Tokenizer(client.model_folder)
-        self._default_params = default_params(client.config, client.model_folder)
+        self._maker = RequestMaker(client)
+        self.tokenizer = self._maker.tokenizer
         self._calls: dict[RequestId, _Call] = {}
         self._busy = threading.Lock()
         """Held by who calls the client, and until what it said is in the inboxes."""
@@ -92,7 +78,6 @@ class LLM:
         """Of which no text is made yet."""
         self._ended: StageError | None = None
         """Why none follows them; raised when they are through."""
-        self._numbers = count()
 
     # ---- what users call ------------------------------------------------------------------------
 
@@ -160,7 +145,7 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` goes by without any: of the model's generation_config.json, unless
         `generation_config` says otherwise."""
-        return self._default_params
+        return self._maker.default_params
 
     def close(self) -> None:
         """End every process of the pipeline. Safe to call twice."""
@@ -188,14 +173,17 @@ class LLM:
         generations: list[Generation] = []
         for index, (prompt, own, number) in enumerate(parts):
             try:
-                first = self._request(next(self._numbers), prompt, own, number)
-                check_fits(first, self.client.limits)
+                first = self._maker.first(prompt, own, number)
             except PipeserveError as error:
                 if on_error is None:
                     raise type(error)(f"prompt {index}: {error}") from None
                 on_error(index, error)
             else:
-                generations += self._samples(index, first)
+                unfinished = set(range(first.params.n))
+                generations += [
+                    Generation(index, sample, unfinished, request, self.tokenizer)
+                    for sample, request in enumerate(self._maker.samples(first))
+                ]
             if self._calls:
                 with self._busy:
                     self._look(0)  # other streams go on meanwhile
@@ -204,90 +192,6 @@ class LLM:
             self.client.submit([generation.request for generation in generations])
             call.running = running
             self._calls.update(dict.fromkeys(running, call))
-
-    def _samples(self, index: int, first: Request) -> Iterator[Generation]:
-        """Those of a prompt."""
-        unfinished = set(range(first.params.n))
-        for sample in range(first.params.n):
-            request = self._sample(first, sample)
-            yield Generation(index, sample, unfinished, request, self.tokenizer)
-
-    def _request(self, number: int, prompt: Any, params: SamplingParams, priority: int) -> Request:
-        """The first sample of a prompt, but for its seed."""
-        params = check_params(params, self.client.model_config.vocab_size)
-        if params.stop and not self.tokenizer.exists:
-            raise ConfigError(
-                f"stop is {params.stop!r}, but {self.client.model_folder} has no tokenizer; "
-                "use stop_token_ids"
-            )
-        if params.detokenize:
-            self.tokenizer.load()
-        eos = () if params.ignore_eos else self._eos_ids
-        stop_ids = frozenset((*params.stop_token_ids, *eos))
-        bad_word_ids = self._bad_word_ids(params)
-        check_leaves_a_token(params, stop_ids, bad_word_ids)
-        plain = plain_prompt(prompt)
-        token_ids = self._encode(plain)
-        if params.max_tokens is None:
-            params = replace(params, max_tokens=self._room_behind(token_ids))
-        return Request(
-            id=RequestId(number),
-            prompt=token_ids,
-            params=params,
-            stop_ids=stop_ids,
-            bad_word_ids=bad_word_ids,
-            cache_salt=plain.cache_salt,
-            priority=priority,
-        )
-
-    def _room_behind(self, prompt: Sequence[int]) -> int:
-        """Tokens until the context or the KV pool is full; 1 where there is no room, which
-        is refused."""
-        limits = self.client.limits
-        longest = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
-        return max(1, longest - len(prompt))
-
-    @cached_property
-    def _eos_ids(self) -> tuple[int, ...]:
-        """Not before it is needed, for it needs the tokenizer."""
-        return eos_token_ids(self.client.config, self.client.model_config, self.tokenizer)
-
-    def _sample(self, first: Request, sample: int) -> Request:
-        """The request of one sample: its own id and seed. The first one computes the prompt, whose
-        blocks the others share, and alone tells the prompt's logprobs."""
-        number = first.id if sample == 0 else next(self._numbers)
-        params = seeded(first.params, self.client.config.seed, number, sample)
-        if sample == 0:
-            return replace(first, params=params)
-        params = replace(params, prompt_logprobs=None)
-        return replace(first, id=RequestId(number), params=params, sample_of=first.id)
-
-    def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        if not params.bad_words:
-            return ()
-        if not self.tokenizer.exists:
-            raise ConfigError(
-                f"bad_words is {params.bad_words!r}, but {self.client.model_folder} has no "
-                "tokenizer; use logit_bias"
-            )
-        words = self.tokenizer.encode_bad_words(params.bad_words)
-        vocab_size = self.client.model_config.vocab_size
-        return tuple(ids for ids in words if max(ids) < vocab_size)  # others cannot be sampled
-
-    def _encode(self, prompt: PlainPrompt) -> tuple[int, ...]:
-        """Checked whoever made the ids: a tokenizer may know more of them than the model does."""
-        ids: Sequence[int] = prompt.token_ids or ()
-        if prompt.text is not None:
-            ids = self.tokenizer.encode(prompt.text)
-        elif prompt.messages is not None:
-            ids = self.tokenizer.encode_chat(prompt.messages)
-        vocab_size = self.client.model_config.vocab_size
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                raise ConfigError(
-                    f"{token!r} is no token id; this model's are 0 to {vocab_size - 1}"
-                )
-        return tuple(ids)
 
     def _as_params(self, params: Any, num_prompts: int) -> list[SamplingParams]:
         """One for all prompts or one for each, as one for each; None is the model's own."""
@@ -302,7 +206,7 @@ class LLM:
                     f"sampling_params are of type {type(own).__name__}; give "
                     "pipeserve.SamplingParams, one or a list"
                 )
-        return [self._default_params if own is None else own for own in given]
+        return [self._maker.default_params if own is None else own for own in given]
 
     def _as_priorities(self, priority: Any, num_prompts: int) -> list[int]:
         """Likewise."""

@@ -55,20 +55,24 @@ class Tokenizer:
                 forms.append(spaced)
         return tuple(forms)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation (dicts of `role` and `content`) up to the model's turn.
 
-        Raises ConfigError when the model has no chat template, or the template refuses `messages`.
+        `options` are transformers' (`apply_chat_template`): `tools`, `chat_template`, and what the
+        template takes. Raises ConfigError when the model has no chat template, or the template
+        refuses `messages`.
         """
-        if not self._loaded.chat_template:
+        return self.encode(self.chat_text(messages, **options), add_special_tokens=False)
+
+    def chat_text(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        """The same, as text."""
+        if not (options.get("chat_template") or self._loaded.chat_template):
             raise ConfigError(f"{self.folder} has no chat template; give a prompt, not messages")
         loaded = self._loaded
+        options = {"add_generation_prompt": True, **options}
         with _as_one_line("the model's chat template refuses these messages"):
             # transformers runs the template in a sandbox, without a way to files or code.
-            text = loaded.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        return self.encode(text, add_special_tokens=False)
+            return loaded.apply_chat_template(list(messages), tokenize=False, **options)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; '' where there is no tokenizer."""
@@ -85,6 +89,32 @@ class Tokenizer:
         if token_id not in self._bytes:
             self._bytes[token_id] = self._find_bytes(token_id)
         return self._bytes[token_id]
+
+    def token_text(self, token_id: int) -> str:
+        """A token by itself, as people read it; bytes that are no character are replaced."""
+        own = self.token_bytes(token_id)
+        if own:
+            return own.decode(errors="replace")
+        if not self.exists:
+            return f"token_id:{token_id}"
+        if token_id in self.added_tokens:
+            return self.added_tokens[token_id]
+        piece = self._loaded.convert_ids_to_tokens(token_id)
+        return "" if piece is None else str(piece).replace("\u2581", " ")
+
+    @property
+    def information(self) -> dict[str, Any]:
+        """What clients ask of a tokenizer: its special tokens and its chat template."""
+        if not self.exists:
+            return {}
+        loaded = self._loaded
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return {
+            "tokenizer_class": type(loaded).__name__,
+            "chat_template": loaded.chat_template,
+            "model_max_length": loaded.model_max_length,
+            **{name: getattr(loaded, name, None) for name in names},
+        }
 
     @property
     def eos_token_id(self) -> int | None:

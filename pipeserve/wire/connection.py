@@ -31,7 +31,13 @@ _OURS = b"ppsv"
 """Ahead of every message: whoever else finds the port does not say it."""
 _RECEIVE_BYTES = 1 << 16
 _SEND_BYTES = 4 << 20
-_MOST_BYTES = {"keeper": 1 << 20, "stage": 1 << 30, "tokens": 1 << 24, "activations": (1 << 32) - 1}
+_MOST_BYTES = {
+    "client": 1 << 30,
+    "keeper": 1 << 20,
+    "stage": 1 << 30,
+    "tokens": 1 << 24,
+    "activations": (1 << 32) - 1,
+}
 """Of one message, by what the connection is for."""
 _WATCH = (
     ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),

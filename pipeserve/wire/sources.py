@@ -49,6 +49,11 @@ class Sources:
         self._unproved: dict[Stranger, float] = {}
         """Oldest first, and when the time of its handshake is over."""
 
+    def fileno(self) -> int:
+        """Ready to read when something can be received from one of them: so another thread's loop,
+        or other sources, may wait for these."""
+        return self._epoll.fileno()
+
     def add(self, source: Source, descriptor: int) -> None:
         self._epoll.register(descriptor, select.EPOLLIN)
         self._by_descriptor[descriptor] = source

@@ -135,7 +135,7 @@ def test_the_tokenizer_s_eos_ends_a_request(folder):
     """vllm#4182: `<|im_end|>` is missing in generation_config.json."""
     for eos, expected in (((), {EOS}), ((5,), {5, EOS}), ((EOS,), {EOS})):
         llm = _llm(folder, reply=lambda prompt: [104, 105, EOS, 106])
-        llm.client.model_config.eos_token_ids = eos
+        llm.client.eos_token_ids = eos
         (completion,) = llm.generate("a", SamplingParams(max_tokens=9))
         assert (completion.text, completion.finish_reason) == ("hi", "stop")
         assert llm.client.added[0].stop_ids == expected
@@ -145,7 +145,7 @@ def test_the_tokenizer_s_eos_ends_a_request(folder):
 
 def test_an_eos_that_the_model_does_not_have(folder):
     llm = _llm(folder)
-    llm.client.model_config.vocab_size = 200
+    llm.client.vocab_size = 200
     llm.generate("a", SamplingParams(max_tokens=2))
     assert EOS not in llm.client.added[0].stop_ids
 
@@ -168,7 +168,7 @@ def run(folder, monkeypatch):
 
         def open_driver(run_config, record, check=lambda model_config: None):
             driver.config, driver.record = run_config, record
-            check(driver.model_config)
+            check(driver)
             return driver
 
         monkeypatch.setattr(starting, "open_driver", open_driver)

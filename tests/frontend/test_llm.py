@@ -63,7 +63,7 @@ def test_results_are_in_order_of_the_prompts(folder):
 def test_text_of_a_token_that_the_model_does_not_have(folder):
     """Tokenizers may know more ids than the model has rows: padded or added ones."""
     driver = FakeClient(folder)
-    driver.model_config.vocab_size = ord("b")
+    driver.vocab_size = ord("b")
     llm = LLM.on(driver)
     assert llm.generate("a", _greedy())
     for prompt in ("ab", [{"role": "user", "content": "z"}]):

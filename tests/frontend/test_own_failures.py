@@ -278,7 +278,7 @@ def run(folder, monkeypatch):
 
         def open_driver(run_config, record, check=lambda model_config: None):
             driver.config, driver.record = run_config, record
-            check(driver.model_config)
+            check(driver)
             return driver
 
         monkeypatch.setattr(starting, "open_driver", open_driver)

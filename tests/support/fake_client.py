@@ -61,7 +61,7 @@ class FakeClient:
                              max_num_batched_tokens=512, max_model_len=max_model_len,
                              order=order)  # fmt: skip
         self.model_folder = folder
-        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+        self.vocab_size, self.eos_token_ids = VOCAB_SIZE, (EOS,)
         self.record = ignore
         self.added, self.aborted, self.closed = [], [], False
         self.num_looks = 0

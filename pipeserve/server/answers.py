@@ -1,0 +1,109 @@
+"""How an answer goes out while its client may go away: whole, or event by event."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pipeserve.errors import PipeserveError
+from pipeserve.server.openai.errors import ApiError
+
+T = TypeVar("T")
+
+encode_json = msgspec.json.Encoder().encode
+"""Strict: a NaN is null."""
+
+
+class Gone(Exception):
+    """The client has hung up: nobody reads what is said."""
+
+
+async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
+    """What `answer` gives; it is cancelled when the client hangs up. Raises Gone then."""
+    answering = asyncio.ensure_future(answer)
+    watching = asyncio.ensure_future(_hung_up(request.receive))
+    try:
+        await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise Gone
+        return answering.result()
+    finally:
+        for task in (answering, watching):
+            if not task.done():
+                task.cancel()
+        await asyncio.gather(answering, watching, return_exceptions=True)
+
+
+class JsonAnswer(Response):
+    """A whole answer."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return encode_json(content)
+
+
+class EventStream(Response):
+    """Server-sent events: one JSON object each, and `[DONE]` behind the last.
+
+    `events` is closed as soon as the client hangs up. What goes wrong in the middle is an event
+    with "error", behind which nothing comes but the end.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: dict[str, Any], events: AsyncIterator[dict[str, Any]]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._first, self._events = first, events
+
+    @classmethod
+    async def begun(cls, request: Request, events: AsyncIterator[dict[str, Any]]) -> "EventStream":
+        """Once its first event is there: until then what goes wrong is an error of its own, with a
+        status. Raises Gone."""
+        try:
+            return cls(await unless_gone(request, anext(events)), events)
+        except BaseException:
+            await events.aclose()
+            raise
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        sending = asyncio.ensure_future(self._send_all(send))
+        watching = asyncio.ensure_future(_hung_up(receive))
+        try:
+            await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, watching):
+                if not task.done():
+                    task.cancel()
+            await asyncio.gather(sending, watching, return_exceptions=True)
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            try:
+                await _send_event(send, encode_json(self._first))
+                async for event in events:
+                    await _send_event(send, encode_json(event))
+            except (ApiError, PipeserveError) as error:
+                told = error if isinstance(error, ApiError) else ApiError(500, str(error))
+                await _send_event(send, encode_json(told.body()))
+        await _send_event(send, b"[DONE]")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_event(send: Send, data: bytes) -> None:
+    body = b"data: " + data + b"\n\n"
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,166 @@
+"""POST /v1/chat/completions: what is asked, and the answer, whole or as it comes."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from pipeserve.frontend.completion import Delta
+from pipeserve.server.openai.bodies import ChatBody
+from pipeserve.server.openai.errors import bad, failed
+from pipeserve.server.openai.logprobs import chat_logprobs, prompt_logprobs
+from pipeserve.server.openai.sampling import chat_params
+from pipeserve.server.openai.tools import ToolCalls, check_tools
+from pipeserve.server.openai.usage import Usage, wants_usage
+from pipeserve.server.service import Asked, Service
+
+
+class Chat:
+    """One request."""
+
+    def __init__(self, service: Service, body: ChatBody, model: str) -> None:
+        """Raises ApiError."""
+        self._service, self._body = service, body
+        if not body.messages:
+            raise bad("messages is empty; give at least one message", "messages")
+        check_tools(body, service.options.tool_call_parser)
+        self._params = chat_params(body, service.maker.default_params)
+        self._calls: dict[int, ToolCalls] = {}
+        """Of each sample that has begun."""
+        self._role = service.options.response_role
+        if body.continue_final_message:
+            self._role = body.messages[-1].get("role", self._role)
+        self._model = model
+        self._id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    async def whole(self) -> dict[str, Any]:
+        choices: dict[int, dict[str, Any]] = {}
+        async with aclosing(self._deltas()) as deltas:
+            async for delta, used in deltas:
+                usage = used
+                if delta is not None:
+                    self._add(choices, delta)
+        for choice in choices.values():
+            choice["message"]["content"] = _content(choice["message"])
+        ordered = [choices[sample] for sample in sorted(choices)]
+        head = self._head("chat.completion")
+        return {**head, "choices": ordered, "usage": usage.told()}
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        told, always = wants_usage(self._body)
+        head = self._head("chat.completion.chunk")
+        async with aclosing(self._deltas()) as deltas:
+            async for delta, usage in deltas:
+                for choice in self._chunks(delta) if delta is not None else ():
+                    event = {**head, "choices": [choice]}
+                    yield {**event, "usage": usage.told()} if always else event
+        if told:
+            yield {**head, "choices": [], "usage": usage.told()}
+
+    async def _deltas(self) -> AsyncIterator[tuple[Delta | None, Usage]]:
+        """As they come, and what was used by then; None behind the last."""
+        prompt = await self._service.off_loop(self._encoded)
+        asked = Asked(prompt, self._params)
+        async with self._service.running([asked]) as (stream, prompts):
+            usage = Usage(prompts)
+            async for delta in stream:
+                if delta.error is not None:
+                    raise failed(delta.error)
+                usage.count(delta)
+                yield delta, usage
+        yield None, usage
+
+    def _encoded(self) -> dict[str, Any]:
+        body = self._body
+        ids = self._service.encode_chat(body)
+        return {
+            "prompt_token_ids": ids,
+            **({"cache_salt": body.cache_salt} if body.cache_salt else {}),
+        }
+
+    # ---- whole ----------------------------------------------------------------------------------
+
+    def _add(self, choices: dict[int, dict[str, Any]], delta: Delta) -> None:
+        for chunk in self._chunks(delta):
+            choice = choices.setdefault(
+                delta.sample,
+                {
+                    "index": delta.sample,
+                    "message": {"role": self._role, "content": "", "refusal": None},
+                    "logprobs": None,
+                    "finish_reason": None,
+                },
+            )
+            message = choice["message"]
+            message["content"] += chunk["delta"].get("content") or ""
+            for call in chunk["delta"].get("tool_calls", ()):
+                _join_call(message.setdefault("tool_calls", []), call)
+            if chunk["logprobs"] is not None:
+                whole = choice["logprobs"] or {"content": [], "refusal": None}
+                whole["content"] += chunk["logprobs"]["content"]
+                choice["logprobs"] = whole
+            choice["finish_reason"] = chunk["finish_reason"]
+            for name in ("token_ids", "prompt_token_ids", "prompt_logprobs"):
+                if name in chunk:
+                    choice[name] = choice.get(name, []) + chunk[name]
+
+    # ---- as it comes ----------------------------------------------------------------------------
+
+    def _chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        """What a delta of a sample is on the wire."""
+        body, tokenizer = self._body, self._service.tokenizer
+        chunks = []
+        is_first = delta.sample not in self._calls
+        if is_first:
+            self._calls[delta.sample] = ToolCalls(body, self._service.options.tool_call_parser)
+            first = {"role": self._role, "content": ""}
+            chunks.append(_chunk(delta.sample, first))
+            if body.return_token_ids:
+                chunks[0]["prompt_token_ids"] = list(delta.prompt_token_ids)
+            if delta.prompt_logprobs is not None:
+                chunks[0]["prompt_logprobs"] = prompt_logprobs(
+                    tokenizer, delta.prompt_token_ids, delta.prompt_logprobs
+                )
+        calls = self._calls[delta.sample]
+        parts = calls.push(delta.text)
+        if delta.finish_reason is not None:
+            parts += calls.flush()
+        parts = parts or [{}]
+        for part in parts:
+            chunks.append(_chunk(delta.sample, part))
+        last = chunks[-1]
+        if body.logprobs and delta.logprobs is not None:
+            last["logprobs"] = chat_logprobs(
+                tokenizer, body.top_logprobs or 0, delta.token_ids, delta.logprobs
+            )
+        if body.return_token_ids:
+            last["token_ids"] = list(delta.token_ids)
+        if delta.finish_reason is not None:
+            last["finish_reason"] = delta.finish_reason
+            if calls.num_calls and delta.finish_reason == "stop":
+                last["finish_reason"] = "tool_calls"
+        return chunks
+
+
+def _chunk(sample: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": sample, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _content(message: dict[str, Any]) -> str | None:
+    """None, as OpenAI has it, where there is nothing but tool calls."""
+    return message["content"] or (None if message.get("tool_calls") else "")
+
+
+def _join_call(calls: list[dict[str, Any]], part: dict[str, Any]) -> None:
+    if part["index"] == len(calls):
+        calls.append(
+            {"id": part["id"], "type": "function", "function": {"name": "", "arguments": ""}}
+        )
+    own = calls[part["index"]]["function"]
+    own["name"] += part["function"].get("name") or ""
+    own["arguments"] += part["function"].get("arguments") or ""

@@ -1,0 +1,159 @@
+"""POST /v1/completions: what is asked, and the answer, whole or as it comes.
+
+A whole answer is its pieces joined, so that the two cannot say different things.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+from pipeserve.frontend.completion import Delta, PromptLogprobs
+from pipeserve.server.openai.bodies import CompletionBody
+from pipeserve.server.openai.errors import bad, failed
+from pipeserve.server.openai.logprobs import LegacyLogprobs, prompt_logprobs
+from pipeserve.server.openai.sampling import completion_params, max_tokens_of
+from pipeserve.server.openai.usage import Usage, wants_usage
+from pipeserve.server.service import Asked, Service
+
+_LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+class Completions:
+    """One request."""
+
+    def __init__(self, service: Service, body: CompletionBody, model: str) -> None:
+        """Raises ApiError."""
+        self._service, self._body = service, body
+        self._scores_only = bool(body.echo) and max_tokens_of(body) == 0
+        """The prompt alone is wanted: one token is made all the same, and not told."""
+        if self._scores_only:
+            body = body.model_copy(update={"max_tokens": 1, "max_completion_tokens": None})
+        params = completion_params(body, service.maker.default_params)
+        self._asked = [Asked(prompt, params) for prompt in _prompts(body)]
+        self._num_samples = params.n
+        self._prompt_logprobs: dict[int, PromptLogprobs] = {}
+        """Of each prompt, once they are known."""
+        self._held: dict[int, list[Delta]] = {}
+        """Of each prompt, deltas of samples that echo what is not known yet."""
+        self._legacy: dict[tuple[int, int], LegacyLogprobs] = {}
+        """Of each sample that has begun."""
+        self._head = {
+            "id": f"cmpl-{body.request_id or uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        choices: dict[int, dict[str, Any]] = {}
+        async with aclosing(self._pieces()) as pieces:
+            async for piece, used in pieces:
+                usage = used
+                if piece is None:
+                    continue
+                whole = choices.setdefault(piece["index"], piece)
+                if whole is not piece:
+                    _join(whole, piece)
+        ordered = [choices[index] for index in sorted(choices)]
+        return {**self._head, "choices": ordered, "usage": usage.told()}
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        told, always = wants_usage(self._body)
+        async with aclosing(self._pieces()) as pieces:
+            async for piece, usage in pieces:
+                if piece is not None:
+                    event = {**self._head, "choices": [piece]}
+                    yield {**event, "usage": usage.told()} if always else event
+        if told:
+            yield {**self._head, "choices": [], "usage": usage.told()}
+
+    async def _pieces(self) -> AsyncIterator[tuple[dict[str, Any] | None, Usage]]:
+        """Pieces of choices as they come, and what was used by then; None behind the last."""
+        async with self._service.running(self._asked) as (stream, prompts):
+            usage = Usage(prompts)
+            async for delta in stream:
+                if delta.error is not None:
+                    raise failed(delta.error)
+                usage.count(delta, has_output=not self._scores_only)
+                for ready in self._in_order(delta):
+                    yield self._piece(ready), usage
+        yield None, usage
+
+    def _in_order(self, delta: Delta) -> Iterator[Delta]:
+        """What a prompt's samples echo comes with the first of them; until then others wait."""
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs[delta.index] = delta.prompt_logprobs
+        wanted = self._asked[delta.index].params.prompt_logprobs is not None
+        if wanted and delta.index not in self._prompt_logprobs:
+            self._held.setdefault(delta.index, []).append(delta)
+            return
+        yield delta
+        yield from self._held.pop(delta.index, ())
+
+    def _piece(self, delta: Delta) -> dict[str, Any]:
+        body, tokenizer = self._body, self._service.tokenizer
+        place = (delta.index, delta.sample)
+        is_first = place not in self._legacy
+        legacy = self._legacy.setdefault(place, LegacyLogprobs(tokenizer, body.logprobs or 0))
+        text, token_ids, entries = delta.text, delta.token_ids, delta.logprobs or ()
+        if self._scores_only:
+            text, token_ids, entries = "", (), ()
+        own_ids = token_ids
+        if body.echo and is_first:
+            text = self._text_of_prompt(delta) + text
+            if body.logprobs is not None:
+                scored = self._prompt_logprobs[delta.index]
+                token_ids = (*delta.prompt_token_ids, *token_ids)
+                entries = (*scored, *entries)
+        piece: dict[str, Any] = {
+            "index": delta.index * self._num_samples + delta.sample,
+            "text": text,
+            "logprobs": None if body.logprobs is None else legacy.of(token_ids, entries),
+            "finish_reason": delta.finish_reason,
+        }
+        if self._scores_only:
+            piece["finish_reason"] = "length"
+        if body.return_token_ids:
+            piece["token_ids"] = list(own_ids)
+            if is_first:
+                piece["prompt_token_ids"] = list(delta.prompt_token_ids)
+        if body.prompt_logprobs is not None and is_first:
+            scored = self._prompt_logprobs[delta.index]
+            piece["prompt_logprobs"] = prompt_logprobs(tokenizer, delta.prompt_token_ids, scored)
+        return piece
+
+    def _text_of_prompt(self, delta: Delta) -> str:
+        prompt = self._asked[delta.index].prompt
+        if "prompt" in prompt:
+            return prompt["prompt"]
+        skips = self._asked[delta.index].params.skip_special_tokens
+        return self._service.tokenizer.decode(delta.prompt_token_ids, skips)
+
+
+def _join(whole: dict[str, Any], piece: dict[str, Any]) -> None:
+    whole["text"] += piece["text"]
+    whole["finish_reason"] = piece["finish_reason"]
+    if piece["logprobs"] is not None:
+        for name in _LOGPROB_LISTS:
+            whole["logprobs"][name] += piece["logprobs"][name]
+    if "token_ids" in piece:
+        whole["token_ids"] += piece["token_ids"]
+
+
+def _prompts(body: CompletionBody) -> list[dict[str, Any]]:
+    """Each as a dict of `prompt` or `prompt_token_ids`. Raises ApiError."""
+    if body.prompt is not None and body.prompt_token_ids is not None:
+        raise bad("prompt and prompt_token_ids are both given; leave one out", "prompt")
+    given = body.prompt if body.prompt is not None else body.prompt_token_ids
+    if given is None:
+        raise bad("there is no prompt; give text, token ids, or a list of them", "prompt")
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given:
+        raise bad("prompt is an empty list; give text, token ids, or a list of them", "prompt")
+    salt = {"cache_salt": body.cache_salt} if body.cache_salt else {}
+    return [
+        {"prompt" if isinstance(each, str) else "prompt_token_ids": each, **salt} for each in given
+    ]

@@ -1,0 +1,1 @@
+"""OpenAI's API: what requests may say, and the shapes of the answers."""

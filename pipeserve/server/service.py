@@ -1,0 +1,220 @@
+"""From checked bodies to running requests: prompts made token ids off the event loop, a bounded
+queue, a deadline, and numbers for the metrics.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeserve.configs import RunConfig
+from pipeserve.core.nouns import Request
+from pipeserve.core.view import Limits
+from pipeserve.errors import CapacityError, ConfigError, PipeserveError, StageError
+from pipeserve.frontend.completion import Generation
+from pipeserve.frontend.prompt_forms import plain_messages
+from pipeserve.frontend.request_maker import RequestMaker
+from pipeserve.sampling_params import SamplingParams
+from pipeserve.server.openai.bodies import ChatBody, TokenizeBody
+from pipeserve.server.openai.errors import ApiError, bad
+from pipeserve.server.options import ServerOptions
+from pipeserve.server.pipeline import Late, Pipeline, Stream
+
+_RETRY_S = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One prompt, and how it is to be gone on with."""
+
+    prompt: Any
+    """As `prompt_forms.py` takes it."""
+    params: SamplingParams
+
+
+class _Client:
+    """What `RequestMaker` has to know of the pipeline (`frontend/client.py`)."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        opened = pipeline.opened
+        self.config: RunConfig = opened.config
+        self.limits: Limits = opened.limits
+        self.model_folder = Path(opened.model_folder)
+        self.vocab_size = opened.vocab_size
+        self.eos_token_ids = opened.eos_token_ids
+
+
+class Service:
+    """The pipeline, as the routes use it."""
+
+    def __init__(self, pipeline: Pipeline, options: ServerOptions) -> None:
+        """Raises ConfigError for a generation_config.json or a chat template that cannot be."""
+        self.pipeline, self.options = pipeline, options
+        self.client = _Client(pipeline)
+        self.maker = RequestMaker(self.client)
+        self.tokenizer = self.maker.tokenizer
+        self._chat_template = _read_template(options.chat_template)
+        self.is_draining = False
+        """It takes no more requests."""
+        self.num_open = 0
+        """Requests that are being answered."""
+        self._text = ThreadPoolExecutor(1, "text")
+        """One thread: a tokenizer is not made to be used by several at once."""
+
+    async def off_loop(self, function: Any, *arguments: Any) -> Any:
+        """A tokenizer's work on the text thread: other streams go on meanwhile. What is wrong with
+        the text is the request's fault."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._text, function, *arguments)
+        except CapacityError as error:
+            raise bad(str(error), code="context_length_exceeded") from None
+        except ConfigError as error:
+            raise bad(str(error)) from None
+
+    def encode_chat(self, body: ChatBody | TokenizeBody) -> list[int]:
+        """Token ids of a conversation. On the text thread. Raises ConfigError and ApiError."""
+        return self.tokenizer.encode_chat(plain_messages(body.messages), **self._template_of(body))
+
+    def _template_of(self, body: ChatBody | TokenizeBody) -> dict[str, Any]:
+        """What the template is told beside the messages."""
+        if body.chat_template is not None and not self.options.trust_request_chat_template:
+            raise bad(
+                "chat_template in a request is not allowed here; leave it out, or start the "
+                "server with --trust-request-chat-template",
+                "chat_template",
+            )
+        template = body.chat_template or self._chat_template
+        tools = body.tools if getattr(body, "tool_choice", None) != "none" else None
+        return {
+            **(body.chat_template_kwargs or {}),
+            **({"chat_template": template} if template else {}),
+            **({"tools": tools} if tools else {}),
+            **({"documents": body.documents} if getattr(body, "documents", None) else {}),
+            "add_generation_prompt": _add_generation_prompt(body),
+            "continue_final_message": bool(body.continue_final_message),
+        }
+
+    @asynccontextmanager
+    async def running(self, asked: Sequence[Asked]) -> AsyncIterator[tuple[Stream, list[tuple]]]:
+        """The stream of all samples of all prompts, and the ids of each prompt. What has not ended
+        when it is left is ended.
+
+        Raises ApiError: a prompt that cannot run, a queue that is full, a deadline that is over.
+        """
+        for each in asked:
+            _check_limits(each.params, self.options)
+        self._check_room(sum(each.params.n for each in asked))
+        self.num_open += 1
+        try:
+            async with self._running(asked) as running:
+                yield running
+        finally:
+            self.num_open -= 1
+
+    @asynccontextmanager
+    async def _running(self, asked: Sequence[Asked]) -> AsyncIterator[tuple[Stream, list[tuple]]]:
+        generations, prompts = await self.off_loop(self._make, asked)
+        self._check_room(len(generations))
+        try:
+            with self.pipeline.submit(generations) as stream:
+                if self.options.request_timeout:
+                    stream.end_in(self.options.request_timeout)
+                yield stream, prompts
+        except Late:
+            raise ApiError(
+                504,
+                f"the request did not end within {self.options.request_timeout:g} s; ask for "
+                "fewer tokens",
+            ) from None
+        except StageError:
+            raise ApiError(503, "the pipeline has ended; try again later") from None
+        except PipeserveError as error:
+            raise bad(str(error)) from None
+
+    def _make(self, asked: Sequence[Asked]) -> tuple[list[Generation], list[tuple]]:
+        generations, prompts = [], []
+        for index, each in enumerate(asked):
+            try:
+                first = self.maker.first(each.prompt, each.params)
+            except PipeserveError as error:
+                where = f"prompt {index}: " if len(asked) > 1 else ""
+                raise type(error)(f"{where}{error}") from None
+            self._check_length(first, each.params.max_tokens)
+            unfinished = set(range(first.params.n))
+            prompts.append(first.prompt)
+            generations += [
+                Generation(index, sample, unfinished, request, self.tokenizer)
+                for sample, request in enumerate(self.maker.samples(first))
+            ]
+        return generations, prompts
+
+    def _check_length(self, first: Request, max_tokens: int | None) -> None:
+        """As OpenAI and vLLM: what is asked for has to fit, and is not cut. Raises ApiError."""
+        longest, num_prompt = self.client.limits.max_model_len, len(first.prompt)
+        if max_tokens is not None and num_prompt + max_tokens > longest:
+            raise bad(
+                f"the prompt has {num_prompt} tokens, and max_tokens is {max_tokens}: together "
+                f"over the context of {longest} (max_model_len); ask for fewer",
+                code="context_length_exceeded",
+            )
+
+    def _check_room(self, num_samples: int) -> None:
+        options = self.options
+        if num_samples > options.max_samples:
+            raise bad(
+                f"{num_samples} samples in one request, at most {options.max_samples} are allowed",
+                "n",
+            )
+        if self.is_draining or self.pipeline.ended is not None:
+            raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"})
+        if self.pipeline.num_unfinished + num_samples > options.max_queue:
+            raise ApiError(
+                429,
+                f"the queue is full ({options.max_queue} requests); try again later",
+                code="queue_full",
+                headers={"Retry-After": str(_RETRY_S)},
+            )
+
+    def close(self) -> None:
+        """No text is made any more."""
+        self._text.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_limits(params: SamplingParams, options: ServerOptions) -> None:
+    """Of what one request may take of a server that many share. Raises ApiError."""
+    if len(params.stop) > options.max_stop:
+        raise bad(f"stop has {len(params.stop)} strings, at most {options.max_stop}", "stop")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > options.max_logprobs:
+            raise bad(
+                f"{name} is {getattr(params, name)}, at most {options.max_logprobs} (the server's "
+                "--max-logprobs)",
+                name,
+            )
+
+
+def _add_generation_prompt(body: ChatBody | TokenizeBody) -> bool:
+    """By default, unless the last message is to be gone on with. Raises ApiError."""
+    if body.add_generation_prompt is None:
+        return not body.continue_final_message
+    if body.add_generation_prompt and body.continue_final_message:
+        raise bad(
+            "add_generation_prompt and continue_final_message contradict each other; give one",
+            "continue_final_message",
+        )
+    return body.add_generation_prompt
+
+
+def _read_template(path: str | None) -> str | None:
+    """Raises ConfigError."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        raise ConfigError(f"--chat-template {path}: {reason}") from None

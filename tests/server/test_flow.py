@@ -1,0 +1,131 @@
+"""Clients that go away, queues that are full, pipelines that end: nothing is left behind."""
+
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+from fake_client import byte_tokenizer
+from fake_server import served
+from http_answers import ask, events
+
+from pipeserve.server.options import ServerOptions
+
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return byte_tokenizer(tmp_path)
+
+
+def until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_who_hangs_up_ends_its_request(folder, streams):
+    """vllm#54947."""
+    with served(folder, step_s=0.01, max_model_len=1_500) as server:
+        body = json.dumps({"prompt": "a", "max_tokens": 1_400, "stream": streams, "n": 2}).encode()
+        port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connected:
+            connected.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            until(lambda: server.fake.num_unfinished == 2)
+            if streams:
+                assert connected.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        until(lambda: server.fake.num_unfinished == 0)
+        until(lambda: server.pipeline.num_unfinished == 0 and server.service.num_open == 0)
+
+
+def test_a_full_queue_is_told_and_others_go_on(folder):
+    options = ServerOptions(max_queue=2)
+    with served(folder, options, step_s=0.02, max_model_len=1_500) as server:
+        long = threading.Thread(
+            target=ask, args=(server, COMPLETIONS), kwargs={"prompt": "a", "n": 2, "max_tokens": 50}
+        )
+        long.start()
+        until(lambda: server.pipeline.num_unfinished == 2)
+        answer = httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt": "a"})
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["code"] == "queue_full"
+        long.join()
+        assert ask(server, COMPLETIONS, prompt="a", max_tokens=2)[0] == 200
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_deadline_ends_a_request(folder, streams):
+    options = ServerOptions(request_timeout=0.3)
+    with served(folder, options, step_s=0.02, max_model_len=1_500) as server:
+        if streams:
+            last = events(server, COMPLETIONS, prompt="a", max_tokens=1_400)[-1]
+            assert "0.3 s" in last["error"]["message"]
+        else:
+            status, answer = ask(server, COMPLETIONS, prompt="a", max_tokens=1_400)
+            assert status == 504 and "0.3 s" in answer["error"]["message"]
+        until(lambda: server.fake.num_unfinished == 0)
+        assert ask(server, COMPLETIONS, prompt="a", max_tokens=2)[0] == 200
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_the_end_of_the_pipeline_is_told(folder, streams):
+    with served(folder, step_s=0.01, max_model_len=1_500, dies_at_look=30) as server:
+        if streams:
+            last = events(server, COMPLETIONS, prompt="a", max_tokens=1_400)[-1]
+            assert last["error"]["type"] == "server_error"
+        else:
+            status, answer = ask(server, COMPLETIONS, prompt="a", max_tokens=1_400)
+            assert status == 503
+            assert "pid" not in answer["error"]["message"]
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        assert ask(server, COMPLETIONS, prompt="a")[0] == 503
+
+
+def test_health_is_of_the_pipeline(folder, monkeypatch):
+    """trtllm#12313, #13713."""
+    monkeypatch.setattr("pipeserve.server.app._STATUS_S", 0.3)
+    with served(folder) as server:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        stages = httpx.get(f"{server.url}/ready").json()["stages"]
+        assert [stage["stage"] for stage in stages] == [0, 1]
+        assert set(stages[0]) == {"stage", "rank", "host", "pid"}
+        server.pipeline.is_silent = True
+        until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+
+
+def test_who_drains_takes_nothing_new_and_finishes_the_rest(folder):
+    with served(folder, step_s=0.02, max_model_len=1_000) as server:
+        answers = []
+        running = threading.Thread(
+            target=lambda: answers.append(ask(server, COMPLETIONS, prompt="a", max_tokens=30))
+        )
+        running.start()
+        until(lambda: server.pipeline.num_unfinished == 1)
+        server.service.is_draining = True
+        assert ask(server, COMPLETIONS, prompt="a")[0] == 503
+        running.join()
+        assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 30
+
+
+def test_what_ends_is_counted_once(folder):
+    with served(folder) as server:
+        ask(server, COMPLETIONS, prompt="abc", max_tokens=3)
+        ask(server, COMPLETIONS, prompt="abc", max_tokens=3, n=2, stop="no")
+        text = httpx.get(f"{server.url}/metrics").text
+        told = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert float(told['vllm:prompt_tokens_total{model_name="fake"}']) == 9
+        assert float(told['vllm:generation_tokens_total{model_name="fake"}']) == 9
+        name = 'vllm:request_success_total{finished_reason="length",model_name="fake"}'
+        assert float(told[name]) == 3
+        assert float(told['vllm:time_to_first_token_seconds_count{model_name="fake"}']) == 3
+        assert float(told['vllm:inter_token_latency_seconds_count{model_name="fake"}']) == 6

@@ -1,0 +1,139 @@
+"""`pipeserve serve` as its processes: it answers, drains, names who died, leaves nothing behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from checkpoints import greedy_tokens, random_prompts, tiny_llama
+from http_answers import ask, events
+
+pytestmark = pytest.mark.processes
+
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+class Serving:
+    """A server, and all the processes behind it."""
+
+    def __init__(self, process: subprocess.Popen, url: str) -> None:
+        self.process, self.url = process, url
+        self.pids = descendants(process.pid)
+
+    @property
+    def left(self) -> list[int]:
+        return [pid for pid in self.pids if is_alive(pid)]
+
+    def wait(self, seconds=40.0) -> int:
+        """Its exit code, once nothing of it is left."""
+        exit_code = self.process.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while self.left:
+            assert time.monotonic() < deadline, f"still there: {self.left}"
+            time.sleep(0.05)
+        return exit_code
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def serving(folder, *arguments):
+    command = [sys.executable, "-m", "pipeserve.launch.cli", "serve", folder, "-pp", "2"]
+    command += ["--dtype", "float32", "--port", "0", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"at (http\S+)/v1", line):
+                break
+        else:
+            raise AssertionError("".join(lines))
+        threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
+        it = Serving(process, found[1])
+        it.lines = lines
+        yield it
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_answers_drains_and_ends(folder):
+    prompts = random_prompts(folder, (9, 5))
+    expected = greedy_tokens(folder, prompts, 12)
+    with serving(folder) as server:
+        assert httpx.get(f"{server.url}/ready").json()["stages"][1]["stage"] == 1
+        body = {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        _, answer = ask(server, COMPLETIONS, prompt=prompts, **body)
+        assert [choice["token_ids"] for choice in answer["choices"]] == expected
+        told = events(server, COMPLETIONS, prompt=prompts[0], **body)
+        ids = [token for event in told for token in event["choices"][0]["token_ids"]]
+        assert ids == expected[0]
+        body |= {"max_tokens": 200, "stream": True}
+        with httpx.stream("POST", server.url + COMPLETIONS, json={"prompt": [5], **body}) as slow:
+            lines = slow.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            told = [line for line in lines if line.startswith("data: {")]
+        last = json.loads(told[-1].removeprefix("data: "))
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert server.wait() == 0
+
+
+def test_the_end_of_a_stage_is_its_own(folder):
+    with serving(folder) as server:
+        stage = httpx.get(f"{server.url}/ready").json()["stages"][1]
+        os.kill(stage["pid"], signal.SIGKILL)
+        assert server.wait() == 1
+        time.sleep(0.1)
+        assert any("stage 1" in line and "SIGKILL" in line for line in server.lines)
+
+
+@pytest.mark.parametrize("who", ["server", "driver"])
+def test_a_process_that_is_killed_leaves_none(folder, who):
+    with serving(folder) as server:
+        os.kill(server.process.pid if who == "server" else server.pids[0], signal.SIGKILL)
+        assert server.wait() == (-signal.SIGKILL if who == "server" else 1)
+
+
+def test_what_cannot_be_served_is_one_line(folder, tmp_path):
+    def fails(*arguments):
+        command = [sys.executable, "-m", "pipeserve.launch.cli", "serve", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        (line,) = done.stderr.splitlines()
+        return done.returncode, line
+
+    code, line = fails(str(tmp_path / "nowhere"))
+    assert code == 2 and "nowhere" in line
+    code, line = fails(folder, "-pp", "9")
+    assert code == 2 and "layers" in line
+    code, line = fails(folder, "--port", "99999")
+    assert code == 2 and "--port 99999" in line
+    code, line = fails(folder, "--api-key-file", str(tmp_path / "none"))
+    assert code == 2 and "--api-key-file" in line

@@ -1,0 +1,22 @@
+"""Asking a server, and reading what it streams."""
+
+import json
+
+import httpx
+
+
+def ask(server, path, headers=None, **body):
+    """(status, JSON) of a POST."""
+    answer = httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=60)
+    return answer.status_code, answer.json()
+
+
+def events(server, path, **body):
+    """The JSON objects of a stream, which ends with [DONE]."""
+    body = {**body, "stream": True}
+    with httpx.stream("POST", f"{server.url}{path}", json=body, timeout=60) as answer:
+        assert answer.status_code == 200, answer.read()
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]

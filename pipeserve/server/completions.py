@@ -31,7 +31,7 @@ class Completions:
         if self._scores_only:
             body = body.model_copy(update={"max_tokens": 1, "max_completion_tokens": None})
         params = completion_params(body, service.maker.default_params)
-        self._asked = [Asked(prompt, params) for prompt in _prompts(body)]
+        self._asked = [Asked(prompt, params, body.priority or 0) for prompt in _prompts(body)]
         self._num_samples = params.n
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
         """Of each prompt, once they are known."""

@@ -15,6 +15,7 @@ from pipeserve.core.nouns import Request
 from pipeserve.core.view import Limits
 from pipeserve.errors import CapacityError, ConfigError, PipeserveError, StageError
 from pipeserve.frontend.completion import Generation
+from pipeserve.frontend.params import check_priority
 from pipeserve.frontend.prompt_forms import plain_messages
 from pipeserve.frontend.request_maker import RequestMaker
 from pipeserve.sampling_params import SamplingParams
@@ -33,6 +34,7 @@ class Asked:
     prompt: Any
     """As `prompt_forms.py` takes it."""
     params: SamplingParams
+    priority: int = 0
 
 
 class _Client:
@@ -139,7 +141,8 @@ class Service:
         generations, prompts = [], []
         for index, each in enumerate(asked):
             try:
-                first = self.maker.first(each.prompt, each.params)
+                priority = check_priority(each.priority, self.client.limits.order)
+                first = self.maker.first(each.prompt, each.params, priority)
             except PipeserveError as error:
                 where = f"prompt {index}: " if len(asked) > 1 else ""
                 raise type(error)(f"{where}{error}") from None

@@ -152,6 +152,7 @@ def test_a_stop_string_is_never_shown(server):
         ({"prompt": "a" * 90, "max_tokens": 20}, "max_model_len", "context_length_exceeded"),
         ({"prompt": "a" * 200}, "max_model_len", "context_length_exceeded"),
         ({"prompt": "a", "guided_json": {}}, "guided_json", None),
+        ({"prompt": "a", "priority": 1}, "--order priority", None),
     ],
 )
 def test_what_is_wrong_is_said_in_openais_shape(server, body, part, code):

@@ -33,7 +33,7 @@ from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.emulated import emulated_setup
 from pipeserve.launch.run.record import meta_of_driver
 from pipeserve.launch.run.simulated import simulated_run
-from pipeserve.launch.verbs.bench import replay
+from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.recording.recording import Recording, Ring, recording_of
 from pipeserve.profiling.recording.request_times import records_of
@@ -133,7 +133,7 @@ def emulate(config: RunConfig, workload: Workload) -> Recording:
     ring = Ring()
     with Driver(emulated_setup(config), record=ring.record) as driver:
         items = workload.with_ids(driver.shape.vocab_size)
-        replay(driver, items, "", map(RequestId, count()))
+        run_items(driver, items, "", map(RequestId, count()))
         driver.settle()
         return recording_of(ring, len(driver.stages), meta_of_driver(driver))
 

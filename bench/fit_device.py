@@ -34,7 +34,7 @@ from published.measurements import (
 
 from pipeserve.configs.device_profiles import save_profile
 from pipeserve.core.cost.device import AllReduce, DeviceProfile, Link, Residuals
-from pipeserve.core.cost.kernels import Attention, Kernels
+from pipeserve.core.cost.kernels import AttentionCost, Kernels
 
 NUM_PROCESSORS = 108  # streaming multiprocessors of an A100
 MEMORY_BYTES = 80_000_000_000  # as sold; SARATHI's batch sizes of 11 and 27 follow from it
@@ -71,7 +71,7 @@ def held_out_attention(times: AttentionTimes) -> tuple[np.ndarray, np.ndarray]:
     return prefill_errors, log_errors(times.decode_s, decode)[~small]
 
 
-def fit_whole_attention(times: AttentionTimes) -> Attention:
+def fit_whole_attention(times: AttentionTimes) -> AttentionCost:
     every = np.ones(len(times.start), bool), np.ones(len(times.context), bool)
     return fit_attention(times, *every)
 

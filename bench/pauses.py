@@ -33,7 +33,7 @@ from pipeserve.configs import load_recipe, make_config
 from pipeserve.core.nouns import RequestId
 from pipeserve.driver.driver import Driver
 from pipeserve.launch.run.starting import recorded_driver
-from pipeserve.launch.verbs.bench import replay
+from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.simulation.workloads import random_items
 
 _TURN = 5.25
@@ -198,7 +198,7 @@ def main() -> None:
         gc.collect()
         watch, start_s = Watch(driver), time.monotonic()
         with Collections() as collections, control() as plain:
-            replay(driver, items, "", map(RequestId, range(number)))
+            run_items(driver, items, "", map(RequestId, range(number)))
             seconds = time.monotonic() - start_s
             driver.settle()
         num_microbatches = driver.engine.last.index + 1

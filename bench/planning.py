@@ -28,17 +28,11 @@ from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.forecast import Forecast
-from pipeserve.core.nouns import (
-    Microbatch,
-    Request,
-    RequestId,
-    SamplingParams,
-    StepResult,
-    one_each,
-)
+from pipeserve.core.nouns import Microbatch, Request, RequestId, StepResult, one_each
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.work import Work
 from pipeserve.launch.run.collector import no_pauses
+from pipeserve.sampling_params import SamplingParams
 
 RUNNING = (10, 100, 1_000, 10_000)
 STAGES = (2, 4, 8, 16, 32, 64)

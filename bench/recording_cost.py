@@ -29,8 +29,8 @@ from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, RequestId
 from pipeserve.core.records import Completed, Recorder, Span, ignore
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
-from pipeserve.launch.run.record import both, meta_of_driver
-from pipeserve.launch.verbs.bench import replay
+from pipeserve.launch.run.record import meta_of_driver, tee
+from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.recording.recording import Ring
 from pipeserve.profiling.recording.summary import summarize
 from pipeserve.profiling.recording.writer import RecordingWriter
@@ -62,7 +62,7 @@ class Runs:
     def tokens_per_s(self, journal: Journal) -> float:
         self.driver.journal = journal
         salt = f"pass {next(self.ids)}"
-        served = replay(self.driver, self.items, salt, self.ids)
+        served = run_items(self.driver, self.items, salt, self.ids)
         self.driver.settle()
         return summarize(served).total_tokens_per_s
 
@@ -85,7 +85,7 @@ def measure(runs: Runs, rounds: int, folder: Path) -> tuple[dict[str, list[float
             else:
                 ring, part = Ring(), folder / str(number)
                 with closing(RecordingWriter(part, meta_of_driver(runs.driver))) as writer:
-                    rate = runs.tokens_per_s(runs.journal(both(ring.record, writer.record)))
+                    rate = runs.tokens_per_s(runs.journal(tee(ring.record, writer.record)))
                 num_bytes += sum(path.stat().st_size for path in part.glob("*.jsonl"))
                 num_microbatches += len({span.index for span in ring.spans()})
             found[mode].append(rate)
@@ -119,7 +119,7 @@ def driver_cost_s(folder: Path, num_chunks: int) -> float:
     span = Span(0, 9, num_chunks, *[time.monotonic()] * 6, 0.0123456789, 0.000123456789, 4096)
     number = 20_000
     with closing(RecordingWriter(folder / "driver", meta)) as writer:
-        journal = Journal(engine, both(Ring().record, writer.record))
+        journal = Journal(engine, tee(Ring().record, writer.record))
         for n in range(num_chunks):
             journal.arrived(Request(id=n, prompt=(1,)), 1.0)
         start_s, start_cpu_s = time.monotonic(), time.thread_time()

@@ -26,9 +26,10 @@ from pathlib import Path
 from statistics import fmean
 
 from pipeserve.configs import make_config
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Request, RequestId
 from pipeserve.driver.driver import Driver
 from pipeserve.launch.run.emulated import emulated_setup
+from pipeserve.sampling_params import SamplingParams
 from pipeserve.wire.control import KeeperHello, Sampled, encode
 from pipeserve.wire.handshake import Connecting
 

@@ -11,9 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeserve.core.nouns import SamplingParams
     from pipeserve.frontend.completion import Completion
     from pipeserve.frontend.llm import LLM
+    from pipeserve.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams", "__version__"]

@@ -22,7 +22,7 @@ _MAX_LOGPROBS = 256  # of each position, all of which the driver holds until the
 _MAX_BIAS = 100  # as OpenAI's; what is to be banned, or alone allowed, has fields of its own
 
 
-class Limits(NamedTuple):
+class Bounds(NamedTuple):
     """The numbers that an option may be: `least` to `most`."""
 
     least: float
@@ -41,7 +41,7 @@ class Limits(NamedTuple):
         return (self.words or f"{self.least} to {self.most}") + "; or -1, all" * self.or_all
 
 
-def _option(default: Any, help: str, limits: Limits | None = None) -> Any:
+def _option(default: Any, help: str, limits: Bounds | None = None) -> Any:
     """`help` is the flag's. A number has limits; of a mapping they are its values'."""
     return field(default=default, metadata={"help": help, "limits": limits})
 
@@ -58,40 +58,40 @@ class DrawParams:
     The last stage is told those that are not at their default. There token ids are an array.
     """
 
-    temperature: float = _option(1.0, "0 is greedy.", Limits(0, words="0 (greedy) or more"))
+    temperature: float = _option(1.0, "0 is greedy.", Bounds(0, words="0 (greedy) or more"))
     top_k: int = _option(
-        0, "Sample from the k most likely tokens; 0 from all.", Limits(0, _MAX_COUNT)
+        0, "Sample from the k most likely tokens; 0 from all.", Bounds(0, _MAX_COUNT)
     )
     top_p: float = _option(
         1.0,
         "Sample from the most likely tokens that together have this probability.",
-        Limits(0, 1, "over 0 and at most 1 (keep all)", is_over=True),
+        Bounds(0, 1, "over 0 and at most 1 (keep all)", is_over=True),
     )
     min_p: float = _option(
         0.0,
         "Sample from tokens at least this share as probable as the likeliest.",
-        Limits(0, 1, "0 (keep all) to 1"),
+        Bounds(0, 1, "0 (keep all) to 1"),
     )
     repetition_penalty: float = _option(
         1.0,
         "Over 1, tokens of prompt and output become less likely.",
-        Limits(0, words="over 0; 1 is none", is_over=True),
+        Bounds(0, words="over 0; 1 is none", is_over=True),
     )
     """Divides the logits above 0 of those tokens, and multiplies the others."""
     presence_penalty: float = _option(
         0.0,
         "Taken off the logits of tokens that the output has: -2 to 2.",
-        Limits(-2, 2, "-2 to 2; 0 is none"),
+        Bounds(-2, 2, "-2 to 2; 0 is none"),
     )
     frequency_penalty: float = _option(
         0.0,
         "Likewise, for each time that it has them: -2 to 2.",
-        Limits(-2, 2, "-2 to 2; 0 is none"),
+        Bounds(-2, 2, "-2 to 2; 0 is none"),
     )
     logit_bias: Mapping[int, float] | None = _option(
         None,
         "ID=NUMBER: added to the logit of a token id; may be given several times.",
-        Limits(-_MAX_BIAS, _MAX_BIAS),
+        Bounds(-_MAX_BIAS, _MAX_BIAS),
     )
     allowed_token_ids: tuple[int, ...] | None = _option(
         None, "Sample only these token ids, such as 16,14."
@@ -99,21 +99,21 @@ class DrawParams:
     min_tokens: int = _option(
         0,
         "Output tokens before which nothing but max_tokens ends a sample.",
-        Limits(0, _MAX_COUNT),
+        Bounds(0, _MAX_COUNT),
     )
     """Stop ids are not sampled before, and a stop string that is complete then ends nothing."""
-    seed: int | None = _option(None, "Of this request's draws.", Limits(0, MAX_SEED))
+    seed: int | None = _option(None, "Of this request's draws.", Bounds(0, MAX_SEED))
     """None: the client draws one from the run's seed."""
     logprobs: int | None = _option(
         None,
         "Report, in JSON, this many log-probabilities at each position; 0: the sampled one's; -1: "
         "all.",
-        Limits(0, _MAX_LOGPROBS, or_all=True),
+        Bounds(0, _MAX_LOGPROBS, or_all=True),
     )
     prompt_logprobs: int | None = _option(
         None,
         "The same for each token of the prompt but the first.",
-        Limits(0, _MAX_LOGPROBS, or_all=True),
+        Bounds(0, _MAX_LOGPROBS, or_all=True),
     )
     """Such a request shares no prefix."""
 
@@ -127,9 +127,9 @@ class SamplingParams(DrawParams):
     at the end, and refused by name.
     """
 
-    n: int = _option(1, "Samples of each prompt, whose blocks they share.", Limits(1, _MAX_SAMPLES))
+    n: int = _option(1, "Samples of each prompt, whose blocks they share.", Bounds(1, _MAX_SAMPLES))
     """Each is a request of its own with the seed `seed + its index`."""
-    max_tokens: int | None = _option(16, "Most output tokens of a sample.", Limits(1, _MAX_COUNT))
+    max_tokens: int | None = _option(16, "Most output tokens of a sample.", Bounds(1, _MAX_COUNT))
     """None: as many as the context has room for. The engine's requests have a number."""
     bad_words: tuple[str, ...] = _option(
         (), "Never generate this text; may be given several times."
@@ -191,7 +191,7 @@ class Option(NamedTuple):
     """Of a value that is not None."""
     may_be_none: bool
     default: Any
-    limits: Limits | None
+    limits: Bounds | None
 
 
 def _options() -> Iterator[Option]:

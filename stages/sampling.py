@@ -30,7 +30,7 @@ _NUCLEUS = 1024  # likeliest tokens that top-p looks at before it sorts the whol
 
 Logprobs = tuple[float, list[tuple[int, float]]]
 """(of the token itself, the likeliest (token, log-probability))."""
-Sampled = tuple[int | None, Logprobs | None]
+SampledToken = tuple[int | None, Logprobs | None]
 """(token, its log-probabilities where they were asked for). No token where the logits are not
 finite: a NaN or +infinity among them, or none above -infinity."""
 
@@ -66,13 +66,13 @@ def _mix(value: int) -> int:
     return (value ^ (value >> 31)) & ~0x7FF & _MASK
 
 
-def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     """One token for each row of float32 logits. Does not modify `logits_RV`.
 
     Log-probabilities are of the raw logits: before rules, temperature and filters.
     """
     highest_R, greedy_R = (part.tolist() for part in logits_RV.max(-1))  # NaN is the highest
-    sampled: list[Sampled] = []
+    sampled: list[SampledToken] = []
     for logits_V, highest, token, row in zip(logits_RV, highest_R, greedy_R, rows, strict=True):
         token = _choose(logits_V, token, row) if math.isfinite(highest) else None
         logprobs = None

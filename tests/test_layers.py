@@ -87,7 +87,13 @@ MAY_SEE = {
     "server.openai": {"errors", "core", "frontend", "sampling_params"},
     "profiling.recording": {"errors", "core"},
     "profiling.ledger": {"core", "profiling.recording"},
-    "profiling.simulation": {"errors", "core", "core.cost", "profiling.recording"},
+    "profiling.simulation": {
+        "errors",
+        "core",
+        "core.cost",
+        "profiling.recording",
+        "sampling_params",
+    },
     "profiling.calibration": {"errors", "core", "core.cost"},
     "profiling.search": {"errors", "core", "core.cost", "core.policies", "profiling.simulation"},
     "profiling.advice": {

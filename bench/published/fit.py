@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeserve.core.cost.device import AllReduce, Link
 from pipeserve.core.cost.kernels import (
-    Attention,
+    AttentionCost,
     Elementwise,
     Gemm,
     elementwise_bytes,
@@ -120,7 +120,7 @@ _PREFILL = (
     "causal_flops_per_s",
 )
 _DECODE = ("decode_overhead_s", "decode_sequence_s", "decode_bytes_per_s")
-_ATTENTION_START = Attention(
+_ATTENTION_START = AttentionCost(
     prefill_overhead_s=1.5e-5,
     prefill_values_per_s=5e10,
     prefix_flops_per_s=1.5e14,
@@ -132,12 +132,12 @@ _ATTENTION_START = Attention(
 )
 
 
-def fit_attention(times: AttentionTimes, prefill: Array, decode: Array) -> Attention:
+def fit_attention(times: AttentionTimes, prefill: Array, decode: Array) -> AttentionCost:
     """On the rows of each that the two masks choose."""
     where = (times.shape, times.tensor_parallel_size)
 
-    def fitted(names: tuple[str, ...], predict: Callable[[Attention], Array], seconds: Array):
-        def model(values: Sequence[float]) -> Attention:
+    def fitted(names: tuple[str, ...], predict: Callable[[AttentionCost], Array], seconds: Array):
+        def model(values: Sequence[float]) -> AttentionCost:
             return replace(_ATTENTION_START, **dict(zip(names, map(float, values), strict=True)))
 
         start = [getattr(_ATTENTION_START, name) for name in names]

@@ -10,7 +10,7 @@ from pipeserve.launch.inputs.flags import given, run_config_of, run_flags, with_
 from pipeserve.launch.inputs.options import (
     Explain,
     JsonTo,
-    Lengths,
+    LengthsWorkload,
     Model,
     NumLengths,
     Recipe,
@@ -23,7 +23,7 @@ from pipeserve.launch.inputs.options import (
 @with_flags(*run_flags())
 def simulate(
     model: Model = None,
-    workload: Lengths = "sharegpt",
+    workload: LengthsWorkload = "sharegpt",
     num_prompts: NumLengths = None,
     scale: Scale = 1.0,
     rate: Annotated[
@@ -68,13 +68,13 @@ def simulate(
     """Serve a workload on virtual time, on devices known by their cost profile alone."""
     from pipeserve.driver.shapes import find_shape
     from pipeserve.launch.inputs.jsonl import check_writable, write_json
-    from pipeserve.launch.inputs.wanted import Wanted, read_nodes, read_pools, read_slo
+    from pipeserve.launch.inputs.wanted import SimulationGoal, read_nodes, read_pools, read_slo
     from pipeserve.launch.inputs.workload import read_workload
     from pipeserve.launch.verbs import disaggregate, simulate
     from pipeserve.profiling.recording.writer import check_recordable
 
     run_config = run_config_of(model, config, flags)
-    wanted = Wanted(
+    wanted = SimulationGoal(
         find_capacity=find_capacity,
         rate=rate,
         slo_tbt_s=run_config.slo_tbt,

@@ -10,7 +10,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch.inputs.flags import given, run_config_of, run_flags, with_flags
 from pipeserve.launch.inputs.options import (
     JsonTo,
-    Lengths,
+    LengthsWorkload,
     Model,
     NumLengths,
     OverwriteOutput,
@@ -22,7 +22,7 @@ from pipeserve.launch.inputs.options import (
 @with_flags(*run_flags())
 def tune(
     model: Model = None,
-    workload: Lengths = "sharegpt",
+    workload: LengthsWorkload = "sharegpt",
     num_prompts: NumLengths = None,
     scale: Scale = 1.0,
     rate: Annotated[

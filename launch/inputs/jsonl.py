@@ -110,7 +110,7 @@ def write_json(path: Path | None, numbers: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
+class DoneLines:
     """What a file of results holds already."""
 
     indices: frozenset[int] = frozenset()
@@ -121,7 +121,7 @@ class Done:
     """Up to the end of the last whole line."""
 
 
-def read_done(path: Path, job: str) -> Done:
+def read_done(path: Path, job: str) -> DoneLines:
     """What `path` holds of `job`. A line is whole when its newline is there; one that a killed
     process began is not counted. Changes nothing.
 
@@ -144,7 +144,7 @@ def read_done(path: Path, job: str) -> Done:
             indices.add(result["index"])
             if has_error(result):
                 failed.add(result["index"])
-    return Done(indices=frozenset(indices), num_errors=len(failed), num_bytes=num_bytes)
+    return DoneLines(indices=frozenset(indices), num_errors=len(failed), num_bytes=num_bytes)
 
 
 def has_error(result: dict[str, Any]) -> bool:
@@ -187,7 +187,7 @@ class ResultFile:
                 "another --output"
             )
         self.path = path
-        self.done = Done()
+        self.done = DoneLines()
         self._job = job
         self._is_new = not path.exists()
         self._replaces = overwrite

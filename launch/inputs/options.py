@@ -28,7 +28,7 @@ Explain = Annotated[
     bool, typer.Option("--explain", help="Say on stderr why each microbatch looks as it does.")
 ]
 Scale = Annotated[float, typer.Option(help="Divide the lengths of a trace by this.")]
-Lengths = Annotated[
+LengthsWorkload = Annotated[
     str, typer.Option(help="Trace, JSONL of token ids, or sharegpt, arxiv, azure-conv.")
 ]
 NumLengths = Annotated[

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeserve.configs import RunConfig
 from pipeserve.configs.recipes import check_keys
-from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.frontend.params import (
     PARAM_NAMES,
@@ -19,6 +18,7 @@ from pipeserve.frontend.params import (
 )
 from pipeserve.frontend.prompt_forms import Prompt, plain_prompt
 from pipeserve.launch.inputs.jsonl import read_objects
+from pipeserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pipeserve.stages.config.model_config import ModelConfig

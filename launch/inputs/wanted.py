@@ -36,7 +36,7 @@ class Pools:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class SimulationGoal:
     """One question. Raises ConfigError for flags that do not make one."""
 
     find_capacity: bool = False

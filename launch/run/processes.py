@@ -21,7 +21,7 @@ _LOOKS_UP_S = 0.5
 its handler runs when this one looks up by itself."""
 
 
-class Run(Protocol):
+class ParallelMap(Protocol):
     """Does the same with each of several things."""
 
     def __call__(
@@ -33,7 +33,7 @@ class Run(Protocol):
 
 
 @contextmanager
-def processes(num: int) -> Iterator[Run]:
+def processes(num: int) -> Iterator[ParallelMap]:
     """So many processes while it is entered; with 1, this one. Raises PipeserveError when one of
     them was killed."""
     if num == 1:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Records:
+class RecordedRun:
     """Of one driver."""
 
     ring: Ring
@@ -95,7 +95,7 @@ def recorded(
     *,
     overwrite: bool = False,
     explained: bool = False,
-) -> Iterator[tuple["Driver", Records]]:
+) -> Iterator[tuple["Driver", RecordedRun]]:
     """A driver from `open_driver`, closed at the end, and its records. With `explained`, each
     microbatch is, on stderr. Raises ConfigError, before it is opened, when there can be no files in
     `folder`."""
@@ -131,12 +131,12 @@ def recorded(
                 finally:
                     to_view = ignore
 
-        yield driver, Records(ring, meta, len(driver.stages), start_writing, shown)
+        yield driver, RecordedRun(ring, meta, len(driver.stages), start_writing, shown)
         with suppress(StageError):  # after all that was asked for is done
             driver.settle()
 
 
-def both(first: Recorder, second: Recorder) -> Recorder:
+def tee(first: Recorder, second: Recorder) -> Recorder:
     """Tells both."""
 
     def record(entry: Record) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeserve.core.view import CostModel
     from pipeserve.driver.driver import Driver
     from pipeserve.driver.setup import Setup
-    from pipeserve.launch.run.record import Records
+    from pipeserve.launch.run.record import RecordedRun
     from pipeserve.stages.config.model_config import ModelConfig
 
 Check = Callable[["ModelConfig"], None]
@@ -67,7 +67,7 @@ def recorded_driver(
     explained: bool = False,
     check: Check = lambda model_config: None,
     may_emulate: bool = False,
-) -> AbstractContextManager[tuple["Driver", "Records"]]:
+) -> AbstractContextManager[tuple["Driver", "RecordedRun"]]:
     """A driver, and its records, which `--record FOLDER` wants in files and `--explain` in words.
     Its stages are emulated where the run says so and the caller can do with tokens that mean
     nothing (`may_emulate`)."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 
 from pipeserve.core.records import Planned, Record, Recorder, ignore
-from pipeserve.launch.show.live_frame import View
+from pipeserve.launch.show.live_frame import LiveFrame
 
 FRAME_S = 0.25
 _MOST_SHARE = 0.25
@@ -91,7 +91,7 @@ def live_view(meta: Mapping[str, Any], console: Console) -> Iterator[Recorder]:
 def draw(source: socket.socket, console: Console) -> None:
     """Draws what comes from `source` until that is closed; the last frame is wiped away."""
     source.settimeout(FRAME_S)
-    view = View(pickle.loads(source.recv(_BUFFER_BYTES)))
+    view = LiveFrame(pickle.loads(source.recv(_BUFFER_BYTES)))
     next_s = 0.0
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:

@@ -60,7 +60,7 @@ _COLOURS = {
 """Those of the page (`profiling/pages/report/theme.js`) on a dark ground."""
 
 
-class View:
+class LiveFrame:
     """Takes the records of one run as they come, and draws how it stands. Times in seconds of the
     driver's clock."""
 

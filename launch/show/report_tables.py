@@ -14,7 +14,7 @@ _LEAST = 5e-4
 _CAPTION = "idle is not always loss: --advise tries out what a change would give"
 
 
-def print_report(found: dict[str, Any], console: Console) -> None:
+def print_run(found: dict[str, Any], console: Console) -> None:
     """The run, its stages, the causes, the microbatches that were waited for most, notes."""
     if "seconds" in found:
         console.print(run_table({**found, "workload": found["title"]}))

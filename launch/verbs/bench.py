@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Request, RequestId
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.frontend.client import Client
 from pipeserve.launch.inputs.workload import Workload
-from pipeserve.launch.run.record import Records, context_notes, ring_notes, stage_shares
+from pipeserve.launch.run.record import RecordedRun, context_notes, ring_notes, stage_shares
 from pipeserve.launch.show.tables import memory_table, print_notes, run_table, stage_table
 from pipeserve.profiling.recording.recording import Ring
 from pipeserve.profiling.recording.summary import (
@@ -30,9 +30,10 @@ from pipeserve.profiling.recording.summary import (
 )
 from pipeserve.profiling.simulation.workloads import (
     WorkItem,
-    check_fits,
+    check_within_context,
     random_items,
 )
+from pipeserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pipeserve.driver.driver import Driver
@@ -45,7 +46,7 @@ _WARMUP_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Pass:
     """One pass over the workload."""
 
     summary: Summary
@@ -60,7 +61,7 @@ class Run:
 
 def bench(
     driver: "Driver",
-    records: Records,
+    records: RecordedRun,
     encode: Callable[[str], Sequence[int]] | None,
     workload: Workload,
     repeat: int,
@@ -77,7 +78,7 @@ def bench(
     workload = workload.tokenized(encode)
     items = workload.with_ids(vocab_size)
     for index, item in enumerate(items):
-        check_fits(index, len(item.prompt), item.max_tokens, driver.limits.max_model_len)
+        check_within_context(index, len(item.prompt), item.max_tokens, driver.limits.max_model_len)
         if any(not 0 <= token < vocab_size for token in item.prompt):
             raise ConfigError(
                 f"request {index} of the workload has ids outside 0 to {vocab_size - 1}, "
@@ -86,7 +87,7 @@ def bench(
     ids = map(RequestId, count())
     # A salt for each pass: no run finds its prompts in the prefix cache because an earlier one ran.
     if driver.setup.kind == "real":
-        replay(driver, _warmup_items(items, vocab_size), "warm-up", ids)
+        run_items(driver, _warmup_items(items, vocab_size), "warm-up", ids)
         driver.settle()
     records.start_writing()
     runs = [_run(driver, records, items, f"run {number}", ids) for number in range(repeat)]
@@ -94,7 +95,7 @@ def bench(
     return _report(driver, records, workload, runs)
 
 
-def replay(
+def run_items(
     client: Client, items: Sequence[WorkItem], salt: str, ids: Iterator[RequestId]
 ) -> list[RequestRecord]:
     """Submit each item when it is due, and note when each token became known, until all ended."""
@@ -155,22 +156,22 @@ def _warmup_items(items: Sequence[WorkItem], vocab_size: int) -> list[WorkItem]:
 
 def _run(
     driver: "Driver",
-    records: Records,
+    records: RecordedRun,
     items: Sequence[WorkItem],
     salt: str,
     ids: Iterator[RequestId],
-) -> Run:
+) -> Pass:
     records.ring.clear()
-    served = replay(driver, items, salt, ids)
+    served = run_items(driver, items, salt, ids)
     driver.settle()
-    return Run(summary=summarize(served), window=window(served), ring=records.ring.take())
+    return Pass(summary=summarize(served), window=window(served), ring=records.ring.take())
 
 
 # ---- reporting --------------------------------------------------------------------------------
 
 
 def _report(
-    driver: "Driver", records: Records, workload: Workload, runs: list[Run]
+    driver: "Driver", records: RecordedRun, workload: Workload, runs: list[Pass]
 ) -> dict[str, Any]:
     by_duration = sorted(runs, key=lambda run: run.summary.seconds)
     median = by_duration[(len(runs) - 1) // 2]

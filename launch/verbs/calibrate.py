@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pipeserve.configs import RunConfig
 from pipeserve.core.cost.device import DeviceProfile, Link, Residuals
 from pipeserve.core.nouns import RequestId
-from pipeserve.launch.verbs.bench import replay
+from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.calibration.fit_tables import Fit, fit_tables
 from pipeserve.profiling.calibration.samples import Samples
 from pipeserve.profiling.recording.recording import Ring
@@ -72,7 +72,7 @@ def calibrate(
         if number == 1:
             samples.taken.clear()  # the first pass warmed up: kernels compile once for each shape
         for phase in phases:
-            replay(driver, phase, f"pass {number}", ids)
+            run_items(driver, phase, f"pass {number}", ids)
     driver.settle()
     fit = fit_tables(samples.taken, driver.plan, driver.shape, dtype=driver.dtype, threads=1)
     control_s, link = _measure_messages(driver, ring, rng, ids)
@@ -147,7 +147,7 @@ def _beside_compute_s(
     for probe in range(_PROBES):
         (item,) = random_items([(num_tokens, 1)], 1, driver.shape.vocab_size, rng)
         ring.clear()
-        (record,) = replay(driver, [item], f"probe {num_tokens}/{probe}", ids)
+        (record,) = run_items(driver, [item], f"probe {num_tokens}/{probe}", ids)
         driver.settle()
         computed_s = sum(span.end_s - span.start_s for span in ring.spans())
         beside.append(_ttft_s(record) - computed_s)

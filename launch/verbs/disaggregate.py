@@ -17,7 +17,7 @@ from pipeserve.core.cost.memory import kv_blocks_beside_weights
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.errors import ConfigError
-from pipeserve.launch.inputs.wanted import Pools, Wanted
+from pipeserve.launch.inputs.wanted import Pools, SimulationGoal
 from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.simulated import check_made_for
 from pipeserve.launch.show.tables import attainment_line, print_notes, run_table
@@ -35,9 +35,9 @@ from pipeserve.profiling.search.placement import (
 )
 from pipeserve.profiling.search.service import Service
 from pipeserve.profiling.simulation.disaggregated import KvLink
-from pipeserve.profiling.simulation.simulator import SimulatedPipeline, in_order
+from pipeserve.profiling.simulation.simulator import SimulatedPipeline, arrivals_in_order
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
-from pipeserve.profiling.simulation.workloads import check_fits
+from pipeserve.profiling.simulation.workloads import check_within_context
 
 TRIAL_REQUESTS = 300
 _SEARCH_STEPS = 256
@@ -53,7 +53,9 @@ def check_flags(given: Iterable[str]) -> None:
             raise ConfigError(f"{flag} has no effect on pools and --place; leave it out")
 
 
-def run(config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted) -> dict[str, Any]:
+def run(
+    config: RunConfig, shape: ModelShape, workload: Workload, wanted: SimulationGoal
+) -> dict[str, Any]:
     """Answers, prints, and returns the object that `--json` writes. Raises ConfigError and
     CapacityError."""
     console = Console()
@@ -66,7 +68,7 @@ def run(config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted
         report = search_goodput(service, pools, workload)
         print_goodput(report, console)
     else:
-        report = simulate(service, pools, workload)
+        report = simulate_pools(service, pools, workload)
         print_report(report, console)
     report["notes"] = list(workload.notes)
     print_notes(report, console)
@@ -74,7 +76,7 @@ def run(config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted
 
 
 def make_service(
-    config: RunConfig, shape: ModelShape, workload: Workload, wanted: Wanted
+    config: RunConfig, shape: ModelShape, workload: Workload, wanted: SimulationGoal
 ) -> Service:
     """What serves and how well. Raises ConfigError."""
     if config.device_profile is None:
@@ -84,7 +86,7 @@ def make_service(
     max_model_len = config.max_model_len or shape.max_position_embeddings
     lengths = workload.token_lengths()
     for index, pair in enumerate(lengths):
-        check_fits(index, *pair, max_model_len, workload.scale)
+        check_within_context(index, *pair, max_model_len, workload.scale)
 
     if wanted.pools is not None:
         inside_node = wanted.pools.num_gpus <= profile.devices_per_node
@@ -146,12 +148,12 @@ def _kv_link(profile: DeviceProfile, inside_node: bool) -> KvLink:
 # ---- what is asked ------------------------------------------------------------------------------
 
 
-def simulate(service: Service, pools: Pools, workload: Workload) -> dict[str, Any]:
+def simulate_pools(service: Service, pools: Pools, workload: Workload) -> dict[str, Any]:
     """Serves the workload to its end. Returns the object that `--json` writes.
 
     Raises CapacityError for a request that an instance could never hold.
     """
-    arrivals = in_order(workload.arrival_times_s(), service.lengths, service.priorities)
+    arrivals = arrivals_in_order(workload.arrival_times_s(), service.lengths, service.priorities)
     prefill, decode = _pipelines(service, pools)
     simulation = service.simulation(prefill, decode, arrivals)
     simulation.run_until()

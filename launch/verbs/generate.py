@@ -28,10 +28,10 @@ from pipeserve.launch.inputs.prompts import PROMPT_KEYS, PromptLine
 
 if TYPE_CHECKING:
     from pipeserve.driver.driver import Driver
-    from pipeserve.launch.run.record import Records
+    from pipeserve.launch.run.record import RecordedRun
 
 # Starts a driver; its records go to files too, where the user wants that.
-Start = Callable[[], AbstractContextManager[tuple["Driver", "Records"]]]
+OpenDriver = Callable[[], AbstractContextManager[tuple["Driver", "RecordedRun"]]]
 
 
 def stream_text(llm: LLM, line: PromptLine) -> int:
@@ -80,7 +80,7 @@ def write_to(
     lines: Sequence[PromptLine],
     overwrite: bool,
     resume: bool,
-    start: Start,
+    start: OpenDriver,
     live: bool,
 ) -> int:
     """Write the results of those `lines` that `output` does not hold yet; `job` stands for all that
@@ -104,7 +104,10 @@ def write_to(
 
 
 def run(
-    start: Start, lines: Sequence[PromptLine], write: Callable[[dict[str, Any]], None], live: bool
+    start: OpenDriver,
+    lines: Sequence[PromptLine],
+    write: Callable[[dict[str, Any]], None],
+    live: bool,
 ) -> int:
     """Start a driver, and `write` the result of each of `lines`. Returns the exit code."""
     with start() as (driver, records):

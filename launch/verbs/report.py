@@ -18,7 +18,7 @@ from pipeserve.core.nouns import PipelinePlan
 from pipeserve.errors import ConfigError
 from pipeserve.launch.inputs.jsonl import check_writable, write_json
 from pipeserve.launch.show.report_numbers import compare, report_of
-from pipeserve.launch.show.report_tables import print_comparison, print_report
+from pipeserve.launch.show.report_tables import print_comparison, print_run
 from pipeserve.profiling.ledger.ledger import Ledger, explain
 from pipeserve.profiling.pages.html_report import write_report
 from pipeserve.profiling.pages.perfetto import write_perfetto
@@ -32,7 +32,7 @@ _TRACE_BYTES = 500  # for each span, with its idle time and arrows
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ReportedRun:
     """A recording in a folder, on the driver's clock; no ledger where nothing was computed."""
 
     folder: Path
@@ -66,7 +66,7 @@ def report(
     else:
         [run] = runs
         found = _numbers(run)
-        print_report(found, console)
+        print_run(found, console)
         _write_pictures(run, html_file, perfetto_file, console)
         if advise:
             found["advice"] = _advise(run, console)
@@ -74,19 +74,19 @@ def report(
     return 0
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> ReportedRun:
     """Raises ConfigError where nothing of a recording is there."""
     recording = align(read_recording(folder)).recording
     ledger = explain(recording) if any(recording.spans) else None
-    return Run(folder, recording, ledger)
+    return ReportedRun(folder, recording, ledger)
 
 
-def _numbers(run: Run) -> dict[str, Any]:
+def _numbers(run: ReportedRun) -> dict[str, Any]:
     return report_of(run.folder.name, run.recording, run.ledger)
 
 
 def _write_pictures(
-    run: Run, html_file: Path | None, perfetto_file: Path | None, console: Console
+    run: ReportedRun, html_file: Path | None, perfetto_file: Path | None, console: Console
 ) -> None:
     """Beside the recording, unless other files are named."""
     if run.ledger is None or run.ledger.seconds <= 0:
@@ -109,7 +109,7 @@ def _write_pictures(
     console.print(f"trace: {perfetto_file} (ui.perfetto.dev)", soft_wrap=True, highlight=False)
 
 
-def _advise(run: Run, console: Console) -> dict[str, Any] | None:
+def _advise(run: ReportedRun, console: Console) -> dict[str, Any] | None:
     from pipeserve.launch.verbs.advice import advice_report, print_advice
     from pipeserve.profiling.advice.advice import advise
 

@@ -15,13 +15,13 @@ from rich.table import Table
 from pipeserve.configs import RunConfig
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.errors import ConfigError
-from pipeserve.launch.inputs.wanted import Wanted
+from pipeserve.launch.inputs.wanted import SimulationGoal
 from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.record import (
-    both,
     context_notes,
     ring_notes,
     stage_shares,
+    tee,
 )
 from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.launch.show.explain import explaining
@@ -41,9 +41,9 @@ from pipeserve.profiling.simulation.simulator import (
     Arrival,
     SimulatedPipeline,
     Simulation,
-    in_order,
+    arrivals_in_order,
 )
-from pipeserve.profiling.simulation.workloads import check_fits
+from pipeserve.profiling.simulation.workloads import check_within_context
 
 CAPACITY_REQUESTS = 1000
 _LONE_REQUESTS = 50
@@ -54,7 +54,7 @@ def run(
     config: RunConfig,
     shape: ModelShape,
     workload: Workload,
-    wanted: Wanted,
+    wanted: SimulationGoal,
     record: Path | None = None,
     explained: bool = False,
 ) -> dict[str, Any]:
@@ -93,9 +93,9 @@ def simulate(
         tell = ring.record
         if record is not None:
             writer = stack.enter_context(RecordingWriter(record, meta))
-            tell = both(tell, writer.record)
+            tell = tee(tell, writer.record)
         if explained:
-            tell = both(tell, explaining(engine))
+            tell = tee(tell, explaining(engine))
         pipeline = SimulatedPipeline(engine, setup.times, tell)
         simulation = Simulation(pipeline, arrivals)
         simulation.run_until()
@@ -115,13 +115,15 @@ def simulate(
 
 def _arrivals(setup: SimulatedRun, workload: Workload) -> list[Arrival]:
     lengths = _checked_lengths(setup, workload)
-    return in_order(workload.arrival_times_s(), lengths, workload.request_priorities())
+    return arrivals_in_order(workload.arrival_times_s(), lengths, workload.request_priorities())
 
 
 def _checked_lengths(setup: SimulatedRun, workload: Workload) -> list[tuple[int, int]]:
     lengths = workload.token_lengths()
     for index, (num_prompt, num_output) in enumerate(lengths):
-        check_fits(index, num_prompt, num_output, setup.limits.max_model_len, workload.scale)
+        check_within_context(
+            index, num_prompt, num_output, setup.limits.max_model_len, workload.scale
+        )
     return lengths
 
 

@@ -22,7 +22,14 @@ from pipeserve.errors import CapacityError
 from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.processes import processes
 from pipeserve.launch.show.tables import print_notes
-from pipeserve.launch.verbs.tune_search import SEARCHED, Wanted, bars, make_wanted, search, searched
+from pipeserve.launch.verbs.tune_search import (
+    SEARCHED,
+    TuningGoal,
+    bars,
+    make_wanted,
+    search,
+    searched,
+)
 from pipeserve.machine import num_cpus
 from pipeserve.profiling.search.tuning import Tried
 
@@ -69,7 +76,7 @@ def tune(
 
 
 def make_report(
-    config: RunConfig, num_gpus: int, wanted: Wanted, ranked: Sequence[Tried]
+    config: RunConfig, num_gpus: int, wanted: TuningGoal, ranked: Sequence[Tried]
 ) -> dict[str, Any]:
     """The object that `--json` writes."""
     return {
@@ -92,7 +99,7 @@ def best_config(config: RunConfig, ranked: Sequence[Tried]) -> RunConfig:
     return replace(config, **asdict(ranked[0].candidate))
 
 
-def recipe(config: RunConfig, num_gpus: int, wanted: Wanted, ranked: Sequence[Tried]) -> str:
+def recipe(config: RunConfig, num_gpus: int, wanted: TuningGoal, ranked: Sequence[Tried]) -> str:
     """The best candidate as a recipe, with what it was tuned for and what was found."""
     found = ranked[0].found
     goal = "as many requests as possible"
@@ -109,7 +116,7 @@ def recipe(config: RunConfig, num_gpus: int, wanted: Wanted, ranked: Sequence[Tr
     return write_recipe(best_config(config, ranked), SEARCHED, textwrap.fill(comment, 96))
 
 
-def print_ranked(wanted: Wanted, ranked: Sequence[Tried], console: Console) -> None:
+def print_ranked(wanted: TuningGoal, ranked: Sequence[Tried], console: Console) -> None:
     """The table: those of the last round first."""
     goal = "as many requests as can be" if wanted.rate is None else f"{wanted.rate:g} requests/s"
     title = f"{wanted.workload}, {goal}; TTFT p50, TBT p99 within {wanted.slo_tbt_s:g} s"

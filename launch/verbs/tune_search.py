@@ -17,7 +17,7 @@ from pipeserve.configs.device_profiles import load_profile
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.errors import CapacityError, ConfigError
 from pipeserve.launch.inputs.workload import Workload
-from pipeserve.launch.run.processes import Run
+from pipeserve.launch.run.processes import ParallelMap
 from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.profiling.search.capacity import Lengths, Trial, find_capacity, run_trial
 from pipeserve.profiling.search.ceiling import ceiling
@@ -192,7 +192,7 @@ def search(
     shape: ModelShape,
     wanted: Wanted,
     tried: Sequence[Candidate],
-    run: Run,
+    run: ParallelMap,
     progress: Progress,
 ) -> list[Tried]:
     """Ranked, the best first. Raises ConfigError when none can run."""

@@ -29,7 +29,7 @@ from pipeserve.core.nouns import (
     StepResult,
     Wait,
 )
-from pipeserve.core.request_state import Queues, Record, check_fits
+from pipeserve.core.request_state import Queues, RequestState, check_fits
 from pipeserve.core.view import (
     CostModel,
     Draft,
@@ -66,7 +66,7 @@ class Stats:
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     microbatch: Microbatch
-    records: tuple[Record, ...]
+    states: tuple[RequestState, ...]
     """Parallel to the chunks. Records, not ids: an id may be used again after its request ended."""
     summary: Outstanding
 
@@ -100,7 +100,7 @@ class Engine:
         self._forecast = Forecast(len(plan.stages))
         self._flow = Flow()
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
-        self._records: dict[RequestId, Record] = {}
+        self._states: dict[RequestId, RequestState] = {}
         self._queues = Queues(policy.traits)
         self._in_flight: deque[_InFlight] = deque()
         self._last: Outstanding | None = None
@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._records)
+        return len(self._states)
 
     @property
     def outstanding(self) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished or a microbatch outstanding."""
-        return bool(self._records or self._in_flight)
+        return bool(self._states or self._in_flight)
 
     @property
     def num_running(self) -> int:
@@ -151,7 +151,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Unfinished requests that are not admitted."""
-        return len(self._records) - len(self._queues.running)
+        return len(self._states) - len(self._queues.running)
 
     @property
     def num_free_blocks(self) -> int:
@@ -166,7 +166,7 @@ class Engine:
         Raises CapacityError when it could never run, ValueError when its id is in use, when it
         imports positions that it does not have, or wants the logprobs of such.
         """
-        if request.id in self._records:
+        if request.id in self._states:
             raise ValueError(f"request id {request.id} is in use")
         check_fits(request, self.limits)
         if not 0 <= request.num_imported < len(request.prompt):
@@ -179,26 +179,26 @@ class Engine:
                 f"request {request.id} wants prompt_logprobs and imports {request.num_imported} "
                 "positions, whose logits are not computed here"
             )
-        record = Record(request, self._num_added, now, self.limits, self._pool)
+        state = RequestState(request, self._num_added, now, self.limits, self._pool)
         self._num_added += 1
-        self._records[request.id] = record
-        if not self._hold(record):
-            self._queues.file(record)
+        self._states[request.id] = state
+        if not self._hold(state):
+            self._queues.file(state)
 
     def finish(self, request_id: RequestId, reason: str, now: float) -> Output | None:
         """Ends a request now (abort, stop string); None when it has ended already or never was.
 
         What is outstanding of it runs out and is dropped.
         """
-        record = self._records.get(request_id)
-        if record is None:
+        state = self._states.get(request_id)
+        if state is None:
             return None
-        self._end(record)
+        self._end(state)
         return Output(request_id, None, reason)
 
     def plan(self, now: float) -> Microbatch | Wait:
         """The next microbatch, or why there is none. Raises PolicyError when a draft is wrong."""
-        if not self._records:
+        if not self._states:
             return Wait("no_requests")
         if len(self._in_flight) >= self._window:
             return Wait("window")
@@ -227,38 +227,38 @@ class Engine:
         sampled = zip(result.tokens, result.logprobs or repeat(None))  # noqa: B905  (without end)
         scored = iter(result.prompt_logprobs)
         failed, outputs = result.failed, []
-        for place, (chunk, record, count) in enumerate(
-            zip(flight.microbatch.chunks, flight.records, result.counts, strict=True)
+        for place, (chunk, state, count) in enumerate(
+            zip(flight.microbatch.chunks, flight.states, result.counts, strict=True)
         ):
-            record.num_outstanding -= 1
+            state.num_outstanding -= 1
             if chunk.num_scored:
-                record.score(islice(scored, chunk.num_scored))
-            if record.finished:
+                state.score(islice(scored, chunk.num_scored))
+            if state.finished:
                 self.stats.wasted_decodes += _skip(sampled, count)
                 continue
             if place in failed:
                 _skip(sampled, count)
-                outputs.append(Output(record.id, None, "error", error=failed[place]))
-                self._pool.withdraw(record.keys)
-                self._end(record)
+                outputs.append(Output(state.id, None, "error", error=failed[place]))
+                self._pool.withdraw(state.keys)
+                self._end(state)
                 continue
             while count:
                 count -= 1
                 token, logprobs = next(sampled)
-                reason = record.append(token, now)
+                reason = state.append(token, now)
                 scores = None
-                if record.prompt_logprobs is not None:
-                    scores = record.take_prompt_logprobs()
-                num_cached = record.num_cached if record.num_outputs == 1 else 0
+                if state.prompt_logprobs is not None:
+                    scores = state.take_prompt_logprobs()
+                num_cached = state.num_cached if state.num_outputs == 1 else 0
                 outputs.append(
-                    _new_output((record.id, token, reason, logprobs, scores, None, num_cached))
+                    _new_output((state.id, token, reason, logprobs, scores, None, num_cached))
                 )
                 if reason is not None:
-                    self._end(record)
+                    self._end(state)
                     self.stats.wasted_decodes += _skip(sampled, count)
                     break
             else:
-                self._queues.file(record)
+                self._queues.file(state)
         return outputs
 
     def observe(self, index: int, stage: int, seconds: float) -> None:
@@ -275,49 +275,49 @@ class Engine:
         self._forecast.forget()
         self._released.clear()
         self._pool.reset()
-        records = sorted(self._records.values(), key=lambda record: -record.number)
-        for record in records:
-            record.forget_outstanding()
-            record.table.forget()
-            record.rewind()
-            self._queues.drop(record)
-        for record in records:
-            if not self._hold(record):
-                self._queues.to_front(record)
+        states = sorted(self._states.values(), key=lambda state: -state.number)
+        for state in states:
+            state.forget_outstanding()
+            state.table.forget()
+            state.rewind()
+            self._queues.drop(state)
+        for state in states:
+            if not self._hold(state):
+                self._queues.to_front(state)
 
     # ---- requests -------------------------------------------------------------------------------
 
-    def _hold(self, record: Record) -> bool:
+    def _hold(self, state: RequestState) -> bool:
         """Keeps a sample back while the prompt that it is to share is not planned."""
-        sample_of = record.request.sample_of
-        first = self._records.get(sample_of) if sample_of is not None else None
-        if first is None or not first.prefilling or not record.matchable_keys:
+        sample_of = state.request.sample_of
+        first = self._states.get(sample_of) if sample_of is not None else None
+        if first is None or not first.prefilling or not state.matchable_keys:
             return False
-        self._queues.hold(record, until=first)
+        self._queues.hold(state, until=first)
         return True
 
-    def _end(self, record: Record) -> None:
-        record.finished = True
-        self._flow.ended += record.was_admitted
-        self._queues.drop(record)
-        self._queues.let_go(record)
-        self._give_up_kv(record)
-        del self._records[record.id]
+    def _end(self, state: RequestState) -> None:
+        state.finished = True
+        self._flow.ended += state.was_admitted
+        self._queues.drop(state)
+        self._queues.let_go(state)
+        self._give_up_kv(state)
+        del self._states[state.id]
 
     def _preempt(self, request_id: RequestId) -> None:
-        record = self._records.get(request_id)
-        if record is None or not record.running:
+        state = self._states.get(request_id)
+        if state is None or not state.running:
             raise self._wrong(f"preempts request {request_id}, which does not run")
-        self._give_up_kv(record)
-        record.rewind()
-        self._queues.to_front(record)
+        self._give_up_kv(state)
+        state.rewind()
+        self._queues.to_front(state)
         self.stats.preemptions += 1
 
-    def _give_up_kv(self, record: Record) -> None:
+    def _give_up_kv(self, state: RequestState) -> None:
         """Frees the blocks, and lets the stages forget the request if they know it."""
-        if record.running:
-            record.table.clear()
-            self._released.append(record.request.id)
+        if state.running:
+            state.table.clear()
+            self._released.append(state.request.id)
 
     # ---- planning -------------------------------------------------------------------------------
 
@@ -344,15 +344,15 @@ class Engine:
         )
 
     def _prefix(self, request_id: RequestId) -> Prefix:
-        record = self._records[request_id]
-        if record.num_imported:
-            return Prefix(record.num_imported, 0, 0)
-        blocks = self._pool.match(record.matchable_keys)
+        state = self._states[request_id]
+        if state.num_imported:
+            return Prefix(state.num_imported, 0, 0)
+        blocks = self._pool.match(state.matchable_keys)
         num_tokens = len(blocks) * self.limits.block_size
         return Prefix(num_tokens, len(blocks), self._pool.num_idle(blocks))
 
     def _freed_by(self, request_ids: Collection[RequestId]) -> int:
-        tables = (self._records[request_id].table for request_id in request_ids)
+        tables = (self._states[request_id].table for request_id in request_ids)
         return self._pool.num_freed(block for table in tables for block in table.blocks)
 
     def _apply(self, draft: Draft, now: float) -> Microbatch:
@@ -367,11 +367,11 @@ class Engine:
             )
         admitted = tuple([self._admit(request_id, draft) for request_id in draft.admit])
         try:
-            records = tuple(map(self._queues.plannable, draft.chunks, draft.chunks.values()))
+            states = tuple(map(self._queues.plannable, draft.chunks, draft.chunks.values()))
         except LookupError as error:
             raise self._wrong(str(error)) from None
-        num_decodes = sum([not record.prefilling for record in records])
-        chunks = tuple(map(self._chunk, records, draft.chunks.values(), repeat(draft.admit)))
+        num_decodes = sum([not state.prefilling for state in states])
+        chunks = tuple(map(self._chunk, states, draft.chunks.values(), repeat(draft.admit)))
         microbatch = Microbatch(self._next_index, chunks, admitted, tuple(self._released))
         self._next_index += 1
         self._released.clear()
@@ -382,7 +382,7 @@ class Engine:
             ready_s = max([now, *[self._forecast.known_s(index) for index in sources]])
             self._forecast.planned(microbatch.index, cost.seconds, ready_s)
         summary = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
-        self._in_flight.append(_InFlight(microbatch, records, summary))
+        self._in_flight.append(_InFlight(microbatch, states, summary))
         self._last, self._why = summary, draft.why
         self._flow.prefill_tokens += summary.num_prefill_tokens
         self._flow.decodes += num_decodes
@@ -398,40 +398,42 @@ class Engine:
             raise self._wrong(f"runs more than max_num_seqs = {self.limits.max_num_seqs} requests")
         if request_id not in draft.chunks:
             raise self._wrong(f"admits request {request_id} but gives it no chunk")
-        record = self._records[request_id]
-        blocks = [] if record.num_imported else self._pool.match(record.matchable_keys)
-        first_time = not record.was_admitted
+        state = self._states[request_id]
+        blocks = [] if state.num_imported else self._pool.match(state.matchable_keys)
+        first_time = not state.was_admitted
         self._flow.admitted += first_time
-        record.start(blocks)
+        state.start(blocks)
         if first_time:
-            record.num_cached = record.num_slots
-        self.stats.cached_prefix_tokens += record.num_slots
-        self._queues.admit(record)
-        num_prompt = len(record.request.prompt)
-        return Admission(request_id, record.tokens[:], num_prompt, tuple(blocks))
+            state.num_cached = state.num_slots
+        self.stats.cached_prefix_tokens += state.num_slots
+        self._queues.admit(state)
+        num_prompt = len(state.request.prompt)
+        return Admission(request_id, state.tokens[:], num_prompt, tuple(blocks))
 
-    def _chunk(self, record: Record, num_tokens: int, reserved: Mapping[RequestId, int]) -> Chunk:
+    def _chunk(
+        self, state: RequestState, num_tokens: int, reserved: Mapping[RequestId, int]
+    ) -> Chunk:
         """Plans the next positions of a request: blocks, feedback, and its new place in queues."""
-        start = record.num_planned
+        start = state.num_planned
         stop = start + num_tokens
         new_blocks: tuple[BlockId, ...] = ()
-        if stop > record.num_slots or record.id in reserved:
-            new_blocks = self._grow(record, max(stop, reserved.get(record.id, 0)))
-        token_from = record.token_from
+        if stop > state.num_slots or state.id in reserved:
+            new_blocks = self._grow(state, max(stop, reserved.get(state.id, 0)))
+        token_from = state.token_from
         num_scored = 0
-        if record.prompt_logprobs is not None:
-            num_scored = record.num_scored_by(start, stop)
-        samples = self._queues.plan(record, num_tokens, self._next_index)
-        if record.keys and (num_tokens > 1 or stop % self.limits.block_size == 0):
-            record.table.publish(record.keys, stop)
+        if state.prompt_logprobs is not None:
+            num_scored = state.num_scored_by(start, stop)
+        samples = self._queues.plan(state, num_tokens, self._next_index)
+        if state.keys and (num_tokens > 1 or stop % self.limits.block_size == 0):
+            state.table.publish(state.keys, stop)
         num_logits = num_scored + samples
-        return _new_chunk((record.id, start, stop, new_blocks, token_from, num_logits, num_scored))
+        return _new_chunk((state.id, start, stop, new_blocks, token_from, num_logits, num_scored))
 
-    def _grow(self, record: Record, num_positions: int) -> tuple[BlockId, ...]:
-        missing = record.table.num_missing(num_positions)
+    def _grow(self, state: RequestState, num_positions: int) -> tuple[BlockId, ...]:
+        missing = state.table.num_missing(num_positions)
         if missing > self._pool.num_free:
             raise self._wrong(f"needs {missing} blocks, {self._pool.num_free} are free")
-        return record.grow(num_positions)
+        return state.grow(num_positions)
 
     # ---- completing -----------------------------------------------------------------------------
 

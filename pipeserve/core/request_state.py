@@ -25,7 +25,7 @@ MAX_ON_WAY = 2
 """Tokens of a request on their way: one in flight, one planned ahead (DESIGN.md, 'Order')."""
 
 
-class Record:
+class RequestState:
     """Progress of one request. What policies may read of it is declared by `RequestView`."""
 
     __slots__ = (
@@ -90,7 +90,9 @@ class Record:
         self.is_decoding = False  # as `Queues` last counted it
         self.backlog = 0  # likewise
         self.context = 0  # likewise
-        self.held: tuple[Record, ...] = ()  # wait until this one's prompt is planned, to share it
+        self.held: tuple[
+            RequestState, ...
+        ] = ()  # wait until this one's prompt is planned, to share it
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None  # of its tokens from 1; None: unasked
         )
@@ -232,10 +234,10 @@ class Queues:
         self._one_in_flight = traits.one_in_flight
         self._max_on_way = MAX_ON_WAY if traits.plans_ahead else 1
         self._chunks_follow = traits.chunk_pipelining and not traits.one_in_flight
-        self._waiting: RequestQueue[Record] = RequestQueue()
-        self._running: RequestQueue[Record] = RequestQueue()
-        self._prefills: RequestQueue[Record] = RequestQueue()
-        self._decodes: dict[RequestId, Record] = {}
+        self._waiting: RequestQueue[RequestState] = RequestQueue()
+        self._running: RequestQueue[RequestState] = RequestQueue()
+        self._prefills: RequestQueue[RequestState] = RequestQueue()
+        self._decodes: dict[RequestId, RequestState] = {}
         self.waiting: Mapping[RequestId, RequestView] = MappingProxyType(self._waiting)
         self.running: Mapping[RequestId, RequestView] = MappingProxyType(self._running)
         self.prefills: Mapping[RequestId, RequestView] = MappingProxyType(self._prefills)
@@ -244,107 +246,107 @@ class Queues:
         self.decoding_context = 0
         self.prefill_backlog = 0
 
-    def file(self, record: Record) -> None:
+    def file(self, state: RequestState) -> None:
         """Brings the queues up to date with a request that changed; its place in them stays."""
-        if record.prefilling:
-            self._file_prefill(record)
+        if state.prefilling:
+            self._file_prefill(state)
             return
-        is_decoding = record.num_known + record.num_on_way < record.num_longest
-        if is_decoding != record.is_decoding:
-            self._count(record, is_decoding, backlog=0)
+        is_decoding = state.num_known + state.num_on_way < state.num_longest
+        if is_decoding != state.is_decoding:
+            self._count(state, is_decoding, backlog=0)
         if (
             is_decoding
-            and record.num_on_way < self._max_on_way
-            and not (self._one_in_flight and record.num_outstanding)
+            and state.num_on_way < self._max_on_way
+            and not (self._one_in_flight and state.num_outstanding)
         ):
-            self._decodes[record.id] = record
+            self._decodes[state.id] = state
 
-    def plan(self, record: Record, num_tokens: int, index: int) -> bool:
+    def plan(self, state: RequestState, num_tokens: int, index: int) -> bool:
         """The next positions of a request are in microbatch `index`; whether it samples a token of
         them. A decode goes to the back."""
-        record.num_planned += num_tokens
-        record.num_outstanding += 1
-        if record.prefilling:
-            return self._plan_prefill(record, index)
-        record.num_on_way += 1
-        record.token_from = index
-        record.context += 1
+        state.num_planned += num_tokens
+        state.num_outstanding += 1
+        if state.prefilling:
+            return self._plan_prefill(state, index)
+        state.num_on_way += 1
+        state.token_from = index
+        state.context += 1
         self.decoding_context += 1
-        del self._decodes[record.id]
-        self.file(record)
+        del self._decodes[state.id]
+        self.file(state)
         return True
 
-    def admit(self, record: Record) -> None:
-        self._waiting.discard(record.id)
-        record.running = True
-        self._running.put(record.id, record, record.precedence)
-        self.file(record)
+    def admit(self, state: RequestState) -> None:
+        self._waiting.discard(state.id)
+        state.running = True
+        self._running.put(state.id, state, state.precedence)
+        self.file(state)
 
-    def hold(self, record: Record, until: Record) -> None:
+    def hold(self, state: RequestState, until: RequestState) -> None:
         """Keeps a request back until the prompt of another is planned, or that one ended."""
-        until.held += (record,)
+        until.held += (state,)
 
-    def let_go(self, record: Record) -> None:
+    def let_go(self, state: RequestState) -> None:
         """Those that this request held back came with it: they go to the front."""
-        for held in sorted(record.held, key=lambda held: -held.number):
+        for held in sorted(state.held, key=lambda held: -held.number):
             if not held.finished:
                 self.to_front(held)
-        record.held = ()
+        state.held = ()
 
-    def to_front(self, record: Record) -> None:
+    def to_front(self, state: RequestState) -> None:
         """A request that runs no longer waits again, before all others of its precedence."""
-        self.drop(record)
-        self.file(record)
-        self._waiting.to_front(record.id)
+        self.drop(state)
+        self.file(state)
+        self._waiting.to_front(state.id)
 
-    def drop(self, record: Record) -> None:
+    def drop(self, state: RequestState) -> None:
         """Takes the request out of every queue."""
         for queue in (self._waiting, self._running, self._prefills):
-            queue.discard(record.id)
-        self._decodes.pop(record.id, None)
-        self._count(record, is_decoding=False, backlog=0)
+            queue.discard(state.id)
+        self._decodes.pop(state.id, None)
+        self._count(state, is_decoding=False, backlog=0)
 
-    def plannable(self, request_id: RequestId, num_tokens: int) -> Record:
+    def plannable(self, request_id: RequestId, num_tokens: int) -> RequestState:
         """The request, if that many positions of it may be planned now. Raises LookupError."""
-        record = self._decodes.get(request_id)
-        if record is not None and num_tokens == 1:
-            return record
-        record = record or self._prefills.get(request_id)
-        if record is None:
+        state = self._decodes.get(request_id)
+        if state is not None and num_tokens == 1:
+            return state
+        state = state or self._prefills.get(request_id)
+        if state is None:
             raise LookupError(
                 f"runs request {request_id}, which does not run or, by the policy's traits, has to "
                 "wait for what is outstanding"
             )
-        most = record.num_unplanned if record.prefilling else 1
+        most = state.num_unplanned if state.prefilling else 1
         if not 1 <= num_tokens <= most:
             raise LookupError(f"runs {num_tokens} positions of request {request_id}, not 1..{most}")
-        return record
+        return state
 
-    def _plan_prefill(self, record: Record, index: int) -> bool:
-        self._count(record, is_decoding=False, backlog=record.num_unplanned)
-        is_last = not record.num_unplanned
+    def _plan_prefill(self, state: RequestState, index: int) -> bool:
+        self._count(state, is_decoding=False, backlog=state.num_unplanned)
+        is_last = not state.num_unplanned
         if is_last:
-            record.prefilling = False
-            record.num_on_way += 1
-            record.token_from = index
-            self.let_go(record)
+            state.prefilling = False
+            state.num_on_way += 1
+            state.token_from = index
+            self.let_go(state)
         if is_last or not self._chunks_follow:
-            self._prefills.discard(record.id)
-        self.file(record)
+            self._prefills.discard(state.id)
+        self.file(state)
         return is_last
 
-    def _file_prefill(self, record: Record) -> None:
-        self._count(record, is_decoding=False, backlog=record.num_unplanned)
-        if not record.running:
-            self._waiting.put(record.id, record, record.precedence)
-        elif not record.num_outstanding or self._chunks_follow:
-            self._prefills.put(record.id, record, record.precedence)
+    def _file_prefill(self, state: RequestState) -> None:
+        self._count(state, is_decoding=False, backlog=state.num_unplanned)
+        if not state.running:
+            self._waiting.put(state.id, state, state.precedence)
+        elif not state.num_outstanding or self._chunks_follow:
+            self._prefills.put(state.id, state, state.precedence)
 
-    def _count(self, record: Record, is_decoding: bool, backlog: int) -> None:
-        context = record.num_planned if is_decoding else 0
-        self.num_decoding += is_decoding - record.is_decoding
-        self.decoding_context += context - record.context
-        self.prefill_backlog += backlog - record.backlog
-        record.is_decoding = is_decoding
-        record.context = context
-        record.backlog = backlog
+    def _count(self, state: RequestState, is_decoding: bool, backlog: int) -> None:
+        context = state.num_planned if is_decoding else 0
+        self.num_decoding += is_decoding - state.is_decoding
+        self.decoding_context += context - state.context
+        self.prefill_backlog += backlog - state.backlog
+        state.is_decoding = is_decoding
+        state.context = context
+        state.backlog = backlog

@@ -188,7 +188,7 @@ class Driver:
                     self._num_spans_due -= 1
                     self.journal.computed(span)
                     self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
-                case control.Pong(sent_s, remote_s):  # of another machine
+                case control.HeartbeatAnswer(sent_s, remote_s):  # of another machine
                     if self.topology.speaks(received.rank):
                         stage = self.topology.stage_of(received.rank)
                         self.journal.pinged(Ping(stage, sent_s, remote_s, received.at_s))

@@ -45,13 +45,13 @@ class Gone(NamedTuple):
     """A rank's keeper is gone, and its stage with it: there is nobody who could start another."""
 
 
-Event = Joined | Sized | Ready | Lost | Gone
+FleetEvent = Joined | Sized | Ready | Lost | Gone
 
 
 class Received(NamedTuple):
     """One of those, or what a stage or a keeper said."""
 
-    message: control.FromStage | control.FromKeeper | Event
+    message: control.FromStage | control.FromKeeper | FleetEvent
     rank: int
     """Whose; of `Sized` and `Ready`, rank 0."""
     at_s: float

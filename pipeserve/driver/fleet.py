@@ -20,11 +20,11 @@ import msgspec
 from pipeserve.configs import RunConfig
 from pipeserve.configs.addresses import join_address, split_address
 from pipeserve.core.topology import Topology
-from pipeserve.driver.events import Event, Gone, Joined, Lost, Ready, Received, Sized
+from pipeserve.driver.events import FleetEvent, Gone, Joined, Lost, Ready, Received, Sized
 from pipeserve.driver.joining import find_secret, listen, why_not
 from pipeserve.driver.spawned_keepers import SpawnedKeepers
-from pipeserve.driver.starting import Start, links_of
-from pipeserve.driver.watching import Watch
+from pipeserve.driver.starting import StartProgress, links_of
+from pipeserve.driver.watching import FleetWatch
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.listener import Listener, is_wildcard
@@ -73,13 +73,13 @@ class Fleet:
         self._keeper_of: dict[int, Connection] = {}
         self._stages: dict[int, Connection] = {}
         self._rank_of: dict[Source, int] = {}
-        self._start: Start | None = None
+        self._start: StartProgress | None = None
         """Of this epoch; None before the first."""
         self._lost: set[int] = set()
         """Ranks whose loss in this epoch was reported."""
         self._unread: list[Received] = []
         self._spawned = SpawnedKeepers()
-        self._watch = Watch(
+        self._watch = FleetWatch(
             topology,
             config.heartbeat_interval,
             self.keepers,
@@ -130,7 +130,7 @@ class Fleet:
             self._let_go(self._stages.pop(rank))
         self._lost.clear()
         self._watch.start_again()
-        self._start = Start(self.topology, self.keepers, self.config.load_timeout, now)
+        self._start = StartProgress(self.topology, self.keepers, self.config.load_timeout, now)
         for rank, job in enumerate(jobs):
             self._tell_keeper(rank, job)
 
@@ -206,13 +206,13 @@ class Fleet:
                 self._take_in(message, source, epoch)
             return
         if epoch != self.epoch:
-            if isinstance(message, control.Pong):  # a keeper outlives an epoch
+            if isinstance(message, control.HeartbeatAnswer):  # a keeper outlives an epoch
                 self._watch.answered(rank)
             return
         match message:
             case control.Sampled() | control.Timing() | control.Memory():
                 came.append(Received(message, rank, at_s, epoch))
-            case control.Pong():
+            case control.HeartbeatAnswer():
                 self._watch.answered(rank)
                 if self._start is not None:
                     self._start.loading.moved(rank, message.num_moved, at_s)
@@ -267,9 +267,9 @@ class Fleet:
         if late is not None:
             self._happened(late[1], late[0], now, came)
         for rank in self._watch.to_ask(now):
-            self._tell_keeper(rank, control.Ping(time.monotonic()))
+            self._tell_keeper(rank, control.Heartbeat(time.monotonic()))
 
-    def _happened(self, event: Event, rank: int, at_s: float, came: list[Received]) -> None:
+    def _happened(self, event: FleetEvent, rank: int, at_s: float, came: list[Received]) -> None:
         """Tell it, once."""
         match event:
             case Lost():

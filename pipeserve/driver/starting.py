@@ -40,7 +40,7 @@ def jobs_of(
     return jobs
 
 
-class Start:
+class StartProgress:
     """How far it is."""
 
     def __init__(

@@ -26,7 +26,7 @@ class _Exit(NamedTuple):
     at_s: float
 
 
-class Watch:
+class FleetWatch:
     """Of all keepers and stages of one pipeline. Reads no clock."""
 
     def __init__(

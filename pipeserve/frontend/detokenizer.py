@@ -4,8 +4,8 @@ import codecs
 from collections.abc import Sequence
 from itertools import islice
 
-from pipeserve.core.nouns import SamplingParams
 from pipeserve.frontend.tokenizer import Tokenizer
+from pipeserve.sampling_params import SamplingParams
 
 _REPLACED = "\ufffd"  # what a decoder writes for bytes that are no character
 _CONTEXT_TOKENS = 5  # of the prompt, which the first decode sees; as many as vLLM and TGI take

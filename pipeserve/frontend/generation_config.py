@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeserve.configs import RunConfig
-from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.frontend.params import check_params
+from pipeserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pipeserve.frontend.tokenizer import Tokenizer

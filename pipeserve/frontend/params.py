@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeserve.configs.recipes import check_keys
 from pipeserve.errors import ConfigError
-from pipeserve.sampling_params import MAX_SEED, OPTIONS, REFUSED, Limits, Option, SamplingParams
+from pipeserve.sampling_params import MAX_SEED, OPTIONS, REFUSED, Bounds, Option, SamplingParams
 
 PARAM_NAMES = (*(option.name for option in OPTIONS), *REFUSED)
 _MAX_DIGITS = 10  # of a token id, which is 31 bits at most
@@ -112,7 +112,7 @@ def seeded(
 # ---- one value ----------------------------------------------------------------------------------
 
 
-def _whole(name: str, value: Any, limits: Limits, vocab_size: int | None) -> int:
+def _whole(name: str, value: Any, limits: Bounds, vocab_size: int | None) -> int:
     if type(value) is not int:
         raise ConfigError(f"{name} is {value!r}, must be a whole number")
     if limits.or_all and value == -1:
@@ -124,7 +124,7 @@ def _whole(name: str, value: Any, limits: Limits, vocab_size: int | None) -> int
     return value
 
 
-def _number(name: str, value: Any, limits: Limits, vocab_size: int | None) -> float:
+def _number(name: str, value: Any, limits: Bounds, vocab_size: int | None) -> float:
     if not _is_finite(value):
         raise ConfigError(f"{name} is {value!r}, must be a finite number")
     if not limits.allow(value):
@@ -152,7 +152,7 @@ def _token_ids(name: str, value: Any, limits: None, vocab_size: int | None) -> t
 
 
 def _numbers_of_tokens(
-    name: str, value: Any, limits: Limits, vocab_size: int | None
+    name: str, value: Any, limits: Bounds, vocab_size: int | None
 ) -> dict[int, float]:
     """JSON has no keys but text, so "123" is 123."""
     if not isinstance(value, Mapping):

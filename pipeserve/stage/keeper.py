@@ -19,7 +19,7 @@ import msgspec
 from pipeserve.machine import boot_id, native_dtypes, num_cpus
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.control import NotWanted, Ping, StartStage, Stop
+from pipeserve.wire.control import Heartbeat, NotWanted, StartStage, Stop
 from pipeserve.wire.secret import VARIABLE
 from pipeserve.wire.sources import Descriptor, Source, Sources
 
@@ -140,9 +140,9 @@ class Keeper:
             case NotWanted():
                 self._say(f"not wanted by the driver at {self.address}: {message.why}")
                 self.exit_code = 2
-            case Ping():
+            case Heartbeat():
                 now = time.monotonic()
-                self._tell(control.Pong(message.sent_s, now, self._num_moved()))
+                self._tell(control.HeartbeatAnswer(message.sent_s, now, self._num_moved()))
 
     def _start(self, job: StartStage, epoch: int) -> None:
         self.epoch = epoch

@@ -23,7 +23,7 @@ from pipeserve.stage.sequences import Sequences
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Connect, ReportMemory, StartStage, Step, TakeMemory
-from pipeserve.wire.links import send_tokens, unpack_tokens
+from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.sources import Sources
 
 
@@ -140,7 +140,7 @@ class StageLoop:
                     self.compute.links.came(messages, seen_s)
                 case "tokens":
                     for message in messages:
-                        self.sequences.take_tokens(*unpack_tokens(message), seen_s)
+                        self.sequences.take_tokens(*unpack_sampled(message), seen_s)
         if self.neighbours.is_connecting:
             self._look_at_neighbours()
         if self.driver.has_ended:

@@ -66,8 +66,8 @@ class NotWanted(_Message):
     why: str
 
 
-class Ping(_Message):
-    """Ask for `Pong` at once: whether the keeper is there, and what its clock says."""
+class Heartbeat(_Message):
+    """Ask for `HeartbeatAnswer` at once: whether the keeper is there, and what its clock says."""
 
     sent_s: float
 
@@ -118,11 +118,11 @@ class KeeperHello(_Message):
     """What its CPU multiplies natively (`machine.native_dtypes`)."""
 
 
-class Pong(_Message):
+class HeartbeatAnswer(_Message):
     """A heartbeat. None is sent unasked: what a driver that rests does not read would pile up."""
 
     sent_s: float
-    """Of the `Ping`, by the driver's clock."""
+    """Of the `Heartbeat`, by the driver's clock."""
     remote_s: float
     """By the keeper's."""
     num_moved: int
@@ -282,9 +282,9 @@ class StageFailed(_Message):
     is_user_error: bool
 
 
-ToKeeper = StartStage | Stop | NotWanted | Ping
+ToKeeper = StartStage | Stop | NotWanted | Heartbeat
 ToStage = TakeMemory | Connect | Step | ReportMemory
-FromKeeper = Pong | StageExited
+FromKeeper = HeartbeatAnswer | StageExited
 FromStage = StageSized | Loading | StageReady | Connected | Sampled | Timing | Memory | StageFailed
 ToDriver = KeeperHello | StageHello | FromKeeper | FromStage
 

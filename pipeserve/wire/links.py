@@ -112,7 +112,7 @@ def send_tokens(first_stage: Connection, index: int, tokens: list[int], counts: 
     first_stage.send(_TOKENS.pack(index, len(tokens)) + ids + counts)
 
 
-def unpack_tokens(message: bytes | bytearray) -> tuple[int, list[int], bytes]:
+def unpack_sampled(message: bytes | bytearray) -> tuple[int, list[int], bytes]:
     """The microbatch's index, its sampled ids, and how many are of each chunk."""
     index, num_tokens = _TOKENS.unpack_from(message)
     stop = _TOKENS.size + num_tokens * _ID_SIZE

@@ -17,7 +17,7 @@ from pipeserve.profiling.advice.changes import Change, choices, wishes
 from pipeserve.profiling.advice.recorded_times import Fitted, fit
 from pipeserve.profiling.advice.replay import (
     Figures,
-    Load,
+    RecordedLoad,
     Setting,
     load_of,
     recorded_figures,
@@ -139,7 +139,9 @@ def advise(
 class _Trials:
     """Replays of one recording. Those without a change are kept."""
 
-    def __init__(self, setting: Setting, fitted: Fitted, load: Load, recorded: Figures) -> None:
+    def __init__(
+        self, setting: Setting, fitted: Fitted, load: RecordedLoad, recorded: Figures
+    ) -> None:
         self._setting, self._fitted, self._load = setting, fitted, load
         self._recorded = recorded
         self._unchanged: dict[int, Figures] = {}
@@ -195,7 +197,7 @@ def _blocks_are_given(recording: Recording) -> bool:
     return recording.meta.get("config", {}).get("num_gpu_blocks_override") is not None
 
 
-def _notes(recording: Recording, load: Load) -> Iterator[str]:
+def _notes(recording: Recording, load: RecordedLoad) -> Iterator[str]:
     if load.stop_s < inf:
         seconds = load.stop_s - load.arrivals[0].arrival_s
         yield (

@@ -78,7 +78,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class RecordedLoad:
     """The requests of a recording, as far as they are replayed. Times in seconds of its clock."""
 
     arrivals: tuple[Arrival, ...]
@@ -88,14 +88,14 @@ class Load:
     stop_s: float
     """What comes later is counted neither in the recording nor in a replay; inf: all is."""
 
-    def at_once(self) -> "Load":
+    def at_once(self) -> "RecordedLoad":
         """Every request comes with the first."""
         start_s = self.arrivals[0].arrival_s
         arrivals = [arrival._replace(arrival_s=start_s) for arrival in self.arrivals]
         return replace(self, arrivals=tuple(arrivals))
 
 
-def load_of(recording: Recording, most_chunks: int) -> Load:
+def load_of(recording: Recording, most_chunks: int) -> RecordedLoad:
     """The first requests of a recording, up to `most_chunks` planned chunks.
 
     Raises ConfigError when none of them reached a token.
@@ -115,7 +115,7 @@ def load_of(recording: Recording, most_chunks: int) -> Load:
             cached.append(min(starts.get(arrived.request_id, 0), prompt - 1))
     if not arrivals:
         raise ConfigError("no request of the recording reached a token: nothing can be replayed")
-    return Load(tuple(arrivals), tuple(cached), stop_s)
+    return RecordedLoad(tuple(arrivals), tuple(cached), stop_s)
 
 
 def _stop_s(recording: Recording, most_chunks: int) -> float:
@@ -131,7 +131,7 @@ def _stop_s(recording: Recording, most_chunks: int) -> float:
 
 
 def replay(
-    setting: Setting, fitted: Fitted, load: Load, tweak: Tweak | None = None, seed: int = 0
+    setting: Setting, fitted: Fitted, load: RecordedLoad, tweak: Tweak | None = None, seed: int = 0
 ) -> Figures:
     """Serves the load. Raises ConfigError and CapacityError for a setting that cannot."""
     times = RecordedTimes(fitted, setting.num_layers, tweak, seed)
@@ -168,7 +168,7 @@ class _Replayed(SimulatedPipeline):
 def figures(
     records: Sequence[RequestRecord],
     spans: Sequence[Sequence[tuple[float, float]]],
-    load: Load,
+    load: RecordedLoad,
 ) -> Figures:
     """Of requests with a token each and of each stage's computes (start, end), up to the load's
     stop."""
@@ -187,7 +187,7 @@ def figures(
     )
 
 
-def recorded_figures(recording: Recording, load: Load) -> Figures:
+def recorded_figures(recording: Recording, load: RecordedLoad) -> Figures:
     """What was recorded of the load."""
     spans = [[(span.start_s, span.end_s) for span in of_stage] for of_stage in recording.spans]
     most_tokens = max([span.num_tokens for span in recording.spans[0]], default=0)

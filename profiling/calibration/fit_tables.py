@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeserve.core.cost.kernels import Attention, Points, Tables
+from pipeserve.core.cost.kernels import AttentionCost, Points, Tables
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.errors import ConfigError
@@ -38,7 +38,7 @@ class Fit:
     """What calibration found."""
 
     tables: Tables
-    attention: Attention
+    attention: AttentionCost
     host_s: float
     median_error: float
     """Of held-out observations, the median of |predicted / observed - 1|."""
@@ -137,12 +137,12 @@ class _Columns:
             embedding=((1, per_token), (most, most * per_token)),
         )
 
-    def attention(self, found: np.ndarray) -> Attention:
+    def attention(self, found: np.ndarray) -> AttentionCost:
         def rate(name: str) -> float:
             seconds = self.value(found, name)
             return 1 / seconds if seconds > 0 else _NO_COST
 
-        return Attention(
+        return AttentionCost(
             prefill_overhead_s=self.value(found, "chunk"),
             prefill_values_per_s=_NO_COST,
             prefix_flops_per_s=rate("prefix"),

@@ -59,7 +59,7 @@ from pipeserve.profiling.recording.recording import Recording
 _KEPT = 4096
 """Microbatches whose vectors are remembered: more than are ever outstanding."""
 
-Event = tuple[Vector, float]
+PathEvent = tuple[Vector, float]
 """What led to it, and when; the first 14 components sum to the time since the start."""
 
 
@@ -76,7 +76,7 @@ class Idle(NamedTuple):
 
 
 class Walk:
-    """Event after event of a recording, in the order of microbatches and stages."""
+    """PathEvent after event of a recording, in the order of microbatches and stages."""
 
     def __init__(self, recording: Recording) -> None:
         num_stages = recording.num_stages
@@ -86,10 +86,10 @@ class Walk:
         self.is_whole = _is_whole(recording)
         self.start_s, self.stop_s = _bounds(recording, self.is_whole)
         self.model = StepParts.fit(recording)
-        origin: Event = [0.0] * SIZE, self.start_s
+        origin: PathEvent = [0.0] * SIZE, self.start_s
         self.sent = origin
         """The latest plan."""
-        self.ends: list[dict[int, Event]] = [{} for _ in recording.spans]
+        self.ends: list[dict[int, PathEvent]] = [{} for _ in recording.spans]
         self.last = [origin] * num_stages
         """The latest end on each stage."""
         self.last_parts: list[Vector | None] = [None] * num_stages
@@ -211,7 +211,7 @@ class Walk:
         vector, there_s = self.last[stage]
         return later(vector, UNKNOWN, time_s - there_s)
 
-    def _end(self, span: Span, event: Event) -> None:
+    def _end(self, span: Span, event: PathEvent) -> None:
         """No moment counts twice, also where damaged spans overlap or run backwards."""
         stage = span.stage
         self.ends[stage][span.index] = event
@@ -221,7 +221,7 @@ class Walk:
         self.busy_s[stage] += max(end_s - begin_s, 0.0)
         self.last[stage] = event[0], max(span.end_s, span.start_s, free_s)
 
-    def _received(self, index: int) -> Event:
+    def _received(self, index: int) -> PathEvent:
         """The driver took up a result: when it came, or when the driver had done what it was at:
         the latest plan, or, where that was sent before, something that kept it for a while."""
         completed, event = self.completed.get(index), self.ends[-1].get(index)

@@ -29,7 +29,7 @@ _SHARES = 255  # a whole interval
 _MOST = 2.0**53  # of JavaScript's whole numbers; what is beyond is damaged
 
 
-class Columns:
+class PackedColumns:
     """Arrays, put behind each other into one piece of text."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ def pack(data: bytes) -> str:
     return base64.b64encode(zlib.compress(data, 6)).decode("ascii")
 
 
-class Clock(NamedTuple):
+class PageClock(NamedTuple):
     """Seconds of the recording as ticks of the page."""
 
     start_s: float
@@ -67,7 +67,7 @@ class Clock(NamedTuple):
     stop: int
 
     @classmethod
-    def of(cls, ledger: Ledger) -> "Clock":
+    def of(cls, ledger: Ledger) -> "PageClock":
         tick_s = 1e-6
         while ledger.seconds / tick_s > _MAX_TICKS:
             tick_s *= 10
@@ -91,7 +91,12 @@ def microbatch_indices(recording: Recording) -> np.ndarray:
 
 
 def add_stage(
-    columns: Columns, name: str, spans: list[Span], idle: list[Idle], clock: Clock, all_: np.ndarray
+    columns: PackedColumns,
+    name: str,
+    spans: list[Span],
+    idle: list[Idle],
+    clock: PageClock,
+    all_: np.ndarray,
 ) -> None:
     """A stage's blocks, and what the gap before each is put down to; the last gap is the end."""
     spans = sorted(spans, key=lambda span: span.start_s)
@@ -105,7 +110,9 @@ def add_stage(
     _add_shares(columns, name, np.array(rows))
 
 
-def add_driver(columns: Columns, recording: Recording, clock: Clock, all_: np.ndarray) -> None:
+def add_driver(
+    columns: PackedColumns, recording: Recording, clock: PageClock, all_: np.ndarray
+) -> None:
     """Plans made and completions taken up."""
     blocks = [(p.start_s, p.sent_s, p.index, PLANNING) for p in recording.planned]
     blocks += [(c.received_s, c.done_s, c.index, COMPLETING) for c in recording.completed]
@@ -117,12 +124,12 @@ def add_driver(columns: Columns, recording: Recording, clock: Clock, all_: np.nd
 
 
 def _add_blocks(
-    columns: Columns,
+    columns: PackedColumns,
     name: str,
     starts: np.ndarray,
     ends: np.ndarray,
     places: np.ndarray,
-    clock: Clock,
+    clock: PageClock,
 ) -> None:
     ends = np.maximum.accumulate(np.maximum(ends, starts))
     before = np.concatenate([[0], ends])
@@ -132,7 +139,7 @@ def _add_blocks(
     columns.add(f"{name}.place", places)
 
 
-def _add_shares(columns: Columns, name: str, seconds: np.ndarray) -> None:
+def _add_shares(columns: PackedColumns, name: str, seconds: np.ndarray) -> None:
     """For each gap: how many causes it has, which, and the share of each in 255ths."""
     totals = seconds.sum(axis=1, keepdims=True)
     parts = seconds / np.where(totals > 0, totals, 1.0) * _SHARES
@@ -146,7 +153,7 @@ def _add_shares(columns: Columns, name: str, seconds: np.ndarray) -> None:
     columns.add(f"{name}.share", shares[present])
 
 
-def add_microbatches(columns: Columns, recording: Recording, all_: np.ndarray) -> None:
+def add_microbatches(columns: PackedColumns, recording: Recording, all_: np.ndarray) -> None:
     """Index, kind and tokens of each, by place."""
     kinds = np.full(len(all_), UNKNOWN, np.uint8)
     tokens = np.zeros(len(all_), np.int64)
@@ -170,7 +177,9 @@ def _num_tokens(planned: Planned) -> int:
     return sum([chunk.stop - chunk.start for chunk in planned.chunks])
 
 
-def add_queues(columns: Columns, recording: Recording, num_blocks: int, clock: Clock) -> None:
+def add_queues(
+    columns: PackedColumns, recording: Recording, num_blocks: int, clock: PageClock
+) -> None:
     """What stood after each plan: KV blocks in use, requests that run and that wait."""
     planned = recording.planned
     times = np.maximum.accumulate(clock.ticks([plan.sent_s for plan in planned]))
@@ -184,7 +193,7 @@ def add_queues(columns: Columns, recording: Recording, num_blocks: int, clock: C
 # ---- details ----------------------------------------------------------------------------------
 
 
-def details(recording: Recording, clock: Clock, all_: np.ndarray) -> Iterator[str]:
+def details(recording: Recording, clock: PageClock, all_: np.ndarray) -> Iterator[str]:
     """What the page shows of a single microbatch, `BLOCK` of them a line; read when wanted."""
     plans = {plan.index: plan for plan in recording.planned}
     completed = {done.index: done for done in recording.completed}
@@ -204,7 +213,7 @@ def details(recording: Recording, clock: Clock, all_: np.ndarray) -> Iterator[st
         yield pack(msgspec.json.encode(block))
 
 
-def _plan_row(plan: Planned, done: Completed | None, clock: Clock) -> list[Any]:
+def _plan_row(plan: Planned, done: Completed | None, clock: PageClock) -> list[Any]:
     moments = clock.ticks([plan.woken_s, plan.start_s, plan.sent_s]).tolist()
     predicted = [round(seconds / clock.tick_s) for seconds in plan.predicted_s]
     taken_up = done and clock.ticks([done.waiting_s, done.received_s, done.done_s]).tolist()
@@ -215,7 +224,7 @@ class _StageDetails:
     """What a stage's spans tell beside start and end, by place; times relative to these, so that
     numbers are short."""
 
-    def __init__(self, spans: list[Span], clock: Clock, all_: np.ndarray) -> None:
+    def __init__(self, spans: list[Span], clock: PageClock, all_: np.ndarray) -> None:
         times = np.array([span[3:11] for span in spans], float).reshape(-1, 8).T
         plan, input_, start, head, end, sent, cpu, _ = times
         lengths = {

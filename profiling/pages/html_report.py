@@ -45,10 +45,10 @@ def write_report(path: str | Path, recording: Recording, ledger: Ledger) -> None
 
 def page(recording: Recording, ledger: Ledger) -> str:
     """The whole page as text. `recording` is on the driver's clock, as `explain` takes it."""
-    clock = html_data.Clock.of(ledger)
+    clock = html_data.PageClock.of(ledger)
     indices = html_data.microbatch_indices(recording)
-    columns = html_data.Columns()
-    num_blocks = num_kv_blocks(recording)
+    columns = html_data.PackedColumns()
+    num_blocks = recorded_kv_blocks(recording)
     for stage, (spans, idle) in enumerate(zip(recording.spans, ledger.idle, strict=True)):
         html_data.add_stage(columns, f"stage{stage}", spans, idle, clock, indices)
     html_data.add_driver(columns, recording, clock, indices)
@@ -122,7 +122,7 @@ def title_of(recording: Recording) -> str:
     return f"{model} on {stages} stage{'s' if stages != 1 else ''}"
 
 
-def num_kv_blocks(recording: Recording) -> int:
+def recorded_kv_blocks(recording: Recording) -> int:
     """Of a stage; by what was free at most where the recording does not say."""
     limits = recording.meta.get("limits") or {}
     free = max((planned.num_free_blocks for planned in recording.planned), default=0)

@@ -27,7 +27,7 @@ _KINDS = ("decode", "mixed", "prefill")
 _COLOURS = ("thread_state_running", "thread_state_runnable", "rail_response")
 _NAMES = tuple(CAUSES)
 
-Event = dict[str, Any]
+TraceEvent = dict[str, Any]
 
 
 def write_perfetto(path: str | Path, recording: Recording, ledger: Ledger) -> None:
@@ -41,7 +41,7 @@ def write_perfetto(path: str | Path, recording: Recording, ledger: Ledger) -> No
         file.write(b"\n]}\n")
 
 
-def events(recording: Recording, ledger: Ledger) -> Iterator[Event]:
+def events(recording: Recording, ledger: Ledger) -> Iterator[TraceEvent]:
     """All events; times are since the first arrival."""
     yield from _names(recording)
     planned = {plan.index: plan for plan in recording.planned}
@@ -62,7 +62,7 @@ def events(recording: Recording, ledger: Ledger) -> Iterator[Event]:
         yield {"ph": "i", "s": "p", "name": f"fault: {fault.reason}", **at}
 
 
-def _names(recording: Recording) -> Iterator[Event]:
+def _names(recording: Recording) -> Iterator[TraceEvent]:
     meta = recording.meta
     config = meta.get("config") or {}
     model = meta.get("model") or config.get("model") or "pipeserve"
@@ -73,23 +73,23 @@ def _names(recording: Recording) -> Iterator[Event]:
         yield _meta("thread_sort_index", thread, sort_index=thread)
 
 
-def _meta(what: str, thread: int, **args: Any) -> Event:
+def _meta(what: str, thread: int, **args: Any) -> TraceEvent:
     return {"ph": "M", "name": what, "pid": _RUN, "tid": thread, "args": args}
 
 
-def _plan(plan: Planned, start_s: float) -> Event:
+def _plan(plan: Planned, start_s: float) -> TraceEvent:
     args = {"microbatch": plan.index, "waited for": plan.waited_for or "nothing"}
     if plan.after >= 0:
         args["woken by"] = plan.after
     return _slice("plan", "driver", _DRIVER, plan.start_s, plan.sent_s, start_s, args)
 
 
-def _completion(done: Completed, start_s: float) -> Event:
+def _completion(done: Completed, start_s: float) -> TraceEvent:
     args = {"microbatch": done.index}
     return _slice("result", "driver", _DRIVER, done.received_s, done.done_s, start_s, args)
 
 
-def _microbatch(span: Span, plan: Planned | None, start_s: float) -> Event:
+def _microbatch(span: Span, plan: Planned | None, start_s: float) -> TraceEvent:
     args: dict[str, Any] = {"microbatch": span.index, "tokens": span.num_tokens}
     name, colour = f"{span.index}", {}
     if plan is not None:
@@ -105,7 +105,7 @@ def _microbatch(span: Span, plan: Planned | None, start_s: float) -> Event:
     return {**_slice(name, "microbatch", *where), **colour}
 
 
-def _idle(interval: Idle, start_s: float) -> Event:
+def _idle(interval: Idle, start_s: float) -> TraceEvent:
     """Named by the largest cause; the others are among its arguments, in ms."""
     seconds = interval.seconds
     largest = max(range(len(seconds)), key=seconds.__getitem__)
@@ -120,7 +120,7 @@ def _idle(interval: Idle, start_s: float) -> Event:
 
 def _slice(
     name: str, kind: str, thread: int, from_s: float, to_s: float, start_s: float, args: Any
-) -> Event:
+) -> TraceEvent:
     from_us = _us(from_s, start_s)
     length = {"ts": from_us, "dur": max(round(_us(to_s, start_s) - from_us, 3), 0.0)}
     return {
@@ -134,7 +134,7 @@ def _slice(
     }
 
 
-def _arrows(recording: Recording, start_s: float) -> Iterator[Event]:
+def _arrows(recording: Recording, start_s: float) -> Iterator[TraceEvent]:
     """From the plan through the stages to the result; a step is bound to the slice around it."""
     steps: dict[int, list[tuple[float, int]]] = {}
     for plan in recording.planned:
@@ -155,7 +155,7 @@ def _arrows(recording: Recording, start_s: float) -> Iterator[Event]:
             yield {"ph": phase, "name": "microbatch", "cat": "way", **at, **end}
 
 
-def _counters(plan: Planned, start_s: float) -> Iterator[Event]:
+def _counters(plan: Planned, start_s: float) -> Iterator[TraceEvent]:
     at = {"ph": "C", "ts": _us(plan.sent_s, start_s), "pid": _RUN}
     yield {"name": "free KV blocks", **at, "args": {"blocks": plan.num_free_blocks}}
     requests = {"running": plan.num_running, "waiting": plan.num_waiting}

@@ -39,7 +39,7 @@ class Ceiling:
 
 
 @dataclass(frozen=True, slots=True)
-class Mix:
+class MeanRequest:
     """Means of a workload, in tokens."""
 
     prompt: float
@@ -51,11 +51,11 @@ class Mix:
     """Positions that a decode reads, on average over decodes; also the KV of a running one."""
 
 
-def mix_of(lengths: Sequence[tuple[int, int]]) -> Mix:
+def mix_of(lengths: Sequence[tuple[int, int]]) -> MeanRequest:
     """`lengths`: (prompt tokens, output tokens) of each request."""
     num = len(lengths)
     prompts, decodes = sum(p for p, _ in lengths), sum(o - 1 for _, o in lengths)
-    return Mix(
+    return MeanRequest(
         prompts / num,
         decodes / num,
         sum(p * p for p, _ in lengths) / 2 / prompts,
@@ -102,7 +102,7 @@ def ceiling(
     return best
 
 
-def _seconds(times: StageTimes, mix: Mix, num_tokens: int) -> float:
+def _seconds(times: StageTimes, mix: MeanRequest, num_tokens: int) -> float:
     """Of the slowest stage, for the mix's own proportion at its mean contexts. All prefill tokens
     are one chunk, which is cheapest, with the mean context in its middle."""
     num_decodes = round(num_tokens * mix.decodes / (mix.prompt + mix.decodes))

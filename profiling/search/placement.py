@@ -24,7 +24,7 @@ A100_80GB_BYTES = 79.0e9
 175B (`max_num_tokens.csv`): within 3 % of the nine rows that a test holds."""
 
 
-Candidate = TypeVar("Candidate")
+Placed = TypeVar("Placed")
 
 
 class Parallelism(NamedTuple):
@@ -154,7 +154,7 @@ def _divisors(number: int, most: int) -> list[int]:
     return [n for n in range(1, most + 1) if number % n == 0]
 
 
-def _best(candidates: Sequence[Candidate], per_gpu: PerGpu) -> tuple[Candidate, float] | None:
+def _best(candidates: Sequence[Placed], per_gpu: PerGpu) -> tuple[Placed, float] | None:
     """The candidate that serves the most per GPU, the first of equals; None where none serves."""
     best, most = None, 0.0
     for candidate in candidates:

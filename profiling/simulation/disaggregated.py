@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
 
-from pipeserve.core.nouns import Output, Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Output, Request, RequestId
 from pipeserve.core.order import ORDERS, RequestQueue
 from pipeserve.core.request_state import check_fits
 from pipeserve.core.view import Limits
@@ -26,6 +26,7 @@ from pipeserve.profiling.simulation.simulator import (
     request_of,
     served_of,
 )
+from pipeserve.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,20 +17,12 @@ from math import inf
 from typing import NamedTuple
 
 from pipeserve.core.engine import Engine
-from pipeserve.core.nouns import (
-    Microbatch,
-    Output,
-    Request,
-    RequestId,
-    SamplingParams,
-    StepResult,
-    Wait,
-    one_each,
-)
+from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, StepResult, Wait, one_each
 from pipeserve.core.records import Recorder, ignore
 from pipeserve.profiling.recording.summary import RequestRecord
 from pipeserve.profiling.simulation.simulated_records import Flight, Silent, Teller
 from pipeserve.profiling.simulation.stage_times import StageTimes
+from pipeserve.sampling_params import SamplingParams
 
 
 @dataclass(slots=True)
@@ -217,7 +209,7 @@ class Arrival(NamedTuple):
     priority: int = 0
 
 
-def in_order(
+def arrivals_in_order(
     times_s: Sequence[float],
     lengths: Sequence[tuple[int, int]],
     priorities: Sequence[int] = (),

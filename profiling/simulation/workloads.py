@@ -106,7 +106,7 @@ def poisson_times(num_requests: int, rate: float, rng: Random) -> list[float]:
     return times
 
 
-def check_fits(
+def check_within_context(
     index: int, num_prompt: int, num_output: int, max_model_len: int, scale: float = 1.0
 ) -> None:
     """Raise ConfigError for a request that is longer than the context. Lengths in tokens, divided

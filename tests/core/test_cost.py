@@ -7,7 +7,7 @@ from math import exp, inf, sqrt
 import pytest
 
 from pipeserve.core.cost.device import AllReduce, DeviceProfile, Link, Residuals, check_profile
-from pipeserve.core.cost.kernels import Attention, Elementwise, Gemm, Kernels, Tables, products
+from pipeserve.core.cost.kernels import AttentionCost, Elementwise, Gemm, Kernels, Tables, products
 from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.shape import ModelShape
@@ -36,7 +36,7 @@ GEMM = Gemm(
     ramp=0.0,
     num_processors=8,
 )
-ATTENTION = Attention(
+ATTENTION = AttentionCost(
     prefill_overhead_s=1e-5,
     prefill_values_per_s=1e9,
     prefix_flops_per_s=4e12,

@@ -9,7 +9,6 @@ from pipeserve.core.nouns import (
     Output,
     Request,
     RequestId,
-    SamplingParams,
     StageCost,
     StepResult,
     TokenLogprobs,
@@ -19,6 +18,7 @@ from pipeserve.core.nouns import (
 from pipeserve.core.policies import get_policy
 from pipeserve.core.view import Draft, PolicyError, Traits
 from pipeserve.errors import CapacityError, ConfigError
+from pipeserve.sampling_params import SamplingParams
 
 FREE_TRAITS = Traits(plans_ahead=True, chunk_pipelining=True, one_in_flight=False)
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from model_stages import VOCAB
 
 from pipeserve.core.engine import Limits
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Request, RequestId
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.view import Draft, Policy, RequestView, Traits, View
+from pipeserve.sampling_params import SamplingParams
 
 
 class Chaotic:

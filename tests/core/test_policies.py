@@ -7,17 +7,10 @@ import pytest
 
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
-from pipeserve.core.nouns import (
-    Microbatch,
-    Request,
-    RequestId,
-    SamplingParams,
-    StepResult,
-    Wait,
-    one_each,
-)
+from pipeserve.core.nouns import Microbatch, Request, RequestId, StepResult, Wait, one_each
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.errors import ConfigError
+from pipeserve.sampling_params import SamplingParams
 
 
 def make_engine(policy, num_stages, **changes) -> Engine:

@@ -8,9 +8,10 @@ from load_runs import run
 from loads import Fault, Finish, Load
 
 from pipeserve.core.cost.kernels import TILE
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Request, RequestId
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.view import Limits
+from pipeserve.sampling_params import SamplingParams
 
 POOL = 32
 """Positions that the KV cache holds, in blocks of 4."""

@@ -7,12 +7,13 @@ import pytest
 from fake_client import FakeClient
 
 from pipeserve.configs import make_config
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Request, RequestId
 from pipeserve.core.records import Arrived, Ended, Planned
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.frontend.client import Client
 from pipeserve.launch.run.emulated import emulated_setup
+from pipeserve.sampling_params import SamplingParams
 
 CONFIG = {
     "model": "llama2-7b",

@@ -29,7 +29,7 @@ from pipeserve.driver.waiting import wait_for_keepers
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.launch import cli
 from pipeserve.launch.run.emulated import emulated_setup
-from pipeserve.launch.verbs.bench import replay
+from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.simulation.workloads import WorkItem
 from pipeserve.wire import control
 from pipeserve.wire.secret import VARIABLE
@@ -115,7 +115,7 @@ def loss_of(opened, rank, seconds=20.0):
 
 
 def serves(driver):
-    (served,) = replay(driver, ITEMS, "", map(RequestId, count()))
+    (served,) = run_items(driver, ITEMS, "", map(RequestId, count()))
     return len(served.token_times_s) == ITEMS[0].max_tokens
 
 
@@ -448,7 +448,7 @@ def test_a_stopped_stage_that_is_asked_for_its_memory_is_named(monkeypatch):
         control.encode(control.Memory(1), 0),
         # One field more than a Pong has: a list in a list in a list.
         b"\x92\x00\x95"
-        + control.encode(control.Pong(0.0, 0.0, 0), 0)[3:]
+        + control.encode(control.HeartbeatAnswer(0.0, 0.0, 0), 0)[3:]
         + b"\x91" * 5000
         + b"\xc0",
     ],

@@ -106,7 +106,7 @@ def test_it_ends_with_the_driver(driver, ending):
         _, hello = driver.hears(control.decode_keeper_hello)
         assert (hello.rank, hello.world_size, hello.pid) == (0, 1, keeper.pid)
         assert hello.address in ("127.0.0.1", "::1")
-        driver.says(control.Ping(1.5))
+        driver.says(control.Heartbeat(1.5))
         epoch, pong = driver.hears(control.decode_from_keeper)
         assert (epoch, pong.sent_s, pong.num_moved) == (0, 1.5, 0)  # it has no stage yet
         if ending == "stop":

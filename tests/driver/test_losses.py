@@ -7,13 +7,14 @@ import time
 import pytest
 
 from pipeserve.configs import make_config
-from pipeserve.core.nouns import Request, SamplingParams
+from pipeserve.core.nouns import Request
 from pipeserve.core.records import Ended, Fault
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.events import Lost, Received
 from pipeserve.errors import StageError
 from pipeserve.machine import MemoryLimit
+from pipeserve.sampling_params import SamplingParams
 from pipeserve.wire import control
 
 from checkpoints import random_prompts, tiny_llama  # isort: skip

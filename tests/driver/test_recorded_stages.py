@@ -10,13 +10,14 @@ import msgspec
 import pytest
 
 from pipeserve.configs import make_config
-from pipeserve.core.nouns import Request, SamplingParams, StageCost
+from pipeserve.core.nouns import Request, StageCost
 from pipeserve.core.records import Arrived, Ended, Fault, Planned
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import StageError
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.recording.recording import recording_of
+from pipeserve.sampling_params import SamplingParams
 
 from checkpoints import random_prompts, tiny_llama  # isort: skip
 

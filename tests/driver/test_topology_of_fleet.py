@@ -73,7 +73,7 @@ class ByHand:
             for rank in range(4):
                 for payload in self._who[purpose, rank].receive():
                     epoch, message = decode(payload)
-                    if not isinstance(message, control.Ping):
+                    if not isinstance(message, control.Heartbeat):
                         heard[rank] = epoch, message
         return [heard[rank] for rank in range(4)], events
 
@@ -226,7 +226,10 @@ def test_the_clock_of_a_stage_is_that_of_the_rank_that_speaks_for_it(folder, one
     told = []
     setup, _ = two_a_stage(folder)
     with Driver(setup, record=told.append, fleet=LocalFleet) as driver:
-        pongs = [driver_pong(driver, rank, control.Pong(1.0 + rank, 2.0, 0)) for rank in range(4)]
+        pongs = [
+            driver_pong(driver, rank, control.HeartbeatAnswer(1.0 + rank, 2.0, 0))
+            for rank in range(4)
+        ]
         driver.fleet.keep(pongs)
         driver.outputs(0.0)
     assert [(ping.stage, ping.sent_s) for ping in told if isinstance(ping, Ping)] == [

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeserve.core.nouns import Output, Request, SamplingParams
+from pipeserve.core.nouns import Output, Request
 from pipeserve.frontend.completion import Generation
 from pipeserve.frontend.stop_strings import StopStrings
+from pipeserve.sampling_params import SamplingParams
 
 
 def test_stop_string_over_three_pieces():

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import ConfigError
 from pipeserve.frontend.detokenizer import Detokenizer
 from pipeserve.frontend.tokenizer import Tokenizer
+from pipeserve.sampling_params import SamplingParams
 
 
 @pytest.fixture(scope="module")

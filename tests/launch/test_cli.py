@@ -13,7 +13,6 @@ from rich.progress import Progress
 
 import pipeserve
 from pipeserve.configs import RunConfig
-from pipeserve.core.nouns import SamplingParams
 from pipeserve.errors import PipeserveError
 from pipeserve.frontend.completion import Delta
 from pipeserve.frontend.llm import LLM
@@ -25,7 +24,7 @@ from pipeserve.launch.inputs.workload import read_workload
 from pipeserve.launch.run import starting
 from pipeserve.launch.verbs.generate import write_results
 from pipeserve.profiling.simulation.workloads import DISTRIBUTIONS
-from pipeserve.sampling_params import REFUSED
+from pipeserve.sampling_params import REFUSED, SamplingParams
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("no_collections")

@@ -16,7 +16,7 @@ import pytest
 
 from pipeserve import LLM
 from pipeserve.configs import load_recipe, make_config
-from pipeserve.core.nouns import Request, RequestId, SamplingParams, Wait
+from pipeserve.core.nouns import Request, RequestId, Wait
 from pipeserve.driver import waiting
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.fleet import Fleet
@@ -32,12 +32,13 @@ from pipeserve.launch.run import starting
 from pipeserve.launch.run.emulated import check_one_clock, emulated_setup
 from pipeserve.launch.run.record import meta_of_driver
 from pipeserve.launch.run.simulated import simulated_run
-from pipeserve.launch.verbs.bench import replay
+from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.recording.reader import read_recording
 from pipeserve.profiling.recording.recording import Ring, recording_of
-from pipeserve.profiling.simulation.simulator import Simulation, in_order
+from pipeserve.profiling.simulation.simulator import Simulation, arrivals_in_order
 from pipeserve.profiling.simulation.workloads import WorkItem
+from pipeserve.sampling_params import SamplingParams
 from pipeserve.stage.compute import Turn
 from pipeserve.wire import connection
 from pipeserve.wire.control import (
@@ -77,7 +78,7 @@ def record(config, items):
     """Records of a run, and what the requests gave."""
     ring = Ring()
     with Driver(emulated_setup(config), record=ring.record) as driver:
-        served = replay(driver, items, "", map(RequestId, count()))
+        served = run_items(driver, items, "", map(RequestId, count()))
         driver.settle()
         return recording_of(ring, len(driver.stages), meta_of_driver(driver)), served
 
@@ -121,7 +122,7 @@ def test_the_schedule_is_the_simulator_s(policy):
     emulated, _ = record(config, ITEMS)
     ring, setup = Ring(), simulated_run(config)
     lengths = [(len(item.prompt), item.max_tokens) for item in ITEMS]
-    arrivals = in_order([0.0] * len(lengths), lengths)
+    arrivals = arrivals_in_order([0.0] * len(lengths), lengths)
     Simulation(setup.make_pipeline(ring.record), arrivals).run_until()
     simulated = recording_of(ring, 3, setup.meta())
     assert [p.chunks for p in emulated.planned] == [p.chunks for p in simulated.planned]
@@ -287,7 +288,7 @@ def test_a_killed_process_is_one_error_and_leaves_nothing_behind(victim):
         pid = driver.stages[1].pid if victim == "stage" else driver.fleet.keepers[1].pid
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(StageError, match="stage 1") as caught:
-            replay(driver, ITEMS, "", map(RequestId, count()))
+            run_items(driver, ITEMS, "", map(RequestId, count()))
         assert "\n" not in str(caught.value)
         wait_until_gone(pids)
 
@@ -324,7 +325,7 @@ def test_ctrl_c_in_a_terminal_is_the_driver_s_to_handle():
     with Driver(emulated_setup(config_of(2))) as driver:
         for stage in driver.stages:
             os.kill(stage.pid, signal.SIGINT)
-        served = replay(driver, ITEMS[:1], "", map(RequestId, count()))
+        served = run_items(driver, ITEMS[:1], "", map(RequestId, count()))
     assert len(served[0].token_times_s) == ITEMS[0].max_tokens
 
 
@@ -364,7 +365,7 @@ def test_a_stage_that_cannot_take_an_end_says_why(tmp_path, monkeypatch):
         Driver(replace(emulated_setup(config_of()), module="broken_stage")) as driver,
         pytest.raises(StageError, match=r"^stage 1\b.*RuntimeError: the device is gone"),
     ):
-        replay(driver, ITEMS, "", map(RequestId, count()))
+        run_items(driver, ITEMS, "", map(RequestId, count()))
 
 
 def test_nothing_is_left_of_a_closed_one():
@@ -377,7 +378,7 @@ def test_nothing_is_left_of_a_closed_one():
 def test_a_closed_driver_leaves_no_file_open():
     def closed():
         with Driver(emulated_setup(config_of(2))) as driver:
-            replay(driver, ITEMS, "", map(RequestId, count()))
+            run_items(driver, ITEMS, "", map(RequestId, count()))
 
     closed()  # what is opened once
     before = len(os.listdir("/proc/self/fd"))

@@ -18,7 +18,7 @@ from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Planned, Span
 from pipeserve.launch import cli
 from pipeserve.launch.show.live import Feed, draw, live_view
-from pipeserve.launch.show.live_frame import _COLOURS, WINDOW_S, View
+from pipeserve.launch.show.live_frame import _COLOURS, WINDOW_S, LiveFrame
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
 from pipeserve.profiling.simulation.stage_times import StageTimes
@@ -67,7 +67,7 @@ def text_of(view, now, width=110):
 
 
 def test_a_frame_shows_stages_causes_microbatches_and_rates():
-    view = View(META)
+    view = LiveFrame(META)
     view.take(told())
     text = text_of(view, 8.0)
     assert "smollm2-135m · policy uniform · 2 stages" in text
@@ -83,7 +83,7 @@ def test_a_frame_shows_stages_causes_microbatches_and_rates():
 
 
 def test_a_bar_is_as_long_as_its_shares():
-    view = View(META)
+    view = LiveFrame(META)
     view.take(told())
     console = Console(width=110, file=io.StringIO(), force_terminal=True)
     segments = [
@@ -105,7 +105,7 @@ def test_every_cause_has_a_colour():
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_a_frame_is_as_wide_as_the_terminal(width):
-    view = View(META)
+    view = LiveFrame(META)
     view.take(told())
     assert {len(line) for line in text_of(view, 8.0, width).splitlines()} == {width}
 
@@ -121,7 +121,7 @@ def span(stage, index, start_s, end_s):
 
 
 def test_a_microbatch_stands_at_the_stage_that_runs_it():
-    view = View(META)
+    view = LiveFrame(META)
     view.take([Arrived(0, 0.0, 8, 99), planned(7, 0.1), planned(8, 0.2), span(0, 7, 0.1, 0.3)])
     lines = text_of(view, 0.4).splitlines()
     assert "#8 1 tok" in lines[2] and "#7 1 tok" in lines[4]
@@ -134,13 +134,13 @@ def test_a_microbatch_stands_at_the_stage_that_runs_it():
 
 
 def test_more_microbatches_than_there_is_room_for_are_counted():
-    view = View(META)
+    view = LiveFrame(META)
     view.take([planned(index, 0.1) for index in range(9)])
     assert "#3 1 tok · +5" in text_of(view, 0.2)
 
 
 def test_tokens_after_a_request_ended_do_not_count():
-    view = View(META)
+    view = LiveFrame(META)
     view.take([Arrived(0, 0.0, 8, 99), Arrived(1, 0.0, 8, 99)])
     for index, at_s in enumerate([1.0, 1.1, 1.2]):
         view.take([planned(index, at_s, (0, 1)), Completed(index, at_s, at_s, at_s, (1, 1))])
@@ -152,7 +152,7 @@ def test_tokens_after_a_request_ended_do_not_count():
 
 
 def test_only_the_last_seconds_count():
-    view = View(META)
+    view = LiveFrame(META)
     view.take(told())
     assert "0.0 tokens/s" in text_of(view, 8.0 + WINDOW_S + 1)
     assert "TBT" not in text_of(view, 8.0 + WINDOW_S + 1)
@@ -161,7 +161,7 @@ def test_only_the_last_seconds_count():
 
 
 def test_a_run_that_has_not_begun_has_a_frame():
-    assert "0 done" in text_of(View(META), 1.0)
+    assert "0 done" in text_of(LiveFrame(META), 1.0)
 
 
 # ---- the process that draws ---------------------------------------------------------------------

@@ -14,7 +14,7 @@ from test_emulated import config_of
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
-from pipeserve.core.nouns import Microbatch, Request, SamplingParams, StepResult, one_each
+from pipeserve.core.nouns import Microbatch, Request, StepResult, one_each
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.records import Completed, Span
 from pipeserve.core.view import Limits
@@ -25,6 +25,7 @@ from pipeserve.launch.run.record import recorded
 from pipeserve.launch.verbs import bench
 from pipeserve.profiling.recording.recording import Ring
 from pipeserve.profiling.simulation.workloads import WorkItem
+from pipeserve.sampling_params import SamplingParams
 
 NUM_STAGES = 4
 
@@ -199,12 +200,12 @@ def test_an_emulated_run_leaves_nothing_to_the_collector():
     items = [WorkItem(prompt=(7,) * (5 + k), max_tokens=10 + k) for k in range(20)]
     ring = Ring()
     with Driver(emulated_setup(config_of(2)), record=ring.record) as driver:
-        bench.replay(driver, items, "", count())
+        bench.run_items(driver, items, "", count())
         gc.collect()
         before = len(gc.get_objects())
         gc.disable()
         try:
-            bench.replay(driver, items, "", count(100))
+            bench.run_items(driver, items, "", count(100))
             driver.settle()
             assert gc.collect() == 0
         finally:
@@ -262,7 +263,7 @@ def test_the_commands_have_it():
     ):
         assert gc.get_freeze_count() > 0 and not gc.isenabled()
         told.clear()
-        bench.replay(driver, items, "", count())
+        bench.run_items(driver, items, "", count())
         assert [generation for generation, _ in told] == [0] * (driver.engine.last.index + 1)
         assert len(records.ring) > 80
     assert gc.get_freeze_count() == 0 and gc.isenabled()
@@ -289,6 +290,6 @@ def test_a_burst_does_not_keep_the_driver_from_its_messages(tmp_path):
     driver = CountedDriver(tmp_path)
     first = [WorkItem(prompt=(1, 2), max_tokens=50)] * 100
     burst = [WorkItem(prompt=(1, 2), max_tokens=3, arrival_s=0.01)] * 100
-    served = bench.replay(driver, [*first, *burst], "", count())
+    served = bench.run_items(driver, [*first, *burst], "", count())
     assert sum(driver.added_between) == 200 and len(served) == 200
     assert driver.added_between[0] == 100 and 1 <= max(driver.added_between[1:]) <= 16

@@ -14,7 +14,7 @@ from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Plann
 from pipeserve.errors import ConfigError
 from pipeserve.launch.cli import main
 from pipeserve.launch.show.report_numbers import compare, report_of
-from pipeserve.launch.show.report_tables import print_report
+from pipeserve.launch.show.report_tables import print_run
 from pipeserve.launch.verbs.report import read_run, report
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.ledger import explain
@@ -347,7 +347,7 @@ def test_faults_are_in_the_notes(recording):
     found = report_of("run", lost, explain(recording))
     assert "stage 1 was lost after 0.500 s: killed by signal 9" in found["notes"]
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_report(found, console)
+    print_run(found, console)
     assert "killed by signal 9" in console.export_text()
 
 

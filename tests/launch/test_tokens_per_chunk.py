@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeserve.core.nouns import Chunk
 from pipeserve.core.records import Arrived, Completed, Ended, Planned, Span
 from pipeserve.launch import cli
-from pipeserve.launch.show.live_frame import View
+from pipeserve.launch.show.live_frame import LiveFrame
 from pipeserve.profiling.recording.recording import recording_of
 
 META = {
@@ -72,7 +72,7 @@ def test_on_the_page(folder):
 
 
 def test_in_the_live_frame():
-    view = View(META)
+    view = LiveFrame(META)
     view.take(records())
     text = io.StringIO()
     Console(file=text, width=100).print(view.frame(2.0))

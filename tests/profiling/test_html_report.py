@@ -152,7 +152,7 @@ def test_shares_of_each_gap_are_those_of_the_ledger(path, ledger, recording):
 
 def test_runs_over_an_hour_have_longer_ticks():
     ledger = Ledger(5.0, 5.0 + 3 * 3600, ([],), (0.0,))
-    clock = html_data.Clock.of(ledger)
+    clock = html_data.PageClock.of(ledger)
     assert clock.tick_s == pytest.approx(1e-5)
     assert clock.ticks([5.0, 4.0, 6.0, 1e9]).tolist() == [0, 0, 100_000, clock.stop]
 

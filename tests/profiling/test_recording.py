@@ -9,7 +9,7 @@ import pytest
 from fake_client import FakeDriver, byte_tokenizer
 
 from pipeserve.core.journal import Journal
-from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, SamplingParams, StageCost
+from pipeserve.core.nouns import Chunk, Microbatch, Output, Request, StageCost
 from pipeserve.core.records import (
     Arrived,
     Completed,
@@ -29,6 +29,7 @@ from pipeserve.profiling.ledger.notes import notes_of
 from pipeserve.profiling.recording.reader import read_recording
 from pipeserve.profiling.recording.recording import Ring, recording_of
 from pipeserve.profiling.recording.writer import RecordingWriter, check_recordable
+from pipeserve.sampling_params import SamplingParams
 
 META = {"kind": "real", "plan": {"stages": [{"stage": 0}, {"stage": 1}], "window": 2}}
 NUM = 20

@@ -22,7 +22,7 @@ from pipeserve.profiling.simulation.simulator import (
     Arrival,
     SimulatedPipeline,
     Simulation,
-    in_order,
+    arrivals_in_order,
 )
 from pipeserve.profiling.simulation.stage_times import StageTimes
 
@@ -105,7 +105,7 @@ def test_requests_that_come_at_once_share_a_microbatch():
 
 
 def test_requests_go_by_time_and_those_that_come_at_once_keep_their_order():
-    arrivals = in_order([2.0, 0.0, 0.0, 1.0], [(9, 1), (7, 1), (3, 1), (5, 1)])
+    arrivals = arrivals_in_order([2.0, 0.0, 0.0, 1.0], [(9, 1), (7, 1), (3, 1), (5, 1)])
     assert [a.num_prompt_tokens for a in arrivals] == [7, 3, 5, 9]
 
 
@@ -168,7 +168,7 @@ def test_each_request_keeps_its_priority():
     arrivals = poisson_arrivals(LENGTHS, 1.0, seed=1, priorities=[0, 5, -2])
     found = {next(arrivals)[1:] for _ in range(100)}
     assert found == {(64, 10, 0), (128, 20, 5), (32, 5, -2)}
-    assert [a.priority for a in in_order([2.0, 1.0], LENGTHS[:2], [3, 4])] == [4, 3]
+    assert [a.priority for a in arrivals_in_order([2.0, 1.0], LENGTHS[:2], [3, 4])] == [4, 3]
 
 
 def test_a_trial_measures_a_window_after_the_ramp():

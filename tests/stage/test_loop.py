@@ -12,7 +12,7 @@ from pipeserve.stage.loop import StageLoop
 from pipeserve.wire import control
 from pipeserve.wire.connection import connect
 from pipeserve.wire.control import Registration, StartStage, Step, StepChunk
-from pipeserve.wire.links import send_tokens, unpack_tokens
+from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 
@@ -117,7 +117,7 @@ class Stage:
                 self.driver = source
                 self.told += [control.decode_from_stage(message)[1] for message in messages]
             elif source.carries == "tokens":
-                self.tokens += map(unpack_tokens, messages)
+                self.tokens += map(unpack_sampled, messages)
 
     def connect_to_first(self):
         first = Listener("127.0.0.1", self.theirs, ("tokens",))

@@ -12,10 +12,11 @@ from local_fleet import LocalFleet
 from safetensors.torch import load_file, save_file
 
 from pipeserve.configs import RunConfig
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Request, RequestId
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError
+from pipeserve.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from model_stages import VOCAB, Story
 
-from pipeserve.core.nouns import Request, RequestId, SamplingParams
+from pipeserve.core.nouns import Request, RequestId
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.view import Limits
+from pipeserve.sampling_params import SamplingParams
 
 COSTS = (
     *("none", "none", "right", "tiled", "gpu"),

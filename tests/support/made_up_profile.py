@@ -2,7 +2,7 @@
 
 from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.device import DeviceProfile, Link
-from pipeserve.core.cost.kernels import Attention, Tables
+from pipeserve.core.cost.kernels import AttentionCost, Tables
 from pipeserve.core.cost.partition import split_explicitly
 
 SHAPE = load_shape("smollm2-135m")
@@ -13,7 +13,7 @@ TRUE = DeviceProfile(
     provenance={"made": "by hand"},
     memory_bytes=10**9,
     devices_per_node=2,
-    attention=Attention(
+    attention=AttentionCost(
         prefill_overhead_s=2e-4,
         prefill_values_per_s=1e30,
         prefix_flops_per_s=50e9,

@@ -25,7 +25,7 @@ from other_engine import go_on_under
 
 from pipeserve.configs import make_config
 from pipeserve.core.engine import Engine
-from pipeserve.core.nouns import Request, SamplingParams
+from pipeserve.core.nouns import Request
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Record
 from pipeserve.core.view import Draft, Policy, View
@@ -38,6 +38,7 @@ from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.recording.recording import Recording, recording_of
 from pipeserve.profiling.simulation.simulator import Arrival
+from pipeserve.sampling_params import SamplingParams
 
 WARM_UP = (Arrival(0.0, 16, 4),) * 4
 

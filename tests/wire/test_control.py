@@ -7,16 +7,8 @@ from math import inf
 
 import pytest
 
-from pipeserve.core.nouns import (
-    Admission,
-    Chunk,
-    Microbatch,
-    Request,
-    RequestId,
-    SamplingParams,
-    TokenLogprobs,
-)
-from pipeserve.sampling_params import DRAW_OPTIONS, DrawParams
+from pipeserve.core.nouns import Admission, Chunk, Microbatch, Request, RequestId, TokenLogprobs
+from pipeserve.sampling_params import DRAW_OPTIONS, DrawParams, SamplingParams
 from pipeserve.stage.sequences import Sequences
 from pipeserve.wire import control
 from pipeserve.wire.step_messages import pack_params, step_message, step_result, unpack_tokens

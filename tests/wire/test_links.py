@@ -116,7 +116,7 @@ def test_tokens_arrive_with_their_microbatch():
     got = []
     while not got:
         for source in [*theirs.ready(0), *sources.ready(0)]:
-            got += map(links.unpack_tokens, source.receive())
+            got += map(links.unpack_sampled, source.receive())
             carries = source.carries
     assert carries == "tokens"
     assert got == [(12, [5, 0, 131071], b"\1\0\2")]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from math import exp, log
 
 from pipeserve.core.cost.kernels import (
-    Attention,
+    AttentionCost,
     Kernels,
     Points,
     Tables,
@@ -84,7 +84,7 @@ class DeviceProfile:
     """Where the numbers are from: files, commits, licences, date, fit errors, what is assumed."""
     memory_bytes: int
     devices_per_node: int
-    attention: Attention
+    attention: AttentionCost
     intra_node: Link
     inter_node: Link
     kernels: Kernels | None = None

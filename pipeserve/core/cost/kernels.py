@@ -2,8 +2,9 @@
 
 `Kernels` are formulae, fitted on microbenchmarks of many shapes and good for any model; `Tables`
 are seconds measured for one model on the machine at hand. Both answer the same: the linear work of
-a layer, the head, the embedding. `Attention` is a formula for either. The formulae use arithmetic
-only, so that the fit (`bench/published/fit.py`) evaluates the very same ones on numpy arrays.
+a layer, the head, the embedding. `AttentionCost` is a formula for either. The formulae use
+arithmetic only, so that the fit (`bench/published/fit.py`) evaluates the very same ones on numpy
+arrays.
 """
 
 from collections.abc import Iterator
@@ -153,7 +154,7 @@ class Tables:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
+class AttentionCost:
     """Seconds in one layer. A chunk's prefix and its causal part have a rate each: they differ by
     more than twice."""
 

@@ -104,7 +104,7 @@ def fill(
         if request.id not in room.preempted:
             chunks[request.id] = min(request.num_unplanned, budget)
             budget -= chunks[request.id]
-    admissions = Admissions({}, {}, out_of_blocks=bool(room.preempted))
+    admissions = Admitted({}, {}, out_of_blocks=bool(room.preempted))
     if not room.preempted:
         seats = view.limits.max_num_seqs - len(view.running)
         if most is not None:
@@ -117,7 +117,7 @@ def fill(
 
 
 @dataclass(frozen=True, slots=True)
-class Admissions:
+class Admitted:
     """Requests that start, with the positions to run and to reserve blocks for."""
 
     chunks: dict[RequestId, int]
@@ -128,7 +128,7 @@ class Admissions:
 
 def _admit(
     view: View, free: int, budget: int, seats: int, whole: bool, worst_case: bool
-) -> Admissions:
+) -> Admitted:
     """Waiting requests in order, at most `seats` of them, until the first that does not fit.
 
     The watermark holds only while something runs, or a request that needs every block could never
@@ -152,9 +152,9 @@ def _admit(
         missing = -(-num_positions // limits.block_size) - prefix.num_blocks + prefix.num_idle
         keeps_watermark = not worst_case and (view.running or chunks)
         if missing + (int(WATERMARK * limits.num_blocks) if keeps_watermark else 0) > free:
-            return Admissions(chunks, reserve, out_of_blocks=True)
+            return Admitted(chunks, reserve, out_of_blocks=True)
         free -= missing
         chunks[request.id] = min(num_tokens, budget)
         reserve[request.id] = num_positions
         budget -= chunks[request.id]
-    return Admissions(chunks, reserve, out_of_blocks=False)
+    return Admitted(chunks, reserve, out_of_blocks=False)

@@ -19,7 +19,7 @@ that run is bounded by `max_num_seqs`; MII bounds none.
 from itertools import islice
 
 from pipeserve.core.nouns import RequestId
-from pipeserve.core.policies.fcfs import Admissions
+from pipeserve.core.policies.fcfs import Admitted
 from pipeserve.core.view import Draft, RequestView, Traits, View
 
 MAX_SEQUENCES = 512
@@ -37,7 +37,7 @@ class SplitFuse:
         budget = view.limits.max_num_batched_tokens - len(decodes)
         most = MAX_SEQUENCES - len(decodes)
         prompts, fits = _continued(view, free, budget, most)
-        new = Admissions({}, {}, out_of_blocks=not fits)
+        new = Admitted({}, {}, out_of_blocks=not fits)
         if fits:
             new = _start(view, budget - sum(prompts.values()), most - len(prompts))
         chunks = decodes | prompts | new.chunks
@@ -73,7 +73,7 @@ def _continued(view: View, free: int, budget: int, most: int) -> tuple[dict[Requ
     return chunks, True
 
 
-def _start(view: View, budget: int, most: int) -> Admissions:
+def _start(view: View, budget: int, most: int) -> Admitted:
     """New prompts, by arrival, until the first that does not fit.
 
     `free` is what is left when all that runs has KV for all its known tokens.
@@ -83,7 +83,7 @@ def _start(view: View, budget: int, most: int) -> Admissions:
     reserve: dict[RequestId, int] = {}
     seats = min(view.limits.max_num_seqs - len(view.running), most)
     if not view.waiting or budget <= 0 or seats <= 0:
-        return Admissions(chunks, reserve, out_of_blocks=False)
+        return Admitted(chunks, reserve, out_of_blocks=False)
     short = [r.num_slots - r.num_known for r in view.running.values() if r.num_slots < r.num_known]
     free = view.free_blocks + sum([positions // size for positions in short])
     for request in view.waiting.values():
@@ -92,12 +92,12 @@ def _start(view: View, budget: int, most: int) -> Admissions:
         prefix = view.prefix(request.id)
         missing = -(-request.num_known // size) - prefix.num_blocks + prefix.num_idle
         if missing > free:
-            return Admissions(chunks, reserve, out_of_blocks=True)
+            return Admitted(chunks, reserve, out_of_blocks=True)
         free -= missing
         chunks[request.id] = min(request.num_known - prefix.num_tokens, budget)
         reserve[request.id] = prefix.num_tokens + chunks[request.id]
         budget -= chunks[request.id]
-    return Admissions(chunks, reserve, out_of_blocks=False)
+    return Admitted(chunks, reserve, out_of_blocks=False)
 
 
 def _num_missing(view: View, request: RequestView, num_positions: int) -> int:

@@ -27,6 +27,8 @@ MAY_SEE = {
     "stages.config": {"errors"},
     "stages.attention": {"errors", "stages.config"},
     "stages.layers": {"stages.attention", "stages.config"},
+    "stages.backends": set(),
+    "stages.backends.cpu": {"machine"},
     "stages.families": {"errors", "stages.attention", "stages.config", "stages.layers"},
     "stages": {
         "sampling_params",

@@ -1,0 +1,1 @@
+"""What a stage computes with, by the kind of device."""

@@ -7,7 +7,7 @@ then do without.
 
 import ctypes
 import os
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +25,18 @@ _FUNCTIONS = {
     # measure.c
     "read_all": (c_float, [c_void_p, c_int64]),
     "multiply_add": (c_int64, [c_int64]),
+    # products.c
+    "packed_size": (c_int64, [c_int, c_int64, c_int64]),
+    "panel_outputs": (c_int64, []),
+    "pack_weight": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p]),
+    "product_scratch": (c_int64, [c_int64, c_int64]),
+    "product": (
+        None,
+        [
+            *(c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_void_p, c_int64, c_int, c_void_p),
+        ],
+    ),
 }
 """Of every C function that Python calls: type of its result and of its arguments."""
 

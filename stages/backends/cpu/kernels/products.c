@@ -39,6 +39,11 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t num_bytes(int storage) { return storage == FLOAT32 ? 4 : 2; }
 
+/* Those that lie side by side; of others one, or the compiler runs out of registers. */
+static inline int inputs_at_once(int storage) {
+    return storage == BFLOAT16 || storage == DOT ? 2 : 1;
+}
+
 /* ---- the innermost loop ---- */
 
 /* Where a tile's sums come from and go to. */
@@ -75,8 +80,9 @@ static inline __attribute__((always_inline)) void multiply_tile(
     const struct Sums *to
 ) {
     const int num_registers = 2 * panels;
-    const int64_t step_size = STEP * PANEL * num_bytes(storage);
-    const int lines = step_size / LINE;
+    const int step = inputs_at_once(storage);
+    const int64_t step_size = step * PANEL * num_bytes(storage);
+    const int lines = step_size < LINE ? 1 : step_size / LINE;
     Floats sums[TILE][2 * MAX_PANELS];
     for (int r = 0; r < rows; r++) {
         for (int c = 0; c < num_registers; c++) {
@@ -84,14 +90,14 @@ static inline __attribute__((always_inline)) void multiply_tile(
             sums[r][c] = to->is_first ? (Floats){0} : load_floats(at);
         }
     }
-    for (int64_t k = 0; k < depth; k += STEP) {
+    for (int64_t k = 0; k < depth; k += step) {
         for (int l = 0; l < lines; l++) {
             for (int p = 0; p < panels; p++) {
                 __builtin_prefetch(ahead + p * panel_size + l * ahead_size / lines);
             }
         }
         ahead += ahead_size;
-        for (int input = 0; input < (storage == DOT ? 1 : STEP); input++) {
+        for (int input = 0; input < (storage == DOT ? 1 : step); input++) {
             Floats weights[2 * MAX_PANELS];
             for (int c = 0; c < num_registers; c++) {
                 const char *at = w + (c / 2) * panel_size;
@@ -113,7 +119,7 @@ static inline __attribute__((always_inline)) void multiply_tile(
                 }
             }
         }
-        x += (storage == DOT ? 1 : STEP) * rows;
+        x += (storage == DOT ? 1 : step) * rows;
         w += step_size;
     }
     for (int r = 0; r < rows; r++) {
@@ -134,7 +140,7 @@ static inline __attribute__((always_inline)) void multiply_tile(
 /* Panels that are multiplied side by side: few rows have few sums, and each addition to one has to
    wait for the last; eight or more keep the core busy. */
 static inline __attribute__((always_inline)) int panels_at_once(const int rows) {
-    return rows == 1 ? MAX_PANELS : rows <= 3 ? 2 : 1;
+    return rows == 1 ? MAX_PANELS : rows * 4 <= NUM_REGISTERS / 2 ? 2 : 1;
 }
 
 /* `multiply_tile` for numbers of rows and panels that the compiler does not know. */
@@ -324,7 +330,8 @@ static void multiply_block(
                     const int64_t chunk = depth * PANEL * number;
                     const char *ahead =
                         tiles == 1 ? w + 2048 : w + panel_size + chunk / tiles * tile;
-                    const int64_t ahead_size = STEP * PANEL * number / (tiles == 1 ? 1 : tiles);
+                    const int64_t ahead_size =
+                        inputs_at_once(p->storage) * PANEL * number / (tiles == 1 ? 1 : tiles);
                     multiply(
                         p->storage, tile_rows, panels,
                         x + (first * p->in + begin * tile_rows) / 2 * x_step, w, panel_size, depth,

@@ -14,7 +14,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
@@ -89,16 +89,21 @@ class BuildKernels(Command):
         return sorted(map(str, FOLDER.glob("*.[ch]")))
 
 
+class Package(Distribution):
+    def has_ext_modules(self) -> bool:
+        """Whether the package is for one platform."""
+        return HAS_COMPILER
+
+
 class Wheel(bdist_wheel):
     """For any Python 3 on the platform that the libraries are for."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = not HAS_COMPILER
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", PLATFORM_TAG) if HAS_COMPILER else super().get_tag()
 
 
 build.sub_commands.append(("build_kernels", None))
-setup(cmdclass={"build_kernels": BuildKernels, "bdist_wheel": Wheel})
+setup(
+    distclass=Package,
+    cmdclass={"build_kernels": BuildKernels, "bdist_wheel": Wheel},
+)

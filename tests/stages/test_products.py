@@ -7,19 +7,20 @@ from pipeserve.stages.backends.cpu import library
 from pipeserve.stages.backends.cpu.products import PackedWeight, narrowest_exact_dtype
 
 SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030)]  # [out, in]
-ROWS = [*range(1, 30), 64, 241, 256, 513]
+ROWS = [*range(1, 14), 25, 64, 241]
 STORED = {
     "float32": lambda weight: weight,
     "float16": lambda weight: weight.half(),
-    # 2^-30 is too small for float16.
-    "bfloat16": lambda weight: weight.bfloat16().index_fill(0, torch.tensor([0]), 2.0**-30),
+    "bfloat16": lambda weight: weight.bfloat16(),
 }
 
 
 def made(dtype: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weight, bias and 513 rows."""
     torch.manual_seed(0)
-    weight = STORED[dtype](torch.randn(shape) / shape[1] ** 0.5)
+    weight = torch.randn(shape) / shape[1] ** 0.5
+    weight[0, 0] = 1 + 2.0**-10  # not exact in bfloat16
+    weight = STORED[dtype](weight)
     return weight, torch.randn(shape[0]), torch.randn(513, shape[1])
 
 
@@ -33,7 +34,8 @@ def kernels(request):
 def test_near_float64_and_a_row_does_not_depend_on_its_batch(kernels, dtype, shape):
     weight, bias, x = made(dtype, shape)
     packed = PackedWeight(weight, bias, library=kernels)
-    assert str(packed.dtype) == f"torch.{dtype}"
+    # A single number that float16 holds is held in it.
+    assert str(packed.dtype) == f"torch.{dtype}" or shape == (1, 1)
     whole = packed.product(x)
     exact = x.double() @ weight.double().T + bias.double()
     assert (whole.double() - exact).abs().max() < 1e-5
@@ -79,18 +81,14 @@ def test_rows_may_be_cut_out_of_wider_ones(kernels):
 @pytest.mark.parametrize(
     ("numbers", "dtype"),
     [
-        ([1.0, -0.5, 65504.0, 2.0**-24], torch.float16),
-        ([1.0, 2.0**-30, 1e30], torch.bfloat16),  # 1e30 is rounded below
-        ([1.0, 2.0**17], torch.bfloat16),
+        ([1.0, -0.5, 2.0**-30, 2.0**100], torch.bfloat16),
+        ([1.0, 1 + 2.0**-10, 65504.0, 2.0**-24], torch.float16),
         ([1.0, 1 + 2.0**-12], torch.float32),
-        ([2.0**17, 1 + 2.0**-10], torch.float32),
+        ([2.0**17, 1 + 2.0**-10], torch.float32),  # each in one of them, both in none
     ],
 )
 def test_sixteen_bits_where_that_is_exact(numbers, dtype):
-    weight = torch.tensor([numbers])
-    if dtype == torch.bfloat16:
-        weight = weight.bfloat16().float()
-    assert narrowest_exact_dtype(weight) == dtype
+    assert narrowest_exact_dtype(torch.tensor([numbers])) == dtype
 
 
 def test_sixteen_bits_take_half_the_memory(kernels):

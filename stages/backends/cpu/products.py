@@ -31,8 +31,9 @@ class PackedWeight:
         library: ctypes.CDLL | None = None,
     ) -> None:
         """`weight` [out, in], `bias` [out]; `library`: instead of the process's own."""
-        self._library = library or kernels()
-        assert self._library is not None, "no kernels here"
+        found = library or kernels()
+        assert found is not None, "no kernels here"
+        self._library = found
         self.out_features, self.in_features = weight.shape
         self.dtype = narrowest_exact_dtype(weight)
         if rounds_x:
@@ -85,8 +86,12 @@ class PackedWeight:
 
 
 def narrowest_exact_dtype(weight: Tensor) -> torch.dtype:
-    """Of float16, bfloat16 and float32 the first that holds every number of `weight` as it is."""
-    for dtype in (torch.float16, torch.bfloat16):
+    """Of bfloat16, float16 and float32 the first that holds every number of `weight` as it is.
+
+    bfloat16 comes first because it becomes float32 by a shift, so products are 2 to 8 % faster than
+    with float16 (bench/linears.py).
+    """
+    for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(weight.to(dtype).to(weight.dtype), weight):
             return dtype
     return torch.float32

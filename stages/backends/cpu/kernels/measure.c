@@ -14,7 +14,6 @@ EXPORT float read_all(const float *from, int64_t size) {
         for (int c = 0; c < NUM_CHAINS; c++) {
             sums[c] += load_floats(from + i + c * LANES);
         }
-        __builtin_prefetch(from + i + 8 * step);
     }
     Floats total = sums[0];
     for (int c = 1; c < NUM_CHAINS; c++) total += sums[c];

@@ -22,6 +22,7 @@
 #define STEP 2                                    /* inputs at a time; a whole number of them */
 #define MAX_PANELS 4                              /* side by side, for few rows */
 #define LINE 64                                   /* bytes of a cache line */
+#define AHEAD 4096                                /* bytes from what is read to what is fetched */
 
 /* How a weight's numbers are kept. Products and sums are float32, except under `DOT`. */
 enum Storage {
@@ -73,7 +74,8 @@ load_weights(const char *from, int input, int reg, const int storage) {
 
 /* `depth` inputs of `rows` rows by `panels` panels. `x`: the packed tile; `w`: of each panel, where
    the inputs begin; panels lie `panel_size` bytes apart. Meanwhile `ahead` is fetched into the
-   cache, `ahead_size` bytes for each step. */
+   cache, `ahead_size` bytes for each step; with several panels the core does so unasked, and better
+   (one row 20 % faster). */
 static inline __attribute__((always_inline)) void multiply_tile(
     const int storage, const int rows, const int panels, const float *x, const char *w,
     int64_t panel_size, int64_t depth, const char *ahead, int64_t ahead_size,
@@ -91,10 +93,8 @@ static inline __attribute__((always_inline)) void multiply_tile(
         }
     }
     for (int64_t k = 0; k < depth; k += step) {
-        for (int l = 0; l < lines; l++) {
-            for (int p = 0; p < panels; p++) {
-                __builtin_prefetch(ahead + p * panel_size + l * ahead_size / lines);
-            }
+        for (int l = 0; panels == 1 && l < lines; l++) {
+            __builtin_prefetch(ahead + l * ahead_size / lines);
         }
         ahead += ahead_size;
         for (int input = 0; input < (storage == DOT ? 1 : step); input++) {
@@ -329,7 +329,7 @@ static void multiply_block(
                     /* Tiles share the work of fetching the next panel. */
                     const int64_t chunk = depth * PANEL * number;
                     const char *ahead =
-                        tiles == 1 ? w + 2048 : w + panel_size + chunk / tiles * tile;
+                        tiles == 1 ? w + AHEAD : w + panel_size + chunk / tiles * tile;
                     const int64_t ahead_size =
                         inputs_at_once(p->storage) * PANEL * number / (tiles == 1 ? 1 : tiles);
                     multiply(

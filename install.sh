@@ -1,5 +1,5 @@
 # Sourced by ./quickstart and ./test: puts pipeserve, and the extra named as $1, into .venv.
-# Does nothing when .venv already has them for this pyproject.toml.
+# Does nothing when .venv already has them, and nothing that the package is built from is newer.
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -8,7 +8,8 @@ python=${PYTHON:-python3}
 }
 extra=${1:-}
 stamp=.venv/installed-${extra:-base}
-if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+built_from=(pyproject.toml setup.py stages/backends/cpu/kernels/*.[ch])
+if [ ! -e "$stamp" ] || [ -n "$(find "${built_from[@]}" -newer "$stamp")" ]; then
     echo "installing into .venv (once; about two minutes)" >&2
     [ -e .venv/bin/python ] || "$python" -m venv .venv
     # torch first and by exact version: an open range can pull gigabytes of CUDA.

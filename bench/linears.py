@@ -1,13 +1,21 @@
 """Why linear layers are packed, and why row counts are padded to few values.
 
     python bench/linears.py                                        (about a minute, one core)
+    python bench/linears.py rates [SHAPE ...]                      (about three minutes)
 
-First table: products of SmolLM2's shapes in bf16 and float32, plain F.linear against the packed
-weight. Second: ways to have logits in float32 from a checkpoint in bf16, and how far off each is.
-Third: what a number of rows that was not met before costs, because oneDNN compiles a kernel for it.
+`rates`: GFLOP/s of the C kernels beside torch's products, in turn, with weights that no cache
+holds; above them the most that the core multiplies and reads. Seconds are of the core's own time,
+so other processes disturb little. With ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 as on a
+CPU without AVX512.
+
+Without it, first table: products of SmolLM2's shapes in bf16 and float32, plain F.linear against
+the packed weight. Second: ways to have logits in float32 from a checkpoint in bf16, and how far off
+each is. Third: what a number of rows that was not met before costs, because oneDNN compiles a
+kernel for it.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable
 
@@ -16,6 +24,8 @@ import torch.nn.functional as F
 
 from pipeserve.stage.memory import resident_bytes
 from pipeserve.stages.backends.cpu.backend import CpuBackend
+from pipeserve.stages.backends.cpu.library import kernels, usable_libraries
+from pipeserve.stages.backends.cpu.products import PackedWeight
 from pipeserve.stages.layers.linear import Linear
 
 SHAPES = {
@@ -25,6 +35,12 @@ SHAPES = {
     "down": (576, 1536),
     "head": (49152, 576),
 }
+LARGE_SHAPES = {"7b out": (4096, 4096), "7b up": (11008, 4096)}
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+COLD_BYTES = 100 * 2**20
+"""Weights are taken in turn from this much, more than a cache holds."""
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def least_ms(function, seconds: float = 0.2) -> float:
@@ -71,7 +87,7 @@ def compare_heads() -> None:
             print(f"{name:<24}{rows:>6}{least_ms(lambda h=head, x=x: h(x)):>8.1f}{error:>10.1e}")
 
 
-def heads(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def heads(weight: torch.Tensor) -> dict[str, Product]:
     """By what they are called; the second is what stages have."""
     half, single, wide = make_linear(weight), make_linear(weight.float()), weight.float()
     product = torch.ops.mkldnn._linear_pointwise
@@ -121,10 +137,78 @@ def cost_of_new_shapes(step: int) -> None:
     )
 
 
+def products(weight: torch.Tensor) -> dict[str, Product]:
+    """By what they are called; `weight` is float32 and exact in bfloat16."""
+    half, single = make_linear(weight.bfloat16()), make_linear(weight)
+    prepacked = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    in_float16 = weight * 1.001  # not exact in bfloat16 any more
+    found: dict[str, Product] = {
+        "F.linear": lambda x: F.linear(x, weight),
+        "oneDNN": single,
+        "fp16": lambda x: torch.ops.quantized.linear_dynamic_fp16(x, prepacked),
+        "own 32": PackedWeight(in_float16).product,
+        "own fp16": PackedWeight(in_float16.half()).product,
+        "own bf16": PackedWeight(weight).product,
+    }
+    if "avx512_bf16" in usable_libraries():
+        found["oneDNN bf16"] = half
+        found["own dot"] = PackedWeight(weight.bfloat16(), rounds_x=True).product
+    return found
+
+
+def compare_rates(shapes: dict[str, tuple[int, int]], seconds: float = 0.2) -> None:
+    """A table of GFLOP/s; `seconds` of measuring for each number in it."""
+    library, room = kernels(), torch.zeros(COLD_BYTES // 4)
+    repeats = 10**5
+    operations = library.multiply_add(0) * repeats / 1e9
+    multiplies = operations / least_of(lambda: library.multiply_add(repeats))
+    reads = COLD_BYTES / least_of(lambda: library.read_all(room.data_ptr(), COLD_BYTES)) / 1e9
+    print(f"{usable_libraries()[0]}: {multiplies:.0f} GFLOP/s at most, reads {reads:.0f} GB/s")
+    for number, (name, shape) in enumerate(shapes.items()):
+        copies = max(1, COLD_BYTES // (2 * shape[0] * shape[1]))
+        made = [products((torch.randn(shape) / 24).bfloat16().float()) for _ in range(copies)]
+        if number == 0:
+            print(f"{'':<8}{'rows':>5}" + "".join(f"{each:>12}" for each in made[0]))
+        for rows in ROWS:
+            x = torch.randn(rows, shape[1])
+            times = in_turn(made, x, seconds)
+            rates = [2 * rows * shape[0] * shape[1] / least / 1e9 for least in times]
+            print(f"{name:<8}{rows:>5}" + "".join(f"{rate:>12.1f}" for rate in rates), flush=True)
+
+
+def in_turn(copies: list[dict[str, Product]], x: torch.Tensor, seconds: float) -> list[float]:
+    """Of each kind of product the seconds that only a tenth of its runs stayed below."""
+    times: dict[str, list[float]] = {name: [] for name in copies[0]}
+    for product in copies[0].values():
+        product(x)
+    until, turn = time.perf_counter() + seconds * len(times), 0
+    while time.perf_counter() < until or turn < 3:
+        for name, product in copies[turn % len(copies)].items():
+            started = time.thread_time()
+            product(x)
+            times[name].append(time.thread_time() - started)
+        turn += 1
+    return [sorted(each)[len(each) // 10] for each in times.values()]
+
+
+def least_of(function: Callable[[], object], seconds: float = 0.5) -> float:
+    """Seconds of the core's time that `function` takes at least."""
+    until, least = time.perf_counter() + seconds, float("inf")
+    while time.perf_counter() < until:
+        started = time.thread_time()
+        function()
+        least = min(least, time.thread_time() - started)
+    return least
+
+
 def main() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with torch.inference_mode():
+        if sys.argv[1:2] == ["rates"]:
+            shapes = SHAPES | LARGE_SHAPES
+            compare_rates({name: shapes[name] for name in sys.argv[2:] or shapes})
+            return
         for dtype in (torch.bfloat16, torch.float32):
             compare_packing(dtype)
         compare_heads()

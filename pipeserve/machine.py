@@ -12,18 +12,20 @@ from typing import NamedTuple
 
 from pipeserve.cgroups import groups_of
 
-_INSTRUCTIONS = {
+_MULTIPLIES = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},  # the last is Arm's
     "float16": {"avx512_fp16", "amx_fp16"},
 }
 """Any of these, by the kernel's names, multiplies that type as it is."""
-_LIMITS = (
-    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
-    "AVX512_CORE_BF16",
-)
-"""Values of ONEDNN_MAX_CPU_ISA under which oneDNN imitates float16; bfloat16 under all but the last
-(oneDNN, "CPU Dispatcher Control")."""
-_ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_LEFT_OUT = {
+    ("SSE41", "AVX"): ("avx2", "avx512", "amx"),
+    ("AVX2", "AVX2_VNNI", "AVX2_VNNI_2"): ("avx512", "amx"),
+    ("AVX512_CORE", "AVX512_CORE_VNNI"): ("avx512_bf16", "avx512_fp16", "amx"),
+    ("AVX512_CORE_BF16",): ("avx512_fp16", "amx"),
+}
+"""What a value of ONEDNN_MAX_CPU_ISA or ATEN_CPU_CAPABILITY has oneDNN or torch do without: all
+instructions whose names begin so (oneDNN, "CPU Dispatcher Control")."""
+_ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 def device_name() -> str:
@@ -34,14 +36,13 @@ def device_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def native_dtypes(
+def cpu_instructions(
     cpuinfo: str | None = None, environment: Mapping[str, str] = os.environ
-) -> tuple[str, ...]:
-    """The types that products of this machine's CPU, and of a process with this `environment`, are
-    made in without imitation: float32, and of "bfloat16" and "float16" what there is.
+) -> set[str]:
+    """What every core of this machine can do, by the kernel's names (avx2, avx512_bf16), less what
+    a process with this `environment` is told to do without: so one kind of CPU imitates another.
 
-    By /proc/cpuinfo, because a keeper has no torch; and by the variables that have torch and oneDNN
-    do without newer instructions.
+    By /proc/cpuinfo, because a keeper has no torch.
     """
     if cpuinfo is None:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -51,15 +52,24 @@ def native_dtypes(
         for line in cpuinfo.splitlines()
         if line.startswith(("flags", "Features"))
     ]
-    everywhere = set.intersection(*cores) if cores else set()
-    limits = [environment.get(name, "").upper() for name in _ISA_VARIABLES]
-    is_limited = environment.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2")
-    found = ["float32"]
-    for dtype, instructions in _INSTRUCTIONS.items():
-        imitating = _LIMITS if dtype == "float16" else _LIMITS[:-1]
-        if everywhere & instructions and not is_limited and not {*limits} & {*imitating}:
-            found.append(dtype)
-    return tuple(found)
+    found = set.intersection(*cores) if cores else set()
+    limits = {environment.get(name, "").upper() for name in _ISA_VARIABLES}
+    if "DEFAULT" in limits:  # torch's name for none of them
+        limits.add("AVX")
+    for values, left_out in _LEFT_OUT.items():
+        if limits & {*values}:
+            found = {name for name in found if not name.startswith(left_out)}
+    return found
+
+
+def native_dtypes(
+    cpuinfo: str | None = None, environment: Mapping[str, str] = os.environ
+) -> tuple[str, ...]:
+    """The types that products of this machine's CPU, and of a process with this `environment`, are
+    made in without imitation: float32, and of "bfloat16" and "float16" what there is."""
+    instructions = cpu_instructions(cpuinfo, environment)
+    multiplied = [dtype for dtype, any_of in _MULTIPLIES.items() if instructions & any_of]
+    return ("float32", *multiplied)
 
 
 def boot_id() -> str:

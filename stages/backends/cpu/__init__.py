@@ -1,1 +1,1 @@
-"""What only the CPU does: oneDNN's packed weights and few shapes, attention in blocks."""
+"""What only the CPU does: its own kernels (C, in kernels/), packed weights, attention in place."""

@@ -1,0 +1,168 @@
+/* The innermost loop of products.c, which says how x and W lie: the sums of one tile of rows and one
+   panel of outputs, in registers. */
+
+#pragma once
+#include "common.h"
+
+#define PANEL (2 * LANES)                         /* outputs: two registers */
+#define TILE ((NUM_REGISTERS == 32) ? 12 : 6)     /* rows: 24 or 12 registers of sums */
+#define STEP 2                                    /* inputs at a time; a whole number of them */
+#define MAX_PANELS 4                              /* side by side, for few rows */
+#define LINE 64                                   /* bytes of a cache line */
+#define AHEAD 4096                                /* bytes from what is read to what is fetched */
+
+/* How a weight's numbers are kept. Products and sums are float32, except under `DOT`. */
+enum Storage {
+    FLOAT32,
+    FLOAT16,
+    BFLOAT16, /* two inputs side by side: [in / 2][PANEL][2] */
+    DOT,      /* kept as BFLOAT16; x is rounded to bfloat16 too and multiplied in pairs */
+};
+
+typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef _Float16 Halves __attribute__((vector_size(LANES * 2), aligned(2)));
+typedef __bf16 Pairs __attribute__((vector_size(LANES * 4), aligned(4)));
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t num_bytes(int storage) { return storage == FLOAT32 ? 4 : 2; }
+
+/* Those that lie side by side; of others one, or the compiler runs out of registers. */
+static inline int inputs_at_once(int storage) {
+    return storage == BFLOAT16 || storage == DOT ? 2 : 1;
+}
+
+/* Where a tile's sums come from and go to. */
+struct Sums {
+    float *partial;    /* [rows][panels * PANEL]: what was added up so far */
+    int is_first;      /* nothing so far */
+    int is_last;       /* write y */
+    const float *bias; /* of the first output, or none */
+    float *y;
+    int64_t y_stride;  /* floats from one row of y to the next */
+    int adds_to_y;     /* y holds something already that the product is added to */
+};
+
+/* Weights of LANES outputs and one input: number `input` of a step that begins at `from`. */
+static inline __attribute__((always_inline)) Floats
+load_weights(const char *from, int input, int reg, const int storage) {
+    if (storage == FLOAT32) {
+        return load_floats((const float *)from + input * PANEL + reg * LANES);
+    }
+    if (storage == FLOAT16) {
+        const _Float16 *at = (const _Float16 *)from + input * PANEL + reg * LANES;
+        return __builtin_convertvector(*(const Halves *)at, Floats);
+    }
+    Ints pairs = *(const Ints *)((const int32_t *)from + reg * LANES);
+    return (Floats)(input == 0 ? pairs << 16 : pairs & (int32_t)0xffff0000);
+}
+
+/* `depth` inputs of `rows` rows by `panels` panels. `x`: the packed tile; `w`: of each panel, where
+   the inputs begin; panels lie `panel_size` bytes apart. Meanwhile `ahead` is fetched into the
+   cache, `ahead_size` bytes for each step; with several panels the core does so unasked, and better
+   (one row 20 % faster). */
+static inline __attribute__((always_inline)) void multiply_tile(
+    const int storage, const int rows, const int panels, const float *x, const char *w,
+    int64_t panel_size, int64_t depth, const char *ahead, int64_t ahead_size,
+    const struct Sums *to
+) {
+    const int num_registers = 2 * panels;
+    const int step = inputs_at_once(storage);
+    const int64_t step_size = step * PANEL * num_bytes(storage);
+    const int lines = step_size < LINE ? 1 : step_size / LINE;
+    Floats sums[TILE][2 * MAX_PANELS];
+    for (int r = 0; r < rows; r++) {
+        for (int c = 0; c < num_registers; c++) {
+            const float *at = to->partial + (r * num_registers + c) * LANES;
+            sums[r][c] = to->is_first ? (Floats){0} : load_floats(at);
+        }
+    }
+    for (int64_t k = 0; k < depth; k += step) {
+        for (int l = 0; panels == 1 && l < lines; l++) {
+            __builtin_prefetch(ahead + l * ahead_size / lines);
+        }
+        ahead += ahead_size;
+        for (int input = 0; input < (storage == DOT ? 1 : step); input++) {
+            Floats weights[2 * MAX_PANELS];
+            for (int c = 0; c < num_registers; c++) {
+                const char *at = w + (c / 2) * panel_size;
+                weights[c] = storage == DOT ? load_floats((const float *)at + c % 2 * LANES)
+                                            : load_weights(at, input, c % 2, storage);
+            }
+            for (int r = 0; r < rows; r++) {
+                Floats row = all_lanes(x[input * rows + r]);
+                for (int c = 0; c < num_registers; c++) {
+#ifdef __AVX512BF16__
+                    if (storage == DOT) {
+                        sums[r][c] = (Floats)__builtin_ia32_dpbf16ps_512(
+                            sums[r][c], (Pairs)row, (Pairs)weights[c]
+                        );
+                        continue;
+                    }
+#endif
+                    sums[r][c] = multiply_add_floats(weights[c], row, sums[r][c]);
+                }
+            }
+        }
+        x += (storage == DOT ? 1 : step) * rows;
+        w += step_size;
+    }
+    for (int r = 0; r < rows; r++) {
+        for (int c = 0; c < num_registers; c++) {
+            if (!to->is_last) {
+                store_floats(to->partial + (r * num_registers + c) * LANES, sums[r][c]);
+                continue;
+            }
+            Floats sum = sums[r][c];
+            float *y = to->y + r * to->y_stride + c * LANES;
+            if (to->bias) sum += load_floats(to->bias + c * LANES);
+            if (to->adds_to_y) sum += load_floats(y);
+            store_floats(y, sum);
+        }
+    }
+}
+
+/* Panels that are multiplied side by side: few rows have few sums, and each addition to one has to
+   wait for the last; eight or more keep the core busy. */
+static inline __attribute__((always_inline)) int panels_at_once(const int rows) {
+    return rows == 1 ? MAX_PANELS : rows * 4 <= NUM_REGISTERS / 2 ? 2 : 1;
+}
+
+/* `multiply_tile` for numbers of rows and panels that the compiler does not know. */
+static inline __attribute__((always_inline)) void multiply_tile_of(
+    const int storage, int rows, int panels, const float *x, const char *w, int64_t panel_size,
+    int64_t depth, const char *ahead, int64_t ahead_size, const struct Sums *to
+) {
+#define CASE(R)                                                                                   \
+    case R:                                                                                       \
+        if (R > TILE) return;                                                                     \
+        if (panels == 1) {                                                                        \
+            multiply_tile(storage, R, 1, x, w, panel_size, depth, ahead, ahead_size, to);         \
+        } else {                                                                                  \
+            multiply_tile(storage, R, panels_at_once(R), x, w, panel_size, depth, ahead,          \
+                          ahead_size, to);                                                        \
+        }                                                                                         \
+        return;
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    }
+#undef CASE
+}
+
+static void multiply(
+    int storage, int rows, int panels, const float *x, const char *w, int64_t panel_size,
+    int64_t depth, const char *ahead, int64_t ahead_size, const struct Sums *to
+) {
+#define STORED(S)                                                                                 \
+    case S:                                                                                       \
+        multiply_tile_of(S, rows, panels, x, w, panel_size, depth, ahead, ahead_size, to);        \
+        return;
+    switch (storage) {
+        STORED(FLOAT32) STORED(FLOAT16) STORED(BFLOAT16)
+#ifdef __AVX512BF16__
+        STORED(DOT)
+#endif
+    }
+#undef STORED
+}

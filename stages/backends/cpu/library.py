@@ -1,0 +1,76 @@
+"""The C kernels: which of the compiled libraries this process can use, and what is in them.
+
+`setup.py` compiles kernels/*.c once for each instruction set. A process takes the best that its CPU
+and environment allow. There is none on other kinds of CPU or where nothing was compiled; callers
+then do without.
+"""
+
+import ctypes
+import os
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+from pipeserve.machine import cpu_instructions
+
+SWITCH = "PIPESERVE_KERNELS"
+"""Environment variable: the name of the one library that may be used, or "none"."""
+_NEEDS = {
+    "avx512_bf16": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"),
+    "avx512": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+    "avx2": ("avx2", "fma", "f16c"),
+}
+"""Libraries, the best first, by the instructions that they need."""
+_FUNCTIONS = {
+    # measure.c
+    "read_all": (c_float, [c_void_p, c_int64]),
+    "multiply_add": (c_int64, [c_int64]),
+    # products.c
+    "packed_size": (c_int64, [c_int, c_int64, c_int64]),
+    "panel_outputs": (c_int64, []),
+    "pack_weight": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p]),
+    "product_scratch": (c_int64, [c_int64, c_int64]),
+    "product": (
+        None,
+        [
+            *(c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_void_p, c_int64, c_int, c_void_p),
+        ],
+    ),
+}
+"""Of every C function that Python calls: type of its result and of its arguments."""
+
+
+@cache
+def kernels() -> ctypes.CDLL | None:
+    """The library that this process uses, or None; found out at the first call.
+
+    Its functions let other Python threads run.
+    """
+    names = usable_libraries()
+    return load(names[0]) if names else None
+
+
+def usable_libraries() -> list[str]:
+    """Names of the compiled libraries that this process may use, the best first."""
+    instructions = cpu_instructions()
+    allowed = os.environ.get(SWITCH) or None
+    return [
+        name
+        for name, needs in _NEEDS.items()
+        if allowed in (None, name) and instructions.issuperset(needs) and _path(name).exists()
+    ]
+
+
+@cache
+def load(name: str) -> ctypes.CDLL:
+    """One library by name, whose functions check their arguments' types."""
+    library = ctypes.CDLL(str(_path(name)))
+    for function_name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, function_name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def _path(name: str) -> Path:
+    return Path(__file__).parent / "kernels" / f"{name}.so"

@@ -1,0 +1,97 @@
+"""Products of the C kernels: near float64's, a row the same in every batch, 16 bits where exact."""
+
+import pytest
+import torch
+
+from pipeserve.stages.backends.cpu import library
+from pipeserve.stages.backends.cpu.products import PackedWeight, narrowest_exact_dtype
+
+SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030)]  # [out, in]
+ROWS = [*range(1, 14), 25, 64, 241]
+STORED = {
+    "float32": lambda weight: weight,
+    "float16": lambda weight: weight.half(),
+    "bfloat16": lambda weight: weight.bfloat16(),
+}
+
+
+def made(dtype: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weight, bias and 513 rows."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape) / shape[1] ** 0.5
+    weight[0, 0] = 1 + 2.0**-10  # not exact in bfloat16
+    weight = STORED[dtype](weight)
+    return weight, torch.randn(shape[0]), torch.randn(513, shape[1])
+
+
+@pytest.fixture(params=library.usable_libraries())
+def kernels(request):
+    return library.load(request.param)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", STORED)
+def test_near_float64_and_a_row_does_not_depend_on_its_batch(kernels, dtype, shape):
+    weight, bias, x = made(dtype, shape)
+    packed = PackedWeight(weight, bias, library=kernels)
+    # A single number that float16 holds is held in it.
+    assert str(packed.dtype) == f"torch.{dtype}" or shape == (1, 1)
+    whole = packed.product(x)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert (whole.double() - exact).abs().max() < 1e-5
+    for rows in ROWS:
+        assert torch.equal(packed.product(x[:rows]), whole[:rows]), rows
+        assert torch.equal(packed.product(x[-rows:]), whole[-rows:]), rows
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pairs_of_bfloat16_with_sums_in_float32(shape):
+    if "avx512_bf16" not in library.usable_libraries():
+        pytest.skip("needs AVX512-bf16")
+    weight, bias, x = made("bfloat16", shape)
+    packed = PackedWeight(weight, bias, rounds_x=True, library=library.load("avx512_bf16"))
+    whole = packed.product(x)
+    exact = x.bfloat16().double() @ weight.double().T + bias.double()
+    assert (whole.double() - exact).abs().max() < 1e-5
+    for rows in ROWS:
+        assert torch.equal(packed.product(x[:rows]), whole[:rows]), rows
+
+
+def test_added_to_what_is_there(kernels):
+    weight, bias, x = made("float16", (100, 577))
+    packed = PackedWeight(weight, bias, library=kernels)
+    residual = torch.randn(513, 100)
+    expected = residual + packed.product(x)
+    found = packed.product(x, add_to=residual)
+    assert found is residual and torch.equal(found, expected)
+
+
+def test_rows_may_be_cut_out_of_wider_ones(kernels):
+    """Of x and of y; what lies beside them is neither read nor written."""
+    weight, _, x = made("float32", (100, 577))
+    packed = PackedWeight(weight, library=kernels)
+    expected = packed.product(x)
+    wide_x, wide_y = torch.full((513, 600), torch.nan), torch.zeros(513, 120)
+    wide_x[:, 10:587] = x
+    packed.product(wide_x[:, 10:587], add_to=wide_y[:, 5:105])
+    assert torch.equal(wide_y[:, 5:105], expected)
+    assert not wide_y[:, :5].any() and not wide_y[:, 105:].any()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "dtype"),
+    [
+        ([1.0, -0.5, 2.0**-30, 2.0**100], torch.bfloat16),
+        ([1.0, 1 + 2.0**-10, 65504.0, 2.0**-24], torch.float16),
+        ([1.0, 1 + 2.0**-12], torch.float32),
+        ([2.0**17, 1 + 2.0**-10], torch.float32),  # each in one of them, both in none
+    ],
+)
+def test_sixteen_bits_where_that_is_exact(numbers, dtype):
+    assert narrowest_exact_dtype(torch.tensor([numbers])) == dtype
+
+
+def test_sixteen_bits_take_half_the_memory(kernels):
+    weight = torch.randn(64, 576)
+    assert PackedWeight(weight, library=kernels).nbytes == 64 * 576 * 4
+    assert PackedWeight(weight.half(), library=kernels).nbytes == 64 * 576 * 2

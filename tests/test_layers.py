@@ -25,7 +25,7 @@ MAY_SEE = {
     "configs": {"errors", "core.cost", "core.policies"},
     "wire": {"errors", "core", "configs", "sampling_params"},
     "stages.config": {"errors"},
-    "stages.attention": {"errors", "stages.config"},
+    "stages.attention": {"errors", "stages.backends.cpu", "stages.config"},
     "stages.layers": {"stages.attention", "stages.config"},
     "stages.backends": set(),
     "stages.backends.cpu": {"machine"},

@@ -1,4 +1,4 @@
-"""Causal attention of a microbatch over the paged KV pool: one signature, two implementations.
+"""Causal attention of a microbatch over the paged KV pool: one signature, three implementations.
 
 `prepare` does once what all layers share; calling the object writes the microbatch's K and V into
 the pool and then attends, so a chunk may read blocks that an earlier chunk of the same microbatch
@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeserve.errors import ConfigError
 from pipeserve.stages.attention.blocked_attention import BlockedAttention
 from pipeserve.stages.attention.inputs import StageInputs
+from pipeserve.stages.attention.kernel_attention import KernelAttention
 from pipeserve.stages.attention.kv import KVCache, PoolLayer, write
 from pipeserve.stages.attention.scoring import Scoring, alibi_bias
 
@@ -41,12 +42,15 @@ class Attention(Protocol):
 
 
 def make_attention(name: str) -> Attention:
-    """ "auto" and "cpu": the fast one; "reference": the plain one."""
+    """ "auto" and "cpu": the fast one in PyTorch; "kernels": the C kernels, where there are
+    any; "reference": the plain one."""
     if name in ("auto", "cpu"):
         return BlockedAttention()
+    if name == "kernels":
+        return KernelAttention()
     if name == "reference":
         return ReferenceAttention()
-    raise ConfigError(f"attention {name!r} is not one of auto, cpu, reference")
+    raise ConfigError(f"attention {name!r} is not one of auto, cpu, kernels, reference")
 
 
 class ReferenceAttention:

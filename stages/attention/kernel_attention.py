@@ -43,7 +43,7 @@ class _Pool(ctypes.Structure):
 
 
 class _Scoring(ctypes.Structure):
-    """As in attention.c."""
+    """As in tile.h."""
 
     _fields_ = (
         ("scale", c_float),

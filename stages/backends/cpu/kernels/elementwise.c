@@ -85,7 +85,8 @@ EXPORT void activate_gated(const void *gate_up, int dtype, int activation, int64
                            int64_t size, void *out, int out_dtype) {
     const int64_t bytes = size_of(dtype);
     for (int64_t row = 0; row < num_rows; row++) {
-        const char *gate = (const char *)gate_up + row * 2 * size * bytes, *up = gate + size * bytes;
+        const char *gate = (const char *)gate_up + row * 2 * size * bytes;
+        const char *up = gate + size * bytes;
         char *to = (char *)out + row * size * size_of(out_dtype);
         for (int64_t i = 0; i < size; i += LANES) {
             Floats own = activated(read_some(gate + i * bytes, size - i, dtype), activation);
@@ -108,7 +109,8 @@ EXPORT void activate(const void *x, int dtype, int activation, int64_t size, voi
 /* x += added, of `size` numbers. */
 EXPORT void add_to(float *x, const void *added, int added_dtype, int64_t size) {
     for (int64_t i = 0; i < size; i += LANES) {
-        Floats more = read_some((const char *)added + i * size_of(added_dtype), size - i, added_dtype);
+        const char *from = (const char *)added + i * size_of(added_dtype);
+        Floats more = read_some(from, size - i, added_dtype);
         write_some(x + i, read_some(x + i, size - i, FLOAT32) + more, size - i, FLOAT32);
     }
 }

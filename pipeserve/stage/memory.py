@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def device_memory(device: "torch.device") -> tuple[MemoryLimit, ...]:
     """Where weights and KV have to fit: on a CPU, the machine's memory and the limits of its
     containers; on a GPU, its own."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return memory_limits()
     import torch
 

@@ -21,6 +21,8 @@ class KVCache:
 
     Heads come before blocks, so that gathering a request's blocks gives each head one contiguous
     [positions, H] matrix, which is what matrix products want.
+
+    `turned`: in memory a block's keys are [H, P], which the C kernels multiply where they are.
     """
 
     def __init__(
@@ -32,11 +34,17 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        turned: bool = False,
     ) -> None:
+        """`turned`: in memory the keys of a block lie dimension by dimension, [L, K, B, H, P]."""
         self.block_size = block_size
+        self.heads_per_kv_head = config.num_heads // config.num_kv_heads
         shape = _shape(config, num_layers, num_blocks, block_size)
         # Written once now, so that the memory is really there and not found missing while serving.
         self.keys_LKBPH = torch.empty(shape, dtype=dtype, device=device).zero_()
+        if turned:
+            turned_shape = (*shape[:3], config.head_dim, block_size)
+            self.keys_LKBPH = self.keys_LKBPH.view(turned_shape).transpose(-1, -2)
         self.values_LKBPH = torch.empty(shape, dtype=dtype, device=device).zero_()
 
     @staticmethod

@@ -5,7 +5,8 @@ in plain PyTorch on any device: what a GPU uses, and what tests hold other backe
 device with something better overrides single methods, and no module knows of it.
 
 `onto`, wherever it is, is what a result is added to: the residual of a layer, so that an operation
-may add as it writes. Nothing here modifies its arguments but a KV pool.
+may add as it writes. Nothing here modifies its arguments but a KV pool and, in `place_heads`, the
+heads.
 
 Suffixes: T tokens, X any axes, D a normed axis, I and O features of a product, F intermediate size,
 N query heads, K kv heads, A all heads (queries, then keys, then values), H head size.
@@ -49,6 +50,10 @@ class Backend:
     def place_matrix(self, weight_OI: Tensor) -> Tensor:
         """The weight of a product, in the layout that `linear` likes best."""
         return self.place(weight_OI)
+
+    def place_bias(self, bias_O: Tensor) -> Tensor:
+        """That of a product, as `linear` likes it best."""
+        return self.place(bias_O)
 
     def make_kv(
         self,
@@ -132,7 +137,7 @@ class Backend:
         inputs: StageInputs,
     ) -> Tensor:
         """Norms and rotates queries and keys, writes keys and values into `pool`, and returns the
-        queries [T, N, H]. Rows of padding are not written."""
+        queries [T, N, H]. Rows of padding are not written. May overwrite `heads_TAH`."""
         num_q = heads_TAH.shape[1] - 2 * num_kv_heads
         q_TNH, k_TKH, v_TKH = heads_TAH.split((num_q, num_kv_heads, num_kv_heads), 1)
         if norms is None and rotation is not None:  # in one go

@@ -69,10 +69,13 @@ class Leaf(Part):
     def set(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Takes `weight`, of `shape`, and `bias` over, to the stage's device."""
         self.weight = self._placed(weight)
-        self.bias = None if bias is None else self.backend.place(bias)
+        self.bias = None if bias is None else self._placed_bias(bias)
 
     def _placed(self, weight: Tensor) -> Tensor:
         return self.backend.place(weight)
+
+    def _placed_bias(self, bias: Tensor) -> Tensor:
+        return self.backend.place(bias)
 
 
 class Embedding(Leaf):

@@ -22,6 +22,9 @@ class Linear(Leaf):
     def _placed(self, weight: Tensor) -> Tensor:
         return self.backend.place_matrix(weight)
 
+    def _placed_bias(self, bias: Tensor) -> Tensor:
+        return self.backend.place_bias(bias)
+
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """[..., in_features] of any dtype -> [..., out_features] of the weight's, or added to
         `onto`."""

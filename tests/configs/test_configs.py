@@ -32,7 +32,7 @@ def test_every_field_is_documented():
         ({"slo_tbt": float("nan")}, "slo_tbt is nan, must be over 0 and finite"),
         ({"slo_tbt": "1s"}, "slo_tbt is '1s', must be a number"),
         ({"dtype": "fp8"}, "dtype is 'fp8', must be one of auto, float32, bfloat16, float16"),
-        ({"device": "cuda"}, "device is 'cuda', must be one of auto, cpu"),
+        ({"device": "tpu"}, "device is 'tpu', must be one of auto, cpu, cuda"),
         ({"attention": "flash"}, "attention is 'flash'"),
         ({"max_model_len": 1}, "max_model_len is 1, must be at least 2"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),

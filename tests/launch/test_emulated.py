@@ -40,7 +40,7 @@ from pipeserve.profiling.simulation.simulator import Simulation, arrivals_in_ord
 from pipeserve.profiling.simulation.workloads import WorkItem
 from pipeserve.sampling_params import SamplingParams
 from pipeserve.stage.compute import Turn
-from pipeserve.wire import connection
+from pipeserve.wire import connecting
 from pipeserve.wire.control import (
     Launch,
     StageHello,
@@ -198,7 +198,7 @@ def sent(monkeypatch):
     """What is sent to a next stage that nobody listens for."""
     messages = []
     next_stage = SimpleNamespace(send=messages.append)
-    monkeypatch.setattr(connection, "connect", lambda *where: next_stage)
+    monkeypatch.setattr(connecting, "connect", lambda *where: next_stage)
     return messages
 
 

@@ -10,7 +10,7 @@ from pipeserve.core.nouns import one_each
 from pipeserve.stage.compute import Done
 from pipeserve.stage.loop import StageLoop
 from pipeserve.wire import control
-from pipeserve.wire.connection import connect
+from pipeserve.wire.connecting import connect
 from pipeserve.wire.control import Registration, StartStage, Step, StepChunk
 from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.listener import Listener

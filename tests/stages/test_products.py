@@ -33,15 +33,16 @@ def kernels(request):
 @pytest.mark.parametrize("dtype", STORED)
 def test_near_float64_and_a_row_does_not_depend_on_its_batch(kernels, dtype, shape):
     weight, bias, x = made(dtype, shape)
-    packed = PackedWeight(weight, bias, library=kernels)
+    padded = PackedWeight.padded(bias)
+    packed = PackedWeight(weight, library=kernels)
     # A single number that float16 holds is held in it.
     assert str(packed.dtype) == f"torch.{dtype}" or shape == (1, 1)
-    whole = packed.product(x)
+    whole = packed.product(x, padded)
     exact = x.double() @ weight.double().T + bias.double()
     assert (whole.double() - exact).abs().max() < 1e-5
     for rows in ROWS:
-        assert torch.equal(packed.product(x[:rows]), whole[:rows]), rows
-        assert torch.equal(packed.product(x[-rows:]), whole[-rows:]), rows
+        assert torch.equal(packed.product(x[:rows], padded), whole[:rows]), rows
+        assert torch.equal(packed.product(x[-rows:], padded), whole[-rows:]), rows
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -49,20 +50,22 @@ def test_pairs_of_bfloat16_with_sums_in_float32(shape):
     if "avx512_bf16" not in library.usable_libraries():
         pytest.skip("needs AVX512-bf16")
     weight, bias, x = made("bfloat16", shape)
-    packed = PackedWeight(weight, bias, rounds_x=True, library=library.load("avx512_bf16"))
-    whole = packed.product(x)
+    padded = PackedWeight.padded(bias)
+    packed = PackedWeight(weight, rounds_x=True, library=library.load("avx512_bf16"))
+    whole = packed.product(x, padded)
     exact = x.bfloat16().double() @ weight.double().T + bias.double()
     assert (whole.double() - exact).abs().max() < 1e-5
     for rows in ROWS:
-        assert torch.equal(packed.product(x[:rows]), whole[:rows]), rows
+        assert torch.equal(packed.product(x[:rows], padded), whole[:rows]), rows
 
 
 def test_added_to_what_is_there(kernels):
     weight, bias, x = made("float16", (100, 577))
-    packed = PackedWeight(weight, bias, library=kernels)
+    padded = PackedWeight.padded(bias)
+    packed = PackedWeight(weight, library=kernels)
     residual = torch.randn(513, 100)
-    expected = residual + packed.product(x)
-    found = packed.product(x, add_to=residual)
+    expected = residual + packed.product(x, padded)
+    found = packed.product(x, padded, residual)
     assert found is residual and torch.equal(found, expected)
 
 

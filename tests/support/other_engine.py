@@ -14,7 +14,7 @@ from pipeserve.driver.driver import Driver
 def renew(llm: LLM, policy: str = "uniform", **limits: Any) -> None:
     """Gives `llm` a fresh engine with the limits that it started with, but for these."""
     driver = llm.client
-    limits = replace(driver.setup.limits, **limits)
+    limits = replace(driver.limits, **limits)
     go_on_under(driver, Engine(driver.plan, get_policy(policy), limits))
 
 

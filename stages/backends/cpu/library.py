@@ -25,6 +25,27 @@ _FUNCTIONS = {
     # measure.c
     "read_all": (c_float, [c_void_p, c_int64]),
     "multiply_add": (c_int64, [c_int64]),
+    # attention.c
+    "attention_scratch": (c_int64, [c_int64, c_int64]),
+    "attend": (
+        None,
+        [
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
+            *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+        ],
+    ),
+    # heads.c
+    "rotate_heads": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p, c_int64]),
+    "write_heads": (None, [*[c_void_p, c_int64] * 2, c_int64, c_void_p, c_void_p]),
+    # elementwise.c
+    "rms_norm": (
+        None,
+        [c_void_p, c_void_p, c_int, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
+    ),
+    "layer_norm": (None, [*[c_void_p] * 3, c_float, c_int64, c_int64, c_void_p, c_int]),
+    "activate_gated": (None, [c_void_p, c_int, c_int, c_int64, c_int64, c_void_p, c_int]),
+    "activate": (None, [c_void_p, c_int, c_int, c_int64, c_void_p, c_int]),
+    "add_to": (None, [c_void_p, c_void_p, c_int, c_int64]),
     # products.c
     "packed_size": (c_int64, [c_int, c_int64, c_int64]),
     "panel_outputs": (c_int64, []),
@@ -49,6 +70,11 @@ def kernels() -> ctypes.CDLL | None:
     """
     names = usable_libraries()
     return load(names[0]) if names else None
+
+
+def has_pairs_of_bfloat16() -> bool:
+    """Whether the process's library multiplies bfloat16 natively, two by two."""
+    return usable_libraries()[:1] == ["avx512_bf16"]
 
 
 def usable_libraries() -> list[str]:

@@ -26,11 +26,10 @@ class PackedWeight:
     def __init__(
         self,
         weight: Tensor,
-        bias: Tensor | None = None,
         rounds_x: bool = False,
         library: ctypes.CDLL | None = None,
     ) -> None:
-        """`weight` [out, in], `bias` [out]; `library`: instead of the process's own."""
+        """`weight` [out, in]; `library`: instead of the process's own."""
         found = library or kernels()
         assert found is not None, "no kernels here"
         self._library = found
@@ -46,21 +45,28 @@ class PackedWeight:
         self._library.pack_weight(
             self._storage, weight.data_ptr(), *weight.shape, self._packed.data_ptr()
         )
-        self._bias = None
-        if bias is not None:
-            panel = self._library.panel_outputs()
-            self._bias = torch.zeros(-(-self.out_features // panel) * panel)
-            self._bias[: self.out_features] = bias
 
     @property
     def nbytes(self) -> int:
-        return self._packed.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        return self._packed.nbytes
 
-    def product(self, x_TD: Tensor, add_to: Tensor | None = None) -> Tensor:
+    @staticmethod
+    def padded(bias: Tensor) -> Tensor:
+        """`bias` [out] in float32 as `product` takes it: the first part of a longer tensor."""
+        library = kernels()
+        assert library is not None, "no kernels here"
+        panel = library.panel_outputs()
+        whole = torch.zeros(-(-len(bias) // panel) * panel)
+        whole[: len(bias)] = bias
+        return whole[: len(bias)]
+
+    def product(
+        self, x_TD: Tensor, bias: Tensor | None = None, add_to: Tensor | None = None
+    ) -> Tensor:
         """x W^T + bias: float32 [T, in] -> float32 [T, out].
 
-        `add_to`: float32 [T, out]; the product is added to it, and it is returned. A row's result
-        does not depend on the rows beside it, bit for bit.
+        `bias`: as `padded` makes it. `add_to`: float32 [T, out]; the product is added to it, and it
+        is returned. A row's result does not depend on the rows beside it, bit for bit.
         """
         assert x_TD.dtype == torch.float32 and x_TD.shape[1] == self.in_features
         assert x_TD.stride(1) == 1
@@ -76,7 +82,7 @@ class PackedWeight:
             self._packed.data_ptr(),
             self.out_features,
             self.in_features,
-            None if self._bias is None else self._bias.data_ptr(),
+            None if bias is None else bias.data_ptr(),
             y_TN.data_ptr(),
             y_TN.stride(0),
             add_to is not None,

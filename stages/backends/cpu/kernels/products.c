@@ -15,7 +15,7 @@
    Every sum is added up input by input, in one chain, whatever the number of rows: so a row's
    result does not depend on the rows beside it, bit for bit. */
 
-#include "tile.h"
+#include "product_tile.h"
 
 /* ---- packing ---- */
 

@@ -1,0 +1,103 @@
+"""The CPU's backend where there are C kernels for it (library.py)."""
+
+import torch
+from torch import Tensor
+
+from pipeserve.stages.attention.inputs import StageInputs
+from pipeserve.stages.attention.kv import KVCache, PoolLayer
+from pipeserve.stages.backends.backend import Backend, HeadNorms, Rotation
+from pipeserve.stages.backends.cpu import elementwise
+from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, write
+from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16
+from pipeserve.stages.backends.cpu.products import PackedWeight
+from pipeserve.stages.config.model_config import ModelConfig
+
+
+class KernelBackend(Backend):
+    """All is float32 between the products, and rows need no padding. In a run of float32 a row's
+    result is the same, bit for bit, whatever rows are beside it.
+
+    One thread computes: a stage with several does better by PyTorch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("cpu", KernelAttention())
+
+    def place_matrix(self, weight_OI: Tensor) -> PackedWeight:
+        """Packed. A product of bfloat16 weights rounds x to bfloat16 too, where the CPU multiplies
+        pairs of them."""
+        is_paired = weight_OI.dtype == torch.bfloat16 and has_pairs_of_bfloat16()
+        return PackedWeight(weight_OI, rounds_x=is_paired)
+
+    def place_bias(self, bias_O: Tensor) -> Tensor:
+        """With zeros behind it in memory, up to a whole panel of outputs."""
+        return PackedWeight.padded(bias_O)
+
+    def make_kv(
+        self,
+        config: ModelConfig,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> KVCache:
+        return KVCache(
+            config,
+            num_layers=num_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=dtype,
+            device=self.device,
+            turned=True,
+        )
+
+    def linear(
+        self,
+        x_XI: Tensor,
+        weight: PackedWeight,
+        bias_O: Tensor | None = None,
+        onto_XO: Tensor | None = None,
+    ) -> Tensor:
+        return weight.product(_rows(x_XI), bias_O, None if onto_XO is None else onto_XO.clone())
+
+    def rms_norm(
+        self, x_XD: Tensor, weight_D: Tensor, eps: float, onto_XD: Tensor | None = None
+    ) -> Tensor:
+        normed_XD = elementwise.rms_norm(_rows(x_XD), weight_D, eps)
+        return normed_XD if onto_XD is None else normed_XD.add_(onto_XD)
+
+    def layer_norm(self, x_XD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        return elementwise.layer_norm(_rows(x_XD), weight_D, bias_D, eps)
+
+    def activate(self, x_XF: Tensor, activation: str) -> Tensor:
+        return elementwise.activate(_rows(x_XF), activation)
+
+    def activate_gated(self, gate_up_X2F: Tensor, activation: str) -> Tensor:
+        return elementwise.activate_gated(_rows(gate_up_X2F), activation)
+
+    def place_heads(
+        self,
+        heads_TAH: Tensor,
+        num_kv_heads: int,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        pool: PoolLayer,
+        inputs: StageInputs,
+    ) -> Tensor:
+        """In the memory of `heads_TAH`. Blocks that are begun are not cleared: what lies in them
+        behind a request's last position is not read."""
+        num_q = heads_TAH.shape[1] - 2 * num_kv_heads
+        q_TNH, k_TKH, v_TKH = heads_TAH.split((num_q, num_kv_heads, num_kv_heads), 1)
+        if norms is not None:
+            q_TNH.copy_(norms[0](q_TNH))
+            k_TKH.copy_(norms[1](k_TKH))
+        if rotation is not None:
+            elementwise.rotate(heads_TAH[:, : num_q + num_kv_heads], *rotation)
+        write(k_TKH, v_TKH, pool, inputs.slots_T)
+        return q_TNH
+
+
+def _rows(x: Tensor) -> Tensor:
+    """In float32, one behind the other."""
+    return x.float().contiguous()

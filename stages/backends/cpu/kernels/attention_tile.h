@@ -1,0 +1,182 @@
+/* What rows of queries make of one tile of their context: scores, weights, weighted values. */
+
+#pragma once
+#include "numbers.h"
+#include <stdbool.h>
+
+#define UNIT 16  /* positions that lie together, where blocks hold a multiple of it */
+#define UNITS 4  /* of a tile */
+#define TILE (UNIT * UNITS)
+#define ROWS 6   /* that are multiplied together: with as many columns, all sums fit in registers */
+
+typedef struct {
+    float scale;
+    float softcap;       /* scores become softcap * tanh(score / softcap); 0: they stay */
+    int64_t window;      /* positions that a query sees, its own included */
+    const float *slopes; /* ALiBi, of each query head; or NULL */
+} Scoring;
+
+/* Some positions of a request, and where their keys and values are: in the pool, or copied. */
+typedef struct {
+    int64_t first;              /* position in the request: a multiple of TILE */
+    int64_t from, to;           /* the positions that any query sees, counted from the first */
+    const char *keys[UNITS];    /* [head size, key_step], of which UNIT positions are used */
+    const char *values[UNITS];  /* [UNIT, value_step], of which head size are used */
+    int64_t key_step, value_step;
+    int dtype;
+} Tile;
+
+static inline int64_t round_up(int64_t number, int64_t unit) {
+    return (number + unit - 1) / unit * unit;
+}
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- products --------------------------------------------------------------------------------*/
+
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+/* What is read next is asked for while something else is multiplied. */
+INLINE void ask_for(const char *from, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* scores [M, TILE] = q [M, size] * keys, of N registers' positions from `unit` on. */
+INLINE void score_rows(int M, int N, const float *q, int64_t size, const Tile *tile, int64_t unit,
+                       float *scores, int dtype, bool asks) {
+    const int of_unit = UNIT / LANES;
+    const char *keys[4];
+    UNROLL for (int n = 0; n < N; n++)
+        keys[n] = tile->keys[unit + n / of_unit] + n % of_unit * LANES * size_of(dtype);
+    const int64_t step = tile->key_step * size_of(dtype);
+    Floats sums[ROWS][4];
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++) sums[m][n] = (Floats){0};
+    for (int64_t h = 0; h < size; h++) {
+        Floats key[4];
+        UNROLL for (int n = 0; n < N; n++) key[n] = read(keys[n] + h * step, dtype);
+        if (asks)
+            UNROLL for (int n = 0; n < N; n += of_unit)
+                ask_for(tile->values[unit + n / of_unit] + h * UNIT * size_of(dtype), 1);
+        UNROLL for (int m = 0; m < M; m++) {
+            Floats factor = all_lanes(q[m * size + h]);
+            UNROLL for (int n = 0; n < N; n++)
+                sums[m][n] = multiply_add_floats(factor, key[n], sums[m][n]);
+        }
+    }
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
+        store_floats(scores + m * TILE + unit * UNIT + n * LANES, sums[m][n]);
+}
+
+/* out [M, out_step] += weights [M, TILE] * values, of N registers' dimensions from `column` on. */
+INLINE void add_rows(int M, int N, const float *weights, const Tile *tile, const Tile *next,
+                     int64_t size, int64_t column, float *out, int64_t out_step, int dtype,
+                     bool asks) {
+    const int64_t step = tile->value_step * size_of(dtype);
+    Floats sums[ROWS][4];
+    out += column;
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
+        sums[m][n] = load_floats(out + m * out_step + n * LANES);
+    for (int64_t unit = tile->from / UNIT; unit * UNIT < tile->to; unit++) {
+        const int64_t start = most(0, tile->from - unit * UNIT);
+        const int64_t stop = least(UNIT, tile->to - unit * UNIT);
+        const char *values = tile->values[unit] + column * size_of(dtype);
+        const char *next_keys = next->keys[unit];
+        for (int64_t i = start; i < stop; i++) {
+            Floats value[4];
+            UNROLL for (int n = 0; n < N; n++)
+                value[n] = read(values + i * step + n * LANES * size_of(dtype), dtype);
+            if (asks) ask_for(next_keys + i * size * size_of(dtype), size * size_of(dtype));
+            UNROLL for (int m = 0; m < M; m++) {
+                Floats weight = all_lanes(weights[m * TILE + unit * UNIT + i]);
+                UNROLL for (int n = 0; n < N; n++)
+                    sums[m][n] = multiply_add_floats(weight, value[n], sums[m][n]);
+            }
+        }
+    }
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
+        store_floats(out + m * out_step + n * LANES, sums[m][n]);
+}
+
+/* For each number of rows, because their sums are to be in registers. */
+#define FOR_ROWS(rows, CALL)                                                                       \
+    switch (rows) {                                                                                \
+    case 1: { CALL(1, 4); break; }                                                                 \
+    case 2: { CALL(2, 4); break; }                                                                 \
+    case 3: { CALL(3, 4); break; }                                                                 \
+    case 4: { CALL(4, WIDE); break; }                                                              \
+    case 5: { CALL(5, WIDE); break; }                                                              \
+    default: { CALL(6, WIDE); break; }                                                             \
+    }
+#define WIDE (NUM_REGISTERS / 8) /* registers of columns for ROWS rows; for up to 3 rows, 4 */
+
+INLINE void score_tile(int64_t num_rows, const float *q, int64_t size, const Tile *tile,
+                       float *scores, int dtype, bool asks) {
+    const int64_t stop = round_up(tile->to, UNIT) / UNIT;
+    for (int64_t row = 0; row < num_rows; row += ROWS, asks = false) {
+#define SCORE(M, N)                                                                                \
+    for (int64_t unit = 0; unit < stop; unit += N * LANES / UNIT)                                  \
+        score_rows(M, N, q + row * size, size, tile, unit, scores + row * TILE, dtype, asks)
+        FOR_ROWS(least(num_rows - row, ROWS), SCORE)
+    }
+}
+
+INLINE void add_tile(int64_t num_rows, const float *weights, const Tile *tile, const Tile *next,
+                     int64_t size, float *out, int64_t out_step, int dtype, bool asks) {
+    for (int64_t row = 0; row < num_rows; row += ROWS, asks = false) {
+#define ADD(M, N)                                                                                  \
+    int64_t column = 0;                                                                            \
+    for (; column + N * LANES <= out_step; column += N * LANES)                                    \
+        add_rows(M, N, weights + row * TILE, tile, next, size, column, out + row * out_step,       \
+                 out_step, dtype, asks && column == 0);                                            \
+    for (; column < out_step; column += LANES)                                                     \
+        add_rows(M, 1, weights + row * TILE, tile, next, size, column, out + row * out_step,       \
+                 out_step, dtype, asks && column == 0)
+        FOR_ROWS(least(num_rows - row, ROWS), ADD)
+    }
+}
+
+/* ---- weights ---------------------------------------------------------------------------------*/
+
+INLINE Floats rounded_to_bfloat16(Floats x) { return (Floats)(bfloat16_bits(x) << 16); }
+
+/* ALiBi's bias of positions, as Falcon was trained: in bfloat16, and before scaling. */
+INLINE Floats alibi_bias(float slope, Floats positions) {
+    return rounded_to_bfloat16(rounded_to_bfloat16(all_lanes(slope)) *
+                               rounded_to_bfloat16(positions));
+}
+
+/* One row's scores [count] of the positions from `first` on become weights, of which it sees
+   [seen, stop). Returns what the sums so far are to be multiplied with. */
+static float weigh(float *scores, int64_t count, int64_t first, int64_t seen, int64_t stop,
+                   const Scoring *scoring, float slope, float *maximum, float *sum) {
+    const float lowest = seen - first, highest = stop - first;
+    const bool sees_all = lowest <= 0 && highest >= count;
+    Floats maxima = all_lanes(*maximum);
+    for (int64_t i = 0; i < count; i += LANES) {
+        Floats x = load_floats(scores + i), place = lane_numbers() + (float)i;
+        if (scoring->softcap != 0)
+            x = scoring->softcap * hyperbolic_tangent(x / scoring->softcap);
+        if (slope != 0) /* less the query's own, so that what matters stays small */
+            x += (alibi_bias(slope, place + (float)first) -
+                  alibi_bias(slope, all_lanes(stop - 1))) * scoring->scale;
+        if (!sees_all) {
+            x = choose(place < lowest, all_lanes(-__builtin_inff()), x);
+            x = choose(place >= highest, all_lanes(-__builtin_inff()), x);
+        }
+        store_floats(scores + i, x);
+        maxima = choose(x > maxima, x, maxima);
+    }
+    const float largest = __builtin_reduce_max(maxima);
+    /* Nothing but NaN or -infinity so far: what is NaN stays so, the others weigh nothing. */
+    const float base = largest == -__builtin_inff() ? 0 : largest;
+    Floats total = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        Floats weight = exponential(load_floats(scores + i) - base);
+        store_floats(scores + i, weight);
+        total += weight;
+    }
+    const float factor = largest == *maximum ? 1 : exponential(all_lanes(*maximum - base))[0];
+    *maximum = largest;
+    *sum = *sum * factor + sum_of(total);
+    return factor;
+}

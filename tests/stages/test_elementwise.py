@@ -1,0 +1,95 @@
+"""What the C kernels do between products, against torch in float64; the same bits in any batch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeserve.stages.backends.activations import ACTIVATIONS
+from pipeserve.stages.backends.backend import rotate as rotate_by_torch
+from pipeserve.stages.backends.cpu import elementwise, library
+from pipeserve.stages.config.model_config import RopeConfig
+from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
+
+SIZES = [1, 7, 16, 33, 576]
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+"""1e-6, or half a unit in the last place."""
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=library.usable_libraries(), autouse=True)
+def each_library(request, monkeypatch):
+    monkeypatch.setattr(elementwise, "kernels", lambda: library.load(request.param))
+
+
+def close(got, expected):
+    limit = LIMITS[got.dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("added_dtype", [None, torch.float32, torch.bfloat16])
+def test_rms_norm(size, dtype, added_dtype):
+    x, weight = torch.randn(5, size) * 3, torch.randn(size)
+    added = None if added_dtype is None else torch.randn(5, size).to(added_dtype)
+    total = x if added is None else x + added
+    got = elementwise.rms_norm(x, weight, 1e-5, added_XD=added, dtype=dtype)
+    assert torch.equal(x, total)
+    close(got, F.rms_norm(total.double(), (size,), weight.double(), 1e-5))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_layer_norm(size, dtype):
+    x, (weight, bias) = torch.randn(5, size) * 3 + 1, torch.randn(2, size)
+    got = elementwise.layer_norm(x, weight, bias, 1e-5, dtype=dtype)
+    close(got, F.layer_norm(x.double(), (size,), weight.double(), bias.double(), 1e-5))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_activations(activation, dtype):
+    """Over all that matters of a function's range, and far outside it."""
+    gate = torch.cat((torch.linspace(-12, 12, 3001), torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4])))
+    gate = gate.to(dtype)
+    up = torch.linspace(0.5, 1.0, len(gate)).to(dtype)
+    by_torch = ACTIVATIONS[activation](gate.double())
+    close(elementwise.activate(gate, activation), by_torch)
+    close(elementwise.activate_gated(torch.cat((gate, up))[None], activation)[0], by_torch * up)
+    for bad in (torch.nan, torch.inf):
+        assert not elementwise.activate(torch.tensor([bad, 1.0]), activation)[0].isfinite()
+
+
+@pytest.mark.parametrize("part", [1.0, 0.5, 0.25])
+def test_rotation(part):
+    """Of the queries and keys of a fused product, in place."""
+    heads = torch.randn(9, 8, 32)
+    rotation = make_rotation(torch.arange(9) * 100, rope_frequencies(_rope(part), 32))
+    expected = torch.cat((rotate_by_torch(heads[:, :6].double(), rotation), heads[:, 6:]), 1)
+    elementwise.rotate(heads[:, :6], *rotation)
+    torch.testing.assert_close(heads, expected.float(), rtol=1e-6, atol=1e-6)
+
+
+def _rope(part):
+    return RopeConfig(theta=10000.0, part=part)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_sums(dtype):
+    x, added = torch.randn(33), torch.randn(33).to(dtype)
+    expected = x + added
+    elementwise.add_to(x, added)
+    assert torch.equal(x, expected)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    x, gate_up, (weight, bias) = torch.randn(9, 80), torch.randn(9, 80), torch.randn(2, 80)
+    for function in (
+        lambda rows: elementwise.rms_norm(x[rows].clone(), weight, 1e-5, added_XD=gate_up[rows]),
+        lambda rows: elementwise.layer_norm(x[rows], weight, bias, 1e-5),
+        lambda rows: elementwise.activate_gated(gate_up[rows], "silu"),
+    ):
+        alone = [function(slice(i, i + 1)) for i in range(9)]
+        assert torch.equal(function(slice(0, 9)), torch.cat(alone))

@@ -1,0 +1,104 @@
+"""Attention by the C kernels: what it promises beyond the others, with every library."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from attention_cases import TOLERANCE, Case
+
+from pipeserve.stages.attention.inputs import build_inputs
+from pipeserve.stages.attention.scoring import Scoring, alibi_slopes
+from pipeserve.stages.backends.cpu import kernel_attention, library
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=library.usable_libraries())
+def each_library(request, monkeypatch):
+    monkeypatch.setattr(kernel_attention, "kernels", lambda: library.load(request.param))
+
+
+SIZES = [(1, 1, 16), (16, 1, 48), (10, 2, 80), (12, 4, 96), (14, 2, 128), (8, 1, 256), (71, 1, 64)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("heads", SIZES)
+def test_kernels_for_every_size_of_head(each_library, heads, dtype):
+    """Up to 2,000 positions, as layers score them, in blocks of every kind."""
+    rng = random.Random(sum(heads))
+    spans = [(n - 1, n) for n in (1, 64, 65, rng.randrange(100, 2000))]
+    spans += [(0, 70), (rng.randrange(300), rng.randrange(300, 400))]
+    for block_size, turned in ((16, True), (40, True), (16, False)):
+        scoring = rng.choice(
+            (
+                Scoring(heads[2] ** -0.5),
+                Scoring(heads[2] ** -0.5, window=rng.choice((1, 30, 64, 130))),
+                Scoring(heads[2] ** -0.5, softcap=2.0, window=100),
+                Scoring(heads[2] ** -0.5, slopes_N=alibi_slopes(heads[0])),
+            )
+        )
+        sizes = {"heads": heads, "block_size": block_size, "turned": turned, "dtype": dtype}
+        Case(spans, scoring=scoring, garbage=torch.nan, **sizes).check("kernels")
+
+
+def parts_of(case, cuts):
+    """The case's only chunk as several microbatches, over what they leave in the pool."""
+    (q,), (k,), (v,) = case.q, case.k, case.v
+    table = case.inputs.block_tables[0].tolist()
+    out = []
+    for start, stop in pairwise(cuts):
+        chunk = (start, stop, table[: -(-stop // case.kv.block_size)], 0)
+        case.inputs = build_inputs([chunk], case.kv.block_size, None)
+        case.q, case.k, case.v = [q[start:stop]], [k[start:stop]], [v[start:stop]]
+        out.append(case.run("kernels"))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "scoring", [Scoring(0.1), Scoring(0.1, window=70), Scoring(1, softcap=3.0)]
+)
+def test_kernels_give_a_row_the_same_bits_wherever_it_stands(each_library, scoring, dtype):
+    """A prompt at once, in any chunks, and its last tokens one by one as decodes."""
+    options = {"heads": (9, 3, 64), "scoring": scoring, "dtype": dtype, "turned": True}
+    whole = Case([(0, 200)], **options).run("kernels")
+    for cuts in ([0, 1, 2, 67, 130, 199, 200], [0, 64, 128, *range(150, 201)]):
+        assert torch.equal(parts_of(Case([(0, 200)], **options), cuts), whole)
+
+
+def test_kernels_give_a_row_the_same_bits_in_any_batch(each_library):
+    spans = [(299, 300), (0, 33), (63, 64), (100, 180), (15, 16), (500, 501)]
+    case = Case(spans, heads=(8, 2, 64), turned=True)
+    together = case.run("kernels").split([len(q) for q in case.q])
+    for i, span in enumerate(spans):
+        alone = Case(spans, heads=(8, 2, 64), turned=True)
+        chunk = (*span, case.inputs.block_tables[i].tolist(), 0)
+        alone.inputs = build_inputs([chunk], case.kv.block_size, None)
+        alone.q, alone.k, alone.v = [case.q[i]], [case.k[i]], [case.v[i]]
+        assert torch.equal(alone.run("kernels"), together[i])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("turned", [True, False])
+def test_kernels_keep_what_is_not_finite_from_earlier_rows(each_library, side, bad, turned):
+    case = Case([(10, 100), (3, 4)], heads=(4, 2, 64), turned=turned)
+    getattr(case, side)[0][60] = bad
+    got = case.run("kernels")
+    expected = torch.cat(case.expected)
+    torch.testing.assert_close(got[:60].double(), expected[:60], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(got[90:].double(), expected[90:], rtol=2e-6, atol=2e-6)
+    assert not got[60:90].isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("turned", [True, False])
+def test_kernels_round_what_they_write_as_torch_does(each_library, dtype, turned):
+    case = Case([(0, 50), (20, 21)], heads=(4, 2, 24), dtype=dtype, turned=turned)
+    case.k, case.v = ([torch.randn(x.shape) * 1e3 for x in side] for side in (case.k, case.v))
+    case.k[0][3, 1, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-42])
+    case.run("kernels")
+    for side, new in zip(case.kv.layer(1), (case.k, case.v), strict=True):
+        written = side.flatten(1, 2)[:, case.inputs.slots_T].transpose(0, 1)
+        assert torch.equal(written.nan_to_num(7), torch.cat(new).to(dtype).nan_to_num(7))

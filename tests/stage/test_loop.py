@@ -15,6 +15,7 @@ from pipeserve.wire.control import Registration, StartStage, Step, StepChunk
 from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
+from pipeserve.wire.step_messages import pack_tokens
 
 EPOCH = 3
 SECONDS = 10.0
@@ -43,7 +44,12 @@ class PostedLinks:
 class Device:
     """A `Compute` with a clock of its own, that a test sets; who takes an end waits until then."""
 
+    size = control.StageSized(weight_bytes=0, block_bytes=0, memory=())
     weight_bytes = kv_bytes = 0
+    num_threads = 1
+
+    def take_memory(self, num_blocks):
+        pass
 
     def __init__(self, most_begun, is_last, log):
         self.most_begun, self.is_last, self.log = most_begun, is_last, log
@@ -162,7 +168,7 @@ def opened():
 
 
 def registration(request_id, num_tokens):
-    ids = control.pack_tokens([7] * num_tokens)
+    ids = pack_tokens([7] * num_tokens)
     return Registration(request_id, ids, num_tokens, [request_id], {}, [], ())
 
 

@@ -25,6 +25,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.backends.backend import Backend
+from pipeserve.stages.backends.cpu.backend import CpuBackend
+from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
+from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.checkpoint.weights import check_checkpoint
 from pipeserve.stages.config.model_config import RopeConfig
 from pipeserve.stages.devices import make_backend
@@ -33,14 +36,20 @@ from pipeserve.stages.families import FAMILIES, read_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RUNS = [
-    (make_backend("cpu"), (4,), 70),
-    (make_backend("cpu"), (1, 3), 33),
-    (make_backend("cpu"), (1, 2, 1), 7),
-    (make_backend("cpu"), (1, 1, 1, 1), 1),
+    (CpuBackend(), (4,), 70),
+    (CpuBackend(), (1, 3), 33),
+    (CpuBackend(), (1, 1, 1, 1), 1),
     (make_backend("cpu", "reference"), (3, 1), 16),
     (Backend(), (4,), 70),
     (Backend(), (2, 2), 9),
 ]
+if kernels() is not None:
+    RUNS += [
+        (KernelBackend(), (4,), 70),
+        (KernelBackend(), (1, 3), 33),
+        (KernelBackend(), (1, 2, 1), 7),
+        (KernelBackend(), (1, 1, 1, 1), 1),
+    ]
 """(backend, layers of each stage, tokens a microbatch): whole, chunks, decodes."""
 
 

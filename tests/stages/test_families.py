@@ -168,7 +168,7 @@ def test_parameters_are_counted_as_held(checkpoint, name):
     total = sum(parameter.numel() for parameter in model.parameters())
     if model.config.tie_word_embeddings:
         total += model.lm_head.weight.numel()
-    stages = Stages(folder).stages
+    stages = Stages(folder, backend=Backend()).stages
     assert sum(stage.num_parameters for stage in stages) == total
     held = sum(
         weight.numel()

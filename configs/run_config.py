@@ -87,6 +87,12 @@ class RunConfig:
         over=0,
     )
     block_size: int = _option(16, "Tokens in one KV block.", least=1)
+    kv_cache_dtype: str = _option(
+        "auto",
+        "Type of the KV pool; auto is that of the run. float16 takes half of float32's memory, and "
+        "differs from it by less than bfloat16.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     kv_cache_memory_bytes: int | None = _option(
         None,
         "Bytes of the KV pool of each stage; by default 1 GiB, or less where less memory is free.",

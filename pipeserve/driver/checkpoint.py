@@ -157,6 +157,7 @@ def _works(
                 has_embedding=stage.has_embedding,
                 has_head=stage.has_head,
                 dtype=dtype,
+                kv_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
                 device=device,
                 attention=config.attention,
                 block_size=config.block_size,

@@ -52,6 +52,7 @@ class ModelCompute:
         self.block_size = share.block_size
         self.config = read_config(share.model_folder)
         self.dtype = getattr(torch, share.dtype)
+        self.kv_dtype = getattr(torch, share.kv_dtype)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.model = Stage(
             self.config,
@@ -63,7 +64,7 @@ class ModelCompute:
         )
         self.size = control.StageSized(
             weight_bytes=self.model.bytes_in(self.dtype),
-            block_bytes=self.model.kv_block_bytes(block_size=share.block_size, dtype=self.dtype),
+            block_bytes=self.model.kv_block_bytes(block_size=share.block_size, dtype=self.kv_dtype),
             memory=device_memory(self.model.backend.device),
         )
         self.num_threads = torch.get_num_threads()
@@ -79,7 +80,7 @@ class ModelCompute:
         # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
         self.head, self.model.head = self.model.head, None
         self.kv = self.model.make_kv(
-            num_blocks=num_blocks, block_size=share.block_size, dtype=self.dtype
+            num_blocks=num_blocks, block_size=share.block_size, dtype=self.kv_dtype
         )
         self.kv_bytes = self.kv.num_bytes
 
@@ -190,6 +191,11 @@ class ModelCompute:
     def _not_finite(self, position: int) -> str:
         """What its user is told of a request whose logits for the token at `position` are not."""
         dtype = str(self.dtype).removeprefix("torch.")
+        if self.kv_dtype == torch.float16 != self.dtype:
+            return (
+                f"the logits of token {position} are not finite: keys or values may leave the "
+                "range of a float16 KV pool; leave --kv-cache-dtype out"
+            )
         remedy = {
             "float16": "use --dtype bfloat16 or float32, whose range is larger",
             "bfloat16": "use --dtype float32",

@@ -84,6 +84,7 @@ class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
     has_embedding: bool
     has_head: bool
     dtype: str
+    kv_dtype: str
     device: str
     attention: str
     block_size: int

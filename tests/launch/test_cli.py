@@ -43,7 +43,7 @@ def driver(folder, monkeypatch):
     def open_driver(run_config, record, check=lambda model_config: None):
         fake.config = run_config
         fake.record = record
-        check(fake.model_config)
+        check(fake)
         return fake
 
     monkeypatch.setattr(starting, "open_driver", open_driver)

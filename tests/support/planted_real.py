@@ -148,7 +148,7 @@ class Stages:
     def _run(self, scene: Scene) -> None:
         """Adds each request when it is due, and polls."""
         driver, rng = self.driver, Random(0)
-        vocab_size = driver.model_config.vocab_size
+        vocab_size = driver.vocab_size
         due = [
             (arrival.arrival_s, self._request(arrival, rng, vocab_size))
             for arrival in sorted(scene.arrivals, key=lambda arrival: arrival.arrival_s)

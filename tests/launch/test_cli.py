@@ -168,7 +168,7 @@ def test_token_ids_that_the_model_does_not_have(driver, capsys, tmp_path):
     expected = "error: prompt 0: allowed_token_ids has 999999, token ids are 0 to 257"
     assert _error(capsys, command, 2) == expected
     prompts = write_jsonl(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b", "logprobs": 256})
-    driver.model_config.vocab_size = 200
+    driver.vocab_size = 200
     error = _error(capsys, ["generate", "m", "--prompts", prompts], 2)
     assert error == "error: prompt 1: logprobs is 256, the vocabulary has 200 tokens"
     assert not driver.added

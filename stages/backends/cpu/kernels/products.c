@@ -8,7 +8,7 @@
    The rows of x are packed in the same way, in tiles of up to TILE rows. What is left at the end of
    a panel or of the inputs is filled up with zeros.
 
-   The innermost loop (tile.h) holds the sums of one tile and one panel in registers: for
+   The innermost loop (product_tile.h) holds the sums of one tile and one panel in registers: for
    each input it loads PANEL weights and adds their products with one number of each row. Around it,
    `product` takes the work in an order in which what is used again is still in a cache.
 
@@ -31,11 +31,38 @@ static inline float number_at(const float *row, int64_t k, int64_t in) {
     return k < in ? row[k] : 0;
 }
 
+/* The part of a tile of pairs that fills whole registers; returns how many inputs that was. Rows are
+   rounded first, as they lie, and then turned: the rounding is then an instruction for each LANES
+   numbers. */
+static int64_t pack_pairs(int rows, const float *x, int64_t x_stride, int64_t in, float *to) {
+#ifdef __AVX512BF16__
+    typedef __bf16 Rounded __attribute__((vector_size(LANES * 2), aligned(2)));
+    uint32_t pairs[TILE][LANES / 2];
+    int64_t k = 0;
+    for (; k + LANES <= in; k += LANES) {
+        for (int r = 0; r < rows; r++) {
+            Floats numbers = load_floats(x + r * x_stride + k);
+            *(Rounded *)pairs[r] = __builtin_convertvector(numbers, Rounded);
+        }
+        for (int i = 0; i < LANES / 2; i++) {
+            for (int r = 0; r < rows; r++) {
+                __builtin_memcpy(to + (k / 2 + i) * rows + r, &pairs[r][i], 4);
+            }
+        }
+    }
+    return k;
+#else
+    (void)rows, (void)x, (void)x_stride, (void)in, (void)to;
+    return 0;
+#endif
+}
+
 /* One tile: [in][rows], or of pairs of bfloat16 [in / 2][rows]. */
 static void pack_tile(
     int storage, int rows, const float *x, int64_t x_stride, int64_t in, float *to
 ) {
-    for (int64_t k = 0; k < in; k += STEP) {
+    const int64_t done = storage == DOT ? pack_pairs(rows, x, x_stride, in, to) : 0;
+    for (int64_t k = done; k < in; k += STEP) {
         for (int r = 0; r < rows; r++) {
             const float *row = x + r * x_stride;
             float first = row[k], second = number_at(row, k + 1, in);

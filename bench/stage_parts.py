@@ -1,0 +1,194 @@
+"""Where a microbatch's time goes inside a stage, with the C kernels and without them, and the floor.
+
+    python bench/stage_parts.py MODEL_FOLDER [--dtype float32]
+
+One core, its own (CPU) time, the two backends in turn, the least of their turns. Parts are the methods
+of the stage's backend; "rest" is what is around them: views, embedding, allocations, Python. The
+floor of a part: its multiplications at the core's rate, or the bytes that it reads at the core's read
+rate, whichever is more; both rates measured in the same run. Of bfloat16 products the rate is that of
+the best such product that was measured (bench/linears.py), given by --pair-rate.
+"""
+
+import argparse
+import os
+import random
+import time
+from collections import defaultdict
+
+import torch
+
+from pipeserve.stages.attention.inputs import StageInputs, build_inputs
+from pipeserve.stages.backends.backend import Backend
+from pipeserve.stages.backends.cpu.backend import CpuBackend
+from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
+from pipeserve.stages.backends.cpu.library import kernels
+from pipeserve.stages.checkpoint.weights import load_weights
+from pipeserve.stages.families import read_config
+from pipeserve.stages.stage import Stage
+
+BLOCK_SIZE = 16
+PARTS = {
+    "linear": "products",
+    "prepare_attention": "attention",
+    "attend": "attention",
+    "place_heads": "rotary, KV write",
+    "rms_norm": "norms",
+    "layer_norm": "norms",
+    "activate": "activations",
+    "activate_gated": "activations",
+    "pad_rows": "padding",
+}
+CASES = {
+    "16 decodes": (0, 0, 16),
+    "32 decodes": (0, 0, 32),
+    "256 tokens behind 256, 16 decodes": (256, 256, 16),
+    "496 tokens, 16 decodes": (496, 0, 16),
+}
+"""(tokens of a chunk, tokens before it, decodes over 300 to 450 positions)."""
+
+
+class Timed:
+    """A backend whose parts are timed."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.flops = 0.0
+        for name, part in PARTS.items():
+            setattr(backend, name, self._timed(getattr(backend, name), part))
+        self.backend = backend
+
+    def _timed(self, method, part):
+        def timed(*arguments, **keywords):
+            start_s = time.thread_time()
+            try:
+                return method(*arguments, **keywords)
+            finally:
+                self.seconds[part] += time.thread_time() - start_s
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument(
+        "--pair-rate", type=float, default=0.0, help="GFLOP/s of bfloat16 products; 0: float32's"
+    )
+    args = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
+    torch.set_num_threads(1)
+    if kernels() is None:
+        raise SystemExit("error: no kernels were compiled for this machine")
+    dtype = getattr(torch, args.dtype)
+    multiply, read = multiply_rate(), read_rate()
+    if args.pair_rate and dtype == torch.bfloat16:
+        multiply = args.pair_rate * 1e9
+    print(f"one core: {multiply / 1e9:.0f} GFLOP/s, reads {read / 1e9:.1f} GB/s")
+    config = read_config(args.model)
+    stages = []
+    for make in (CpuBackend, KernelBackend):
+        timed = Timed(make())
+        stage = Stage(
+            config,
+            first_layer=config.num_layers // 2,
+            stop_layer=config.num_layers,
+            has_embedding=False,
+            has_head=True,
+            backend=timed.backend,
+        )
+        load_weights(stage, args.model, dtype)
+        kv = stage.make_kv(num_blocks=1500, block_size=BLOCK_SIZE, dtype=dtype)
+        stages.append((stage, kv, timed))
+    for name, case in CASES.items():
+        inputs = inputs_of(*case)
+        before, after = ({}, {})
+        with torch.inference_mode():
+            for _ in range(args.turns):
+                for (stage, kv, timed), best in zip(stages, (before, after), strict=True):
+                    keep_least(best, parts_of(stage, kv, timed, inputs))
+        floor = floors(stages[1][0], stages[1][1], inputs, multiply, read)
+        print(f"\n{name}, {args.dtype}: ms\n")
+        print("| part | PyTorch | kernels | floor |\n|---|---|---|---|")
+        for part in before:
+            own = f"{floor[part] * 1e3:.1f}" if part in floor else ""
+            print(f"| {part} | {before[part] * 1e3:.1f} | {after.get(part, 0) * 1e3:.1f} | {own} |")
+
+
+def inputs_of(chunk: int, prefix: int, decodes: int) -> StageInputs:
+    rng = random.Random(0)
+    spans = [(prefix, prefix + chunk)] if chunk else []
+    spans += [(n - 1, n) for n in (rng.randrange(300, 450) for _ in range(decodes))]
+    free = rng.sample(range(1500), 1500)
+    return build_inputs(
+        [
+            (start, stop, [free.pop() for _ in range(-(-stop // BLOCK_SIZE))], 1)
+            for start, stop in spans
+        ],
+        BLOCK_SIZE,
+        None,
+    )
+
+
+def parts_of(stage: Stage, kv: object, timed: Timed, inputs: StageInputs) -> dict[str, float]:
+    """Seconds of one microbatch, by part."""
+    x_TD = torch.randn(inputs.num_tokens, stage.config.hidden_size)
+    timed.seconds.clear()
+    start_s = time.thread_time()
+    stage(x_TD, inputs, kv)
+    whole_s = time.thread_time() - start_s
+    found = {part: timed.seconds[part] for part in dict.fromkeys(PARTS.values())}
+    return {"all": whole_s, **found, "rest": whole_s - sum(found.values())}
+
+
+def keep_least(best: dict[str, float], found: dict[str, float]) -> None:
+    """All parts of the turn that took the least in all."""
+    if not best or found["all"] < best["all"]:
+        best.clear()
+        best.update(found)
+
+
+def floors(
+    stage: Stage, kv: object, inputs: StageInputs, multiply: float, read: float
+) -> dict[str, float]:
+    rows, config = inputs.num_tokens, stage.config
+    products = 0.0
+    for leaf in stage.leaves():
+        if len(leaf.shape) == 2:
+            own = len(inputs.logit_rows_R) if leaf is stage.head.vocabulary else rows
+            flops, num_bytes = 2 * own * leaf.num_parameters, leaf.weight.nbytes
+            products += max(flops / multiply, num_bytes / read)
+    pairs = positions = 0
+    for query_len, context_len in zip(inputs.query_lens, inputs.context_lens, strict=True):
+        pairs += query_len * context_len - query_len * (query_len - 1) // 2
+        positions += context_len
+    heads = config.num_heads * config.head_dim
+    flops = 4 * pairs * heads * len(stage.layers)
+    size = kv.num_bytes / kv.keys_LKBPH[..., 0].numel() * len(stage.layers) * config.num_kv_heads
+    attention = max(flops / multiply, positions * size / read)
+    return {"products": products, "attention": attention, "all": products + attention}
+
+
+def multiply_rate() -> float:
+    """Of float32, a second."""
+    repeats, best = 2_000_000, float("inf")
+    for _ in range(5):
+        start_s = time.thread_time()
+        operations = kernels().multiply_add(repeats)
+        best = min(best, time.thread_time() - start_s)
+    return operations * repeats / best
+
+
+def read_rate() -> float:
+    """Bytes a second, from memory."""
+    memory, best = torch.zeros(64 << 20), float("inf")
+    for _ in range(5):
+        start_s = time.thread_time()
+        kernels().read_all(memory.data_ptr(), memory.nbytes)
+        best = min(best, time.thread_time() - start_s)
+    return memory.nbytes / best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,12 @@
-"""Where a microbatch's time goes inside a stage, with the C kernels and without them, and the floor.
+"""Where a microbatch's time goes in a stage, with the C kernels and without them, and the floor.
 
     python bench/stage_parts.py MODEL_FOLDER [--dtype float32]
 
-One core, its own (CPU) time, the two backends in turn, the least of their turns. Parts are the methods
-of the stage's backend; "rest" is what is around them: views, embedding, allocations, Python. The
-floor of a part: its multiplications at the core's rate, or the bytes that it reads at the core's read
-rate, whichever is more; both rates measured in the same run. Of bfloat16 products the rate is that of
-the best such product that was measured (bench/linears.py), given by --pair-rate.
+One core, its own (CPU) time, the two backends in turn, the least of their turns. Parts are the
+methods of the stage's backend; "rest" is what is around them: views, embedding, allocations,
+Python. The floor of a part: its multiplications at the core's rate, or the bytes that it reads at
+the core's read rate, whichever is more; both rates measured in the same run. Of bfloat16 products
+the rate is that of the best such product that was measured (bench/linears.py): --pair-rate.
 """
 
 import argparse

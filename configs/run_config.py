@@ -60,7 +60,8 @@ class RunConfig:
     )
     attention: str = _option(
         "auto",
-        "Attention kernel; auto is the fastest of the device.",
+        "What attention is computed by; auto is the fastest of the device. On a CPU, cpu is "
+        "PyTorch, for products too.",
         choices=("auto", "reference", "cpu"),
     )
     max_model_len: int | None = _option(

@@ -204,8 +204,10 @@ def _measure_server(
     url = f"http://127.0.0.1:{port}"
     with started(command, log, side.env) as server:
         while not _answers(url):
-            if server.poll() is not None or time.monotonic() > ends_s:
-                raise CommandError(f"no server after {limit_s:g} s: {told(command, log)}")
+            if server.poll() is not None:
+                raise CommandError(f"the server has ended: {told(command, log)}")
+            if time.monotonic() > ends_s:
+                raise CommandError(f"no answer in {limit_s:g} s: {told(command, log)}")
             time.sleep(_ASKS_AGAIN_S)
         client = (*CLI, "bench", "--url", url, "--workload", str(requests), "--json", str(out))
         run(client, log.with_name("client"), max(ends_s - time.monotonic(), 1.0))

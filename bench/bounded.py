@@ -74,7 +74,8 @@ def _end(process: subprocess.Popen, before: set[int]) -> None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_S)
-    while left := _children(os.getpid()) - before:
+    gives_up_s = time.monotonic() + _GRACE_S  # of one that the kernel does not let go
+    while (left := _children(os.getpid()) - before) and time.monotonic() < gives_up_s:
         for pid in {*left, *(each for root in left for each in _descendants(root))}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -5,10 +5,11 @@
                            [--limit S] [--within S] [--json FILE]
 
 Peers:
-    vllm=FOLDER    vLLM's CPU build in that virtual environment: with each of `--running` requests
-                   at a time, in bfloat16 where this CPU multiplies it natively, else float32
+    vllm=FOLDER    vLLM's CPU build in that virtual environment (it wants a C++ compiler)
     transformers   its continuous batching, in this environment; it knows no stages
-llama.cpp is not among them: its Python package is source only.
+each with so many requests at a time as `--running` says, where the workload has as many, in
+bfloat16 where this CPU multiplies it natively, else float32. llama.cpp is not among them: its
+Python package is source only.
 
 Each measurement starts an engine, warms it up with 8 short requests, submits the whole workload at
 once and ends the engine, so that the others take neither memory nor time meanwhile. In each round
@@ -84,7 +85,7 @@ def main() -> int:
     try:
         folder = resolve(args.model)
         vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-        _compare(args, sides_of(args, folder), vocab_size)
+        _compare(args, folder, vocab_size)
     except (CommandError, PipeserveError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -93,11 +94,12 @@ def main() -> int:
     return 0
 
 
-def _compare(args: argparse.Namespace, sides: Sequence[Side], vocab_size: int) -> None:
+def _compare(args: argparse.Namespace, model: Path, vocab_size: int) -> None:
     ends_s = time.monotonic() + args.within
     result: dict[str, Any] = {"conditions": _conditions(args), "workloads": {}}
     for workload in args.workloads:
         lengths = lengths_of(workload, args.requests)
+        sides = sides_of(args, model, len(lengths))
         reports: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
         for number in range(args.rounds):
             if time.monotonic() > ends_s:
@@ -124,7 +126,7 @@ def _compare(args: argparse.Namespace, sides: Sequence[Side], vocab_size: int) -
             args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def sides_of(args: argparse.Namespace, model: Path) -> list[Side]:
+def sides_of(args: argparse.Namespace, model: Path, num_requests: int) -> list[Side]:
     """Ours first."""
     conditions = Conditions(
         model=model,
@@ -137,13 +139,19 @@ def sides_of(args: argparse.Namespace, model: Path) -> list[Side]:
     )
     sides: list[Side] = [Ours(conditions=conditions, flags=args.ours)]
     for name, _, environment in (peer.partition("=") for peer in args.peer):
-        for running in args.running:
+        for running in settings(args.running, num_requests):
             if name == "transformers":
                 sides.append(Transformers(conditions=conditions, running=running))
             else:
                 python = str(Path(environment, "bin", "python").absolute())
                 sides.append(Vllm(conditions=conditions, running=running, python=python))
     return sides
+
+
+def settings(running: Sequence[int], num_requests: int) -> list[int]:
+    """Those of `running` that differ: one that is enough for all requests is as good as any."""
+    enough = [number for number in running if number >= num_requests]
+    return [number for number in running if number not in enough or number == min(enough)]
 
 
 def _conditions(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ratios import comparison, table
 from sides import Conditions, Vllm
-from versus import WORKLOADS, lengths_of, write_requests
+from versus import WORKLOADS, lengths_of, settings, write_requests
 
 
 def report(rate: float, tbt_s: float = 0.1) -> dict:
@@ -87,3 +87,10 @@ def test_a_peers_token_times_are_summed_up_as_ours(tmp_path, conditions):
 def test_each_stage_of_vllm_has_its_own_cores(conditions):
     side = Vllm(conditions=conditions, running=32, python="there")
     assert side.env["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|4,5"
+
+
+def test_settings_that_make_no_difference_are_left_out():
+    assert settings([32, 256], 64) == [32, 256]
+    assert settings([32, 256], 32) == [32]
+    assert settings([16, 32, 256], 20) == [16, 32]
+    assert settings([16, 32], 64) == [16, 32]

@@ -10,8 +10,8 @@ for one token: prefill tokens/s are prompt tokens over the time until the last o
 Then they come again, find their prompts in the prefix cache and make `--outputs` tokens up to their
 context: decode tokens/s are the tokens that became known while all of them were decoding. Of
 several rounds the median. Cells of over `--most-tokens` (requests times context), which would not
-fit the memory, and those that `--within` left no time for are empty. `growth.py` simulates what a
-pipeline itself costs at far more stages and requests.
+fit the memory, and those that `--within` seconds, shared by the numbers of stages, left no time for
+are empty. `growth.py` simulates what a pipeline itself costs at far more stages and requests.
 """
 
 import argparse
@@ -91,9 +91,9 @@ def decode_rate(records: Sequence[RequestRecord]) -> float:
 
 def measure_all(args: argparse.Namespace) -> dict[Cell, Rates]:
     """The small cells first."""
-    ends_s = time.monotonic() + args.within
     found: dict[Cell, Rates] = {}
     for stages in args.stages:
+        ends_s = time.monotonic() + args.within / len(args.stages)
         grid = (Cell(stages, *pair) for pair in product(args.batches, args.contexts))
         cells = sorted((c for c in grid if c.tokens <= args.most_tokens), key=lambda c: c.tokens)
         num_blocks = max(cell.batch * (-(-cell.context // BLOCK_SIZE) + 1) for cell in cells)

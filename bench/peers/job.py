@@ -30,12 +30,16 @@ Engine = Callable[[Sequence[Ask]], list[list[float]]]
 """Does all of them at once; for each, when its tokens became known (`time.monotonic`)."""
 
 
-def do_job(start: Callable[[argparse.Namespace], AbstractContextManager[Engine]]) -> None:
+Start = Callable[[argparse.Namespace, Sequence[Ask]], AbstractContextManager[Engine]]
+"""An engine, which is ended with it, that can hold these requests."""
+
+
+def do_job(start: Start) -> None:
     """Start the peer's engine, warm it up, run the workload as often as is asked."""
     args = _arguments()
     lines = [json.loads(line) for line in args.workload.read_text().splitlines()]
     asks = [Ask(line["prompt_token_ids"], line["max_tokens"]) for line in lines]
-    with start(args) as engine:
+    with start(args, asks) as engine:
         engine(_warmup(asks))
         runs = [_run(engine, asks) for _ in range(args.repeat)]
     args.out.write_text(json.dumps({"runs": runs}))

@@ -15,13 +15,14 @@ _LOOKS_UP_S = 1.0
 
 
 @contextmanager
-def started(args: argparse.Namespace) -> Iterator[Engine]:
+def started(args: argparse.Namespace, asks: Sequence[Ask]) -> Iterator[Engine]:
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa"
     )
+    longest = sorted((len(ask.prompt) + ask.max_tokens for ask in asks), reverse=True)
     batching = ContinuousBatchingConfig(
         page_size=_PAGE,
-        num_blocks=args.running * -(-args.max_model_len // _PAGE),
+        num_blocks=sum(-(-tokens // _PAGE) + 1 for tokens in longest[: args.running]),
         max_batch_tokens=args.batched_tokens,
         max_requests_per_batch=args.running,
         allow_block_sharing=False,  # no prompt comes twice

@@ -10,7 +10,7 @@ from job import Ask, Engine, do_job
 
 
 @contextmanager
-def started(args: argparse.Namespace) -> Iterator[Engine]:
+def started(args: argparse.Namespace, asks: Sequence[Ask]) -> Iterator[Engine]:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -1,0 +1,141 @@
+"""The process that makes the figures of the stages. A server's driver starts it and hands it its
+records through a socket (`figures.py`). It ends when the driver does, and gives way to whatever
+else wants a core.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Iterable
+
+import msgspec
+
+from pipeserve.core.records import Planned, Record, Span
+from pipeserve.profiling.ledger.running import RunningLedger
+from pipeserve.profiling.recording.packed import unpack
+from pipeserve.wire.client import STEP_S, STEP_TOKENS, Distribution, StageFigures
+
+MODULE = "pipeserve.launch.run.figures_process"
+WHOLE, BROKEN = 0, 1
+"""The first byte of what comes: whether records are missing before it. Packed records follow."""
+MOST_BYTES = 1 << 20
+"""Of a message, either way."""
+_STEP_S = 2.0
+"""From one set of figures to the next."""
+_LEAST_WAIT_S = 1e-3
+_NICE = 10
+_MOST_PREDICTIONS = 1024
+"""Kept until they are measured: more than are ever outstanding."""
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Spread:
+    """How many values came to lie in each bucket."""
+
+    def __init__(self, buckets: tuple[float, ...]) -> None:
+        self._buckets = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._buckets, value)] += 1
+        self._sum += value
+
+    def told(self) -> Distribution:
+        return Distribution(self._counts, self._sum)
+
+
+class Steps:
+    """The microbatches of one stage."""
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens = Spread(STEP_S), Spread(STEP_TOKENS)
+        self.predicted_s = self.measured_s = self.off_s = 0.0
+
+
+class Counted:
+    """All that is made of the records."""
+
+    def __init__(self, num_stages: int, now: float) -> None:
+        self._ledger = RunningLedger(num_stages, now)
+        self._steps = [Steps() for _ in range(num_stages)]
+        self._predicted: dict[int, tuple[float, ...]] = {}
+        """Of each microbatch that a stage may still tell of."""
+
+    def take(self, records: Iterable[Record], *, is_broken: bool) -> None:
+        """`is_broken`: some are missing before them."""
+        if is_broken:
+            self._ledger.miss()
+        for record in records:
+            self._ledger.take(record)
+            if type(record) is Planned and record.predicted_s:
+                self._predict(record)
+            elif type(record) is Span:
+                self._count(record)
+
+    def _predict(self, planned: Planned) -> None:
+        self._predicted[planned.index] = planned.predicted_s
+        if len(self._predicted) > _MOST_PREDICTIONS:
+            del self._predicted[next(iter(self._predicted))]
+
+    def _count(self, span: Span) -> None:
+        steps, seconds = self._steps[span.stage], span.end_s - span.start_s
+        steps.seconds.add(seconds)
+        steps.tokens.add(span.num_tokens)
+        predicted_s = self._predicted.get(span.index)
+        if predicted_s is not None:
+            steps.predicted_s += predicted_s[span.stage]
+            steps.measured_s += seconds
+            steps.off_s += abs(seconds - predicted_s[span.stage])
+
+    def told(self, now: float) -> list[StageFigures]:
+        self._ledger.advance(now)
+        return [
+            StageFigures(
+                seconds=seconds,
+                steps=steps.seconds.told(),
+                tokens=steps.tokens.told(),
+                predicted_s=steps.predicted_s,
+                measured_s=steps.measured_s,
+                off_s=steps.off_s,
+            )
+            for seconds, steps in zip(self._ledger.seconds, self._steps, strict=True)
+        ]
+
+
+def serve(driver: socket.socket, num_stages: int) -> None:
+    """Until the driver hangs up."""
+    counted = Counted(num_stages, time.monotonic())
+    next_s = time.monotonic() + _STEP_S
+    while True:
+        driver.settimeout(max(next_s - time.monotonic(), _LEAST_WAIT_S))
+        try:
+            page = driver.recv(MOST_BYTES)
+            if not page:
+                return
+            counted.take(unpack(page[1:]), is_broken=page[0] == BROKEN)
+        except TimeoutError:
+            pass
+        now = time.monotonic()
+        if now >= next_s:
+            driver.settimeout(_STEP_S)
+            driver.send(_encode(counted.told(now)))
+            next_s = now + _STEP_S
+
+
+def main() -> None:
+    os.nice(_NICE)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends first, and closes the socket
+    with socket.socket(fileno=int(sys.argv[1])) as driver:
+        try:
+            serve(driver, int(sys.argv[2]))
+        except (ConnectionError, TimeoutError):  # the driver has gone
+            return
+
+
+if __name__ == "__main__":
+    main()

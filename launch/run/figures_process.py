@@ -23,8 +23,8 @@ WHOLE, BROKEN = 0, 1
 """The first byte of what comes: whether records are missing before it. Packed records follow."""
 MOST_BYTES = 1 << 20
 """Of a message, either way."""
-_STEP_S = 2.0
-"""From one set of figures to the next."""
+_FIRST_S, _STEP_S = 1.0, 5.0
+"""Until the first figures, and from one set of them to the next."""
 _LEAST_WAIT_S = 1e-3
 _NICE = 10
 _MOST_PREDICTIONS = 1024
@@ -110,7 +110,7 @@ class Counted:
 def serve(driver: socket.socket, num_stages: int) -> None:
     """Until the driver hangs up."""
     counted = Counted(num_stages, time.monotonic())
-    next_s = time.monotonic() + _STEP_S
+    next_s = time.monotonic() + _FIRST_S
     while True:
         driver.settimeout(max(next_s - time.monotonic(), _LEAST_WAIT_S))
         try:

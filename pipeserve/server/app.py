@@ -36,7 +36,7 @@ def make_app(
     _add_text_routes(app, service, names)
     _add_operators_routes(app, service)
     gated: ASGIApp = Gate(app, api_keys=keys, max_body_bytes=options.max_body_bytes)
-    gated = Counted(gated, service.pipeline.metrics.http)
+    gated = Counted(gated, app.routes, service.pipeline.metrics.http)
     if options.allowed_origins:  # outside of the gate: a browser asks first without a key
         gated = CORSMiddleware(
             gated,

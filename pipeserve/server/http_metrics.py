@@ -3,8 +3,10 @@ of prometheus-fastapi-instrumentator).
 """
 
 import time
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _UNCOUNTED = ("/metrics", "/health", "/ready", "/version")
@@ -33,11 +35,11 @@ class HttpMetrics:
 class Counted:
     """ASGI middleware: counts what goes through."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], metrics: HttpMetrics) -> None:
+        self._app, self._routes, self._metrics = app, routes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _UNCOUNTED:
+        if scope["type"] != "http" or (handler := self._handler(scope)) in _UNCOUNTED:
             await self._app(scope, receive, send)
             return
         began_s, status = time.monotonic(), 499  # of a client that goes before it is answered
@@ -51,9 +53,14 @@ class Counted:
         try:
             await self._app(scope, receive, send_and_look)
         finally:
-            # The route's pattern: paths and methods are the client's words, and without end.
-            route = scope.get("route")
-            handler = getattr(route, "path", _NO_ROUTE)
-            method = scope["method"] if route is not None else _NO_ROUTE
-            self._metrics.requests.labels(method, f"{status // 100}xx", handler).inc()
-            self._metrics.seconds.labels(method, handler).observe(time.monotonic() - began_s)
+            method, metrics = scope["method"], self._metrics
+            metrics.requests.labels(method, f"{status // 100}xx", handler).inc()
+            metrics.seconds.labels(method, handler).observe(time.monotonic() - began_s)
+
+    def _handler(self, scope: Scope) -> str:
+        """The route's pattern: paths are the client's words, and without end."""
+        there = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        for route in self._routes:
+            if route.matches(there)[0] != Match.NONE:
+                return getattr(route, "path", _NO_ROUTE)
+        return _NO_ROUTE

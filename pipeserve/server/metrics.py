@@ -2,7 +2,12 @@
 and ours (`pipeserve:`) of the pipeline and its stages. docs/server.md lists them.
 """
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client import generate_latest as text_of
 
 from pipeserve.server.http_metrics import HttpMetrics
@@ -17,6 +22,7 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, model_name: str) -> None:
+        disable_created_metrics()  # or each series has another one beside it
         self._registry = CollectorRegistry()
         self._model_name = model_name
         self.http = HttpMetrics(self._registry)

@@ -1,7 +1,10 @@
 """What /metrics says: vLLM's names with vLLM's meaning, and ours of the stages."""
 
+import json
+import re
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +17,7 @@ from pipeserve.server.options import ServerOptions
 from pipeserve.wire.client import STEP_S, STEP_TOKENS, Distribution, StageFigures
 
 COMPLETIONS = "/v1/completions"
+DASHBOARD = Path(__file__).parents[2] / "configs/grafana/pipeserve.json"
 MODEL = {"model_name": "fake", "engine": "0"}
 
 
@@ -146,3 +150,19 @@ def test_of_each_stage_it_says_where_its_time_went(folder):
     assert value(samples, "vllm:iteration_tokens_total_bucket", le="16384.0") == 0
     assert value(samples, "vllm:iteration_tokens_total_count") == 2
     assert value(samples, "pipeserve:stage_measured_seconds_total", stage="1") == 2.0
+
+
+def test_the_dashboard_asks_for_what_there_is(folder):
+    """`bench/server_dashboard.py` asks Prometheus for each of its expressions."""
+    with served(folder, step_s=0.02) as server:
+        server.pipeline.stages = [figures_of(0), figures_of(1)]
+        ask(server, COMPLETIONS, prompt="a", max_tokens=2)
+        names = {name for name, _ in told(server)}
+    dashboard = json.loads(DASHBOARD.read_text("utf-8"))
+    expressions = [
+        each["expr"] for panel in dashboard["panels"] for each in panel.get("targets", ())
+    ]
+    expressions += [each["query"] for each in dashboard["templating"]["list"]]
+    asked = set(re.findall(r"\b(?:(?:vllm|pipeserve):|http_|process_)\w+", " ".join(expressions)))
+    assert len(asked) > 30
+    assert asked <= names

@@ -50,12 +50,18 @@ class RunningFigures:
             self._hand_over()
 
     def latest(self) -> list[StageFigures]:
-        """Of each stage, as they were a few seconds ago; nothing before the first ones."""
-        if len(self._page) > 1:
+        """Of each stage, as they were a few seconds ago; nothing before the first ones, nor after
+        their process has ended. The first call says that the stages are up."""
+        if len(self._page) > 1 or not self._latest:
             self._hand_over()
-        with contextlib.suppress(OSError):  # nothing is there, or it has ended
+        try:
             while answer := self._socket.recv(MOST_BYTES):
                 self._latest = _decode(answer)
+            self._latest = []
+        except BlockingIOError:
+            pass  # it says no more now
+        except OSError:
+            self._latest = []
         return self._latest
 
     def _hand_over(self) -> None:

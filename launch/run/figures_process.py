@@ -3,6 +3,7 @@ records through a socket (`figures.py`). It ends when the driver does, and gives
 else wants a core.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -23,9 +24,8 @@ WHOLE, BROKEN = 0, 1
 """The first byte of what comes: whether records are missing before it. Packed records follow."""
 MOST_BYTES = 1 << 20
 """Of a message, either way."""
-_FIRST_S, _STEP_S = 1.0, 5.0
+_FIRST_S, _EVERY_S = 1.0, 5.0
 """Until the first figures, and from one set of them to the next."""
-_LEAST_WAIT_S = 1e-3
 _NICE = 10
 _MOST_PREDICTIONS = 1024
 """Kept until they are measured: more than are ever outstanding."""
@@ -108,33 +108,38 @@ class Counted:
 
 
 def serve(driver: socket.socket, num_stages: int) -> None:
-    """Until the driver hangs up."""
-    counted = Counted(num_stages, time.monotonic())
-    next_s = time.monotonic() + _FIRST_S
-    while True:
-        driver.settimeout(max(next_s - time.monotonic(), _LEAST_WAIT_S))
-        try:
-            page = driver.recv(MOST_BYTES)
-            if not page:
-                return
-            counted.take(unpack(page[1:]), is_broken=page[0] == BROKEN)
-        except TimeoutError:
-            pass
-        now = time.monotonic()
-        if now >= next_s:
-            driver.settimeout(_STEP_S)
-            driver.send(_encode(counted.told(now)))
-            next_s = now + _STEP_S
+    """From the first page on, which comes when the stages are up, until the driver hangs up."""
+    page = driver.recv(MOST_BYTES)
+    now = time.monotonic()
+    counted, next_s = Counted(num_stages, now), now + _FIRST_S
+    while page:
+        counted.take(unpack(page[1:]), is_broken=page[0] == BROKEN)
+        while (page := _next_page(driver, next_s)) is None:
+            now = time.monotonic()
+            next_s = now + _EVERY_S
+            driver.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # it has not read the last ones yet
+                driver.send(_encode(counted.told(now)))
+
+
+def _next_page(driver: socket.socket, until_s: float) -> bytes | None:
+    """None: it is time to tell; nothing: the driver has hung up."""
+    left_s = until_s - time.monotonic()
+    if left_s <= 0:
+        return None
+    driver.settimeout(left_s)
+    try:
+        return driver.recv(MOST_BYTES)
+    except TimeoutError:
+        return None
 
 
 def main() -> None:
     os.nice(_NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends first, and closes the socket
-    with socket.socket(fileno=int(sys.argv[1])) as driver:
-        try:
-            serve(driver, int(sys.argv[2]))
-        except (ConnectionError, TimeoutError):  # the driver has gone
-            return
+    driver = socket.socket(fileno=int(sys.argv[1]))
+    with driver, contextlib.suppress(ConnectionError):  # the driver has gone
+        serve(driver, int(sys.argv[2]))
 
 
 if __name__ == "__main__":

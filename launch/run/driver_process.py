@@ -12,6 +12,7 @@ from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.serving import ClientDoor
 from pipeserve.errors import PipeserveError
+from pipeserve.launch.run.figures import RunningFigures
 from pipeserve.server.pipeline import DriverJob
 
 MODULE = "pipeserve.launch.run.driver_process"
@@ -25,10 +26,13 @@ def main() -> int:
     try:
         with ClientDoor(job.address, job.secret) as door:
             setup = checkpoint_setup(job.config, door.progress)
-            with Driver(setup, door.progress) as driver:
+            with (
+                RunningFigures(len(setup.plan.stages)) as figures,
+                Driver(setup, door.progress, figures.record) as driver,
+            ):
                 gc.collect()
                 gc.freeze()
-                door.serve(driver, lambda: [{} for _ in driver.stages])
+                door.serve(driver, figures.latest)
     except (PipeserveError, ConnectionError):
         return 1
     return 0

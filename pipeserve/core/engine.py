@@ -61,6 +61,10 @@ class Stats:
     """Sampled tokens that were dropped because their request had ended."""
     cached_prefix_tokens: int = 0
     """Positions that the prefix cache saved from being computed."""
+    prefix_queries: int = 0
+    """Tokens that were looked for in the prefix cache when their request was first admitted."""
+    prefix_hits: int = 0
+    """Those of them that it had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +253,9 @@ class Engine:
                 scores = None
                 if state.prompt_logprobs is not None:
                     scores = state.take_prompt_logprobs()
-                num_cached = state.num_cached if state.num_outputs == 1 else 0
+                begun = state.begun(now) if state.num_outputs == 1 else None
                 outputs.append(
-                    _new_output((state.id, token, reason, logprobs, scores, None, num_cached))
+                    _new_output((state.id, token, reason, logprobs, scores, None, begun))
                 )
                 if reason is not None:
                     self._end(state)
@@ -365,7 +369,7 @@ class Engine:
                 f"drafts {num_tokens} tokens, over the {self.limits.max_num_batched_tokens} "
                 "of a microbatch"
             )
-        admitted = tuple([self._admit(request_id, draft) for request_id in draft.admit])
+        admitted = tuple([self._admit(request_id, draft, now) for request_id in draft.admit])
         try:
             states = tuple(map(self._queues.plannable, draft.chunks, draft.chunks.values()))
         except LookupError as error:
@@ -388,7 +392,7 @@ class Engine:
         self._flow.decodes += num_decodes
         return microbatch
 
-    def _admit(self, request_id: RequestId, draft: Draft) -> Admission:
+    def _admit(self, request_id: RequestId, draft: Draft, now: float) -> Admission:
         view = self._queues.waiting.get(request_id)
         if view is None or view.num_outstanding:
             raise self._wrong(
@@ -402,9 +406,10 @@ class Engine:
         blocks = [] if state.num_imported else self._pool.match(state.matchable_keys)
         first_time = not state.was_admitted
         self._flow.admitted += first_time
-        state.start(blocks)
-        if first_time:
-            state.num_cached = state.num_slots
+        state.start(blocks, now)
+        if first_time and state.reads_cache:
+            self.stats.prefix_queries += state.num_known
+            self.stats.prefix_hits += state.num_slots
         self.stats.cached_prefix_tokens += state.num_slots
         self._queues.admit(state)
         num_prompt = len(state.request.prompt)

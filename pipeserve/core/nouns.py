@@ -149,6 +149,17 @@ class StepResult:
     above means nothing."""
 
 
+class Begun(NamedTuple):
+    """How a request came to its first token."""
+
+    num_cached: int
+    """Tokens of the prompt that the prefix cache had."""
+    queued_s: float
+    """From its arrival until it was admitted for the first time."""
+    prefill_s: float
+    """From then until the token was known."""
+
+
 class Output(NamedTuple):
     """One token that became known, or the end of a request, or both."""
 
@@ -161,8 +172,8 @@ class Output(NamedTuple):
     """With the first token of a request that asked for them: of each prompt token but the first."""
     error: str | None = None
     """What went wrong and what helps, where `finish_reason` is "error"."""
-    num_cached: int = 0
-    """With the first token: how many tokens of the prompt the prefix cache had."""
+    begun: Begun | None = None
+    """With the first token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from pipeserve.core.blocks import BlockPool, BlockTable, new_keys
-from pipeserve.core.nouns import BlockId, Request, RequestId, TokenLogprobs
+from pipeserve.core.nouns import Begun, BlockId, Request, RequestId, TokenLogprobs
 from pipeserve.core.order import ORDERS, RequestQueue
 from pipeserve.core.view import Limits, RequestView, Traits
 from pipeserve.errors import CapacityError
@@ -30,6 +30,7 @@ class RequestState:
 
     __slots__ = (
         "_caches",
+        "admitted_s",
         "arrived",
         "backlog",
         "context",
@@ -68,6 +69,7 @@ class RequestState:
         self.number = number  # order of arrival
         self.precedence = ORDERS[limits.order](request)
         self.arrived = arrived
+        self.admitted_s = arrived  # for the first time
         self.limits = limits
         self._caches = limits.enable_prefix_caching
         self.num_longest = longest(request, limits)
@@ -109,10 +111,15 @@ class RequestState:
         return self.num_known - len(self.request.prompt)
 
     @property
+    def reads_cache(self) -> bool:
+        """Not a prompt whose positions are still to be scored, or that is not to be shared."""
+        skips = self.request.params.skip_reading_prefix_cache
+        return self._caches and not self.num_unscored and not skips
+
+    @property
     def matchable_keys(self) -> tuple[bytes, ...]:
-        """Keys of the blocks that may be shared: never all, the last token must be computed; and
-        none of a prompt whose positions are still to be scored, or that is not to be shared."""
-        if self.num_unscored or self.request.params.skip_reading_prefix_cache:
+        """Keys of the blocks that may be shared: never all, the last token must be computed."""
+        if not self.reads_cache:
             return ()
         return self.keys[: (self.num_known - 1) // self.limits.block_size]
 
@@ -164,12 +171,18 @@ class RequestState:
             return "stop"
         return "length" if self.num_known == self.num_longest else None
 
-    def start(self, shared: list[BlockId]) -> None:
+    def start(self, shared: list[BlockId], now: float) -> None:
         """Admitted: goes on after what was imported, or else after the blocks that it shares."""
-        self.was_admitted = True
         self.table.share(shared)
         self.num_slots = self.table.num_slots
+        if not self.was_admitted:
+            self.was_admitted = True
+            self.admitted_s, self.num_cached = now, self.num_slots
         self.num_planned = self.num_imported or self.num_slots
+
+    def begun(self, now: float) -> Begun:
+        """Its first token is known."""
+        return Begun(self.num_cached, self.admitted_s - self.arrived, now - self.admitted_s)
 
     def grow(self, num_positions: int) -> tuple[BlockId, ...]:
         """Makes room for `num_positions` positions; the new blocks. The caller checked the pool."""

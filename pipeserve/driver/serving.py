@@ -17,8 +17,8 @@ from pipeserve.wire.sources import Sources
 _STATUS_S = 0.5
 _LAST_WORD_S = 2.0
 
-Figures = Callable[[], list[dict[str, float]]]
-"""Of each stage, what `Status.stages` says."""
+StagesNow = Callable[[], list[client.StageFigures]]
+"""What `Status.stages` is to say now."""
 
 
 class ClientDoor:
@@ -38,17 +38,17 @@ class ClientDoor:
         """The last word of a driver that could not start, or whose pipeline has ended."""
         self._send(client.Ended(str(error), isinstance(error, ConfigError)))
 
-    def serve(self, driver: Driver, stage_figures: Figures) -> None:
+    def serve(self, driver: Driver, stages_now: StagesNow) -> None:
         """Until the client hangs up. Raises StageError when the pipeline has ended."""
         driver.wake_on(self._sources.fileno())
         self._send(_opened(driver))
-        self._tell_status(driver, stage_figures)
+        self._tell_status(driver, stages_now)
         while self._obey(driver):
             outputs = driver.outputs(_STATUS_S)
             if outputs:
                 self._send(client.Came(outputs))
             if time.monotonic() - self._told_s > _STATUS_S:
-                self._tell_status(driver, stage_figures)
+                self._tell_status(driver, stages_now)
 
     def close(self) -> None:
         """What was sent is received, if the client is there."""
@@ -87,10 +87,10 @@ class ClientDoor:
         except PipeserveError as error:  # which the client could not know of
             self._send(client.Refused([request.id for request in requests], str(error)))
 
-    def _tell_status(self, driver: Driver, stage_figures: Figures) -> None:
+    def _tell_status(self, driver: Driver, stages_now: StagesNow) -> None:
         self._told_s = time.monotonic()
         stalled_s = driver.stalled_s(self._told_s)
-        self._send(client.Status(stalled_s, _figures(driver), stage_figures()))
+        self._send(client.Status(stalled_s, _figures(driver), stages_now()))
 
 
 def _opened(driver: Driver) -> client.Opened:
@@ -114,9 +114,11 @@ def _figures(driver: Driver) -> dict[str, float]:
         "num_running": engine.num_running,
         "num_waiting": engine.num_waiting,
         "num_in_flight": len(engine.outstanding),
+        "window": engine.pipeline.window,
         "num_blocks": driver.limits.num_blocks,
         "num_free_blocks": engine.num_free_blocks,
         "num_preemptions_total": stats.preemptions,
-        "num_cached_prefix_tokens_total": stats.cached_prefix_tokens,
+        "num_prefix_queries_total": stats.prefix_queries,
+        "num_prefix_hits_total": stats.prefix_hits,
         "num_wasted_decodes_total": stats.wasted_decodes,
     }

@@ -143,7 +143,7 @@ class Generation:
             finished=not self._unfinished,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            num_cached=output.num_cached,
+            num_cached=output.begun.num_cached if output.begun is not None else 0,
             error=error,
         )
 

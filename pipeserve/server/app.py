@@ -15,6 +15,7 @@ from pipeserve.server.answers import EventStream, Gone, JsonAnswer, unless_gone
 from pipeserve.server.chat import Chat
 from pipeserve.server.completions import Completions
 from pipeserve.server.gate import Gate, error_response
+from pipeserve.server.http_metrics import Counted
 from pipeserve.server.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pipeserve.server.openai.errors import ApiError, bad
 from pipeserve.server.options import ServerOptions
@@ -35,6 +36,7 @@ def make_app(
     _add_text_routes(app, service, names)
     _add_operators_routes(app, service)
     gated: ASGIApp = Gate(app, api_keys=keys, max_body_bytes=options.max_body_bytes)
+    gated = Counted(gated, app.routes, service.pipeline.metrics.http)
     if options.allowed_origins:  # outside of the gate: a browser asks first without a key
         gated = CORSMiddleware(
             gated,

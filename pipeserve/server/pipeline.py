@@ -167,7 +167,7 @@ class Pipeline:
             raise self.ended
         stream = Stream(self, generations)
         self._streams.update(dict.fromkeys(stream.running, stream))
-        self.metrics.submitted(generations)
+        self.metrics.requests.submitted(generations)
         self._send(client.Submit([generation.request for generation in generations]))
         return stream
 
@@ -176,7 +176,7 @@ class Pipeline:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             stream.running.pop(request_id, None)
-            self.metrics.ended(request_id, reason)
+            self.metrics.requests.ended(request_id, reason)
             self._send(client.Abort(request_id, reason))
 
     # ---- what the driver says -------------------------------------------------------------------
@@ -194,18 +194,19 @@ class Pipeline:
                     self._make_text(output)
             case client.Status():
                 self.status, self.status_s = message, time.monotonic()
-                self.metrics.status = message
+                self.metrics.pipeline.status = message
             case client.Refused(request_ids, reason):
                 for request_id in request_ids:
                     stream = self._streams.pop(request_id, None)
                     if stream is not None:
                         stream.running.pop(request_id, None)
-                        self.metrics.ended(request_id, "error")
+                        self.metrics.requests.ended(request_id, "error")
                         stream.put(ConfigError(reason))
             case client.Progress(text):
                 self._on_progress(text)
             case client.Opened():
                 self.opened = message
+                self.metrics.opened(message)
                 self._changed.set()
             case client.Ended(reason, is_user_error):
                 self._end(ConfigError(reason) if is_user_error else StageError(reason))
@@ -215,7 +216,7 @@ class Pipeline:
         if stream is None:
             return  # it was aborted
         delta = stream.running[output.request_id].take(output)
-        self.metrics.came(output.request_id, delta)
+        self.metrics.requests.came(output, delta)
         if delta.finish_reason is not None:
             del self._streams[output.request_id], stream.running[output.request_id]
             if output.finish_reason is None:  # its text ended it

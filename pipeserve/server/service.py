@@ -53,11 +53,13 @@ class Service:
     """The pipeline, as the routes use it."""
 
     def __init__(self, pipeline: Pipeline, options: ServerOptions) -> None:
-        """Raises ConfigError for a generation_config.json or a chat template that cannot be."""
+        """Raises ConfigError for a generation_config.json, a tokenizer or a chat template that
+        cannot be."""
         self.pipeline, self.options = pipeline, options
         self.client = _Client(pipeline)
         self.maker = RequestMaker(self.client)
         self.tokenizer = self.maker.tokenizer
+        self.tokenizer.load()  # which takes seconds: the first request is not to wait for it
         self._chat_template = _read_template(options.chat_template)
         self.is_draining = False
         """It takes no more requests."""

@@ -76,6 +76,36 @@ class Refused(_Message):
     reason: str
 
 
+STEP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10)
+"""Buckets of a microbatch's seconds on a stage, by their upper ends."""
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Of its tokens."""
+
+
+class Distribution(_Message):
+    """How many values came to lie in each bucket, and beyond the last; and what they sum to."""
+
+    counts: list[int]
+    sum: float
+
+
+class StageFigures(_Message):
+    """What one stage did since the driver began."""
+
+    seconds: dict[str, float]
+    """By what it did: "computing", or stood idle for a cause (docs/timeline.md)."""
+    steps: Distribution
+    """Seconds of its microbatches, in the buckets of `STEP_S`."""
+    tokens: Distribution
+    """Theirs, in those of `STEP_TOKENS`."""
+    predicted_s: float
+    """By the cost model, all microbatches together; 0 without one."""
+    measured_s: float
+    """Of the same microbatches."""
+    off_s: float
+    """By how much their predictions were off, whichever way."""
+
+
 class Status(_Message):
     """How the pipeline does; told once a second at least, so that its silence means something."""
 
@@ -83,8 +113,8 @@ class Status(_Message):
     """How long the stages have owed a result and given none; 0 where they owe none."""
     figures: dict[str, float]
     """Of the engine: see `driver/serving.py`."""
-    stages: list[dict[str, float]]
-    """Of each stage."""
+    stages: list[StageFigures]
+    """Of each stage; may be some seconds old, and is empty before the first ones are there."""
 
 
 class Ended(_Message):

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,14 +12,9 @@ from typing import Any
 import msgspec
 
 from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Record, Span
+from pipeserve.profiling.recording.packed import pack, unpack
 
-_KINDS = (Arrived, Ended, Planned, Completed, Span, Ping, Fault)
-_PLACES = {kind: place for place, kind in enumerate(_KINDS)}
-_DECODERS = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
-_HEAD = struct.Struct("=BI")
-"""Of a record: its place in `_KINDS`, and its bytes."""
 _PAGE_BYTES = 1 << 16
-_encode = msgspec.msgpack.Encoder().encode
 
 
 @dataclass(slots=True)
@@ -88,11 +82,7 @@ class _Page(msgspec.Struct, gc=False):
     """The latest end of a span."""
 
     def __iter__(self) -> Iterator[Record]:
-        data, start = memoryview(bytes(self.data)), 0  # a copy: the page may grow meanwhile
-        while start < len(data):
-            kind, num_bytes = _HEAD.unpack_from(data, start)
-            start += _HEAD.size + num_bytes
-            yield _DECODERS[kind].decode(data[start - num_bytes : start])
+        return unpack(bytes(self.data))  # a copy: the page may grow meanwhile
 
 
 class Ring:
@@ -131,11 +121,10 @@ class Ring:
 
     def record(self, record: Record) -> None:
         """The `Recorder`."""
-        page, kind, encoded = self._page, type(record), _encode(record)
-        page.data += _HEAD.pack(_PLACES[kind], len(encoded))
-        page.data += encoded
+        page = self._page
+        pack(record, page.data)
         page.num_records += 1
-        if kind is Span and record.end_s > page.latest_s:
+        if type(record) is Span and record.end_s > page.latest_s:
             page.latest_s = record.end_s
         if len(page.data) >= self._page_bytes:
             self._turn_page()

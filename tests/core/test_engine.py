@@ -5,6 +5,7 @@ import pytest
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import (
+    Begun,
     Microbatch,
     Output,
     Request,
@@ -20,6 +21,7 @@ from pipeserve.core.view import Draft, PolicyError, Traits
 from pipeserve.errors import CapacityError, ConfigError
 from pipeserve.sampling_params import SamplingParams
 
+AT_ONCE = Begun(num_cached=0, queued_s=0.0, prefill_s=0.0)
 FREE_TRAITS = Traits(plans_ahead=True, chunk_pipelining=True, one_in_flight=False)
 
 
@@ -131,7 +133,7 @@ def test_an_id_used_again_gets_none_of_the_old_tokens():
     assert second.released == (5,)
     assert tuple(second.admitted[0].token_ids) == (9, 9)
     assert complete(engine, first, token=1) == []
-    assert complete(engine, second, token=2) == [Output(RequestId(5), 2, "length")]
+    assert complete(engine, second, token=2) == [Output(RequestId(5), 2, "length", begun=AT_ONCE)]
 
 
 @pytest.mark.parametrize("name", ["num_blocks", "block_size", "max_num_seqs", "max_model_len"])
@@ -165,7 +167,7 @@ def test_a_stop_id_ends_a_request_and_wastes_the_decode_planned_ahead():
     engine = make_engine()
     add(engine, stop_ids={7})
     prefill, ahead = plan(engine), plan(engine)
-    assert complete(engine, prefill) == [Output(RequestId(0), 7, "stop")]
+    assert complete(engine, prefill) == [Output(RequestId(0), 7, "stop", begun=AT_ONCE)]
     assert engine.num_unfinished == 0
     assert engine.has_work
     assert complete(engine, ahead) == []
@@ -283,6 +285,20 @@ def test_a_cached_prefix_is_shared_and_the_last_block_computed_anew():
     assert (chunk.start, chunk.stop) == (4, 8)
     assert not set(chunk.new_blocks) & set(owner.new_blocks)
     assert engine.stats.cached_prefix_tokens == 4
+
+
+def test_how_a_request_began_is_told_with_its_first_token():
+    engine = make_engine(max_num_seqs=1)
+    add(engine, 0, prompt=range(8))
+    run(engine)
+    add(engine, 1, prompt=range(9), max_tokens=2)
+    (chunk,) = (microbatch := engine.plan(1.5)).chunks
+    (first,) = engine.complete(StepResult(microbatch.index, (7,), b"\1"), 4.0)
+    assert first.begun == Begun(num_cached=chunk.start, queued_s=1.5, prefill_s=2.5)
+    assert chunk.start == 8
+    (last,) = run(engine)
+    assert last.begun is None
+    assert (engine.stats.prefix_queries, engine.stats.prefix_hits) == (8 + 9, 8)
 
 
 def test_the_same_prefix_within_one_microbatch_is_not_shared():
@@ -678,9 +694,9 @@ def test_a_chunk_that_failed_ends_its_request_and_no_other():
         StepResult(index, (3, 0, 5), b"\1\1\1", (None, some, some), failed={1: "why"}), 0.0
     )
     assert outputs == [
-        Output(RequestId(0), 3, None),
+        Output(RequestId(0), 3, begun=AT_ONCE),
         Output(RequestId(1), None, "error", error="why"),
-        Output(RequestId(2), 5, None, some),
+        Output(RequestId(2), 5, None, some, begun=AT_ONCE),
     ]
     assert {output.request_id for output in run(engine)} == {0, 2}
     assert engine.num_free_blocks == engine.limits.num_blocks

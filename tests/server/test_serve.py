@@ -84,6 +84,18 @@ def serving(folder, *arguments):
         process.wait()
 
 
+def until_it_computed(server, seconds=30.0):
+    """Waits for /metrics to say so of every stage."""
+    deadline = time.monotonic() + seconds
+    computing = r"pipeserve:stage_seconds_total{.*computing.*} (\S+)"
+    while True:
+        told = re.findall(computing, httpx.get(f"{server.url}/metrics").text)
+        if len(told) == 2 and all(float(computing_s) for computing_s in told):
+            return
+        assert time.monotonic() < deadline, told
+        time.sleep(0.2)
+
+
 def test_it_answers_drains_and_ends(folder):
     prompts = random_prompts(folder, (9, 5))
     expected = greedy_tokens(folder, prompts, 12)
@@ -95,6 +107,7 @@ def test_it_answers_drains_and_ends(folder):
         told = events(server, COMPLETIONS, prompt=prompts[0], **body)
         ids = [token for event in told for token in event["choices"][0]["token_ids"]]
         assert ids == expected[0]
+        until_it_computed(server)
         body |= {"max_tokens": 200, "stream": True}
         with httpx.stream("POST", server.url + COMPLETIONS, json={"prompt": [5], **body}) as slow:
             lines = slow.iter_lines()

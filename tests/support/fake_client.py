@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeserve.configs import RunConfig
 from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.partition import plan_pipeline
-from pipeserve.core.nouns import Chunk, Output, TokenLogprobs
+from pipeserve.core.nouns import Begun, Chunk, Output, TokenLogprobs
 from pipeserve.core.records import Arrived, Completed, Ended, Planned, Span, ignore
 from pipeserve.core.request_state import check_fits
 from pipeserve.core.view import Limits
@@ -127,7 +127,8 @@ class FakeClient:
             scores = None
             if place == 0 and request.params.prompt_logprobs is not None:
                 scores = tuple(TokenLogprobs(-float(token)) for token in request.prompt[1:])
-            yield Output(request.id, token, reason, logprobs, scores)
+            begun = None if place else Begun(num_cached=0, queued_s=0.01, prefill_s=0.02)
+            yield Output(request.id, token, reason, logprobs, scores, begun=begun)
             if reason is not None:
                 return
 

@@ -26,6 +26,8 @@ class FakePipeline(Pipeline):
         self.fake, self.step_s = fake, step_s
         self.is_silent = False
         """The driver says nothing any more."""
+        self.stages: list[client.StageFigures] = []
+        """As it tells them."""
 
     def open(self) -> None:
         """On the event loop."""
@@ -59,10 +61,12 @@ class FakePipeline(Pipeline):
             "num_blocks": 100,
             "num_free_blocks": 100 - num_running,
             "num_preemptions_total": 0,
-            "num_cached_prefix_tokens_total": 0,
+            "num_prefix_queries_total": 0,
+            "num_prefix_hits_total": 0,
             "num_wasted_decodes_total": 0,
+            "window": 2,
         }
-        self._hear(client.Status(0.0, figures, [{}, {}]))
+        self._hear(client.Status(0.0, figures, self.stages))
 
     def _hear(self, message: client.ToClient) -> None:
         self._take(client.decode_for_client(client.encode(message)))

@@ -11,7 +11,7 @@ from types import TracebackType
 from pipeserve.core.nouns import RequestId
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError, PipeserveError, StageError
-from pipeserve.wire import client, connection
+from pipeserve.wire import client, connecting
 from pipeserve.wire.sources import Sources
 
 _STATUS_S = 0.5
@@ -27,7 +27,7 @@ class ClientDoor:
     def __init__(self, address: str, secret: bytes) -> None:
         """Calls the client, which listens at `address`. Raises ConnectionError."""
         self._sources = Sources(secret)
-        self._connection = connection.connected(address, self._sources, client.PURPOSE)
+        self._connection = connecting.connected(address, self._sources, client.PURPOSE)
         self._told_s = 0.0
 
     def progress(self, text: str) -> None:

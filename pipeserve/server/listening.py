@@ -35,17 +35,17 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._hurry = self.loop.call_later(_HEAD_S, transport.close)
+        self._await_head()
 
     def data_received(self, data: bytes) -> None:
         if not self._is_amid:
             data = _without_upgrade(data)
-            if self._hurry is None:
-                self._hurry = self.loop.call_later(_HEAD_S, self.transport.close)
+            self._await_head()
         super().data_received(data)
 
     def on_message_begin(self) -> None:
         self._is_amid = True
+        self._await_head()
         super().on_message_begin()
 
     def on_message_complete(self) -> None:
@@ -55,6 +55,10 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._hurry = _stopped(self._hurry)
         super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        if self._hurry is None:
+            self._hurry = self.loop.call_later(_HEAD_S, self.transport.close)
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -3,13 +3,12 @@
 import json
 import socket
 import threading
-import time
 
 import httpx
 import pytest
 from fake_client import byte_tokenizer
 from fake_server import served
-from http_answers import ask, events
+from http_answers import ask, events, until
 
 from pipeserve.server.options import ServerOptions
 
@@ -19,13 +18,6 @@ COMPLETIONS = "/v1/completions"
 @pytest.fixture
 def folder(tmp_path):
     return byte_tokenizer(tmp_path)
-
-
-def until(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("streams", [False, True])

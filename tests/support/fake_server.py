@@ -89,6 +89,11 @@ class Served:
     def __init__(self, url: str, pipeline: FakePipeline, service: Service) -> None:
         self.url, self.pipeline, self.service = url, pipeline, service
         self.fake = pipeline.fake
+        self._loop = asyncio.get_running_loop()
+
+    def num_tasks(self) -> int:
+        """Of its event loop."""
+        return len(asyncio.all_tasks(self._loop))
 
 
 @contextmanager
@@ -115,8 +120,7 @@ def served(
         while not server.started:
             await asyncio.sleep(0.005)
         url = url_of(options, sockets)
-        box.update(loop=asyncio.get_running_loop(), server=server)
-        box["served"] = Served(url, pipeline, service)
+        box.update(server=server, served=Served(url, pipeline, service))
         started.set()
         await serving
         service.close()

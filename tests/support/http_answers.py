@@ -8,7 +8,9 @@ import httpx
 
 def ask(server, path, headers=None, **body):
     """(status, JSON) of a POST."""
-    answer = httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=60)
+    content = json.dumps(body)  # in ASCII: half a surrogate pair, too
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    answer = httpx.post(f"{server.url}{path}", content=content, headers=headers, timeout=60)
     return answer.status_code, answer.json()
 
 

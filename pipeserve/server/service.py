@@ -85,7 +85,11 @@ class Service:
         try:
             return await loop.run_in_executor(self._text, function, *arguments)
         except CapacityError as error:
-            raise bad(str(error), code="context_length_exceeded") from None
+            longest = self.client.limits.max_model_len
+            raise bad(  # in OpenAI's words, by which clients know it (litellm, LangChain)
+                f"This model's maximum context length is {longest} tokens (max_model_len): {error}",
+                code="context_length_exceeded",
+            ) from None
         except ConfigError as error:
             told = str(error).replace(str(self.client.model_folder), "the model's folder")
             raise bad(told) from None
@@ -107,8 +111,7 @@ class Service:
         longest = self.client.limits.max_model_len
         if len(text) > longest and len(text) > longest * self.tokenizer.longest_token:
             raise CapacityError(
-                f"the text has {len(text)} letters, more than the context of {longest} tokens "
-                "(max_model_len) can hold; shorten it"
+                f"the text has {len(text)} letters, more than so many tokens can be; shorten it"
             )
 
     def _template_of(self, body: ChatBody | TokenizeBody) -> dict[str, Any]:
@@ -208,13 +211,12 @@ class Service:
             raise ConfigError("the prompt is empty; give it a token")
 
     def _check_length(self, first: Request, max_tokens: int | None) -> None:
-        """As OpenAI and vLLM: what is asked for has to fit, and is not cut. Raises ApiError."""
-        longest, num_prompt = self.client.limits.max_model_len, len(first.prompt)
-        if max_tokens is not None and num_prompt + max_tokens > longest:
-            raise bad(
-                f"the prompt has {num_prompt} tokens, and max_tokens is {max_tokens}: together "
-                f"over the context of {longest} (max_model_len); ask for fewer",
-                code="context_length_exceeded",
+        """As OpenAI and vLLM: what is asked for has to fit, and is not cut. Raises
+        CapacityError."""
+        num_prompt = len(first.prompt)
+        if max_tokens is not None and num_prompt + max_tokens > self.client.limits.max_model_len:
+            raise CapacityError(
+                f"the prompt has {num_prompt} tokens, and max_tokens is {max_tokens}; ask for fewer"
             )
 
     def _check_room(self, num_samples: int) -> None:

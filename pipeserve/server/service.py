@@ -180,7 +180,8 @@ class Service:
                 "fewer tokens",
             ) from None
         except StageError:
-            raise ApiError(503, "the pipeline has ended; try again later") from None
+            what = "server is shutting down" if self.is_draining else "pipeline has ended"
+            raise ApiError(503, f"the {what}; try again later") from None
         except PipeserveError as error:
             raise bad(str(error)) from None
 

@@ -15,7 +15,7 @@ from fake_server import served
 from http_answers import until
 
 from pipeserve.errors import ConfigError
-from pipeserve.server.listening import bound_sockets, url_of
+from pipeserve.server.listening import bound_sockets, check_certificate, url_of
 from pipeserve.server.options import ServerOptions
 
 COMPLETIONS = "/v1/completions"
@@ -224,6 +224,19 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded():
 def test_an_address_that_is_not_here_is_told(host):
     with pytest.raises(ConfigError, match=f"--host {host}"):
         bound_sockets(ServerOptions(host=host, port=0))
+
+
+def test_what_is_no_certificate_is_told(tmp_path):
+    """And nobody is asked for a password."""
+    text, locked = tmp_path / "text", tmp_path / "locked"
+    text.write_text("nothing")
+    locked.write_text(
+        "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMAA=\n-----END ENCRYPTED PRIVATE KEY-----\n"
+    )
+    for name in (text, locked, tmp_path, tmp_path / "none"):
+        options = ServerOptions(ssl_certfile=str(name), ssl_keyfile=str(name))
+        with pytest.raises(ConfigError, match="--ssl-certfile"):
+            check_certificate(options)
 
 
 def test_hosts_of_six(tmp_path):

@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fake_client import byte_tokenizer
+from fake_client import EOS, byte_tokenizer
 from fake_server import served
 from http_answers import ask, events
 
@@ -70,6 +70,8 @@ def test_a_prompt_is_scored_without_output(server):
     assert choice["text"] == "abc" and choice["finish_reason"] == "length"
     assert len(choice["logprobs"]["tokens"]) == 3
     assert answer["usage"]["completion_tokens"] == 0
+    (event,) = stream(server, prompt="abc", max_tokens=0, logprobs=1, echo=True)
+    assert event["choices"] == answer["choices"]
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -123,6 +125,34 @@ def test_a_character_of_several_tokens_comes_whole(server):
     texts = [e["choices"][0]["text"] for e in stream(server, prompt="abc", max_tokens=18)]
     assert "".join(texts) == "Hello, world! €."
     assert not any("�" in text for text in texts)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Whose model writes what is no UTF-8, and the end of the text."""
+    folder = byte_tokenizer(tmp_path_factory.mktemp("model"))
+    reply = lambda prompt: [*b"a\xffb\xe2\x82", EOS, *b"cd"]  # noqa: E731
+    with served(folder, reply=reply, max_model_len=96) as it:
+        yield it
+
+
+def test_bytes_that_are_no_character_neither_stop_a_stream_nor_vanish(odd):
+    """mlx-vlm#1076, qwisp#134: and the end of the text is a stop, in both."""
+    _, whole = complete(odd, prompt="abc", max_tokens=9, logprobs=0)
+    (choice,) = whole["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("a�b�", "stop")
+    assert whole["usage"]["completion_tokens"] == len(choice["logprobs"]["tokens"]) == 6
+    told = [event["choices"][0] for event in stream(odd, prompt="abc", max_tokens=9)]
+    assert "".join(each["text"] for each in told) == "a�b�"
+    assert told[-1]["finish_reason"] == "stop"
+
+
+def test_benchmarks_ask_for_so_many_tokens(odd):
+    """TGI#1944."""
+    _, answer = complete(odd, prompt="abc", max_tokens=8, min_tokens=8, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert odd.fake.added[-1].params.min_tokens == 8
 
 
 def test_a_stop_string_is_never_shown(server):

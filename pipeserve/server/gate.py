@@ -27,7 +27,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, *, api_keys: Collection[str], max_body_bytes: int) -> None:
         self._app = app
-        self._keys = [key.strip().encode() for key in api_keys]
+        self._keys = [key.encode().strip() for key in api_keys]
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +71,7 @@ class Gate:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
-        told = given.strip().encode("latin-1")  # the bytes that came: UTF-8, for the most part
+        told = given.encode("latin-1").strip()  # the bytes that came: UTF-8, for the most part
         # Each of them, whichever fits: how long it takes says nothing.
         fits = [hmac.compare_digest(key, told) for key in self._keys]
         if not any(fits):

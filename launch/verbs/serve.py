@@ -1,20 +1,21 @@
 """`pipeserve serve`: the HTTP server over one pipeline, from its start to its graceful end."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import uvicorn
 
 from pipeserve.configs import RunConfig
 from pipeserve.errors import ConfigError
 from pipeserve.launch.run.driver_process import MODULE
 from pipeserve.launch.run.starting import status
 from pipeserve.server.app import make_app
+from pipeserve.server.listening import bound_sockets, check_certificate, http_server, url_of
 from pipeserve.server.metrics import Metrics
 from pipeserve.server.options import ServerOptions
 from pipeserve.server.pipeline import Pipeline
@@ -23,27 +24,49 @@ from pipeserve.wire.listener import is_loopback
 
 _KEY_VARIABLE = "PIPESERVE_API_KEY"
 _LOOK_S = 0.05
+_LAST_WORDS_S = 5.0
+"""In which answers that are made have to be read, at the end."""
 
 
 def serve(run_config: RunConfig, options: ServerOptions) -> int:
     """Until a signal ends it. Returns the exit code; raises ConfigError and StageError."""
     keys = api_keys(options)
     _warn(options, keys)
+    check_certificate(options)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    return asyncio.run(_serve(run_config, options, keys))
+    with contextlib.ExitStack() as closing:
+        sockets = [closing.enter_context(each) for each in bound_sockets(options)]
+        return asyncio.run(_serve(run_config, options, keys, sockets))
 
 
-async def _serve(run_config: RunConfig, options: ServerOptions, keys: Sequence[str]) -> int:
+class _Signals:
+    """Ctrl-C and SIGTERM: the first asks for a graceful end, the second does not wait for it."""
+
+    def __init__(self) -> None:
+        self.ending, self.at_once = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._came)
+
+    def _came(self) -> None:
+        if self.ending.is_set():
+            self.at_once.set()
+        self.ending.set()
+
+
+async def _serve(
+    run_config: RunConfig,
+    options: ServerOptions,
+    keys: Sequence[str],
+    sockets: list[socket.socket],
+) -> int:
     names = options.served_model_name or (run_config.model,)
-    ending = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ending.set)
+    signals = _Signals()
     with status("looking for the model") as say:
         pipeline = Pipeline(Metrics(names[0]), say)
         starting = asyncio.ensure_future(pipeline.start(run_config, [sys.executable, "-m", MODULE]))
         try:
-            await _first_of(starting, ending)
+            await _first_of(starting, signals.ending)
             if not starting.done():  # ended before it was up
                 starting.cancel()
                 return 0
@@ -51,11 +74,13 @@ async def _serve(run_config: RunConfig, options: ServerOptions, keys: Sequence[s
         finally:
             if not starting.done() or starting.cancelled() or starting.exception():
                 await pipeline.close()
-    service = Service(pipeline, options)
+    service = None
     try:
-        return await _listen(service, options, names, keys, ending)
+        service = Service(pipeline, options)
+        return await _listen(service, options, names, keys, sockets, signals)
     finally:
-        service.close()
+        if service is not None:
+            service.close()
         await pipeline.close()
 
 
@@ -64,63 +89,45 @@ async def _listen(
     options: ServerOptions,
     names: Sequence[str],
     keys: Sequence[str],
-    ending: asyncio.Event,
+    sockets: list[socket.socket],
+    signals: _Signals,
 ) -> int:
-    """Answers requests until `ending` or the pipeline's end."""
-    app = make_app(service, options, tuple(names), tuple(keys))
-    config = uvicorn.Config(
-        app,
-        host=options.host,
-        port=options.port,
-        ssl_certfile=options.ssl_certfile,
-        ssl_keyfile=options.ssl_keyfile,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=75,
-        server_header=False,
-        lifespan="off",
-    )
-    server = _Server(config)
-    serving = asyncio.ensure_future(server.serve())
+    """Answers requests until a signal or the pipeline's end."""
+    server = http_server(make_app(service, options, tuple(names), tuple(keys)), options)
+    url = url_of(options, sockets)
+    serving = asyncio.ensure_future(server.serve(sockets))
     while not (server.started or serving.done()):
         await asyncio.sleep(_LOOK_S)
     if serving.done():
-        serving.result()
+        try:
+            serving.result()
+        except OSError as error:  # somebody else was bound to the port too, and listened first
+            raise ConfigError(f"{url}: {error.strerror}; give another --port") from None
         return 1
-    port = server.servers[0].sockets[0].getsockname()[1]
-    scheme = "https" if options.ssl_certfile else "http"
-    print(f"serving {names[0]} at {scheme}://{options.host}:{port}/v1", file=sys.stderr, flush=True)
+    print(f"serving {names[0]} at {url}/v1", file=sys.stderr, flush=True)
     exit_code = 0
-    while not ending.is_set() and service.pipeline.ended is None:
+    while not signals.ending.is_set() and service.pipeline.ended is None:
         await asyncio.sleep(_LOOK_S)
     if service.pipeline.ended is not None:
         exit_code = 1
         print(f"error: {service.pipeline.ended}", file=sys.stderr)
     else:
-        await _drain(service, options)
-    server.should_exit = server.force_exit = True
+        await _drain(service, options, signals)
+    server.end(_LAST_WORDS_S)
     await serving
     return exit_code
 
 
-async def _drain(service: Service, options: ServerOptions) -> None:
-    """Take nothing new, and let what runs finish, within its time."""
+async def _drain(service: Service, options: ServerOptions, signals: _Signals) -> None:
+    """Take nothing new, and let what runs finish, within its time; the rest is told that it is
+    ended."""
     service.is_draining = True
     loop = asyncio.get_running_loop()
     until_s = loop.time() + options.shutdown_timeout
-    while service.num_open and loop.time() < until_s and service.pipeline.ended is None:
+    while service.num_open and service.pipeline.ended is None:
+        if signals.at_once.is_set() or loop.time() >= until_s:
+            service.pipeline.end_all("the server is shutting down")
         await asyncio.sleep(_LOOK_S)
-
-
-class _Server(uvicorn.Server):
-    """Whose signals are ours."""
-
-    def install_signal_handlers(self) -> None: ...
-
-    def capture_signals(self):  # as a context manager
-        from contextlib import nullcontext
-
-        return nullcontext()
 
 
 async def _first_of(future: asyncio.Future, event: asyncio.Event) -> None:

@@ -131,8 +131,10 @@ def _of_dict(prompt: Mapping[str, Any]) -> PlainPrompt:
 
 
 def _plain_message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(message.get("role"), str):
+    role = message.get("role")
+    if not isinstance(role, str):
         raise ConfigError(f"message {number} has no role; give user, assistant or system")
+    _checked_text(role, f"the role of message {number}")
     content = message.get("content")
     if isinstance(content, _MANY):
         content = "\n".join(_text_of(part, f"message {number}") for part in content)
@@ -145,6 +147,9 @@ def _plain_message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
         _checked_text(content, f"message {number}")
     plain = dict(message)
     if plain.get("tool_calls"):
+        if not isinstance(plain["tool_calls"], _MANY):
+            what = _type_of(plain["tool_calls"])
+            raise ConfigError(f"the tool_calls of message {number} are {what}, must be a list")
         plain["tool_calls"] = [_plain_call(number, call) for call in plain["tool_calls"]]
     else:
         plain.pop("tool_calls", None)  # an empty list would take a template's other branch
@@ -160,7 +165,7 @@ def _plain_call(number: int, call: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError(
                 f"message {number} has a tool call whose arguments are no JSON: {arguments[:60]!r}"
             ) from None

@@ -102,6 +102,11 @@ class Tokenizer:
         piece = self._loaded.convert_ids_to_tokens(token_id)
         return "" if piece is None else str(piece).replace("\u2581", " ")
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Letters of the longest one: no text of more letters has so few tokens."""
+        return max((len(token) for token in self._loaded.get_vocab()), default=1)
+
     @property
     def information(self) -> dict[str, Any]:
         """What clients ask of a tokenizer: its special tokens and its chat template."""

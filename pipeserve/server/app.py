@@ -1,5 +1,6 @@
 """The routes: OpenAI's API, and what operators ask."""
 
+import itertools
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ import pipeserve
 from pipeserve.server.answers import EventStream, Gone, JsonAnswer, unless_gone
 from pipeserve.server.chat import Chat
 from pipeserve.server.completions import Completions
-from pipeserve.server.gate import Gate, error_response
+from pipeserve.server.gate import Gate, error_response, failure_response
 from pipeserve.server.http_metrics import Counted
 from pipeserve.server.openai.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pipeserve.server.openai.errors import ApiError, bad
@@ -30,7 +31,13 @@ def make_app(
 ) -> ASGIApp:
     """`names`: what clients may call the model, the first being its own; `keys`: those that are
     let in, all where there are none."""
-    app = FastAPI(title="pipeserve", version=pipeserve.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="pipeserve",
+        version=pipeserve.__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     _add_error_handlers(app)
     _add_openai_routes(app, service, names)
     _add_text_routes(app, service, names)
@@ -95,7 +102,7 @@ def _add_text_routes(app: FastAPI, service: Service, names: tuple[str, ...]) -> 
             ids = service.encode_chat(body)
         else:
             adds = body.add_special_tokens is not False
-            ids = tokenizer.encode(body.prompt, add_special_tokens=adds)
+            ids = service.encode(body.prompt, add_special_tokens=adds)
         told = {
             "count": len(ids),
             "max_model_len": service.client.limits.max_model_len,
@@ -200,10 +207,22 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_body(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "")
+        if not _is_json(kind):
+            told = f"Content-Type is {kind!r}" if kind else "there is no Content-Type"
+            return error_response(
+                ApiError(415, f"{told}; send JSON, and 'Content-Type: application/json'")
+            )
         return error_response(_in_words(error))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return failure_response()
 
     @app.exception_handler(HTTPException)
     async def wrong_request(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # FastAPI's, where a body cannot be decoded
+            return error_response(bad("the body is not JSON"))
         return error_response(
             ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         )
@@ -216,6 +235,18 @@ def _in_words(error: RequestValidationError) -> ApiError:
         return bad("the body is not JSON")
     if wrong["loc"][1:2] == ("prompt",):  # of which there are four forms, and none fits
         return bad("prompt must be text, token ids, or a list of either", "prompt")
-    place = [str(part) for part in wrong["loc"][1:] if not str(part).startswith(("list[", "dict["))]
+    place = list(itertools.takewhile(_is_of_body, map(str, wrong["loc"][1:])))
     name = ".".join(place) or None
     return bad(f"{name or 'the body'}: {wrong['msg']}", name)
+
+
+def _is_of_body(part: str) -> bool:
+    """And not of a union: which of its types did not fit."""
+    return part not in ("str", "int", "float", "bool") and "[" not in part
+
+
+def _is_json(content_type: str) -> bool:
+    """As FastAPI has it."""
+    kind, _, _ = content_type.partition(";")
+    main, _, sub = kind.strip().lower().partition("/")
+    return main == "application" and (sub == "json" or sub.endswith("+json"))

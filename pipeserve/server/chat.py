@@ -64,8 +64,7 @@ class Chat:
 
     async def _deltas(self) -> AsyncIterator[tuple[Delta | None, Usage]]:
         """As they come, and what was used by then; None behind the last."""
-        prompt = await self._service.off_loop(self._encoded)
-        asked = Asked(prompt, self._params, self._body.priority or 0)
+        asked = Asked(self._encoded, self._params, self._body.priority or 0)
         async with self._service.running([asked]) as (stream, prompts):
             usage = Usage(prompts)
             async for delta in stream:

@@ -2,13 +2,14 @@
 
 import asyncio
 import hmac
+import json
 import logging
 import re
 import uuid
 from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeserve.server.openai.errors import ApiError
@@ -26,7 +27,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, *, api_keys: Collection[str], max_body_bytes: int) -> None:
         self._app = app
-        self._keys = [key.encode() for key in api_keys]
+        self._keys = [key.encode().strip() for key in api_keys]
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,17 +37,21 @@ class Gate:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
-        has_begun = False
+        has_begun = has_ended = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal has_begun, has_ended
             if message["type"] == "http.response.start":
                 has_begun = True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            else:
+                has_ended = not message.get("more_body", False)
             await send(message)
 
+        scope = _plain(scope)
         try:
             self._check_key(scope["path"], headers)
+            _check_encoding(headers)
             body = await self._body(headers, receive)
             if body is None:
                 return  # the client has gone
@@ -55,10 +60,10 @@ class Gate:
             await error_response(error)(scope, receive, send_with_id)
         except Exception:
             log.exception("request %s", request_id)
-            if has_begun:
+            if has_begun and not has_ended:
                 raise  # the connection is cut: half an answer must not look whole
-            error = ApiError(500, "the server failed at this request; its log says why")
-            await error_response(error)(scope, receive, send_with_id)
+            if not has_begun:
+                await failure_response()(scope, receive, send_with_id)
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if not self._keys or path in _OPEN_PATHS:
@@ -66,8 +71,9 @@ class Gate:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
+        told = given.encode("latin-1").strip()  # the bytes that came: UTF-8, for the most part
         # Each of them, whichever fits: how long it takes says nothing.
-        fits = [hmac.compare_digest(key, given.strip().encode()) for key in self._keys]
+        fits = [hmac.compare_digest(key, told) for key in self._keys]
         if not any(fits):
             raise ApiError(
                 401,
@@ -107,8 +113,32 @@ class Gate:
         )
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, headers=error.headers)
+_FAILED = ApiError(500, "the server failed at this request; its log says why")
+
+
+def error_response(error: ApiError) -> Response:
+    # In ASCII: a message may repeat half a surrogate pair, which UTF-8 cannot say.
+    body = json.dumps(error.body())
+    return Response(body, error.status, error.headers, media_type="application/json")
+
+
+def failure_response() -> Response:
+    """To what is wrong with the server itself."""
+    return error_response(_FAILED)
+
+
+def _plain(scope: Scope) -> Scope:
+    """A path with a slash at its end is the path without, and HEAD is GET, whose body the server
+    leaves out: balancers ask so, and clients join addresses as they like."""
+    path = scope["path"].rstrip("/") or "/"
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": path, "method": method}
+
+
+def _check_encoding(headers: Headers) -> None:
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ApiError(415, f"the body's Content-Encoding is {encoding!r}; send it as it is")
 
 
 def _request_id(given: str | None) -> str:

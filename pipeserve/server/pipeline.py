@@ -223,6 +223,10 @@ class Pipeline:
                 self._send(client.Abort(output.request_id, delta.finish_reason))
         stream.put(delta)
 
+    def end_all(self, reason: str) -> None:
+        """Whatever runs is told so, and nothing is taken any more."""
+        self._end(StageError(reason))
+
     def _send(self, message: client.ToDriver) -> None:
         self._connection.send(client.encode(message))
 

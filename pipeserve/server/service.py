@@ -25,6 +25,16 @@ from pipeserve.server.options import ServerOptions
 from pipeserve.server.pipeline import Late, Pipeline, Stream
 
 _RETRY_S = 1
+_MOST_LETTERS = 1 << 16
+"""Of a request's stop strings: what looks for them is as large."""
+_NOT_OF_TEMPLATES = {
+    *("self", "conversation", "messages", "tools", "documents", "chat_template"),
+    *("add_generation_prompt", "continue_final_message", "sanitize_control_tokens"),
+    *("tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+}
+"""What transformers and we are told beside a template, in fields of their own or not at all: with
+`chat_template` a request would bring a template where it may not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +42,7 @@ class Asked:
     """One prompt, and how it is to be gone on with."""
 
     prompt: Any
-    """As `prompt_forms.py` takes it."""
+    """As `prompt_forms.py` takes it; or a function that makes it, on the text thread."""
     params: SamplingParams
     priority: int = 0
 
@@ -65,6 +75,8 @@ class Service:
         """It takes no more requests."""
         self.num_open = 0
         """Requests that are being answered."""
+        self._num_made = 0
+        """Samples whose prompts are being made token ids: they have a place in the queue."""
         self._text = ThreadPoolExecutor(1, "text")
         """One thread: a tokenizer is not made to be used by several at once."""
 
@@ -75,13 +87,34 @@ class Service:
         try:
             return await loop.run_in_executor(self._text, function, *arguments)
         except CapacityError as error:
-            raise bad(str(error), code="context_length_exceeded") from None
+            longest = self.client.limits.max_model_len
+            raise bad(  # in OpenAI's words, by which clients know it (litellm, LangChain)
+                f"This model's maximum context length is {longest} tokens (max_model_len): {error}",
+                code="context_length_exceeded",
+            ) from None
         except ConfigError as error:
-            raise bad(str(error)) from None
+            told = str(error).replace(str(self.client.model_folder), "the model's folder")
+            raise bad(told) from None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. On the text thread. Raises ConfigError and CapacityError."""
+        self._check_text(text)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, body: ChatBody | TokenizeBody) -> list[int]:
-        """Token ids of a conversation. On the text thread. Raises ConfigError and ApiError."""
-        return self.tokenizer.encode_chat(plain_messages(body.messages), **self._template_of(body))
+        """Token ids of a conversation. On the text thread. Raises ConfigError, CapacityError and
+        ApiError."""
+        messages = plain_messages(body.messages)
+        text = self.tokenizer.chat_text(messages, **self._template_of(body))
+        return self.encode(text, add_special_tokens=False)
+
+    def _check_text(self, text: str) -> None:
+        """Not to cut into tokens, for minutes, what can never fit. Raises CapacityError."""
+        longest = self.client.limits.max_model_len
+        if len(text) > longest and len(text) > longest * self.tokenizer.longest_token:
+            raise CapacityError(
+                f"the text has {len(text)} letters, more than so many tokens can be; shorten it"
+            )
 
     def _template_of(self, body: ChatBody | TokenizeBody) -> dict[str, Any]:
         """What the template is told beside the messages."""
@@ -91,10 +124,18 @@ class Service:
                 "server with --trust-request-chat-template",
                 "chat_template",
             )
+        kwargs = body.chat_template_kwargs or {}
+        for name in kwargs:
+            if name in _NOT_OF_TEMPLATES:
+                raise bad(
+                    f"chat_template_kwargs has {name}, which is nothing that a template is told; "
+                    "leave it out",
+                    "chat_template_kwargs",
+                )
         template = body.chat_template or self._chat_template
         tools = body.tools if getattr(body, "tool_choice", None) != "none" else None
         return {
-            **(body.chat_template_kwargs or {}),
+            **kwargs,
             **({"chat_template": template} if template else {}),
             **({"tools": tools} if tools else {}),
             **({"documents": body.documents} if getattr(body, "documents", None) else {}),
@@ -111,18 +152,24 @@ class Service:
         """
         for each in asked:
             _check_limits(each.params, self.options)
-        self._check_room(sum(each.params.n for each in asked))
+        num_samples = sum(each.params.n for each in asked)
+        self._check_room(num_samples)
         self.num_open += 1
         try:
-            async with self._running(asked) as running:
+            async with self._running(asked, num_samples) as running:
                 yield running
         finally:
             self.num_open -= 1
 
     @asynccontextmanager
-    async def _running(self, asked: Sequence[Asked]) -> AsyncIterator[tuple[Stream, list[tuple]]]:
-        generations, prompts = await self.off_loop(self._make, asked)
-        self._check_room(len(generations))
+    async def _running(
+        self, asked: Sequence[Asked], num_samples: int
+    ) -> AsyncIterator[tuple[Stream, list[tuple]]]:
+        self._num_made += num_samples
+        try:
+            generations, prompts = await self.off_loop(self._make, asked)
+        finally:
+            self._num_made -= num_samples
         try:
             with self.pipeline.submit(generations) as stream:
                 if self.options.request_timeout:
@@ -135,7 +182,8 @@ class Service:
                 "fewer tokens",
             ) from None
         except StageError:
-            raise ApiError(503, "the pipeline has ended; try again later") from None
+            what = "server is shutting down" if self.is_draining else "pipeline has ended"
+            raise ApiError(503, f"the {what}; try again later") from None
         except PipeserveError as error:
             raise bad(str(error)) from None
 
@@ -144,7 +192,9 @@ class Service:
         for index, each in enumerate(asked):
             try:
                 priority = check_priority(each.priority, self.client.limits.order)
-                first = self.maker.first(each.prompt, each.params, priority)
+                prompt = each.prompt() if callable(each.prompt) else each.prompt
+                self._check_prompt(prompt)
+                first = self.maker.first(prompt, each.params, priority)
             except PipeserveError as error:
                 where = f"prompt {index}: " if len(asked) > 1 else ""
                 raise type(error)(f"{where}{error}") from None
@@ -157,14 +207,19 @@ class Service:
             ]
         return generations, prompts
 
+    def _check_prompt(self, prompt: dict[str, Any]) -> None:
+        if "prompt" in prompt:
+            self._check_text(prompt["prompt"])
+        if not (prompt.get("prompt") or prompt.get("prompt_token_ids")):
+            raise ConfigError("the prompt is empty; give it a token")
+
     def _check_length(self, first: Request, max_tokens: int | None) -> None:
-        """As OpenAI and vLLM: what is asked for has to fit, and is not cut. Raises ApiError."""
-        longest, num_prompt = self.client.limits.max_model_len, len(first.prompt)
-        if max_tokens is not None and num_prompt + max_tokens > longest:
-            raise bad(
-                f"the prompt has {num_prompt} tokens, and max_tokens is {max_tokens}: together "
-                f"over the context of {longest} (max_model_len); ask for fewer",
-                code="context_length_exceeded",
+        """As OpenAI and vLLM: what is asked for has to fit, and is not cut. Raises
+        CapacityError."""
+        num_prompt = len(first.prompt)
+        if max_tokens is not None and num_prompt + max_tokens > self.client.limits.max_model_len:
+            raise CapacityError(
+                f"the prompt has {num_prompt} tokens, and max_tokens is {max_tokens}; ask for fewer"
             )
 
     def _check_room(self, num_samples: int) -> None:
@@ -176,7 +231,7 @@ class Service:
             )
         if self.is_draining or self.pipeline.ended is not None:
             raise ApiError(503, "the server is shutting down", headers={"Retry-After": "10"})
-        if self.pipeline.num_unfinished + num_samples > options.max_queue:
+        if self.pipeline.num_unfinished + self._num_made + num_samples > options.max_queue:
             raise ApiError(
                 429,
                 f"the queue is full ({options.max_queue} requests); try again later",
@@ -193,6 +248,9 @@ def _check_limits(params: SamplingParams, options: ServerOptions) -> None:
     """Of what one request may take of a server that many share. Raises ApiError."""
     if len(params.stop) > options.max_stop:
         raise bad(f"stop has {len(params.stop)} strings, at most {options.max_stop}", "stop")
+    for name in ("stop", "bad_words"):
+        if sum(map(len, getattr(params, name))) > _MOST_LETTERS:
+            raise bad(f"{name} has over {_MOST_LETTERS} letters in all; shorten it", name)
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > options.max_logprobs:
             raise bad(

@@ -18,6 +18,11 @@ CALLS = (
 )
 
 
+def calling_with(arguments):
+    function = {"name": "look", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = byte_tokenizer(tmp_path_factory.mktemp("model"))
@@ -104,6 +109,14 @@ def test_histories_that_people_send(server, messages):
         ({"messages": HI, "tool_choice": "required"}, "tools"),
         ({"messages": HI, "chat_template": "{{ 1 }}"}, "chat_template"),
         ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format"),
+        ({"messages": HI, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"messages": HI, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        # Histories that broke servers: vllm#4041, llama.cpp#25510
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": {"a": 1}}]}, "tool_calls"),
+        ({"messages": [calling_with("{")]}, "no JSON"),
+        ({"messages": [calling_with("[" * 100_000)]}, "no JSON"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "role"),
         (
             {"messages": HI, "add_generation_prompt": True, "continue_final_message": True},
             "continue_final_message",
@@ -114,6 +127,51 @@ def test_what_is_wrong_is_said(server, body, part):
     status, answer = ask(server, CHAT, **body)
     assert status == 400
     assert part in answer["error"]["message"] or part == answer["error"]["param"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+def test_a_template_does_not_come_in_by_the_back_door(server, path):
+    """vllm#25794, sglang#28135."""
+    kwargs = {"chat_template": "{{ 'mine' }}"}
+    status, answer = ask(server, path, messages=HI, chat_template_kwargs=kwargs)
+    assert status == 400 and answer["error"]["param"] == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("key", ["role", "content"])
+@pytest.mark.parametrize("more", [{}, {"continue_final_message": True}, {"stream": True}])
+def test_half_a_surrogate_pair_is_no_text(server, key, more):
+    """Rapid-MLX#730, colibri#1589."""
+    messages = [{"role": "user", "content": "hi", key: "\ud83d"}]
+    status, answer = ask(server, CHAT, messages=messages, **more)
+    assert status == 400 and "surrogate" in answer["error"]["message"]
+
+
+def test_no_error_names_a_path(server):
+    tools = [{"type": "function", "function": {"name": "\ud83d"}}]
+    for body in ({"documents": [{"a": "\ud83d"}]}, {"tools": tools, "tool_choice": "none"}):
+        _, answer = ask(server, CHAT, messages=HI, chat_template_kwargs={"x": "\ud83d"}, **body)
+        assert str(server.fake.model_folder) not in json.dumps(answer)
+
+
+def test_a_model_that_writes_half_a_surrogate_pair(tmp_path):
+    """hermes-agent#84281: what it calls goes out all the same."""
+    written = '<tool_call>{"name": "look", "arguments": {"a": "\\ud83d"}}</tool_call>'
+    none = '<tool_call>{"name": "look", "arguments": {"a": NaN}}</tool_call>'
+    for text in (written, none):
+        options = ServerOptions(tool_call_parser="hermes")
+        body = {"messages": HI, "tools": TOOLS, "max_tokens": len(text)}
+        reply = lambda prompt, text=text: text.encode()  # noqa: E731
+        folder = byte_tokenizer(tmp_path)
+        with served(folder, options, reply=reply, max_model_len=500) as server:
+            _, answer = ask(server, CHAT, **body)
+            message = answer["choices"][0]["message"]
+            deltas = [event["choices"][0]["delta"] for event in events(server, CHAT, **body)]
+        if text is none:
+            assert message["content"] == none and "tool_calls" not in message
+        else:
+            (call,) = message["tool_calls"]
+            assert json.loads(call["function"]["arguments"]) == {"a": "?"}
+            assert any("tool_calls" in delta for delta in deltas)
 
 
 def test_tools_that_are_not_to_be_used_are_not_shown_to_the_model(server):

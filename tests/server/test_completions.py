@@ -1,7 +1,9 @@
 """What clients of /v1/completions exercise: public reports against other servers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
-from fake_client import byte_tokenizer
+from fake_client import EOS, byte_tokenizer
 from fake_server import served
 from http_answers import ask, events
 
@@ -68,6 +70,8 @@ def test_a_prompt_is_scored_without_output(server):
     assert choice["text"] == "abc" and choice["finish_reason"] == "length"
     assert len(choice["logprobs"]["tokens"]) == 3
     assert answer["usage"]["completion_tokens"] == 0
+    (event,) = stream(server, prompt="abc", max_tokens=0, logprobs=1, echo=True)
+    assert event["choices"] == answer["choices"]
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -123,12 +127,49 @@ def test_a_character_of_several_tokens_comes_whole(server):
     assert not any("�" in text for text in texts)
 
 
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Whose model writes what is no UTF-8, and the end of the text."""
+    folder = byte_tokenizer(tmp_path_factory.mktemp("model"))
+    reply = lambda prompt: [*b"a\xffb\xe2\x82", EOS, *b"cd"]  # noqa: E731
+    with served(folder, reply=reply, max_model_len=96) as it:
+        yield it
+
+
+def test_bytes_that_are_no_character_neither_stop_a_stream_nor_vanish(odd):
+    """mlx-vlm#1076, qwisp#134: and the end of the text is a stop, in both."""
+    _, whole = complete(odd, prompt="abc", max_tokens=9, logprobs=0)
+    (choice,) = whole["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("a�b�", "stop")
+    assert whole["usage"]["completion_tokens"] == len(choice["logprobs"]["tokens"]) == 6
+    told = [event["choices"][0] for event in stream(odd, prompt="abc", max_tokens=9)]
+    assert "".join(each["text"] for each in told) == "a�b�"
+    assert told[-1]["finish_reason"] == "stop"
+
+
+def test_benchmarks_ask_for_so_many_tokens(odd):
+    """TGI#1944."""
+    _, answer = complete(odd, prompt="abc", max_tokens=8, min_tokens=8, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert odd.fake.added[-1].params.min_tokens == 8
+
+
 def test_a_stop_string_is_never_shown(server):
     """aprender#2019."""
     texts = [
         e["choices"][0]["text"] for e in stream(server, prompt="a", stop="world", max_tokens=18)
     ]
     assert "".join(texts) == "Hello, "
+
+
+def test_a_clients_own_id_may_come_twice_at_once(server):
+    """vllm#10583, sglang#19035."""
+    body = {"prompt": "abc", "max_tokens": 40, "request_id": "mine"}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: complete(server, **body), range(8)))
+    assert {answer["id"] for _, answer in answers} == {"cmpl-mine"}
+    assert len({answer["choices"][0]["text"] for _, answer in answers}) == 1
 
 
 @pytest.mark.parametrize(
@@ -151,6 +192,13 @@ def test_a_stop_string_is_never_shown(server):
         ({"prompt": [97, 9999]}, "9999", None),
         ({"prompt": "a" * 90, "max_tokens": 20}, "max_model_len", "context_length_exceeded"),
         ({"prompt": "a" * 200}, "max_model_len", "context_length_exceeded"),
+        ({"prompt": "a" * 2_000_000}, "max_model_len", "context_length_exceeded"),
+        ({"prompt": ""}, "empty", None),  # vllm#7283, vllm#7632
+        ({"prompt": ["a", ""]}, "prompt 1", None),
+        ({"prompt": [[]]}, "empty", None),
+        ({"prompt": "a", "stop": 5}, "stop", None),
+        ({"prompt": "a", "stop": "a" * 70_000}, "stop", None),
+        ({"prompt": "a", "bad_words": ["a" * 70_000]}, "bad_words", None),
         ({"prompt": "a", "guided_json": {}}, "guided_json", None),
         ({"prompt": "a", "priority": 1}, "--order priority", None),
     ],

@@ -3,13 +3,13 @@
 import json
 import socket
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from fake_client import byte_tokenizer
 from fake_server import served
-from http_answers import ask, events
+from http_answers import ask, events, until
 
 from pipeserve.server.options import ServerOptions
 
@@ -19,13 +19,6 @@ COMPLETIONS = "/v1/completions"
 @pytest.fixture
 def folder(tmp_path):
     return byte_tokenizer(tmp_path)
-
-
-def until(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -60,6 +53,26 @@ def test_a_full_queue_is_told_and_others_go_on(folder):
         assert answer.json()["error"]["code"] == "queue_full"
         long.join()
         assert ask(server, COMPLETIONS, prompt="a", max_tokens=2)[0] == 200
+
+
+def test_a_burst_does_not_get_past_the_bound(folder):
+    """Those whose prompts are being made token ids have a place in the queue, too."""
+    options = ServerOptions(max_queue=10)
+    with served(folder, options, step_s=0.05, max_model_len=1_500) as server:
+        most = []
+        submit = server.fake.submit
+
+        def counting(requests):
+            submit(requests)
+            most.append(server.fake.num_unfinished)
+
+        server.fake.submit = counting
+        body = {"messages": [{"role": "user", "content": "a"}], "n": 2, "max_tokens": 10}
+        with ThreadPoolExecutor(40) as pool:
+            path = "/v1/chat/completions"
+            answers = list(pool.map(lambda _: ask(server, path, **body)[0], range(40)))
+        assert set(answers) == {200, 429} and max(most) <= 10
+        assert answers.count(200) >= 5
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -115,3 +128,18 @@ def test_who_drains_takes_nothing_new_and_finishes_the_rest(folder):
         assert ask(server, COMPLETIONS, prompt="a")[0] == 503
         running.join()
         assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 30
+
+
+def test_a_failure_of_ours_is_said_in_openais_shape(folder, monkeypatch):
+    """And costs neither the connection nor the server."""
+    with served(folder) as server:
+        monkeypatch.setattr(server.service, "encode_chat", lambda body: 1 / 0)
+        with httpx.Client(base_url=server.url) as client:
+            for stream in (False, True):
+                body = {"messages": [{"role": "user", "content": "a"}], "stream": stream}
+                answer = client.post("/v1/chat/completions", json=body)
+                assert answer.status_code == 500
+                assert answer.json()["error"]["type"] == "server_error"
+                assert "division" not in answer.text
+            assert client.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
+        assert server.service.num_open == 0

@@ -17,7 +17,9 @@ COMPLETIONS = "/v1/completions"
 def server(tmp_path_factory):
     folder = byte_tokenizer(tmp_path_factory.mktemp("model"))
     options = ServerOptions(max_body_bytes=10_000, allowed_origins=("https://a.example",))
-    with served(folder, options, keys=("secret-1", "secret-2"), names=("fake", "other")) as it:
+    with served(
+        folder, options, keys=("secret-1", "secret-2", " schlüsselà "), names=("fake", "other")
+    ) as it:
         yield it
 
 
@@ -34,7 +36,25 @@ def test_a_key_is_asked_for_everywhere(server, path):
     assert httpx.get(f"{server.url}{path}", headers=bearing("secret-2")).status_code != 401
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready"])
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"Bearer schl\xc3\xbcssel\xc3\xa0", 200),  # omlx#1804
+        (b"Bearer schl\xfcssel", 401),  # sglang#38122
+        (b"Bearer \xff\xfe", 401),
+        (b"bearer   secret-1", 200),
+        (b"Bearer", 401),
+        (b"Basic secret-1", 401),
+    ],
+)
+def test_keys_are_bytes(server, header, status):
+    with httpx.Client() as client:
+        request = client.build_request("GET", f"{server.url}/v1/models")
+        request.headers = httpx.Headers([*request.headers.raw, (b"Authorization", header)])
+        assert client.send(request).status_code == status
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/health/"])
 def test_but_not_by_who_looks_after_it(server, path):
     assert httpx.get(f"{server.url}{path}").status_code == 200
 
@@ -87,6 +107,12 @@ def test_a_browser_may_ask_first(server):
         (b'{"prompt": [1.5]}', 400),
         (b'{"prompt": {"a": 1}}', 400),
         (b'{"prompt": "a", "logit_bias": {"a": 1}}', 400),
+        (b'{"prompt": "a", "logit_bias": {"\\ud800": 1}}', 400),
+        (b'{"prompt": "a", "model": "\\ud800"}', 404),
+        (b'{"prompt": "a", "request_id": "\\ud800"}', 400),
+        (b'{"prompt": "a", "request_id": "' + b"a" * 1000 + b'"}', 400),  # in each event
+        (b'{"prompt": "a", "stop": "' + b"a" * 9_000 + b'", "n": 200}', 400),
+        (b'{"messages": ' + b"[" * 4000 + b"]" * 4000 + b"}", 400),
     ],
 )
 def test_bodies_that_are_none(server, content, status):

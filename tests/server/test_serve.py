@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from checkpoints import greedy_tokens, random_prompts, tiny_llama
-from http_answers import ask, events
+from http_answers import ask, events, until
 
 pytestmark = pytest.mark.processes
 
@@ -64,9 +65,10 @@ def is_alive(pid: int) -> bool:
 
 @contextmanager
 def serving(folder, *arguments):
+    """In a process group of its own, as a terminal's programs are."""
     command = [sys.executable, "-m", "pipeserve.launch.cli", "serve", folder, "-pp", "2"]
     command += ["--dtype", "float32", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     lines = []
     try:
         for line in process.stderr:
@@ -108,7 +110,13 @@ def test_it_answers_drains_and_ends(folder):
         ids = [token for event in told for token in event["choices"][0]["token_ids"]]
         assert ids == expected[0]
         until_it_computed(server)
-        body |= {"max_tokens": 200, "stream": True}
+        body["max_tokens"] = 200
+        whole = []
+        many = {"prompt": [5], "n": 30, **body, "temperature": 1}
+        asking = threading.Thread(target=lambda: whole.append(ask(server, COMPLETIONS, **many)))
+        asking.start()
+        until(lambda: " 30.0" in httpx.get(f"{server.url}/metrics").text)
+        body["stream"] = True
         with httpx.stream("POST", server.url + COMPLETIONS, json={"prompt": [5], **body}) as slow:
             lines = slow.iter_lines()
             next(lines)
@@ -116,6 +124,44 @@ def test_it_answers_drains_and_ends(folder):
             told = [line for line in lines if line.startswith("data: {")]
         last = json.loads(told[-1].removeprefix("data: "))
         assert last["choices"][0]["finish_reason"] == "length"
+        asking.join()
+        status, answer = whole[0]
+        assert status == 200 and answer["usage"]["completion_tokens"] == 30 * 200
+        assert server.wait() == 0
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate of its own, and its key."""
+    folder = tmp_path_factory.mktemp("certificate")
+    names = str(folder / "own.pem"), str(folder / "key.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command += ["-out", names[0], "-keyout", names[1]]
+    subprocess.run(command, check=True, capture_output=True)
+    return names
+
+
+def test_a_second_ctrl_c_does_not_wait(folder, certificate):
+    """The first reaches all processes of the group, and what runs goes on. Over HTTPS."""
+    own, key = certificate
+    body = {"prompt": [5], "n": 60, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    context = ssl.create_default_context(cafile=own)
+    with (
+        serving(folder, "--ssl-certfile", own, "--ssl-keyfile", key) as server,
+        httpx.Client(base_url=server.url, verify=context) as client,
+    ):
+        assert server.url.startswith("https://")
+        with client.stream("POST", COMPLETIONS, json=body) as slow:
+            lines = slow.iter_lines()
+            next(lines)
+            os.killpg(server.process.pid, signal.SIGINT)
+            until(lambda: client.get("/ready").status_code == 503)
+            for _ in range(20):
+                assert "error" not in next(lines)
+            os.killpg(server.process.pid, signal.SIGINT)
+            told = [line for line in lines if line.startswith("data: {")]
+        assert "shutting down" in json.loads(told[-1].removeprefix("data: "))["error"]["message"]
         assert server.wait() == 0
 
 

@@ -3,13 +3,14 @@
 import asyncio
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import uvicorn
 from fake_client import FakeClient
 
 from pipeserve.errors import CapacityError, ConfigError, StageError
 from pipeserve.server.app import make_app
+from pipeserve.server.listening import bound_sockets, http_server, url_of
 from pipeserve.server.metrics import Metrics
 from pipeserve.server.options import ServerOptions
 from pipeserve.server.pipeline import Pipeline
@@ -92,6 +93,11 @@ class Served:
     def __init__(self, url: str, pipeline: FakePipeline, service: Service) -> None:
         self.url, self.pipeline, self.service = url, pipeline, service
         self.fake = pipeline.fake
+        self._loop = asyncio.get_running_loop()
+
+    def num_tasks(self) -> int:
+        """Of its event loop."""
+        return len(asyncio.all_tasks(self._loop))
 
 
 @contextmanager
@@ -105,7 +111,7 @@ def served(
     **fake,
 ):
     """Keywords are FakeClient's; a StageError of it is the pipeline's end."""
-    options = options or ServerOptions()
+    options = replace(options or ServerOptions(), port=0)
     started, box = threading.Event(), {}
 
     async def main() -> None:
@@ -113,13 +119,12 @@ def served(
         pipeline.open()
         service = Service(pipeline, options)
         app = make_app(service, options, names, keys)
-        config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", access_log=False)
-        server = uvicorn.Server(config)
-        serving = asyncio.ensure_future(server.serve())
+        server, sockets = http_server(app, options), bound_sockets(options)
+        serving = asyncio.ensure_future(server.serve(sockets))
         while not server.started:
             await asyncio.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        box.update(server=server, served=Served(f"http://127.0.0.1:{port}", pipeline, service))
+        url = url_of(options, sockets)
+        box.update(server=server, served=Served(url, pipeline, service))
         started.set()
         await serving
         service.close()

@@ -1,13 +1,16 @@
 """Asking a server, and reading what it streams."""
 
 import json
+import time
 
 import httpx
 
 
 def ask(server, path, headers=None, **body):
     """(status, JSON) of a POST."""
-    answer = httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=60)
+    content = json.dumps(body)  # in ASCII: half a surrogate pair, too
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    answer = httpx.post(f"{server.url}{path}", content=content, headers=headers, timeout=60)
     return answer.status_code, answer.json()
 
 
@@ -20,3 +23,11 @@ def events(server, path, **body):
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines.pop() == "[DONE]"
     return [json.loads(line) for line in lines]
+
+
+def until(condition, seconds=20.0):
+    """Waits for it."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)

@@ -53,7 +53,7 @@ class Sampling(Body):
     cache_salt: str | None = None
     priority: int | None = None
     user: str | None = None
-    request_id: str | None = None
+    request_id: str | None = Field(default=None, pattern=r"^[\x21-\x7e]{1,128}$")
     best_of: int | None = None
     response_format: dict[str, Any] | None = None
     return_token_ids: bool | None = None

@@ -8,6 +8,7 @@ import json
 import uuid
 from typing import Any
 
+from pipeserve.frontend.params import is_text
 from pipeserve.server.openai.bodies import ChatBody
 from pipeserve.server.openai.errors import bad
 
@@ -92,9 +93,9 @@ class ToolCalls:
     def _call(self, parts: list[dict[str, Any]], written: str, text: str) -> None:
         """A call; as text, where it is none."""
         try:
-            call = json.loads(written)
+            call = json.loads(written, parse_constant=_refuse)
             name, arguments = call["name"], call.get("arguments", {})
-            if not isinstance(name, str):
+            if not isinstance(name, str) or not is_text(name):
                 raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self._say(parts, text)
@@ -103,6 +104,8 @@ class ToolCalls:
             return
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
+        # Half a surrogate pair, which JSON can write and no answer can say, is replaced.
+        arguments = arguments.encode("utf-8", "replace").decode()
         parts.append(
             {
                 "tool_calls": [
@@ -116,6 +119,11 @@ class ToolCalls:
             }
         )
         self.num_calls += 1
+
+
+def _refuse(constant: str) -> None:
+    """NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(constant)
 
 
 def _length_of_beginning(text: str) -> int:

@@ -15,6 +15,7 @@ import asyncio
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ import aiohttp
 _TIE = 1e-3
 _NUM_PROMPTS = 30
 _MAX_TOKENS = 48
+_FEWEST_IDS = 250
+"""Every model has as many."""
 _HANG_UP = 0.3
 _WARM_S = 300.0
 """A shorter run says nothing of memory, which grows until all buffers were used."""
@@ -47,6 +50,7 @@ def main() -> int:
         command += ["--max-queue", str(arguments.max_queue)]
     log = tempfile.NamedTemporaryFile("r", suffix=".log", delete=False)  # noqa: SIM115
     server = subprocess.Popen(command, stderr=open(log.name, "w"))  # noqa: SIM115
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # the server ends all the same
     try:
         report = asyncio.run(run(address(server, log.name), server.pid, arguments))
     finally:
@@ -74,7 +78,7 @@ def address(server: subprocess.Popen, log: str) -> str:
 async def run(url: str, pid: int, arguments: argparse.Namespace) -> dict:
     rng = random.Random(arguments.seed)
     prompts = [
-        [rng.randrange(100, 20_000) for _ in range(rng.choice((5, 20, 60, 200)))]
+        [rng.randrange(_FEWEST_IDS) for _ in range(rng.choice((5, 20, 60, 200)))]
         for _ in range(_NUM_PROMPTS)
     ]
     connector = aiohttp.TCPConnector(limit=0)
@@ -107,7 +111,8 @@ async def run(url: str, pid: int, arguments: argparse.Namespace) -> dict:
 
         before = {each: num_files(each) for each in (pid, *descendants(pid))}
         await asyncio.gather(watch(), *map(client, range(arguments.streams)))
-        left = await what_is_left(session, url, before, session.connector)
+    async with aiohttp.ClientSession(timeout=timeout) as session:  # with none of those connections
+        left = await what_is_left(session, url, before)
     third = len(memory) // 3
     early = [size for _, size in memory[third : 2 * third]] or [size for _, size in memory]
     late = [size for _, size in memory[2 * third :]]
@@ -174,7 +179,7 @@ async def stream(
     return "tie" if alone["gaps"][place] < _TIE else "wrong"
 
 
-async def what_is_left(session, url: str, before: dict[int, int], connector) -> str:
+async def what_is_left(session: aiohttp.ClientSession, url: str, before: dict[int, int]) -> str:
     """Behind the last stream, within 20 s."""
     left = {}
     for _ in range(40):
@@ -187,7 +192,6 @@ async def what_is_left(session, url: str, before: dict[int, int], connector) -> 
             for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
             if key.startswith(f"vllm:{name}") and float(value)
         }
-        connector._cleanup()
         more = {pid: num_files(pid) - count for pid, count in before.items()}
         left |= {f"files of {pid}": count for pid, count in more.items() if count > 2}
         if not left:

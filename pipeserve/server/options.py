@@ -51,7 +51,6 @@ class ServerOptions:
         None, "How the model writes tool calls.", choices=("hermes",)
     )
     response_role: str = _option("assistant", "Role that answers of a chat have.")
-    log_requests: bool = _option(False, "Log what requests and answers say, too.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

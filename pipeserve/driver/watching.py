@@ -61,6 +61,10 @@ class FleetWatch:
         self._exits.clear()
         self._hung_up_s.clear()
 
+    def has_exited(self, rank: int) -> bool:
+        """Its stage's process, as its keeper says."""
+        return rank in self._exits
+
     def is_remote(self, rank: int) -> bool:
         """Its machine has another clock."""
         return self._keepers[rank].boot_id != self._boot_id

@@ -123,7 +123,7 @@ def test_one_type_for_the_whole_pipeline(folder, monkeypatch, thought, joined):
     config = RunConfig(model=folder, pipeline_parallel_size=2, num_gpu_blocks_override=8)
     with Driver(checkpoint_setup(config), fleet=LocalFleet) as driver:
         expected = "bfloat16" if joined == BF16 else "float32"
-        computes = [worker.compute for worker in driver.fleet.workers]
+        computes = [worker.compute for worker in driver.fleet.workers.values()]
         assert {str(compute.dtype) for compute in computes} == {f"torch.{expected}"}
         assert driver.dtype == expected
         assert f"parameters in {expected} (" in loaded(driver)

@@ -31,16 +31,9 @@ class MortalFleet(LocalFleet):
     """Whose stages are lost now and then, once `draw` is set, and started again. What the others
     said behind a loss comes all the same: some with it, and all of it once more, later."""
 
-    restarts = True
     draw = None
     num_left = 0
     num_late = 0
-
-    def start(self, jobs):
-        for worker in self.workers:
-            worker.close()
-        self.workers = []
-        super().start(jobs)
 
     def receive(self, timeout_s):
         late, self._late = getattr(self, "_late", []), []
@@ -50,14 +43,11 @@ class MortalFleet(LocalFleet):
             return late + came
         self.num_left -= 1
         cut = self.draw.randrange(len(came) + 1)
-        lost = [
-            self._loss(rank) for rank in self.draw.sample(range(STAGES), self.draw.choice([1, 2]))
-        ]
+        lost = []
+        for rank in self.draw.sample(range(STAGES), self.draw.choice([1, 2])):
+            self._happened(Lost(f"stage {rank} was lost"), rank, time.monotonic(), lost)
         self._late = came[cut:]
         return late + came[:cut] + lost + came[cut:]
-
-    def _loss(self, rank):
-        return Received(Lost(f"stage {rank} was lost"), rank, time.monotonic(), self.epoch)
 
 
 class DoomedFleet(LocalFleet):
@@ -88,6 +78,7 @@ def start(folder, fleet, told, **options):
         "block_size": 4,
         "num_gpu_blocks_override": 24,
         "max_num_seqs": 4,
+        "max_restarts": 99,
         **options,
     }
     return Driver(checkpoint_setup(make_config({}, wanted)), record=told.append, fleet=fleet)
@@ -99,7 +90,7 @@ def test_after_a_loss_stages_have_as_many_blocks_as_before(folder, monkeypatch):
     monkeypatch.setattr("pipeserve.stage.worker.device_memory", lambda device: tuple(free))
 
     def pools():
-        return {worker.compute.kv.keys_LKBPH.shape[2] for worker in driver.fleet.workers}
+        return {worker.compute.kv.keys_LKBPH.shape[2] for worker in driver.fleet.workers.values()}
 
     with start(folder, MortalFleet, [], num_gpu_blocks_override=None) as driver:
         num_blocks = driver.limits.num_blocks
@@ -158,7 +149,7 @@ def test_every_request_gets_its_tokens_whenever_stages_are_lost(folder, expected
 
 def test_a_run_that_ends_by_a_loss_hands_on_what_came_before(folder, expected):
     told = []
-    with start(folder, DoomedFleet, told) as driver:
+    with start(folder, DoomedFleet, told, restart=False) as driver:
         add_all(driver, folder)
         first = None
         driver.fleet.is_doomed = True

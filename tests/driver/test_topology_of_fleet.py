@@ -103,7 +103,7 @@ def joined(hand):
 def started(hand):
     joined(hand)
     setup = SimpleNamespace(module="any", works=(b"first", b"last"))
-    hand.fleet.start(jobs_of(setup, TWO_A_STAGE, hand.fleet.keepers, "here"))
+    hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     return hand.hears("keeper")[0]
 
 

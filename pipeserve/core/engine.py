@@ -308,7 +308,9 @@ class Engine:
         """Keeps a sample back while the prompt that it is to share is not planned."""
         sample_of = state.request.sample_of
         first = self._states.get(sample_of) if sample_of is not None else None
-        if first is None or not first.prefilling or not state.matchable_keys:
+        if self._queues.alone is not None or first is None:
+            return False
+        if not first.prefilling or not state.matchable_keys:
             return False
         self._queues.hold(state, until=first)
         return True

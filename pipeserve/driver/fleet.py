@@ -279,6 +279,10 @@ class Fleet:
     def _welcome(
         self, hello: control.KeeperHello, source: Source, at_s: float, came: list[Received]
     ) -> None:
+        if self.config.restart and self._watch.is_silent(hello.rank, at_s):
+            lost = Lost(f"{self.topology.name(hello.rank)}: its keeper was silent, and joins again")
+            self._happened(lost, hello.rank, at_s, came)
+            self._happened(Gone(), hello.rank, at_s, came)
         why = why_not(hello, self.topology, self.keepers)
         if why:
             source.send(control.encode(control.NotWanted(why), self.epoch))

@@ -11,7 +11,7 @@ from types import TracebackType
 from pipeserve.core.nouns import RequestId
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError, PipeserveError, StageError
-from pipeserve.wire import client, connection
+from pipeserve.wire import client, connecting
 from pipeserve.wire.sources import Sources
 
 _STATUS_S = 0.5
@@ -27,7 +27,7 @@ class ClientDoor:
     def __init__(self, address: str, secret: bytes) -> None:
         """Calls the client, which listens at `address`. Raises ConnectionError."""
         self._sources = Sources(secret)
-        self._connection = connection.connected(address, self._sources, client.PURPOSE)
+        self._connection = connecting.connected(address, self._sources, client.PURPOSE)
         self._told_s = 0.0
 
     def progress(self, text: str) -> None:
@@ -90,7 +90,9 @@ class ClientDoor:
     def _tell_status(self, driver: Driver, stage_figures: Figures) -> None:
         self._told_s = time.monotonic()
         stalled_s = driver.stalled_s(self._told_s)
-        self._send(client.Status(stalled_s, _figures(driver), stage_figures()))
+        where = [client.StageAt(each.stage, each.rank, each.host, each.pid) for each in driver.stages]
+        stages = stage_figures()
+        self._send(client.Status(stalled_s, driver.trouble, where, _figures(driver), stages))
 
 
 def _opened(driver: Driver) -> client.Opened:
@@ -100,10 +102,6 @@ def _opened(driver: Driver) -> client.Opened:
         model_folder=str(driver.model_folder),
         vocab_size=driver.vocab_size,
         eos_token_ids=tuple(driver.eos_token_ids),
-        stages=[
-            client.StageAt(stage.stage, stage.rank, stage.host, stage.pid)
-            for stage in driver.stages
-        ],
     )
 
 

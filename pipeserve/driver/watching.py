@@ -69,6 +69,10 @@ class FleetWatch:
         """Its machine has another clock."""
         return self._keepers[rank].boot_id != self._boot_id
 
+    def is_silent(self, rank: int, now: float) -> bool:
+        """Its keeper should have answered a heartbeat by now."""
+        return now - self._asked_s.get(rank, now) > self._heartbeat_s
+
     # ---- what comes -----------------------------------------------------------------------------
 
     def answered(self, rank: int) -> None:

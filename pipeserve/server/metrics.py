@@ -107,6 +107,17 @@ class Metrics:
         yield self._total("num_preemptions", figures["num_preemptions_total"])
         yield self._total("prefix_cache_hits", figures["num_cached_prefix_tokens_total"])
         yield self._gauge("microbatches_in_flight", figures["num_in_flight"], "pipeserve:")
+        yield self._gauge("pipeline_ready", float(not self.status.trouble), "pipeserve:")
+        yield self._losses()
+
+    def _losses(self) -> Metric:
+        """Of each stage: how often it was lost."""
+        labels = ("model_name", "stage", "host")
+        family = CounterMetricFamily("pipeserve:stage_losses", "stage_losses", labels=labels)
+        for at, figures in zip(self.status.where, self.status.stages, strict=True):
+            number = figures["num_losses_total"]
+            family.add_metric((self._model_name, str(at.stage), at.host), number)
+        return family
 
     def _gauge(self, name: str, value: float, prefix: str = "vllm:") -> Metric:
         family = GaugeMetricFamily(f"{prefix}{name}", name, labels=("model_name",))

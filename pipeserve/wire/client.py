@@ -60,7 +60,6 @@ class Opened(_Message):
     model_folder: str
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    stages: list[StageAt]
 
 
 class Came(_Message):
@@ -81,6 +80,10 @@ class Status(_Message):
 
     stalled_s: float
     """How long the stages have owed a result and given none; 0 where they owe none."""
+    trouble: str
+    """Why the stages take no steps now, after a loss; empty: they do."""
+    where: list[StageAt]
+    """The stages; one that was lost is there until the next is ready."""
     figures: dict[str, float]
     """Of the engine: see `driver/serving.py`."""
     stages: list[dict[str, float]]

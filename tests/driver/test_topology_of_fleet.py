@@ -130,7 +130,6 @@ def test_every_rank_starts_its_stage(hand):
         *[(0, 2, b"first")] * 2,
         *[(1, 2, b"last")] * 2,
     ]
-    assert [job.host for _, job in jobs] == [f"10.0.0.{rank}" for rank in range(4)]
     assert [job.speaks for _, job in jobs] == [True, False, True, False]
 
 

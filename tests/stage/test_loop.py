@@ -10,7 +10,7 @@ from pipeserve.core.nouns import one_each
 from pipeserve.stage.compute import Done
 from pipeserve.stage.loop import StageLoop
 from pipeserve.wire import control
-from pipeserve.wire.connection import connect
+from pipeserve.wire.connecting import connect
 from pipeserve.wire.control import Registration, StartStage, Step, StepChunk
 from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.listener import Listener
@@ -33,6 +33,9 @@ class PostedLinks:
     def connect(self, address, sources):
         raise AssertionError("there is nothing to connect")
 
+    def close(self):
+        self.there.clear()
+
     def ready(self, index):
         return index in self.there
 
@@ -44,6 +47,7 @@ class Device:
     """A `Compute` with a clock of its own, that a test sets; who takes an end waits until then."""
 
     weight_bytes = kv_bytes = 0
+    size = control.StageSized(0, 0, ())
 
     def __init__(self, most_begun, is_last, log):
         self.most_begun, self.is_last, self.log = most_begun, is_last, log

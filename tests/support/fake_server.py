@@ -26,13 +26,14 @@ class FakePipeline(Pipeline):
         self.fake, self.step_s = fake, step_s
         self.is_silent = False
         """The driver says nothing any more."""
+        self.trouble = ""
+        """Why the stages take no steps now."""
 
     def open(self) -> None:
         """On the event loop."""
         fake = self.fake
         ids, folder = tuple(fake.eos_token_ids), str(fake.model_folder)
-        stages = [client.StageAt(stage, stage, "host", 100 + stage) for stage in range(2)]
-        self._hear(client.Opened(fake.config, fake.limits, folder, fake.vocab_size, ids, stages))
+        self._hear(client.Opened(fake.config, fake.limits, folder, fake.vocab_size, ids))
         self._tell_status()
         self._running = asyncio.get_running_loop().create_task(self._run())
 
@@ -62,7 +63,9 @@ class FakePipeline(Pipeline):
             "num_cached_prefix_tokens_total": 0,
             "num_wasted_decodes_total": 0,
         }
-        self._hear(client.Status(0.0, figures, [{}, {}]))
+        where = [client.StageAt(stage, stage, "host", 100 + stage) for stage in range(2)]
+        losses = [{"num_losses_total": 0.0}, {"num_losses_total": float(bool(self.trouble))}]
+        self._hear(client.Status(0.0, self.trouble, where, figures, losses))
 
     def _hear(self, message: client.ToClient) -> None:
         self._take(client.decode_for_client(client.encode(message)))

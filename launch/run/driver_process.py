@@ -28,7 +28,9 @@ def main() -> int:
             with Driver(setup, door.progress) as driver:
                 gc.collect()
                 gc.freeze()
-                door.serve(driver, lambda: [{"num_losses_total": number} for number in driver.num_losses])
+                door.serve(
+                    driver, lambda: [{"num_losses_total": number} for number in driver.num_losses]
+                )
     except (PipeserveError, ConnectionError):
         return 1
     return 0

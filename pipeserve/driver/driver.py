@@ -19,12 +19,12 @@ from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Ping, Recorder, ignore
-from pipeserve.core.request_state import check_fits
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
+from pipeserve.driver.checks import check_request
 from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
-from pipeserve.driver.recovery import MOST_KILLS, Restarts, Suspects
+from pipeserve.driver.recovery import Restarts, Suspects
 from pipeserve.driver.setup import Setup
 from pipeserve.driver.stage_info import stage_infos, with_memory
 from pipeserve.driver.stage_watch import StageWatch
@@ -35,8 +35,7 @@ from pipeserve.driver.waiting import (
     wait_until_ready,
     wait_until_sized,
 )
-from pipeserve.errors import CapacityError, ConfigError, StageError
-from pipeserve.sampling_params import token_ids_of
+from pipeserve.errors import StageError
 from pipeserve.wire import control
 from pipeserve.wire.step_messages import step_message, step_result
 
@@ -85,7 +84,6 @@ class Driver:
         self.topology = Topology.of(self.plan)
         config = self.config
         self._restarts = Restarts(self.topology, config.max_restarts, config.restart_window)
-        self._suspects = Suspects()
         self._watch = StageWatch(
             self.topology.num_stages, config.hang_timeout, config.heartbeat_interval
         )
@@ -113,6 +111,7 @@ class Driver:
         """They hold as long as this driver does, whatever stages it starts again."""
         policy = get_policy(self.config.policy)
         self.engine = Engine(self.plan, policy, limits, self.setup.cost)
+        self._suspects = Suspects(self.engine)
         self.journal = Journal(self.engine, record)
 
     def _suit_ranks(self) -> None:
@@ -162,7 +161,7 @@ class Driver:
         """
         self._check_open()
         for request in requests:
-            self._check(request)
+            check_request(request, self.vocab_size, self.limits)
         now = time.monotonic()
         for request in requests:
             self.engine.add(request, now)
@@ -278,8 +277,7 @@ class Driver:
         for output in outputs:
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
-        if self._suspects.are_there:
-            self._clear(outputs)
+        self._suspects.came(outputs)
         self._may_plan = True
         self._progress_s = received.at_s
         completed = Completed(
@@ -303,48 +301,23 @@ class Driver:
         self.num_losses[stage] += 1
         self._lost_s = self._lost_s if self.trouble else now
         self.trouble = lost.why
-        self._loss = self._restarts.end_by(received.rank, lost, now) if self.config.restart else lost
+        self._loss = lost
+        if self.config.restart:
+            self._loss = self._restarts.end_by(received.rank, lost, now)
         if self._loss is not None:
             return []
+        _say(f"warning: {lost.why}; {self._watch.whereabouts(stage)}; it is started again")
         index = self._watch.at(stage)
-        last = "none" if self._watch.done[stage] < 0 else str(self._watch.done[stage])
-        at = "" if index is None else f", at {index}"
-        _say(f"warning: {lost.why}; last microbatch {last}{at}; it is started again")
-        blamed = [] if index is None else self._blame(self.engine.requests_of(index), lost.why)
+        blamed = None if index is None else self._suspects.lost_at(index, lost.why, now)
+        if blamed is not None:
+            del self._requests[blamed.request_id]
+            self.journal.finished(blamed, now)
         self.engine.lost(now)
-        self.engine.run_alone(self._suspects.next())
+        self._suspects.isolate()
         self._watch.start_again(now)
         self._num_spans_due = 0
         self._start()
-        return blamed
-
-    def _blame(self, aboard: Sequence[RequestId], why: str) -> list[Output]:
-        """Who was in the microbatch that a stage was lost at. One that was alone there, after it had
-        been there before, ends."""
-        request_id = self._suspects.aboard(aboard)
-        if request_id is None:
-            return []
-        self._suspects.forget(request_id)
-        now = time.monotonic()
-        output = self.engine.finish(request_id, "error", now)
-        if output is None:
-            return []
-        del self._requests[request_id]
-        self.journal.finished(output, now)
-        what = (
-            f"a stage was lost at this request {MOST_KILLS + 1} times, at last when it ran alone "
-            f"({why}); it is not tried again"
-        )
-        return [output._replace(error=what)]
-
-    def _clear(self, outputs: Sequence[Output]) -> None:
-        """A request that has ended, or ran alone for long enough, is no suspect any more."""
-        alone = self._suspects.alone
-        for output in outputs:
-            if output.finish_reason is not None or self._suspects.is_cleared(output.request_id):
-                self._suspects.forget(output.request_id)
-        if self._suspects.alone != alone:
-            self.engine.run_alone(self._suspects.next())
+        return [] if blamed is None else [blamed]
 
     def _go_on(self, started: Sequence[control.StageReady]) -> None:
         """All stages are there again."""
@@ -383,15 +356,6 @@ class Driver:
         self._ended = self._ended or reason
         self.fleet.close()
 
-    def _check(self, request: Request) -> None:
-        _check_token_ids(request, self.shape.vocab_size)
-        check_fits(request, self.limits)
-        if request.num_imported:
-            raise CapacityError(
-                f"request {request.id} imports the KV of {request.num_imported} positions; stages "
-                "cannot take KV from another pipeline yet"
-            )
-
     def _check_open(self) -> None:
         if not self.fleet.is_own:
             raise StageError(
@@ -410,14 +374,3 @@ class Driver:
 
 def _say(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
-
-
-def _check_token_ids(request: Request, vocab_size: int) -> None:
-    """A stage would end at one that is not in its tables, and the run with it."""
-    for ids in (request.prompt, *token_ids_of(request.params), *request.bad_word_ids):
-        for token in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= token < vocab_size:
-                raise ConfigError(
-                    f"request {request.id}: {token} is no token id; this model's are 0 to "
-                    f"{vocab_size - 1}"
-                )

@@ -1,19 +1,20 @@
 """What comes of losses: whether a rank may be started again, and which request may be to blame.
 
-Plain counting; reads no clock.
+Reads no clock.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from pipeserve.core.nouns import RequestId
+from pipeserve.core.engine import Engine
+from pipeserve.core.nouns import Output, RequestId
 from pipeserve.core.topology import Topology
 from pipeserve.driver.events import Lost
 
-MOST_KILLS = 2
-"""Losses that a request may have been aboard of; after that it runs alone."""
+_MOST_KILLS = 2
+"""Losses that a request was aboard of, after which it runs alone."""
 _CLEARED_BY = 16
-"""Tokens of a request alone that show that it was not it."""
+"""Tokens that show that it was not this request."""
 
 
 class Restarts:
@@ -43,43 +44,58 @@ class Restarts:
 class Suspects:
     """Requests whose microbatch a stage was at when it was lost.
 
-    Who was there twice may be what it dies of: it runs alone for a while. If a stage is lost with it
-    then, too, it ends; else it is cleared.
+    Who was there twice, with few tokens between, may be what it dies of: it runs alone for a while.
+    If a stage is lost with it then, too, it ends. Who has gone on for some tokens is cleared.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._kills: Counter[RequestId] = Counter()
-        self.alone: RequestId | None = None
-        self._num_tokens = 0
-        """Of that one, since it is alone."""
+        self._alone: RequestId | None = None
+        self._num_tokens: dict[RequestId, int] = {}
+        """That each has got since the last loss that it was aboard of."""
 
-    def aboard(self, requests: Iterable[RequestId]) -> RequestId | None:
-        """A stage was lost at a microbatch of these. Returns the one that was alone in it."""
-        requests = list(requests)
-        self._kills.update(requests)
-        return self.alone if self.alone is not None and requests == [self.alone] else None
+    def lost_at(self, index: int, why: str, now: float) -> Output | None:
+        """A stage was lost at that outstanding microbatch. Returns the end of the request that is
+        to blame, if that is known by now."""
+        aboard = self._engine.requests_of(index)
+        self._kills.update(aboard)
+        self._num_tokens.update(dict.fromkeys(aboard, 0))
+        if self._alone is None or list(aboard) != [self._alone]:
+            return None
+        blamed = self._alone
+        self.forget(blamed)
+        output = self._engine.finish(blamed, "error", now)
+        what = (
+            f"a stage was lost at this request {_MOST_KILLS + 1} times, the last time while it ran "
+            f"alone ({why}); it is not tried again"
+        )
+        return None if output is None else output._replace(error=what)
 
-    @property
-    def are_there(self) -> bool:
-        """Any."""
-        return bool(self._kills)
+    def came(self, outputs: Sequence[Output]) -> None:
+        """Who has ended, or has got enough of them, is no suspect any more."""
+        if not self._kills:
+            return
+        alone = self._alone
+        for output in outputs:
+            request = output.request_id
+            if request in self._kills:
+                self._num_tokens[request] += 1
+                if self._num_tokens[request] >= _CLEARED_BY or output.finish_reason is not None:
+                    self.forget(request)
+        if self._alone != alone:
+            self.isolate()
 
-    def next(self) -> RequestId | None:
-        """Who is to run alone now."""
-        if self.alone is None:
-            worst = (request for request, kills in self._kills.items() if kills >= MOST_KILLS)
-            self.alone, self._num_tokens = min(worst, default=None), 0
-        return self.alone
-
-    def is_cleared(self, request: RequestId) -> bool:
-        """It has given one more token; whether that is enough, of the one that is alone."""
-        if request != self.alone:
-            return False
-        self._num_tokens += 1
-        return self._num_tokens >= _CLEARED_BY
+    def isolate(self) -> None:
+        """Have one run alone, if there is one; else all may run."""
+        if self._alone is None:
+            worst = (request for request, kills in self._kills.items() if kills >= _MOST_KILLS)
+            self._alone = min(worst, default=None)
+        self._engine.run_alone(self._alone)
 
     def forget(self, request: RequestId) -> None:
         """It has ended, or is cleared."""
         self._kills.pop(request, None)
-        if request == self.alone:
-            self.alone = None
+        self._num_tokens.pop(request, None)
+        if request == self._alone:
+            self._alone = None

@@ -90,7 +90,9 @@ class ClientDoor:
     def _tell_status(self, driver: Driver, stage_figures: Figures) -> None:
         self._told_s = time.monotonic()
         stalled_s = driver.stalled_s(self._told_s)
-        where = [client.StageAt(each.stage, each.rank, each.host, each.pid) for each in driver.stages]
+        where = [
+            client.StageAt(each.stage, each.rank, each.host, each.pid) for each in driver.stages
+        ]
         stages = stage_figures()
         self._send(client.Status(stalled_s, driver.trouble, where, _figures(driver), stages))
 

@@ -1,9 +1,9 @@
 """Which stage owes what, and for how long: so one that hangs is found, though nothing ends.
 
 A stage owes the microbatch that is next there, from when all that it needs was there as far as the
-driver has heard. How long it may take is learnt: about as long as such ones took on that stage before,
-by the driver's own clock, and a margin. A machine that gets slow makes that longer; a stage that is
-stopped, or cut off, does not. A stage that owes nothing is asked for a sign of life now and then.
+driver has heard. How long it may take is learnt: about as long as such ones took on that stage
+before, by the driver's own clock, and a margin. A machine that gets slow makes that longer; a stage
+that is stopped, or cut off, does not. A stage that owes nothing is asked for a sign of life.
 """
 
 from collections import deque
@@ -31,10 +31,12 @@ class Overdue(NamedTuple):
 
     def __str__(self) -> str:
         if self.index is None:
-            return f"has given no sign of life for {self.late_s:.1f} s; is it stopped, or cut off?"
+            late = f"{self.late_s:.1f} s"
+            return f"has given no sign of life for {late}; is it stopped, or cut off?"
+        usual = f", where such ones took {self.usual_s:.2g} s" if self.usual_s else ""
         return (
-            f"has not done microbatch {self.index} within {self.late_s:.1f} s, where such ones took "
-            f"{self.usual_s:.2g} s; is it stopped, or cut off?"
+            f"has not done microbatch {self.index} within {self.late_s:.1f} s{usual}; is it "
+            "stopped, or cut off?"
         )
 
 
@@ -111,6 +113,12 @@ class StageWatch:
         due = self._ready(stage)
         return None if due is None else due.index
 
+    def whereabouts(self, stage: int) -> str:
+        """The same, in words, and what it did last."""
+        done, at = self.done[stage], self.at(stage)
+        last = "it had computed nothing" if done < 0 else f"its last microbatch was {done}"
+        return f"{last} and it was idle" if at is None else f"{last}, and it was at {at}"
+
     def wants_to_ask(self, now: float) -> bool:
         """Those that owe nothing are to be asked for a sign of life, now."""
         if now < self._next_ask_s or any(self._due):
@@ -135,7 +143,8 @@ class StageWatch:
                 continue
             usual_s = times.usual_s(due.work)
             late_s = now - due.since_s
-            if late_s > usual_s + max(self._margin_s, 1.5 * usual_s):
+            margin_s = max(self._margin_s, 1.5 * usual_s)
+            if late_s > (usual_s + margin_s if usual_s else _FIRST_S):
                 return Overdue(stage, due.index, late_s, usual_s)
         return None
 
@@ -170,10 +179,11 @@ class _Times:
         self._longest_s[size] = max(seconds, faded_s)
 
     def usual_s(self, work: int) -> float:
-        """Rather too long: of a size that was not there yet, what more took, or less in proportion."""
+        """Rather too long: of a size that was not there yet, what more took, or less in proportion.
+        0 before the first."""
         size = work.bit_length()
         if not self._longest_s:
-            return _FIRST_S
+            return 0.0
         if size in self._longest_s:
             return self._longest_s[size]
         more = [each for each in self._longest_s if each > size]

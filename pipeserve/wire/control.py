@@ -67,8 +67,8 @@ class NotWanted(_Message):
 
 
 class Heartbeat(_Message):
-    """Ask for a sign of life. Of a keeper: `HeartbeatAnswer`, which says what its clock is, too; of a
-    stage that has nothing to do: the same message."""
+    """Ask for a sign of life. Of a keeper: `HeartbeatAnswer`, which says what its clock is, too; of
+    a stage that has nothing to do: the same message."""
 
     sent_s: float
 
@@ -148,8 +148,8 @@ class TakeMemory(_Message):
 
 
 class Renew(_Message):
-    """Another stage was lost: drop all requests, plans and links, keep weights and memory, and go on
-    in the epoch of this message, as if just started. The answer is `StageSized`."""
+    """Another stage was lost: drop all requests, plans and links, keep weights and memory, and go
+    on in the epoch of this message, as if just started. The answer is `StageSized`."""
 
 
 class Connect(_Message):

@@ -33,8 +33,10 @@ class Load:
     def __init__(self, driver: Driver, seed: int) -> None:
         self.driver, self.seed = driver, seed
         self.tokens: dict[int, list[int]] = {}
+        self.gaps: dict[int, list[float]] = {}
+        """Between the two likeliest tokens."""
         self.ended: set[int] = set()
-        self.errors: list[str] = []
+        self.errors: dict[int, str] = {}
 
     def submit(self, number: int) -> None:
         draw = random.Random(f"{self.seed} {number}")
@@ -42,13 +44,14 @@ class Load:
         prompt = tuple(draw.randrange(vocab) for _ in range(draw.choice([5, 40, 150])))
         params = SamplingParams(
             max_tokens=draw.choice([20, 60, 120]),
-            temperature=number % 2,
+            temperature=0.7 * (number % 2),
+            top_k=8,  # of a flat distribution a draw falls now and then on the edge of two tokens
             seed=number,
             ignore_eos=True,
-            logprobs=0 if number % 3 == 0 else None,
+            logprobs=2,
         )
         self.driver.submit([Request(id=RequestId(number), prompt=prompt, params=params)])
-        self.tokens[number] = []
+        self.tokens[number], self.gaps[number] = [], []
 
     def refill(self) -> None:
         while self.driver.engine.num_unfinished < RUNNING:
@@ -60,11 +63,13 @@ class Load:
         for output in self.driver.outputs(0.1):
             if output.token is not None:
                 self.tokens[output.request_id].append(output.token)
+                first, second, *_ = output.logprobs.top.values()
+                self.gaps[output.request_id].append(first - second)
                 num_tokens += 1
             if output.finish_reason is not None:
                 self.ended.add(output.request_id)
             if output.error:
-                self.errors.append(output.error)
+                self.errors[output.request_id] = output.error
         return num_tokens
 
     def drain(self) -> None:
@@ -74,7 +79,7 @@ class Load:
 
 def fault(load: Load, draw: random.Random) -> tuple[str, float, float]:
     """One, and the seconds until it was named, and until tokens came again."""
-    until_s = time.monotonic() + draw.uniform(0.5, 3.0)
+    until_s = time.monotonic() + draw.uniform(2.0, 6.0)
     while time.monotonic() < until_s:
         load.refill()
         load.step()
@@ -108,7 +113,7 @@ def main() -> int:
             "model": options.model,
             "dtype": "float32",
             "pipeline_parallel_size": STAGES,
-            "max_num_batched_tokens": 64,
+            "max_num_batched_tokens": 256,
             "max_model_len": 512,
             "num_gpu_blocks_override": 400,
             "max_restarts": 1000,
@@ -134,6 +139,12 @@ def main() -> int:
             undisturbed.submit(len(undisturbed.tokens))
         undisturbed.drain()
     wrong = [each for each in load.tokens if load.tokens[each] != undisturbed.tokens[each]]
+    for number in wrong:
+        both = zip(load.tokens[number], undisturbed.tokens[number], strict=False)
+        place = next((n for n, (one, other) in enumerate(both) if one != other), None)
+        how = "is drawn" if number % 2 else "is greedy"
+        gap = "" if place is None else f" at {place} (gap {undisturbed.gaps[number][place]:.1e})"
+        print(f"request {number} {how} and parts{gap} {load.errors.get(number, '')}")
     print(
         f"{len(load.tokens)} requests, {sum(map(len, load.tokens.values()))} tokens; "
         f"{len(wrong)} differ from an undisturbed run {wrong[:5]}, {len(load.errors)} ended by an "

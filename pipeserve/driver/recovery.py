@@ -13,7 +13,7 @@ from pipeserve.driver.events import Lost
 
 _MOST_KILLS = 2
 """Losses that a request was aboard of, after which it runs alone."""
-_CLEARED_BY = 16
+_CLEARED_BY = 4
 """Tokens that show that it was not this request."""
 
 

@@ -107,7 +107,7 @@ def test_it_answers_drains_and_ends(folder):
 
 
 def test_the_end_of_a_stage_is_its_own(folder):
-    with serving(folder) as server:
+    with serving(folder, "--no-restart") as server:
         stage = httpx.get(f"{server.url}/ready").json()["stages"][1]
         os.kill(stage["pid"], signal.SIGKILL)
         assert server.wait() == 1

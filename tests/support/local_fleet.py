@@ -48,11 +48,18 @@ class LocalFleet(Fleet):
     def receive(self, timeout_s: float) -> list[Received]:
         deadline = time.monotonic() + timeout_s
         while True:
-            for worker in self.workers.values():
-                _work(worker)
+            for worker in list(self.workers.values()):
+                self._work(worker)
             messages = super().receive(0)
             if messages or time.monotonic() > deadline:
                 return messages
+
+    @torch.inference_mode()
+    def _work(self, worker: StageLoop) -> None:
+        """All that it can do without waiting: it goes on as long as it has ended a microbatch."""
+        worker.go_round(may_wait=False)
+        while worker.untold is not None:
+            worker.go_round(may_wait=False)
 
     def close(self) -> None:
         super().close()
@@ -70,14 +77,6 @@ class LocalFleet(Fleet):
         driver.send(control.encode(control.StageHello(rank), self.epoch))
         with torch.inference_mode():
             self.workers[rank] = StageLoop(job, self.epoch, sources, driver, ModelCompute, 0)
-
-
-@torch.inference_mode()
-def _work(worker: StageLoop) -> None:
-    """All that it can do without waiting: it goes on as long as it has ended a microbatch."""
-    worker.go_round(may_wait=False)
-    while worker.untold is not None:
-        worker.go_round(may_wait=False)
 
 
 def local_llm(folder: str, layers: tuple[int, ...], **options) -> LLM:

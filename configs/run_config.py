@@ -132,7 +132,10 @@ class RunConfig:
         60.0, "Seconds that a stage may load without reading or writing a byte.", over=0
     )
     heartbeat_interval: float = _option(
-        2.0, "Seconds between heartbeats of a keeper; one that misses five is lost.", over=0
+        2.0,
+        "Seconds between heartbeats of a keeper, of which one that misses five is lost; and for "
+        "which an idle stage may give no sign of life.",
+        over=0,
     )
 
     hang_timeout: float = _option(

@@ -175,7 +175,8 @@ class Driver:
         self._aborted.append((request_id, reason))
 
     def outputs(self, timeout_s: float) -> list[Output]:
-        """One step. Raises StageError when a stage died, and again at every later call."""
+        """One step. Raises StageError when the run has ended by a loss, and again at every later
+        call."""
         self._check_open()
         try:
             return self.step(timeout_s)

@@ -139,7 +139,26 @@ class RunConfig:
         60.0, "Seconds that a stage may load without reading or writing a byte.", over=0
     )
     heartbeat_interval: float = _option(
-        2.0, "Seconds between heartbeats of a keeper; one that misses five is lost.", over=0
+        2.0,
+        "Seconds between heartbeats of a keeper, of which one that misses five is lost; and for "
+        "which an idle stage may give no sign of life.",
+        over=0,
+    )
+
+    hang_timeout: float = _option(
+        1.5,
+        "Seconds, at least, that a stage may take longer for a microbatch than it took for such "
+        "ones before; then it is lost.",
+        over=0,
+    )
+    restart: bool = _option(
+        True, "Start a stage that was lost again, and let every request go on; else the run ends."
+    )
+    max_restarts: int = _option(
+        5, "Most restarts of one rank's stage within --restart-window; then the run ends.", least=0
+    )
+    restart_window: float = _option(
+        120.0, "Seconds within which restarts of a rank are counted.", over=0
     )
 
     def __post_init__(self) -> None:

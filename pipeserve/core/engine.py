@@ -152,6 +152,11 @@ class Engine:
         """Requests that are admitted and have not ended."""
         return len(self._queues.running)
 
+    def requests_of(self, index: int) -> tuple[RequestId, ...]:
+        """That have a chunk in the outstanding microbatch `index`; none, when it is not."""
+        flights = (flight for flight in self._in_flight if flight.microbatch.index == index)
+        return tuple(c.request_id for flight in flights for c in flight.microbatch.chunks)
+
     @property
     def num_waiting(self) -> int:
         """Unfinished requests that are not admitted."""
@@ -289,13 +294,27 @@ class Engine:
             if not self._hold(state):
                 self._queues.to_front(state)
 
+    def run_alone(self, request_id: RequestId | None) -> None:
+        """Every other request stands aside, whatever it was doing, until this one has ended or the
+        next call says otherwise; None: nobody does. Between `lost` and the next plan."""
+        self._queues.alone = request_id if request_id in self._states else None
+        for state in sorted(self._states.values(), key=lambda state: -state.number):
+            self._queues.let_go(state)
+            if state.running and self._queues.alone not in (None, state.id):
+                self._give_up_kv(state)
+                state.rewind()
+            if not state.running:
+                self._queues.to_front(state)
+
     # ---- requests -------------------------------------------------------------------------------
 
     def _hold(self, state: RequestState) -> bool:
         """Keeps a sample back while the prompt that it is to share is not planned."""
         sample_of = state.request.sample_of
         first = self._states.get(sample_of) if sample_of is not None else None
-        if first is None or not first.prefilling or not state.matchable_keys:
+        if self._queues.alone is not None or first is None:
+            return False
+        if not first.prefilling or not state.matchable_keys:
             return False
         self._queues.hold(state, until=first)
         return True
@@ -307,6 +326,8 @@ class Engine:
         self._queues.let_go(state)
         self._give_up_kv(state)
         del self._states[state.id]
+        if state.id == self._queues.alone:
+            self.run_alone(None)
 
     def _preempt(self, request_id: RequestId) -> None:
         state = self._states.get(request_id)

@@ -255,6 +255,8 @@ class Queues:
         self.running: Mapping[RequestId, RequestView] = MappingProxyType(self._running)
         self.prefills: Mapping[RequestId, RequestView] = MappingProxyType(self._prefills)
         self.decodes: Mapping[RequestId, RequestView] = MappingProxyType(self._decodes)
+        self.alone: RequestId | None = None
+        """No other request may wait to be admitted; None: all may."""
         self.num_decoding = 0
         self.decoding_context = 0
         self.prefill_backlog = 0
@@ -310,7 +312,8 @@ class Queues:
         """A request that runs no longer waits again, before all others of its precedence."""
         self.drop(state)
         self.file(state)
-        self._waiting.to_front(state.id)
+        if state.id in self._waiting:
+            self._waiting.to_front(state.id)
 
     def drop(self, state: RequestState) -> None:
         """Takes the request out of every queue."""
@@ -349,6 +352,8 @@ class Queues:
         return is_last
 
     def _file_prefill(self, state: RequestState) -> None:
+        if not state.running and self.alone not in (None, state.id):
+            return
         self._count(state, is_decoding=False, backlog=state.num_unplanned)
         if not state.running:
             self._waiting.put(state.id, state, state.precedence)

@@ -8,6 +8,7 @@ A driver is the client (`frontend/client.py`) of whoever is in its process: `sub
 """
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,13 +19,15 @@ from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Ping, Recorder, ignore
-from pipeserve.core.request_state import check_fits
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
+from pipeserve.driver.checks import check_request
 from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
+from pipeserve.driver.recovery import Restarts, Suspects
 from pipeserve.driver.setup import Setup
 from pipeserve.driver.stage_info import stage_infos, with_memory
+from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import (
     gather_memory,
@@ -32,10 +35,12 @@ from pipeserve.driver.waiting import (
     wait_until_ready,
     wait_until_sized,
 )
-from pipeserve.errors import CapacityError, ConfigError, StageError
-from pipeserve.sampling_params import token_ids_of
+from pipeserve.errors import StageError
 from pipeserve.wire import control
 from pipeserve.wire.step_messages import step_message, step_result
+
+_LOOK_S = 0.1
+"""Between two looks for what does not come."""
 
 
 class Driver:
@@ -68,8 +73,21 @@ class Driver:
         """To be ended with the next step, and why."""
         self._loss: Lost | None = None
         """That ends the run, once what came before it was handed on."""
+        self.trouble = ""
+        """Why the stages take no steps now; empty: they do."""
+        self._lost_s = 0.0
+        """When that began."""
+        self.num_losses = [0] * len(self.plan.stages)
+        """Of each stage."""
+        self._looked_s = 0.0
+        """When the fleet was last asked for what came."""
         self.topology = Topology.of(self.plan)
-        self.fleet = fleet(self.topology, self.config)
+        config = self.config
+        self._restarts = Restarts(self.topology, config.max_restarts, config.restart_window)
+        self._watch = StageWatch(
+            self.topology.num_stages, config.hang_timeout, config.heartbeat_interval
+        )
+        self.fleet = fleet(self.topology, config)
         try:
             wait_for_keepers(self.fleet, on_progress)
             self._suit_ranks()
@@ -77,8 +95,6 @@ class Driver:
             sizes = wait_until_sized(self.fleet, on_progress)
             self._plan_within(self.setup.limits_for(sizes), record)
             self._fill()
-            self._is_whole = True
-            """Stages are there; else they are waited for, after a loss."""
             started = wait_until_ready(self.fleet, on_progress)
         except BaseException:
             self.fleet.close()
@@ -95,6 +111,7 @@ class Driver:
         """They hold as long as this driver does, whatever stages it starts again."""
         policy = get_policy(self.config.policy)
         self.engine = Engine(self.plan, policy, limits, self.setup.cost)
+        self._suspects = Suspects(self.engine)
         self.journal = Journal(self.engine, record)
 
     def _suit_ranks(self) -> None:
@@ -107,7 +124,7 @@ class Driver:
     def _start(self) -> None:
         """All stages, in a fresh epoch."""
         fleet = self.fleet
-        fleet.start(jobs_of(self.setup, self.topology, fleet.keepers, fleet.local_name))
+        fleet.start(jobs_of(self.setup, self.topology, fleet.local_name))
 
     def _fill(self) -> None:
         """All stages, which have said what memory they need."""
@@ -144,7 +161,7 @@ class Driver:
         """
         self._check_open()
         for request in requests:
-            self._check(request)
+            check_request(request, self.vocab_size, self.limits)
         now = time.monotonic()
         for request in requests:
             self.engine.add(request, now)
@@ -158,7 +175,8 @@ class Driver:
         self._aborted.append((request_id, reason))
 
     def outputs(self, timeout_s: float) -> list[Output]:
-        """One step. Raises StageError when a stage died, and again at every later call."""
+        """One step. Raises StageError when the run has ended by a loss, and again at every later
+        call."""
         self._check_open()
         try:
             return self.step(timeout_s)
@@ -177,6 +195,9 @@ class Driver:
         self._end_aborted()
         self._plan_all()
         outputs: list[Output] = []
+        if self.trouble or self.engine.outstanding:
+            timeout_s = min(timeout_s, _LOOK_S)
+        self._looked_s = time.monotonic()
         for received in self.fleet.receive(timeout_s):
             if received.epoch != self.fleet.epoch:
                 continue  # from before a loss: all of that is void
@@ -186,21 +207,37 @@ class Driver:
                     self._plan_all()  # at once: of two results, the plan for the first is not late
                 case control.Timing(span):
                     self._num_spans_due -= 1
+                    self._watch.computed(span.stage, span.index, received.at_s)
                     self.journal.computed(span)
                     self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
                 case control.HeartbeatAnswer(sent_s, remote_s):  # of another machine
                     if self.topology.speaks(received.rank):
                         stage = self.topology.stage_of(received.rank)
                         self.journal.pinged(Ping(stage, sent_s, remote_s, received.at_s))
+                case control.Heartbeat():
+                    self._watch.answered(self.topology.stage_of(received.rank))
                 case Lost():
-                    self._lose(received)
+                    outputs += self._lose(received)
                 case Sized():
                     self._fill()
                 case Ready(stages):
                     self._go_on(stages)
+        if not self.trouble:
+            self._look_for_hangs()
         if not outputs:
             self._check_whole()
         return outputs
+
+    def _look_for_hangs(self) -> None:
+        """A stage that does not do what it owes is lost; the next step begins with that."""
+        now = time.monotonic()
+        if self._watch.wants_to_ask(now):
+            self.fleet.broadcast(control.Heartbeat(now))
+        overdue = self._watch.overdue(self._looked_s)
+        if overdue is not None:
+            rank = self.topology.speaker(overdue.stage)
+            name, host = self.topology.name(rank), self.fleet.keepers[rank].host
+            self.fleet.give_up(rank, f"{name} (on {host}) {overdue}")
 
     def _end_aborted(self) -> None:
         while self._aborted:
@@ -209,12 +246,13 @@ class Driver:
             output = self.engine.finish(request_id, reason, now)
             if output is not None:
                 del self._requests[request_id]
+                self._suspects.forget(request_id)
                 self.journal.finished(output, now)
                 self._may_plan = True
 
     def _plan_all(self) -> None:
         """Fill the window."""
-        while self._may_plan and self._is_whole:
+        while self._may_plan and not self.trouble:
             now = time.monotonic()
             planned = self.engine.plan(now)
             if isinstance(planned, Wait):
@@ -230,14 +268,17 @@ class Driver:
         if len(self.engine.outstanding) == 1:
             self._progress_s = sent_s
         self._num_spans_due += len(self.plan.stages)
+        self._watch.planned(microbatch, sent_s)
         self.journal.planned(microbatch, start_s, sent_s)
 
     def _complete(self, received: Received) -> list[Output]:
         result = step_result(received.message)
         outputs = self.engine.complete(result, time.monotonic())
+        self._watch.completed(result.index, received.at_s)
         for output in outputs:
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
+        self._suspects.came(outputs)
         self._may_plan = True
         self._progress_s = received.at_s
         completed = Completed(
@@ -250,27 +291,45 @@ class Driver:
         self.journal.completed(completed, outputs)
         return outputs
 
-    def _lose(self, received: Received) -> None:
+    def _lose(self, received: Received) -> list[Output]:
         """What becomes of the run when a stage was lost: the one place that decides it. It goes on
-        in a fresh epoch, from the last token of each request, with a fleet that starts stages
-        again; with others it ends."""
+        in a fresh epoch, from the last token of each request; or it ends, where nothing is to be
+        started again, or has been too often. Returns the end of a request that is to blame."""
         if self._loss is not None:
-            return
-        stage, lost = self.topology.stage_of(received.rank), received.message
+            return []
+        stage, lost, now = self.topology.stage_of(received.rank), received.message, time.monotonic()
         self.journal.lost(stage, received.at_s, lost.why)
-        self._is_whole = False
-        if not self.fleet.restarts:
-            self._loss = lost
-            return
-        self.engine.lost(time.monotonic())
+        self.num_losses[stage] += 1
+        self._lost_s = self._lost_s if self.trouble else now
+        self.trouble = lost.why
+        self._loss = lost
+        if self.config.restart:
+            self._loss = self._restarts.end_by(received.rank, lost, now)
+        if self._loss is not None:
+            return []
+        _say(f"warning: {lost.why}; {self._watch.whereabouts(stage)}; it is started again")
+        index = self._watch.at(stage)
+        blamed = None if index is None else self._suspects.lost_at(index, lost.why, now)
+        if blamed is not None:
+            del self._requests[blamed.request_id]
+            self.journal.finished(blamed, now)
+        self.engine.lost(now)
+        self._suspects.isolate()
+        self._watch.start_again(now)
         self._num_spans_due = 0
         self._start()
+        return [] if blamed is None else [blamed]
 
     def _go_on(self, started: Sequence[control.StageReady]) -> None:
         """All stages are there again."""
+        now = time.monotonic()
         self.stages = stage_infos(self.plan, self.fleet.keepers, started)
-        self.journal.resumed(time.monotonic())
-        self._is_whole = self._may_plan = True
+        self.journal.resumed(now)
+        self.trouble, self._may_plan = "", True
+        _say(
+            f"all stages are there again after {now - self._lost_s:.1f} s; "
+            f"{self.engine.num_unfinished} requests go on"
+        )
 
     def _check_whole(self) -> None:
         if self._loss is not None:
@@ -298,15 +357,6 @@ class Driver:
         self._ended = self._ended or reason
         self.fleet.close()
 
-    def _check(self, request: Request) -> None:
-        _check_token_ids(request, self.shape.vocab_size)
-        check_fits(request, self.limits)
-        if request.num_imported:
-            raise CapacityError(
-                f"request {request.id} imports the KV of {request.num_imported} positions; stages "
-                "cannot take KV from another pipeline yet"
-            )
-
     def _check_open(self) -> None:
         if not self.fleet.is_own:
             raise StageError(
@@ -323,12 +373,5 @@ class Driver:
         self.close()
 
 
-def _check_token_ids(request: Request, vocab_size: int) -> None:
-    """A stage would end at one that is not in its tables, and the run with it."""
-    for ids in (request.prompt, *token_ids_of(request.params), *request.bad_word_ids):
-        for token in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= token < vocab_size:
-                raise ConfigError(
-                    f"request {request.id}: {token} is no token id; this model's are 0 to "
-                    f"{vocab_size - 1}"
-                )
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)

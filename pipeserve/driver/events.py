@@ -35,6 +35,8 @@ class Lost(NamedTuple):
     why: str
     """In one line, with who it was."""
     is_user_error: bool = False
+    is_final: bool = False
+    """There is nothing to be done about it from here."""
 
     def error(self) -> ConfigError | StageError:
         """For a run that ends by it."""

@@ -47,9 +47,6 @@ class Fleet:
     """A keeper for each rank, each with one stage. Single-threaded: nothing happens but inside its
     methods."""
 
-    restarts = False
-    """Whether stages that were lost can be started again: `start` once more."""
-
     def __init__(self, topology: Topology, config: RunConfig) -> None:
         """Listen for keepers and stages at `config.control`, by default a free port of this
         machine; with launcher "spawn", start the keepers.
@@ -75,6 +72,10 @@ class Fleet:
         self._rank_of: dict[Source, int] = {}
         self._start: StartProgress | None = None
         """Of this epoch; None before the first."""
+        self._jobs: Sequence[control.StartStage] = ()
+        """Of each rank's stage, whenever its keeper is there to start it."""
+        self._started_in: dict[int, int] = {}
+        """The epoch in which a rank's keeper was told to start its stage: of that one it speaks."""
         self._lost: set[int] = set()
         """Ranks whose loss in this epoch was reported."""
         self._unread: list[Received] = []
@@ -121,18 +122,38 @@ class Fleet:
         self._spawned.start(self.topology.num_ranks, address, self.secret)
 
     def start(self, jobs: Sequence[control.StartStage]) -> None:
-        """Start each rank's stage, in a fresh epoch: `Sized` says when all wait for `TakeMemory`,
-        and then `Ready` when all can take a step. Nothing that a stage of an old epoch says is
-        heard any more."""
+        """Begin a fresh epoch: `Sized` says when all stages wait for `TakeMemory`, and then `Ready`
+        when all can take a step. Those that are there keep their process and their weights; those
+        that are not are started, once their keepers are there. Nothing that a stage says of an old
+        epoch is heard any more."""
         self.epoch += 1
-        now = time.monotonic()
-        for rank in list(self._stages):
-            self._let_go(self._stages.pop(rank))
+        self._jobs = jobs
+        dead = [rank for rank in range(len(jobs)) if not self._is_alive(rank)]
         self._lost.clear()
         self._watch.start_again()
-        self._start = StartProgress(self.topology, self.keepers, self.config.load_timeout, now)
-        for rank, job in enumerate(jobs):
-            self._tell_keeper(rank, job)
+        now = time.monotonic()
+        self._start = StartProgress(self.topology, self.keepers, self.config, now)
+        for rank, stage in self._stages.items():
+            if rank not in dead:
+                stage.send(control.encode(control.Renew(), self.epoch))
+        for rank in dead:
+            self._start_stage(rank)
+
+    def _is_alive(self, rank: int) -> bool:
+        """Or being started, as far as is known."""
+        if rank in self._lost or self._watch.has_exited(rank):
+            return False
+        stage = self._stages.get(rank)
+        return rank in self._started_in if stage is None else not stage.has_ended
+
+    def _start_stage(self, rank: int) -> None:
+        """In place of the one that there may be."""
+        if rank in self._stages:
+            self._let_go(self._stages.pop(rank))
+        self._started_in.pop(rank, None)
+        if rank in self.keepers:
+            self._started_in[rank] = self.epoch
+            self._tell_keeper(rank, self._jobs[rank])
 
     def _connect(self, stages: Sequence[control.StageReady]) -> None:
         """All have loaded: sends each the addresses at which its neighbours listen."""
@@ -185,6 +206,10 @@ class Fleet:
             came.sort(key=lambda received: isinstance(received.message, Lost | Gone))
         return came
 
+    def give_up(self, rank: int, why: str) -> None:
+        """Its stage does not do what it owes: lost, as `receive` tells next."""
+        self._happened(Lost(why), rank, time.monotonic(), self._unread)
+
     def keep(self, received: list[Received]) -> None:
         """What one who waited for something else did not take: `receive` gives it again."""
         self._unread = received + self._unread
@@ -205,19 +230,14 @@ class Fleet:
             else:
                 self._take_in(message, source, epoch)
             return
+        if source is self._keeper_of.get(rank):
+            self._note_keeper(message, rank, at_s, epoch, came)
+            return
         if epoch != self.epoch:
-            if isinstance(message, control.HeartbeatAnswer):  # a keeper outlives an epoch
-                self._watch.answered(rank)
             return
         match message:
-            case control.Sampled() | control.Timing() | control.Memory():
+            case control.Sampled() | control.Timing() | control.Memory() | control.Heartbeat():
                 came.append(Received(message, rank, at_s, epoch))
-            case control.HeartbeatAnswer():
-                self._watch.answered(rank)
-                if self._start is not None:
-                    self._start.loading.moved(rank, message.num_moved, at_s)
-                if self._watch.is_remote(rank):
-                    came.append(Received(message, rank, at_s, epoch))
             case control.Loading():
                 self._start.loading.take(rank, message, at_s)
             case control.StageSized():
@@ -229,15 +249,40 @@ class Fleet:
             case control.Connected():
                 if self._start.connected(rank):
                     came.append(Received(Ready(self._start.stages), 0, at_s, epoch))
+            case control.Unreached():  # by one that goes on, once its neighbour is there
+                why = f"{self.topology.name(rank)}: {message.reason}"
+                came.append(Received(Lost(why), rank, at_s, epoch))
             case control.StageFailed():
                 why = f"{self.topology.name(rank)}: {message.reason}"
                 self._happened(Lost(why, message.is_user_error), rank, at_s, came)
-            case control.StageExited():
+
+    def _note_keeper(
+        self,
+        message: control.FromKeeper,
+        rank: int,
+        at_s: float,
+        epoch: int,
+        came: list[Received],
+    ) -> None:
+        """A keeper speaks in the epoch in which it has started its stage."""
+        is_of_stage = epoch == self._started_in.get(rank, self.epoch)
+        match message:
+            case control.HeartbeatAnswer():
+                self._watch.answered(rank)
+                if is_of_stage and self._start is not None:
+                    self._start.loading.moved(rank, message.num_moved, at_s)
+                if self._watch.is_remote(rank):
+                    came.append(Received(message, rank, at_s, self.epoch))
+            case control.StageExited() if is_of_stage:
                 self._watch.exited(rank, message, at_s)
 
     def _welcome(
         self, hello: control.KeeperHello, source: Source, at_s: float, came: list[Received]
     ) -> None:
+        if self.config.restart and self._watch.is_silent(hello.rank, at_s):
+            lost = Lost(f"{self.topology.name(hello.rank)}: its keeper was silent, and joins again")
+            self._happened(lost, hello.rank, at_s, came)
+            self._happened(Gone(), hello.rank, at_s, came)
         why = why_not(hello, self.topology, self.keepers)
         if why:
             source.send(control.encode(control.NotWanted(why), self.epoch))
@@ -248,15 +293,21 @@ class Fleet:
         self._keeper_of[hello.rank] = source
         self._rank_of[source] = hello.rank
         self._happened(Joined(), hello.rank, at_s, came)
+        if self._jobs:  # it comes again
+            self._start.loading.begin_one(hello.rank, at_s)
+            self._start_stage(hello.rank)
 
     def _take_in(self, hello: control.StageHello, source: Source, epoch: int) -> None:
         is_ours = 0 <= hello.rank < self.topology.num_ranks and hello.rank not in self._stages
-        if not is_ours or self._start is None or epoch != self.epoch:
+        is_ours = is_ours and epoch == self._started_in.get(hello.rank, self.epoch)
+        if not is_ours or self._start is None:
             source.turn_away(f"the stage of rank {hello.rank} is not missing")
             return
         source.carries = "words of a stage"
         self._stages[hello.rank] = source
         self._rank_of[source] = hello.rank
+        if epoch != self.epoch:  # another one was lost meanwhile
+            source.send(control.encode(control.Renew(), self.epoch))
 
     def _check(self, came: list[Received]) -> None:
         """Who is still there; and ask, for the next time."""
@@ -279,9 +330,12 @@ class Fleet:
             case Gone():
                 if self.keepers.pop(rank, None) is None:
                     return
+                self._started_in.pop(rank, None)
                 for by_rank in (self._keeper_of, self._stages):
                     if rank in by_rank:
                         self._let_go(by_rank.pop(rank))
+                if self.config.restart and self._jobs:
+                    self._spawned.start_again(rank)
         came.append(Received(event, rank, at_s, self.epoch))
 
     def _let_go(self, connection: Connection) -> None:

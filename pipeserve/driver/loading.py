@@ -25,6 +25,11 @@ class LoadWatch:
         """All of them did nothing until now, and go on."""
         self._progress_s = [now] * self._num_ranks
 
+    def begin_one(self, rank: int, now: float) -> None:
+        """It begins later than the others, with another process."""
+        self._num_moved[rank] = 0
+        self._progress_s[rank] = now
+
     def take(self, rank: int, loading: control.Loading, now: float) -> None:
         """What a rank says of its weights."""
         before = self.weights.get(rank)

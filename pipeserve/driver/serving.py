@@ -90,7 +90,14 @@ class ClientDoor:
     def _tell_status(self, driver: Driver, stages_now: StagesNow) -> None:
         self._told_s = time.monotonic()
         stalled_s = driver.stalled_s(self._told_s)
-        self._send(client.Status(stalled_s, _figures(driver), stages_now()))
+        where = [
+            client.StageAt(
+                each.stage, each.rank, each.host, each.pid, driver.num_losses[each.stage]
+            )
+            for each in driver.stages
+        ]
+        figures = _figures(driver)
+        self._send(client.Status(stalled_s, driver.trouble, where, figures, stages_now()))
 
 
 def _opened(driver: Driver) -> client.Opened:
@@ -100,10 +107,6 @@ def _opened(driver: Driver) -> client.Opened:
         model_folder=str(driver.model_folder),
         vocab_size=driver.vocab_size,
         eos_token_ids=tuple(driver.eos_token_ids),
-        stages=[
-            client.StageAt(stage.stage, stage.rank, stage.host, stage.pid)
-            for stage in driver.stages
-        ],
     )
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 _CLOSE_S = 5.0
 
@@ -14,11 +15,21 @@ class SpawnedKeepers:
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen] = []
+        self._driver: tuple[int, str, bytes] | None = None
+        """What each is told, with its rank."""
 
     def start(self, num_ranks: int, address: str, secret: bytes) -> None:
         """They join the driver at `address`. Raises OSError."""
+        self._driver = num_ranks, address, secret
         for rank in range(num_ranks):
-            self._processes.append(_spawn(rank, num_ranks, address, secret))
+            self._processes.append(_spawn(rank, *self._driver))
+
+    def start_again(self, rank: int) -> None:
+        """One in place of one that is gone, or that is stopped; nothing, where all were started by
+        another launcher. Raises OSError."""
+        if self._processes:
+            _end([self._processes[rank]], wait_s=0.0)
+            self._processes[rank] = _spawn(rank, *self._driver)
 
     def ended(self) -> list[tuple[int, subprocess.Popen]]:
         """Rank and process of those that have."""
@@ -33,16 +44,21 @@ class SpawnedKeepers:
         parent-death signal."""
         for process in self._processes:
             process.terminate()  # for one that has not joined yet
-        deadline = time.monotonic() + _CLOSE_S
-        for process in self._processes:
-            try:
-                process.wait(max(deadline - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            with contextlib.suppress(BrokenPipeError):  # it ended before it had read its secret
-                process.stdin.close()
+        _end(self._processes, _CLOSE_S)
         self._processes = []
+
+
+def _end(processes: Sequence[subprocess.Popen], wait_s: float) -> None:
+    """Killed are those that have not ended by then."""
+    deadline = time.monotonic() + wait_s
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        with contextlib.suppress(BrokenPipeError):  # it ended before it had read its secret
+            process.stdin.close()
 
 
 def _spawn(rank: int, num_ranks: int, address: str, secret: bytes) -> subprocess.Popen:

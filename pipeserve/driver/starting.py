@@ -5,6 +5,7 @@ neighbours. Sends nothing, and reads no clock.
 import os
 from collections.abc import Mapping, Sequence
 
+from pipeserve.configs import RunConfig
 from pipeserve.core.topology import Topology
 from pipeserve.driver.events import Lost
 from pipeserve.driver.loading import LoadWatch
@@ -15,12 +16,7 @@ ANSWER_S = 30.0
 """For what a stage does at once: connect to its neighbours, say how much memory it has used."""
 
 
-def jobs_of(
-    setup: Setup,
-    topology: Topology,
-    keepers: Mapping[int, control.KeeperHello],
-    local_name: str,
-) -> list[control.StartStage]:
+def jobs_of(setup: Setup, topology: Topology, local_name: str) -> list[control.StartStage]:
     """What the keeper of each rank is to start. `local_name`: of where the driver listens."""
     jobs = []
     for rank in range(topology.num_ranks):
@@ -32,7 +28,7 @@ def jobs_of(
                 module=setup.module,
                 work=setup.works[stage],
                 control=f"/{local_name}",
-                host=keepers[rank].address,
+                host="",
                 traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
                 speaks=topology.speaks(rank),
             )
@@ -47,12 +43,14 @@ class StartProgress:
         self,
         topology: Topology,
         keepers: Mapping[int, control.KeeperHello],
-        load_timeout_s: float,
+        config: RunConfig,
         now: float,
     ) -> None:
         self._topology = topology
         self._keepers = keepers
-        self._load_timeout_s = load_timeout_s
+        """Of those that are there now."""
+        self._load_timeout_s, self._join_timeout_s = config.load_timeout, config.join_timeout
+        self._began_s = now
         self.loading = LoadWatch(topology.num_ranks, now)
         self._sized: dict[int, control.StageSized] = {}
         self._loaded: dict[int, control.StageReady] = {}
@@ -92,13 +90,20 @@ class StartProgress:
 
     def late(self, now: float) -> tuple[int, Lost] | None:
         """A rank that is not to be waited for any longer."""
-        ranks = range(self._topology.num_ranks)
+        absent = [rank for rank in range(self._topology.num_ranks) if rank not in self._keepers]
+        if absent and now - self._began_s > self._join_timeout_s:
+            return absent[0], Lost(
+                f"no keeper of {self._topology.name(absent[0])} has joined again within "
+                f"{self._join_timeout_s:g} s; start it, or raise --join-timeout",
+                is_final=True,
+            )
+        ranks = [rank for rank in range(self._topology.num_ranks) if rank in self._keepers]
         unsized = [rank for rank in ranks if rank not in self._sized]
         loading = unsized or [rank for rank in ranks if rank not in self._loaded]
         if loading:
             return self._stopped(loading, now)
         missing = [rank for rank in ranks if rank not in self._connected]
-        if missing and now - self._loaded_s > ANSWER_S:
+        if missing and not absent and now - self._loaded_s > ANSWER_S:
             return missing[0], no_answer(
                 missing, "reached its neighbours", self._topology, self._keepers
             )

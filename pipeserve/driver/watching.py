@@ -61,9 +61,17 @@ class FleetWatch:
         self._exits.clear()
         self._hung_up_s.clear()
 
+    def has_exited(self, rank: int) -> bool:
+        """Its stage's process, as its keeper says."""
+        return rank in self._exits
+
     def is_remote(self, rank: int) -> bool:
         """Its machine has another clock."""
         return self._keepers[rank].boot_id != self._boot_id
+
+    def is_silent(self, rank: int, now: float) -> bool:
+        """Its keeper should have answered a heartbeat by now."""
+        return now - self._asked_s.get(rank, now) > self._heartbeat_s
 
     # ---- what comes -----------------------------------------------------------------------------
 

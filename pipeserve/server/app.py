@@ -147,12 +147,15 @@ def _add_operators_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/ready")
     async def ready() -> Response:
-        """200 while the pipeline is up and takes requests."""
+        """200 while the pipeline is up and runs requests. While it re-forms after a loss it takes
+        them, and they wait."""
         if pipeline.ended is not None or service.is_draining:
             raise ApiError(503, "the pipeline takes no requests")
+        if pipeline.status.trouble:
+            raise ApiError(503, f"the pipeline re-forms: {pipeline.status.trouble}")
         stages = [
             {"stage": each.stage, "rank": each.rank, "host": each.host, "pid": each.pid}
-            for each in pipeline.opened.stages
+            for each in pipeline.status.where
         ]
         return JsonAnswer({"stages": stages})
 

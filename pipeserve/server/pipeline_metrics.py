@@ -31,6 +31,7 @@ class PipelineMetrics:
         if self.status is None:
             return
         yield from self._of_engine(self.status.figures)
+        yield from self._of_losses(self.status)
         if self.status.stages:
             yield from self._of_stages(self.status.stages)
 
@@ -91,6 +92,21 @@ class PipelineMetrics:
         blocks.add_metric((*self._labels, "used"), num_used)
         blocks.add_metric((*self._labels, "free"), num_free)
         yield blocks
+
+    def _of_losses(self, status: Status) -> Iterator[Metric]:
+        yield self._gauge(
+            "pipeserve:pipeline_ready",
+            "1 while the stages take steps; 0 while lost ones are started again.",
+            float(not status.trouble),
+        )
+        family = CounterMetricFamily(
+            "pipeserve:stage_losses",
+            "How often a stage was lost.",
+            labels=(*LABELS, "stage", "host"),
+        )
+        for at in status.where:
+            family.add_metric((*self._labels, str(at.stage), at.host), at.num_losses)
+        yield family
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, help, labels=LABELS)

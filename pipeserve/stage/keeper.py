@@ -145,11 +145,15 @@ class Keeper:
                 self._tell(control.HeartbeatAnswer(message.sent_s, now, self._num_moved()))
 
     def _start(self, job: StartStage, epoch: int) -> None:
+        """In place of the stage that there may be, whatever that is doing: the driver has given it
+        up."""
+        self._end_stage()
         self.epoch = epoch
         place = _local_place(self.rank, self.world_size)
         cores, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), num_cpus(), *place)
         if job.control.startswith("/"):
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
+        job = msgspec.structs.replace(job, host=self.driver.own_host)
         launched = control.Launch(job, self.rank, epoch, self.secret)
         with _file_of(control.encode_job(launched)) as launch:
             self.stage = subprocess.Popen(
@@ -176,17 +180,18 @@ class Keeper:
         return sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes"))
 
     def _report_exit(self) -> None:
-        code = self.stage.wait()
+        self._end_stage()
+        self._tell(control.StageExited(self.stage.pid, self.stage.returncode))
+
+    def _end_stage(self) -> None:
+        """A stage has nothing to save, so it is killed and not asked; one that is stopped, too."""
+        if self.stage_ended is None:
+            return
+        self.stage.kill()
+        self.stage.wait()
         self.stage_ended.close()
         os.close(self.stage_pidfd)
         self.stage_ended = None
-        self._tell(control.StageExited(self.stage.pid, code))
-
-    def _end_stage(self) -> None:
-        """A stage has nothing to save, so it is killed and not asked."""
-        if self.stage is not None and self.stage.poll() is None:
-            self.stage.kill()
-            self.stage.wait()
 
     def _tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))

@@ -22,7 +22,15 @@ from pipeserve.stage.neighbours import Neighbours
 from pipeserve.stage.sequences import Sequences
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.control import Connect, ReportMemory, StartStage, Step, TakeMemory
+from pipeserve.wire.control import (
+    Connect,
+    Heartbeat,
+    Renew,
+    ReportMemory,
+    StartStage,
+    Step,
+    TakeMemory,
+)
 from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.sources import Sources
 
@@ -44,6 +52,13 @@ class StageLoop:
         self.epoch = epoch
         self.sources = sources
         self.driver = driver
+        self.has_memory = False
+        self.baseline = baseline
+        self.compute = make(job, self.tell)
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        """With nothing in hand."""
         self.plans: deque[tuple[Step, float]] = deque()
         """Not begun, each with the time when it was seen."""
         self.begun: deque[tuple[Turn, Any]] = deque()
@@ -51,10 +66,7 @@ class StageLoop:
         self.untold: Span | None = None
         """Of the microbatch that ended last."""
         self.sequences = Sequences()
-        self.has_memory = False
-        self.baseline = baseline
-        self.compute = make(job, self.tell)
-        self.neighbours = Neighbours(job, self.compute.links, sources)
+        self.neighbours = Neighbours(self.job, self.compute.links, self.sources)
         self.tell(self.compute.size)
 
     def wait_for_memory(self) -> None:
@@ -90,8 +102,9 @@ class StageLoop:
             self.tell(message)
 
     def _take_memory(self, num_blocks: int) -> None:
-        self.compute.take_memory(num_blocks)
-        self.has_memory = True
+        if not self.has_memory:
+            self.compute.take_memory(num_blocks)
+            self.has_memory = True
         self.tell(
             control.StageReady(
                 pid=os.getpid(),
@@ -147,6 +160,8 @@ class StageLoop:
             sys.exit(1)  # as its keeper would have it
 
     def _obey(self, epoch: int, message: control.ToStage, seen_s: float) -> None:
+        if isinstance(message, Renew):
+            self._renew(epoch)
         if epoch != self.epoch:
             return
         match message:
@@ -155,16 +170,40 @@ class StageLoop:
             case TakeMemory(num_blocks):
                 self._take_memory(num_blocks)
             case Connect():
-                self.neighbours.connect(message)
-                self._look_at_neighbours()
+                self._connect(message)
+            case Heartbeat():
+                self.tell(message)
             case ReportMemory():
                 self.tell(control.Memory(peak_bytes()))
 
+    def _renew(self, epoch: int) -> None:
+        """Forgets all that this epoch was about; weights and the room for KV stay."""
+        self.epoch = epoch
+        self.neighbours.close()
+        self._start_epoch()
+
+    def _connect(self, addresses: Connect) -> None:
+        try:
+            self.neighbours.connect(addresses)
+        except ConnectionError as error:
+            self._give_up(error)
+        else:
+            self._look_at_neighbours()
+
     def _look_at_neighbours(self) -> None:
-        """Tells the driver once all of them have answered."""
-        self.neighbours.look()
-        if not self.neighbours.is_connecting:
-            self.tell(control.Connected())
+        """Tells the driver once all of them have answered, or that one does not."""
+        try:
+            self.neighbours.look()
+        except ConnectionError as error:
+            self._give_up(error)
+        else:
+            if not self.neighbours.is_connecting:
+                self.tell(control.Connected())
+
+    def _give_up(self, error: ConnectionError) -> None:
+        """Until the driver knows better: it may be the neighbour that is gone."""
+        self.neighbours.close()
+        self.tell(control.Unreached(str(error)))
 
     # ---- one microbatch -------------------------------------------------------------------------
 

@@ -43,13 +43,26 @@ class Neighbours:
         self._links = links
         self._sources = sources
         self._opening: list[Opening] = []
+        self._tokens: Listener | None = None
         self.first_stage: Connection | None = None
         """Where the last stage sends its tokens; None on others."""
         self.activations_at = self.tokens_at = ""
         if not job.is_first:
             self.activations_at = links.listen(job.host, sources)
         elif not job.is_last:
-            self.tokens_at = Listener(job.host, sources, ("tokens",), once=True).address
+            self._tokens = Listener(job.host, sources, ("tokens",), once=True)
+            self.tokens_at = self._tokens.address
+
+    def close(self) -> None:
+        """All links: one of those at their other ends is gone."""
+        self._links.close()
+        for opening in self._opening:
+            opening.connection.close()
+        self._opening = []
+        if self._tokens is not None:
+            self._tokens.hang_up()
+        if self.first_stage is not None:
+            self.first_stage.close()
 
     def connect(self, addresses: Connect) -> None:
         """To those that this stage sends to, who take a moment to answer."""

@@ -50,6 +50,8 @@ class StageAt(_Message):
     rank: int
     host: str
     pid: int
+    num_losses: int = 0
+    """How often it was lost so far."""
 
 
 class Opened(_Message):
@@ -60,7 +62,6 @@ class Opened(_Message):
     model_folder: str
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    stages: list[StageAt]
 
 
 class Came(_Message):
@@ -111,6 +112,10 @@ class Status(_Message):
 
     stalled_s: float
     """How long the stages have owed a result and given none; 0 where they owe none."""
+    trouble: str
+    """Why the stages take no steps now, after a loss; empty: they do."""
+    where: list[StageAt]
+    """The stages; one that was lost is there until the next is ready."""
     figures: dict[str, float]
     """Of the engine: see `driver/serving.py`."""
     stages: list[StageFigures]

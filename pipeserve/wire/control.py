@@ -41,7 +41,7 @@ class StartStage(_Message):
     """Where the driver listens: /NAME on its own machine. The keeper puts before it what it itself
     reached the driver by."""
     host: str
-    """Address on which this stage listens for its neighbours."""
+    """Address on which this stage listens for its neighbours; the keeper puts its own here."""
     traceback: bool
     """Print the traceback of an unexpected error to stderr, too."""
     speaks: bool = True
@@ -67,7 +67,8 @@ class NotWanted(_Message):
 
 
 class Heartbeat(_Message):
-    """Ask for `HeartbeatAnswer` at once: whether the keeper is there, and what its clock says."""
+    """Ask for a sign of life. Of a keeper: `HeartbeatAnswer`, which says what its clock is, too; of
+    a stage that has nothing to do: the same message."""
 
     sent_s: float
 
@@ -142,9 +143,14 @@ class StageExited(_Message):
 
 
 class TakeMemory(_Message):
-    """Read the weights, and make a pool of so many KV blocks."""
+    """Read the weights, and make a pool of so many KV blocks; a stage that has, says so at once."""
 
     num_blocks: int
+
+
+class Renew(_Message):
+    """Another stage was lost: drop all requests, plans and links, keep weights and memory, and go
+    on in the epoch of this message, as if just started. The answer is `StageSized`."""
 
 
 class Connect(_Message):
@@ -276,6 +282,12 @@ class Memory(_Message):
     peak_bytes: int
 
 
+class Unreached(_Message):
+    """A neighbour could not be reached: nothing can be computed in this epoch."""
+
+    reason: str
+
+
 class StageFailed(_Message):
     """The last word of a stage that cannot go on."""
 
@@ -284,9 +296,20 @@ class StageFailed(_Message):
 
 
 ToKeeper = StartStage | Stop | NotWanted | Heartbeat
-ToStage = TakeMemory | Connect | Step | ReportMemory
+ToStage = TakeMemory | Renew | Connect | Step | ReportMemory | Heartbeat
 FromKeeper = HeartbeatAnswer | StageExited
-FromStage = StageSized | Loading | StageReady | Connected | Sampled | Timing | Memory | StageFailed
+FromStage = (
+    StageSized
+    | Loading
+    | StageReady
+    | Connected
+    | Unreached
+    | Sampled
+    | Timing
+    | Memory
+    | Heartbeat
+    | StageFailed
+)
 ToDriver = KeeperHello | StageHello | FromKeeper | FromStage
 
 decode_for_keeper = msgspec.msgpack.Decoder(tuple[int, ToKeeper]).decode

@@ -42,6 +42,7 @@ class ActivationLinks:
     and its `Compute`'s own."""
 
     def __init__(self) -> None:
+        self._listener: Listener | None = None
         self._next_stage: Connection | None = None
         self._inbox: deque[tuple[bytearray, float]] = deque()
         """In the order of microbatches, each with the time when it was seen."""
@@ -49,12 +50,21 @@ class ActivationLinks:
     def listen(self, host: str, sources: Sources) -> str:
         """From the stage before, as a source that carries "activations"; returns its address. Who
         comes second finds nobody listening."""
-        return Listener(host, sources, ("activations",), once=True).address
+        self._listener = Listener(host, sources, ("activations",), once=True)
+        return self._listener.address
 
     def connect(self, address: str, sources: Sources) -> Connection:
         """To the stage behind, that listens at `address`."""
         self._next_stage = connecting.connect(address, sources, "activations")
         return self._next_stage
+
+    def close(self) -> None:
+        """Both of them; what came and was not taken is dropped. They may be made anew."""
+        if self._listener is not None:
+            self._listener.hang_up()
+        if self._next_stage is not None:
+            self._next_stage.close()
+        self._inbox.clear()
 
     def came(self, messages: Iterable[bytearray], seen_s: float) -> None:
         """What the source that `listen` added has brought."""

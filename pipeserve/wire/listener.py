@@ -40,6 +40,8 @@ class Listener:
         """
         self.purposes, self.carries = purposes, carries
         self._once = once
+        self._taken_in: Connection | None = None
+        """The one, where it takes in one."""
         self._sources = sources
         places = _resolve(host, port)
         if not (sources.secret or all(_is_loopback(place[0]) for _, place in places)):
@@ -103,8 +105,15 @@ class Listener:
         if self.is_closed:
             return False
         if self._once:
+            self._taken_in = connection
             self.close()
         return True
+
+    def hang_up(self) -> None:
+        """On the one that it took in, if it was to take in one; or no longer wait for it."""
+        self.close()
+        if self._taken_in is not None:
+            self._taken_in.close()
 
     def close(self) -> None:
         if self.is_closed:

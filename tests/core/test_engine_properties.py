@@ -159,6 +159,11 @@ def play(policy: Policy, scenario: Scenario, faults: bool = True) -> Pipeline:
             pipeline.lose()
         elif faults and pipeline.requests and detail < 3:
             pipeline.finish(RequestId(event_number % len(pipeline.requests)))
+        elif faults and pipeline.requests and detail < 5:
+            if detail == 3:
+                pipeline.lose()
+            request_id = RequestId(event_number % len(pipeline.requests))
+            pipeline.run_alone(request_id if event_number % 3 else None)
     for request in arriving:
         pipeline.add(request)
     pipeline.drain()

@@ -15,6 +15,8 @@ from pipeserve.wire import control
 from pipeserve.wire.connecting import connect
 from pipeserve.wire.sources import Sources
 
+JOB = control.StartStage(0, 1, "", b"", "", "", traceback=False)
+
 
 class Alone(fleet.Fleet):
     """That starts no keepers."""
@@ -186,12 +188,35 @@ def test_what_is_said_of_an_old_epoch_is_dropped(stage):
     assert stage.hears() == [control.Memory(7)]
 
 
-def test_a_fresh_epoch_has_new_stages(stage):
-    """The old one is not heard any more, neither is that it ends."""
+def test_a_fresh_epoch_keeps_the_stages_that_are_there(stage):
+    """What one of them said in the old one is not heard any more."""
+    stage.fleet.start([JOB])
+    (payload,) = stage._stage.receive()
+    assert control.decode_for_stage(payload) == (2, control.Renew())
     stage.says(control.Sampled(0, [5], b"\x01", [], []))
-    stage.fleet.start([])
-    assert stage.fleet.epoch == 2
+    stage.says(control.Memory(8), epoch=2)
+    assert stage.hears() == [control.Memory(8)]
+
+
+def test_a_stage_that_was_lost_is_not_kept(stage):
+    stage.says(control.StageFailed("no more", False))
+    assert isinstance(stage.hears()[0], Lost)
+    stage.fleet.start([JOB])
     stage._stage = stage.comes(epoch=2)
+    stage.says(control.Memory(8), epoch=2)
+    assert stage.hears() == [control.Memory(8)]
+
+
+def test_a_stage_that_hangs_is_lost_when_the_driver_says_so(stage):
+    stage.fleet.give_up(0, "it hangs")
+    (received,) = stage.fleet.receive(60.0)
+    assert (received.rank, received.message) == (0, Lost("it hangs"))
+
+
+def test_a_neighbour_that_is_not_reached_is_a_loss_and_no_end_of_its_stage(stage):
+    stage.says(control.Unreached("10.0.0.2 hung up"))
+    assert stage.hears() == [Lost("stage 0: 10.0.0.2 hung up")]
+    stage.fleet.start([JOB])
     stage.says(control.Memory(8), epoch=2)
     assert stage.hears() == [control.Memory(8)]
 

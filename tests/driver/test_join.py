@@ -400,7 +400,7 @@ def test_which_stage_has_stopped_is_a_matter_of_bytes():
 def test_a_silent_keeper_is_named_and_nothing_is_left(monkeypatch):
     monkeypatch.setattr(spawned_keepers, "_CLOSE_S", 0.5)
     told = []
-    setup = emulated_setup(config_of(heartbeat_interval=0.1))
+    setup = emulated_setup(config_of(heartbeat_interval=0.1, restart=False))
     with Driver(setup, record=told.append) as driver:
         assert serves(driver)
         time.sleep(1.0)  # a driver that rests has asked nobody

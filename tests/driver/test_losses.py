@@ -12,6 +12,7 @@ from pipeserve.core.records import Ended, Fault
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.events import Lost, Received
+from pipeserve.driver.fleet import Fleet
 from pipeserve.errors import StageError
 from pipeserve.machine import MemoryLimit
 from pipeserve.sampling_params import SamplingParams
@@ -23,6 +24,7 @@ from local_fleet import LocalFleet  # isort: skip
 LENGTHS = (40, 3, 17, 33, 1, 25)
 MAX_TOKENS = 10
 STAGES = 3
+POISON = 255
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,16 +33,9 @@ class MortalFleet(LocalFleet):
     """Whose stages are lost now and then, once `draw` is set, and started again. What the others
     said behind a loss comes all the same: some with it, and all of it once more, later."""
 
-    restarts = True
     draw = None
     num_left = 0
     num_late = 0
-
-    def start(self, jobs):
-        for worker in self.workers:
-            worker.close()
-        self.workers = []
-        super().start(jobs)
 
     def receive(self, timeout_s):
         late, self._late = getattr(self, "_late", []), []
@@ -50,14 +45,35 @@ class MortalFleet(LocalFleet):
             return late + came
         self.num_left -= 1
         cut = self.draw.randrange(len(came) + 1)
-        lost = [
-            self._loss(rank) for rank in self.draw.sample(range(STAGES), self.draw.choice([1, 2]))
-        ]
+        lost = []
+        for rank in self.draw.sample(range(STAGES), self.draw.choice([1, 2])):
+            self._happened(Lost(f"stage {rank} was lost"), rank, time.monotonic(), lost)
         self._late = came[cut:]
         return late + came[:cut] + lost + came[cut:]
 
-    def _loss(self, rank):
-        return Received(Lost(f"stage {rank} was lost"), rank, time.monotonic(), self.epoch)
+
+class PoisonedFleet(LocalFleet):
+    """Whose second stage dies of a microbatch with a certain token."""
+
+    def _work(self, worker):
+        try:
+            super()._work(worker)
+        except ZeroDivisionError:
+            self._unread = Fleet.receive(self, 0.0)  # what was said before comes before
+            self._happened(Lost("stage 1 died"), 1, time.monotonic(), self._unread)
+
+    def _tell_keeper(self, rank, job):
+        super()._tell_keeper(rank, job)
+        compute = self.workers[rank].compute
+        end = compute.end
+
+        def dies(turn, feed_back):
+            if any(POISON in sequence.token_ids for sequence in turn.sequences):
+                raise ZeroDivisionError
+            return end(turn, feed_back)
+
+        if rank == 1:
+            compute.end = dies
 
 
 class DoomedFleet(LocalFleet):
@@ -88,6 +104,7 @@ def start(folder, fleet, told, **options):
         "block_size": 4,
         "num_gpu_blocks_override": 24,
         "max_num_seqs": 4,
+        "max_restarts": 99,
         **options,
     }
     return Driver(checkpoint_setup(make_config({}, wanted)), record=told.append, fleet=fleet)
@@ -99,7 +116,7 @@ def test_after_a_loss_stages_have_as_many_blocks_as_before(folder, monkeypatch):
     monkeypatch.setattr("pipeserve.stage.worker.device_memory", lambda device: tuple(free))
 
     def pools():
-        return {worker.compute.kv.keys_LKBPH.shape[2] for worker in driver.fleet.workers}
+        return {worker.compute.kv.keys_LKBPH.shape[2] for worker in driver.fleet.workers.values()}
 
     with start(folder, MortalFleet, [], num_gpu_blocks_override=None) as driver:
         num_blocks = driver.limits.num_blocks
@@ -156,9 +173,41 @@ def test_every_request_gets_its_tokens_whenever_stages_are_lost(folder, expected
     assert len([entry for entry in told if isinstance(entry, Ended)]) == 2 * len(LENGTHS)
 
 
+def test_a_request_that_a_stage_dies_of_ends_alone(folder):
+    """The others come to the tokens that they come to without it."""
+    prompts = [[3, 4, 5], [6, POISON, 7], [8, 9, 10]]
+
+    def run(fleet, numbers):
+        reasons = {}
+        with start(folder, fleet, []) as driver:
+            for number in numbers:
+                params = SamplingParams(
+                    max_tokens=MAX_TOKENS,
+                    temperature=0.0,
+                    seed=0,
+                    ignore_eos=True,
+                    logit_bias={POISON: -100.0},
+                )
+                driver.submit([Request(id=number, prompt=tuple(prompts[number]), params=params)])
+            tokens = {}
+            while driver.engine.num_unfinished:
+                for output in driver.outputs(1.0):
+                    tokens.setdefault(output.request_id, []).append(output.token)
+                    if output.finish_reason is not None:
+                        reasons[output.request_id] = output.finish_reason, output.error
+            assert driver.engine.num_free_blocks == driver.limits.num_blocks
+            return tokens, reasons, driver.num_losses
+
+    tokens, reasons, num_losses = run(PoisonedFleet, [0, 1, 2])
+    reason, error = reasons.pop(1)
+    assert reason == "error" and "a stage was lost at this request 3 times" in error
+    assert num_losses == [0, 3, 0] and tokens.pop(1) == [None]
+    assert (tokens, reasons) == run(LocalFleet, [0, 2])[:2]
+
+
 def test_a_run_that_ends_by_a_loss_hands_on_what_came_before(folder, expected):
     told = []
-    with start(folder, DoomedFleet, told) as driver:
+    with start(folder, DoomedFleet, told, restart=False) as driver:
         add_all(driver, folder)
         first = None
         driver.fleet.is_doomed = True

@@ -273,8 +273,8 @@ def test_the_ledger_explains_it(run):
 
 def test_a_killed_stage_is_a_fault(folder):
     told = []
-    config = make_config({}, {"model": folder, "dtype": "float32", "pipeline_parallel_size": 2})
-    with Driver(checkpoint_setup(config), record=told.append) as driver:
+    flags = {"model": folder, "dtype": "float32", "pipeline_parallel_size": 2, "restart": False}
+    with Driver(checkpoint_setup(make_config({}, flags)), record=told.append) as driver:
         driver.submit([Request(id=0, prompt=(3, 4), params=SamplingParams(max_tokens=60, seed=0))])
         start_s = time.monotonic()
         os.kill(driver.stages[1].pid, signal.SIGKILL)

@@ -13,7 +13,7 @@ from pipeserve.core.records import Ping, Span
 from pipeserve.core.topology import Topology
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
-from pipeserve.driver.events import Joined, Lost, Ready, Sized
+from pipeserve.driver.events import Gone, Joined, Lost, Ready, Sized
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import wait_for_keepers
@@ -24,6 +24,7 @@ from pipeserve.wire.sources import Sources
 from checkpoints import random_prompts, tiny_llama  # isort: skip
 from local_fleet import LocalFleet  # isort: skip
 
+_DECODE = {"keeper": control.decode_for_keeper, "stage": control.decode_for_stage}
 TWO_A_STAGE = Topology(((0, 1), (2, 3)))
 
 
@@ -40,19 +41,44 @@ class ByHand:
         self.fleet = Alone(TWO_A_STAGE, RunConfig(model="any"))
         self._sources = Sources(self.fleet.secret)
         self._who = {}
+        self.inbox = {}
 
-    def joins(self, rank, world_size=4):
-        hello = control.KeeperHello(rank, world_size, f"host{rank}", f"10.0.0.{rank}", 0, "")
+    def joins(self, rank, world_size=4, address="10.0.0.1"):
+        hello = control.KeeperHello(rank, world_size, f"host{rank}", address, 0, "")
         self._comes("keeper", rank).send(control.encode(hello, 0))
 
-    def comes(self, rank):
+    def comes(self, rank, epoch=1):
         """Its stage, which says what it will take."""
         stage = self._comes("stage", rank)
-        stage.send(control.encode(control.StageHello(rank), 1))
-        self.says(rank, control.StageSized(10 + rank, 1, ()))
+        stage.send(control.encode(control.StageHello(rank), epoch))
+        self.says(rank, control.StageSized(10 + rank, 1, ()), epoch)
 
-    def says(self, rank, message):
-        self._who["stage", rank].send(control.encode(message, 1))
+    def says(self, rank, message, epoch=1):
+        self._who["stage", rank].send(control.encode(message, epoch))
+
+    def keeper_says(self, rank, message):
+        self._who["keeper", rank].send(control.encode(message, 1))
+
+    def hear(self, *kinds):
+        """What the fleet tells next: one of each kind."""
+        events = []
+        while len(events) < len(kinds):
+            events += [e for e in self._goes_on() if isinstance(e.message, kinds)]
+        return events
+
+    def _goes_on(self):
+        """What the fleet tells; what it says is kept in `inbox`."""
+        for source in self._sources.ready(0):
+            messages = map(_DECODE[source.carries], source.receive())
+            said = self.inbox.setdefault(source, [])
+            said += [each for each in messages if not isinstance(each[1], control.Heartbeat)]
+        return self.fleet.receive(0.01)
+
+    def next_of(self, purpose, rank):
+        """The next message to one of them."""
+        while not (inbox := self.inbox.get(self._who[purpose, rank])):
+            self._goes_on()
+        return inbox.pop(0)
 
     def _comes(self, purpose, rank):
         address = f"{self.fleet.address}/{self.fleet.local_name}"
@@ -65,7 +91,7 @@ class ByHand:
 
     def hears(self, purpose):
         """The next message to each rank; what the fleet makes of all that is said."""
-        decode = {"keeper": control.decode_for_keeper, "stage": control.decode_for_stage}[purpose]
+        decode = _DECODE[purpose]
         heard, events = {}, []
         while len(heard) < 4:
             events += self.fleet.receive(0.01)
@@ -103,7 +129,7 @@ def joined(hand):
 def started(hand):
     joined(hand)
     setup = SimpleNamespace(module="any", works=(b"first", b"last"))
-    hand.fleet.start(jobs_of(setup, TWO_A_STAGE, hand.fleet.keepers, "here"))
+    hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     return hand.hears("keeper")[0]
 
 
@@ -123,6 +149,62 @@ def test_a_keeper_of_another_run_is_told_of_stages_and_ranks(hand):
     assert "is one of 2, and the pipeline has 2 stages of 2 ranks each" in message.why
 
 
+def lost_rank_1(hand):
+    """All stages have come, and the process of one has ended."""
+    started(hand)
+    for rank in range(4):
+        hand.comes(rank)
+    hand.hear(Sized)
+    hand.keeper_says(1, control.StageExited(7, -9))
+    (event,) = hand.hear(Lost)
+    assert event.rank == 1 and "SIGKILL" in event.message.why
+    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
+
+
+def test_the_keeper_of_the_lost_stage_alone_starts_one_and_the_others_begin_an_epoch(hand):
+    lost_rank_1(hand)
+    for rank in (0, 2, 3):
+        assert hand.next_of("stage", rank) == (2, control.Renew())
+    epoch, job = hand.next_of("keeper", 1)
+    assert (epoch, job.stage, job.work) == (2, 0, b"first")
+    assert not any(hand.inbox.get(hand._who["keeper", rank]) for rank in (0, 2, 3))
+    hand.keeper_says(1, control.StageExited(7, -9))  # of the old stage: nobody's business
+    hand.comes(1, epoch=2)
+    for rank in (0, 2, 3):
+        hand.says(rank, control.StageSized(10 + rank, 1, ()), epoch=2)
+    (event,) = hand.hear(Sized)
+    assert [size.weight_bytes for size in event.message.stages] == [10, 11, 12, 13]
+
+
+def test_one_that_starts_while_another_is_lost_is_let_be(hand):
+    lost_rank_1(hand)
+    hand.next_of("keeper", 1)
+    hand.keeper_says(2, control.StageExited(8, -9))
+    hand.hear(Lost)
+    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
+    assert hand.next_of("keeper", 2)[0] == 3
+    hand.comes(1, epoch=2)
+    assert hand.next_of("stage", 1) == (3, control.Renew())
+    assert not hand.inbox[hand._who["keeper", 1]]
+
+
+def test_a_keeper_that_was_gone_comes_back_from_another_address(hand):
+    started(hand)
+    hand._who["keeper", 3].close()
+    hand.fleet._watch._hung_up_s[hand.fleet._keeper_of[3]] = -10.0
+    lost, gone = hand.hear(Lost, Gone)
+    assert lost.rank == gone.rank == 3
+    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
+    hand.joins(3, address="10.9.9.9")
+    (joined,) = hand.hear(Joined)
+    assert joined.rank == 3 and hand.fleet.keepers[3].address == "10.9.9.9"
+    epoch, job = hand.next_of("keeper", 3)
+    assert (epoch, job.stage, job.work) == (2, 1, b"last")
+
+
 def test_every_rank_starts_its_stage(hand):
     jobs = started(hand)
     assert [epoch for epoch, _ in jobs] == [1] * 4
@@ -130,7 +212,6 @@ def test_every_rank_starts_its_stage(hand):
         *[(0, 2, b"first")] * 2,
         *[(1, 2, b"last")] * 2,
     ]
-    assert [job.host for _, job in jobs] == [f"10.0.0.{rank}" for rank in range(4)]
     assert [job.speaks for _, job in jobs] == [True, False, True, False]
 
 

@@ -283,7 +283,7 @@ def test_tokens_follow_from_the_seed_and_the_place():
 
 @pytest.mark.parametrize("victim", ["stage", "keeper"])
 def test_a_killed_process_is_one_error_and_leaves_nothing_behind(victim):
-    with Driver(emulated_setup(config_of())) as driver:
+    with Driver(emulated_setup(config_of(restart=False))) as driver:
         pids = processes_of(driver)
         pid = driver.stages[1].pid if victim == "stage" else driver.fleet.keepers[1].pid
         os.kill(pid, signal.SIGKILL)
@@ -362,7 +362,7 @@ def test_a_stage_that_cannot_take_an_end_says_why(tmp_path, monkeypatch):
     (tmp_path / "broken_stage.py").write_text(BROKEN_STAGE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     with (
-        Driver(replace(emulated_setup(config_of()), module="broken_stage")) as driver,
+        Driver(replace(emulated_setup(config_of(max_restarts=1)), module="broken_stage")) as driver,
         pytest.raises(StageError, match=r"^stage 1\b.*RuntimeError: the device is gone"),
     ):
         run_items(driver, ITEMS, "", map(RequestId, count()))

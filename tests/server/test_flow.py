@@ -112,6 +112,18 @@ def test_health_is_of_the_pipeline(folder, monkeypatch):
         stages = httpx.get(f"{server.url}/ready").json()["stages"]
         assert [stage["stage"] for stage in stages] == [0, 1]
         assert set(stages[0]) == {"stage", "rank", "host", "pid"}
+        assert "pipeserve:pipeline_ready{" in httpx.get(f"{server.url}/metrics").text
+        server.pipeline.trouble = "stage 1 died"
+        until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+        told = httpx.get(f"{server.url}/ready").json()["error"]["message"]
+        assert told == "the pipeline re-forms: stage 1 died"
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'pipeserve:pipeline_ready{engine="0",model_name="fake"} 0.0' in metrics
+        labels = 'engine="0",host="host",model_name="fake",stage="1"'
+        assert f"pipeserve:stage_losses_total{{{labels}}} 1.0" in metrics
+        server.pipeline.trouble = ""
+        until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
         server.pipeline.is_silent = True
         until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
 

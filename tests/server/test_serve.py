@@ -165,8 +165,36 @@ def test_a_second_ctrl_c_does_not_wait(folder, certificate):
         assert server.wait() == 0
 
 
-def test_the_end_of_a_stage_is_its_own(folder):
+def test_a_stream_goes_on_after_its_stage_was_killed(folder):
+    (prompt,) = random_prompts(folder, (9,))
+    expected = greedy_tokens(folder, [prompt], 200)
+    body = {"prompt": prompt, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    body |= {"return_token_ids": True, "stream": True}
     with serving(folder) as server:
+        pid = httpx.get(f"{server.url}/ready").json()["stages"][1]["pid"]
+        with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=60) as slow:
+            lines = slow.iter_lines()
+            told = [next(lines)]
+            os.kill(pid, signal.SIGKILL)
+            while (ready := httpx.get(f"{server.url}/ready")).status_code == 200:
+                time.sleep(0.05)
+            assert "stage 1" in ready.json()["error"]["message"]
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            told += [line for line in lines if line.startswith("data: {")]
+        events = [json.loads(line.removeprefix("data: ")) for line in told]
+        ids = [token for event in events for token in event["choices"][0]["token_ids"]]
+        assert ids == expected[0]
+        until_s = time.monotonic() + 10.0
+        while (ready := httpx.get(f"{server.url}/ready")).status_code != 200:
+            assert time.monotonic() < until_s
+        assert ready.json()["stages"][1]["pid"] != pid
+        server.pids = descendants(server.process.pid)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_the_end_of_a_stage_is_its_own(folder):
+    with serving(folder, "--no-restart") as server:
         stage = httpx.get(f"{server.url}/ready").json()["stages"][1]
         os.kill(stage["pid"], signal.SIGKILL)
         assert server.wait() == 1

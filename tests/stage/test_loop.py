@@ -34,6 +34,9 @@ class PostedLinks:
     def connect(self, address, sources):
         raise AssertionError("there is nothing to connect")
 
+    def close(self):
+        self.there.clear()
+
     def ready(self, index):
         return index in self.there
 
@@ -133,8 +136,8 @@ class Stage:
         self._listen_in(self.loop.neighbours.first_stage)
         self.log.clear()
 
-    def say(self, message):
-        self.driver.send(control.encode(message, EPOCH))
+    def say(self, message, epoch=EPOCH):
+        self.driver.send(control.encode(message, epoch))
 
     def plan(self, *steps):
         for step in steps:
@@ -341,6 +344,36 @@ def test_what_came_while_an_end_was_waited_for_counts_as_seen_then(opened):
     stage.device.links.there = {2: 0.5}
     stage.rounds(4)
     assert stage.device.given[2].plan_s == stage.spans[0].end_s == SECONDS
+
+
+# ---- another stage was lost ---------------------------------------------------------------------
+
+
+def test_a_stage_that_begins_an_epoch_has_nothing_in_hand(opened):
+    """Plans, microbatches that were begun, requests and what a link brought are dropped."""
+    stage = opened(1, 3)
+    stage.loop.has_memory = True
+    stage.device.take_memory = None  # never again
+    stage.plan(*map(prompt, range(4)))
+    stage.device.links.there = dict.fromkeys(range(4), 0.5)
+    stage.rounds()
+    assert len(stage.loop.begun) and len(stage.loop.plans) and len(stage.loop.sequences)
+    stage.say(control.Renew(), EPOCH + 1)
+    stage.told.clear()
+    stage.rounds()
+    assert not (stage.loop.begun or stage.loop.plans or len(stage.loop.sequences))
+    assert stage.told == [stage.device.size]
+    stage.say(control.TakeMemory(9), EPOCH + 1)
+    stage.say(prompt(4), EPOCH)  # of the old one
+    stage.rounds()
+    assert isinstance(stage.told[-1], control.StageReady) and not stage.loop.plans
+    stage.device.links.there = {5: 0.5}
+    stage.say(prompt(5), EPOCH + 1)
+    stage.rounds()
+    assert events(stage, "begin")[-1] == "begin 5"
+    stage.device.now_s = 100.0
+    stage.rounds(2)
+    assert [span.index for span in stage.spans] == [5]
 
 
 # ---- the end ------------------------------------------------------------------------------------

@@ -29,13 +29,14 @@ class FakePipeline(Pipeline):
         """The driver says nothing any more."""
         self.stages: list[client.StageFigures] = []
         """As it tells them."""
+        self.trouble = ""
+        """Why the stages take no steps now."""
 
     def open(self) -> None:
         """On the event loop."""
         fake = self.fake
         ids, folder = tuple(fake.eos_token_ids), str(fake.model_folder)
-        stages = [client.StageAt(stage, stage, "host", 100 + stage) for stage in range(2)]
-        self._hear(client.Opened(fake.config, fake.limits, folder, fake.vocab_size, ids, stages))
+        self._hear(client.Opened(fake.config, fake.limits, folder, fake.vocab_size, ids))
         self._tell_status()
         self._running = asyncio.get_running_loop().create_task(self._run())
 
@@ -67,7 +68,12 @@ class FakePipeline(Pipeline):
             "num_wasted_decodes_total": 0,
             "window": 2,
         }
-        self._hear(client.Status(0.0, figures, self.stages))
+        losses = (0, int(bool(self.trouble)))
+        where = [
+            client.StageAt(stage, stage, "host", 100 + stage, lost)
+            for stage, lost in enumerate(losses)
+        ]
+        self._hear(client.Status(0.0, self.trouble, where, figures, self.stages))
 
     def _hear(self, message: client.ToClient) -> None:
         self._take(client.decode_for_client(client.encode(message)))

@@ -33,6 +33,7 @@ class Pipeline:
         self.outputs: dict[RequestId, list[int]] = {}
         self.reasons: dict[RequestId, str] = {}
         self.scores: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
+        self.alone: RequestId | None = None
         self.reset_stages()
 
     def reset_stages(self) -> None:
@@ -55,6 +56,8 @@ class Pipeline:
             self.checker.waits(planned)
             return False
         self.checker.planned(planned)
+        if self.alone is not None and self.alone not in self.reasons:
+            assert {chunk.request_id for chunk in planned.chunks} == {self.alone}
         self.crossing.append(planned)
         return True
 
@@ -133,6 +136,11 @@ class Pipeline:
         self.engine.lost(0.0)
         self.checker.lost()
         self.reset_stages()
+
+    def run_alone(self, request_id: RequestId | None) -> None:
+        """The others stand aside, until it has ended or is no longer the one."""
+        self.engine.run_alone(request_id)
+        self.alone = request_id
 
     # ---- checks ---------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ every family can be taken through every number of stages.
 
 import time
 
+import msgspec
 import torch
 
 from pipeserve import LLM
@@ -29,7 +30,7 @@ class LocalFleet(Fleet):
     """Stages are made where a keeper would be told to, and work while the driver waits for them."""
 
     def __init__(self, topology: Topology, config: RunConfig) -> None:
-        self.workers: list[StageLoop] = []
+        self.workers: dict[int, StageLoop] = {}
         super().__init__(topology, config)
 
     def _start_keepers(self, listener: Listener) -> None:
@@ -47,32 +48,35 @@ class LocalFleet(Fleet):
     def receive(self, timeout_s: float) -> list[Received]:
         deadline = time.monotonic() + timeout_s
         while True:
-            for worker in self.workers:
-                _work(worker)
+            for worker in list(self.workers.values()):
+                self._work(worker)
             messages = super().receive(0)
             if messages or time.monotonic() > deadline:
                 return messages
 
+    @torch.inference_mode()
+    def _work(self, worker: StageLoop) -> None:
+        """All that it can do without waiting: it goes on as long as it has ended a microbatch."""
+        worker.go_round(may_wait=False)
+        while worker.untold is not None:
+            worker.go_round(may_wait=False)
+
     def close(self) -> None:
         super().close()
-        for worker in self.workers:
+        for worker in self.workers.values():
             worker.close()
-        self.workers = []
+        self.workers = {}
 
     def _tell_keeper(self, rank: int, job: control.StartStage) -> None:
+        """A stage in place of the one that there may be."""
+        if rank in self.workers:
+            self.workers.pop(rank).close()
         sources = Sources(self.secret)
+        job = msgspec.structs.replace(job, host="127.0.0.1")
         driver = connect(f"{self.address}{job.control}", sources, "stage")
         driver.send(control.encode(control.StageHello(rank), self.epoch))
         with torch.inference_mode():
-            self.workers.append(StageLoop(job, self.epoch, sources, driver, ModelCompute, 0))
-
-
-@torch.inference_mode()
-def _work(worker: StageLoop) -> None:
-    """All that it can do without waiting: it goes on as long as it has ended a microbatch."""
-    worker.go_round(may_wait=False)
-    while worker.untold is not None:
-        worker.go_round(may_wait=False)
+            self.workers[rank] = StageLoop(job, self.epoch, sources, driver, ModelCompute, 0)
 
 
 def local_llm(folder: str, layers: tuple[int, ...], **options) -> LLM:

@@ -1,0 +1,193 @@
+"""Which stage owes what, and for how long: so one that hangs is found, though nothing ends.
+
+A stage owes the microbatch that is next there, from when all that it needs was there as far as the
+driver has heard. How long it may take is learnt: about as long as such ones took on that stage
+before, by the driver's own clock, and a margin. A machine that gets slow makes that longer; a stage
+that is stopped, or cut off, does not. A stage that owes nothing is asked for a sign of life.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+from pipeserve.core.nouns import Microbatch
+
+_FIRST_S = 60.0
+"""For the first microbatch of all."""
+_FORGET = 0.97
+"""What the longest time of before still counts after each microbatch."""
+_GAP_S = 0.5
+"""A driver that has not looked for so long was busy, or stood still: that time does not count."""
+
+
+class Overdue(NamedTuple):
+    """A stage that has not done what it owes."""
+
+    stage: int
+    index: int | None
+    """The microbatch; None: it owed a sign of life."""
+    late_s: float
+    """Since when it owes it."""
+    usual_s: float
+
+    def __str__(self) -> str:
+        if self.index is None:
+            late = f"{self.late_s:.1f} s"
+            return f"has given no sign of life for {late}; is it stopped, or cut off?"
+        usual = f", where such ones took {self.usual_s:.2g} s" if self.usual_s else ""
+        return (
+            f"has not done microbatch {self.index} within {self.late_s:.1f} s{usual}; is it "
+            "stopped, or cut off?"
+        )
+
+
+class _Due(NamedTuple):
+    index: int
+    work: int
+    since_s: float
+    token_from: int
+    """On the first stage: the microbatch whose tokens it waits for; -1 for none."""
+
+
+class StageWatch:
+    """Of one pipeline. Reads no clock."""
+
+    def __init__(self, num_stages: int, margin_s: float, heartbeat_s: float) -> None:
+        self._margin_s, self._heartbeat_s = margin_s, heartbeat_s
+        self._times = [_Times() for _ in range(num_stages)]
+        self._due: list[deque[_Due]] = [deque() for _ in range(num_stages)]
+        self._asked_s: dict[int, float] = {}
+        """When a stage was asked for a sign of life that it has not given."""
+        self._next_ask_s = 0.0
+        self._completed = -1
+        self._completed_s = 0.0
+        self._looked_s = 0.0
+        self.done = [-1] * num_stages
+        """The last microbatch that each has computed; -1: none yet."""
+
+    def start_again(self, now: float) -> None:
+        """Stages with nothing to do."""
+        for due in self._due:
+            due.clear()
+        self._asked_s.clear()
+        self._next_ask_s = now + self._heartbeat_s / 2
+
+    # ---- what is heard --------------------------------------------------------------------------
+
+    def planned(self, microbatch: Microbatch, now: float) -> None:
+        chunks = microbatch.chunks
+        work = sum((chunk.stop - chunk.start) * (1024 + chunk.stop) for chunk in chunks)
+        source = max((c.token_from for c in chunks if c.token_from is not None), default=-1)
+        self._due[0].append(_Due(microbatch.index, work, now, source))
+
+    def completed(self, index: int, at_s: float) -> None:
+        self._completed, self._completed_s = index, at_s
+
+    def computed(self, stage: int, index: int, at_s: float) -> None:
+        """It may be heard before what the stage ahead of it says of the same microbatch."""
+        self.done[stage] = index
+        self._asked_s.pop(stage, None)
+        due = self._due[stage]
+        if not due or due[0].index != index:
+            return
+        done = due.popleft()
+        self._times[stage].take(done.work, at_s - done.since_s)
+        if due:
+            due[0] = due[0]._replace(since_s=max(due[0].since_s, at_s))
+        self._hand_on(done._replace(since_s=at_s, token_from=-1), stage + 1)
+
+    def _hand_on(self, due: _Due, stage: int) -> None:
+        """To the first stage from there on that has not computed it."""
+        while stage < len(self._due) and self.done[stage] >= due.index:
+            stage += 1
+        if stage < len(self._due):
+            self._due[stage].append(due)
+
+    def answered(self, stage: int) -> None:
+        """It is alive."""
+        self._asked_s.pop(stage, None)
+
+    # ---- now and then ---------------------------------------------------------------------------
+
+    def at(self, stage: int) -> int | None:
+        """The microbatch that it is at; None: it waits."""
+        due = self._ready(stage)
+        return None if due is None else due.index
+
+    def whereabouts(self, stage: int) -> str:
+        """The same, in words, and what it did last."""
+        done, at = self.done[stage], self.at(stage)
+        last = "it had computed nothing" if done < 0 else f"its last microbatch was {done}"
+        return f"{last} and it was idle" if at is None else f"{last}, and it was at {at}"
+
+    def wants_to_ask(self, now: float) -> bool:
+        """Those that owe nothing are to be asked for a sign of life, now."""
+        if now < self._next_ask_s or any(self._due):
+            return False
+        self._next_ask_s = now + self._heartbeat_s / 2
+        for stage in range(len(self._due)):
+            self._asked_s.setdefault(stage, now)
+        return True
+
+    def overdue(self, now: float) -> Overdue | None:
+        """`now`: before the last look at what has come, all of which was told."""
+        gap_s = now - self._looked_s
+        if gap_s > _GAP_S:
+            self._shift(gap_s)
+        self._looked_s = now
+        for stage, asked_s in self._asked_s.items():
+            if now - asked_s > self._heartbeat_s and not self._due[stage]:
+                return Overdue(stage, None, now - asked_s, 0.0)
+        for stage, times in enumerate(self._times):
+            due = self._ready(stage)
+            if due is None:
+                continue
+            usual_s = times.usual_s(due.work)
+            late_s = now - due.since_s
+            margin_s = max(self._margin_s, 1.5 * usual_s)
+            if late_s > (usual_s + margin_s if usual_s else _FIRST_S):
+                return Overdue(stage, due.index, late_s, usual_s)
+        return None
+
+    def _ready(self, stage: int) -> _Due | None:
+        """What the stage could be at."""
+        due = self._due[stage]
+        if not due or due[0].token_from > self._completed:
+            return None
+        if due[0].token_from == self._completed:
+            return due[0]._replace(since_s=max(due[0].since_s, self._completed_s))
+        return due[0]
+
+    def _shift(self, gap_s: float) -> None:
+        for due in self._due:
+            if due:
+                due[0] = due[0]._replace(since_s=due[0].since_s + gap_s)
+        for stage in self._asked_s:
+            self._asked_s[stage] += gap_s
+        self._completed_s += gap_s
+
+
+class _Times:
+    """What microbatches took on one stage, by how much there was to compute."""
+
+    def __init__(self) -> None:
+        self._longest_s: dict[int, float] = {}
+        """Of each power of two of work, fading."""
+
+    def take(self, work: int, seconds: float) -> None:
+        size = work.bit_length()
+        faded_s = self._longest_s.get(size, 0.0) * _FORGET
+        self._longest_s[size] = max(seconds, faded_s)
+
+    def usual_s(self, work: int) -> float:
+        """Rather too long: of a size that was not there yet, what more took, or less in proportion.
+        0 before the first."""
+        size = work.bit_length()
+        if not self._longest_s:
+            return 0.0
+        if size in self._longest_s:
+            return self._longest_s[size]
+        more = [each for each in self._longest_s if each > size]
+        if more:
+            return self._longest_s[min(more)]
+        less = max(self._longest_s)
+        return self._longest_s[less] * 2 ** (size - less)

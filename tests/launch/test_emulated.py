@@ -40,7 +40,7 @@ from pipeserve.profiling.simulation.simulator import Simulation, arrivals_in_ord
 from pipeserve.profiling.simulation.workloads import WorkItem
 from pipeserve.sampling_params import SamplingParams
 from pipeserve.stage.compute import Turn
-from pipeserve.wire import connection
+from pipeserve.wire import connecting
 from pipeserve.wire.control import (
     Launch,
     StageHello,
@@ -198,7 +198,7 @@ def sent(monkeypatch):
     """What is sent to a next stage that nobody listens for."""
     messages = []
     next_stage = SimpleNamespace(send=messages.append)
-    monkeypatch.setattr(connection, "connect", lambda *where: next_stage)
+    monkeypatch.setattr(connecting, "connect", lambda *where: next_stage)
     return messages
 
 
@@ -362,7 +362,7 @@ def test_a_stage_that_cannot_take_an_end_says_why(tmp_path, monkeypatch):
     (tmp_path / "broken_stage.py").write_text(BROKEN_STAGE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     with (
-        Driver(replace(emulated_setup(config_of(max_restarts=1)), module="broken_stage")) as driver,
+        Driver(replace(emulated_setup(config_of(restart=False)), module="broken_stage")) as driver,
         pytest.raises(StageError, match=r"^stage 1\b.*RuntimeError: the device is gone"),
     ):
         run_items(driver, ITEMS, "", map(RequestId, count()))

@@ -208,7 +208,11 @@ class Fleet:
 
     def give_up(self, rank: int, why: str) -> None:
         """Its stage does not do what it owes: lost, as `receive` tells next."""
-        self._happened(Lost(why), rank, time.monotonic(), self._unread)
+        now = time.monotonic()
+        if rank in self._keeper_of:  # is that one there?
+            self._watch.asked(rank, now)
+            self._tell_keeper(rank, control.Heartbeat(now))
+        self._happened(Lost(why), rank, now, self._unread)
 
     def keep(self, received: list[Received]) -> None:
         """What one who waited for something else did not take: `receive` gives it again."""

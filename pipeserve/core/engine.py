@@ -296,7 +296,7 @@ class Engine:
 
     def run_alone(self, request_id: RequestId | None) -> None:
         """Every other request stands aside, whatever it was doing, until this one has ended or the
-        next call says otherwise; None: nobody does. Between `lost` and the next plan."""
+        next call says otherwise; None: nobody does. What is outstanding runs out."""
         self._queues.alone = request_id if request_id in self._states else None
         for state in sorted(self._states.values(), key=lambda state: -state.number):
             self._queues.let_go(state)

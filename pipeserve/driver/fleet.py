@@ -208,7 +208,11 @@ class Fleet:
 
     def give_up(self, rank: int, why: str) -> None:
         """Its stage does not do what it owes: lost, as `receive` tells next."""
-        self._happened(Lost(why), rank, time.monotonic(), self._unread)
+        now = time.monotonic()
+        if rank in self._keeper_of:  # is that one there?
+            self._watch.asked(rank, now)
+            self._tell_keeper(rank, control.Heartbeat(now))
+        self._happened(Lost(why), rank, now, self._unread)
 
     def keep(self, received: list[Received]) -> None:
         """What one who waited for something else did not take: `receive` gives it again."""
@@ -279,8 +283,8 @@ class Fleet:
     def _welcome(
         self, hello: control.KeeperHello, source: Source, at_s: float, came: list[Received]
     ) -> None:
-        if self.config.restart and self._watch.is_silent(hello.rank, at_s):
-            lost = Lost(f"{self.topology.name(hello.rank)}: its keeper was silent, and joins again")
+        if self.config.restart and self._is_missed(hello.rank, at_s):
+            lost = Lost(f"the keeper of {self.topology.name(hello.rank)} was gone, and joins again")
             self._happened(lost, hello.rank, at_s, came)
             self._happened(Gone(), hello.rank, at_s, came)
         why = why_not(hello, self.topology, self.keepers)
@@ -296,6 +300,11 @@ class Fleet:
         if self._jobs:  # it comes again
             self._start.loading.begin_one(hello.rank, at_s)
             self._start_stage(hello.rank)
+
+    def _is_missed(self, rank: int, now: float) -> bool:
+        """A keeper that has joined, and hung up or is silent: another one may take its place."""
+        keeper = self._keeper_of.get(rank)
+        return keeper is not None and (keeper.has_ended or self._watch.is_silent(rank, now))
 
     def _take_in(self, hello: control.StageHello, source: Source, epoch: int) -> None:
         is_ours = 0 <= hello.rank < self.topology.num_ranks and hello.rank not in self._stages

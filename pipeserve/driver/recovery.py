@@ -52,6 +52,8 @@ class Suspects:
         self._engine = engine
         self._kills: Counter[RequestId] = Counter()
         self._alone: RequestId | None = None
+        self._told: RequestId | None = None
+        """Who the engine was told to run alone, last."""
         self._num_tokens: dict[RequestId, int] = {}
         """That each has got since the last loss that it was aboard of."""
 
@@ -91,7 +93,9 @@ class Suspects:
         if self._alone is None:
             worst = (request for request, kills in self._kills.items() if kills >= _MOST_KILLS)
             self._alone = min(worst, default=None)
-        self._engine.run_alone(self._alone)
+        if self._alone != self._told:
+            self._engine.run_alone(self._alone)
+            self._told = self._alone
 
     def forget(self, request: RequestId) -> None:
         """It has ended, or is cleared."""

@@ -99,7 +99,9 @@ class StartProgress:
             )
         ranks = [rank for rank in range(self._topology.num_ranks) if rank in self._keepers]
         unsized = [rank for rank in ranks if rank not in self._sized]
-        loading = unsized or [rank for rank in ranks if rank not in self._loaded]
+        loading = unsized
+        if not (unsized or absent):  # else those that are there wait for the others
+            loading = [rank for rank in ranks if rank not in self._loaded]
         if loading:
             return self._stopped(loading, now)
         missing = [rank for rank in ranks if rank not in self._connected]

@@ -15,6 +15,8 @@ LAST_WORD_S = 2.0
 """How long one that hung up may leave it to others to say why."""
 _MISSED_HEARTBEATS = 5
 """After which a keeper, and its machine, is lost."""
+_SILENT_S = 1.0
+"""Without an answer, after which another keeper of the same rank may take its place."""
 _CLOCK_PING_S = 0.5
 """Between two looks at the clock of another machine."""
 
@@ -70,8 +72,12 @@ class FleetWatch:
         return self._keepers[rank].boot_id != self._boot_id
 
     def is_silent(self, rank: int, now: float) -> bool:
-        """Its keeper should have answered a heartbeat by now."""
-        return now - self._asked_s.get(rank, now) > self._heartbeat_s
+        """Its keeper should have answered a heartbeat by now, which takes it no time."""
+        return now - self._asked_s.get(rank, now) > _SILENT_S
+
+    def asked(self, rank: int, now: float) -> None:
+        """A keeper for a sign of life, out of turn."""
+        self._asked_s.setdefault(rank, now)
 
     # ---- what comes -----------------------------------------------------------------------------
 

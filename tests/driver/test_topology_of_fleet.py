@@ -15,7 +15,7 @@ from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.events import Gone, Joined, Lost, Ready, Sized
 from pipeserve.driver.fleet import Fleet
-from pipeserve.driver.starting import jobs_of
+from pipeserve.driver.starting import StartProgress, jobs_of
 from pipeserve.driver.waiting import wait_for_keepers
 from pipeserve.wire import control
 from pipeserve.wire.connecting import connect
@@ -203,6 +203,29 @@ def test_a_keeper_that_was_gone_comes_back_from_another_address(hand):
     assert joined.rank == 3 and hand.fleet.keepers[3].address == "10.9.9.9"
     epoch, job = hand.next_of("keeper", 3)
     assert (epoch, job.stage, job.work) == (2, 1, b"last")
+
+
+def test_a_keeper_takes_the_place_of_one_that_has_just_hung_up(hand):
+    """Before the driver has made up its mind about that one."""
+    started(hand)
+    hand._who["keeper", 3].close()
+    while not hand.fleet._keeper_of[3].has_ended:
+        hand.fleet.receive(0.01)
+    hand.joins(3, address="10.9.9.9")
+    lost, gone, joined = hand.hear(Lost, Gone, Joined)
+    assert {lost.rank, gone.rank, joined.rank} == {3}
+    assert hand.fleet.keepers[3].address == "10.9.9.9"
+
+
+def test_who_waits_for_an_absent_keeper_is_not_late():
+    keepers = {0: control.KeeperHello(0, 2, "here", "", 0, "")}
+    config = RunConfig(model="any", load_timeout=60.0, join_timeout=300.0)
+    progress = StartProgress(Topology(((0,), (1,))), keepers, config, 100.0)
+    progress.sized(0, control.StageSized(1, 1, ()), 101.0)
+    assert progress.late(390.0) is None
+    rank, lost = progress.late(401.0)
+    assert rank == 1 and lost.is_final
+    assert lost.why.startswith("no keeper of stage 1 has joined again within 300 s")
 
 
 def test_every_rank_starts_its_stage(hand):

@@ -362,7 +362,7 @@ def test_a_stage_that_cannot_take_an_end_says_why(tmp_path, monkeypatch):
     (tmp_path / "broken_stage.py").write_text(BROKEN_STAGE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     with (
-        Driver(replace(emulated_setup(config_of(max_restarts=1)), module="broken_stage")) as driver,
+        Driver(replace(emulated_setup(config_of(restart=False)), module="broken_stage")) as driver,
         pytest.raises(StageError, match=r"^stage 1\b.*RuntimeError: the device is gone"),
     ):
         run_items(driver, ITEMS, "", map(RequestId, count()))

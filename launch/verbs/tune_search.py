@@ -55,7 +55,7 @@ ROUNDS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class TuningGoal:
     """What is tuned for."""
 
     workload: str
@@ -119,7 +119,7 @@ def make_wanted(
     workload: Workload,
     rate: float | None,
     tried: Iterable[Candidate],
-) -> Wanted:
+) -> TuningGoal:
     """The requests that some layout can hold, and the most that any can serve. Raises ConfigError:
     no SLO, no layout with room for the weights, no request that fits."""
     if rate is not None and rate == inf:
@@ -148,7 +148,7 @@ def make_wanted(
             f"--slo-tbt is {config.slo_tbt:g} s, and on no layout is a turn of even the smallest "
             "microbatches as short; give a longer one"
         )
-    return Wanted(
+    return TuningGoal(
         workload=workload.name,
         lengths=lengths,
         priorities=[workload.request_priorities()[number] for number in fitting],
@@ -190,7 +190,7 @@ def _ceiling(setup: SimulatedRun, lengths: Lengths, slo_tbt_s: float) -> float:
 def search(
     config: RunConfig,
     shape: ModelShape,
-    wanted: Wanted,
+    wanted: TuningGoal,
     tried: Sequence[Candidate],
     run: ParallelMap,
     progress: Progress,
@@ -217,7 +217,7 @@ def search(
 
 
 def measure(
-    config: RunConfig, shape: ModelShape, wanted: Wanted, effort: Effort, candidate: Candidate
+    config: RunConfig, shape: ModelShape, wanted: TuningGoal, effort: Effort, candidate: Candidate
 ) -> Found | None:
     """What the candidate gives; None where it has no room for the weights or for a request, or its
     policy cannot work within its limits."""

@@ -69,9 +69,8 @@ def test_how_far_in_words():
 def test_who_waits_for_the_others_to_say_what_they_take_has_not_stopped():
     """And has all of its time once they have."""
     names = control.KeeperHello(0, 2, "here", "", 0, "")
-    start = StartProgress(
-        Topology(((0,), (1,))), {0: names, 1: names}, load_timeout_s=10.0, now=0.0
-    )
+    config = run_config("model", load_timeout=10.0)
+    start = StartProgress(Topology(((0,), (1,))), {0: names, 1: names}, config, now=0.0)
     size = control.StageSized(0, 0, ())
     assert not start.sized(0, size, 1.0)
     start.loading.moved(1, 9, 5.0)  # it still imports

@@ -135,7 +135,7 @@ def test_a_late_link_between_three_stages_is_idle_time_of_all(small):
 
 def test_a_stage_that_hangs_and_is_killed_is_a_fault(small, small_stages):
     plant = WAITS["a stage hangs and is killed"]
-    with Stages(small, 2, **SMALL_LIMITS) as stages:
+    with Stages(small, 2, **SMALL_LIMITS, restart=False, hang_timeout=5.0) as stages:
         recording = stages.record(plant.planted)
     (fault,) = recording.faults
     assert fault.stage == 1 and "SIGKILL" in fault.reason
@@ -144,7 +144,7 @@ def test_a_stage_that_hangs_and_is_killed_is_a_fault(small, small_stages):
 
 
 def test_a_stage_killed_at_work_leaves_what_was_told(small):
-    with Stages(small, 2, **SMALL_LIMITS) as stages:
+    with Stages(small, 2, **SMALL_LIMITS, restart=False) as stages:
         recording = stages.record(replace(MANY_STEPS, killed=(1, 200, 0.0)))
     (fault,) = recording.faults
     assert fault.stage == 1

@@ -28,7 +28,7 @@ MAY_SEE = {
     "stages.config": {"errors"},
     "stages.attention": {"stages.config"},
     "stages.backends": {"errors", "stages.attention", "stages.config"},
-    "stages.backends.cpu": {"machine", "stages.attention", "stages.backends", "stages.config"},
+    "stages.backends.cpu": {"machine", "stages.attention", "stages.backends"},
     "stages.layers": {"stages.attention", "stages.backends", "stages.config"},
     "stages.families": {
         "errors",

@@ -35,6 +35,9 @@ HeadNorms = Sequence[Callable[[Tensor], Tensor]]
 class Backend:
     """Of one stage, on one device. Keeps nothing of a microbatch."""
 
+    turns_keys = False
+    """Whether its attention likes the keys of a block dimension by dimension (`KVCache`)."""
+
     def __init__(
         self, device: str | torch.device = "cpu", attention: Attention | None = None
     ) -> None:
@@ -72,6 +75,7 @@ class Backend:
             block_size=block_size,
             dtype=dtype,
             device=self.device,
+            turned=self.turns_keys,
         )
 
     def kv_block_bytes(

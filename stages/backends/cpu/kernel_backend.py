@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from pipeserve.stages.attention.inputs import StageInputs
-from pipeserve.stages.attention.kv import KVCache, PoolLayer
+from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.backends.backend import Backend, HeadNorms, Rotation
 from pipeserve.stages.backends.cpu import elementwise
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, write
 from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16
 from pipeserve.stages.backends.cpu.products import PackedWeight
-from pipeserve.stages.config.model_config import ModelConfig
 
 
 class KernelBackend(Backend):
@@ -19,6 +18,8 @@ class KernelBackend(Backend):
 
     One thread computes: a stage with several does better by PyTorch.
     """
+
+    turns_keys = True
 
     def __init__(self) -> None:
         super().__init__("cpu", KernelAttention())
@@ -32,25 +33,6 @@ class KernelBackend(Backend):
     def place_bias(self, bias_O: Tensor) -> Tensor:
         """With zeros behind it in memory, up to a whole panel of outputs."""
         return PackedWeight.padded(bias_O)
-
-    def make_kv(
-        self,
-        config: ModelConfig,
-        *,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-    ) -> KVCache:
-        return KVCache(
-            config,
-            num_layers=num_layers,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            dtype=dtype,
-            device=self.device,
-            turned=True,
-        )
 
     def linear(
         self,

@@ -63,8 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = None,
 ) -> None:
+    """`local_rank`: DeepSpeed's launcher puts it ahead of the verb, and says it in the environment,
+    too."""
     if version:
         print(pipeserve.__version__)
         raise typer.Exit

@@ -82,6 +82,7 @@ def test_no_job(environment):
 
 
 def test_slurms_lists():
+    """NVIDIA/enroot#93: `1(x2)` was read as a number."""
     hosts = {"a": "a", "a,b": "a", "gpu[03-12,15],x": "gpu03", "n[7]": "n7", "n[1-2]-ib": "n1-ib"}
     assert {given: first_host(given) for given in hosts} == hosts
     assert expand_counts("2(x3),1") == [2, 2, 2, 1]
@@ -126,6 +127,7 @@ def test_several_machines_need_a_secret(monkeypatch):
 
 
 def test_the_leader_listens_where_others_reach_it(monkeypatch):
+    """pytorch#73656, pytorch#76367: the leader's own idea of its name is not the others'."""
     monkeypatch.setenv(VARIABLE, "known")
     monkeypatch.setattr(socket, "getaddrinfo", _addresses({"leader": ["127.0.1.1", "10.9.9.9"]}))
     monkeypatch.setattr("pipeserve.launch.job.addresses._is_own", lambda one: one == "10.9.9.9")
@@ -200,6 +202,13 @@ def test_flags_that_are_wrong(flags, said, monkeypatch, capsys):
     assert cli.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
+def test_launchers_that_pass_the_local_rank(flag, capsys):
+    """DeepSpeed#1291: scripts that do not know the argument end by it."""
+    assert cli.main([flag, "serve", "--help"]) == 0
+    assert "--nnodes" in capsys.readouterr().out
 
 
 def test_an_environment_that_makes_no_sense(monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """Two hosts, two stages on each, one command a host: by every launcher the tokens of one process,
 and no process is left behind, however the job ends.
 
-    python bench/launchers.py [hand torchrun mpirun deepspeed] [--ending done int term rank leader]
+    python bench/launchers.py [hand torchrun mpirun ...] [--ending done int term rank leader]
 
 The hosts are network namespaces (hosts.py), which takes root, and of Debian openmpi-bin,
 openssh-server and pdsh; what is missing is said, and not run. A job is done; or the launcher gets
@@ -80,8 +80,21 @@ def deepspeed(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
     return [(hosts[0], [str(BESIDE / "deepspeed"), "--hostfile", str(hostfile), "--module", *verb])]
 
 
+def by_interface(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
+    """By hand, over the second network: the first one, which names lead to, is unplugged."""
+    for host in hosts:
+        host.pull_cable(0)
+    words = [sys.executable, "-m", *verb, "--nnodes", "2", "--interface", "eth1"]
+    leaders = (hosts[0].name, hosts[0].addresses[1])
+    return [
+        (host, [*words, "--node-rank", str(rank), "--master-addr", leaders[rank]])
+        for rank, host in enumerate(hosts)
+    ]
+
+
 LAUNCHERS = {
     "hand": Launcher((), by_hand),
+    "interface": Launcher((), by_interface),
     "torchrun": Launcher((str(BESIDE / "torchrun"),), torchrun),
     "mpirun": Launcher(("mpirun", "sshd"), mpirun, takes_ssh=True),
     "deepspeed": Launcher((str(BESIDE / "deepspeed"), "pdsh", "sshd"), deepspeed, takes_ssh=True),
@@ -148,7 +161,7 @@ def tokens_in(out: str) -> list[list[int]]:
 
 def tried(launcher: Launcher, model: str, ending: str, expected: list[list[int]]) -> str:
     """What went wrong; empty: nothing."""
-    with tempfile.TemporaryDirectory() as name, Hosts("left", "right") as both:
+    with tempfile.TemporaryDirectory() as name, Hosts("left", "right", networks=2) as both:
         folder, hosts = Path(name), list(both)
         with ssh_between(hosts, folder) if launcher.takes_ssh else contextlib.nullcontext():
             mine = [host.running().keys() for host in hosts]

@@ -84,7 +84,7 @@ def fault(load: Load, draw: random.Random) -> tuple[str, float, float]:
         load.step()
     driver = load.driver
     stage, kind = draw.randrange(STAGES), draw.choice([signal.SIGKILL, signal.SIGSTOP])
-    num_losses = driver.num_losses[stage]
+    num_losses = driver.losses.counts[stage]
     began_s = time.monotonic()
     os.kill(driver.stages[stage].pid, kind)
     named_s = None
@@ -92,9 +92,9 @@ def fault(load: Load, draw: random.Random) -> tuple[str, float, float]:
         load.refill()
         num_tokens = load.step()
         now = time.monotonic()
-        if named_s is None and driver.num_losses[stage] > num_losses:
+        if named_s is None and driver.losses.counts[stage] > num_losses:
             named_s = now - began_s
-        if named_s is not None and not driver.trouble and num_tokens:
+        if named_s is not None and not driver.losses.trouble and num_tokens:
             return f"{kind.name} of stage {stage}", named_s, now - began_s
         if now - began_s > LONGEST_S:
             raise SystemExit(f"{kind.name} of stage {stage}: not over after {LONGEST_S:g} s")
@@ -131,7 +131,7 @@ def main() -> int:
             )
         load.drain()
         num_blocks_left = driver.limits.num_blocks - driver.engine.num_free_blocks
-        num_losses = sum(driver.num_losses)
+        num_losses = sum(driver.losses.counts)
     with Driver(checkpoint_setup(config)) as driver:
         undisturbed = Load(driver, options.seed)
         while len(undisturbed.tokens) < len(load.tokens):

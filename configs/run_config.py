@@ -140,8 +140,8 @@ class RunConfig:
     )
     heartbeat_interval: float = _option(
         2.0,
-        "Seconds between heartbeats of a keeper, of which one that misses five is lost; and for "
-        "which an idle stage may give no sign of life.",
+        "Seconds within which a keeper, its machine, or an idle stage that gives no sign of life any "
+        "more is found; each is asked four times in that.",
         over=0,
     )
 

@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import msgspec
 
 from pipeserve.machine import boot_id, native_dtypes, num_cpus
+from pipeserve.stage.vital_signs import VitalSigns, vital_signs
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Heartbeat, NotWanted, StartStage, Stop
@@ -142,7 +142,7 @@ class Keeper:
                 self.exit_code = 2
             case Heartbeat():
                 now = time.monotonic()
-                self._tell(control.HeartbeatAnswer(message.sent_s, now, self._num_moved()))
+                self._tell(control.HeartbeatAnswer(message.sent_s, now, *self._signs()))
 
     def _start(self, job: StartStage, epoch: int) -> None:
         """In place of the stage that there may be, whatever that is doing: the driver has given it
@@ -168,16 +168,11 @@ class Keeper:
         self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
         self.stage_ended = Descriptor(self.stage_pidfd, self.sources, "stage's end")
 
-    def _num_moved(self) -> int:
-        """Bytes that the stage has read and written, from memory or disk."""
+    def _signs(self) -> VitalSigns:
+        """Of the stage."""
         if self.stage is None or self.stage_ended is None:
-            return 0
-        try:
-            lines = Path(f"/proc/{self.stage.pid}/io").read_text("ascii").splitlines()
-        except OSError:  # it is ending, or may not be looked at
-            return 0
-        counts = dict(line.split(": ") for line in lines)
-        return sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes"))
+            return VitalSigns()
+        return vital_signs(self.stage.pid)
 
     def _report_exit(self) -> None:
         self._end_stage()

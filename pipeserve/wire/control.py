@@ -128,7 +128,10 @@ class HeartbeatAnswer(_Message):
     remote_s: float
     """By the keeper's."""
     num_moved: int
-    """Bytes that its stage's process has read and written so far, as the kernel counts them."""
+    """Of its stage's process, this and all below: what the kernel says (`stage/vital_signs.py`)."""
+    ran_s: float
+    stood_s: float
+    state: str
 
 
 class StageExited(_Message):

@@ -1,10 +1,10 @@
 """The processes of one pipeline as the driver sees them: keepers and stages, each over a connection
 of its own to one port.
 
-Keepers are started here (`spawn`) or by torchrun and its kind (`external`); after that the two are
-the same. `receive` gives what they say and what happens to them (`events.py`), in order; the driver
-decides what comes of it, and waits for what it needs (`waiting.py`). What strangers do costs their
-own connection. `close` leaves no process behind.
+Keepers are started here (`spawn`) or by others, such as the processes of a launched job
+(`external`); after that the two are the same. `receive` gives what they say and what happens to
+them (`events.py`), in order; the driver decides what comes of it, and waits for what it needs
+(`waiting.py`). What strangers do costs their own connection. `close` leaves no process behind.
 
 By rank (`core/topology.py`), and in epochs: each start of the stages begins a fresh one, and what
 is said of an old one is dropped.
@@ -21,7 +21,7 @@ from pipeserve.driver.events import FleetEvent, Gone, Joined, Lost, Ready, Recei
 from pipeserve.driver.joining import why_not
 from pipeserve.driver.members import Members
 from pipeserve.driver.port import Heard, Port
-from pipeserve.driver.spawned_keepers import SpawnedKeepers
+from pipeserve.driver.spawned_keepers import OwnRanks, SpawnedKeepers
 from pipeserve.driver.starting import StartProgress, links_of
 from pipeserve.driver.watching import FleetWatch
 from pipeserve.wire import control
@@ -41,7 +41,7 @@ class Fleet:
         self, topology: Topology, config: RunConfig, spawned: SpawnedKeepers | None = None
     ) -> None:
         """Listen for keepers and stages at `config.control`, by default a free port of this
-        machine; with launcher "spawn", start the keepers, as `spawned` does it.
+        machine; unless the launcher is external, start the keepers, as `spawned` does it.
 
         Raises ConfigError when the address is busy, or reached from beyond this machine without a
         secret.
@@ -78,9 +78,9 @@ class Fleet:
         self.address = self._port.address
         """To all machines."""
         try:
-            if config.launcher == "spawn":
-                here = self._port.address_here
-                self._spawned.start(topology.num_ranks, here, self.secret)
+            if config.launcher != "external":
+                ranks = OwnRanks.all(topology.num_ranks)
+                self._spawned.start(ranks, self._port.address_here, self.secret)
         except BaseException:
             self.close()
             raise

@@ -18,6 +18,7 @@ from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.events import Received
 from pipeserve.driver.fleet import Fleet
+from pipeserve.driver.spawned_keepers import OwnRanks
 from pipeserve.machine import boot_id, native_dtypes
 from pipeserve.stage.compute import Compute, Tell
 from pipeserve.stage.loop import StageLoop
@@ -102,11 +103,11 @@ class LocalKeepers:
         self._compute_of, self._boot_ids = compute_of, boot_ids
         self.all: list[LocalKeeper] = []
 
-    def start(self, num_ranks: int, address: str, secret: bytes) -> None:
-        for rank in range(num_ranks):
+    def start(self, own: OwnRanks, address: str, secret: bytes) -> None:
+        for rank in own.ranks:
             hello = control.KeeperHello(
                 rank,
-                num_ranks,
+                own.num_ranks,
                 host="here",
                 address="10.0.0.1" if rank in self._boot_ids else "127.0.0.1",
                 pid=0,
@@ -130,7 +131,7 @@ class LocalKeepers:
 class NoKeepers:
     """The `SpawnedKeepers` of a fleet whose keepers the test itself plays, or has none."""
 
-    def start(self, num_ranks: int, address: str, secret: bytes) -> None: ...
+    def start(self, own: OwnRanks, address: str, secret: bytes) -> None: ...
 
     def start_again(self, rank: int) -> None: ...
 

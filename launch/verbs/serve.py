@@ -24,6 +24,8 @@ from pipeserve.wire.listener import is_loopback
 
 _KEY_VARIABLE = "PIPESERVE_API_KEY"
 _LOOK_S = 0.05
+_ONE_PRESS_S = 1.0
+"""Two signals within are one: what runs the server may hand on what reached both of them."""
 _LAST_WORDS_S = 5.0
 """In which answers that are made have to be read, at the end."""
 
@@ -40,16 +42,22 @@ def serve(run_config: RunConfig, options: ServerOptions) -> int:
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM: the first asks for a graceful end, the second does not wait for it."""
+    """Ctrl-C, SIGTERM and a terminal that closes: the first asks for a graceful end, the second does
+    not wait for it."""
 
     def __init__(self) -> None:
         self.ending, self.at_once = asyncio.Event(), asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._came)
+        self._loop = asyncio.get_running_loop()
+        self._asked_s = 0.0
+        """When the first came."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._loop.add_signal_handler(number, self._came)
 
     def _came(self) -> None:
-        if self.ending.is_set():
+        if not self.ending.is_set():
+            self._asked_s = self._loop.time()
+        elif self._loop.time() - self._asked_s > _ONE_PRESS_S:
             self.at_once.set()
         self.ending.set()
 
@@ -114,6 +122,8 @@ async def _listen(
     else:
         await _drain(service, options, signals)
     server.end(_LAST_WORDS_S)
+    await _first_of(serving, signals.at_once)
+    server.end(0.0)
     await serving
     return exit_code
 

@@ -7,10 +7,11 @@ local socket; all text is made on this side of it.
 import asyncio
 import contextlib
 import secrets
+import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -39,6 +40,20 @@ class DriverJob(msgspec.Struct, frozen=True):
     config: RunConfig
     address: str
     secret: bytes
+
+
+@contextlib.contextmanager
+def _endings_blocked() -> Iterator[None]:
+    """What is started meanwhile, and what that starts, is not ended by these signals, from its first
+    moment on. A terminal's Ctrl-C and a supervisor's SIGTERM come to all processes, and it is the
+    server that they are meant for: the others are there until it has drained."""
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Late(Exception):
@@ -132,7 +147,8 @@ class Pipeline:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sources.fileno(), self._read)
         job = encode_job(DriverJob(config, listener.address, self._sources.secret))
-        self._process = subprocess.Popen(program, stdin=subprocess.PIPE)
+        with _endings_blocked():
+            self._process = subprocess.Popen(program, stdin=subprocess.PIPE)
         self._process.stdin.write(job)
         self._process.stdin.close()
         self._tasks = [loop.create_task(self._sweep()), loop.create_task(self._wait_for_end())]

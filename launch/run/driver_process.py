@@ -1,5 +1,5 @@
 """The process of a server's driver: `python -m pipeserve.launch.run.driver_process`, with its job
-on standard input (`server/pipeline.py`). It ends when the server does, and by no signal but SIGKILL.
+on standard input (`server/pipeline.py`). It ends when the server does, and by no signal.
 """
 
 import gc

@@ -42,8 +42,8 @@ def serve(run_config: RunConfig, options: ServerOptions) -> int:
 
 
 class _Signals:
-    """Ctrl-C, SIGTERM and a terminal that closes: the first asks for a graceful end, the second does
-    not wait for it."""
+    """Ctrl-C, SIGTERM and a terminal that closes: the first asks for a graceful end, the second
+    does not wait for it."""
 
     def __init__(self) -> None:
         self.ending, self.at_once = asyncio.Event(), asyncio.Event()

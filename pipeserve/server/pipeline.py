@@ -44,9 +44,9 @@ class DriverJob(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def _endings_blocked() -> Iterator[None]:
-    """What is started meanwhile, and what that starts, is not ended by these signals, from its first
-    moment on. A terminal's Ctrl-C and a supervisor's SIGTERM come to all processes, and it is the
-    server that they are meant for: the others are there until it has drained."""
+    """What is started meanwhile, and what that starts, is not ended by these signals, from its
+    first moment on. A terminal's Ctrl-C and a supervisor's SIGTERM come to all processes, and it is
+    the server that they are meant for: the others are there until it has drained."""
     before = signal.pthread_sigmask(
         signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     )

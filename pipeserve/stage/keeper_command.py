@@ -3,8 +3,8 @@
     python -m pipeserve.launch.keeper --control HOST:PORT                    (RANK, WORLD_SIZE set)
     torchrun --nproc-per-node 2 -m pipeserve.launch.keeper --control HOST:PORT
 
-It ends when the driver says so (exit code 0), is gone (1) or will not have it (2). SIGTERM and SIGINT
-come to all processes of a service, and its server may have requests to finish: see `Endings`.
+It ends when the driver says so (exit code 0), is gone (1) or will not have it (2). SIGTERM and
+SIGINT come to all processes of a service, and its server may have requests to finish: `Endings`.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pipeserve.errors import ConfigError
 from pipeserve.stage.keeper import Keeper
 from pipeserve.wire.listener import is_loopback
 from pipeserve.wire.secret import control_secret
-
 
 _ONE_PRESS_S = 1.0
 """What comes within is one and the same: a launcher hands on what reaches its processes anyway."""

@@ -8,11 +8,11 @@ nothing. In each round so many requests of new random ids are asked for at once,
     http      `pipeserve serve`, each a stream of its own, this process being the client;
     no text   the server's driver alone, as the server speaks to it: ids come, and nothing is made
               of them.
-Rounds go forwards and backwards in turn. Tokens/s are from asking to the last token, TTFT is from asking
-to a first token; ratios are of neighbours, and their median counts. CPU seconds
-are of each process, so that work of others on the machine matters little; the stages' are told,
-too: what the rest takes of their cores they take longer for. Planning is what the driver's records
-say of each microbatch (from where it begins to plan until its messages are sent), by the clock.
+Rounds go forwards and backwards in turn. Tokens/s are from asking to the last token, TTFT is from
+asking to a first token; ratios are of neighbours, and their median counts. CPU seconds are of each
+process, so that work of others on the machine matters little; the stages' are told, too: what the
+rest takes of their cores they take longer for. Planning is what the driver's records say of each
+microbatch, from where it begins to plan until its messages are sent, by the clock.
 """
 
 import argparse
@@ -162,10 +162,9 @@ class NoText:
         silent = [Silent(self._request(item)) for item in items]
         ttft_s, num_tokens = [], 0
         with self._pipeline.submit(silent) as stream:
-            async for delta in stream:
-                num_tokens += 1
-                if delta.begins:
-                    ttft_s.append(time.monotonic() - start_s)
+            async for deltas in stream:
+                num_tokens += len(deltas)
+                ttft_s += [time.monotonic() - start_s for delta in deltas if delta.begins]
         return num_tokens, time.monotonic() - start_s, ttft_s
 
     def _request(self, item: WorkItem) -> Request:
@@ -179,6 +178,7 @@ class Silent:
     class Delta:
         def __init__(self, output: Any) -> None:
             self.finish_reason, self.begins = output.finish_reason, output.begun is not None
+            self.error = None
             self.token_ids = (output.token,)
 
     def __init__(self, request: Request) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -9,6 +10,8 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import uvloop
 
 from pipeserve.configs import RunConfig
 from pipeserve.errors import ConfigError
@@ -38,7 +41,8 @@ def serve(run_config: RunConfig, options: ServerOptions) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     with contextlib.ExitStack() as closing:
         sockets = [closing.enter_context(each) for each in bound_sockets(options)]
-        return asyncio.run(_serve(run_config, options, keys, sockets))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(run_config, options, keys, sockets))
 
 
 class _Signals:
@@ -85,6 +89,8 @@ async def _serve(
     service = None
     try:
         service = Service(pipeline, options)
+        gc.collect()
+        gc.freeze()  # what there is now stays: to walk through all of it would stop every stream
         return await _listen(service, options, names, keys, sockets, signals)
     finally:
         if service is not None:

@@ -20,9 +20,9 @@ from pipeserve.frontend.prompt_forms import plain_messages
 from pipeserve.frontend.request_maker import RequestMaker
 from pipeserve.sampling_params import SamplingParams
 from pipeserve.server.openai.bodies import ChatBody, TokenizeBody
-from pipeserve.server.openai.errors import ApiError, bad
+from pipeserve.server.openai.errors import ApiError, bad, failed
 from pipeserve.server.options import ServerOptions
-from pipeserve.server.pipeline import Late, Pipeline, Stream
+from pipeserve.server.pipeline import Failed, Late, Pipeline, Stream
 
 _RETRY_S = 1
 _MOST_LETTERS = 1 << 16
@@ -175,6 +175,8 @@ class Service:
                 if self.options.request_timeout:
                     stream.end_in(self.options.request_timeout)
                 yield stream, prompts
+        except Failed as error:
+            raise failed(str(error)) from None
         except Late:
             raise ApiError(
                 504,

@@ -18,6 +18,7 @@ FRONT_DOOR = "pipeserve"
 MAY_SEE = {
     "errors": set(),
     "cgroups": set(),
+    "cpus": set(),
     "machine": {"cgroups"},
     "sampling_params": set(),
     "core": {"errors", "sampling_params"},
@@ -56,6 +57,7 @@ MAY_SEE = {
     },
     "stage": {
         "errors",
+        "cpus",
         "machine",
         "core",
         "configs",

@@ -18,7 +18,7 @@ from pipeserve.stage.sequences import Sequence
 from pipeserve.stage.serve import serve
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
 from pipeserve.stages.checkpoint.weights import load_weights
-from pipeserve.stages.devices import make_backend
+from pipeserve.stages.devices import best_num_threads, make_backend
 from pipeserve.stages.families import read_config
 from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
 from pipeserve.stages.stage import Stage
@@ -53,6 +53,8 @@ class ModelCompute:
         self.config = read_config(share.model_folder)
         self.dtype = getattr(torch, share.dtype)
         self.kv_dtype = getattr(torch, share.kv_dtype)
+        most_threads = torch.get_num_threads()
+        torch.set_num_threads(best_num_threads(share.device, share.attention, most_threads))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.model = Stage(
             self.config,

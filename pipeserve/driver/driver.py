@@ -209,7 +209,8 @@ class Driver:
                     self._num_spans_due -= 1
                     self._watch.computed(span.stage, span.index, received.at_s)
                     self.journal.computed(span)
-                    self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
+                    ready_s = max(span.plan_s, span.input_s)
+                    self.engine.observe(span.index, span.stage, ready_s, span.start_s, span.end_s)
                 case control.HeartbeatAnswer(sent_s, remote_s):  # of another machine
                     if self.topology.speaks(received.rank):
                         stage = self.topology.stage_of(received.rank)

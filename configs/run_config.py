@@ -43,7 +43,8 @@ class RunConfig:
     )
     pipeline_window: int | None = _option(
         None,
-        "Microbatches in flight, one that is planned ahead not counted; by default one a stage.",
+        "Microbatches in flight, one that is planned ahead not counted; by default one a stage, "
+        "and as many more as slow links ask for.",
         least=1,
     )
     dtype: str = _option(

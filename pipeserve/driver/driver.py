@@ -199,7 +199,8 @@ class Driver:
                     self._num_spans_due -= 1
                     self._watch.computed(span, received.at_s)
                     self.journal.computed(span)
-                    self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
+                    ready_s = max(span.plan_s, span.input_s)
+                    self.engine.observe(span.index, span.stage, ready_s, span.start_s, span.end_s)
                 case control.HeartbeatAnswer() if self.topology.speaks(received.rank):
                     self._hear_of(received)
                 case control.Heartbeat():

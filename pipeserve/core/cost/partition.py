@@ -17,12 +17,13 @@ def plan_pipeline(
 ) -> PipelinePlan:
     """The split that the user listed, or the one that evens out predicted work in microbatches of
     `num_tokens` tokens; `window` microbatches may be outstanding, by default as many as there are
-    stages. Raises ConfigError for a split that does not fit the model."""
+    stages, and more where the links are slow. Raises ConfigError for a split that does not fit the
+    model."""
     if counts is not None:
         plan = split_explicitly(shape.num_layers, num_stages, counts)
     else:
         plan = split_layers(shape.num_layers, num_stages, head_cost=_head_cost(shape, num_tokens))
-    return plan if window is None else replace(plan, window=window)
+    return replace(plan, window=window or plan.window, window_follows=window is None)
 
 
 def _head_cost(shape: ModelShape, num_tokens: int) -> float:

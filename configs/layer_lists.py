@@ -1,8 +1,8 @@
 """The layers of each stage as users write them: a list of ours, or Megatron-LM's layout string.
 
-A layout (`--pipeline-model-parallel-layout` there) names what each stage holds: E the embedding, t a
-decoder layer, L the loss, which is our head; | ends a stage, *N repeats a letter or what stands in
-parentheses, commas are for the reader. `Et*16|t*14L` is 16,14.
+A layout (`--pipeline-model-parallel-layout` there) names what each stage holds: E the embedding, t
+a decoder layer, L the loss, which is our head; | ends a stage, *N repeats a letter or what stands
+in parentheses, commas are for the reader. `Et*16|t*14L` is 16,14.
 """
 
 import re
@@ -17,8 +17,8 @@ _LETTERS = {"E": "the embedding", "t": "a layer", "L": "the head"}
 
 
 def parse_layers(layers: object) -> object:
-    """ "16,14", [16, 14] or a layout as (16, 14), "auto" as it is; what is none of these is left for
-    RunConfig to refuse. Raises ConfigError for a layout that cannot be."""
+    """ "16,14", [16, 14] or a layout as (16, 14), "auto" as it is; what is none of these is left
+    for RunConfig to refuse. Raises ConfigError for a layout that cannot be."""
     if isinstance(layers, Sequence) and not isinstance(layers, str):
         return tuple(layers)
     if not isinstance(layers, str):
@@ -50,14 +50,16 @@ def parse_layout(text: str) -> tuple[int, ...]:
 
 
 def _unrolled(text: str, written: str) -> str:
-    """Without repetitions: first those of parentheses, which do not nest, then those of a letter."""
+    """Without repetitions: first those of parentheses, which do not nest, then of a letter."""
     for pattern in (r"\(([^()]*)\)\*(\d{1,9})", r"([^*()])\*(\d{1,9})"):
         num = sum(len(part) * int(times) for part, times in re.findall(pattern, text))
         if num > _MOST_LETTERS:
             _refuse(written, f"it has over {_MOST_LETTERS} letters")
         text = re.sub(pattern, lambda found: found[1] * int(found[2]), text)
     if re.search(r"[*()]", text):
-        _refuse(written, "*N has to follow a letter or (...), and parentheses have no others inside")
+        _refuse(
+            written, "*N has to follow a letter or (...), and parentheses have no others inside"
+        )
     return text
 
 

@@ -69,9 +69,9 @@ def write_recipe(config: RunConfig, always: Collection[str], comment: str) -> st
 def make_config(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
     """A RunConfig of `recipe`'s values with those of `overrides` in their place.
 
-    Does not modify either. `pipeline_layers` may be a list or text (`layer_lists.py`). What the recipe says of
-    stages or of a policy that `overrides` replaces is left out where the new one cannot take it.
-    Raises ConfigError.
+    Does not modify either. `pipeline_layers` may be a list or text (`layer_lists.py`). What the
+    recipe says of stages or of a policy that `overrides` replaces is left out where the new one
+    cannot take it. Raises ConfigError.
     """
     values = {**_still_meant(recipe, overrides), **overrides}
     check_keys(values, [item.name for item in fields(RunConfig)])

@@ -38,6 +38,7 @@ MAY_SEE = {
         "stages.layers",
     },
     "stages": {
+        "core",
         "errors",
         "sampling_params",
         "stages.attention",
@@ -65,6 +66,7 @@ MAY_SEE = {
         "stages.attention",
         "stages.checkpoint",
         "stages.families",
+        "cgroups",
     },
     "driver": {
         "errors",

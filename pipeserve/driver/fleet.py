@@ -135,7 +135,7 @@ class Fleet:
         self._start = StartProgress(self.topology, self.keepers, self.config, now)
         for rank, stage in self._stages.items():
             if rank not in dead:
-                stage.send(control.encode(control.Renew(), self.epoch))
+                stage.send(control.encode(control.Renew(jobs[rank].work), self.epoch))
         for rank in dead:
             self._start_stage(rank)
 
@@ -240,7 +240,13 @@ class Fleet:
         if epoch != self.epoch:
             return
         match message:
-            case control.Sampled() | control.Timing() | control.Memory() | control.Heartbeat():
+            case (
+                control.Sampled()
+                | control.Timing()
+                | control.Memory()
+                | control.Examined()
+                | control.Heartbeat()
+            ):
                 came.append(Received(message, rank, at_s, epoch))
             case control.Loading():
                 self._start.loading.take(rank, message, at_s)
@@ -316,7 +322,8 @@ class Fleet:
         self._stages[hello.rank] = source
         self._rank_of[source] = hello.rank
         if epoch != self.epoch:  # another one was lost meanwhile
-            source.send(control.encode(control.Renew(), self.epoch))
+            renew = control.Renew(self._jobs[hello.rank].work)
+            source.send(control.encode(renew, self.epoch))
 
     def _check(self, came: list[Received]) -> None:
         """Who is still there; and ask, for the next time."""

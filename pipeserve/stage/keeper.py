@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from pipeserve.machine import boot_id, native_dtypes, num_cpus
+from pipeserve.machine import boot_id, fingerprint, native_dtypes, num_cpus
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Heartbeat, NotWanted, StartStage, Stop
@@ -116,6 +116,7 @@ class Keeper:
             pid=os.getpid(),
             boot_id=boot_id(),
             native_dtypes=native_dtypes(),
+            device=fingerprint(*_local_place(self.rank, self.world_size)),
         )
 
     # ---- once it has joined ---------------------------------------------------------------------

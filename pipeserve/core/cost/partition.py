@@ -4,7 +4,7 @@ take."""
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeserve.core.cost.cut import Room, StageParts, best_cut
+from pipeserve.core.cost.cut import StageParts, best_cut
 from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.shape import ModelShape
@@ -22,43 +22,45 @@ def plan_pipeline(
     counts: Sequence[int] | None,
     num_tokens: int,
     window: int | None = None,
-    profile: DeviceProfile | None = None,
-    tensor_parallel_size: int = 1,
+    parts: Sequence[StageParts] | None = None,
 ) -> PipelinePlan:
-    """The split that the user listed, or the one that evens out predicted work in microbatches of
-    `num_tokens` tokens, by the device's profile where there is one; `window` microbatches may be
-    outstanding, by default as many as there are stages. Raises ConfigError for a split that does
-    not fit the model."""
+    """The split that the user listed, or the one that evens out what stages take: `parts`, or else
+    operations of microbatches of `num_tokens` tokens; `window` microbatches may be outstanding, by
+    default as many as there are stages. Raises ConfigError for a split that does not fit the
+    model."""
     if counts is not None:
         plan = split_explicitly(shape.num_layers, num_stages, counts)
-    elif profile is not None:
-        work = usual_work(num_tokens, shape.max_position_embeddings)
-        parts = parts_by_profile(profile, shape, num_stages, work, tensor_parallel_size)
-        plan = split_by_time(parts)
     else:
-        plan = split_by_time(parts_by_operations(shape, num_stages, num_tokens))
+        plan = split_by_time(parts or parts_by_operations(shape, num_stages, num_tokens))
     return plan if window is None else replace(plan, window=window)
 
 
 def usual_work(num_tokens: int, max_model_len: int) -> Work:
     """A microbatch that stands for what serving does: a prompt's chunk, and decodes for every sixth
     token. That is ShareGPT's share: prompts of 2340 tokens and outputs of 439 on average."""
-    num_decodes = max(num_tokens // 6, 1)
-    num_prompt = max(min(num_tokens - num_decodes, max_model_len), 0)
-    prefills = ((0, num_prompt),) if num_prompt > 1 else ()
-    num_decodes = num_tokens - (num_prompt if prefills else 0)
+    num_prompt = min(num_tokens - max(num_tokens // 6, 1), max_model_len)
+    if num_prompt < 2:  # what has one position is a decode
+        return decodes(num_tokens, max_model_len)
+    beside = decodes(num_tokens - num_prompt, max_model_len)
+    return beside._replace(num_tokens=num_tokens, prefills=((0, num_prompt),))
+
+
+def decodes(num: int, max_model_len: int) -> Work:
+    """A microbatch of so many, alone."""
     context = max(min(_CONTEXT, max_model_len // 2), 1)
-    return Work(num_tokens, num_decodes, prefills, num_decodes, num_decodes * context)
+    return Work(num, num, (), num, num * context)
 
 
-def parts_by_operations(shape: ModelShape, num_stages: int, num_tokens: int) -> list[StageParts]:
+def parts_by_operations(
+    shape: ModelShape, num_stages: int, num_tokens: int
+) -> tuple[StageParts, ...]:
     """In units of a layer: layers are equal, and so are stages."""
     return end_parts(shape.num_layers * (1.0,), num_stages, 0.0, _head_cost(shape, num_tokens))
 
 
 def parts_by_profile(
     profile: DeviceProfile, shape: ModelShape, num_stages: int, work: Work, size: int
-) -> list[StageParts]:
+) -> tuple[StageParts, ...]:
     """In seconds, of stages of `size` such devices each."""
     one_layer = split_explicitly(1, 1, [1])
     (terms,) = PipelineCost(profile, shape, one_layer, size).terms(work)
@@ -73,13 +75,13 @@ def end_parts(
     embedding_s: float,
     head_s: float,
     host_s: float = 0.0,
-) -> list[StageParts]:
+) -> tuple[StageParts, ...]:
     """Of equal stages, the first of which embeds, and the last has the head."""
     last = num_stages - 1
-    return [
+    return tuple(
         StageParts(layer_s, host_s + embedding_s * (stage == 0) + head_s * (stage == last))
         for stage in range(num_stages)
-    ]
+    )
 
 
 def _head_cost(shape: ModelShape, num_tokens: int) -> float:
@@ -102,7 +104,7 @@ def split_layers(
     return split_by_time(end_parts(num_layers * (1.0,), num_stages, embedding_cost, head_cost))
 
 
-def split_by_time(parts: Sequence[StageParts], rooms: Sequence[Room] = ()) -> PipelinePlan:
+def split_by_time(parts: Sequence[StageParts]) -> PipelinePlan:
     """The contiguous split whose slowest stage is fastest, by what each stage would take; every
     stage gets a layer at least.
 
@@ -115,13 +117,9 @@ def split_by_time(parts: Sequence[StageParts], rooms: Sequence[Room] = ()) -> Pi
             f"{len(parts)} pipeline stages are more than the model's {num_layers} layers: use at "
             f"most {num_layers}, or list the layers of each stage (0 is allowed only there)"
         )
-    counts = best_cut(parts, rooms)
-    if counts is None:
-        raise ConfigError(
-            f"no cut of the {num_layers} layers into {len(parts)} stages fits the memory of their "
-            "machines; use more machines, a shorter --max-model-len or a smaller --dtype"
-        )
-    return _pipeline(counts)
+    counts = best_cut(parts)
+    assert counts is not None, "there is a cut, and no room that it could not fit"
+    return plan_of(counts)
 
 
 def split_explicitly(num_layers: int, num_stages: int, counts: Sequence[int]) -> PipelinePlan:
@@ -143,7 +141,7 @@ def split_explicitly(num_layers: int, num_stages: int, counts: Sequence[int]) ->
             f"the layer list {listed} adds up to {sum(counts)} layers, the model has {num_layers}: "
             f"make it add up to {num_layers}"
         )
-    return _pipeline(counts)
+    return plan_of(counts)
 
 
 def _check_stages(num_stages: int) -> None:
@@ -151,7 +149,7 @@ def _check_stages(num_stages: int) -> None:
         raise ConfigError(f"{num_stages} pipeline stages: use at least 1")
 
 
-def _pipeline(counts: Sequence[int]) -> PipelinePlan:
+def plan_of(counts: Sequence[int]) -> PipelinePlan:
     """Stages on ranks 0, 1, ..., and a window of as many microbatches as there are stages."""
     stages = []
     first = 0

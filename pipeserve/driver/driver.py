@@ -59,8 +59,10 @@ class Driver:
         on_progress: Callable[[str], None] = lambda text: None,
         record: Recorder = ignore,
         fleet: Callable[[Topology, RunConfig], Fleet] = Fleet,
+        on_plan: Callable[["Driver"], None] = lambda driver: None,
     ) -> None:
-        """Returns when all stages are ready. `on_progress` is called with a text, how far they are.
+        """Returns when all stages are ready. `on_progress` is called with a text, how far they are,
+        and `on_plan` once, when it is known what will run where and nothing is loaded yet.
         `record` is called with every record of the run, from within `submit`, `outputs`, `settle`
         and `close`, and must not raise. `fleet` makes what stages are started and reached by."""
         self._take(setup)
@@ -95,7 +97,10 @@ class Driver:
             self._suit_ranks()
             self._start()
             sizes = self._place_layers(wait_until_sized(self.fleet, on_progress), on_progress)
+            self.sizes = sizes
+            """What each rank said that it would take."""
             self._plan_within(self.setup.limits_for(sizes), record)
+            on_plan(self)
             self._fill()
             started = wait_until_ready(self.fleet, on_progress)
         except BaseException:

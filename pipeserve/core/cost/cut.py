@@ -45,15 +45,20 @@ class _Label(NamedTuple):
 def best_cut(stages: Sequence[StageParts], rooms: Sequence[Room] = ()) -> tuple[int, ...] | None:
     """Layers of each stage, at least one; None where no cut fits the rooms.
 
-    Of the cuts whose slowest stage is as fast as any allows, the one whose stages differ least;
-    among equals the earlier stage has more, so that the last one, which also samples, has the
+    Of the cuts whose slowest stage is as fast as any allows, the one whose others come closest to
+    it: few stages are then the slowest, whatever the next microbatch is. Among equals the earlier stage has more, so that the last one, which also samples, has the
     fewest.
     """
     tight = [room for room in rooms if _most_bytes(stages, room) > room.num_bytes]
     fastest = _search(stages, tight, max, inf)
     if fastest is None:
         return None
-    return _search(stages, tight, _add_square, fastest.merit * (1 + _SAME)).counts
+    most_s = fastest.merit
+
+    def spare(merit: float, seconds: float) -> float:
+        return merit + (most_s - seconds) ** 2
+
+    return _search(stages, tight, spare, most_s * (1 + _SAME)).counts
 
 
 def stage_seconds(stages: Sequence[StageParts], counts: Sequence[int]) -> list[float]:
@@ -63,10 +68,6 @@ def stage_seconds(stages: Sequence[StageParts], counts: Sequence[int]) -> list[f
         found.append(stage.other_s + sum(stage.layer_s[first : first + count]))
         first += count
     return found
-
-
-def _add_square(merit: float, seconds: float) -> float:
-    return merit + seconds * seconds
 
 
 def _most_bytes(stages: Sequence[StageParts], room: Room) -> int:

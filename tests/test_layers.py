@@ -39,6 +39,7 @@ MAY_SEE = {
         "stages.layers",
     },
     "stages": {
+        "core",
         "errors",
         "sampling_params",
         "stages.attention",
@@ -67,6 +68,7 @@ MAY_SEE = {
         "stages.attention",
         "stages.checkpoint",
         "stages.families",
+        "cgroups",
     },
     "driver": {
         "errors",

@@ -52,11 +52,18 @@ def _start(
 
     exit_on_signals()
     with status("looking for the model") as say:
-        driver = Driver(make_setup(say), say, record)
+        driver = Driver(make_setup(say), say, record, on_plan=print_plan)
     if driver.setup.dtype_warning:
         print(f"warning: {driver.setup.dtype_warning}", file=sys.stderr)
     print(describe(driver), file=sys.stderr)
     return driver
+
+
+def print_plan(driver: "Driver") -> None:
+    """On stderr."""
+    from pipeserve.launch.show.plan import plan_lines
+
+    print(*plan_lines(driver), sep="\n", file=sys.stderr, flush=True)
 
 
 def recorded_driver(

@@ -16,7 +16,7 @@ import time
 import msgspec
 
 from pipeserve.cpus import cores_of
-from pipeserve.machine import boot_id, native_dtypes, num_cpus
+from pipeserve.machine import boot_id, fingerprint, native_dtypes, num_cpus
 from pipeserve.stage.placement import most_threads, place_of, stage_environment
 from pipeserve.stage.vital_signs import VitalSigns, vital_signs
 from pipeserve.wire import connecting, control
@@ -126,6 +126,7 @@ class Keeper:
             pid=os.getpid(),
             boot_id=boot_id(),
             native_dtypes=native_dtypes(),
+            device=fingerprint(*_local_place(self.rank, self.world_size)),
         )
 
     # ---- once it has joined ---------------------------------------------------------------------

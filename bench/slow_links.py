@@ -4,10 +4,10 @@
 
 A process between the stages, and between them and the driver, hands on every message after the
 delay, any number of them at once (tests/support/late_links.py): no bandwidth is lost. Four runs of
-the same requests take turns: messages at once and late, as many microbatches in flight as stages and
-a window that follows. That one begins with as many, each time. Tokens a second, prompt
-and output, between a quarter and three quarters of the tokens: all requests come at once, so that
-fill and drain, which links make longer, are left out.
+the same requests take turns: messages at once and late, as many microbatches in flight as stages
+and a window that follows, which begins with as many each time. Tokens a second, prompt and output,
+between a quarter and three quarters of the tokens: all requests come at once, and fill and drain,
+which links make longer, are left out.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def main() -> None:
             for number in range(given.rounds):
                 for kind in KINDS[number % 4 :] + KINDS[: number % 4]:
                     found[kind].append(sides.tokens_per_s(kind))
-                    rate, widest, tbt_s = found[kind][-1]
+                    rate, widest, _ = found[kind][-1]
                     print(f"{kind}: {rate:.0f} tokens/s, {widest}", file=sys.stderr, flush=True)
     finally:
         links.close()

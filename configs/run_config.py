@@ -123,9 +123,14 @@ class RunConfig:
         0, "From which requests that name no seed of their own get theirs.", least=0
     )
     launcher: str = _option(
-        "spawn",
-        "spawn starts the keepers here; external waits for those of torchrun or others.",
-        choices=("spawn", "external"),
+        "auto",
+        "spawn starts all keepers here; external waits for those that others start; auto, on the "
+        "command line, is what torchrun, MPI, Slurm, DeepSpeed, LeaderWorkerSet or --nnodes have "
+        "this process be, and else spawn.",
+        choices=("auto", "spawn", "external"),
+    )
+    nnodes: int = _option(
+        1, "Machines that the ranks are on, equally many on each; one command a machine.", least=1
     )
     control: str | None = _option(
         None, "HOST:PORT that keepers join; by default a free port of this machine."

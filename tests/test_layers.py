@@ -113,11 +113,13 @@ profiler to each other, and neither of them sees the other."""
 LAUNCH_MAY_SEE = {
     "launch.emulated": set(),
     "launch.show": set(),
-    "launch.inputs": set(),
+    "launch.job": set(),
+    "launch.inputs": {"launch.job"},
     "launch.run": {"launch.emulated", "launch.show"},
     "launch.verbs": {"launch.inputs", "launch.run", "launch.show"},
-    "launch.commands": {"launch.inputs", "launch.run", "launch.verbs"},
+    "launch.commands": {"launch.inputs", "launch.job", "launch.run", "launch.verbs"},
     "launch": {"launch.commands"},
+    "__main__": {"launch"},
 }
 # What the pure part may use of the standard library: nothing that reads, writes, waits or draws.
 PURE = {

@@ -112,7 +112,7 @@ def _check_runs_here(config: RunConfig) -> None:
             "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
         )
     check_attention(_device_of(config), config.attention)
-    if config.device == "cuda" and config.launcher == "spawn":
+    if config.device == "cuda" and config.launcher != "external":
         check_gpu()
 
 

@@ -1,10 +1,10 @@
 """The processes of one pipeline as the driver sees them: keepers and stages, each over a connection
 of its own to one port.
 
-Keepers are started here (`spawn`) or by torchrun and its kind (`external`); after that the two are
-the same. `receive` gives what they say and what happens to them (`events.py`), in order; the driver
-decides what comes of it, and waits for what it needs (`waiting.py`). What strangers do costs their
-own connection. `close` leaves no process behind.
+Keepers are started here (`spawn`) or by others, such as the processes of a launched job
+(`external`); after that the two are the same. `receive` gives what they say and what happens to
+them (`events.py`), in order; the driver decides what comes of it, and waits for what it needs
+(`waiting.py`). What strangers do costs their own connection. `close` leaves no process behind.
 
 By rank (`core/topology.py`), and in epochs: each start of the stages begins a fresh one, and what
 is said of an old one is dropped.
@@ -22,7 +22,7 @@ from pipeserve.configs.addresses import join_address, split_address
 from pipeserve.core.topology import Topology
 from pipeserve.driver.events import FleetEvent, Gone, Joined, Lost, Ready, Received, Sized
 from pipeserve.driver.joining import find_secret, listen, why_not
-from pipeserve.driver.spawned_keepers import SpawnedKeepers
+from pipeserve.driver.spawned_keepers import OwnRanks, SpawnedKeepers
 from pipeserve.driver.starting import StartProgress, links_of
 from pipeserve.driver.watching import FleetWatch
 from pipeserve.wire import control
@@ -49,7 +49,7 @@ class Fleet:
 
     def __init__(self, topology: Topology, config: RunConfig) -> None:
         """Listen for keepers and stages at `config.control`, by default a free port of this
-        machine; with launcher "spawn", start the keepers.
+        machine; unless the launcher is external, start the keepers.
 
         Raises ConfigError when the address is busy, or reached from beyond this machine without a
         secret.
@@ -97,7 +97,7 @@ class Fleet:
             """Of where keepers and stages are listened for, to this machine."""
             self.address = config.control or join_address(listener.host, listener.port)
             """To all machines."""
-            if config.launcher == "spawn":
+            if config.launcher != "external":
                 self._start_keepers(listener)
         except BaseException:
             self.close()
@@ -119,7 +119,7 @@ class Fleet:
         if is_wildcard(host):
             host = "::1" if ":" in host else "127.0.0.1"
         address = join_address(host, listener.port)
-        self._spawned.start(self.topology.num_ranks, address, self.secret)
+        self._spawned.start(OwnRanks.all(self.topology.num_ranks), address, self.secret)
 
     def start(self, jobs: Sequence[control.StartStage]) -> None:
         """Begin a fresh epoch: `Sized` says when all stages wait for `TakeMemory`, and then `Ready`

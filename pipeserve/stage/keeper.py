@@ -31,15 +31,23 @@ class Keeper:
     """Starts, watches and ends one stage process."""
 
     def __init__(
-        self, address: str, rank: int, world_size: int, join_timeout_s: float, secret: bytes
+        self,
+        address: str,
+        rank: int,
+        world_size: int,
+        join_timeout_s: float,
+        secret: bytes,
+        host: str = "",
     ) -> None:
-        """Of the driver at `address` (HOST:PORT)."""
+        """Of the driver at `address` (HOST:PORT). `host`: of this machine, where its stage is to be
+        reached, by default that by which it reaches the driver."""
         self.address = address
         self.rank = rank
         self.world_size = world_size
         self.join_timeout_s = join_timeout_s
         self.deadline = time.monotonic() + join_timeout_s
         self.secret = secret
+        self.host = host
         self.sources = Sources(secret)
         self.driver: Connection | None = None
         self.has_joined = False
@@ -103,7 +111,8 @@ class Keeper:
     def _give_up(self) -> None:
         self._say(
             f"no driver at {self.address} within {self.join_timeout_s:g} s ({self.failure}); "
-            "start it with --launcher external, or raise --join-timeout"
+            "is it running, with --launcher external or as rank 0 of this job? Else raise "
+            "--join-timeout"
         )
         self.exit_code = 1
 
@@ -112,7 +121,7 @@ class Keeper:
             rank=self.rank,
             world_size=self.world_size,
             host=socket.gethostname(),
-            address=self.driver.own_host,
+            address=self.host or self.driver.own_host,
             pid=os.getpid(),
             boot_id=boot_id(),
             native_dtypes=native_dtypes(),
@@ -153,7 +162,7 @@ class Keeper:
         cores, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), num_cpus(), *place)
         if job.control.startswith("/"):
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
-        job = msgspec.structs.replace(job, host=self.driver.own_host)
+        job = msgspec.structs.replace(job, host=self.host or self.driver.own_host)
         launched = control.Launch(job, self.rank, epoch, self.secret)
         with _file_of(control.encode_job(launched)) as launch:
             self.stage = subprocess.Popen(

@@ -41,6 +41,13 @@ def _parse() -> argparse.Namespace:
         "before it listens (default: 600)",
     )
     parser.add_argument(
+        "--host",
+        default="",
+        metavar="ADDRESS",
+        help="of this machine, by which others reach the rank's stage (default: that by which it "
+        "reaches the driver)",
+    )
+    parser.add_argument(
         "--until-stdin-closes",
         action="store_true",
         help="end when standard input does; its first line is the secret, in hexadecimal digits",
@@ -95,6 +102,7 @@ def main() -> None:
         int(arguments.world_size),
         arguments.join_timeout,
         secret,
+        arguments.host,
     )
     if arguments.until_stdin_closes:
         keeper.end_with_driver()

@@ -8,8 +8,8 @@ longer than what the slowest stage takes, it stands idle between them. So N of t
 when N * slowest >= compute + delay: with N = P where nothing is delayed.
 
 Each way's delay is the time from the end of a microbatch on one stage to when the next stage had
-it, taken only where that stage was waiting: what comes to a busy one is seen when it is done. Clocks
-of different machines go into each way, and cancel round the ring.
+it, taken only where that stage was waiting: what comes to a busy one is seen when it is done. The
+clocks of different machines go into each way, and cancel round the ring.
 
 The same decodes in one microbatch more are smaller ones, and each costs something however small it
 is (weights are read). So there is one more only where a turn gets shorter by that, and one less

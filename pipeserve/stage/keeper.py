@@ -16,6 +16,7 @@ import time
 import msgspec
 
 from pipeserve.machine import boot_id, native_dtypes, num_cpus
+from pipeserve.stage.last_spans import LastSpans
 from pipeserve.stage.vital_signs import VitalSigns, vital_signs
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
@@ -59,6 +60,8 @@ class Keeper:
         self.stage: subprocess.Popen | None = None
         self.stage_ended: Descriptor | None = None
         self.stage_pidfd = -1
+        self.last_spans: LastSpans | None = None
+        """Of the stage that there is."""
 
     def end_with_driver(self) -> None:
         """The parent of this process, that holds the other end of its stdin. Either alone is not
@@ -163,7 +166,8 @@ class Keeper:
         if job.control.startswith("/"):
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
         job = msgspec.structs.replace(job, host=self.host or self.driver.own_host)
-        launched = control.Launch(job, self.rank, epoch, self.secret)
+        self.last_spans = spans = LastSpans.make()
+        launched = control.Launch(job, self.rank, epoch, self.secret, spans.descriptor)
         with _file_of(control.encode_job(launched)) as launch:
             self.stage = subprocess.Popen(
                 [
@@ -172,6 +176,7 @@ class Keeper:
                     *(str(os.getpid()), ",".join(map(str, cores)), job.module),
                 ],
                 stdin=launch,
+                pass_fds=[spans.descriptor],
                 env=_stage_environment(self.rank, place[0], num_threads),
             )
         self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
@@ -196,6 +201,8 @@ class Keeper:
         self.stage_ended.close()
         os.close(self.stage_pidfd)
         self.stage_ended = None
+        self._tell(control.LastSpans(tuple(self.last_spans.take())))
+        self.last_spans.close()
 
     def _tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))

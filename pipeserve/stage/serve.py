@@ -11,6 +11,7 @@ import msgspec
 
 from pipeserve.errors import PipeserveError
 from pipeserve.stage.compute import Compute, Tell
+from pipeserve.stage.last_spans import LastSpans
 from pipeserve.stage.loop import StageLoop
 from pipeserve.stage.memory import resident_bytes
 from pipeserve.wire import connecting, control
@@ -25,7 +26,7 @@ def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     baseline = resident_bytes()
     launch = control.decode_launch(sys.stdin.buffer.read())
-    job, rank, epoch, secret = msgspec.structs.astuple(launch)
+    job, rank, epoch, secret, spans = msgspec.structs.astuple(launch)
     sources = Sources(secret)
     try:
         driver = connecting.connected(job.control, sources, "stage")
@@ -33,7 +34,7 @@ def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
         sys.exit(f"error: stage {job.stage}: the driver at {error}")
     driver.send(control.encode(control.StageHello(rank), epoch))
     try:
-        stage = StageLoop(job, epoch, sources, driver, make, baseline)
+        stage = StageLoop(job, epoch, sources, driver, make, baseline, LastSpans(spans).put)
         stage.wait_for_memory()
         gc.collect()
         gc.freeze()

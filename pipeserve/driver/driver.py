@@ -17,7 +17,7 @@ from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
-from pipeserve.core.records import Completed, Ping, Recorder, ignore
+from pipeserve.core.records import Completed, Ping, Recorder, Span, ignore
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
 from pipeserve.driver.checks import check_request
@@ -235,6 +235,8 @@ class Driver:
                     self._hear_of(received)
                 case control.Heartbeat():
                     self._watch.answered(self.topology.stage_of(received.rank))
+                case control.LastSpans(spans) if self.topology.speaks(received.rank):
+                    self._take_last(spans)
                 case Lost():
                     outputs += self._lose(received)
                 case Sized():
@@ -253,6 +255,13 @@ class Driver:
         self._watch.signs(stage, answer, received.at_s)
         if self.fleet.is_remote(received.rank):
             self.journal.pinged(Ping(stage, answer.sent_s, answer.remote_s, received.at_s))
+
+    def _take_last(self, spans: Sequence[Span]) -> None:
+        """What a stage that has ended had computed, and did not come to tell."""
+        for span in spans:
+            if span.index > self._watch.done[span.stage]:
+                self._watch.done[span.stage] = span.index
+                self.journal.computed(span)
 
     def _look_for_hangs(self) -> None:
         """A stage that does not do what it owes is lost; the next step begins with that."""

@@ -245,6 +245,8 @@ class Fleet:
                     self._watch.is_in_state(rank, message.state, at_s)
                     self._start.loading.moved(rank, message.num_moved, at_s)
                 came.append(Received(message, rank, at_s, self.epoch))
+            case control.LastSpans():  # of the stage before, where that was given up
+                came.append(Received(message, rank, at_s, self.epoch))
             case control.StageExited() if is_of_stage:
                 self._watch.exited(rank, message, at_s)
 

@@ -17,6 +17,7 @@ import msgspec
 
 from pipeserve.cpus import cores_of
 from pipeserve.machine import boot_id, fingerprint, native_dtypes, num_cpus
+from pipeserve.stage.last_spans import LastSpans
 from pipeserve.stage.placement import most_threads, place_of, stage_environment
 from pipeserve.stage.vital_signs import VitalSigns, vital_signs
 from pipeserve.wire import connecting, control
@@ -60,6 +61,8 @@ class Keeper:
         self.stage: subprocess.Popen | None = None
         self.stage_ended: Descriptor | None = None
         self.stage_pidfd = -1
+        self.last_spans: LastSpans | None = None
+        """Of the stage that there is."""
 
     def end_with_driver(self) -> None:
         """The parent of this process, that holds the other end of its stdin. Either alone is not
@@ -166,7 +169,8 @@ class Keeper:
         if job.control.startswith("/"):
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
         job = msgspec.structs.replace(job, host=self.host or self.driver.own_host)
-        launched = control.Launch(job, self.rank, epoch, self.secret)
+        self.last_spans = spans = LastSpans.make()
+        launched = control.Launch(job, self.rank, epoch, self.secret, spans.descriptor)
         with _file_of(control.encode_job(launched)) as launch:
             self.stage = subprocess.Popen(
                 [
@@ -175,6 +179,7 @@ class Keeper:
                     *(str(os.getpid()), ",".join(map(str, place.cpus)), job.module),
                 ],
                 stdin=launch,
+                pass_fds=[spans.descriptor],
                 env=stage_environment(os.environ, self.rank, local[0], place.num_threads),
             )
         self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
@@ -199,6 +204,8 @@ class Keeper:
         self.stage_ended.close()
         os.close(self.stage_pidfd)
         self.stage_ended = None
+        self._tell(control.LastSpans(tuple(self.last_spans.take())))
+        self.last_spans.close()
 
     def _tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))

@@ -138,6 +138,8 @@ class Chat:
         if body.return_token_ids:
             last["token_ids"] = list(delta.token_ids)
         if delta.finish_reason is not None:
+            if last["delta"]:  # as OpenAI's: some clients read no text where a reason is
+                chunks.append(last := _chunk(delta.sample, {}))
             last["finish_reason"] = delta.finish_reason
             if calls.num_calls and delta.finish_reason == "stop":
                 last["finish_reason"] = "tool_calls"

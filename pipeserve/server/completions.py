@@ -6,6 +6,7 @@ A whole answer is its pieces joined, so that the two cannot say different things
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from pipeserve.frontend.completion import Delta, PromptLogprobs
@@ -30,7 +31,11 @@ class Completions:
         if self._scores_only:
             body = body.model_copy(update={"max_tokens": 1, "max_completion_tokens": None})
         params = completion_params(body, service.maker.default_params)
-        self._asked = [Asked(prompt, params, body.priority or 0) for prompt in _prompts(body)]
+        self._prompts = _prompts(body)
+        self._asked = [
+            Asked(partial(self._encoded, prompt), params, body.priority or 0)
+            for prompt in self._prompts
+        ]
         self._num_samples = params.n
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
         """Of each prompt, once they are known."""
@@ -123,8 +128,15 @@ class Completions:
             piece["prompt_logprobs"] = prompt_logprobs(tokenizer, delta.prompt_token_ids, scored)
         return piece
 
+    def _encoded(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """On the text thread."""
+        if "prompt" not in prompt or self._body.add_special_tokens is not False:
+            return prompt
+        ids = self._service.encode(prompt["prompt"], add_special_tokens=False)
+        return {**prompt, "prompt": None, "prompt_token_ids": ids}
+
     def _text_of_prompt(self, delta: Delta) -> str:
-        prompt = self._asked[delta.index].prompt
+        prompt = self._prompts[delta.index]
         if "prompt" in prompt:
             return prompt["prompt"]
         skips = self._asked[delta.index].params.skip_special_tokens

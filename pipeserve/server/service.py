@@ -106,7 +106,7 @@ class Service:
         ApiError."""
         messages = plain_messages(body.messages)
         text = self.tokenizer.chat_text(messages, **self._template_of(body))
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=bool(body.add_special_tokens))
 
     def _check_text(self, text: str) -> None:
         """Not to cut into tokens, for minutes, what can never fit. Raises CapacityError."""
@@ -210,7 +210,7 @@ class Service:
         return generations, prompts
 
     def _check_prompt(self, prompt: dict[str, Any]) -> None:
-        if "prompt" in prompt:
+        if prompt.get("prompt"):
             self._check_text(prompt["prompt"])
         if not (prompt.get("prompt") or prompt.get("prompt_token_ids")):
             raise ConfigError("the prompt is empty; give it a token")

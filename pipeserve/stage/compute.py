@@ -71,8 +71,9 @@ class Compute(Protocol):
         ...
 
     def left_s(self, computing: Any) -> float:
-        """Seconds for which this thread may wait for another microbatch to begin before it takes
-        the end of this one, which was begun first; 0 when it should do so now."""
+        """Seconds for which this thread may sleep: the device is busy with this microbatch, which
+        was begun first, and nothing that comes would be computed earlier for being seen earlier.
+        0 when it is time to look what has come, to begin it, and to take this one's end."""
         ...
 
     def end(self, computing: Any, feed_back: FeedBack) -> Done:

@@ -72,7 +72,7 @@ class StageLoop:
     def wait_for_memory(self) -> None:
         """Until the driver has said how much to take, and it is taken."""
         while not self.has_memory:
-            self._receive(None)
+            self._receive(may_wait=True)
 
     def run(self) -> None:
         """Until the keeper ends this process."""
@@ -81,7 +81,7 @@ class StageLoop:
 
     def go_round(self, may_wait: bool = True) -> None:
         """Once. Where it may wait, it does so while there is nothing else to do."""
-        self._receive(self._patience_s() if may_wait else 0.0)
+        self._receive(may_wait and self._has_nothing_to_do())
         while self._can_begin():
             self._begin()
         self._tell_span()  # not before the next microbatch has begun, if it can
@@ -126,23 +126,21 @@ class StageLoop:
 
     # ---- what arrives ---------------------------------------------------------------------------
 
-    def _patience_s(self) -> float | None:
-        """How long to wait for messages; None: until one comes."""
+    def _has_nothing_to_do(self) -> bool:
+        """Until something comes. Sleeps first while the device needs nothing."""
         if self.untold is not None or self._is_full():
-            return 0.0
+            return False
         if self.begun:
-            return self.compute.left_s(self.begun[0][1])
-        return None
+            time.sleep(self.compute.left_s(self.begun[0][1]))
+        return not self.begun
 
-    def _receive(self, timeout_s: float | None) -> None:
-        """Take everything that has arrived, waiting for it so long.
+    def _receive(self, may_wait: bool) -> None:
+        """Take everything that has arrived; where it may wait, something has.
 
         What came while the stage ended a microbatch, however late it is taken, was not waited for:
         it counts as seen at that end.
         """
-        # Whole milliseconds, the finest that a wait can be, and not longer than it may be.
-        timeout_ms = None if timeout_s is None else int(1000 * timeout_s)
-        for source in self.sources.ready(timeout_ms):
+        for source in self.sources.ready(None if may_wait else 0):
             messages = source.receive()
             seen_s = time.monotonic() if self.untold is None else self.untold.end_s
             match source.carries:

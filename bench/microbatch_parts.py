@@ -68,6 +68,7 @@ class Account:
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
         self._stack: list[tuple[str, str]] = []
         self._since_s = 0.0
+        self._is_closed_to_parts = False
         self._originals: list[tuple[object, str, object]] = []
 
     def close(self) -> None:
@@ -78,19 +79,28 @@ class Account:
     def reset(self) -> None:
         self.seconds.clear()
 
-    def wrap(self, owner: object, name: str, part: str, place: str | None = None) -> None:
-        """The function `owner.name` counts as `part`, of `place` or of who called it."""
+    def wrap(
+        self, owner: object, name: str, part: str, place: str | None = None, whole: bool = False
+    ) -> None:
+        """The function `owner.name` counts as `part`, of `place` or of who called it; a `whole`
+        one with all that it calls."""
         self._originals.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, self.timed(getattr(owner, name), part, place))
+        setattr(owner, name, self.timed(getattr(owner, name), part, place, whole))
 
-    def timed(self, function: Callable, part: str, place: str | None = None) -> Callable:
+    def timed(
+        self, function: Callable, part: str, place: str | None = None, whole: bool = False
+    ) -> Callable:
         def counted(*arguments, **keywords):
+            if self._is_closed_to_parts:
+                return function(*arguments, **keywords)
             where = place or (self._stack[-1][0] if self._stack else "driver")
             self._turn()
             self._stack.append((where, part))
+            self._is_closed_to_parts = whole
             try:
                 return function(*arguments, **keywords)
             finally:
+                self._is_closed_to_parts = False
                 self._turn()
                 self._stack.pop()
 
@@ -123,7 +133,9 @@ class Watched:
             self._watch(worker, f"stage {rank}")
         driver = self.driver
         account.wrap(driver, "step", "driver: rest", "driver")
-        account.wrap(worker_module, "sample", "sampling")
+        for name in ("sample", "draw"):
+            if hasattr(worker_module, name):
+                account.wrap(worker_module, name, "sampling")
         account.wrap(driver.engine, "plan", "planning")
         account.wrap(driver.engine, "complete", "completing")
         account.wrap(driver.fleet, "broadcast", "driver: messages")
@@ -147,9 +159,10 @@ class Watched:
         for name, part in PARTS.items():
             account.wrap(compute.model.backend, name, part)
         if compute.model.embedding is not None:
-            account.wrap(compute.model.embedding, "forward", "embedding")
-        if compute.head is not None:
-            compute.head.vocabulary.backend = _HeadAlone(compute.model.backend, account)
+            account.wrap(compute.model.embedding, "forward", "embedding", whole=True)
+        for name in ("forward", "likeliest"):
+            if hasattr(compute.head, name):
+                account.wrap(compute.head, name, "head", whole=True)
         forward = account.timed(compute.model.forward, "layers: rest")
 
         def noted(x, inputs, kv):
@@ -161,14 +174,6 @@ class Watched:
     def reset(self) -> None:
         self.account.reset()
         self.inputs.clear()
-
-
-class _HeadAlone:
-    """A backend whose product is the head's, and not one of the layers."""
-
-    def __init__(self, backend: object, account: Account) -> None:
-        linear = type(backend).linear
-        self.linear = account.timed(lambda *arguments: linear(backend, *arguments), "head")
 
 
 def requests(number: int, prompt: int, outputs: int, ids: Iterator[int]) -> list[Request]:

@@ -13,6 +13,7 @@ from pipeserve.errors import ConfigError
 AUTO = "auto"
 FORMS = "whole numbers, such as 16,14, a layout such as 'Et*16|t*14L', or auto"
 _MOST_LETTERS = 10_000
+_SHOWN = 80
 _LETTERS = {"E": "the embedding", "t": "a layer", "L": "the head"}
 
 
@@ -64,4 +65,5 @@ def _unrolled(text: str, written: str) -> str:
 
 
 def _refuse(text: str, why: str) -> None:
-    raise ConfigError(f"the layout {text!r} cannot be read: {why}; give one such as 'Et*16|t*14L'")
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    raise ConfigError(f"the layout {shown!r} cannot be read: {why}; give one such as 'Et*16|t*14L'")

@@ -205,9 +205,10 @@ class RunConfig:
                     f"stage_slowdown lists {len(slowdown)} stages, pipeline_parallel_size is "
                     f"{self.pipeline_parallel_size}; make them equal"
                 )
-            if not 0 < min(slowdown) <= max(slowdown) < inf:
+            wrong = [number for number in slowdown if not 0 < number < inf]
+            if wrong:
                 raise ConfigError(
-                    f"stage_slowdown has {min(slowdown)}; give numbers over 0, such as 1,1.5"
+                    f"stage_slowdown has {wrong[0]}; give numbers over 0, such as 1,1.5"
                 )
         layers = self.pipeline_layers
         if layers is None or layers == AUTO:

@@ -34,7 +34,6 @@ _MOST_BYTES = 96 << 20
 """Of those copies' weights, and of the KV that they share: what a large cache does not hold."""
 _PATTERN = 65_521
 """Values that made-up weights repeat: a prime, so that no two rows are alike."""
-_LEAST_ROUNDS = 2
 
 
 class Timed(NamedTuple):
@@ -103,7 +102,7 @@ def time_parts(
     has_embedding: bool,
     has_head: bool,
 ) -> Timed:
-    """For about so many seconds, or longer where two rounds take longer."""
+    """For about so many seconds, or longer where one round takes longer."""
     make = _Maker(config, backend, works, dtype, kv_dtype, block_size)
     kinds = layer_kinds(config)
     firsts = [kinds.index(kind) for kind in range(len({*kinds}))]
@@ -138,7 +137,7 @@ def _in_turn(
         probe()  # kernels choose and compile at the first call
     took = [dict.fromkeys(probes, 0.0) for _ in next(iter(probes.values()))]
     num_rounds, start_s, start_cpu_s = 0, time.monotonic(), time.thread_time()
-    while num_rounds < _LEAST_ROUNDS or time.monotonic() - start_s < seconds:
+    while not num_rounds or time.monotonic() - start_s < seconds:
         num_rounds += 1
         for name, place, probe in each:
             begin_s = time.perf_counter()

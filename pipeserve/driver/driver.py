@@ -20,6 +20,7 @@ from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Ping, Recorder, Span, ignore
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
+from pipeserve.core.work import Work
 from pipeserve.driver.checks import check_request
 from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
@@ -30,7 +31,7 @@ from pipeserve.driver.stage_info import stage_infos, with_memory
 from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import (
-    examine,
+    gather_examined,
     gather_memory,
     wait_for_keepers,
     wait_until_ready,
@@ -132,7 +133,7 @@ class Driver:
         found: list[control.Examined] = []
         if choice.works:
             on_progress("timing layers on each rank")
-            examined = examine(self.fleet, choice.works, EXAMINE_S)
+            examined = gather_examined(self.fleet, choice.works, EXAMINE_S)
             found = [examined[rank] for rank in ranks]
         before = self.plan
         self._take(place(self.setup, [sizes[rank] for rank in ranks], found))
@@ -358,6 +359,11 @@ class Driver:
     def refresh_memory(self) -> None:
         """Bring `stages[i].peak_bytes` up to date. Only while no request is unfinished."""
         self.stages = with_memory(self.stages, self.plan, gather_memory(self.fleet))
+
+    def examine(self, works: Sequence[Work], seconds: float) -> list[control.Examined]:
+        """What each rank says of itself, and takes for these microbatches, timed for about so long.
+        Only while no request is unfinished."""
+        return gather_examined(self.fleet, works, seconds)
 
     def close(self) -> None:
         """End every process. Safe to call twice; nothing can be run after it."""

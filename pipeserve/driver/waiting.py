@@ -14,6 +14,9 @@ from pipeserve.driver.joining import check_addresses, nobody_came
 from pipeserve.wire import control
 
 _LOOK_S = 0.5
+_SLOWEST = 5
+"""Load timeouts that timing may take: one large layer on a slow core takes a minute. A stage that
+dies meanwhile is told at once."""
 _Awaited = TypeVar("_Awaited", Sized, Ready)
 
 
@@ -77,11 +80,11 @@ def gather_memory(fleet: Fleet) -> list[control.Memory]:
     return _gather(control.Memory, fleet, question, what, starting.ANSWER_S)
 
 
-def examine(fleet: Fleet, works: Sequence[Work], seconds: float) -> list[control.Examined]:
+def gather_examined(fleet: Fleet, works: Sequence[Work], seconds: float) -> list[control.Examined]:
     """Have every rank's stage time these microbatches, for about so long, all at once. Only while
     no microbatch is outstanding. Raises StageError when one does not answer."""
     question, what = control.Examine(tuple(works), seconds), "timed its layers"
-    limit_s = seconds + fleet.config.load_timeout
+    limit_s = seconds + _SLOWEST * fleet.config.load_timeout
     return _gather(control.Examined, fleet, question, what, limit_s)
 
 

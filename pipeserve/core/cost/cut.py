@@ -46,8 +46,8 @@ def best_cut(stages: Sequence[StageParts], rooms: Sequence[Room] = ()) -> tuple[
     """Layers of each stage, at least one; None where no cut fits the rooms.
 
     Of the cuts whose slowest stage is as fast as any allows, the one whose others come closest to
-    it: few stages are then the slowest, whatever the next microbatch is. Among equals the earlier stage has more, so that the last one, which also samples, has the
-    fewest.
+    it: few stages are then the slowest, whatever the next microbatch is. Among equals the earlier
+    stage has more, so that the last one, which also samples, has the fewest.
     """
     tight = [room for room in rooms if _most_bytes(stages, room) > room.num_bytes]
     fastest = _search(stages, tight, max, inf)

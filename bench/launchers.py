@@ -4,13 +4,12 @@ and no process is left behind, however the job ends.
     python bench/launchers.py [hand torchrun mpirun ...] [--ending done int term rank leader]
 
 The hosts are network namespaces (hosts.py), which takes root, and of Debian openmpi-bin,
-openssh-server and pdsh; what is missing is said, and not run. A job is done; or the launcher gets
-Ctrl-C or SIGTERM; or one rank's process, or the leader's, is killed; or, by hand, the other host's
-command never comes (launchers wait for that themselves, before they start anything).
+openssh-server, pdsh and slurm-wlm; what is missing is said, and not run. A job is done; or the
+launcher gets Ctrl-C or SIGTERM; or one rank's process, or the leader's, is killed; or, by hand, the
+other host's command never comes (launchers wait for that before they start anything).
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -21,16 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from hosts import Host, Hosts, why_not
+from services import Service, no_service, slurm_over, ssh_between, wait_for
 
 STAGES, EACH = 4, 2
 NUM_PROMPTS, MANY = 4, 5000
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 BESIDE = Path(sys.executable).parent
 """Where torchrun and deepspeed are."""
 ENDINGS = ("done", "int", "term", "rank", "leader", "absent")
@@ -49,8 +49,8 @@ class Launcher(NamedTuple):
     needs: tuple[str, ...]
     """Programs."""
     commands: Callable[[list[Host], list[str], Path], Commands]
-    takes_ssh: bool = False
-    """One command starts all, by ssh."""
+    service: Service = no_service
+    """That it takes on the hosts."""
 
 
 def torchrun(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
@@ -92,12 +92,18 @@ def by_interface(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
     ]
 
 
+def srun(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
+    where = ["--nodes", str(len(hosts)), "--ntasks-per-node", str(EACH)]
+    return [(hosts[0], ["srun", *where, sys.executable, "-m", *verb])]
+
+
 LAUNCHERS = {
     "hand": Launcher((), by_hand),
     "interface": Launcher((), by_interface),
     "torchrun": Launcher((str(BESIDE / "torchrun"),), torchrun),
-    "mpirun": Launcher(("mpirun", "sshd"), mpirun, takes_ssh=True),
-    "deepspeed": Launcher((str(BESIDE / "deepspeed"), "pdsh", "sshd"), deepspeed, takes_ssh=True),
+    "mpirun": Launcher(("mpirun", "sshd"), mpirun, ssh_between),
+    "deepspeed": Launcher((str(BESIDE / "deepspeed"), "pdsh", "sshd"), deepspeed, ssh_between),
+    "srun": Launcher(("srun", "slurmctld", "slurmd", "munged"), srun, slurm_over),
 }
 
 
@@ -143,9 +149,7 @@ def alone(model: str) -> list[list[int]]:
     """The tokens of one process that has all the layers."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", *verb_of(model, 1, NUM_PROMPTS, Path(folder))]
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-        )
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return tokens_in(done.stdout)
 
 
@@ -163,7 +167,7 @@ def tried(launcher: Launcher, model: str, ending: str, expected: list[list[int]]
     """What went wrong; empty: nothing."""
     with tempfile.TemporaryDirectory() as name, Hosts("left", "right", networks=2) as both:
         folder, hosts = Path(name), list(both)
-        with ssh_between(hosts, folder) if launcher.takes_ssh else contextlib.nullcontext():
+        with launcher.service(hosts, folder):
             mine = [host.running().keys() for host in hosts]
             num_prompts = NUM_PROMPTS if ending == "done" else MANY
             verb = verb_of(model, STAGES, num_prompts, folder)
@@ -199,7 +203,6 @@ def start(commands: Commands, folder: Path) -> list[subprocess.Popen]:
                 host.start(
                     command,
                     cwd=folder,
-                    env=ENVIRONMENT,
                     stdout=out,
                     stderr=err,
                     stdin=subprocess.DEVNULL,
@@ -260,37 +263,6 @@ def told(folder: Path) -> str:
     return "\n".join(
         f"--- {file.name}\n{file.read_text()[-3000:]}" for file in sorted(folder.glob("?.*"))
     )
-
-
-def wait_for(is_so: Callable[[], bool], limit_s: float) -> bool:
-    until_s = time.monotonic() + limit_s
-    while not (so := is_so()) and time.monotonic() < until_s:
-        time.sleep(0.05)
-    return so
-
-
-@contextlib.contextmanager
-def ssh_between(hosts: list[Host], folder: Path) -> Iterator[None]:
-    """Each lets the others in, without a question."""
-    Path("/run/sshd").mkdir(exist_ok=True)
-    for key in ("host", "user"):
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)]
-        subprocess.run(command, check=True)
-    server = folder / "sshd_config"
-    server.write_text(
-        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nPermitRootLogin yes\n"
-        "StrictModes no\nUsePAM no\nPidFile none\nMaxStartups 100\n"
-    )
-    client = (
-        f"IdentityFile {folder}/user\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n"
-        "LogLevel ERROR\n"
-    )
-    for host in hosts:
-        host.write_etc("ssh/ssh_config", client)
-        host.start(["/usr/sbin/sshd", "-D", "-f", str(server)], stderr=subprocess.DEVNULL)
-    wait_for(lambda: all(host.running() for host in hosts), 10.0)
-    time.sleep(0.5)
-    yield
 
 
 if __name__ == "__main__":

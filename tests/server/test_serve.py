@@ -166,6 +166,7 @@ def test_a_second_ctrl_c_does_not_wait(folder, certificate):
 
 
 def test_a_stream_goes_on_after_its_stage_was_killed(folder):
+    """vllm#21728: its server says that all is well, and new requests hang."""
     (prompt,) = random_prompts(folder, (9,))
     expected = greedy_tokens(folder, [prompt], 200)
     body = {"prompt": prompt, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
@@ -178,7 +179,9 @@ def test_a_stream_goes_on_after_its_stage_was_killed(folder):
             os.kill(pid, signal.SIGKILL)
             while (ready := httpx.get(f"{server.url}/ready")).status_code == 200:
                 time.sleep(0.05)
-            assert "stage 1" in ready.json()["error"]["message"]
+            message = ready.json()["error"]["message"]
+            assert re.search(r"stage 1 \(pid \d+ on .*\) died: .*SIGKILL.* microbatch", message)
+            assert "pipeserve:lost_stage{" in httpx.get(f"{server.url}/metrics").text
             assert httpx.get(f"{server.url}/health").status_code == 200
             told += [line for line in lines if line.startswith("data: {")]
         events = [json.loads(line.removeprefix("data: ")) for line in told]

@@ -1,4 +1,4 @@
-"""Two hosts whose link goes down, which tells nobody (ray#26772, ray#44692: calls that never return;
+"""Two hosts whose link goes down, which tells nobody (ray#26772, ray#44692: calls never return;
 torch#111646: the others wait for 30 minutes). Both sides find it out: the driver names the keeper,
 and the keeper ends with its stage and leaves nothing behind (gpustack#2595: a server that has
 forgotten what still runs on a host that was away)."""

@@ -97,6 +97,13 @@ class Host:
         )
         return done.stdout
 
+    def write_etc(self, name: str, content: str) -> None:
+        """A file that commands here find in /etc, from now on; one in a folder hides the others of
+        that folder."""
+        file = _ETC / self.namespace / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+
     def running(self) -> dict[int, str]:
         """The processes here, by id, with their command lines. A command that has just been started
         may be on its way here still, and one that has been killed may not be gone yet."""
@@ -168,9 +175,7 @@ class Hosts:
             _ip("-n", self._switch, "link", "set", f"net{network}", "up")
         names = "".join(f"{host.address} {host.name}\n" for host in self._hosts)
         for host in self._hosts:
-            files = _ETC / host.namespace
-            files.mkdir(parents=True)
-            (files / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{names}")
+            host.write_etc("hosts", f"127.0.0.1 localhost\n::1 localhost\n{names}")
             _ip("netns", "add", host.namespace)
             _ip("-n", host.namespace, "link", "set", "lo", "up")
             for network in self._networks:

@@ -2,13 +2,13 @@
 
 import torch
 
-from pipeserve.errors import ConfigError
 from pipeserve.stages.attention.attention import ReferenceAttention
 from pipeserve.stages.backends.backend import Backend
 from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.backends.cuda import CudaBackend
+from pipeserve.stages.config.attentions import check_attention
 
 
 def make_backend(device: str = "cpu", attention: str = "auto", local_rank: int = 0) -> Backend:
@@ -25,10 +25,3 @@ def make_backend(device: str = "cpu", attention: str = "auto", local_rank: int =
     if attention == "auto" and kernels() is not None and torch.get_num_threads() == 1:
         return KernelBackend()
     return CpuBackend(own)
-
-
-def check_attention(device: str, attention: str) -> None:
-    """Raises ConfigError for an attention that `device` does not have."""
-    known = ("auto", "reference") if device == "cuda" else ("auto", "cpu", "reference")
-    if attention not in known:
-        raise ConfigError(f"attention {attention!r} of {device} is not one of {', '.join(known)}")

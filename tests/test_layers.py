@@ -119,6 +119,7 @@ LAUNCH_MAY_SEE = {
     "launch.verbs": {"launch.inputs", "launch.run", "launch.show"},
     "launch.commands": {"launch.inputs", "launch.job", "launch.run", "launch.verbs"},
     "launch": {"launch.commands"},
+    "__main__": {"launch"},
 }
 # What the pure part may use of the standard library: nothing that reads, writes, waits or draws.
 PURE = {

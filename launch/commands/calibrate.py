@@ -9,6 +9,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch.inputs.flags import run_config_of, run_flags, with_flags
 from pipeserve.launch.inputs.options import Model, OverwriteOutput, Recipe
 from pipeserve.launch.run import starting
+from pipeserve.launch.run.phases import status
 
 
 @with_flags(*run_flags())
@@ -29,13 +30,13 @@ def calibrate(
     from pipeserve.profiling.calibration.samples import Samples
     from pipeserve.profiling.recording.recording import Ring
     from pipeserve.stages.checkpoint.sources import resolve
-    from pipeserve.stages.families import read_config
+    from pipeserve.stages.config.families import read_config
 
     run_config = run_config_of(model, config, flags)
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; give --overwrite, or another --output")
     check_writable(output)
-    with starting.status("looking for the model") as say:
+    with status("looking for the model") as say:
         num_layers = read_config(resolve(run_config.model, say)).num_layers
     samples = Samples(run_config.pipeline_parallel_size)
     measured, ring = verb.measured_run(run_config, num_layers), Ring()

@@ -23,9 +23,6 @@ from pipeserve.core.view import Limits
 from pipeserve.errors import StageError
 from pipeserve.launch.run.collector import no_pauses
 from pipeserve.launch.show.explain import explaining
-from pipeserve.launch.show.live import live_view
-from pipeserve.profiling.ledger.ledger import explain
-from pipeserve.profiling.recording.clocks import align
 from pipeserve.profiling.recording.recording import Recording, Ring, recording_of
 from pipeserve.profiling.recording.summary import busy_shares
 from pipeserve.profiling.recording.writer import RecordingWriter, check_recordable
@@ -50,6 +47,8 @@ class RecordedRun:
 
     def recording(self, ring: Ring | None = None) -> Recording:
         """What the ring holds, or one that was taken from it, on the driver's clock."""
+        from pipeserve.profiling.recording.clocks import align  # numpy: not before a first token
+
         kept = self.ring if ring is None else ring
         return align(recording_of(kept, self.num_stages, self.meta)).recording
 
@@ -63,6 +62,8 @@ def stage_shares(recording: Recording) -> list[dict[str, Any]]:
     """Of each stage `busy` and `idle_by_cause`, which sum to 1: shares of the time from the first
     arrival to the last token (from when every stage had begun, where the beginning was not kept).
     """
+    from pipeserve.profiling.ledger.ledger import explain  # numpy, too
+
     ledger = explain(recording)
     return [
         {"busy": busy_s / ledger.seconds, "idle_by_cause": ledger.idle_shares(stage)}
@@ -125,6 +126,8 @@ def recorded(
         @contextmanager
         def shown() -> Iterator[None]:
             nonlocal to_view
+            from pipeserve.launch.show.live import live_view
+
             with live_view(meta, Console(stderr=True)) as to_view:
                 try:
                     yield

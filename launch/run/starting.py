@@ -2,13 +2,14 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeserve.configs import RunConfig
 from pipeserve.core.records import Recorder, ignore
+from pipeserve.launch.run.phases import status
 
 if TYPE_CHECKING:
     from pipeserve.core.view import CostModel
@@ -79,16 +80,6 @@ def recorded_driver(
         return open_driver(run_config, record=record, check=check)
 
     return recorded(start, folder, overwrite=overwrite, explained=explained)
-
-
-@contextmanager
-def status(text: str) -> Iterator[Callable[[str], None]]:
-    """A line on a terminal's stderr that says `text`, and then what it is called with."""
-    from rich.console import Console
-    from rich.text import Text
-
-    with Console(stderr=True).status(text) as shown:
-        yield lambda text: shown.update(Text(text))  # names may have [brackets]
 
 
 def exit_on_signals() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeserve.configs import RunConfig
 from pipeserve.errors import ConfigError
 from pipeserve.launch.run.driver_process import MODULE
-from pipeserve.launch.run.starting import status
+from pipeserve.launch.run.phases import status
 from pipeserve.server.app import make_app
 from pipeserve.server.listening import bound_sockets, check_certificate, http_server, url_of
 from pipeserve.server.metrics import Metrics

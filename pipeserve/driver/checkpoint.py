@@ -19,12 +19,10 @@ from pipeserve.driver.setup import Setup
 from pipeserve.driver.shapes import shape_of
 from pipeserve.errors import ConfigError
 from pipeserve.machine import device_name, native_dtypes
-from pipeserve.stages.backends.cuda import check_gpu
 from pipeserve.stages.checkpoint.sources import resolve
-from pipeserve.stages.checkpoint.weights import check_checkpoint
+from pipeserve.stages.config.attentions import check_attention
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.stages.devices import check_attention
-from pipeserve.stages.families import read_config
 from pipeserve.wire.control import KeeperHello, ModelShare, StageSized, encode_job
 
 
@@ -43,7 +41,6 @@ def checkpoint_setup(
     folder = resolve(config.model, on_progress)
     model_config = read_config(folder)
     check(model_config)
-    check_checkpoint(folder, model_config)
     here = (native_dtypes(),) * config.pipeline_parallel_size
     return _setup(_Found(config, folder, model_config, cost), here)
 
@@ -112,8 +109,6 @@ def _check_runs_here(config: RunConfig) -> None:
             "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
         )
     check_attention(_device_of(config), config.attention)
-    if config.device == "cuda" and config.launcher != "external":
-        check_gpu()
 
 
 def _device_of(config: RunConfig) -> str:

@@ -135,8 +135,8 @@ class Fleet:
             connection.send(control.encode(links, self.epoch))
 
     def how_far(self) -> str:
-        """With loading, in words."""
-        return str(self._start.loading)
+        """With the start, in words."""
+        return str(self._start)
 
     # ---- running --------------------------------------------------------------------------------
 

@@ -27,18 +27,39 @@ def why_not(hello: KeeperHello, topology: Topology, joined: Mapping[int, KeeperH
 
 
 def nobody_came(
-    ranks: list[int], address: str, join_s: float, turned_away: TurnedAway
+    missing: list[int],
+    topology: Topology,
+    keepers: Mapping[int, KeeperHello],
+    config: RunConfig,
+    address: str,
+    turned_away: TurnedAway,
 ) -> StageError:
-    """For keepers that were waited for in vain."""
+    """For the keepers of `missing` ranks, that were waited for in vain; `keepers` are those that
+    have come."""
     others = ""
     if turned_away.counts:
         total, last = turned_away.counts.total(), turned_away.last
-        others = f" ({total:,} were turned away, the last: {last})"
+        others = f"; {total:,} were turned away, the last: {last}"
+    if keepers:
+        hosts = ", ".join(sorted({keeper.host for keeper in keepers.values()}))
+        others += f"; {len(keepers)} came, from {hosts}"
     return StageError(
-        f"no keeper of rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} joined {address} "
-        f"within {join_s:g} s{others}; start them with torchrun -m pipeserve.launch.keeper "
-        f"--control {address}, or raise --join-timeout"
+        f"no keeper of rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        f"{_machines_of(missing, topology, config)} joined {address} within "
+        f"{config.join_timeout:g} s{others}; see what their command says, whose keepers look for "
+        f"{address} (with --launcher external: torchrun -m pipeserve.launch.keeper --control "
+        f"{address}), or raise --join-timeout"
     )
+
+
+def _machines_of(ranks: list[int], topology: Topology, config: RunConfig) -> str:
+    """From where they should have come, where that is known."""
+    if config.nnodes == 1 or topology.num_ranks % config.nnodes:
+        return ""
+    each = topology.num_ranks // config.nnodes
+    machines = sorted({rank // each for rank in ranks})
+    named = ", ".join(map(str, machines))
+    return f" (of machine{'s' * (len(machines) > 1)} {named} of 0 to {config.nnodes - 1})"
 
 
 def check_addresses(keepers: Mapping[int, KeeperHello], control: str) -> None:

@@ -88,6 +88,11 @@ class StartProgress:
         self._connected.add(rank)
         return len(self._connected) == self._topology.num_ranks
 
+    def __str__(self) -> str:
+        if len(self._loaded) == self._topology.num_ranks:
+            return "connecting stages"
+        return str(self.loading)
+
     def late(self, now: float) -> tuple[int, Lost] | None:
         """A rank that is not to be waited for any longer."""
         absent = [rank for rank in range(self._topology.num_ranks) if rank not in self._keepers]

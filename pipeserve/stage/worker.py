@@ -17,9 +17,9 @@ from pipeserve.stage.memory import device_memory
 from pipeserve.stage.sequences import Sequence
 from pipeserve.stage.serve import serve
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
-from pipeserve.stages.checkpoint.weights import load_weights
+from pipeserve.stages.checkpoint.weights import check_checkpoint, load_weights
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.devices import make_backend
-from pipeserve.stages.families import read_config
 from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
 from pipeserve.stages.stage import Stage
 from pipeserve.wire import control, links
@@ -51,6 +51,8 @@ class ModelCompute:
         self._share = share = control.decode_share(job.work)
         self.block_size = share.block_size
         self.config = read_config(share.model_folder)
+        if job.is_first:  # one for all
+            check_checkpoint(share.model_folder, self.config)
         self.dtype = getattr(torch, share.dtype)
         self.kv_dtype = getattr(torch, share.kv_dtype)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -214,7 +214,7 @@ def test_another_secret_is_refused_and_in_the_end_those_who_did_not_come_are_nam
     ):
         with pytest.raises(StageError, match=rf"no keeper of ranks 0, 2 joined {address}") as error:
             wait_for_keepers(fleet, print)
-        assert "within 4 s (2 were turned away, the last: the secrets differ" in str(error.value)
+        assert "within 4 s; 2 were turned away, the last: the secrets differ" in str(error.value)
         assert "\n" not in str(error.value)
         assert set(fleet.keepers) == {1} and fleet.keepers[1].pid == right.pid
         for keeper in (wrong, without):

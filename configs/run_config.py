@@ -145,8 +145,8 @@ class RunConfig:
     )
     heartbeat_interval: float = _option(
         2.0,
-        "Seconds within which a keeper, its machine, or an idle stage that gives no sign of life any "
-        "more is found; each is asked four times in that.",
+        "Seconds within which a keeper, its machine, or an idle stage that gives no sign of life "
+        "is found; each is asked four times in that.",
         over=0,
     )
 

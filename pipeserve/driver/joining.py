@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from pipeserve.configs import RunConfig
 from pipeserve.configs.addresses import split_address
 from pipeserve.core.topology import Topology
 from pipeserve.errors import ConfigError, StageError

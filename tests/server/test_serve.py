@@ -197,6 +197,7 @@ def test_a_stream_goes_on_after_its_stage_was_killed(folder):
 
 
 def test_the_end_of_a_stage_is_its_own(folder):
+    """vllm#48966: it exits with 0, and its supervisor does not start it again."""
     with serving(folder, "--no-restart") as server:
         stage = httpx.get(f"{server.url}/ready").json()["stages"][1]
         os.kill(stage["pid"], signal.SIGKILL)

@@ -20,9 +20,11 @@ from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Recorder, ignore
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
+from pipeserve.core.work import Work
 from pipeserve.driver.checks import check_request
 from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
+from pipeserve.driver.layer_choice import EXAMINE_S, place
 from pipeserve.driver.losses import Losses
 from pipeserve.driver.reports import Reports
 from pipeserve.driver.setup import Setup
@@ -30,6 +32,7 @@ from pipeserve.driver.stage_info import stage_infos, with_memory
 from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import (
+    gather_examined,
     gather_memory,
     wait_for_keepers,
     wait_until_ready,
@@ -57,8 +60,10 @@ class Driver:
         on_progress: Callable[[str], None] = lambda text: None,
         record: Recorder = ignore,
         fleet: Callable[[Topology, RunConfig], Fleet] = Fleet,
+        on_plan: Callable[["Driver"], None] = lambda driver: None,
     ) -> None:
-        """Returns when all stages are ready. `on_progress` is called with a text, how far they are.
+        """Returns when all stages are ready. `on_progress` is called with a text, how far they are,
+        and `on_plan` once, when it is known what will run where and nothing is loaded yet.
         `record` is called with every record of the run, from within `submit`, `outputs`, `settle`
         and `close`, and must not raise. `fleet` makes what stages are started and reached by."""
         self._take(setup)
@@ -82,8 +87,11 @@ class Driver:
             wait_for_keepers(self.fleet, on_progress)
             self._suit_ranks()
             self._start()
-            sizes = wait_until_sized(self.fleet, on_progress)
+            sizes = self._place_layers(wait_until_sized(self.fleet, on_progress), on_progress)
+            self.sizes = sizes
+            """What each rank said that it would take."""
             self._plan_within(self.setup.limits_for(sizes), record)
+            on_plan(self)
             self._fill()
             started = wait_until_ready(self.fleet, on_progress)
         except BaseException:
@@ -107,11 +115,34 @@ class Driver:
         self._reports = Reports(self.topology, self.fleet, engine, watch, journal)
 
     def _suit_ranks(self) -> None:
-        """Where ranks on other machines multiply other types than was thought."""
+        """Where ranks on other machines compute on other devices than was thought."""
         keepers = [self.fleet.keepers[rank] for rank in range(self.topology.num_ranks)]
         native = tuple(keeper.native_dtypes for keeper in keepers)
-        if self.setup.for_ranks is not None and native != self.setup.native_dtypes:
+        devices = tuple(keeper.device for keeper in keepers)
+        thought = self.setup.native_dtypes, self.setup.devices
+        if self.setup.for_ranks is not None and (native, devices) != thought:
             self._take(self.setup.for_ranks(keepers))
+
+    def _place_layers(
+        self, sizes: tuple[control.StageSized, ...], on_progress: Callable[[str], None]
+    ) -> tuple[control.StageSized, ...]:
+        """Where that is left to us: by what the ranks say of themselves. Their processes stay;
+        returns what they say with those layers."""
+        choice, speaker = self.setup.choice, self.topology.speaker
+        if choice is None or len(self.plan.stages) == 1:
+            return sizes
+        ranks = [speaker(stage) for stage in range(len(self.plan.stages))]
+        found: list[control.Examined] = []
+        if choice.works:
+            on_progress("timing layers on each rank")
+            examined = gather_examined(self.fleet, choice.works, EXAMINE_S)
+            found = [examined[rank] for rank in ranks]
+        before = self.plan
+        self._take(place(self.setup, [sizes[rank] for rank in ranks], found))
+        if self.plan == before:
+            return sizes
+        self._start()
+        return wait_until_sized(self.fleet, on_progress)
 
     def _start(self) -> None:
         """All stages, in a fresh epoch."""
@@ -295,6 +326,11 @@ class Driver:
     def refresh_memory(self) -> None:
         """Bring `stages[i].peak_bytes` up to date. Only while no request is unfinished."""
         self.stages = with_memory(self.stages, self.plan, gather_memory(self.fleet))
+
+    def examine(self, works: Sequence[Work], seconds: float) -> list[control.Examined]:
+        """What each rank says of itself, and takes for these microbatches, timed for about so long.
+        Only while no request is unfinished."""
+        return gather_examined(self.fleet, works, seconds)
 
     def close(self) -> None:
         """End every process. Safe to call twice; nothing can be run after it."""

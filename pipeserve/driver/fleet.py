@@ -110,7 +110,8 @@ class Fleet:
         self._start = StartProgress(self.topology, self.keepers, self.config, now)
         for rank in dead:
             self._members.stage_is_gone(rank)
-        self._members.tell_stages(control.Renew(), self.epoch)
+        for rank, stage in self._members.stages.items():
+            stage.send(control.encode(control.Renew(jobs[rank].work), self.epoch))
         for rank in dead:
             self._start_stage(rank)
 
@@ -201,7 +202,13 @@ class Fleet:
     ) -> None:
         epoch = self.epoch
         match message:
-            case control.Sampled() | control.Timing() | control.Memory() | control.Heartbeat():
+            case (
+                control.Sampled()
+                | control.Timing()
+                | control.Memory()
+                | control.Examined()
+                | control.Heartbeat()
+            ):
                 came.append(Received(message, rank, at_s, epoch))
             case control.Loading():
                 self._start.loading.take(rank, message, at_s)
@@ -276,7 +283,8 @@ class Fleet:
             return
         self._members.stage_came(hello.rank, source)
         if epoch != self.epoch:  # another one was lost meanwhile
-            source.send(control.encode(control.Renew(), self.epoch))
+            renew = control.Renew(self._jobs[hello.rank].work)
+            source.send(control.encode(renew, self.epoch))
 
     def _check(self, came: list[Received]) -> None:
         """Who is still there; and ask, for the next time."""

@@ -34,7 +34,8 @@ class Reports:
                 self.num_spans_due -= 1
                 self._watch.computed(span, received.at_s)
                 self._journal.computed(span)
-                self._engine.observe(span.index, span.stage, span.end_s - span.start_s)
+                ready_s = max(span.plan_s, span.input_s)
+                self._engine.observe(span.index, span.stage, ready_s, span.start_s, span.end_s)
             case control.Heartbeat():
                 self._watch.answered(stage)
             case control.HeartbeatAnswer(sent_s, remote_s) if self._speaks(received):

@@ -118,7 +118,7 @@ def _figures(driver: Driver) -> dict[str, float]:
         "num_running": engine.num_running,
         "num_waiting": engine.num_waiting,
         "num_in_flight": len(engine.outstanding),
-        "window": engine.pipeline.window,
+        "window": engine.window,
         "num_blocks": driver.limits.num_blocks,
         "num_free_blocks": engine.num_free_blocks,
         "num_preemptions_total": stats.preemptions,

@@ -15,13 +15,14 @@ import time
 
 import msgspec
 
-from pipeserve.machine import boot_id, native_dtypes, num_cpus
+from pipeserve.cpus import cores_of
+from pipeserve.machine import boot_id, fingerprint, native_dtypes, num_cpus
 from pipeserve.stage.last_spans import LastSpans
+from pipeserve.stage.placement import most_threads, place_of, stage_environment
 from pipeserve.stage.vital_signs import VitalSigns, vital_signs
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Heartbeat, NotWanted, StartStage, Stop
-from pipeserve.wire.secret import VARIABLE
 from pipeserve.wire.sources import Descriptor, Source, Sources
 
 _RETRY_S = 0.2
@@ -128,6 +129,7 @@ class Keeper:
             pid=os.getpid(),
             boot_id=boot_id(),
             native_dtypes=native_dtypes(),
+            device=fingerprint(*_local_place(self.rank, self.world_size)),
         )
 
     # ---- once it has joined ---------------------------------------------------------------------
@@ -161,8 +163,9 @@ class Keeper:
         up."""
         self._end_stage()
         self.epoch = epoch
-        place = _local_place(self.rank, self.world_size)
-        cores, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), num_cpus(), *place)
+        local = _local_place(self.rank, self.world_size)
+        cores = cores_of(os.sched_getaffinity(0))
+        place = place_of(cores, num_cpus(), *local, most_threads(os.environ))
         if job.control.startswith("/"):
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
         job = msgspec.structs.replace(job, host=self.host or self.driver.own_host)
@@ -173,11 +176,11 @@ class Keeper:
                 [
                     sys.executable,
                     *("-m", "pipeserve.stage.process"),
-                    *(str(os.getpid()), ",".join(map(str, cores)), job.module),
+                    *(str(os.getpid()), ",".join(map(str, place.cpus)), job.module),
                 ],
                 stdin=launch,
                 pass_fds=[spans.descriptor],
-                env=_stage_environment(self.rank, place[0], num_threads),
+                env=stage_environment(os.environ, self.rank, local[0], place.num_threads),
             )
         self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
         self.stage_ended = Descriptor(self.stage_pidfd, self.sources, "stage's end")
@@ -211,45 +214,11 @@ class Keeper:
         print(f"error: keeper of rank {self.rank}: {what}", file=sys.stderr)
 
 
-def stage_cpus(
-    cores: list[int], num_cpus: int, local_rank: int, local_world_size: int
-) -> tuple[list[int], int]:
-    """The cores that one of `local_world_size` stages on this machine gets, and its threads.
-
-    Shares are equal and disjoint. With more stages than cores there is nothing to pin: each stage
-    may run on any core, with one thread. All stages together have as many threads as `num_cpus`,
-    which a container's quota can make fewer than there are cores, or one each: a thread over the
-    quota makes the others stand still at the end of each product (ollama#17916, 45 times slower).
-    """
-    share = len(cores) // local_world_size
-    if share == 0:
-        return cores, 1
-    num_threads = max(min(num_cpus // local_world_size, share), 1)
-    return cores[local_rank * share : (local_rank + 1) * share], num_threads
-
-
 def _local_place(rank: int, world_size: int) -> tuple[int, int]:
     """This rank's number among those of its machine, and how many they are; all, where the launcher
     does not say."""
     place = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", world_size)
     return int(place[0]), int(place[1])
-
-
-def _stage_environment(rank: int, local_rank: int, num_threads: int) -> dict[str, str]:
-    """What has to be set before the stage's interpreter starts.
-
-    Huge pages for large allocations (glibc 2.35 and newer; others ignore it): gathering KV touches
-    many pages; one pair of runs of the mix in docs/bench.md took 25.4 s with and 27.0 s without.
-    """
-    environment = {
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(local_rank),
-        "OMP_NUM_THREADS": str(num_threads),
-    }
-    environment.pop(VARIABLE, None)  # it is told in another way
-    return environment
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 keeper has put it, joins the driver, and replays microbatches until its keeper ends it."""
 
 import gc
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,7 +22,6 @@ _LAST_WORD_S = 2.0
 
 def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
     """Run the stage that standard input says; on failure, tell the driver and exit 1."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     baseline = resident_bytes()
     launch = control.decode_launch(sys.stdin.buffer.read())
     job, rank, epoch, secret, spans = msgspec.structs.astuple(launch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from statistics import median_low
 
 from pipeserve.core.records import Span
 from pipeserve.profiling.ledger.faults import FaultCost
@@ -13,7 +14,18 @@ _TOLERANCE_S = 1e-6
 
 def notes_of(recording: Recording, ledger: Ledger | None) -> list[str]:
     """A line each; those that came with the recording first."""
-    return [*recording.notes, *_seen(recording, ledger)]
+    return [*recording.notes, *window_notes(recording), *_seen(recording, ledger)]
+
+
+def window_notes(recording: Recording) -> list[str]:
+    """Where there were more microbatches in flight than stages, because links are slow."""
+    windows = [plan.window for plan in recording.planned if plan.window]
+    if not windows or min(windows) == max(windows):
+        return []
+    return [
+        f"{min(windows)} to {max(windows)} microbatches in flight, by the delay of links and "
+        f"messages (mostly {median_low(windows)}); --pipeline-window fixes their number"
+    ]
 
 
 def _seen(recording: Recording, ledger: Ledger | None) -> Iterator[str]:

@@ -198,7 +198,7 @@ def test_a_fresh_epoch_keeps_the_stages_that_are_there(stage):
     """What one of them said in the old one is not heard any more."""
     stage.fleet.start([JOB])
     (payload,) = stage.stage.receive()
-    assert control.decode_for_stage(payload) == (2, control.Renew())
+    assert control.decode_for_stage(payload) == (2, control.Renew(JOB.work))
     stage.says(control.Sampled(0, [5], b"\x01", [], []))
     stage.says(control.Memory(8), epoch=2)
     assert stage.hears() == [control.Memory(8)]

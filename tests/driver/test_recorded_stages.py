@@ -80,7 +80,8 @@ class Run:
         self.cost = Cost(num_stages)
         config = make_config({}, {"model": folder, "dtype": "float32", "max_num_seqs": 4,
                                   "max_num_batched_tokens": 24,
-                                  "pipeline_parallel_size": num_stages})  # fmt: skip
+                                  "pipeline_parallel_size": num_stages,
+                                  "pipeline_window": num_stages})  # fmt: skip
         with Driver(checkpoint_setup(config, cost=self.cost), record=self.told.append) as driver:
             keepers = driver.fleet.keepers
             keepers[1] = msgspec.structs.replace(keepers[1], boot_id="another machine")

@@ -29,6 +29,7 @@ from local_fleet import LocalFleet, NoKeepers  # isort: skip
 
 _DECODE = {"keeper": control.decode_for_keeper, "stage": control.decode_for_stage}
 TWO_A_STAGE = Topology(((0, 1), (2, 3)))
+WORKS = (b"first", b"last")
 
 
 class ByHand:
@@ -126,7 +127,7 @@ def joined(hand):
 
 def started(hand):
     joined(hand)
-    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    setup = SimpleNamespace(module="any", works=WORKS)
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     return hand.hears("keeper")[0]
 
@@ -156,14 +157,14 @@ def lost_rank_1(hand):
     hand.keeper_says(1, control.StageExited(7, -9))
     (event,) = hand.hear(Lost)
     assert event.rank == 1 and "SIGKILL" in event.message.why
-    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    setup = SimpleNamespace(module="any", works=WORKS)
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
 
 
 def test_the_keeper_of_the_lost_stage_alone_starts_one_and_the_others_begin_an_epoch(hand):
     lost_rank_1(hand)
     for rank in (0, 2, 3):
-        assert hand.next_of("stage", rank) == (2, control.Renew())
+        assert hand.next_of("stage", rank) == (2, control.Renew(WORKS[rank // 2]))
     epoch, job = hand.next_of("keeper", 1)
     assert (epoch, job.stage, job.work) == (2, 0, b"first")
     assert not any(hand.inbox.get(hand.who["keeper", rank]) for rank in (0, 2, 3))
@@ -180,11 +181,11 @@ def test_one_that_starts_while_another_is_lost_is_let_be(hand):
     hand.next_of("keeper", 1)
     hand.keeper_says(2, control.StageExited(8, -9))
     hand.hear(Lost)
-    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    setup = SimpleNamespace(module="any", works=WORKS)
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     assert hand.next_of("keeper", 2)[0] == 3
     hand.comes(1, epoch=2)
-    assert hand.next_of("stage", 1) == (3, control.Renew())
+    assert hand.next_of("stage", 1) == (3, control.Renew(WORKS[0]))
     assert not hand.inbox[hand.who["keeper", 1]]
 
 
@@ -195,7 +196,7 @@ def test_a_keeper_that_was_gone_comes_back_from_another_address(hand, monkeypatc
     hand.who["keeper", 3].close()
     lost, gone = hand.hear(Lost, Gone)
     assert lost.rank == gone.rank == 3
-    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    setup = SimpleNamespace(module="any", works=WORKS)
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     hand.joins(3, address="10.9.9.9")
     (joined,) = hand.hear(Joined)

@@ -86,6 +86,6 @@ def compare(load: Load, undisturbed: Load) -> int:
     print(
         f"{len(load.tokens)} requests, {sum(map(len, load.tokens.values()))} tokens: {num_wrong} "
         f"differ from an undisturbed run, {num_near} more at a logit gap under {NEAR:g}; "
-        f"{len(load.errors)} ended by an error, {len(load.tokens) - len(load.ended)} not at all"
+        f"{len(load.errors)} ended by an error, {len(load.tokens.keys() - load.ended)} not at all"
     )
     return num_wrong

@@ -17,7 +17,7 @@ from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
-from pipeserve.core.records import Completed, Ping, Recorder, Span, ignore
+from pipeserve.core.records import Completed, Recorder, ignore
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
 from pipeserve.core.work import Work
@@ -26,6 +26,7 @@ from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.layer_choice import EXAMINE_S, place
 from pipeserve.driver.losses import Losses
+from pipeserve.driver.reports import Reports
 from pipeserve.driver.setup import Setup
 from pipeserve.driver.stage_info import stage_infos, with_memory
 from pipeserve.driver.stage_watch import StageWatch
@@ -68,7 +69,6 @@ class Driver:
         self._take(setup)
         self._may_plan = False
         """Something came since the engine last had no plan; nothing else can give it one."""
-        self._num_spans_due = 0
         self._progress_s = 0.0
         """When the stages gave a result last, or were given the first microbatch that they owe."""
         self._ended: str | None = None
@@ -110,7 +110,9 @@ class Driver:
         policy = get_policy(self.config.policy)
         self.engine = Engine(self.plan, policy, limits, self.setup.cost)
         self.journal = Journal(self.engine, record)
-        self.losses = Losses(self.topology, self.config, self.engine, self._watch, self.journal)
+        engine, watch, journal = self.engine, self._watch, self.journal
+        self.losses = Losses(self.topology, self.config, engine, watch, journal)
+        self._reports = Reports(self.topology, self.fleet, engine, watch, journal)
 
     def _suit_ranks(self) -> None:
         """Where ranks on other machines compute on other devices than was thought."""
@@ -226,54 +228,19 @@ class Driver:
                 case control.Sampled():
                     outputs += self._complete(received)
                     self._plan_all()  # at once: of two results, the plan for the first is not late
-                case control.Timing(span):
-                    self._num_spans_due -= 1
-                    self._watch.computed(span, received.at_s)
-                    self.journal.computed(span)
-                    ready_s = max(span.plan_s, span.input_s)
-                    self.engine.observe(span.index, span.stage, ready_s, span.start_s, span.end_s)
-                case control.HeartbeatAnswer() if self.topology.speaks(received.rank):
-                    self._hear_of(received)
-                case control.Heartbeat():
-                    self._watch.answered(self.topology.stage_of(received.rank))
-                case control.LastSpans(spans) if self.topology.speaks(received.rank):
-                    self._take_last(spans)
                 case Lost():
                     outputs += self._lose(received)
                 case Sized():
                     self._fill()
                 case Ready(stages):
                     self._go_on(stages)
+                case _:
+                    self._reports.take(received)
         if not self.losses.trouble:
-            self._look_for_hangs()
+            self._reports.look_for_hangs(self._looked_s)
         if not outputs:
             self.losses.check()
         return outputs
-
-    def _hear_of(self, received: Received) -> None:
-        """What a keeper says of its stage's process, and of its machine's clock."""
-        stage, answer = self.topology.stage_of(received.rank), received.message
-        self._watch.signs(stage, answer, received.at_s)
-        if self.fleet.is_remote(received.rank):
-            self.journal.pinged(Ping(stage, answer.sent_s, answer.remote_s, received.at_s))
-
-    def _take_last(self, spans: Sequence[Span]) -> None:
-        """What a stage that has ended had computed, and did not come to tell."""
-        for span in spans:
-            if span.index > self._watch.done[span.stage]:
-                self._watch.done[span.stage] = span.index
-                self.journal.computed(span)
-
-    def _look_for_hangs(self) -> None:
-        """A stage that does not do what it owes is lost; the next step begins with that."""
-        now = time.monotonic()
-        if self._watch.wants_to_ask(now):
-            self.fleet.broadcast(control.Heartbeat(now))
-        overdue = self._watch.overdue(self._looked_s)
-        if overdue is not None:
-            rank = self.topology.speaker(overdue.stage)
-            name, host = self.topology.name(rank), self.fleet.keepers[rank].host
-            self.fleet.give_up(rank, f"{name} (on {host}) {overdue}")
 
     def _end_aborted(self) -> None:
         while self._aborted:
@@ -303,7 +270,7 @@ class Driver:
         self.fleet.broadcast(message)
         if len(self.engine.outstanding) == 1:
             self._progress_s = sent_s
-        self._num_spans_due += len(self.plan.stages)
+        self._reports.num_spans_due += len(self.plan.stages)
         self._watch.planned(microbatch, sent_s)
         self.journal.planned(microbatch, start_s, sent_s)
 
@@ -334,7 +301,7 @@ class Driver:
         blamed = self.losses.take(received)
         if self.losses.final is not None:
             return []
-        self._num_spans_due = 0
+        self._reports.num_spans_due = 0
         self._start()
         if blamed is None:
             return []
@@ -351,7 +318,7 @@ class Driver:
         """When no request is unfinished: wait until what is outstanding has run, and take what the
         stages report of it, so that the run's records are complete. Raises StageError."""
         deadline = time.monotonic() + timeout_s
-        while self._num_spans_due and time.monotonic() < deadline:
+        while self._reports.num_spans_due and time.monotonic() < deadline:
             self.outputs(0.05)
 
     # ---- the rest -------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class ClientDoor:
         """Calls the client, which listens at `address`. Raises ConnectionError."""
         self._sources = Sources(secret)
         self._connection = connecting.connected(address, self._sources, client.PURPOSE)
-        self._told_s = 0.0
+        self._told_s, self._told_trouble = 0.0, ""
 
     def progress(self, text: str) -> None:
         """How far the stages are with starting."""
@@ -47,7 +47,8 @@ class ClientDoor:
             outputs = driver.outputs(_STATUS_S)
             if outputs:
                 self._send(client.Came(outputs))
-            if time.monotonic() - self._told_s > _STATUS_S:
+            is_late = time.monotonic() - self._told_s > _STATUS_S
+            if is_late or driver.losses.trouble != self._told_trouble:
                 self._tell_status(driver, stages_now)
 
     def close(self) -> None:
@@ -88,7 +89,7 @@ class ClientDoor:
             self._send(client.Refused([request.id for request in requests], str(error)))
 
     def _tell_status(self, driver: Driver, stages_now: StagesNow) -> None:
-        self._told_s = time.monotonic()
+        self._told_s, self._told_trouble = time.monotonic(), driver.losses.trouble
         stalled_s = driver.stalled_s(self._told_s)
         where = [
             client.StageAt(

@@ -99,6 +99,14 @@ class PipelineMetrics:
             "1 while the stages take steps; 0 while lost ones are started again.",
             float(not status.trouble),
         )
+        if status.trouble:
+            family = GaugeMetricFamily(
+                "pipeserve:lost_stage",
+                "While lost ones are started again: which, and why.",
+                labels=(*LABELS, "reason"),
+            )
+            family.add_metric((*self._labels, status.trouble), 1.0)
+            yield family
         family = CounterMetricFamily(
             "pipeserve:stage_losses",
             "How often a stage was lost.",

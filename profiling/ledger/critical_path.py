@@ -27,6 +27,7 @@ from typing import NamedTuple
 from pipeserve.core.nouns import RequestId
 from pipeserve.core.records import Planned, Span
 from pipeserve.core.work import work_of
+from pipeserve.profiling.ledger.bounds import bounds_of, is_whole
 from pipeserve.profiling.ledger.faults import outages_of
 from pipeserve.profiling.ledger.path_vectors import (
     CONTROL,
@@ -84,8 +85,8 @@ class Walk:
         self.planned = {planned.index: planned for planned in recording.planned}
         self.completed = {completed.index: completed for completed in recording.completed}
         self.spans = [{span.index: span for span in spans} for spans in recording.spans]
-        self.is_whole = _is_whole(recording)
-        self.start_s, self.stop_s = _bounds(recording, self.is_whole)
+        self.is_whole = is_whole(recording)
+        self.start_s, self.stop_s = bounds_of(recording)
         self.model = StepParts.fit(recording)
         origin: PathEvent = [0.0] * SIZE, self.start_s
         self.sent = origin
@@ -314,20 +315,3 @@ class Walk:
             seconds = tuple([value * share for value in seconds])
         begin_s = max(begin_s, self.start_s)
         self.idle[stage].append(Idle(stage, index, begin_s, begin_s + inside_s, seconds))
-
-
-def _is_whole(recording: Recording) -> bool:
-    """Whether the run's beginning was kept: its first arrival is before its first plan."""
-    arrived, planned = recording.arrived, recording.planned
-    return bool(arrived and planned) and arrived[0].at_s <= planned[0].sent_s
-
-
-def _bounds(recording: Recording, is_whole: bool) -> tuple[float, float]:
-    """First arrival (or when every stage had begun, of a run whose beginning was not kept), and
-    last result or last fault (or last end, where the driver's records are missing)."""
-    stages = [spans for spans in recording.spans if spans]
-    start_s = recording.arrived[0].at_s if is_whole else max(spans[0].start_s for spans in stages)
-    stops = [completed.received_s for completed in recording.completed[-1:]]
-    stops += [fault.at_s for fault in recording.faults[-1:]]
-    stops = stops or [spans[-1].end_s for spans in stages]
-    return start_s, max(*stops, start_s)

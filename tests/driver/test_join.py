@@ -546,7 +546,8 @@ def test_a_forked_process_neither_ends_nor_uses_the_pipeline():
 
 
 def test_a_killed_driver_leaves_nothing_though_a_process_forked_from_it_goes_on():
-    """Which holds the other ends of everything that the keepers could see closed."""
+    """Which holds the other ends of everything that the keepers could see closed (ATOM#1511,
+    gpustack#2434: workers outlive their parent, and keep memory and ports)."""
     read, write = os.pipe()
     driver_pid = os.fork()
     if driver_pid == 0:

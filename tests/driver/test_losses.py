@@ -173,7 +173,8 @@ def test_every_request_gets_its_tokens_whenever_stages_are_lost(
 
 
 def test_a_request_that_a_stage_dies_of_ends_alone(folder):
-    """The others come to the tokens that they come to without it."""
+    """The others come to the tokens that they come to without it (DeepSpeed-MII#299: one request
+    crashes, and no other can be posted; sglang#514: all end, or else all would hang)."""
     prompts = [[3, 4, 5], [6, POISON, 7], [8, 9, 10]]
 
     def run(fleet, numbers):

@@ -121,7 +121,9 @@ def none_left():
 
 
 def test_a_stage_that_is_killed_one_that_is_stopped_and_a_keeper(folder, expected, capfd):
-    """One after the other, under load."""
+    """One after the other, under load. Elsewhere the other ranks wait for ever, or for minutes
+    (nccl#582, torch#101463, elastic#134), and one that is alive and hung is seen by no check
+    (vllm#36451, vllm#19849)."""
     with none_left() as pids, Driver(setup_of(folder)) as driver:
         driver.submit([request(*each) for each in enumerate(random_prompts(folder, LENGTHS))])
         taken = Taken(driver)

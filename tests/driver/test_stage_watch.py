@@ -184,7 +184,8 @@ def at_its_second_stage(usual_s):
 
 @pytest.mark.parametrize("core", [0.5, 0.25, 0.1])
 def test_a_stage_that_waits_for_its_core_is_slow_and_not_dead(core):
-    """A neighbour, or a quota, takes the rest of it, all at once."""
+    """A neighbour, or a quota, takes the rest of it, all at once (storm#7339: workers are ended for
+    health checks that time out under load)."""
     run, process = at_its_second_stage(usual_s=2.0)
     assert process.lives(2.0 / core, runs=core, stands=1 - core, state="R") is None
     run.computed(1)

@@ -190,6 +190,7 @@ def test_one_that_starts_while_another_is_lost_is_let_be(hand):
 
 
 def test_a_keeper_that_was_gone_comes_back_from_another_address(hand, monkeypatch):
+    """torch#147064: one that comes back ends the job of the others."""
     monkeypatch.setattr(watching, "LAST_WORD_S", 0.1)
     started(hand)
     hand.who["keeper", 3].close()

@@ -105,7 +105,7 @@ def test_the_end_of_the_pipeline_is_told(folder, streams):
 
 
 def test_health_is_of_the_pipeline(folder, monkeypatch):
-    """trtllm#12313, #13713."""
+    """trtllm#12313, #13713; who was lost, and why, is told (vllm#11996, #39863)."""
     monkeypatch.setattr("pipeserve.server.app._STATUS_S", 0.3)
     with served(folder) as server:
         assert httpx.get(f"{server.url}/health").status_code == 200
@@ -122,8 +122,11 @@ def test_health_is_of_the_pipeline(folder, monkeypatch):
         assert 'pipeserve:pipeline_ready{engine="0",model_name="fake"} 0.0' in metrics
         labels = 'engine="0",host="host",model_name="fake",stage="1"'
         assert f"pipeserve:stage_losses_total{{{labels}}} 1.0" in metrics
+        lost = 'pipeserve:lost_stage{engine="0",model_name="fake",reason="stage 1 died"} 1.0'
+        assert lost in metrics
         server.pipeline.trouble = ""
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
+        assert "pipeserve:lost_stage{" not in httpx.get(f"{server.url}/metrics").text
         server.pipeline.is_silent = True
         until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
 

@@ -6,10 +6,9 @@ import threading
 import time
 
 import pytest
+from on_the_wire import connected_by_hand, framed
 
-from pipeserve.wire import connection
 from pipeserve.wire.connecting import connect
-from pipeserve.wire.connection import Connection
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 
@@ -26,18 +25,15 @@ def by_tcp(address):
     return address.partition("/")[0]
 
 
-def accepted(sources):
-    """The connection that a listener among `sources` has taken in."""
-    return next(s for s in sources._by_descriptor.values() if isinstance(s, Connection))
-
-
 def opened(address, ours, theirs):
     """Both ends of a connection: that of who listens, and of who connects to `address`."""
-    there = connect(address, theirs, "stage")
-    while not there.is_open:
+    there, here = connect(address, theirs, "stage"), None
+    there.send(b"it is open")
+    while here is None:
         for source in [*ours.ready(0), *theirs.ready(0)]:
-            assert source.receive() == []
-    return accepted(ours), there
+            if source.receive() == [b"it is open"]:
+                here = source
+    return here, there
 
 
 @pytest.fixture(params=["local", "tcp"])
@@ -54,13 +50,11 @@ def ends(request):
 @pytest.fixture
 def by_hand():
     """A connection, and a plain socket at its other end, once they have shaken hands."""
-    sources, theirs = Sources(SECRET), Sources(SECRET)
-    here, there = opened(by_tcp(listening(sources)), sources, theirs)
-    plain = there._socket
-    plain.settimeout(5)
+    sources = Sources(SECRET)
+    here, plain = connected_by_hand(listening(sources), sources, SECRET, "stage")
     yield here, sources, plain
+    plain.close()
     sources.close()
-    theirs.close()
 
 
 def receive(sources, connection, num):
@@ -78,7 +72,7 @@ def receive(sources, connection, num):
 
 def wire_form(messages):
     """What a connection makes of them, as bytes."""
-    return b"".join(bytes(connection._framed(message)) for message in messages)
+    return b"".join(map(framed, messages))
 
 
 # ---- framing ----------------------------------------------------------------------------------

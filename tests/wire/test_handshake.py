@@ -1,6 +1,7 @@
 """Each side proves that it has the secret, and the secret does not cross the wire."""
 
 import contextlib
+import hmac
 
 import msgspec
 import pytest
@@ -21,6 +22,17 @@ def shake(there, here):
     for end in (here, there, here, there):
         said.append(end.take(said[-1]))
     return said
+
+
+def nonce_of(message):
+    """Of a hello or a challenge, where it comes last."""
+    return msgspec.msgpack.decode(message)[-1]
+
+
+def proof(secret, direction, hello, connecting, listening):
+    """As whoever has `secret` can make it."""
+    said = msgspec.msgpack.encode((direction, msgspec.Raw(hello), connecting, listening))
+    return msgspec.msgpack.encode(("_Proof", hmac.digest(secret, said, "sha256")))
 
 
 def test_both_are_done_and_know_what_for():
@@ -56,10 +68,11 @@ def test_who_listens_has_to_prove_it_too():
     """Somebody at the driver's port who takes any proof."""
     there, _ = ends()
     fake = Listening(b"guessed", ("keeper",))
-    there.take(fake.take(there.hello()))
-    forged = fake._digest("listens", fake._theirs, fake._ours)
+    hello = there.hello()
+    challenge = fake.take(hello)
+    there.take(challenge)
     with pytest.raises(Refused, match="secrets differ"):
-        there.take(msgspec.msgpack.encode(("_Proof", forged)))
+        there.take(proof(b"guessed", "listens", hello, nonce_of(hello), nonce_of(challenge)))
 
 
 def test_a_proof_that_was_overheard_is_good_for_nothing_else():
@@ -73,13 +86,14 @@ def test_a_proof_that_was_overheard_is_good_for_nothing_else():
 
 def test_who_connects_cannot_have_its_proof_made_by_who_listens():
     """Its own nonces, sent back to it: the two directions have other digests."""
-    here = Listening(SECRET, ("keeper",))
-    there, other = Connecting(SECRET, ("keeper",)), Connecting(SECRET, ("keeper",))
-    here.take(there.hello())
-    other._hello = there._hello
-    listens = other._digest("listens", here._theirs, here._ours)
+    here, there = Listening(SECRET, ("keeper",)), Connecting(SECRET, ("keeper",))
+    hello = there.hello()
+    challenge = here.take(hello)
+    nonces = nonce_of(hello), nonce_of(challenge)
     with pytest.raises(Refused, match="secrets differ"):
-        here.take(msgspec.msgpack.encode(("_Proof", listens)))
+        here.take(proof(SECRET, "listens", hello, *nonces))
+    here.take(proof(SECRET, "connects", hello, *nonces))
+    assert here.is_done
 
 
 def test_another_version_is_told_to_who_has_the_secret_and_to_nobody_else(monkeypatch):
@@ -167,7 +181,7 @@ def test_a_list_in_a_list_in_a_list_is_no_traceback():
     assert len(nested) <= handshake.MOST_BYTES
 
     def read(depth):
-        return read(depth - 1) if depth else handshake._read(nested)
+        return read(depth - 1) if depth else Listening(SECRET, ("keeper",)).take(nested)
 
     with contextlib.suppress(Refused):  # newer Pythons count it apart, and read it
         read(200)

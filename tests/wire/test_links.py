@@ -16,11 +16,11 @@ class Seam:
     """Two neighbours, and what comes from the one to the other."""
 
     def __init__(self):
-        self.sources, self._theirs, self.sender = Sources(), Sources(), TensorLinks()
+        self.sources, self.theirs, self.sender = Sources(), Sources(), TensorLinks()
         address = TensorLinks().listen("127.0.0.1", self.sources)
-        opening = self.sender.connect(address, self._theirs)
+        opening = self.sender.connect(address, self.theirs)
         while not opening.is_open:
-            for source in [*self.sources.ready(0), *self._theirs.ready(0)]:
+            for source in [*self.sources.ready(0), *self.theirs.ready(0)]:
                 source.receive()
         self._received = []
 
@@ -34,7 +34,7 @@ class Seam:
 
     def close(self):
         self.sources.close()
-        self._theirs.close()
+        self.theirs.close()
 
 
 @pytest.fixture
@@ -95,10 +95,10 @@ def test_an_end_on_the_way_is_the_end_of_it(seam, who):
     before = threading.active_count()
     seam.sender.send(0, torch.zeros(64 << 20, dtype=torch.uint8))
     assert threading.active_count() == before + 1, "the kernel took 64 MiB at once"
-    (seam._theirs if who == "sender" else seam.sources).close()
+    (seam.theirs if who == "sender" else seam.sources).close()
     for index in (1, 2):
         seam.sender.send(index, torch.zeros(3))
-    seam._theirs.close()
+    seam.theirs.close()
     assert threading.active_count() == before
 
 

@@ -18,8 +18,10 @@ import msgspec
 from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan, one_each
-from pipeserve.profiling.simulation.stage_times import ProfiledTimes, StageTimes
+from pipeserve.core.work import Work
+from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 from pipeserve.stage.compute import Done, FeedBack, Tell, Turn
+from pipeserve.stage.facts import facts_of
 from pipeserve.stage.serve import serve
 from pipeserve.wire import control
 from pipeserve.wire.control import StartStage
@@ -46,10 +48,16 @@ class EmulatedWork(msgspec.Struct, frozen=True):
     plan: PipelinePlan
     tensor_parallel_size: int
     seed: int
+    slowdown: tuple[float, ...] | None = None
 
     def times(self) -> ProfiledTimes:
         return ProfiledTimes(
-            self.profile, self.shape, self.plan, self.tensor_parallel_size, self.seed
+            self.profile,
+            self.shape,
+            self.plan,
+            self.tensor_parallel_size,
+            self.seed,
+            self.slowdown,
         )
 
 
@@ -98,8 +106,12 @@ class EmulatedCompute:
     num_threads = 1
     most_begun = 2
 
-    def __init__(self, times: StageTimes, job: StartStage, vocab_size: int) -> None:
+    def __init__(
+        self, times: ProfiledTimes, job: StartStage, vocab_size: int, num_layers: int = 0
+    ) -> None:
+        """`num_layers`: of the whole model."""
         self._times = times
+        self._num_layers = num_layers
         self._job = job
         self._vocab_size = vocab_size
         self._free_s = 0.0
@@ -111,7 +123,13 @@ class EmulatedCompute:
     @classmethod
     def load(cls, job: StartStage, tell: Tell) -> "EmulatedCompute":
         work = msgspec.msgpack.decode(job.work, type=EmulatedWork)
-        return cls(work.times(), job, work.shape.vocab_size)
+        return cls(work.times(), job, work.shape.vocab_size, work.shape.num_layers)
+
+    def examine(self, works: tuple[Work, ...], seconds: float) -> control.Examined:
+        """By the profile: nothing is timed."""
+        found = [self._times.parts(work, self._job.stage) for work in works]
+        parts = tuple(each._replace(layers=each.layers * self._num_layers) for each in found)
+        return control.Examined(facts_of("", "an emulated device", 1), parts, 1.0)
 
     def take_memory(self, num_blocks: int) -> None:
         """It holds nothing."""

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -115,13 +115,13 @@ def _flag_name(name: str) -> str:
 
 def _flag(item: Field, hint: Any, panel: str) -> inspect.Parameter:
     name, help = _flag_name(item.name), item.metadata["help"]
-    short = [item.metadata["short"]] if "short" in item.metadata else []
+    others = [item.metadata[name] for name in ("short", "also") if name in item.metadata]
     kind = _flag_type(hint)
     if kind is bool:
         name = f"{name}/--no-{name[2:]}"
     if item.default is not MISSING and item.default not in (None, ()):
         help = f"{help} \\[default: {item.default}]"  # escaped: rich takes [words] for styles
-    option = typer.Option(*short, name, help=help, show_default=False, rich_help_panel=panel)
+    option = typer.Option(name, *others, help=help, show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         item.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -132,7 +132,7 @@ def _flag(item: Field, hint: Any, panel: str) -> inspect.Parameter:
 
 def _flag_type(hint: Any) -> Any:
     """What typer parses for a field's type: a list for repeated flags, text for "16,14"."""
-    if hint == tuple[int, ...] | None:
+    if any(get_origin(kind) is tuple for kind in get_args(hint)):  # or None
         return str
     if hint == Mapping[int, float] | None:
         return list[str]

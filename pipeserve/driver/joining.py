@@ -1,48 +1,14 @@
-"""Where keepers join: the port that they and their stages come to, and who belongs here."""
+"""Which keepers belong to a pipeline, and what is said of those who do not come."""
 
-import secrets
-import socket
 from collections.abc import Mapping
 
 from pipeserve.configs import RunConfig
-from pipeserve.configs.addresses import join_address, split_address
+from pipeserve.configs.addresses import split_address
 from pipeserve.core.topology import Topology
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.wire.control import KeeperHello
-from pipeserve.wire.listener import Listener, is_loopback
-from pipeserve.wire.secret import control_secret
-from pipeserve.wire.sources import Sources
+from pipeserve.wire.listener import is_loopback
 from pipeserve.wire.strangers import TurnedAway
-
-
-def find_secret(config: RunConfig, host: str) -> bytes:
-    """The secret that was given, or a random one that the keepers started here get; empty: none."""
-    given = control_secret(config.control_secret)
-    if given is not None:
-        return given
-    try:
-        can_tell = config.launcher != "external" and is_loopback(host)
-    except OSError:  # a name that nobody knows: `listen` says so
-        can_tell = False
-    return secrets.token_bytes(32) if can_tell else b""
-
-
-def listen(host: str, port: int, sources: Sources) -> Listener:
-    """For keepers and stages. Raises ConfigError when the address is busy, not here, or reached
-    from beyond this machine without a secret."""
-    place = join_address(host, port)
-    try:
-        return Listener(host, sources, ("keeper", "stage"), port)
-    except ConfigError as error:
-        raise ConfigError(f"--control {error}") from None
-    except socket.gaierror as error:
-        raise ConfigError(f"--control {place}: {error.strerror}") from None
-    except OSError as error:
-        reason = error.strerror.partition(" (")[0]
-        raise ConfigError(
-            f"--control {place}: {reason}; choose another address or port, "
-            "or leave --control out to take any free one"
-        ) from None
 
 
 def why_not(hello: KeeperHello, topology: Topology, joined: Mapping[int, KeeperHello]) -> str:

@@ -92,12 +92,12 @@ class ClientDoor:
         stalled_s = driver.stalled_s(self._told_s)
         where = [
             client.StageAt(
-                each.stage, each.rank, each.host, each.pid, driver.num_losses[each.stage]
+                each.stage, each.rank, each.host, each.pid, driver.losses.counts[each.stage]
             )
             for each in driver.stages
         ]
         figures = _figures(driver)
-        self._send(client.Status(stalled_s, driver.trouble, where, figures, stages_now()))
+        self._send(client.Status(stalled_s, driver.losses.trouble, where, figures, stages_now()))
 
 
 def _opened(driver: Driver) -> client.Opened:

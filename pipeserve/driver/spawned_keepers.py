@@ -82,9 +82,10 @@ class SpawnedKeepers:
 
     def end(self) -> None:
         """All of them. They get time to end their stages; killing one ends its stage too, by the
-        parent-death signal."""
+        parent-death signal. No SIGTERM: a server's keepers take none."""
         for process in self.processes.values():
-            process.terminate()  # for one that has not joined yet
+            with contextlib.suppress(BrokenPipeError):  # it ended before it had read its secret
+                process.stdin.close()  # for one that has not joined yet
         _end(list(self.processes.values()), _CLOSE_S)
         self.processes = {}
 
@@ -111,5 +112,5 @@ def _end(processes: Sequence[subprocess.Popen], wait_s: float) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        with contextlib.suppress(BrokenPipeError):  # it ended before it had read its secret
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.close()

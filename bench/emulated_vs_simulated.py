@@ -61,7 +61,7 @@ class Case:
     num_prompts: int
 
     def config(self, policy: str) -> RunConfig:
-        flags = {**self.flags, "policy": policy, "device": "emulated"}
+        flags = {**self.flags, "policy": policy, "device": "emulated", "pipeline_window": 8}
         return make_config(load_recipe(flags.pop("recipe")), flags)
 
     def requests(self, seed: int) -> Workload:

@@ -66,7 +66,7 @@ class HeaderLinks(ActivationLinks):
     carries one microbatch at a time, each as long as the profile says; but the latency, in which it
     takes the next."""
 
-    def __init__(self, latency_s: float) -> None:
+    def __init__(self, latency_s: float = 0.0) -> None:
         super().__init__()
         self._latency_s = latency_s
         self._free_s = 0.0

@@ -426,7 +426,8 @@ class Engine:
         self._released.clear()
         sources = {c.token_from for c in chunks if c.token_from is not None}
         follows = max(sources, default=self._made_room)
-        self._window.planned(microbatch.index, num_tokens, follows)
+        left_over = num_tokens > num_decodes and self._queues.prefill_backlog > 0
+        self._window.planned(microbatch.index, num_tokens, follows, left_over)
         self._made_room = cost = None
         if self._cost is not None:
             cost = self._cost.predict(microbatch)

@@ -12,9 +12,9 @@ it, taken only where that stage was waiting: what comes to a busy one is seen wh
 clocks of different machines go into each way, and cancel round the ring.
 
 The same decodes in one microbatch more are smaller ones, and each costs something however small it
-is (weights are read). So there is one more only where a turn gets shorter by that, and one less
-where all but one fill the ring. Where a link has no more bandwidth, one more waits for it, which
-looks like a longer way; so one more is taken back when the delay grows by it.
+is (weights are read). So there is one more only where the same work gets done sooner by that, and
+one less where it does not take longer. Where a link has no more bandwidth, one more waits for it,
+which looks like a longer way; so it is taken back when the delay grows by it.
 """
 
 from collections import deque
@@ -26,10 +26,10 @@ from pipeserve.core.nouns import PipelinePlan
 MOST = 8
 """At most so many microbatches for each stage."""
 SHORTER = 0.97
-"""For one more, a turn has to take no more than this share of what it takes now."""
-FULL = 0.985
-"""For one less, the others have to keep the slowest stage busy for this share of the time: more
-than would ask for one more, or the two would take turns."""
+"""One more has to bring the time of the same work down to this share."""
+LONGER = 1.015
+"""One less may bring it up to this one: less than would ask for one more, or they would take turns.
+"""
 KEPT = 9
 """Delays of each way that are looked at: their median counts."""
 FORGOTTEN = 512
@@ -71,6 +71,8 @@ class Window:
         """To each stage; to the first one, from the last."""
         self._compute_s = [0.0] * len(plan.stages)
         """Of each stage, for a microbatch of these days."""
+        self._left_over = 0.0
+        """Share of microbatches that leave prompts over for the next."""
         self._sizes = _Sizes()
         self._microbatches: dict[int, _Microbatch] = {}
         self._tokens_s: dict[int, float] = {}
@@ -78,13 +80,14 @@ class Window:
         self._settles, self._grows_at = 2 * self.size + KEPT, 0
         """The first microbatch that says what has come of the latest change, and the first after
         which there may be more outstanding again."""
-        self._most_s = inf
-        """The delay round the ring that the latest one more may have led to."""
+        self._before = 0, inf
+        """What it was before it last grew, and the delay round the ring that this may lead to."""
 
-    def planned(self, index: int, num_tokens: int, follows: int | None) -> None:
+    def planned(self, index: int, num_tokens: int, follows: int | None, left_over: bool) -> None:
         """`follows`: the microbatch of which it needs the tokens, or whose completion made room for
-        it; None where it waited for neither."""
+        it; None where it waited for neither. `left_over`: it has prompts, and there are more."""
         if self._most > self.least:
+            self._left_over += _WEIGHT * (left_over - self._left_over)
             self._microbatches[index] = _Microbatch(num_tokens, follows)
             if len(self._microbatches) > _REMEMBERED:
                 del self._microbatches[next(iter(self._microbatches))]
@@ -129,31 +132,41 @@ class Window:
         return 0.0 if None in delays_s else max(0.0, sum(filter(None, delays_s)))
 
     def _adapt(self, index: int) -> None:
-        """By one at a time, and then not before what is planned from now on has come round."""
-        slowest_s, compute_s, delay_s = max(self._compute_s), sum(self._compute_s), self._delay_s
-
-        def turn_s(number: int) -> float:
-            """Until the same requests decode again, with so many outstanding."""
-            fixed = self._sizes.fixed
-            smaller = fixed + (1 - fixed) * self.size / number
-            return max(number * smaller * slowest_s, smaller * compute_s + delay_s)
-
-        most_s, self._most_s = self._most_s, inf
-        if delay_s > most_s:  # it queues on its way: a link is what is slowest
-            self.size -= 1
-            self._grows_at = index + FORGOTTEN
-        elif (
-            index >= self._grows_at
-            and self.size < self._most
-            and turn_s(self.size + 1) < SHORTER * turn_s(self.size)
+        """At most to twice as many at a time, or one less; and then not before what is planned from
+        now on has come round."""
+        delay_s = self._delay_s
+        now_s = self._work_s(self.size, delay_s)
+        (fewer, most_s), self._before = self._before, (0, inf)
+        number, most = self.size, self.size
+        if index >= self._grows_at:
+            most = min(self._most, 2 * self.size)
+        while number < most and self._work_s(number + 1, delay_s) < SHORTER * self._work_s(
+            number, delay_s
         ):
-            self._most_s = delay_s + turn_s(self.size) / self.size / 2
-            self.size += 1
-        elif self.size > self.least and (self.size - 1) * slowest_s >= FULL * (compute_s + delay_s):
+            number += 1
+        if delay_s > most_s:  # they queue on their way: a link is what is slowest
+            self.size, self._grows_at = fewer, index + FORGOTTEN
+        elif number > self.size:
+            half_s = now_s / self.size / 2  # of the time between two
+            self._before = self.size, delay_s + (number - self.size) * half_s
+            self.size = number
+        elif self.size > self.least and self._work_s(self.size - 1, delay_s) <= LONGER * now_s:
             self.size -= 1
         else:
             return
         self._settles = index + 2 * self.size + KEPT
+
+    def _work_s(self, number: int, delay_s: float) -> float:
+        """How long the work of a turn of now takes with so many outstanding.
+
+        A turn is the time until the same requests decode again. Its decodes are the same then, so
+        that each microbatch has fewer. Where prompts are left over, it is as large as before, and
+        the turn does more."""
+        share = self.size / number
+        smaller = 1 - (1 - self._left_over) * (1 - self._sizes.fixed) * (1 - share)
+        more = 1 + self._left_over * (1 / share - 1)
+        compute_s = smaller * sum(self._compute_s) + delay_s
+        return max(number * smaller * max(self._compute_s), compute_s) / more
 
 
 class _Way:

@@ -91,11 +91,12 @@ def _splits(setting: Setting, fitted: Fitted, blocks_are_given: bool) -> Iterato
 
 def _windows(setting: Setting) -> Iterator[Change]:
     now, num_stages = setting.plan.window, len(setting.plan.stages)
+    or_more = " or more" if setting.plan.window_follows else ""
     for window in dict.fromkeys([num_stages, num_stages + 1, 2 * num_stages, 2 * now]):
         if window != now:
             yield Change(
                 kind="window",
-                what=f"{window} microbatches in flight in place of {now}",
+                what=f"{window} microbatches in flight in place of {now}{or_more}",
                 how=f"--pipeline-window {window}",
                 setting=replace(
                     setting, plan=replace(setting.plan, window=window, window_follows=False)

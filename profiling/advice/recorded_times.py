@@ -106,6 +106,7 @@ class RecordedTimes(StageTimes):
         self.control_s = delays.control_s * self._tweak.control
         self.feedback_s = delays.feedback_s * self._tweak.feedback
         self.planning_s = delays.planning_s * self._tweak.planning
+        self.latency_s = [self._tweak.link * alpha for alpha, _ in delays.hops]
         self.own_s = delays.own_s if self._tweak.control else (0.0,) * fitted.num_stages
         """Of a stage between microbatches: in `compute_s`, though it is no compute."""
         self._draws = np.random.default_rng(seed).integers(1 << 30, size=_DRAWS).tolist()

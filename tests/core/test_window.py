@@ -91,7 +91,7 @@ class Run:
         from_, to = len(times_s) // 3, 2 * len(times_s) // 3  # between fill and drain
         self.tokens_per_s = (to - from_) / (times_s[to] - times_s[from_])
         self.tbt_s = median(
-            (each.token_times_s[-1] - each.token_times_s[0]) / (len(each.token_times_s) - 1)
+            (each.token_times_s[-1] - each.token_times_s[0]) / max(len(each.token_times_s) - 1, 1)
             for each in served
         )
         return self
@@ -135,6 +135,24 @@ def test_slow_links_cost_latency_and_not_throughput(seed):
     assert late.tbt_s < fixed.tbt_s
 
 
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_prompts_alone(num_stages):
+    """Full microbatches, as many as there are (vllm#41682). A third of the run is not enough for a
+    window to settle."""
+    case = Case(num_stages, num_outputs=1, num_requests=4000)
+    late_s = 0.06  # a microbatch takes 0.05
+    at_once, late, fixed = (
+        Run(each).finish()
+        for each in (
+            case,
+            replace(case, late_s=late_s),
+            replace(case, late_s=late_s, follows=False),
+        )
+    )
+    assert late.tokens_per_s > 0.85 * at_once.tokens_per_s
+    assert fixed.tokens_per_s < 0.6 * at_once.tokens_per_s
+
+
 def test_one_stage_waits_for_the_driver_alone():
     late = Run(Case(1, late_s=5e-3)).finish()
     assert max(late.engine.windows) > 1
@@ -161,7 +179,8 @@ def test_it_has_a_most():
 
 
 def test_a_link_that_carries_one_at_a_time_is_not_filled_up():
-    """Where bandwidth is what lacks, a longer queue before the link would only take longer."""
+    """Where bandwidth is what lacks, a longer queue before the link would only take longer
+    (vllm#55145: microbatches that links cannot carry gain nothing)."""
     case = Case(2, late_s=0.05, num_requests=600, num_running=64, carries_one=True)
     windows = Run(case).finish().engine.windows
     assert len(windows) > 300
@@ -194,7 +213,7 @@ def test_a_loss_makes_it_measure_anew():
 def test_a_stage_may_tell_late_or_never():
     engine = Run(Case(2, late_s=0.02)).engine
     for index in range(5000):
-        engine._window.planned(index, 10, index - 2)
+        engine._window.planned(index, 10, index - 2, False)
         engine._window.took(index, 0, index, index, index + 0.5)
     engine._window.took(3, 1, 0.0, 0.0, 1.0)
     assert len(engine._window._microbatches) <= 1024

@@ -118,8 +118,8 @@ def wait_until_gone(pids, seconds=10.0):
 
 @pytest.mark.parametrize("policy", ["sarathi_serve", "vllm", "orca"])
 def test_the_schedule_is_the_simulator_s(policy):
-    """Where nothing depends on when: all requests are there at once."""
-    config = config_of(policy=policy, max_num_batched_tokens=1024)
+    """Where nothing depends on when: all requests are there at once, and the window is fixed."""
+    config = config_of(policy=policy, max_num_batched_tokens=1024, pipeline_window=3)
     emulated, _ = record(config, ITEMS)
     ring, setup = Ring(), simulated_run(config)
     lengths = [(len(item.prompt), item.max_tokens) for item in ITEMS]
@@ -216,6 +216,16 @@ def test_a_slow_link_carries_one_microbatch_at_a_time(sent):
     sender.send(3, 41.0, 0.0)
     receiver.came(sent[3:], 50.0)
     assert receiver.take(3)[1] == 50.0, "nobody has it before it is seen"
+
+
+def test_the_latency_of_a_link_does_not_occupy_it(sent):
+    sender = HeaderLinks(latency_s=2.0)
+    sender.connect("", None)
+    for index in (1, 2):
+        sender.send(index, 100.0, 3.0)
+    receiver = HeaderLinks()
+    receiver.came(sent, 0.0)
+    assert [receiver.take(index)[1] for index in (1, 2)] == [103.0, 104.0]
 
 
 def test_a_link_out_of_step_is_noticed(sent):

@@ -463,7 +463,7 @@ def test_the_first_plan_waited_for_the_first_request(told):
     journal, kept = told
     arrive(journal, 1, 2.0)
     assert plan_now(journal, kept, 0) == ("no_requests", -1, 1.0)
-    assert kept[-1][7:] == (1, 2, 3, (0.5, 0.25))
+    assert kept[-1][7:] == (1, 2, 3, (0.5, 0.25), 2)
 
 
 def test_a_plan_behind_another_waited_for_nothing(told):

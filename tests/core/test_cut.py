@@ -83,4 +83,4 @@ def test_layers_of_different_kinds_count_as_what_they_take():
     """Every sixth sees all of a context, the others a window."""
     layer_s = tuple(5.0 if number % 6 == 5 else 1.0 for number in range(12))
     assert best_cut([StageParts(layer_s)] * 2) == (6, 6)
-    assert best_cut([StageParts(layer_s[:3] + (9.0,) + layer_s[4:])] * 2) == (5, 7)
+    assert best_cut([StageParts((*layer_s[:3], 9.0, *layer_s[4:]))] * 2) == (5, 7)

@@ -24,6 +24,8 @@ from pathlib import Path
 
 from commands import LIMITS, result
 
+from pipeserve.launch.run.starting import exit_on_signals
+
 NEIGHBOURS = (-2, -1, 0, 1, 2)
 SPIN = "while True: pass"
 EMULATED = ["llama2-7b", "--device-profile", "a100-80gb-dgx", "--device", "emulated"]
@@ -82,8 +84,8 @@ def main() -> None:
     parser.add_argument("--slow", type=int, default=1, help="the stage whose core is shared")
     parser.add_argument("--emulated", action="store_true")
     args = parser.parse_args()
+    exit_on_signals()  # the neighbour, too
     load = ["--workload", "sharegpt", "--scale", args.scale, "--num-prompts", args.num_prompts]
-    # Of the time that counts, all stages have work: the load comes at once.
     if args.emulated:
         slowdown = "1.5,1" if args.slow == 0 else "1,1.5"
         compare([*EMULATED, "-pp", "2", "--stage-slowdown", slowdown], load, args.rounds)

@@ -1,11 +1,11 @@
-"""Whether `--pipeline-layers auto` finds the best split where a busy neighbour takes part of a core.
+"""Whether `--pipeline-layers auto` finds the best split where a neighbour takes part of a core.
 
     python bench/layers.py [MODEL] [--rounds 3] [--num-prompts 48] [--slow 1]
     python bench/layers.py --emulated
 
-A process that only computes shares the core of stage --slow; auto is asked where the layers go. Then
-that split and its neighbours, two layers either way, are benched in turn, a few rounds of each, and
-compared by the median of their seconds. The target: auto is within one layer of the best.
+A process that only computes shares the core of stage --slow; auto is asked where the layers go.
+Then that split and its neighbours, two layers either way, are benched in turn, a few rounds of
+each, and compared by the median of their seconds. The target: auto is within one layer of the best.
 
 With --emulated, stages wait as an A100 would take, one of them 1.5 times as long: the same on a
 machine that is busy with other things.

@@ -54,7 +54,8 @@ class RunConfig:
     )
     pipeline_window: int | None = _option(
         None,
-        "Microbatches in flight, one that is planned ahead not counted; by default one a stage.",
+        "Microbatches in flight, one that is planned ahead not counted; by default one a stage, "
+        "and as many more as slow links ask for.",
         least=1,
     )
     dtype: str = _option(
@@ -133,9 +134,14 @@ class RunConfig:
         0, "From which requests that name no seed of their own get theirs.", least=0
     )
     launcher: str = _option(
-        "spawn",
-        "spawn starts the keepers here; external waits for those of torchrun or others.",
-        choices=("spawn", "external"),
+        "auto",
+        "spawn starts all keepers here; external waits for those that others start; auto, on the "
+        "command line, is what torchrun, MPI, Slurm, DeepSpeed, LeaderWorkerSet or --nnodes have "
+        "this process be, and else spawn.",
+        choices=("auto", "spawn", "external"),
+    )
+    nnodes: int = _option(
+        1, "Machines that the ranks are on, equally many on each; one command a machine.", least=1
     )
     control: str | None = _option(
         None, "HOST:PORT that keepers join; by default a free port of this machine."
@@ -151,8 +157,8 @@ class RunConfig:
     )
     heartbeat_interval: float = _option(
         2.0,
-        "Seconds between heartbeats of a keeper, of which one that misses five is lost; and for "
-        "which an idle stage may give no sign of life.",
+        "Seconds within which a keeper, its machine, or an idle stage that gives no sign of life "
+        "any more is found; each is asked four times in that.",
         over=0,
     )
 

@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     if version:
         print(pipeserve.__version__)

@@ -19,8 +19,9 @@ from pipeserve.sampling_params import DrawParams
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
 from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.backends.backend import Backend
+from pipeserve.stages.config.families import find_family
 from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.stages.families import find_family
+from pipeserve.stages.families import parts_of
 from pipeserve.stages.layers.leaf import Leaf
 from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import SelfAttention
@@ -70,10 +71,10 @@ def part_bytes(config: ModelConfig, dtype: torch.dtype) -> PartBytes:
 
 def layer_kinds(config: ModelConfig) -> tuple[int, ...]:
     """Of each layer of a model; layers of one kind take the same. Kinds count from 0."""
-    family, kinds = find_family(config.architecture), []
+    parts, kinds = parts_of(config), []
     known: dict[tuple, int] = {}
     for number in range(config.num_layers):
-        layer = family.make_layer(config, number, "")
+        layer = parts.make_layer(config, number, "")
         marks = tuple(
             (type(module), module.shape if isinstance(module, Leaf) else _mark(module))
             for module in layer.modules()
@@ -212,9 +213,9 @@ class _Maker:
 
     def _stage(self, number: int, copies: int) -> Stage:
         stage = self._make(number, number + 1)
-        family = find_family(self._config.architecture)
+        parts, prefix = parts_of(self._config), find_family(self._config.architecture).layers
         for _ in range(copies - 1):
-            layer = family.make_layer(self._config, number, f"{family.layers}.{number}.")
+            layer = parts.make_layer(self._config, number, f"{prefix}.{number}.")
             for module in layer.modules():
                 if isinstance(module, Part):
                     module.backend = self._backend

@@ -63,16 +63,19 @@ class EmulatedWork(msgspec.Struct, frozen=True):
 
 class HeaderLinks(ActivationLinks):
     """Those of stages that have no activations: a message is 16 bytes. The link with the next stage
-    carries one microbatch at a time, each as long as the profile says."""
+    carries one microbatch at a time, each as long as the profile says; but the latency, in which it
+    takes the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, latency_s: float) -> None:
         super().__init__()
+        self._latency_s = latency_s
         self._free_s = 0.0
 
     def send(self, index: int, sent_s: float, hop_s: float) -> int:
         """Returns the number of bytes."""
-        self._free_s = max(sent_s, self._free_s) + hop_s
-        self._next_stage.send(_HEADER.pack(index, self._free_s))
+        there_s = max(sent_s, self._free_s) + hop_s
+        self._free_s = there_s - self._latency_s
+        self._next_stage.send(_HEADER.pack(index, there_s))
         return _HEADER.size
 
     def take(self, index: int) -> tuple[None, float]:
@@ -115,7 +118,7 @@ class EmulatedCompute:
         """When the device is done with all that was begun."""
         self._last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
-        self.links = HeaderLinks()
+        self.links = HeaderLinks(0.0 if job.is_last else times.latency_s[job.stage])
 
     @classmethod
     def load(cls, job: StartStage, tell: Tell) -> "EmulatedCompute":

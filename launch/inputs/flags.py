@@ -9,6 +9,7 @@ import typer
 
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.errors import ConfigError
+from pipeserve.launch.job.options import JobOptions
 from pipeserve.sampling_params import OPTIONS, SamplingParams
 from pipeserve.server.options import ServerOptions
 
@@ -27,6 +28,11 @@ def sampling_flags() -> list[inspect.Parameter]:
 def server_flags() -> list[inspect.Parameter]:
     """A flag for each field of ServerOptions."""
     return _flags_of(ServerOptions, without="", panel="Server")
+
+
+def job_flags() -> list[inspect.Parameter]:
+    """A flag for each field of JobOptions."""
+    return _flags_of(JobOptions, without="", panel="Launch")
 
 
 def with_flags(*flags: inspect.Parameter) -> Callable[[Callable], Callable]:

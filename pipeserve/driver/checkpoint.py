@@ -24,12 +24,10 @@ from pipeserve.driver.setup import LayerChoice, Setup
 from pipeserve.driver.shapes import shape_of
 from pipeserve.errors import ConfigError
 from pipeserve.machine import device_name, fingerprint, native_dtypes
-from pipeserve.stages.backends.cuda import check_gpu
 from pipeserve.stages.checkpoint.sources import resolve
-from pipeserve.stages.checkpoint.weights import check_checkpoint
+from pipeserve.stages.config.attentions import check_attention
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.stages.devices import check_attention
-from pipeserve.stages.families import read_config
 from pipeserve.wire.control import Examined, KeeperHello, ModelShare, StageSized, encode_job
 
 
@@ -48,11 +46,10 @@ def checkpoint_setup(
     folder = resolve(config.model, on_progress)
     model_config = read_config(folder)
     check(model_config)
-    check_checkpoint(folder, model_config)
     num_stages = config.pipeline_parallel_size
     native = (native_dtypes(),) * num_stages
     devices = tuple(fingerprint(rank, num_stages) for rank in range(num_stages))
-    if config.launcher != "spawn":
+    if config.launcher == "external":
         devices = ()
     return _setup(_Found(config, folder, model_config, cost), native, devices)
 
@@ -182,7 +179,9 @@ def _check_runs_here(config: RunConfig) -> None:
             "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
         )
     check_attention(_device_of(config), config.attention)
-    if config.device == "cuda" and config.launcher == "spawn":
+    if config.device == "cuda" and config.launcher != "external":
+        from pipeserve.stages.backends.cuda import check_gpu  # which brings torch
+
         check_gpu()
 
 

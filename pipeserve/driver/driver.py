@@ -8,7 +8,6 @@ A driver is the client (`frontend/client.py`) of whoever is in its process: `sub
 """
 
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
-from pipeserve.core.records import Completed, Ping, Recorder, ignore
+from pipeserve.core.records import Completed, Ping, Recorder, Span, ignore
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
 from pipeserve.core.work import Work
@@ -26,7 +25,7 @@ from pipeserve.driver import layer_choice
 from pipeserve.driver.checks import check_request
 from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
-from pipeserve.driver.recovery import Restarts, Suspects
+from pipeserve.driver.losses import Losses
 from pipeserve.driver.setup import Setup
 from pipeserve.driver.stage_info import stage_infos, with_memory
 from pipeserve.driver.stage_watch import StageWatch
@@ -76,19 +75,10 @@ class Driver:
         self._requests: dict[RequestId, Request] = {}
         self._aborted: deque[tuple[RequestId, str]] = deque()
         """To be ended with the next step, and why."""
-        self._loss: Lost | None = None
-        """That ends the run, once what came before it was handed on."""
-        self.trouble = ""
-        """Why the stages take no steps now; empty: they do."""
-        self._lost_s = 0.0
-        """When that began."""
-        self.num_losses = [0] * len(self.plan.stages)
-        """Of each stage."""
         self._looked_s = 0.0
         """When the fleet was last asked for what came."""
         self.topology = Topology.of(self.plan)
         config = self.config
-        self._restarts = Restarts(self.topology, config.max_restarts, config.restart_window)
         self._watch = StageWatch(
             self.topology.num_stages, config.hang_timeout, config.heartbeat_interval
         )
@@ -119,8 +109,8 @@ class Driver:
         """They hold as long as this driver does, whatever stages it starts again."""
         policy = get_policy(self.config.policy)
         self.engine = Engine(self.plan, policy, limits, self.setup.cost)
-        self._suspects = Suspects(self.engine)
         self.journal = Journal(self.engine, record)
+        self.losses = Losses(self.topology, self.config, self.engine, self._watch, self.journal)
 
     def _suit_ranks(self) -> None:
         """Where ranks on other machines compute on other devices than was thought."""
@@ -222,11 +212,11 @@ class Driver:
     def step(self, timeout_s: float) -> list[Output]:
         """Plan what can be planned, then take what the stages said, waiting at most `timeout_s` for
         the first of it. Returns what became known, in order; may be empty."""
-        self._check_whole()
+        self.losses.check()
         self._end_aborted()
         self._plan_all()
         outputs: list[Output] = []
-        if self.trouble or self.engine.outstanding:
+        if self.losses.trouble or self.engine.outstanding:
             timeout_s = min(timeout_s, _LOOK_S)
         self._looked_s = time.monotonic()
         for received in self.fleet.receive(timeout_s):
@@ -238,26 +228,41 @@ class Driver:
                     self._plan_all()  # at once: of two results, the plan for the first is not late
                 case control.Timing(span):
                     self._num_spans_due -= 1
-                    self._watch.computed(span.stage, span.index, received.at_s)
+                    self._watch.computed(span, received.at_s)
                     self.journal.computed(span)
-                    self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
-                case control.HeartbeatAnswer(sent_s, remote_s):  # of another machine
-                    if self.topology.speaks(received.rank):
-                        stage = self.topology.stage_of(received.rank)
-                        self.journal.pinged(Ping(stage, sent_s, remote_s, received.at_s))
+                    ready_s = max(span.plan_s, span.input_s)
+                    self.engine.observe(span.index, span.stage, ready_s, span.start_s, span.end_s)
+                case control.HeartbeatAnswer() if self.topology.speaks(received.rank):
+                    self._hear_of(received)
                 case control.Heartbeat():
                     self._watch.answered(self.topology.stage_of(received.rank))
+                case control.LastSpans(spans) if self.topology.speaks(received.rank):
+                    self._take_last(spans)
                 case Lost():
                     outputs += self._lose(received)
                 case Sized():
                     self._fill()
                 case Ready(stages):
                     self._go_on(stages)
-        if not self.trouble:
+        if not self.losses.trouble:
             self._look_for_hangs()
         if not outputs:
-            self._check_whole()
+            self.losses.check()
         return outputs
+
+    def _hear_of(self, received: Received) -> None:
+        """What a keeper says of its stage's process, and of its machine's clock."""
+        stage, answer = self.topology.stage_of(received.rank), received.message
+        self._watch.signs(stage, answer, received.at_s)
+        if self.fleet.is_remote(received.rank):
+            self.journal.pinged(Ping(stage, answer.sent_s, answer.remote_s, received.at_s))
+
+    def _take_last(self, spans: Sequence[Span]) -> None:
+        """What a stage that has ended had computed, and did not come to tell."""
+        for span in spans:
+            if span.index > self._watch.done[span.stage]:
+                self._watch.done[span.stage] = span.index
+                self.journal.computed(span)
 
     def _look_for_hangs(self) -> None:
         """A stage that does not do what it owes is lost; the next step begins with that."""
@@ -277,13 +282,13 @@ class Driver:
             output = self.engine.finish(request_id, reason, now)
             if output is not None:
                 del self._requests[request_id]
-                self._suspects.forget(request_id)
+                self.losses.suspects.forget(request_id)
                 self.journal.finished(output, now)
                 self._may_plan = True
 
     def _plan_all(self) -> None:
         """Fill the window."""
-        while self._may_plan and not self.trouble:
+        while self._may_plan and not self.losses.trouble:
             now = time.monotonic()
             planned = self.engine.plan(now)
             if isinstance(planned, Wait):
@@ -309,7 +314,7 @@ class Driver:
         for output in outputs:
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
-        self._suspects.came(outputs)
+        self.losses.suspects.came(outputs)
         self._may_plan = True
         self._progress_s = received.at_s
         completed = Completed(
@@ -323,48 +328,24 @@ class Driver:
         return outputs
 
     def _lose(self, received: Received) -> list[Output]:
-        """What becomes of the run when a stage was lost: the one place that decides it. It goes on
-        in a fresh epoch, from the last token of each request; or it ends, where nothing is to be
-        started again, or has been too often. Returns the end of a request that is to blame."""
-        if self._loss is not None:
+        """A stage; returns the end of a request that is to blame."""
+        if self.losses.final is not None:
             return []
-        stage, lost, now = self.topology.stage_of(received.rank), received.message, time.monotonic()
-        self.journal.lost(stage, received.at_s, lost.why)
-        self.num_losses[stage] += 1
-        self._lost_s = self._lost_s if self.trouble else now
-        self.trouble = lost.why
-        self._loss = lost
-        if self.config.restart:
-            self._loss = self._restarts.end_by(received.rank, lost, now)
-        if self._loss is not None:
+        blamed = self.losses.take(received)
+        if self.losses.final is not None:
             return []
-        _say(f"warning: {lost.why}; {self._watch.whereabouts(stage)}; it is started again")
-        index = self._watch.at(stage)
-        blamed = None if index is None else self._suspects.lost_at(index, lost.why, now)
-        if blamed is not None:
-            del self._requests[blamed.request_id]
-            self.journal.finished(blamed, now)
-        self.engine.lost(now)
-        self._suspects.isolate()
-        self._watch.start_again(now)
         self._num_spans_due = 0
         self._start()
-        return [] if blamed is None else [blamed]
+        if blamed is None:
+            return []
+        del self._requests[blamed.request_id]
+        return [blamed]
 
     def _go_on(self, started: Sequence[control.StageReady]) -> None:
         """All stages are there again."""
-        now = time.monotonic()
         self.stages = stage_infos(self.plan, self.fleet.keepers, started)
-        self.journal.resumed(now)
-        self.trouble, self._may_plan = "", True
-        _say(
-            f"all stages are there again after {now - self._lost_s:.1f} s; "
-            f"{self.engine.num_unfinished} requests go on"
-        )
-
-    def _check_whole(self) -> None:
-        if self._loss is not None:
-            raise self._loss.error()
+        self.losses.are_over()
+        self._may_plan = True
 
     def settle(self, timeout_s: float = 2.0) -> None:
         """When no request is unfinished: wait until what is outstanding has run, and take what the
@@ -407,7 +388,3 @@ class Driver:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)

@@ -29,7 +29,14 @@ def wait_for_keepers(fleet: Fleet, on_progress: Callable[[str], None]) -> None:
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             missing = sorted(set(range(num_ranks)) - set(fleet.keepers))
-            raise nobody_came(missing, fleet.address, join_s, fleet.turned_away)
+            raise nobody_came(
+                missing,
+                fleet.topology,
+                fleet.keepers,
+                fleet.config,
+                fleet.address,
+                fleet.turned_away,
+            )
         _check(fleet, fleet.receive(min(left_s, _LOOK_S)))
     check_addresses(fleet.keepers, fleet.address)
 

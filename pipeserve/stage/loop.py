@@ -49,8 +49,10 @@ class StageLoop:
         driver: Connection,
         make: Callable[[StartStage, Tell], Compute],
         baseline: int,
+        keep: Callable[[Span], None] = lambda span: None,
     ) -> None:
-        """`baseline`: bytes of this process's memory, before all that the stage takes."""
+        """`baseline`: bytes of this process's memory, before all that the stage takes. `keep`:
+        called with each span at once, before it is told."""
         self.job = job
         self.epoch = epoch
         self.sources = sources
@@ -58,6 +60,7 @@ class StageLoop:
         self.has_memory = False
         self.baseline = baseline
         self._make = make
+        self.keep = keep
         self.compute = make(job, self.tell)
         self._start_epoch()
 
@@ -254,6 +257,7 @@ class StageLoop:
                     sampled.index, sampled.tokens, sampled.counts, done.sent_s
                 )
         self.untold = self._span(turn, done)
+        self.keep(self.untold)
 
     def _feed_back(self, index: int, tokens: list[int], counts: bytes) -> None:
         """What the last stage sampled, to the first before anything else, for it may be waiting."""

@@ -19,9 +19,9 @@ from pipeserve.stage.memory import device_memory
 from pipeserve.stage.sequences import Sequence
 from pipeserve.stage.serve import serve
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
-from pipeserve.stages.checkpoint.weights import load_weights
-from pipeserve.stages.devices import make_backend
-from pipeserve.stages.families import read_config
+from pipeserve.stages.checkpoint.weights import check_checkpoint, load_weights
+from pipeserve.stages.config.families import read_config
+from pipeserve.stages.devices import best_num_threads, make_backend
 from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
 from pipeserve.stages.stage import Stage
 from pipeserve.stages.timing import part_bytes, time_parts
@@ -54,8 +54,12 @@ class ModelCompute:
         self._share = share = control.decode_share(job.work)
         self.block_size = share.block_size
         self.config = read_config(share.model_folder)
+        if job.is_first:  # one for all
+            check_checkpoint(share.model_folder, self.config)
         self.dtype = getattr(torch, share.dtype)
         self.kv_dtype = getattr(torch, share.kv_dtype)
+        most_threads = torch.get_num_threads()
+        torch.set_num_threads(best_num_threads(share.device, share.attention, most_threads))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.model = Stage(
             self.config,

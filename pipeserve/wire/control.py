@@ -103,6 +103,8 @@ class Launch(msgspec.Struct, array_like=True, frozen=True, gc=False):
     rank: int
     epoch: int
     secret: bytes
+    spans: int
+    """A descriptor, that of the `stage/last_spans.py` that it shares with its keeper."""
 
 
 # ---- keeper -> driver ---------------------------------------------------------------------------
@@ -131,7 +133,16 @@ class HeartbeatAnswer(_Message):
     remote_s: float
     """By the keeper's."""
     num_moved: int
-    """Bytes that its stage's process has read and written so far, as the kernel counts them."""
+    """Of its stage's process, this and all below: what the kernel says (`stage/vital_signs.py`)."""
+    ran_s: float
+    stood_s: float
+    state: str
+
+
+class LastSpans(_Message):
+    """What the keeper's stage had computed last when it ended, whether or not it had told."""
+
+    spans: tuple[Span, ...]
 
 
 class StageExited(_Message):
@@ -346,7 +357,7 @@ class StageFailed(_Message):
 
 ToKeeper = StartStage | Stop | NotWanted | Heartbeat
 ToStage = TakeMemory | Renew | Examine | Connect | Step | ReportMemory | Heartbeat
-FromKeeper = HeartbeatAnswer | StageExited
+FromKeeper = HeartbeatAnswer | LastSpans | StageExited
 FromStage = (
     StageSized
     | Loading

@@ -32,6 +32,10 @@ class StageTimes(Protocol):
     planning_s: float = 0.0
     """Of one plan. The driver makes one at a time and does nothing else meanwhile."""
 
+    latency_s: Sequence[float] = ()
+    """For each seam, what of `hop_s` does not occupy the link: the next activations may be sent
+    meanwhile. Empty: none."""
+
     def compute_s(self, microbatch: Microbatch) -> Sequence[float]:
         """Seconds of each stage's own compute, in stage order."""
         ...
@@ -72,6 +76,10 @@ class ProfiledTimes(StageTimes):
         self._kinds = list(dict.fromkeys(stages))
         self._kind_of = [self._kinds.index(stage) for stage in stages]
         self._crossings = crossings(profile, len(stages), tensor_parallel_size)
+        self.latency_s = [
+            (profile.inter_node if crosses else profile.intra_node).alpha_s
+            for crosses in self._crossings
+        ]
         self._flat: dict[int, tuple[float, float]] = {}
         self._heads: dict[int, float] = {0: 0.0}
         self._factors: dict[tuple[str, int, int], float] = {}

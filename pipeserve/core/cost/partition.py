@@ -26,13 +26,13 @@ def plan_pipeline(
 ) -> PipelinePlan:
     """The split that the user listed, or the one that evens out what stages take: `parts`, or else
     operations of microbatches of `num_tokens` tokens; `window` microbatches may be outstanding, by
-    default as many as there are stages. Raises ConfigError for a split that does not fit the
-    model."""
+    default as many as there are stages, and more where the links are slow. Raises ConfigError for a
+    split that does not fit the model."""
     if counts is not None:
         plan = split_explicitly(shape.num_layers, num_stages, counts)
     else:
         plan = split_by_time(parts or parts_by_operations(shape, num_stages, num_tokens))
-    return plan if window is None else replace(plan, window=window)
+    return replace(plan, window=window or plan.window, window_follows=window is None)
 
 
 def usual_work(num_tokens: int, max_model_len: int) -> Work:

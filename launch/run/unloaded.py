@@ -24,8 +24,11 @@ def without_weights(setup: Setup, lacks: list[str]) -> Setup:
         try:
             return setup.limits_for(sizes)
         except ConfigError as error:
-            lacks.append(str(error))
-            return setup.limits_for([msgspec.structs.replace(size, memory=()) for size in sizes])
+            lacks[:] = [str(error)]  # the last one asked about is the one that is run
+            unlimited = [msgspec.structs.replace(size, memory=()) for size in sizes]
+            limits = setup.limits_for(unlimited)
+            usable = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size)
+            return replace(limits, num_blocks=min(limits.num_blocks, usable))
 
     choice, for_ranks = setup.choice, setup.for_ranks
     if choice is not None:
@@ -44,6 +47,6 @@ def without_weights(setup: Setup, lacks: list[str]) -> Setup:
 
 def asking_often(config: RunConfig) -> RunConfig:
     """The run with the clocks of other machines asked for several times while it is looked at."""
-    if config.launcher == "spawn":
+    if config.launcher != "external":
         return config
     return replace(config, heartbeat_interval=min(config.heartbeat_interval, _HEARTBEAT_S))

@@ -18,7 +18,7 @@ from pipeserve.core.nouns import RequestId
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Span
 from pipeserve.core.work import Work
-from pipeserve.driver.layer_choice import EXAMINE_S
+from pipeserve.driver import layer_choice
 from pipeserve.driver.layout import usual_of
 from pipeserve.launch.run.record import meta_of_driver, stage_shares
 from pipeserve.launch.verbs.bench import run_items
@@ -90,7 +90,7 @@ def check_up(driver: "Driver", ring: Ring, lacks: list[str]) -> Checkup:
     usual = usual_of(driver.config, driver.limits.max_model_len)
     few = decodes(max(usual.num_logits // 5, 1), driver.limits.max_model_len)
     works = (few, usual) if few.num_tokens < usual.num_tokens else (usual,)
-    examined = driver.examine(works, EXAMINE_S)
+    examined = driver.examine(works, layer_choice.EXAMINE_S)
     recording = _probe(driver, ring)
     aligned = align(recording)
     seams, feedback_s, control_s = _seams(aligned.recording)

@@ -63,7 +63,7 @@ def notes(seats: Sequence[Seat], config: RunConfig) -> Iterator[str]:
     kernels = _by_value(seats, attrgetter("kernels"))
     if len(kernels) > 1:
         yield (
-            f"layers are computed by {_where(kernels)}: where a stage moves to another machine, the "
+            f"layers are computed by {_where(kernels)}: where a stage moves to another machine, "
             "last bits may differ"
         )
     for seat in seats:

@@ -21,10 +21,10 @@ from pipeserve.core.records import Completed, Recorder, ignore
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
 from pipeserve.core.work import Work
+from pipeserve.driver import layer_choice
 from pipeserve.driver.checks import check_request
 from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
-from pipeserve.driver.layer_choice import EXAMINE_S, place
 from pipeserve.driver.losses import Losses
 from pipeserve.driver.reports import Reports
 from pipeserve.driver.setup import Setup
@@ -135,10 +135,10 @@ class Driver:
         found: list[control.Examined] = []
         if choice.works:
             on_progress("timing layers on each rank")
-            examined = gather_examined(self.fleet, choice.works, EXAMINE_S)
+            examined = gather_examined(self.fleet, choice.works, layer_choice.EXAMINE_S)
             found = [examined[rank] for rank in ranks]
         before = self.plan
-        self._take(place(self.setup, [sizes[rank] for rank in ranks], found))
+        self._take(layer_choice.place(self.setup, [sizes[rank] for rank in ranks], found))
         if self.plan == before:
             return sizes
         self._start()

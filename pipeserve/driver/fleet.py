@@ -135,6 +135,10 @@ class Fleet:
             links = links_of(rank, self.topology, stages)
             connection.send(control.encode(links, self.epoch))
 
+    def begin_loading(self) -> None:
+        """Now: until here, stages had something else to do."""
+        self._start.loading.begin(time.monotonic())
+
     def how_far(self) -> str:
         """With the start, in words."""
         return str(self._start)

@@ -14,7 +14,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.wire.control import Examined, StageSized
 
 EXAMINE_S = 2.0
-_WORTH_SAYING = 1.02
+_WORTH_SAYING = 1.1
 """Times as much KV that another cut would have to hold."""
 
 
@@ -110,8 +110,10 @@ def _with_more_kv(
 ) -> OtherCut | None:
     """What the fastest cut gives up: that of even layers, where it would hold more."""
     even = counts_of(split_by_time([StageParts((1.0,) * sum(counts))] * len(counts)))
-    kv_tokens, here = sizing.kv_tokens(even), sizing.kv_tokens(counts)
-    if even == counts or kv_tokens < _WORTH_SAYING * here:
+    if even == counts:
+        return None
+    kv_tokens = sizing.kv_tokens(even)
+    if kv_tokens < _WORTH_SAYING * sizing.kv_tokens(counts):
         return None
     slower = max(stage_seconds(parts, even)) / max(stage_seconds(parts, counts))
     return OtherCut(even, slower, kv_tokens)

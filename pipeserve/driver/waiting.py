@@ -101,6 +101,7 @@ def _gather(
     answers: dict[int, _Answer] = {}
     others: list[Received] = []
     while missing := [rank for rank in ranks if rank not in answers]:
+        fleet.begin_loading()  # not before they have answered
         if time.monotonic() > deadline:
             raise starting.no_answer(missing, what, fleet.topology, fleet.keepers, limit_s).error()
         for received in _check(fleet, fleet.receive(_LOOK_S)):

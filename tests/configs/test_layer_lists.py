@@ -23,6 +23,7 @@ from pipeserve.errors import ConfigError
         ("E||t|L", (0, 0, 1, 0)),  # Megatron's own example of an empty stage
         ("(Et|)*1tL", (1, 1)),
         ("EtL", (1,)),
+        ("E,(t)*13|(t)*14,L", (13, 14)),  # NVIDIA-NeMo/Megatron-Bridge#1880
         ("auto", "auto"),
         (None, None),
     ],

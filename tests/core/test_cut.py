@@ -56,7 +56,9 @@ def test_no_cut_that_fits_has_a_faster_slowest_stage(seed):
             assert found is None
             num_without += 1
             continue
-        assert found in fitting
+        # Every layer is on a stage: 2 of 10 on 3 ranks are on none in ml-explore/mlx-lm#1688, and
+        # 2 of 30 on 4 in NVIDIA/Megatron-LM#1304.
+        assert found in fitting and sum(found) == num_layers
         best_s = min(max(stage_seconds(stages, counts)) for counts in fitting)
         assert max(stage_seconds(stages, found)) == pytest.approx(best_s)
     assert 5 < num_without < 150  # both are met
@@ -83,4 +85,4 @@ def test_layers_of_different_kinds_count_as_what_they_take():
     """Every sixth sees all of a context, the others a window."""
     layer_s = tuple(5.0 if number % 6 == 5 else 1.0 for number in range(12))
     assert best_cut([StageParts(layer_s)] * 2) == (6, 6)
-    assert best_cut([StageParts(layer_s[:3] + (9.0,) + layer_s[4:])] * 2) == (5, 7)
+    assert best_cut([StageParts((*layer_s[:3], 9.0, *layer_s[4:]))] * 2) == (5, 7)

@@ -89,6 +89,8 @@ def test_a_listed_split_is_taken_as_it_is_even_with_empty_stages():
         (lambda: split_layers(4, 0), "0 pipeline stages: use at least 1"),
         (lambda: split_explicitly(4, 2, [2, 3]), "adds up to 5 layers, the model has 4"),
         (lambda: split_explicitly(4, 2, [4]), "is for 1 stages, not 2"),
+        # One stage with fewer layers than the model runs without a word in NVIDIA/Megatron-LM#1778.
+        (lambda: split_explicitly(20, 1, [1]), "adds up to 1 layers, the model has 20"),
         (lambda: split_explicitly(4, 2, [5, -1]), "has a negative number"),
         (lambda: split_explicitly(4, 0, []), "0 pipeline stages: use at least 1"),
     ],

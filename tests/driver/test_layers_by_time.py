@@ -25,8 +25,7 @@ LAYERS = 8
 
 
 class Named(LocalFleet):
-    """Each rank on a device of its own, by name, as keepers say; and what each was found to take.
-    """
+    """Each rank on a device of its own, by name, as keepers say."""
 
     speeds = (1.0, 1.0, 1.0)
     num_timed = 0
@@ -168,7 +167,7 @@ def test_a_fast_machine_gets_no_more_than_fits(folder, monkeypatch):
     with opened(folder, layers="auto") as driver:
         assert counts(driver)[0] == 3
     with_memory(monkeypatch, (size.end_bytes[0], 1 << 30, 1 << 30))
-    with pytest.raises(ConfigError, match="stage 0: weights take .* free"):
+    with pytest.raises(ConfigError, match=r"stage 0: weights take .* free"):
         opened(folder, layers="auto")
 
 
@@ -179,10 +178,9 @@ def test_a_cut_with_more_room_for_kv_is_named(folder, monkeypatch):
         other, limits = driver.setup.other_cut, driver.limits
     assert other.layers == (3, 3, 2)
     assert other.kv_tokens > 1.02 * limits.num_blocks * limits.block_size
-    assert other.slower == pytest.approx(
-        max(3 / 4 + 0.1, 3, 2 + 1.2)
-        / max(a + b for a, b in zip((counts(driver)[0] / 4, *counts(driver)[1:]), (0.1, 0, 1.2)))
-    )
+    loads = [count / speed for count, speed in zip(counts(driver), (4, 1, 1), strict=True)]
+    taken = max(loads[0] + 0.1, loads[1], loads[2] + 1.2)
+    assert other.slower == pytest.approx((2 + 1.2) / taken)
 
 
 def test_more_stages_than_layers_is_one_line(folder):

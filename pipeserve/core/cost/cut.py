@@ -58,7 +58,9 @@ def best_cut(stages: Sequence[StageParts], rooms: Sequence[Room] = ()) -> tuple[
     def spare(merit: float, seconds: float) -> float:
         return merit + (most_s - seconds) ** 2
 
-    return _search(stages, tight, spare, most_s * (1 + _SAME)).counts
+    found = _search(stages, tight, spare, most_s * (1 + _SAME))
+    assert found is not None, "the fastest cut is one"
+    return found.counts
 
 
 def stage_seconds(stages: Sequence[StageParts], counts: Sequence[int]) -> list[float]:
@@ -73,8 +75,10 @@ def stage_seconds(stages: Sequence[StageParts], counts: Sequence[int]) -> list[f
 def _most_bytes(stages: Sequence[StageParts], room: Room) -> int:
     """More than this its stages take in no cut."""
     takers = [stages[number] for number in room.stages]
-    layers = zip(*(taker.layer_bytes for taker in takers), strict=True)
-    return sum(taker.other_bytes for taker in takers) + sum(map(max, layers))
+    num_bytes = sum(taker.other_bytes for taker in takers)
+    for number in range(len(takers[0].layer_bytes)):
+        num_bytes += max(taker.layer_bytes[number] for taker in takers)
+    return num_bytes
 
 
 def _search(

@@ -23,7 +23,8 @@ from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.checkpoint.weights import load_weights
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
+from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.stage import Stage
 
 BLOCK_SIZE = 16
@@ -152,12 +153,13 @@ def keep_least(best: dict[str, float], found: dict[str, float]) -> None:
 def floors(
     stage: Stage, kv: object, inputs: StageInputs, multiply: float, read: float
 ) -> dict[str, float]:
-    rows, config = inputs.num_tokens, stage.config
-    products = 0.0
+    """Seconds of its products and its attention, and of the two."""
+    config, products = stage.config, 0.0
+    in_head = set() if stage.head is None else set(stage.head.modules())
     for leaf in stage.leaves():
-        if len(leaf.shape) == 2:
-            own = len(inputs.logit_rows_R) if leaf is stage.head.vocabulary else rows
-            flops, num_bytes = 2 * own * leaf.num_parameters, leaf.weight.nbytes
+        if isinstance(leaf, Linear):
+            rows = len(inputs.logit_rows_R) if leaf in in_head else inputs.num_tokens
+            flops, num_bytes = 2 * rows * leaf.num_parameters, leaf.weight.nbytes
             products += max(flops / multiply, num_bytes / read)
     pairs = positions = 0
     for query_len, context_len in zip(inputs.query_lens, inputs.context_lens, strict=True):

@@ -12,6 +12,7 @@ from pipeserve.driver.driver import Driver
 from pipeserve.driver.serving import ClientDoor
 from pipeserve.errors import PipeserveError
 from pipeserve.launch.run.figures import RunningFigures
+from pipeserve.launch.run.starting import print_plan
 from pipeserve.server.pipeline import DriverJob
 
 MODULE = "pipeserve.launch.run.driver_process"
@@ -24,7 +25,7 @@ def main() -> int:
             setup = checkpoint_setup(job.config, door.progress)
             with (
                 RunningFigures(len(setup.plan.stages)) as figures,
-                Driver(setup, door.progress, figures.record) as driver,
+                Driver(setup, door.progress, figures.record, on_plan=print_plan) as driver,
             ):
                 gc.collect()
                 gc.freeze()

@@ -46,6 +46,13 @@ def _parse() -> argparse.Namespace:
         "before it listens (default: 600)",
     )
     parser.add_argument(
+        "--host",
+        default="",
+        metavar="ADDRESS",
+        help="of this machine, by which others reach the rank's stage (default: that by which it "
+        "reaches the driver)",
+    )
+    parser.add_argument(
         "--shutdown-timeout",
         type=int,
         default=40,
@@ -131,6 +138,7 @@ def main() -> None:
         int(arguments.world_size),
         arguments.join_timeout,
         secret,
+        arguments.host,
     )
     endings = Endings(keeper, arguments.shutdown_timeout)
     for ending in (signal.SIGTERM, signal.SIGINT):

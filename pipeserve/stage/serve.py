@@ -10,6 +10,7 @@ import msgspec
 
 from pipeserve.errors import PipeserveError
 from pipeserve.stage.compute import Compute, Tell
+from pipeserve.stage.last_spans import LastSpans
 from pipeserve.stage.loop import StageLoop
 from pipeserve.stage.memory import resident_bytes
 from pipeserve.wire import connecting, control
@@ -23,7 +24,7 @@ def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
     """Run the stage that standard input says; on failure, tell the driver and exit 1."""
     baseline = resident_bytes()
     launch = control.decode_launch(sys.stdin.buffer.read())
-    job, rank, epoch, secret = msgspec.structs.astuple(launch)
+    job, rank, epoch, secret, spans = msgspec.structs.astuple(launch)
     sources = Sources(secret)
     try:
         driver = connecting.connected(job.control, sources, "stage")
@@ -31,7 +32,7 @@ def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
         sys.exit(f"error: stage {job.stage}: the driver at {error}")
     driver.send(control.encode(control.StageHello(rank), epoch))
     try:
-        stage = StageLoop(job, epoch, sources, driver, make, baseline)
+        stage = StageLoop(job, epoch, sources, driver, make, baseline, LastSpans(spans).put)
         stage.wait_for_memory()
         gc.collect()
         gc.freeze()

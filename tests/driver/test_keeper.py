@@ -1,4 +1,4 @@
-"""The keeper: cores of a stage, and that it ends when there is no driver or the driver is gone."""
+"""The keeper ends when there is no driver, or the driver is gone."""
 
 import signal
 import socket
@@ -8,31 +8,11 @@ import time
 
 import pytest
 
-from pipeserve.stage.keeper import stage_cpus
 from pipeserve.wire import control
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 
 pytestmark = pytest.mark.processes
-
-
-@pytest.mark.parametrize(
-    ("cores", "cpus", "ranks", "shares", "threads"),
-    [
-        (2, 2, 1, [[0, 1]], 2),
-        (2, 2, 2, [[0], [1]], 1),
-        (5, 5, 2, [[0, 1], [2, 3]], 2),
-        (2, 2, 3, [[0, 1]] * 3, 1),
-        (4, 3, 1, [[0, 1, 2, 3]], 3),
-        (8, 5, 2, [[0, 1, 2, 3], [4, 5, 6, 7]], 2),
-        (4, 1, 2, [[0, 1], [2, 3]], 1),
-        (64, 2, 2, [list(range(32)), list(range(32, 64))], 1),
-    ],
-)
-def test_cores_and_threads_are_shared_out_evenly(cores, cpus, ranks, shares, threads):
-    """Cores disjoint or all of them; threads no more than there is CPU time for."""
-    got = [stage_cpus(list(range(cores)), cpus, rank, ranks) for rank in range(ranks)]
-    assert got == [(share, threads) for share in shares]
 
 
 def _start_keeper(address, *arguments, stdin=None):

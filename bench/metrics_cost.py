@@ -66,7 +66,7 @@ class Serving:
             if now - self._told_s > _STATUS_S:
                 self._told_s = now
                 stages = self._figures.latest() if is_watched else []
-                client.encode(client.Status(0.0, {}, stages))
+                client.encode(client.Status(0.0, "", [], {}, stages))
         return time.thread_time() - start_s, _index(driver) - first
 
     def records(self, seconds: float) -> list[Record]:

@@ -7,7 +7,8 @@ Starts `pipeserve serve MODEL -pp 2 --dtype float32` and keeps so many streams o
 30 distinct prompts; of each ten, three hang up at once or after a few tokens. Greedy. Every
 stream's tokens are held against those of the same prompt alone; where they part, the gap between
 the two likeliest tokens there is looked at: under 1e-3 it is a tie, counted and printed. At the
-end no request, block or file descriptor may be left, and memory be flat.
+end no request, block or file descriptor may be left, and memory be flat. With a `--max-queue` below
+`--streams` some are refused, and each has to be told so.
 """
 
 import argparse
@@ -42,7 +43,9 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-queue", type=int, default=None)
+    parser.add_argument(
+        "--max-queue", type=int, help="of the server; below --streams some are refused"
+    )
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "pipeserve.launch.cli", "serve", arguments.model]
     command += ["-pp", "2", "--dtype", "float32", "--port", "0"]
@@ -149,8 +152,9 @@ async def stream(
     ended = False
     asked = body(prompt, stream=True)
     async with session.post(f"{url}/v1/completions", json=asked) as response:
-        if response.status in (429, 503):
-            return "refused"
+        if response.status == 429:
+            told = (await response.json())["error"]["message"]
+            return "refused" if told and "Retry-After" in response.headers else "wrong"
         if most == 0:
             response.close()
             return "hung up"
@@ -176,7 +180,9 @@ async def stream(
     if tokens == expected:
         return "right" if most is None else "hung up"
     place = next(i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b)
-    return "tie" if alone["gaps"][place] < _TIE else "wrong"
+    gap = alone["gaps"][place]
+    print(f"a stream parts at token {place}, where the gap is {gap:.1e}", file=sys.stderr)
+    return "tie" if gap < _TIE else "wrong"
 
 
 async def what_is_left(session: aiohttp.ClientSession, url: str, before: dict[int, int]) -> str:

@@ -9,7 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -199,9 +200,17 @@ def _measure_server(
     side: Side, requests: Path, out: Path, log: Path, limit_s: float
 ) -> dict[str, Any]:
     ends_s = time.monotonic() + limit_s
-    port = _free_port()
-    command = side.server(port)
-    url = f"http://127.0.0.1:{port}"
+    with serving(side, log, limit_s) as url:
+        client = (*CLI, "bench", "--url", url, "--workload", str(requests), "--json", str(out))
+        run(client, log.with_name("client"), max(ends_s - time.monotonic(), 1.0))
+    return json.loads(out.read_text())
+
+
+@contextmanager
+def serving(side: Side, log: Path, limit_s: float) -> Iterator[str]:
+    """The address of its server, which answers within `limit_s`. Raises CommandError."""
+    port, ends_s = _free_port(), time.monotonic() + limit_s
+    command, url = side.server(port), f"http://127.0.0.1:{port}"
     with started(command, log, side.env) as server:
         while not _answers(url):
             if server.poll() is not None:
@@ -209,9 +218,7 @@ def _measure_server(
             if time.monotonic() > ends_s:
                 raise CommandError(f"no answer in {limit_s:g} s: {told(command, log)}")
             time.sleep(_ASKS_AGAIN_S)
-        client = (*CLI, "bench", "--url", url, "--workload", str(requests), "--json", str(out))
-        run(client, log.with_name("client"), max(ends_s - time.monotonic(), 1.0))
-    return json.loads(out.read_text())
+        yield url
 
 
 def _answers(url: str) -> bool:

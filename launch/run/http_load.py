@@ -4,6 +4,7 @@ Requests come when they are due, whatever the server does: a slow server is not 
 """
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -86,7 +87,7 @@ async def _first_model(session: aiohttp.ClientSession, server: Server) -> str:
                 )
             return (await response.json())["data"][0]["id"]
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise ConfigError(f"{server.base} does not answer: {one_line(error)}") from None
+        raise ConfigError(f"{server.base} does not answer: {_why(error)}") from None
     except (ValueError, LookupError, TypeError):
         raise ConfigError(f"{server.base}/v1/models lists no model") from None
 
@@ -115,9 +116,15 @@ async def _ask(
                 if not all(_take(line, now_s, answer) for line in lines):
                     break
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        answer.error = one_line(error)
+        answer.error = _why(error)
     if not answer.error and not answer.event_times_s:
         answer.error = "no token came"
+
+
+def _why(error: Exception) -> str:
+    """aiohttp's words are about addresses and `ssl:default`, the system's about what is wrong."""
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if isinstance(number, int) and number > 0 else one_line(error)
 
 
 class _Usage(msgspec.Struct):

@@ -226,9 +226,13 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def wrong_request(request: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # FastAPI's, where a body cannot be decoded
             return error_response(bad("the body is not JSON"))
-        return error_response(
-            ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-        )
+        headers, told = dict(error.headers or {}), str(error.detail)
+        path = request.url.path[:200]
+        if error.status_code == 404:
+            told = f"there is no {path!r} here; /openapi.json says what there is"
+        elif error.status_code == 405:
+            told = f"{path} does not take {request.method}; use {headers.get('Allow', 'another')}"
+        return error_response(ApiError(error.status_code, told, headers=headers))
 
 
 def _in_words(error: RequestValidationError) -> ApiError:

@@ -1,5 +1,6 @@
 """What clients of /v1/completions exercise: public reports against other servers."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -210,3 +211,40 @@ def test_what_is_wrong_is_said_in_openais_shape(server, body, part, code):
     assert answer["error"]["type"] == "invalid_request_error"
     assert answer["error"]["code"] == code
     assert part in answer["error"]["message"] or part == answer["error"]["param"]
+
+
+@pytest.fixture(scope="module")
+def marking(tmp_path_factory):
+    """Whose tokenizer puts a token ahead of each text."""
+    folder = byte_tokenizer(tmp_path_factory.mktemp("model"))
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    mark, text = (
+        {"SpecialToken": {"id": "<eos>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    )
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [mark, text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [EOS], "tokens": ["<eos>"]}},
+    }
+    file.write_text(json.dumps(tokenizer))
+    with served(folder, max_model_len=96) as it:
+        yield it
+
+
+@pytest.mark.parametrize("given", ["left out", None, True, False])
+def test_add_special_tokens(marking, given):
+    """As vLLM: of a completion by default, of a chat, whose template has them, where asked for."""
+    adds = {} if given == "left out" else {"add_special_tokens": given}
+    ids = [97] if given is False else [EOS, 97]
+    body = {"max_tokens": 2, "return_token_ids": True, **adds}
+    _, answer = complete(marking, prompt=["a", "a"], echo=True, **body)
+    for choice in answer["choices"]:
+        assert choice["prompt_token_ids"] == ids and choice["text"].startswith("a")
+    assert ask(marking, "/tokenize", prompt="a", **adds)[1]["tokens"] == ids
+    path, messages = "/v1/chat/completions", [{"role": "user", "content": "a"}]
+    told = events(marking, path, messages=messages, **body)
+    first = told[0]["choices"][0]["prompt_token_ids"][0]
+    assert (first == EOS) == (given is True)

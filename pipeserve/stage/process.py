@@ -7,6 +7,7 @@ Here, and not between fork and exec: what a forked child of a process with threa
 wait for a lock that nobody holds any more.
 """
 
+import contextlib
 import ctypes
 import os
 import runpy
@@ -26,7 +27,8 @@ def end_with(keeper_pid: int) -> None:
 def main() -> None:
     keeper_pid, cores, module = sys.argv[1:]
     end_with(int(keeper_pid))
-    os.sched_setaffinity(0, map(int, cores.split(",")))
+    with contextlib.suppress(OSError):  # some containers do not allow it, and a core may have gone
+        os.sched_setaffinity(0, map(int, cores.split(",")))
     sys.argv = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -180,3 +180,12 @@ def test_a_stages_threads_stay_where_its_keeper_put_it():
     environment = stage_environment(bound, 0, 0, 1)
     done = subprocess.run([sys.executable, "-c", pinned], env=environment, capture_output=True)
     assert done.stdout.decode().strip() == f"[{cpu}]"
+
+
+def test_a_stage_that_may_not_be_pinned_runs_all_the_same():
+    """Where that is forbidden (vllm#10556, #45438: their own placing ended the worker in Docker),
+    or a CPU was taken away (numactl#204)."""
+    command = [sys.executable, "-m", "pipeserve.stage.process", str(os.getpid()), "1000", "this"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Zen of Python" in done.stdout

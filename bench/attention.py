@@ -19,11 +19,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from pipeserve.stages.attention.attention import make_attention
 from pipeserve.stages.attention.inputs import build_inputs
-from pipeserve.stages.attention.kv import KVCache, write
+from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.backends.cpu import library
+from pipeserve.stages.backends.cpu.blocked_attention import BlockedAttention
+from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention
 from pipeserve.stages.config.model_config import ModelConfig
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 9, 3, 64
@@ -53,6 +54,7 @@ class Case:
             "num_blocks": sum(counts),
             "block_size": BLOCK_SIZE,
             "dtype": dtype,
+            "device": torch.device("cpu"),
             "turned": turned,
         }
         self.kv = KVCache(config(), num_layers=NUM_LAYERS, **sizes)
@@ -60,14 +62,13 @@ class Case:
             side[:] = torch.randn(side[0].shape)
         num_tokens = sum(stop - start for start, stop in spans)
         self.q = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM)
-        self.k, self.v = torch.randn(2, num_tokens, NUM_KV_HEADS, HEAD_DIM)
         self.read_bytes = NUM_LAYERS * sum(stop for _, stop in spans) * NUM_KV_HEADS * HEAD_DIM
         self.read_bytes *= 2 * dtype.itemsize
 
     def run(self, attention) -> None:
         plan = attention.prepare(self.inputs, self.kv, {None})
         for layer in range(NUM_LAYERS):
-            attention(self.q, self.k, self.v, self.kv.layer(layer), plan, SCORING)
+            attention(self.q, self.kv.layer(layer), plan, SCORING)
 
 
 class TorchAttention:
@@ -76,8 +77,7 @@ class TorchAttention:
     def prepare(self, inputs, kv, windows):
         return inputs
 
-    def __call__(self, q_TNH, k_TKH, v_TKH, pool, plan, scoring):
-        write(k_TKH, v_TKH, pool, plan.slots_T)
+    def __call__(self, q_TNH, pool, plan, scoring):
         out_TNH = torch.empty_like(q_TNH)
         row = 0
         for queries, context, blocks in zip(
@@ -149,8 +149,11 @@ def main() -> None:
                 case = Case(spans, getattr(torch, dtype), turned=True)
                 plain = Case(spans, getattr(torch, dtype), turned=False)
                 cases = {"kernels": case, "cpu": plain, "torch": plain}
-                attentions = {"torch": TorchAttention()}
-                attentions |= {way: make_attention(way) for way in ("kernels", "cpu")}
+                attentions = {
+                    "kernels": KernelAttention(),
+                    "cpu": BlockedAttention(),
+                    "torch": TorchAttention(),
+                }
                 ways = {way: partial(cases[way].run, attentions[way]) for way in arguments.ways}
                 ways["read"] = lambda: kernels.read_all(memory.data_ptr(), memory.nbytes)
                 least = least_seconds(ways, arguments.turns)

@@ -23,7 +23,7 @@ from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.checkpoint.weights import load_weights
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.stage import Stage
 

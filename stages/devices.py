@@ -2,13 +2,13 @@
 
 import torch
 
-from pipeserve.errors import ConfigError
 from pipeserve.stages.attention.attention import ReferenceAttention
 from pipeserve.stages.backends.backend import Backend
 from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.backends.cuda import CudaBackend
+from pipeserve.stages.config.attentions import check_attention
 
 _WORTH_THREADS = 3
 
@@ -38,10 +38,3 @@ def best_num_threads(device: str, attention: str, most: int) -> int:
     """
     has_kernels = device == "cpu" and attention == "auto" and kernels() is not None
     return 1 if has_kernels and most < _WORTH_THREADS else most
-
-
-def check_attention(device: str, attention: str) -> None:
-    """Raises ConfigError for an attention that `device` does not have."""
-    known = ("auto", "reference") if device == "cuda" else ("auto", "cpu", "reference")
-    if attention not in known:
-        raise ConfigError(f"attention {attention!r} of {device} is not one of {', '.join(known)}")

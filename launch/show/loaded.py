@@ -5,16 +5,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from pipeserve.stages.checkpoint.sources import origin
-from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.stages.stage import Stage
 
 if TYPE_CHECKING:
     from pipeserve.driver.driver import Driver
 
 
 def loaded(driver: "Driver") -> str:
-    """Of a driver that has started: model, source, architecture, parameters, dtype, what each stage
-    holds of it, and how many threads compute it on which cores."""
+    """Of a driver that has started: model, source, architecture, parameters of its matrices, dtype,
+    what each stage holds of it, and how many threads compute it on which cores."""
     model, stages = driver.config.model, driver.stages
     layers = "+".join(str(stage.num_layers) for stage in stages)
     gigabytes = "+".join(f"{stage.weight_bytes / 1e9:.2f}" for stage in stages)
@@ -22,7 +20,7 @@ def loaded(driver: "Driver") -> str:
     cpus = "+".join(listed(stage.cpus) for stage in stages)
     return (
         f"{model} ({origin(model, driver.model_folder)}): {driver.model_config.architecture}, "
-        f"{_count(num_parameters(driver.model_config))} parameters in {driver.dtype}"
+        f"{_count(driver.shape.num_parameters)} parameters in {driver.dtype}"
         f"{f' ({why})' if (why := driver.setup.dtype_why) else ''}; "
         f"{len(stages)} stage{'s' * (len(stages) > 1)} of {layers} layers, {gigabytes} GB, "
         f"{threads} thread{'s' * (threads != '1')} on CPU {cpus}"
@@ -34,15 +32,6 @@ def listed(cpus: Sequence[int]) -> str:
     places = enumerate(cpus)
     runs = [list(run) for _, run in groupby(places, lambda pair: pair[1] - pair[0])]
     return ",".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs)
-
-
-def num_parameters(config: ModelConfig) -> int:
-    """Of the whole model, a tied table counted once."""
-    model = Stage(
-        config, first_layer=0, stop_layer=config.num_layers, has_embedding=True, has_head=True
-    )
-    twice = model.head.vocabulary.num_parameters if config.tie_word_embeddings else 0
-    return model.num_parameters - twice
 
 
 def _count(number: int) -> str:

@@ -10,6 +10,7 @@ nothing to begin ahead.
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from pipeserve.core.work import Work
 from pipeserve.stage.sequences import Sequence
 from pipeserve.wire import control
 from pipeserve.wire.control import Step
@@ -60,6 +61,11 @@ class Compute(Protocol):
     most_begun: int
     """Microbatches that it has begun and not ended at once: 2 where a device computes, which goes
     from one to the next by itself; 1 where this thread does."""
+
+    def examine(self, works: tuple[Work, ...], seconds: float) -> control.Examined:
+        """What it computes with, and what each part of its model takes for these microbatches,
+        timed for about so long."""
+        ...
 
     def take_memory(self, num_blocks: int) -> None:
         """Reads its weights, and makes a pool of so many KV blocks."""

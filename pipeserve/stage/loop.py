@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from pipeserve.core.records import Span
 from pipeserve.stage.compute import Compute, Done, Tell, Turn
 from pipeserve.stage.memory import peak_bytes
@@ -24,6 +26,7 @@ from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import (
     Connect,
+    Examine,
     Heartbeat,
     Renew,
     ReportMemory,
@@ -46,14 +49,18 @@ class StageLoop:
         driver: Connection,
         make: Callable[[StartStage, Tell], Compute],
         baseline: int,
+        keep: Callable[[Span], None] = lambda span: None,
     ) -> None:
-        """`baseline`: bytes of this process's memory, before all that the stage takes."""
+        """`baseline`: bytes of this process's memory, before all that the stage takes. `keep`:
+        called with each span at once, before it is told."""
         self.job = job
         self.epoch = epoch
         self.sources = sources
         self.driver = driver
         self.has_memory = False
         self.baseline = baseline
+        self._make = make
+        self.keep = keep
         self.compute = make(job, self.tell)
         self._start_epoch()
 
@@ -159,7 +166,7 @@ class StageLoop:
 
     def _obey(self, epoch: int, message: control.ToStage, seen_s: float) -> None:
         if isinstance(message, Renew):
-            self._renew(epoch)
+            self._renew(epoch, message.work)
         if epoch != self.epoch:
             return
         match message:
@@ -171,13 +178,19 @@ class StageLoop:
                 self._connect(message)
             case Heartbeat():
                 self.tell(message)
+            case Examine(works, seconds):
+                self.tell(self.compute.examine(works, seconds))
             case ReportMemory():
                 self.tell(control.Memory(peak_bytes()))
 
-    def _renew(self, epoch: int) -> None:
-        """Forgets all that this epoch was about; weights and the room for KV stay."""
+    def _renew(self, epoch: int, work: bytes) -> None:
+        """Forgets all that this epoch was about; weights and the room for KV stay. Before it
+        has any, it may be given other work."""
         self.epoch = epoch
         self.neighbours.close()
+        if work != self.job.work:
+            self.job = msgspec.structs.replace(self.job, work=work)
+            self.compute = self._make(self.job, self.tell)
         self._start_epoch()
 
     def _connect(self, addresses: Connect) -> None:
@@ -244,6 +257,7 @@ class StageLoop:
                     sampled.index, sampled.tokens, sampled.counts, done.sent_s
                 )
         self.untold = self._span(turn, done)
+        self.keep(self.untold)
 
     def _feed_back(self, index: int, tokens: list[int], counts: bytes) -> None:
         """What the last stage sampled, to the first before anything else, for it may be waiting."""

@@ -27,6 +27,8 @@ def end_with(keeper_pid: int) -> None:
 def main() -> None:
     keeper_pid, cores, module = sys.argv[1:]
     end_with(int(keeper_pid))
+    for ending in (signal.SIGINT, signal.SIGTERM):  # they come to all: the keeper's to handle
+        signal.signal(ending, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # some containers do not allow it, and a core may have gone
         os.sched_setaffinity(0, map(int, cores.split(",")))
     sys.argv = [module]

@@ -8,7 +8,7 @@ from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.backends.backend import Backend, HeadNorms, Rotation
 from pipeserve.stages.backends.cpu import elementwise
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, write
-from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16
+from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, usable_libraries
 from pipeserve.stages.backends.cpu.products import PackedWeight
 
 
@@ -23,6 +23,10 @@ class KernelBackend(Backend):
 
     def __init__(self) -> None:
         super().__init__("cpu", KernelAttention())
+
+    @property
+    def name(self) -> str:
+        return f"C kernels ({usable_libraries()[0]})"
 
     def place_matrix(self, weight_OI: Tensor) -> PackedWeight:
         """Packed. A product of bfloat16 weights rounds x to bfloat16 too, where the CPU multiplies

@@ -25,6 +25,7 @@ _FUNCTIONS = {
     # measure.c
     "read_all": (c_float, [c_void_p, c_int64]),
     "multiply_add": (c_int64, [c_int64]),
+    "multiplies_pairs": (c_int, []),
     # attention.c
     "attention_scratch": (c_int64, [c_int64, c_int64]),
     "attend": (
@@ -74,7 +75,8 @@ def kernels() -> ctypes.CDLL | None:
 
 def has_pairs_of_bfloat16() -> bool:
     """Whether the process's library multiplies bfloat16 natively, two by two."""
-    return usable_libraries()[:1] == ["avx512_bf16"]
+    library = kernels()
+    return library is not None and bool(library.multiplies_pairs())
 
 
 def usable_libraries() -> list[str]:

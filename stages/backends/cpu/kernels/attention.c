@@ -6,12 +6,14 @@
    and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135). So K and V are read once and
    no score is kept.
 
+   A pool of bfloat16 is multiplied in pairs where the CPU can (attention_pairs.h), all else in float32
+   (attention_tile.h).
+
    Tiles begin at multiples of TILE of the context, and every sum goes over dimensions or positions
    in order. So what a row becomes, bit for bit, is a matter of its own context alone: not of the
    batch, nor of how its prompt was cut into chunks. */
 
-#include "pool.h"
-#include "attention_tile.h"
+#include "attention_pairs.h"
 
 typedef struct {
     int32_t row;         /* of the first query */
@@ -20,92 +22,6 @@ typedef struct {
     int32_t table;       /* where its request's blocks begin in the block tables */
 } Queries;
 
-/* ---- keys and values of a tile ---------------------------------------------------------------*/
-
-/* Whether units of a pool can be multiplied where they are. */
-static bool lies_in_units(const Pool *pool) {
-    return pool->key_position_step == 1 && pool->block_size % UNIT == 0 &&
-           pool->head_size % LANES == 0;
-}
-
-/* Where position `position` of the request with the blocks `table` begins in the values of `head`,
-   in numbers. Blocks of keys begin where those of values do. */
-static int64_t place_of(const Pool *pool, int64_t head, const int32_t *table, int64_t position) {
-    const int64_t block = table[position / pool->block_size];
-    const int64_t position_in_pool = (head * pool->num_blocks + block) * pool->block_size;
-    return (position_in_pool + position % pool->block_size) * pool->head_size;
-}
-
-/* The tile at `first` for queries that see positions [seen, stop). In units that nobody sees, it is
-   the nearest one that somebody does. */
-static void locate(Tile *tile, int64_t first, int64_t seen, int64_t stop, const Pool *pool,
-                   int64_t head, const int32_t *table) {
-    tile->first = first;
-    tile->from = most(0, seen - first), tile->to = least(TILE, stop - first);
-    tile->key_step = pool->block_size, tile->value_step = pool->head_size;
-    tile->dtype = pool->dtype;
-    if (!lies_in_units(pool)) return;
-    for (int64_t i = 0; i < UNITS; i++) {
-        const int64_t unit = most(tile->from / UNIT, least(i, (tile->to - 1) / UNIT));
-        const int64_t position = first + unit * UNIT, in_block = position % pool->block_size;
-        const int64_t place = place_of(pool, head, table, position);
-        const int64_t size = size_of(pool->dtype);
-        tile->keys[i] = pool->keys + (place - in_block * (pool->head_size - 1)) * size;
-        tile->values[i] = pool->values + place * size;
-    }
-}
-
-/* Copies what somebody sees as float32, and zeros for the rest: keys [UNITS, head size, UNIT],
-   values [TILE, padded head size]. */
-INLINE void copy(Tile *tile, const Pool *pool, int64_t head, const int32_t *table, float *keys,
-                 float *values, int dtype) {
-    const int64_t size = pool->head_size, padded_size = round_up(size, LANES);
-    const int64_t bytes = size_of(dtype), key_step = pool->key_dimension_step * bytes;
-    memset(keys, 0, TILE * size * sizeof *keys);
-    memset(values, 0, TILE * padded_size * sizeof *values);
-    for (int64_t i = tile->from; i < tile->to;) {
-        const int64_t position = tile->first + i, in_block = position % pool->block_size;
-        const int64_t place = place_of(pool, head, table, position);
-        const int64_t key_place = place + in_block * (pool->key_position_step - size);
-        const char *key = pool->keys + key_place * bytes;
-        const char *value = pool->values + place * bytes;
-        float *to = keys + i / UNIT * size * UNIT + i % UNIT;
-        const bool is_whole = i % UNIT == 0 && i + UNIT <= tile->to && lies_in_units(pool);
-        const int64_t count = is_whole ? UNIT : 1;
-        for (int64_t h = 0; h < size; h++, key += key_step, to += UNIT) {
-            if (!is_whole) *to = read_some(key, 1, dtype)[0];
-            else for (int64_t j = 0; j < UNIT; j += LANES)
-                store_floats(to + j, read(key + j * bytes, dtype));
-        }
-        for (int64_t j = 0; j < count; j++, value += size * bytes)
-            for (int64_t h = 0; h < size; h += LANES)
-                store_floats(values + (i + j) * padded_size + h,
-                             read_some(value + h * bytes, size - h, dtype));
-        i += count;
-    }
-    for (int64_t i = 0; i < UNITS; i++) {
-        tile->keys[i] = (char *)(keys + i * size * UNIT);
-        tile->values[i] = (char *)(values + i * UNIT * padded_size);
-    }
-    tile->key_step = UNIT, tile->value_step = padded_size, tile->dtype = FLOAT32;
-}
-
-/* Where not every query sees every position. A weight of 0 hides a value, but not one that is no
-   finite number, while the score of a key is masked. So such values become 0 and their keys NaN:
-   that reaches those alone that see them. */
-static void let_keys_tell(int64_t count, int64_t head_size, float *keys, float *values) {
-    const int64_t padded_size = round_up(head_size, LANES);
-    for (int64_t i = 0; i < count; i++, values += padded_size) {
-        Floats zeros = {0};
-        for (int64_t h = 0; h < padded_size; h += LANES) zeros += load_floats(values + h) * 0.0f;
-        if (sum_of(zeros) == 0) continue;
-        memset(values, 0, padded_size * sizeof *values);
-        float *key = keys + i / UNIT * head_size * UNIT + i % UNIT;
-        for (int64_t h = 0; h < head_size; h++) key[h * UNIT] = __builtin_nanf("");
-    }
-}
-
-
 /* ---- items -----------------------------------------------------------------------------------*/
 
 /* What an item works in. M rows: query by query, and of each head by head. */
@@ -113,8 +29,8 @@ typedef struct {
     float *q;      /* [M, head size], scaled */
     float *scores; /* [M, TILE], then weights */
     float *out;    /* [M, padded head size], not divided by the sums yet */
-    float *maxima; /* [M], of the scores so far */
-    float *sums;   /* [M], of the weights so far */
+    float *bases;  /* [M], scores that weights are taken against */
+    float *sums;   /* [M, LANES], of the weights so far */
     float *keys;   /* a tile's, where they are copied */
     float *values;
 } Scratch;
@@ -127,8 +43,8 @@ static int64_t divide(float *memory, int64_t num_rows, int64_t head_size, Scratc
     scratch->q = TAKE(num_rows * head_size);
     scratch->scores = TAKE(num_rows * TILE);
     scratch->out = TAKE(num_rows * padded_size);
-    scratch->maxima = TAKE(num_rows);
-    scratch->sums = TAKE(num_rows);
+    scratch->bases = TAKE(num_rows);
+    scratch->sums = TAKE(num_rows * LANES);
     scratch->keys = TAKE(TILE * head_size);
     scratch->values = TAKE(TILE * padded_size);
     return used;
@@ -172,14 +88,68 @@ INLINE void take_tile(const Call *call, const Queries *queries, int64_t head, co
             continue;
         }
         const float slope = slopes ? slopes[head * group + row % group] : 0;
-        const float factor = weigh(scores, count, tile->first, seen, stop, call->scoring, slope,
-                                   s->maxima + row, s->sums + row);
+        finish_scores(scores, count, tile->first, seen, stop, call->scoring, slope);
+        const float factor = weigh(scores, count, s->bases + row, s->sums + row * LANES, false);
         if (factor == 1) continue;
         for (int64_t h = 0; h < padded_size; h += LANES)
             store_floats(out + h, load_floats(out + h) * factor);
     }
     add_tile(num_rows, s->scores, tile, next, size, s->out, padded_size, dtype, asks);
 }
+
+#ifdef __AVX512BF16__
+/* The same of a pool in bfloat16. A few rows at a time take all steps, so that their scores stay in
+   the first-level cache. */
+static void take_paired_tile(const Call *call, const Queries *queries, int64_t head,
+                             const Tile *tile, const Tile *next, const PairedTile *copied,
+                             const Scratch *s, bool asks) {
+    const int64_t size = call->pool->head_size, padded_size = round_up(size, LANES);
+    const int64_t group = call->num_heads / call->pool->num_kv_heads, pairs = pairs_of(size);
+    const int64_t num_rows = queries->num_queries * group;
+    const float *slopes = call->scoring->slopes;
+    float weights[ROWS * TILE / 2], factors[ROWS];
+    for (int64_t row = 0; row < num_rows; row += ROWS) {
+        const int64_t count = least(num_rows - row, ROWS);
+        if (queries->position + (row + count - 1) / group < tile->first) continue; /* none sees it */
+        const float *q = s->q + row * pairs;
+        float *scores = s->scores + row * TILE, *out = s->out + row * padded_size;
+#define SCORE_PAIRS(M, N) score_pairs(M, q, pairs, copied->keys, next, tile->key_step, scores, asks)
+        FOR_ROWS(count, SCORE_PAIRS)
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t stop = queries->position + (row + r) / group + 1;
+            const int64_t seen = most(0, stop - call->scoring->window);
+            const float slope = slopes ? slopes[head * group + (row + r) % group] : 0;
+            float *own = scores + r * TILE;
+            finish_scores(own, TILE, tile->first, seen, stop, call->scoring, slope);
+            factors[r] = weigh(own, TILE, s->bases + row + r, s->sums + (row + r) * LANES, true);
+            round_to_pairs(own, TILE, weights + r * TILE / 2);
+        }
+#define ADD_PAIRS(M, N)                                                                            \
+    int64_t column = 0;                                                                            \
+    for (; column + N * LANES <= padded_size; column += N * LANES)                                 \
+        add_value_pairs(M, N, weights, factors, tile, next, copied->values, padded_size, column,   \
+                        out, asks && column == 0);                                                 \
+    for (; column < padded_size; column += LANES)                                                  \
+        add_value_pairs(M, 1, weights, factors, tile, next, copied->values, padded_size, column,   \
+                        out, asks && column == 0)
+        FOR_ROWS(count, ADD_PAIRS)
+        asks = false;
+    }
+}
+
+static void copy_and_take_pairs(const Call *call, int64_t item, const Tile *tile, const Tile *next,
+                                const Scratch *s, bool all_see_all) {
+    const Pool *pool = call->pool;
+    const Queries *queries = call->queries + item / pool->num_kv_heads;
+    const int64_t head = item % pool->num_kv_heads;
+    const PairedTile copied = {s->keys, s->values};
+    if (lies_in_units(pool)) copy_units(tile, next, pool->head_size, &copied);
+    else copy_numbers(tile, pool, head, call->tables + queries->table, &copied);
+    if (!all_see_all && queries->num_queries > 1)
+        let_paired_keys_tell(tile, pool->head_size, &copied);
+    take_paired_tile(call, queries, head, tile, next, &copied, s, lies_in_units(pool));
+}
+#endif
 
 /* One query reads the pool itself, and several do where that needs no change of type and hides
    nothing. Else they read a copy. */
@@ -191,6 +161,12 @@ static void take_any_tile(const Call *call, int64_t item, Tile *tile, const Tile
     const bool all_see_all = tile->first + TILE <= queries->position + 1 &&
                              stop_of(queries) - call->scoring->window <= tile->first;
     const bool is_single = queries->num_queries == 1;
+#ifdef __AVX512BF16__
+    if (pool->dtype == BFLOAT16) {
+        copy_and_take_pairs(call, item, tile, next, s, all_see_all);
+        return;
+    }
+#endif
     if (lies_in_units(pool) && (is_single || (all_see_all && pool->dtype == FLOAT32))) {
         if (pool->dtype == FLOAT32)
             take_tile(call, queries, head, tile, next, s, FLOAT32, true);
@@ -214,8 +190,13 @@ static void begin(const Call *call, const Queries *queries, int64_t head, const 
         const float *from = call->q + (queries->row + row / group) * call->q_step +
                             (head * group + row % group) * size;
         for (int64_t h = 0; h < size; h++) s->q[row * size + h] = from[h] * call->scoring->scale;
-        s->maxima[row] = -__builtin_inff();
-        s->sums[row] = 0;
+#ifdef __AVX512BF16__
+        /* In place: a row of pairs lies before the row that it is made of. */
+        if (call->pool->dtype == BFLOAT16)
+            round_to_pairs(s->q + row * size, size, s->q + row * pairs_of(size));
+#endif
+        s->bases[row] = -__builtin_inff();
+        store_floats(s->sums + row * LANES, (Floats){0});
     }
     memset(s->out, 0, num_rows * round_up(size, LANES) * sizeof *s->out);
 }
@@ -226,7 +207,8 @@ static void finish(const Call *call, const Queries *queries, int64_t head, const
         float *to = call->out + ((queries->row + row / group) * call->num_heads + head * group +
                                  row % group) * size;
         const float *from = s->out + row * round_up(size, LANES);
-        for (int64_t h = 0; h < size; h++) to[h] = from[h] / s->sums[row];
+        const float sum = sum_of(load_floats(s->sums + row * LANES));
+        for (int64_t h = 0; h < size; h++) to[h] = from[h] / sum;
     }
 }
 

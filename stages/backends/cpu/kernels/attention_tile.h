@@ -7,6 +7,7 @@
 #define UNIT 16  /* positions that lie together, where blocks hold a multiple of it */
 #define UNITS 4  /* of a tile */
 #define TILE (UNIT * UNITS)
+#define SLACK 8.0f
 #define ROWS 6   /* that are multiplied together: with as many columns, all sums fit in registers */
 
 typedef struct {
@@ -145,13 +146,12 @@ INLINE Floats alibi_bias(float slope, Floats positions) {
                                rounded_to_bfloat16(positions));
 }
 
-/* One row's scores [count] of the positions from `first` on become weights, of which it sees
-   [seen, stop). Returns what the sums so far are to be multiplied with. */
-static float weigh(float *scores, int64_t count, int64_t first, int64_t seen, int64_t stop,
-                   const Scoring *scoring, float slope, float *maximum, float *sum) {
+/* One row's products with keys [count], of the positions from `first` on, become scores: -infinity
+   where it does not see them, which is outside [seen, stop). */
+static void finish_scores(float *scores, int64_t count, int64_t first, int64_t seen, int64_t stop,
+                          const Scoring *scoring, float slope) {
     const float lowest = seen - first, highest = stop - first;
-    const bool sees_all = lowest <= 0 && highest >= count;
-    Floats maxima = all_lanes(*maximum);
+    if (lowest <= 0 && highest >= count && scoring->softcap == 0 && slope == 0) return;
     for (int64_t i = 0; i < count; i += LANES) {
         Floats x = load_floats(scores + i), place = lane_numbers() + (float)i;
         if (scoring->softcap != 0)
@@ -159,24 +159,38 @@ static float weigh(float *scores, int64_t count, int64_t first, int64_t seen, in
         if (slope != 0) /* less the query's own, so that what matters stays small */
             x += (alibi_bias(slope, place + (float)first) -
                   alibi_bias(slope, all_lanes(stop - 1))) * scoring->scale;
-        if (!sees_all) {
-            x = choose(place < lowest, all_lanes(-__builtin_inff()), x);
-            x = choose(place >= highest, all_lanes(-__builtin_inff()), x);
-        }
+        x = choose(place < lowest, all_lanes(-__builtin_inff()), x);
+        x = choose(place >= highest, all_lanes(-__builtin_inff()), x);
         store_floats(scores + i, x);
-        maxima = choose(x > maxima, x, maxima);
     }
-    const float largest = __builtin_reduce_max(maxima);
-    /* Nothing but NaN or -infinity so far: what is NaN stays so, the others weigh nothing. */
-    const float base = largest == -__builtin_inff() ? 0 : largest;
-    Floats total = {0};
+}
+
+/* A row's scores [count] become weights, e to the power of how far they are above a score that stands
+   for the largest so far. That one is let be until it is exceeded by SLACK: so it hardly ever changes,
+   and a weight is still at most e^SLACK. `sums`: of the weights so far, of each lane. Returns what
+   all that the row has so far is to be multiplied with. */
+INLINE float weigh(float *scores, int64_t count, float *base, float *sums, bool is_rough) {
+    const float limit = *base + SLACK;
+    Floats highest = all_lanes(limit);
     for (int64_t i = 0; i < count; i += LANES) {
-        Floats weight = exponential(load_floats(scores + i) - base);
+        Floats x = load_floats(scores + i);
+        highest = choose(x > highest, x, highest);
+    }
+    float factor = 1;
+    if (any_above(highest, all_lanes(limit))) {
+        const float largest = __builtin_reduce_max(highest);
+        factor = exponential(all_lanes(*base - largest))[0];
+        *base = largest;
+    }
+    /* Nothing but NaN or -infinity so far: what is NaN stays so, the others weigh nothing. */
+    const float zero = *base == -__builtin_inff() ? 0 : *base;
+    Floats total = load_floats(sums) * factor;
+    for (int64_t i = 0; i < count; i += LANES) {
+        Floats x = load_floats(scores + i) - zero;
+        Floats weight = is_rough ? rough_exponential(x) : exponential(x);
         store_floats(scores + i, weight);
         total += weight;
     }
-    const float factor = largest == *maximum ? 1 : exponential(all_lanes(*maximum - base))[0];
-    *maximum = largest;
-    *sum = *sum * factor + sum_of(total);
+    store_floats(sums, total);
     return factor;
 }

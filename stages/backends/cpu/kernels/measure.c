@@ -34,3 +34,12 @@ EXPORT int64_t multiply_add(int64_t repeats) {
     }
     return 2 * NUM_CHAINS * LANES;
 }
+
+/* Whether products of bfloat16 are made by the CPU's instruction for pairs of them. */
+EXPORT int multiplies_pairs(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}

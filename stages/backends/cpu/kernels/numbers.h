@@ -3,6 +3,7 @@
 #pragma once
 #include "common.h"
 #include <string.h>
+#include <immintrin.h>
 
 /* As Python names them (library.py). */
 enum { FLOAT32, FLOAT16, BFLOAT16 };
@@ -16,6 +17,15 @@ typedef uint16_t Shorts __attribute__((vector_size(LANES * 2), aligned(2)));
 /* a where the comparison `is` holds, else b. */
 INLINE Floats choose(Ints is, Floats a, Floats b) {
     return (Floats)((is & (Ints)a) | (~is & (Ints)b));
+}
+
+/* Whether any lane of a is above that of b. */
+INLINE int any_above(Floats a, Floats b) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#endif
 }
 
 INLINE int size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
@@ -101,6 +111,22 @@ INLINE Floats exponential(Floats x) {
     y *= (Floats)(power + (126 << 23));
     y = choose(x < -86.6f, (Floats){0}, y);
     return choose(x > 88.7f, all_lanes(__builtin_inff()), y);
+}
+
+/* e^x within 4e-6 of its size, for x of at most 0: what is rounded to 16 bits next. A power of two
+   times a polynomial (least squares of Chebyshev) over half a power to either side. */
+INLINE Floats rough_exponential(Floats x) {
+#ifdef __AVX512F__
+    Floats y = x * 1.44269504f;
+    y = choose(y < -200.0f, all_lanes(-200.0f), y);
+    Floats n = (Floats)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT);
+    const float terms[] = {5.591689383e-02f, 2.402371846e-01f, 6.931219948e-01f, 1.0f};
+    Floats rest = y - n, power = all_lanes(9.600395517e-03f);
+    for (int i = 0; i < 4; i++) power = multiply_add_floats(power, rest, all_lanes(terms[i]));
+    return (Floats)_mm512_scalef_ps((__m512)power, (__m512)n);
+#else
+    return exponential(x);
+#endif
 }
 
 /* Within 3e-7 of its size; NaN for NaN. A rational function; source: Eigen, `ptanh_float`. */

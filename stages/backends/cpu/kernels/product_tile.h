@@ -9,7 +9,7 @@
 #define STEP 2                                    /* inputs at a time; a whole number of them */
 #define MAX_PANELS 4                              /* side by side, for few rows */
 #define LINE 64                                   /* bytes of a cache line */
-#define AHEAD 4096                                /* bytes from what is read to what is fetched */
+#define AHEAD 12288                               /* bytes from what is read to what is fetched */
 
 /* How a weight's numbers are kept. Products and sums are float32, except under `DOT`. */
 enum Storage {
@@ -57,6 +57,15 @@ load_weights(const char *from, int input, int reg, const int storage) {
     return (Floats)(input == 0 ? pairs << 16 : pairs & (int32_t)0xffff0000);
 }
 
+/* Few rows are done with a weight soon, so the core waits for memory: more lines can be on their way
+   to the second-level cache than to the first (16 rows 12 % faster, 8 rows 20 %). More rows wait for
+   nothing, and find it nearer in the first (32 rows 10 % faster). */
+#define FEW_ROWS 8 /* of a tile: up to 16 rows are cut into such */
+static inline __attribute__((always_inline)) void fetch(const char *at, const int is_for_few) {
+    if (is_for_few) __builtin_prefetch(at, 0, 2);
+    else __builtin_prefetch(at, 0, 3);
+}
+
 /* `depth` inputs of `rows` rows by `panels` panels. `x`: the packed tile; `w`: of each panel, where
    the inputs begin; panels lie `panel_size` bytes apart. Meanwhile `ahead` is fetched into the
    cache, `ahead_size` bytes for each step; with several panels the core does so unasked, and better
@@ -79,7 +88,7 @@ static inline __attribute__((always_inline)) void multiply_tile(
     }
     for (int64_t k = 0; k < depth; k += step) {
         for (int l = 0; panels == 1 && l < lines; l++) {
-            __builtin_prefetch(ahead + l * ahead_size / lines);
+            fetch(ahead + l * ahead_size / lines, rows <= FEW_ROWS);
         }
         ahead += ahead_size;
         for (int input = 0; input < (storage == DOT ? 1 : step); input++) {

@@ -128,7 +128,7 @@ class Watched:
         self.driver = Driver(checkpoint_setup(make_config({}, options)), fleet=LocalFleet)
         self.inputs: dict[str, list] = defaultdict(list)
         self.loops: dict[str, StageLoop] = {}
-        for rank, worker in self.driver.fleet.workers.items():
+        for rank, worker in enumerate(self.driver.fleet.workers):
             self.loops[f"stage {rank}"] = worker
             self._watch(worker, f"stage {rank}")
         driver = self.driver

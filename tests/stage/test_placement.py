@@ -57,6 +57,12 @@ def test_stages_of_two_sockets_share_no_core_and_stay_on_a_node(machine):
     assert got == [list(range(first, first + 29)) for first in (0, 30, 60, 90)]
 
 
+def test_nodes_whose_cores_are_numbered_in_turn(machine):
+    """As many servers do; sglang#26983 asks the kernel, too, which cores are near."""
+    cores = cores_of(range(8), machine(map(str, range(8)), ["0,2,4,6", "1,3,5,7"]))
+    assert [place.cpus for place in places(cores, 2)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
 def test_only_cores_that_this_process_may_use_count(machine):
     """Two instances on a node each (vllm#43240); vLLM gave KV transfer a core outside (#58033)."""
     second = cores_of(cpus_of("60-119,180-239"), machine(*TWO_SOCKETS))

@@ -128,7 +128,7 @@ class Watched:
         self.driver = Driver(checkpoint_setup(make_config({}, options)), fleet=LocalFleet)
         self.inputs: dict[str, list] = defaultdict(list)
         self.loops: dict[str, StageLoop] = {}
-        for rank, worker in self.driver.fleet.workers.items():
+        for rank, worker in enumerate(self.driver.fleet.workers):
             self.loops[f"stage {rank}"] = worker
             self._watch(worker, f"stage {rank}")
         driver = self.driver
@@ -244,10 +244,9 @@ def floor_of(watched: Watched, place: str, multiply: float, read: float) -> dict
     compute = watched.loops[place].compute
     totals: dict[str, float] = defaultdict(float)
     for inputs in watched.inputs[place]:
-        compute.model.head = compute.head  # of which `compute` has charge
-        for part, seconds in floors(compute.model, compute.kv, inputs, multiply, read).items():
+        found = floors(compute.model, compute.head, compute.kv, inputs, multiply, read)
+        for part, seconds in found.items():
             totals[part] += seconds
-        compute.model.head = None
     return {part: seconds / len(watched.inputs[place]) for part, seconds in totals.items()}
 
 

@@ -24,6 +24,7 @@ from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.checkpoint.weights import load_weights
 from pipeserve.stages.config.families import read_config
+from pipeserve.stages.layers.ends import Head
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.stage import Stage
 
@@ -109,7 +110,7 @@ def main() -> None:
             for _ in range(args.turns):
                 for (stage, kv, timed), best in zip(stages, (before, after), strict=True):
                     keep_least(best, parts_of(stage, kv, timed, inputs))
-        floor = floors(stages[1][0], stages[1][1], inputs, multiply, read)
+        floor = floors(stages[1][0], stages[1][0].head, stages[1][1], inputs, multiply, read)
         print(f"\n{name}, {args.dtype}: ms\n")
         print("| part | PyTorch | kernels | floor |\n|---|---|---|---|")
         for part in before:
@@ -151,14 +152,19 @@ def keep_least(best: dict[str, float], found: dict[str, float]) -> None:
 
 
 def floors(
-    stage: Stage, kv: object, inputs: StageInputs, multiply: float, read: float
+    stage: Stage,
+    head: Head | None,
+    kv: object,
+    inputs: StageInputs,
+    multiply: float,
+    read: float,
 ) -> dict[str, float]:
-    """Seconds of its products and its attention, and of the two."""
+    """Seconds of the products and the attention of a stage with `head`, and of the two."""
     config, products = stage.config, 0.0
-    in_head = set() if stage.head is None else set(stage.head.modules())
-    for leaf in stage.leaves():
+    of_head = set() if head is None else set(head.modules())
+    for leaf in {*stage.leaves(), *of_head}:
         if isinstance(leaf, Linear):
-            rows = len(inputs.logit_rows_R) if leaf in in_head else inputs.num_tokens
+            rows = len(inputs.logit_rows_R) if leaf in of_head else inputs.num_tokens
             flops, num_bytes = 2 * rows * leaf.num_parameters, leaf.weight.nbytes
             products += max(flops / multiply, num_bytes / read)
     pairs = positions = 0

@@ -26,7 +26,9 @@ from torch import Tensor
 from pipeserve.sampling_params import DrawParams
 
 _MASK = (1 << 64) - 1
-_NUCLEUS = 1024  # likeliest tokens that top-p looks at before it sorts the whole vocabulary
+_NUCLEI = (128, 1024)
+"""So many likeliest tokens top-p looks at before it sorts the whole vocabulary. A language model's
+are mostly few; of 49,152 the first 128 take 0.1 ms, 1,024 take 0.6, and all of them 3."""
 
 Logprobs = tuple[float, list[tuple[int, float]]]
 """(of the token itself, the likeliest (token, log-probability))."""
@@ -138,27 +140,27 @@ def _filtered(logits_V: Tensor, params: DrawParams) -> tuple[Tensor, Tensor | No
     Double precision: at a small temperature float32 would overflow, and a cumulative sum over a
     whole vocabulary loses digits. The likeliest token is at 0, so that nothing overflows at all.
     """
-    wide_V = logits_V.double()
-    scaled_V = (wide_V - wide_V.max()) / params.temperature
+    scaled_V = logits_V.to(torch.float64, copy=True)
+    scaled_V.sub_(scaled_V.max()).div_(params.temperature)
     if params.min_p > 0:
-        scaled_V = scaled_V.masked_fill(scaled_V < math.log(params.min_p), -torch.inf)
+        scaled_V.masked_fill_(scaled_V < math.log(params.min_p), -torch.inf)
     if 0 < params.top_k < len(scaled_V):
         scaled_K, ids_K = scaled_V.topk(params.top_k)
-        weights_K = scaled_K.exp()
+        weights_K = scaled_K.exp_()
         if params.top_p < 1:
             weights_K, _ = _nucleus(weights_K, params.top_p * weights_K.sum())
         return weights_K, ids_K
-    weights_V = scaled_V.exp()
+    weights_V = scaled_V.exp_()
     if params.top_p == 1:
         return weights_V, None
     wanted = params.top_p * weights_V.sum()
-    # A language model's top-p is mostly a few tokens; sorting 49,152 costs ten times as much.
-    weights_K, ids_K = weights_V.topk(min(_NUCLEUS, len(weights_V)))
-    weights_K, is_reached = _nucleus(weights_K, wanted)
-    if not is_reached:
-        weights_K, ids_K = weights_V.sort(descending=True)
-        weights_K, _ = _nucleus(weights_K, wanted)
-    return weights_K, ids_K
+    for number in _NUCLEI:
+        weights_K, ids_K = weights_V.topk(min(number, len(weights_V)))
+        weights_K, is_reached = _nucleus(weights_K, wanted)
+        if is_reached:
+            return weights_K, ids_K
+    weights_K, ids_K = weights_V.sort(descending=True)
+    return _nucleus(weights_K, wanted)[0], ids_K
 
 
 def _nucleus(weights_K: Tensor, wanted: Tensor) -> tuple[Tensor, bool]:

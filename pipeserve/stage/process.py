@@ -7,6 +7,7 @@ Here, and not between fork and exec: what a forked child of a process with threa
 wait for a lock that nobody holds any more.
 """
 
+import contextlib
 import ctypes
 import os
 import runpy
@@ -28,7 +29,8 @@ def main() -> None:
     end_with(int(keeper_pid))
     for ending in (signal.SIGINT, signal.SIGTERM):  # they come to all: the keeper's to handle
         signal.signal(ending, signal.SIG_IGN)
-    os.sched_setaffinity(0, map(int, cores.split(",")))
+    with contextlib.suppress(OSError):  # some containers do not allow it, and a core may have gone
+        os.sched_setaffinity(0, map(int, cores.split(",")))
     sys.argv = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

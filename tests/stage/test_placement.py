@@ -57,6 +57,12 @@ def test_stages_of_two_sockets_share_no_core_and_stay_on_a_node(machine):
     assert got == [list(range(first, first + 29)) for first in (0, 30, 60, 90)]
 
 
+def test_nodes_whose_cores_are_numbered_in_turn(machine):
+    """As many servers do; sglang#26983 asks the kernel, too, which cores are near."""
+    cores = cores_of(range(8), machine(map(str, range(8)), ["0,2,4,6", "1,3,5,7"]))
+    assert [place.cpus for place in places(cores, 2)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
 def test_only_cores_that_this_process_may_use_count(machine):
     """Two instances on a node each (vllm#43240); vLLM gave KV transfer a core outside (#58033)."""
     second = cores_of(cpus_of("60-119,180-239"), machine(*TWO_SOCKETS))
@@ -180,3 +186,12 @@ def test_a_stages_threads_stay_where_its_keeper_put_it():
     environment = stage_environment(bound, 0, 0, 1)
     done = subprocess.run([sys.executable, "-c", pinned], env=environment, capture_output=True)
     assert done.stdout.decode().strip() == f"[{cpu}]"
+
+
+def test_a_stage_that_may_not_be_pinned_runs_all_the_same():
+    """Where that is forbidden (vllm#10556, #45438: their own placing ended the worker in Docker),
+    or a CPU was taken away (numactl#204)."""
+    command = [sys.executable, "-m", "pipeserve.stage.process", str(os.getpid()), "1000", "this"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Zen of Python" in done.stdout

@@ -19,7 +19,7 @@ from pipeserve.stages.config.rope_keys import read_rope, rope_from
 from pipeserve.stages.families.family import Family
 from pipeserve.stages.families.llama import gate_up_rows, qkv_rows, qkv_width
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
-from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.linear import GatedLinear, Linear
 from pipeserve.stages.layers.mlp import GatedMlp
 from pipeserve.stages.layers.norms import OffsetRMSNorm
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
@@ -168,8 +168,7 @@ def _attention(config: GemmaConfig, number: int, prefix: str) -> SelfAttention:
 def _mlp(config: GemmaConfig, prefix: str) -> GatedMlp:
     size, width = config.hidden_size, config.intermediate_size
     return GatedMlp(
-        config.activation,
-        Linear(size, 2 * width, gate_up_rows(prefix, width)),
+        GatedLinear(config.activation, size, width, gate_up_rows(prefix, width)),
         Linear(width, size, f"{prefix}down_proj"),
     )
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeserve.stages.backends.cpu import library
-from pipeserve.stages.backends.cpu.products import PackedWeight, narrowest_exact_dtype
+from pipeserve.stages.backends.cpu import elementwise, library
+from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, narrowest_exact_dtype
 
 SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030)]  # [out, in]
 ROWS = [*range(1, 14), 25, 64, 241]
@@ -67,6 +67,49 @@ def test_added_to_what_is_there(kernels):
     expected = residual + packed.product(x, padded)
     found = packed.product(x, padded, residual)
     assert found is residual and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (66, 64), (130, 577), (1024, 64)])
+@pytest.mark.parametrize("dtype", STORED)
+def test_gated_in_one_product(kernels, dtype, shape, monkeypatch):
+    """The bits of a product, an activation and a multiplication one after the other."""
+    monkeypatch.setattr(elementwise, "kernels", lambda: kernels)
+    weight, bias, x = made(dtype, shape)
+    gate_up = PackedWeight(weight, library=kernels).product(x) + bias
+    gate, up = gate_up.chunk(2, -1)
+    expected = elementwise.activate(gate.contiguous(), "gelu") * up
+    gated = GatedWeight(weight, library=kernels)
+    padded = GatedWeight.padded(bias, kernels)
+    for rows in (1, 2, 3, 16, 241):
+        assert torch.equal(gated.gated(x[:rows], padded, "gelu"), expected[:rows]), rows
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5000, 64)])
+@pytest.mark.parametrize("dtype", STORED)
+def test_the_likeliest_output_without_the_others(kernels, dtype, shape):
+    weight, _, x = made(dtype, shape)
+    weight[shape[0] // 2 :] = weight[: -(-shape[0] // 2)].clone()  # all twice: the first counts
+    packed = PackedWeight(weight, library=kernels)
+    x[3] = 0
+    for rows in (1, 2, 3, 16, 241):
+        highest, outputs = packed.likeliest(x[:rows])
+        expected = packed.product(x[:rows]).max(-1)
+        assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
+    for bad in (torch.nan, torch.inf, 3e38):
+        x[1, 0] = bad
+        assert packed.likeliest(x[:3]) is None or packed.product(x[:3]).isfinite().all()
+
+
+def test_outputs_that_rounding_of_x_would_swap(kernels):
+    """By pairs alone the second would be the highest: 1.0039 is 1 in bfloat16."""
+    weight = torch.zeros(70, 64)
+    weight[5, :2], weight[40, :2] = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    x = torch.zeros(1, 64)
+    x[0, :2] = torch.tensor([1 + 2.0**-8 - 2.0**-12, 1 + 2.0**-9])
+    packed = PackedWeight(weight, library=kernels)
+    x = torch.cat((x, x.flip(1).roll(2, 1)))
+    highest, outputs = packed.likeliest(x)
+    assert outputs.tolist() == [5, 40] and torch.equal(highest, x.max(-1).values)
 
 
 def test_rows_may_be_cut_out_of_wider_ones(kernels):

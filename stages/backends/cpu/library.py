@@ -44,19 +44,34 @@ _FUNCTIONS = {
         [c_void_p, c_void_p, c_int, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
     ),
     "layer_norm": (None, [*[c_void_p] * 3, c_float, c_int64, c_int64, c_void_p, c_int]),
-    "activate_gated": (None, [c_void_p, c_int, c_int, c_int64, c_int64, c_void_p, c_int]),
     "activate": (None, [c_void_p, c_int, c_int, c_int64, c_void_p, c_int]),
     "add_to": (None, [c_void_p, c_void_p, c_int, c_int64]),
-    # products.c
+    # weights.c
     "packed_size": (c_int64, [c_int, c_int64, c_int64]),
     "panel_outputs": (c_int64, []),
     "pack_weight": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p]),
+    # products.c
     "product_scratch": (c_int64, [c_int64, c_int64]),
     "product": (
         None,
         [
             *(c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
             *(c_void_p, c_void_p, c_int64, c_int, c_void_p),
+        ],
+    ),
+    "gated_product": (
+        None,
+        [
+            *(c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_int, c_void_p, c_void_p),
+        ],
+    ),
+    "likeliest_scratch": (c_int64, [c_int64, c_int64, c_int64]),
+    "likeliest": (
+        None,
+        [
+            *(c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
+            *(c_float, c_void_p, c_void_p, c_void_p),
         ],
     ),
 }

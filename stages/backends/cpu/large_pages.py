@@ -1,8 +1,8 @@
 """Memory in pages of 2 MiB, where Linux gives them to those who ask (transparent huge pages).
 
-Weights and KV are read through once for each microbatch, and there are more small pages of them than
-the processor keeps the places of. With large ones decode attention takes 17 % less time, products of
-1 to 8 rows 5 to 10 % (one core of an AMD Zen 4, November 2026).
+Weights and KV are read through once for each microbatch, and lie in more small pages than the
+processor keeps the places of. With large ones decode attention takes 17 % less time, and products
+of 1 to 8 rows 5 to 10 % (one core of an AMD Zen 4, November 2026).
 """
 
 import ctypes

@@ -38,7 +38,7 @@ class PackedWeight:
         self.out_features, self.in_features = weight.shape
         self.dtype = narrowest_exact_dtype(weight)
         if rounds_x:
-            assert weight.dtype == torch.bfloat16
+            assert weight.dtype == torch.bfloat16 and found.multiplies_pairs()
             self.dtype = torch.bfloat16
         self._storage = _PAIRS if rounds_x else KERNEL_TYPES[self.dtype]
         weight = weight.to(self.dtype).contiguous()

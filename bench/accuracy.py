@@ -15,7 +15,7 @@ from report import plain_table
 from transformers import AutoTokenizer
 
 from pipeserve.stages.checkpoint.sources import resolve
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 

@@ -1,103 +1,236 @@
-"""Kills and stops stages of a pipeline under load, and compares every token with an undisturbed
-run.
+"""Kills, stops and cuts off stages of a pipeline under load, and compares every token with an
+undisturbed run.
 
-    python bench/chaos.py [MODEL] [--faults 20] [--seed 0]
+    python bench/chaos.py [MODEL] [--faults 20] [--seed 0]           one machine
+    python bench/chaos.py [MODEL] --hosts 2                          network namespaces; takes root
+    python bench/chaos.py [MODEL] --poison                           a request that kills its stage
 
-Float32, three stages. A fault is a random stage's process, killed or stopped at a random moment.
-What is printed: how long until the stage was named, and until the next token came.
+Float32, three stages. A fault is a random stage's process, killed or stopped at a random moment;
+with --hosts 2, where stages 1 and 2 are on another host than the driver, it may be that host: its
+processes killed, its processes stopped, or its cable pulled. It is started again after 3 s, which
+do not count. What is printed, also when it is interrupted: how long until the loss was named, and
+until the next token came.
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
 import random
+import secrets
 import signal
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
-from pipeserve.configs import make_config
-from pipeserve.core.nouns import Request, RequestId
+import chaos_load
+import hosts
+
+from pipeserve.configs import RunConfig, make_config
+from pipeserve.core.nouns import RequestId
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
-from pipeserve.sampling_params import SamplingParams
+from pipeserve.wire.secret import VARIABLE
 
 STAGES = 3
-RUNNING = 12
+PORT = 29600
 LONGEST_S = 120.0
 """Until a fault is over."""
+AWAY_S = 3.0
+"""How long a host is away."""
+POISON = 4242
+"""The token that a stage of --poison dies of."""
+FLAGS = {
+    "dtype": "float32",
+    "pipeline_parallel_size": STAGES,
+    "max_num_batched_tokens": 256,
+    "max_model_len": 512,
+    "num_gpu_blocks_override": 400,
+    "max_restarts": 1000,
+}
 
 
-class Load:
-    """Requests without end, some greedy and some drawn, each a function of its number."""
+_NETWORK = 0x40000000
+"""CLONE_NEWNET: of the kinds of namespace, that one."""
 
-    def __init__(self, driver: Driver, seed: int) -> None:
-        self.driver, self.seed = driver, seed
-        self.tokens: dict[int, list[int]] = {}
-        self.gaps: dict[int, list[float]] = {}
-        """Between the two likeliest tokens."""
-        self.ended: set[int] = set()
-        self.errors: dict[int, str] = {}
 
-    def submit(self, number: int) -> None:
-        draw = random.Random(f"{self.seed} {number}")
-        vocab = self.driver.vocab_size
-        prompt = tuple(draw.randrange(vocab) for _ in range(draw.choice([5, 40, 150])))
-        params = SamplingParams(
-            max_tokens=draw.choice([20, 60, 120]),
-            temperature=1.0 * (number % 2),
-            seed=number,
-            ignore_eos=True,
-            logprobs=2,
+class OtherHost:
+    """With the keepers of stages 1 and 2."""
+
+    def __init__(self, host: hosts.Host, address: str) -> None:
+        self.host, self.address = host, address
+        self.stages = (1, 2)
+        self.start()
+
+    def start(self) -> None:
+        for place, rank in enumerate(self.stages):
+            environment = {"LOCAL_RANK": str(place), "LOCAL_WORLD_SIZE": "2"}
+            self.host.start(keeper_command(self.address, rank), env={**os.environ, **environment})
+
+    def kill(self) -> None:
+        self.host.pull_cable()  # a machine without power says no goodbye
+        self.host.kill_all()
+
+    def stop(self) -> None:
+        for pid in self.host.running():
+            os.kill(pid, signal.SIGSTOP)
+
+    def cut_off(self) -> None:
+        self.host.pull_cable()
+
+    def comes_back(self, after: str) -> None:
+        """What was cut off runs still, and has to end by itself."""
+        if after == "stop":
+            self.host.kill_all()
+        self.host.plug_in()
+        self.start()
+
+
+def keeper_command(address: str, rank: int) -> list[str]:
+    place = ["--rank", str(rank), "--world-size", str(STAGES)]
+    return [sys.executable, "-m", "pipeserve.launch.keeper", "--control", address, *place]
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[tuple[dict, OtherHost]]:
+    """This process moves to the first of them; the flags that a driver needs there."""
+    if why := hosts.why_not():
+        raise SystemExit(f"error: --hosts 2: {why}")
+    os.environ[VARIABLE] = secrets.token_hex(32)
+    with hosts.Hosts("left", "right") as (left, right):
+        _move_to(left)
+        address = f"{left.address}:{PORT}"
+        own = subprocess.Popen(
+            keeper_command(address, 0),
+            env={**os.environ, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
         )
-        self.driver.submit([Request(id=RequestId(number), prompt=prompt, params=params)])
-        self.tokens[number], self.gaps[number] = [], []
-
-    def refill(self) -> None:
-        while self.driver.engine.num_unfinished < RUNNING:
-            self.submit(len(self.tokens))
-
-    def step(self) -> int:
-        """How many tokens came."""
-        num_tokens = 0
-        for output in self.driver.outputs(0.1):
-            if output.token is not None:
-                self.tokens[output.request_id].append(output.token)
-                first, second, *_ = output.logprobs.top.values()
-                self.gaps[output.request_id].append(first - second)
-                num_tokens += 1
-            if output.finish_reason is not None:
-                self.ended.add(output.request_id)
-            if output.error:
-                self.errors[output.request_id] = output.error
-        return num_tokens
-
-    def drain(self) -> None:
-        while self.driver.engine.num_unfinished:
-            self.step()
+        try:
+            yield {"launcher": "external", "control": address}, OtherHost(right, address)
+        finally:
+            own.kill()
+            own.wait()
 
 
-def fault(load: Load, draw: random.Random) -> tuple[str, float, float]:
-    """One, and the seconds until it was named, and until tokens came again."""
-    until_s = time.monotonic() + draw.uniform(2.0, 6.0)
-    while time.monotonic() < until_s:
-        load.refill()
-        load.step()
-    driver = load.driver
-    stage, kind = draw.randrange(STAGES), draw.choice([signal.SIGKILL, signal.SIGSTOP])
-    num_losses = driver.num_losses[stage]
-    began_s = time.monotonic()
-    os.kill(driver.stages[stage].pid, kind)
-    named_s = None
-    while True:
-        load.refill()
-        num_tokens = load.step()
-        now = time.monotonic()
-        if named_s is None and driver.num_losses[stage] > num_losses:
-            named_s = now - began_s
-        if named_s is not None and not driver.trouble and num_tokens:
-            return f"{kind.name} of stage {stage}", named_s, now - began_s
-        if now - began_s > LONGEST_S:
-            raise SystemExit(f"{kind.name} of stage {stage}: not over after {LONGEST_S:g} s")
+def _move_to(host: hosts.Host) -> None:
+    """This process, as far as its network goes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{host.namespace}") as namespace:
+        if libc.setns(namespace.fileno(), _NETWORK):
+            raise OSError(ctypes.get_errno(), f"moving to {host.name}")
+
+
+class Chaos:
+    """Faults, and what they took."""
+
+    def __init__(self, load: chaos_load.Load, other: OtherHost | None, seed: int) -> None:
+        self.load, self.other = load, other
+        self.draw = random.Random(seed)
+        self.named: list[float] = []
+        self.served: list[float] = []
+        self.falsely_named: list[int] = []
+
+    def fault(self) -> str:
+        """One; prints nothing."""
+        self._run(self.draw.uniform(0.5, 3.0))
+        driver = self.load.driver
+        if self.other is not None and self.draw.random() < 0.5:
+            what = self.draw.choice(["kill", "stop", "cut_off"])
+            named_s, served_s, lost = self._until_over(getattr(self.other, what), what)
+            expected, what = set(self.other.stages), f"{what} the other host"
+        else:
+            stage = self.draw.randrange(STAGES)
+            kind = self.draw.choice([signal.SIGKILL, signal.SIGSTOP])
+            pid = driver.stages[stage].pid
+            named_s, served_s, lost = self._until_over(lambda: os.kill(pid, kind))
+            expected, what = {stage}, f"{kind.name} of stage {stage}"
+        self.falsely_named += lost - expected
+        self.named.append(named_s)
+        self.served.append(served_s)
+        return f"{what}: named {named_s:.2f} s, tokens {served_s:.2f} s"
+
+    def _run(self, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            self.load.refill()
+            self.load.step()
+
+    def _until_over(
+        self, strike: Callable[[], None], host_fault: str = ""
+    ) -> tuple[float, float, set[int]]:
+        """Seconds until it was named, and until tokens came again; the stages that were lost."""
+        losses = self.load.driver.losses
+        before = list(losses.counts)
+        strike()
+        began_s = time.monotonic()
+        named_s, away_s = None, AWAY_S if host_fault else 0.0
+        is_away = bool(host_fault)
+        while True:
+            self.load.refill()
+            num_tokens = self.load.step()
+            now = time.monotonic()
+            if named_s is None and losses.counts != before:
+                named_s = now - began_s
+            if is_away and now - began_s > away_s:
+                self.other.comes_back(host_fault)
+                is_away = False
+            if named_s is not None and not is_away and not losses.trouble and num_tokens:
+                lost = {n for n in range(STAGES) if losses.counts[n] != before[n]}
+                return named_s, now - began_s - away_s, lost
+            if now - began_s > LONGEST_S:
+                raise SystemExit(f"a fault is not over after {LONGEST_S:g} s: {losses.trouble}")
+
+
+def run_faults(options: argparse.Namespace, config: RunConfig, other: OtherHost | None) -> int:
+    """How much is wrong."""
+    with Driver(checkpoint_setup(config)) as driver:
+        load = chaos_load.Load(driver, options.seed)
+        chaos = Chaos(load, other, options.seed)
+        try:
+            for number in range(options.faults):
+                print(f"{number + 1}: {chaos.fault()}", flush=True)
+        except KeyboardInterrupt:
+            print(f"interrupted after {len(chaos.named)} faults")
+        load.drain()
+        num_leaked = load.num_blocks_leaked
+    for what, seconds in (("named", chaos.named), ("tokens again", chaos.served)):
+        if seconds:
+            print(f"{what}: median {statistics.median(seconds):.2f} s, most {max(seconds):.2f} s")
+    print(f"{num_leaked} blocks leaked; stages named that had no fault: {chaos.falsely_named}")
+    return num_leaked + len(chaos.falsely_named) + compare_with_undisturbed(load, config)
+
+
+def compare_with_undisturbed(load: chaos_load.Load, config: RunConfig) -> int:
+    own = replace(config, launcher="spawn", control=None)
+    with Driver(checkpoint_setup(own)) as driver:
+        undisturbed = chaos_load.Load(driver, load.seed)
+        for number in load.tokens:
+            undisturbed.submit(number)
+        undisturbed.drain()
+    return chaos_load.compare(load, undisturbed)
+
+
+def run_poison(options: argparse.Namespace, config: RunConfig) -> int:
+    """How much is wrong: the poisoned request is to end alone, by an error."""
+    folder = Path(__file__).resolve().parent
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    os.environ["POISON"] = str(POISON)
+    poisoned = chaos_load.RUNNING // 2
+    setup = replace(checkpoint_setup(config), module="poisoned_stage")
+    with Driver(setup) as driver:
+        load = chaos_load.Load(driver, options.seed)
+        for number in range(chaos_load.RUNNING):
+            load.submit(number, (1, POISON, 2) if number == poisoned else ())
+        load.drain()
+        print(f"stages were lost {sum(driver.losses.counts)} times: {driver.losses.counts}")
+        num_leaked = load.num_blocks_leaked
+    error = load.errors.pop(RequestId(poisoned), None)
+    del load.tokens[poisoned]
+    print(f"the request that kills its stage: {error}")
+    return num_leaked + (error is None) + compare_with_undisturbed(load, config)
 
 
 def main() -> int:
@@ -105,54 +238,17 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--poison", action="store_true")
     options = parser.parse_args()
-    config = make_config(
-        {},
-        {
-            "model": options.model,
-            "dtype": "float32",
-            "pipeline_parallel_size": STAGES,
-            "max_num_batched_tokens": 256,
-            "max_model_len": 512,
-            "num_gpu_blocks_override": 400,
-            "max_restarts": 1000,
-        },
-    )
-    draw = random.Random(options.seed)
-    named, served = [], []
-    with Driver(checkpoint_setup(config)) as driver:
-        load = Load(driver, options.seed)
-        for number in range(options.faults):
-            what, named_s, served_s = fault(load, draw)
-            named.append(named_s)
-            served.append(served_s)
-            print(
-                f"{number + 1}: {what}: named {named_s:.2f} s, tokens {served_s:.2f} s", flush=True
-            )
-        load.drain()
-        num_blocks_left = driver.limits.num_blocks - driver.engine.num_free_blocks
-        num_losses = sum(driver.num_losses)
-    with Driver(checkpoint_setup(config)) as driver:
-        undisturbed = Load(driver, options.seed)
-        while len(undisturbed.tokens) < len(load.tokens):
-            undisturbed.submit(len(undisturbed.tokens))
-        undisturbed.drain()
-    wrong = [each for each in load.tokens if load.tokens[each] != undisturbed.tokens[each]]
-    for number in wrong:
-        both = zip(load.tokens[number], undisturbed.tokens[number], strict=False)
-        place = next((n for n, (one, other) in enumerate(both) if one != other), None)
-        how = "is drawn" if number % 2 else "is greedy"
-        gap = "" if place is None else f" at {place} (gap {undisturbed.gaps[number][place]:.1e})"
-        print(f"request {number} {how} and parts{gap} {load.errors.get(number, '')}")
-    print(
-        f"{len(load.tokens)} requests, {sum(map(len, load.tokens.values()))} tokens; "
-        f"{len(wrong)} differ from an undisturbed run {wrong[:5]}, {len(load.errors)} ended by an "
-        f"error, {len(load.tokens) - len(load.ended)} not at all; {num_blocks_left} blocks leaked; "
-        f"{num_losses - options.faults} losses beyond those of the faults"
-    )
-    for what, seconds in (("named", named), ("tokens again", served)):
-        print(f"{what}: median {statistics.median(seconds):.2f} s, most {max(seconds):.2f} s")
-    return 1 if wrong or load.errors or num_blocks_left else 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config = make_config({}, {"model": options.model, **FLAGS})
+    if options.poison:
+        return 1 if run_poison(options, config) else 0
+    if options.hosts == 1:
+        return 1 if run_faults(options, config, None) else 0
+    with two_hosts() as (flags, other):
+        return 1 if run_faults(options, replace(config, **flags), other) else 0
 
 
 if __name__ == "__main__":

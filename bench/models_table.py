@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from checkpoints import PIPELINES, TINY  # noqa: E402
 
-from pipeserve.stages.families import FAMILIES  # noqa: E402
-from pipeserve.stages.families.family import Family  # noqa: E402
+from pipeserve.stages.config.families import FAMILIES  # noqa: E402
+from pipeserve.stages.config.families.family import Family  # noqa: E402
 
 
 def table() -> str:

@@ -92,7 +92,7 @@ class Watch:
         self.began = self._now()
         self._left = self.began
         self._planned = (0.0, 0.0)
-        sources = driver.fleet._sources
+        sources = driver.fleet._port._sources
         sources.ready = self._looking(driver, sources.ready)
         driver.engine.plan = self._timed(driver.engine.plan)
         driver.engine.complete = self._counted(driver.engine.complete)

@@ -15,8 +15,8 @@ import torch
 
 from pipeserve.stages.attention.inputs import build_inputs
 from pipeserve.stages.checkpoint.weights import load_weights
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.devices import make_backend
-from pipeserve.stages.families import read_config
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.stage import Stage
 

@@ -24,8 +24,9 @@ from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.checkpoint.weights import load_weights
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.layers.ends import Head
+from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.stage import Stage
 
 BLOCK_SIZE = 16
@@ -115,7 +116,8 @@ def main() -> None:
             for _ in range(args.turns):
                 for (stage, kv, timed), best in zip(stages, (before, after), strict=True):
                     keep_least(best, parts_of(stage, kv, timed, inputs))
-        floor = floors(*stages[1], inputs, multiply, read)
+        own, own_kv, timed = stages[1]
+        floor = floors(own, timed.head, own_kv, inputs, multiply, read)
         print(f"\n{name}, {args.dtype}: ms\n")
         print("| part | PyTorch | kernels | floor |\n|---|---|---|---|")
         for part in before:
@@ -158,14 +160,20 @@ def keep_least(best: dict[str, float], found: dict[str, float]) -> None:
 
 
 def floors(
-    stage: Stage, kv: object, timed: Timed, inputs: StageInputs, multiply: float, read: float
+    stage: Stage,
+    head: Head | None,
+    kv: object,
+    inputs: StageInputs,
+    multiply: float,
+    read: float,
 ) -> dict[str, float]:
-    rows, config = inputs.num_tokens, stage.config
-    products = 0.0
-    for leaf in (*stage.leaves(), timed.head.vocabulary):
-        if len(leaf.shape) == 2:
-            own = len(inputs.logit_rows_R) if leaf is timed.head.vocabulary else rows
-            flops, num_bytes = 2 * own * leaf.num_parameters, leaf.weight.nbytes
+    """Seconds of the products and the attention of a stage with `head`, and of the two."""
+    config, products = stage.config, 0.0
+    of_head = set() if head is None else set(head.modules())
+    for leaf in {*stage.leaves(), *of_head}:
+        if isinstance(leaf, Linear):
+            rows = len(inputs.logit_rows_R) if leaf in of_head else inputs.num_tokens
+            flops, num_bytes = 2 * rows * leaf.num_parameters, leaf.weight.nbytes
             products += max(flops / multiply, num_bytes / read)
     pairs = positions = 0
     for query_len, context_len in zip(inputs.query_lens, inputs.context_lens, strict=True):

@@ -1,7 +1,7 @@
 """Our engine and another, on the same requests, in turn, on the same cores: ratios of medians.
 
     python bench/versus.py MODEL --peer vllm=FOLDER -pp 2 [--workloads sharegpt/8,decode,prefill]
-                           [--rounds 5] [--requests N] [--http]
+                           [--rounds 5] [--requests N] [--http] [--imitate-avx2]
                            [--limit S] [--within S] [--json FILE]
 
 Peers:
@@ -18,6 +18,9 @@ are run forwards and backwards in turn. Offline both sides are asked through the
 interface and tokens are timed where they come out; with --http each runs its own server and
 `pipeserve bench --url` times both. A ratio is ours over the peer's, of medians; beside it the least
 and the greatest of the rounds. Tokens/s are better over 1, times under 1.
+
+--imitate-avx2 has all sides do without AVX512, as on the other kind of CPU that people have: oneDNN
+and PyTorch by their variables, which our kernels go by, too, and vLLM by its library for AVX2.
 
 A run takes at most ROUNDS x WORKLOADS x SIDES x LIMIT seconds, and begins no round after WITHIN.
 Use an idle machine.
@@ -52,6 +55,7 @@ Lengths = Sequence[tuple[int, int]]
 WORKLOADS = {"sharegpt/8": 64, "decode": 32, "prefill": 32}
 """Requests of each."""
 MAX_MODEL_LEN = 2048
+WITHOUT_AVX512 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 _BUSY_LOAD = 0.5
 
 
@@ -186,15 +190,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--passes", default=1, help="of each start; the median counts", **whole)
     parser.add_argument("--running", type=_numbers, default=[32, 256], help="of the peers: 32,256")
     parser.add_argument("--batched-tokens", default=512, help="of the peers", **whole)
-    parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default=_peer_dtype())
+    parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--ours", type=shlex.split, default=[], help="more flags of `pipeserve`")
     parser.add_argument("--cores", type=_numbers, default=sorted(os.sched_getaffinity(0)))
+    parser.add_argument("--imitate-avx2", action="store_true", help="all sides, without AVX512")
     parser.add_argument("--http", action="store_true", help="servers, and one client for both")
     parser.add_argument("--limit", type=float, default=600, help="seconds of a measurement")
     parser.add_argument("--within", type=float, default=7200, help="seconds to begin rounds in")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     _check(parser, args)
+    if args.imitate_avx2:
+        os.environ.update(WITHOUT_AVX512)  # of all that is started here
+    args.peer_dtype = args.peer_dtype or _peer_dtype()
     return args
 
 

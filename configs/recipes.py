@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeserve.configs.layer_lists import parse_layers
 from pipeserve.configs.run_config import RunConfig
 from pipeserve.core.policies import POLICIES
 from pipeserve.errors import ConfigError
@@ -57,8 +58,10 @@ def write_recipe(config: RunConfig, always: Collection[str], comment: str) -> st
         if values[item.name] != item.default or item.name in always
         if values[item.name] is not None
     }
-    if config.pipeline_layers is not None:
-        kept["pipeline_layers"] = ",".join(map(str, config.pipeline_layers))
+    kept = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else value
+        for name, value in kept.items()
+    }
     lines = "".join(f"# {line}\n" for line in comment.splitlines())
     return lines + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
@@ -66,9 +69,9 @@ def write_recipe(config: RunConfig, always: Collection[str], comment: str) -> st
 def make_config(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunConfig:
     """A RunConfig of `recipe`'s values with those of `overrides` in their place.
 
-    Does not modify either. `pipeline_layers` may be "16,14" or a list. What the recipe says of
-    stages or of a policy that `overrides` replaces is left out where the new one cannot take it.
-    Raises ConfigError.
+    Does not modify either. `pipeline_layers` may be a list or text (`layer_lists.py`). What the
+    recipe says of stages or of a policy that `overrides` replaces is left out where the new one
+    cannot take it. Raises ConfigError.
     """
     values = {**_still_meant(recipe, overrides), **overrides}
     check_keys(values, [item.name for item in fields(RunConfig)])
@@ -76,7 +79,9 @@ def make_config(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunC
         raise ConfigError("no model: give MODEL (a folder or an alias), or a recipe that names one")
     values["model"] = str(values["model"])
     if "pipeline_layers" in values:
-        values["pipeline_layers"] = _parse_layers(values["pipeline_layers"])
+        values["pipeline_layers"] = parse_layers(values["pipeline_layers"])
+    if "stage_slowdown" in values:
+        values["stage_slowdown"] = _parse_numbers(values["stage_slowdown"])
     return RunConfig(**values)
 
 
@@ -90,6 +95,7 @@ def _still_meant(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     num_stages = overrides.get("pipeline_parallel_size")
     if num_stages is not None and num_stages != recipe.get("pipeline_parallel_size"):
         kept.pop("pipeline_layers", None)
+        kept.pop("stage_slowdown", None)
     for one, other in (_KV_SIZES, _KV_SIZES[::-1]):
         if overrides.get(one) is not None:
             kept.pop(other, None)
@@ -122,9 +128,11 @@ def _find(name_or_file: str) -> Path:
     raise ConfigError(f"no recipe {name_or_file!r}; {remedy} A file is named with its .yaml")
 
 
-def _parse_layers(layers: Any) -> Any:
-    """ "16,14" or [16, 14] as (16, 14); what is neither is left for RunConfig to refuse."""
-    if isinstance(layers, str):
-        parts = [part.strip() for part in layers.split(",")]
-        return tuple(int(part) for part in parts) if all(map(str.isdigit, parts)) else layers
-    return tuple(layers) if isinstance(layers, list) else layers
+def _parse_numbers(numbers: Any) -> Any:
+    """ "1,1.5" or [1, 1.5] as (1.0, 1.5); what is neither is left for RunConfig to refuse."""
+    if isinstance(numbers, str):
+        try:
+            return tuple(float(part) for part in numbers.split(","))
+        except ValueError:
+            return numbers
+    return tuple(numbers) if isinstance(numbers, list) else numbers

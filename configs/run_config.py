@@ -9,9 +9,11 @@ driver.
 
 import sys
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from math import inf
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pipeserve.configs.addresses import split_address
+from pipeserve.configs.layer_lists import AUTO, FORMS
 from pipeserve.core.order import ORDERS
 from pipeserve.core.policies import POLICIES
 from pipeserve.errors import ConfigError
@@ -38,12 +40,22 @@ class RunConfig:
         short="-tp",
         least=1,
     )
-    pipeline_layers: tuple[int, ...] | None = _option(
-        None, "Layers of each stage, such as 16,14; by default split to even out the work."
+    pipeline_layers: tuple[int, ...] | str | None = _option(
+        None,
+        "Layers of each stage, such as 16,14, or as Megatron-LM writes them, 'Et*16|t*14L'; auto: "
+        "as evens out the time that they take on each rank, measured before they are loaded. By "
+        "default by what was measured before, else by the device profile, else by operations.",
+        also="--pipeline-model-parallel-layout",
+    )
+    stage_slowdown: tuple[float, ...] | None = _option(
+        None,
+        "Of simulated and emulated stages: how many times as long as the profile each takes, such "
+        "as 1,1.5.",
     )
     pipeline_window: int | None = _option(
         None,
-        "Microbatches in flight, one that is planned ahead not counted; by default one a stage.",
+        "Microbatches in flight, one that is planned ahead not counted; by default one a stage, "
+        "and as many more as slow links ask for.",
         least=1,
     )
     dtype: str = _option(
@@ -122,9 +134,14 @@ class RunConfig:
         0, "From which requests that name no seed of their own get theirs.", least=0
     )
     launcher: str = _option(
-        "spawn",
-        "spawn starts the keepers here; external waits for those of torchrun or others.",
-        choices=("spawn", "external"),
+        "auto",
+        "spawn starts all keepers here; external waits for those that others start; auto, on the "
+        "command line, is what torchrun, MPI, Slurm, DeepSpeed, LeaderWorkerSet or --nnodes have "
+        "this process be, and else spawn.",
+        choices=("auto", "spawn", "external"),
+    )
+    nnodes: int = _option(
+        1, "Machines that the ranks are on, equally many on each; one command a machine.", least=1
     )
     control: str | None = _option(
         None, "HOST:PORT that keepers join; by default a free port of this machine."
@@ -140,8 +157,8 @@ class RunConfig:
     )
     heartbeat_interval: float = _option(
         2.0,
-        "Seconds between heartbeats of a keeper, of which one that misses five is lost; and for "
-        "which an idle stage may give no sign of life.",
+        "Seconds within which a keeper, its machine, or an idle stage that gives no sign of life "
+        "any more is found; each is asked four times in that.",
         over=0,
     )
 
@@ -181,13 +198,28 @@ class RunConfig:
         return self.max_num_batched_tokens or default
 
     def _check_layers(self) -> None:
+        slowdown = self.stage_slowdown
+        if slowdown is not None:
+            if len(slowdown) != self.pipeline_parallel_size:
+                raise ConfigError(
+                    f"stage_slowdown lists {len(slowdown)} stages, pipeline_parallel_size is "
+                    f"{self.pipeline_parallel_size}; make them equal"
+                )
+            wrong = [number for number in slowdown if not 0 < number < inf]
+            if wrong:
+                raise ConfigError(
+                    f"stage_slowdown has {wrong[0]}; give numbers over 0, such as 1,1.5"
+                )
         layers = self.pipeline_layers
-        if layers is None:
+        if layers is None or layers == AUTO:
             return
+        if isinstance(layers, str):
+            raise ConfigError(f"pipeline_layers is {layers!r}, must be {FORMS}")
         if len(layers) != self.pipeline_parallel_size:
             raise ConfigError(
                 f"pipeline_layers lists {len(layers)} stages, pipeline_parallel_size is "
-                f"{self.pipeline_parallel_size}; make them equal"
+                f"{self.pipeline_parallel_size}; make them equal (a rank holds one run of layers: "
+                "there are no virtual stages)"
             )
         if min(layers) < 0:
             raise ConfigError(f"pipeline_layers has {min(layers)}; a stage holds 0 layers or more")
@@ -228,15 +260,23 @@ def _check_field(name: str, value: Any, hint: Any, metadata: Any) -> None:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    if hint in (tuple[int, ...], tuple[int, ...] | None):
-        return isinstance(value, tuple) and all(type(item) is int for item in value)
     # `type is`, not isinstance: True is no number of stages.
+    if isinstance(value, tuple):
+        return all(_has_type(item, get_args(_listed(hint))[0]) for item in value)
     kinds = get_args(hint) or (hint,)
     return type(value) in kinds or (float in kinds and type(value) is int)
 
 
+def _listed(hint: Any) -> Any:
+    """The kind of list that `hint` allows, if it does."""
+    kinds = (hint, *get_args(hint))
+    return next((kind for kind in kinds if get_origin(kind) is tuple), tuple[()])
+
+
 def _type_name(hint: Any) -> str:
-    if hint == tuple[int, ...] | None:
-        return "whole numbers, such as 16,14"
+    if _listed(hint) == tuple[int, ...]:
+        return FORMS
+    if _listed(hint) == tuple[float, ...]:
+        return "numbers, such as 1,1.5"
     plain = next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[plain]

@@ -17,6 +17,7 @@ from pipeserve.errors import ConfigError, PipeserveError
 from pipeserve.launch.commands.bench import bench
 from pipeserve.launch.commands.calibrate import calibrate
 from pipeserve.launch.commands.chat import chat
+from pipeserve.launch.commands.doctor import doctor
 from pipeserve.launch.commands.generate import generate
 from pipeserve.launch.commands.report import report
 from pipeserve.launch.commands.serve import serve
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (generate, serve, chat, bench, calibrate, simulate, tune, report):
+for verb in (generate, serve, chat, bench, doctor, calibrate, simulate, tune, report):
     app.command()(verb)
 
 
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     if version:
         print(pipeserve.__version__)

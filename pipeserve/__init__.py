@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeserve.frontend.completion import Completion
     from pipeserve.frontend.llm import LLM
+    from pipeserve.launch.job.job import launched
     from pipeserve.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Completion", "SamplingParams", "__version__", "launched"]
 
 _HOMES = {
     "LLM": "pipeserve.frontend.llm",
     "SamplingParams": "pipeserve.core.nouns",
     "Completion": "pipeserve.frontend.completion",
+    "launched": "pipeserve.launch.job.job",
 }
 
 

@@ -72,17 +72,36 @@ def native_dtypes(
     return ("float32", *multiplied)
 
 
+def fingerprint(local_rank: int, local_world_size: int) -> str:
+    """What a stage of this machine computes on, as far as a keeper can tell: where this is the
+    same, so is what layers take."""
+    cpus = f"{num_cpus()} of {os.cpu_count()} CPUs"
+    place = f"stage {local_rank} of {local_world_size}"
+    switches = [os.environ.get(name, "") for name in (*_ISA_VARIABLES, "PIPESERVE_KERNELS")]
+    return ", ".join(filter(None, [device_name(), cpus, place, *_gpu_names(), *switches]))
+
+
+def _gpu_names(root: Path = Path("/")) -> list[str]:
+    """Of NVIDIA's, by the driver's files: keepers load no torch."""
+    names = []
+    for path in sorted(root.glob("proc/driver/nvidia/gpus/*/information")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model")]
+    return names
+
+
 def boot_id() -> str:
     """The same for all processes that share this machine's CLOCK_MONOTONIC, and no others."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
 
 
 def num_cpus(root: Path = Path("/")) -> int:
-    """How many CPUs the threads of this process can keep busy: those that they may run on, or the
-    quota of its container, begun ones counted, whichever is less."""
+    """How many CPUs threads of this process can keep busy all the time: those that they may run on,
+    or the quota of its container, whichever is less; at least 1. A quota is rounded down: of 7.65
+    CPUs, the eighth thread would have all of them stopped for a while (lilbee#660)."""
     quota = min((group.cpu_limit() for group in groups_of("cpu", root)), default=math.inf)
     num_cores = len(os.sched_getaffinity(0))
-    return num_cores if quota >= num_cores else math.ceil(quota)
+    return num_cores if quota >= num_cores else max(int(quota), 1)
 
 
 class MemoryLimit(NamedTuple):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.backends.backend import Backend
+from pipeserve.stages.config.families import find_family
 from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.stages.families import find_family
+from pipeserve.stages.families import parts_of
 from pipeserve.stages.layers.leaf import Leaf
 from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
@@ -41,15 +42,15 @@ class Stage(nn.Module):
         backend: Backend | None = None,
     ) -> None:
         super().__init__()
-        family = find_family(config.architecture)
+        parts, prefix = parts_of(config), find_family(config.architecture).layers
         self.config = config
         self.backend = backend or Backend()
-        self.embedding = family.make_embedding(config) if has_embedding else None
+        self.embedding = parts.make_embedding(config) if has_embedding else None
         self.layers = nn.ModuleList(
-            family.make_layer(config, number, f"{family.layers}.{number}.")
+            parts.make_layer(config, number, f"{prefix}.{number}.")
             for number in range(first_layer, stop_layer)
         )
-        self.head = family.make_head(config) if has_head else None
+        self.head = parts.make_head(config) if has_head else None
         for module in self.modules():
             if isinstance(module, Part):
                 module.backend = self.backend

@@ -225,7 +225,8 @@ def test_who_shares_memory_gives_it_the_same_key(machine):
         ("max 100000", 64),
         ("200000 100000", 2),
         ("50000 100000", 1),
-        ("150000 100000", 2),
+        ("150000 100000", 1),
+        ("765000 100000", 7),
         ("100000 50000", 2),
         ("6400000 100000", 64),
         ("12800000 100000", 64),  # more than there are
@@ -236,12 +237,13 @@ def test_who_shares_memory_gives_it_the_same_key(machine):
     ],
 )
 def test_a_quota_of_time_is_so_many_cpus(machine, quota, expected):
+    """Whole ones (lilbee#660)."""
     root = machine("0::/", [V2.format(shown="/")], {"cpu.max": quota})
     assert num_cpus(root) == expected
 
 
 @pytest.mark.parametrize(
-    ("quota", "period", "expected"), [(-1, 100000, 64), (250000, 100000, 3), (1000, 100000, 1)]
+    ("quota", "period", "expected"), [(-1, 100000, 64), (250000, 100000, 2), (1000, 100000, 1)]
 )
 def test_a_quota_of_version_1(machine, quota, period, expected):
     files = {"cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": period}

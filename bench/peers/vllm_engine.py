@@ -1,12 +1,24 @@
 """vLLM's engine on a workload, as its own `LLM.generate` steps it. Runs in vLLM's environment."""
 
 import argparse
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
 from job import Ask, Engine, do_job
+
+
+def imitate_avx2() -> None:
+    """What vLLM and PyTorch's compiler ask the CPU itself, and not the variables of oneDNN."""
+    import torch
+    from torch._inductor import config
+
+    torch.cpu._is_avx512_supported = lambda: False
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+    torch.cpu._is_amx_tile_supported = lambda: False
+    config.cpp.simdlen = 256
 
 
 @contextmanager
@@ -50,5 +62,8 @@ def started(args: argparse.Namespace, asks: Sequence[Ask]) -> Iterator[Engine]:
     yield run
 
 
-if __name__ == "__main__":  # its workers import this file
+if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":  # its workers import this file
+    imitate_avx2()
+
+if __name__ == "__main__":
     do_job(started)

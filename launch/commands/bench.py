@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeserve.launch.inputs.flags import check_terminal, run_config_of, run_flags, with_flags
+from pipeserve.launch.commands.in_job import in_job
+from pipeserve.launch.inputs.flags import (
+    check_terminal,
+    job_flags,
+    run_config_of,
+    run_flags,
+    with_flags,
+)
 from pipeserve.launch.inputs.load_target import Target
 from pipeserve.launch.inputs.options import (
     Explain,
@@ -24,7 +31,8 @@ if TYPE_CHECKING:
     from pipeserve.driver.driver import Driver
 
 
-@with_flags(*run_flags())
+@with_flags(*run_flags(), *job_flags())
+@in_job
 def bench(
     model: Model = None,
     workload: Annotated[

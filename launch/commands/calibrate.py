@@ -29,7 +29,7 @@ def calibrate(
     from pipeserve.profiling.calibration.samples import Samples
     from pipeserve.profiling.recording.recording import Ring
     from pipeserve.stages.checkpoint.sources import resolve
-    from pipeserve.stages.families import read_config
+    from pipeserve.stages.config.families import read_config
 
     run_config = run_config_of(model, config, flags)
     if output.exists() and not overwrite:

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from pipeserve.errors import ConfigError
+from pipeserve.launch.commands.in_job import in_job
 from pipeserve.launch.inputs.flags import (
     check_terminal,
     given_params,
+    job_flags,
     run_config_of,
     run_flags,
     sampling_flags,
@@ -21,7 +23,8 @@ from pipeserve.launch.inputs.options import Explain, Live, Model, Recipe, Record
 from pipeserve.launch.run import starting
 
 
-@with_flags(*sampling_flags(), *run_flags())
+@with_flags(*sampling_flags(), *run_flags(), *job_flags())
+@in_job
 def generate(
     model: Model = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt.", show_default=False)] = None,

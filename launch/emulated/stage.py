@@ -18,8 +18,10 @@ import msgspec
 from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan, one_each
-from pipeserve.profiling.simulation.stage_times import ProfiledTimes, StageTimes
+from pipeserve.core.work import Work
+from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 from pipeserve.stage.compute import Done, FeedBack, Tell, Turn
+from pipeserve.stage.facts import facts_of
 from pipeserve.stage.serve import serve
 from pipeserve.wire import control
 from pipeserve.wire.control import StartStage
@@ -33,9 +35,9 @@ _PR_SET_TIMERSLACK = 29
 _SPIN_S = 150e-6
 """Before the end of a wait: a sleeping thread wakes late by 100 us, 130 us at the 90th percentile
 (on the virtual machine that this was written on)."""
-_LOOK_S = 1e-3
-"""The shortest wait for messages: of the last millisecond of a microbatch this thread sleeps, and
-does not look at them."""
+_AHEAD_S = 500e-6
+"""Before the end of a microbatch this thread looks at what came while the device was busy. What it
+could begin earlier would not be computed earlier, and to wake up for it costs CPU time."""
 
 
 class EmulatedWork(msgspec.Struct, frozen=True):
@@ -46,25 +48,34 @@ class EmulatedWork(msgspec.Struct, frozen=True):
     plan: PipelinePlan
     tensor_parallel_size: int
     seed: int
+    slowdown: tuple[float, ...] | None = None
 
     def times(self) -> ProfiledTimes:
         return ProfiledTimes(
-            self.profile, self.shape, self.plan, self.tensor_parallel_size, self.seed
+            self.profile,
+            self.shape,
+            self.plan,
+            self.tensor_parallel_size,
+            self.seed,
+            self.slowdown,
         )
 
 
 class HeaderLinks(ActivationLinks):
     """Those of stages that have no activations: a message is 16 bytes. The link with the next stage
-    carries one microbatch at a time, each as long as the profile says."""
+    carries one microbatch at a time, each as long as the profile says; but the latency, in which it
+    takes the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, latency_s: float) -> None:
         super().__init__()
+        self._latency_s = latency_s
         self._free_s = 0.0
 
     def send(self, index: int, sent_s: float, hop_s: float) -> int:
         """Returns the number of bytes."""
-        self._free_s = max(sent_s, self._free_s) + hop_s
-        self._next_stage.send(_HEADER.pack(index, self._free_s))
+        there_s = max(sent_s, self._free_s) + hop_s
+        self._free_s = there_s - self._latency_s
+        self._next_stage.send(_HEADER.pack(index, there_s))
         return _HEADER.size
 
     def take(self, index: int) -> tuple[None, float]:
@@ -95,20 +106,30 @@ class EmulatedCompute:
     num_threads = 1
     most_begun = 2
 
-    def __init__(self, times: StageTimes, job: StartStage, vocab_size: int) -> None:
+    def __init__(
+        self, times: ProfiledTimes, job: StartStage, vocab_size: int, num_layers: int = 0
+    ) -> None:
+        """`num_layers`: of the whole model."""
         self._times = times
+        self._num_layers = num_layers
         self._job = job
         self._vocab_size = vocab_size
         self._free_s = 0.0
         """When the device is done with all that was begun."""
         self._last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
-        self.links = HeaderLinks()
+        self.links = HeaderLinks(0.0 if job.is_last else times.latency_s[job.stage])
 
     @classmethod
     def load(cls, job: StartStage, tell: Tell) -> "EmulatedCompute":
         work = msgspec.msgpack.decode(job.work, type=EmulatedWork)
-        return cls(work.times(), job, work.shape.vocab_size)
+        return cls(work.times(), job, work.shape.vocab_size, work.shape.num_layers)
+
+    def examine(self, works: tuple[Work, ...], seconds: float) -> control.Examined:
+        """By the profile: nothing is timed."""
+        found = [self._times.parts(work, self._job.stage) for work in works]
+        parts = tuple(each._replace(layers=each.layers * self._num_layers) for each in found)
+        return control.Examined(facts_of("", "an emulated device", 1), parts, 1.0)
 
     def take_memory(self, num_blocks: int) -> None:
         """It holds nothing."""
@@ -131,8 +152,7 @@ class EmulatedCompute:
         return Computing(step.index, hop_s, done)
 
     def left_s(self, computing: Computing) -> float:
-        left_s = computing.done.end_s - time.monotonic() - _SPIN_S
-        return left_s if left_s >= _LOOK_S else 0.0
+        return max(computing.done.end_s - time.monotonic() - _AHEAD_S, 0.0)
 
     def end(self, computing: Computing, feed_back: FeedBack) -> Done:
         """As `Compute`. The device's own time counts as CPU time."""

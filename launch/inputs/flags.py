@@ -3,12 +3,13 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from pipeserve.configs import RunConfig, load_recipe, make_config
 from pipeserve.errors import ConfigError
+from pipeserve.launch.job.options import JobOptions
 from pipeserve.sampling_params import OPTIONS, SamplingParams
 from pipeserve.server.options import ServerOptions
 
@@ -27,6 +28,11 @@ def sampling_flags() -> list[inspect.Parameter]:
 def server_flags() -> list[inspect.Parameter]:
     """A flag for each field of ServerOptions."""
     return _flags_of(ServerOptions, without="", panel="Server")
+
+
+def job_flags() -> list[inspect.Parameter]:
+    """A flag for each field of JobOptions."""
+    return _flags_of(JobOptions, without="", panel="Launch")
 
 
 def with_flags(*flags: inspect.Parameter) -> Callable[[Callable], Callable]:
@@ -109,13 +115,13 @@ def _flag_name(name: str) -> str:
 
 def _flag(item: Field, hint: Any, panel: str) -> inspect.Parameter:
     name, help = _flag_name(item.name), item.metadata["help"]
-    short = [item.metadata["short"]] if "short" in item.metadata else []
+    others = [item.metadata[name] for name in ("short", "also") if name in item.metadata]
     kind = _flag_type(hint)
     if kind is bool:
         name = f"{name}/--no-{name[2:]}"
     if item.default is not MISSING and item.default not in (None, ()):
         help = f"{help} \\[default: {item.default}]"  # escaped: rich takes [words] for styles
-    option = typer.Option(*short, name, help=help, show_default=False, rich_help_panel=panel)
+    option = typer.Option(name, *others, help=help, show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         item.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -126,7 +132,7 @@ def _flag(item: Field, hint: Any, panel: str) -> inspect.Parameter:
 
 def _flag_type(hint: Any) -> Any:
     """What typer parses for a field's type: a list for repeated flags, text for "16,14"."""
-    if hint == tuple[int, ...] | None:
+    if any(get_origin(kind) is tuple for kind in get_args(hint)):  # or None
         return str
     if hint == Mapping[int, float] | None:
         return list[str]

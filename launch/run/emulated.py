@@ -1,15 +1,22 @@
 """A recipe as a driver runs it on emulated stages: the simulator's setup, in real processes."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeserve.configs import RunConfig
-from pipeserve.driver.setup import Setup
+from pipeserve.configs.layer_lists import AUTO
+from pipeserve.core.cost.cut import StageParts
+from pipeserve.core.cost.memory import kv_bytes_of_layer, weight_bytes
+from pipeserve.driver.layer_choice import parts_of_times
+from pipeserve.driver.layout import usual_of
+from pipeserve.driver.setup import LayerChoice, Setup
 from pipeserve.driver.shapes import find_shape
 from pipeserve.errors import ConfigError
 from pipeserve.launch.emulated.stage import MODULE, EmulatedWork
-from pipeserve.launch.run.simulated import simulated_run
-from pipeserve.wire.control import encode_job
+from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
+from pipeserve.machine import MemoryLimit
+from pipeserve.wire.control import Examined, StageSized, encode_job
 
 if TYPE_CHECKING:
     from pipeserve.driver.driver import Driver
@@ -28,6 +35,7 @@ def emulated_setup(config: RunConfig) -> Setup:
         plan=plan,
         tensor_parallel_size=config.tensor_parallel_size,
         seed=config.seed,
+        slowdown=config.stage_slowdown,
     )
     return Setup(
         kind="emulated",
@@ -39,6 +47,45 @@ def emulated_setup(config: RunConfig) -> Setup:
         cost=simulated.make_cost(),
         module=MODULE,
         works=(encode_job(work),) * len(plan.stages),
+        layers_by=simulated.layers_by,
+        choice=_choice(config, simulated) if config.pipeline_layers == AUTO else None,
+    )
+
+
+def _choice(config: RunConfig, simulated: SimulatedRun) -> LayerChoice:
+    """By what the stages say that they take; each has a device, and memory, of its own."""
+
+    def of_times(examined: Sequence[Examined]) -> tuple[str, tuple[StageParts, ...]]:
+        return "by times measured now", parts_of_times([each.parts[0] for each in examined])
+
+    return LayerChoice(
+        by=simulated.layers_by,
+        parts=(),
+        max_model_len=simulated.limits.max_model_len,
+        with_layers=lambda counts: emulated_setup(replace(config, pipeline_layers=counts)),
+        works=(usual_of(config, simulated.limits.max_model_len),),
+        of_times=of_times,
+        sizes=_sizes(config, simulated),
+    )
+
+
+def _sizes(config: RunConfig, simulated: SimulatedRun) -> tuple[StageSized, ...]:
+    """What the profile's devices have, and would hold."""
+    shape, profile = simulated.shape, simulated.profile
+    width = config.tensor_parallel_size
+    usable = int(profile.memory_bytes * config.gpu_memory_utilization * width)
+    layer_bytes = (shape.num_layer_parameters * shape.bytes_per_value,) * shape.num_layers
+    table = shape.num_head_parameters * shape.bytes_per_value
+    block_bytes = config.block_size * kv_bytes_of_layer(shape, width)
+    return tuple(
+        StageSized(
+            weight_bytes=weight_bytes(shape, stage),
+            block_bytes=stage.num_layers * block_bytes,
+            memory=(MemoryLimit(f"stage {stage.stage}", profile.name, usable, usable),),
+            layer_bytes=layer_bytes,
+            end_bytes=(table, table),
+        )
+        for stage in simulated.plan.stages
     )
 
 

@@ -5,7 +5,6 @@ else wants a core.
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import time
@@ -136,7 +135,6 @@ def _next_page(driver: socket.socket, until_s: float) -> bytes | None:
 
 def main() -> None:
     os.nice(_NICE)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends first, and closes the socket
     driver = socket.socket(fileno=int(sys.argv[1]))
     with driver, contextlib.suppress(ConnectionError):  # the driver has gone
         serve(driver, int(sys.argv[2]))

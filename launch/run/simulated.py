@@ -7,9 +7,12 @@ from typing import Any
 
 from pipeserve.configs import RunConfig
 from pipeserve.configs.device_profiles import load_profile
+from pipeserve.configs.layer_lists import AUTO
 from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.cost.cut import StageParts
 from pipeserve.core.cost.device import DeviceProfile, check_profile
 from pipeserve.core.cost.memory import kv_blocks_beside_weights
+from pipeserve.core.cost.partition import parts_by_profile, split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.engine import Engine, Limits
@@ -17,7 +20,8 @@ from pipeserve.core.nouns import PipelinePlan
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Recorder, ignore
 from pipeserve.driver.kv_budget import blocks_within
-from pipeserve.driver.layout import lay_out
+from pipeserve.driver.layer_choice import parts_of_times
+from pipeserve.driver.layout import lay_out, usual_of
 from pipeserve.errors import ConfigError
 from pipeserve.launch.run.record import run_meta
 from pipeserve.profiling.simulation.simulator import SimulatedPipeline
@@ -50,6 +54,12 @@ class SimulatedRun:
         return PipelineCost(self.profile, self.shape, self.plan, size)
 
     @property
+    def layers_by(self) -> str:
+        """How the layers were placed, in words."""
+        how = {None: "by the device profile", AUTO: "by the time that each stage takes"}
+        return how.get(self.config.pipeline_layers, "as listed")
+
+    @property
     def dtype(self) -> str:
         """Of the weights."""
         tables = self.profile.tables
@@ -79,17 +89,35 @@ def simulated_run(config: RunConfig, shape: ModelShape | None = None) -> Simulat
     shape.check_divides(size)
     check_made_for(profile, shape, config)
     check_profile(profile, tensor_parallel_size=size)
+    max_model_len = config.max_model_len or shape.max_position_embeddings
     plan, limits_with = lay_out(
         config,
         shape,
-        max_model_len=config.max_model_len or shape.max_position_embeddings,
+        max_model_len=max_model_len,
         enable_prefix_caching=False,  # lengths have no content that could be shared
+        parts=_stage_parts(config, shape, profile, max_model_len),
     )
     limits = limits_with(_num_blocks(config, shape, profile, plan))
-    times = ProfiledTimes(profile, shape, plan, config.tensor_parallel_size, config.seed)
+    times = ProfiledTimes(
+        profile, shape, plan, config.tensor_parallel_size, config.seed, config.stage_slowdown
+    )
     return SimulatedRun(
         config=config, shape=shape, profile=profile, plan=plan, limits=limits, times=times
     )
+
+
+def _stage_parts(
+    config: RunConfig, shape: ModelShape, profile: DeviceProfile, max_model_len: int
+) -> tuple[StageParts, ...]:
+    """By the profile; with --pipeline-layers auto, as each stage would be found to take."""
+    num_stages, size = config.pipeline_parallel_size, config.tensor_parallel_size
+    work = usual_of(config, max_model_len)
+    if config.pipeline_layers != AUTO:
+        return parts_by_profile(profile, shape, num_stages, work, size)
+    even = split_layers(shape.num_layers, num_stages)
+    times = ProfiledTimes(profile, shape, even, size, config.seed, config.stage_slowdown)
+    found = [times.parts(work, stage) for stage in range(num_stages)]
+    return parts_of_times([each._replace(layers=each.layers * shape.num_layers) for each in found])
 
 
 def check_made_for(profile: DeviceProfile, shape: ModelShape, config: RunConfig) -> None:

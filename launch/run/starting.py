@@ -43,20 +43,38 @@ def open_emulated(run_config: RunConfig, record: Recorder = ignore) -> "Driver":
     return driver
 
 
+def open_unloaded(run_config: RunConfig, lacks: list[str], record: Recorder = ignore) -> "Driver":
+    """As `open_driver`, of stages that load nothing. What they would lack of memory is put into
+    `lacks`."""
+    from pipeserve.driver.checkpoint import checkpoint_setup
+    from pipeserve.launch.run.unloaded import asking_often, without_weights
+
+    config = asking_often(run_config)
+    return _start(lambda say: without_weights(checkpoint_setup(config, say), lacks), record)
+
+
 def _start(
     make_setup: "Callable[[Callable[[str], None]], Setup]",
     record: Recorder,
-    describe: "Callable[[Driver], str]",
+    describe: "Callable[[Driver], str] | None" = None,
 ) -> "Driver":
     from pipeserve.driver.driver import Driver
 
     exit_on_signals()
     with status("looking for the model") as say:
-        driver = Driver(make_setup(say), say, record)
+        driver = Driver(make_setup(say), say, record, on_plan=print_plan)
     if driver.setup.dtype_warning:
         print(f"warning: {driver.setup.dtype_warning}", file=sys.stderr)
-    print(describe(driver), file=sys.stderr)
+    if describe is not None:
+        print(describe(driver), file=sys.stderr)
     return driver
+
+
+def print_plan(driver: "Driver") -> None:
+    """On stderr."""
+    from pipeserve.launch.show.plan import plan_lines
+
+    print(*plan_lines(driver), sep="\n", file=sys.stderr, flush=True)
 
 
 def recorded_driver(

@@ -29,6 +29,7 @@ def report_of(name: str, recording: Recording, ledger: Ledger | None) -> dict[st
         "kind": meta.get("kind"),
         "microbatches": len(recording.completed),
         "causes": [],
+        "faults": [],
         "worst_microbatches": [],
         "notes": notes_of(recording, ledger),
         "config": meta.get("config"),
@@ -37,10 +38,22 @@ def report_of(name: str, recording: Recording, ledger: Ledger | None) -> dict[st
         found["stages"] = [
             {
                 "busy": busy_s / ledger.seconds,
+                "again": ledger.again_s(stage) / ledger.seconds,
                 "idle_by_cause": ledger.idle_shares(stage),
                 **({"layers": layers[stage]} if layers else {}),
             }
             for stage, busy_s in enumerate(ledger.busy_s)
+        ]
+        found["faults"] = [
+            {
+                "stage": cost.fault.stage,
+                "at_s": cost.fault.at_s - ledger.start_s,
+                "reason": cost.fault.reason,
+                "idle_s": cost.idle_s,
+                "tokens_again": cost.num_tokens,
+                "again_s": list(cost.again_s),
+            }
+            for cost in ledger.faults
         ]
         found["causes"] = causes_of(ledger, summary.get("total_tokens_per_s"))
         found["worst_microbatches"] = worst_microbatches(recording, ledger)

@@ -46,6 +46,8 @@ def _stage_table(stages: Sequence[dict[str, Any]], causes: Sequence[str]) -> Tab
         table.add_column("\n".join(parts), justify="right")
     busy = [stage["busy"] for stage in stages]
     table.add_row("busy", *[f"[bold]{cell}[/]" for cell in cells(busy)])
+    if any(stage["again"] for stage in stages):
+        table.add_row("of it again", *cells([stage["again"] for stage in stages]))
     table.add_row("idle", *cells([1 - share for share in busy]), end_section=True)
     for cause in causes:
         shares = [stage["idle_by_cause"].get(cause, 0.0) for stage in stages]

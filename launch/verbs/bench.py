@@ -20,6 +20,7 @@ from pipeserve.frontend.client import Client
 from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.record import RecordedRun, context_notes, ring_notes, stage_shares
 from pipeserve.launch.show.tables import memory_table, print_notes, run_table, stage_table
+from pipeserve.profiling.ledger.notes import window_notes
 from pipeserve.profiling.recording.recording import Ring
 from pipeserve.profiling.recording.summary import (
     RequestRecord,
@@ -207,6 +208,7 @@ def _report(
             *workload.notes,
             *context_notes(driver.shape, driver.limits),
             *ring_notes(median.ring),
+            *window_notes(recording),
         ],
         "config": asdict(driver.config),
     }

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -9,6 +10,8 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import uvloop
 
 from pipeserve.configs import RunConfig
 from pipeserve.errors import ConfigError
@@ -24,6 +27,8 @@ from pipeserve.wire.listener import is_loopback
 
 _KEY_VARIABLE = "PIPESERVE_API_KEY"
 _LOOK_S = 0.05
+_ONE_PRESS_S = 1.0
+"""Two signals within are one: what runs the server may hand on what reached both of them."""
 _LAST_WORDS_S = 5.0
 """In which answers that are made have to be read, at the end."""
 
@@ -36,20 +41,27 @@ def serve(run_config: RunConfig, options: ServerOptions) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     with contextlib.ExitStack() as closing:
         sockets = [closing.enter_context(each) for each in bound_sockets(options)]
-        return asyncio.run(_serve(run_config, options, keys, sockets))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(run_config, options, keys, sockets))
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM: the first asks for a graceful end, the second does not wait for it."""
+    """Ctrl-C, SIGTERM and a terminal that closes: the first asks for a graceful end, the second
+    does not wait for it."""
 
     def __init__(self) -> None:
         self.ending, self.at_once = asyncio.Event(), asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._came)
+        self._loop = asyncio.get_running_loop()
+        self._asked_s = 0.0
+        """When the first came."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._loop.add_signal_handler(number, self._came)
 
     def _came(self) -> None:
-        if self.ending.is_set():
+        if not self.ending.is_set():
+            self._asked_s = self._loop.time()
+        elif self._loop.time() - self._asked_s > _ONE_PRESS_S:
             self.at_once.set()
         self.ending.set()
 
@@ -77,6 +89,8 @@ async def _serve(
     service = None
     try:
         service = Service(pipeline, options)
+        gc.collect()
+        gc.freeze()  # what there is now stays: to walk through all of it would stop every stream
         return await _listen(service, options, names, keys, sockets, signals)
     finally:
         if service is not None:
@@ -114,6 +128,8 @@ async def _listen(
     else:
         await _drain(service, options, signals)
     server.end(_LAST_WORDS_S)
+    await _first_of(serving, signals.at_once)
+    server.end(0.0)
     await serving
     return exit_code
 

@@ -42,6 +42,7 @@ from pipeserve.core.view import (
     View,
     Why,
 )
+from pipeserve.core.window import Window
 from pipeserve.errors import ConfigError
 
 __all__ = ["Engine", "Limits", "Stats"]
@@ -99,7 +100,7 @@ class Engine:
         self.limits = limits
         self.stats = Stats()
         self.pipeline = plan
-        self._window = plan.window + policy.traits.plans_ahead
+        self._window = Window(plan)
         self._cost = cost
         self._forecast = Forecast(len(plan.stages))
         self._flow = Flow()
@@ -107,6 +108,10 @@ class Engine:
         self._states: dict[RequestId, RequestState] = {}
         self._queues = Queues(policy.traits)
         self._in_flight: deque[_InFlight] = deque()
+        self._is_full = False
+        """The last try at a plan found the window full."""
+        self._made_room: int | None = None
+        """The completion after it; the next plan is because of that."""
         self._last: Outstanding | None = None
         self._why: Why | None = None
         self._released: list[RequestId] = []
@@ -123,6 +128,16 @@ class Engine:
     def outstanding(self) -> tuple[int, ...]:
         """Indices of the microbatches that were planned and have not completed, in order."""
         return tuple(flight.microbatch.index for flight in self._in_flight)
+
+    @property
+    def window(self) -> int:
+        """Microbatches that may be outstanding now, the one planned ahead not counted. More than
+        there are stages only where there is work for them: decodes whose token is on its way are
+        planned when the window is full."""
+        most = self._window.size
+        if not self._queues.prefill_backlog:
+            most = min(most, len(self._queues.running))
+        return max(self._window.least, most)
 
     @property
     def last(self) -> Outstanding | None:
@@ -209,7 +224,8 @@ class Engine:
         """The next microbatch, or why there is none. Raises PolicyError when a draft is wrong."""
         if not self._states:
             return Wait("no_requests")
-        if len(self._in_flight) >= self._window:
+        if len(self._in_flight) >= self.window + self.policy.traits.plans_ahead:
+            self._is_full, self._made_room = True, None
             return Wait("window")
         while True:
             draft = self.policy.compose(self._view(), now)
@@ -223,6 +239,7 @@ class Engine:
                 break  # otherwise blocks came free: ask again
         if not self._in_flight:
             raise self._wrong("plans nothing, although nothing is outstanding that could change it")
+        self._made_room = None
         return Wait(draft.wait)
 
     def complete(self, result: StepResult, now: float) -> list[Output]:
@@ -233,6 +250,8 @@ class Engine:
         """
         flight = self._oldest(result)
         self._forecast.completed(result.index, now)
+        if self._is_full:
+            self._is_full, self._made_room = False, result.index
         sampled = zip(result.tokens, result.logprobs or repeat(None))  # noqa: B905  (without end)
         scored = iter(result.prompt_logprobs)
         failed, outputs = result.failed, []
@@ -270,10 +289,13 @@ class Engine:
                 self._queues.file(state)
         return outputs
 
-    def observe(self, index: int, stage: int, seconds: float) -> None:
-        """A stage's own compute time of a microbatch, for the cost model; late or never is fine."""
+    def observe(self, index: int, stage: int, ready_s: float, start_s: float, end_s: float) -> None:
+        """When a stage computed a microbatch, by its own clock, for cost model and window; late or
+        never is fine. `ready_s`: when all that it needed was there; where it did not wait for that,
+        no later than the end of the one before."""
+        self._window.took(index, stage, ready_s, start_s, end_s)
         if self._cost is not None:
-            self._cost.observe(index, stage, seconds)
+            self._cost.observe(index, stage, end_s - start_s)
 
     def lost(self, now: float) -> None:
         """A fault: all outstanding is void, and the stages forgot every request and all KV.
@@ -282,6 +304,8 @@ class Engine:
         """
         self._in_flight.clear()
         self._forecast.forget()
+        self._window.forget()
+        self._is_full, self._made_room = False, None
         self._released.clear()
         self._pool.reset()
         states = sorted(self._states.values(), key=lambda state: -state.number)
@@ -350,7 +374,7 @@ class Engine:
         queues = self._queues
         return View(
             limits=self.limits,
-            window=self.pipeline.window,
+            window=self.window,
             waiting=queues.waiting,
             running=queues.running,
             decodes=queues.decodes,
@@ -400,10 +424,12 @@ class Engine:
         microbatch = Microbatch(self._next_index, chunks, admitted, tuple(self._released))
         self._next_index += 1
         self._released.clear()
-        cost = None
+        sources = {c.token_from for c in chunks if c.token_from is not None}
+        follows = max(sources, default=self._made_room)
+        self._window.planned(microbatch.index, num_tokens, follows)
+        self._made_room = cost = None
         if self._cost is not None:
             cost = self._cost.predict(microbatch)
-            sources = {c.token_from for c in chunks if c.token_from is not None}
             ready_s = max([now, *[self._forecast.known_s(index) for index in sources]])
             self._forecast.planned(microbatch.index, cost.seconds, ready_s)
         summary = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)

@@ -73,6 +73,7 @@ class Journal:
                 num_running=engine.num_running,
                 num_free_blocks=engine.num_free_blocks,
                 predicted_s=cost.seconds if cost is not None else (),
+                window=engine.window,
             )
         )
         self._waited_for, self._woken, self._handed_s = "", None, sent_s

@@ -208,6 +208,8 @@ class PipelinePlan:
     stages: tuple[StagePlan, ...]
     window: int
     """Microbatches that may be outstanding, the one planned ahead not counted."""
+    window_follows: bool = False
+    """There may be more where the ways between stages are slow (`window.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,8 @@ class Planned(NamedTuple):
     num_free_blocks: int
     predicted_s: tuple[float, ...]
     """By the engine's cost model, for each stage; empty without one."""
+    window: int = 0
+    """Microbatches that may be outstanding, after this plan; 0 in recordings that do not say it."""
 
 
 class Completed(NamedTuple):

@@ -174,7 +174,8 @@ class View:
 
     limits: Limits
     window: int
-    """Microbatches that may be outstanding, the one planned ahead not counted."""
+    """Microbatches that may be outstanding now, the one planned ahead not counted. Outstanding can
+    be more: of those that were planned when it was larger."""
     waiting: Mapping[RequestId, RequestView]
     """In order: who is to be admitted first comes first. Of the same precedence, those that were
     preempted come before the others, and these by arrival."""

@@ -1,4 +1,4 @@
-"""What a microbatch is, as far as its time goes: a few counts."""
+"""What a microbatch is, as far as its time goes: a few counts; and what it took, part by part."""
 
 from typing import NamedTuple
 
@@ -16,6 +16,18 @@ class Work(NamedTuple):
     """Chunks of one position."""
     context: int
     """Positions of KV that the decodes read, their own included."""
+
+
+class PartSeconds(NamedTuple):
+    """What each part of a model takes for one microbatch on one rank."""
+
+    layers: tuple[float, ...]
+    """Of each of the model, whichever stage has it."""
+    embedding: float
+    head: float
+    """With sampling. Both are 0 on a rank that does not have it."""
+    host: float = 0.0
+    """What a microbatch costs a stage besides."""
 
 
 def work_of(microbatch: Microbatch) -> Work:

@@ -1,31 +1,34 @@
 """A checkpoint as a driver runs it: found, checked, and cut into stages that compute for real."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from pipeserve.configs import RunConfig
 from pipeserve.configs.device_profiles import load_profile
-from pipeserve.core.cost.device import check_profile
+from pipeserve.configs.layer_lists import AUTO
+from pipeserve.core.cost.cut import StageParts
+from pipeserve.core.cost.device import DeviceProfile, check_profile
+from pipeserve.core.cost.partition import parts_by_operations, parts_by_profile
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.core.view import CostModel, Limits
 from pipeserve.driver.dtypes import choose_dtype
+from pipeserve.driver.kept_times import Measured, find_kept, keep
 from pipeserve.driver.kv_budget import num_kv_blocks
-from pipeserve.driver.layout import lay_out
-from pipeserve.driver.setup import Setup
+from pipeserve.driver.layer_choice import parts_of_times
+from pipeserve.driver.layout import lay_out, most_tokens, usual_of
+from pipeserve.driver.setup import LayerChoice, Setup
 from pipeserve.driver.shapes import shape_of
 from pipeserve.errors import ConfigError
-from pipeserve.machine import device_name, native_dtypes
-from pipeserve.stages.backends.cuda import check_gpu
+from pipeserve.machine import device_name, fingerprint, native_dtypes
 from pipeserve.stages.checkpoint.sources import resolve
-from pipeserve.stages.checkpoint.weights import check_checkpoint
+from pipeserve.stages.config.attentions import check_attention
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.stages.devices import check_attention
-from pipeserve.stages.families import read_config
-from pipeserve.wire.control import KeeperHello, ModelShare, StageSized, encode_job
+from pipeserve.wire.control import Examined, KeeperHello, ModelShare, StageSized, encode_job
 
 
 def checkpoint_setup(
@@ -43,9 +46,12 @@ def checkpoint_setup(
     folder = resolve(config.model, on_progress)
     model_config = read_config(folder)
     check(model_config)
-    check_checkpoint(folder, model_config)
-    here = (native_dtypes(),) * config.pipeline_parallel_size
-    return _setup(_Found(config, folder, model_config, cost), here)
+    num_stages = config.pipeline_parallel_size
+    native = (native_dtypes(),) * num_stages
+    devices = tuple(fingerprint(rank, num_stages) for rank in range(num_stages))
+    if config.launcher == "external":
+        devices = ()
+    return _setup(_Found(config, folder, model_config, cost), native, devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +66,33 @@ class _Found:
 
 def _setup_for(found: _Found, keepers: Sequence[KeeperHello]) -> Setup:
     native = tuple(keeper.native_dtypes for keeper in keepers)
-    return _setup(found, native, [keeper.host for keeper in keepers])
+    devices = tuple(keeper.device for keeper in keepers)
+    return _setup(found, native, devices, [keeper.host for keeper in keepers])
 
 
-def _setup(found: _Found, native: tuple[tuple[str, ...], ...], hosts: Sequence[str] = ()) -> Setup:
-    """`native`: of each rank, as `machine.native_dtypes`."""
+def _setup(
+    found: _Found,
+    native: tuple[tuple[str, ...], ...],
+    devices: tuple[str, ...],
+    hosts: Sequence[str] = (),
+) -> Setup:
+    """`native`, `devices`: of each rank, as its keeper says."""
     config, model_config = found.config, found.model_config
     device = _device_of(config)
     chosen = choose_dtype(config.dtype, model_config.dtype, native, hosts, device)
     dtype = chosen.name
     max_model_len = _max_model_len(config, model_config)
     shape = shape_of(model_config, config.model, dtype)
+    profile = _profile(config, dtype)
+    choice = None
+    if config.pipeline_layers in (None, AUTO):
+        choice = _choice(found, device, dtype, native, devices, hosts, shape, profile)
     plan, limits_with = lay_out(
         config,
         shape,
         max_model_len=max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
+        parts=None if choice is None else choice.parts,
     )
 
     def limits_for(sizes: Sequence[StageSized]) -> Limits:
@@ -88,7 +105,7 @@ def _setup(found: _Found, native: tuple[tuple[str, ...], ...], hosts: Sequence[s
         dtype=dtype,
         plan=plan,
         limits_for=limits_for,
-        cost=found.cost or _profiled_cost(config, shape, plan, dtype),
+        cost=found.cost or (None if profile is None else PipelineCost(profile, shape, plan)),
         module="pipeserve.stage.worker",
         works=_works(config, device, str(found.folder), plan, dtype),
         model_folder=found.folder,
@@ -96,7 +113,57 @@ def _setup(found: _Found, native: tuple[tuple[str, ...], ...], hosts: Sequence[s
         dtype_why=chosen.why,
         dtype_warning=chosen.warning,
         native_dtypes=native,
+        devices=devices,
+        layers_by="as listed" if choice is None else choice.by,
+        choice=choice,
         for_ranks=partial(_setup_for, found),
+    )
+
+
+def _choice(
+    found: _Found,
+    device: str,
+    dtype: str,
+    native: tuple[tuple[str, ...], ...],
+    devices: tuple[str, ...],
+    hosts: Sequence[str],
+    shape: ModelShape,
+    profile: DeviceProfile | None,
+) -> LayerChoice:
+    """By times that the ranks are to measure, or were measured before; else by the profile; else by
+    operations and bytes."""
+    config, model_config = found.config, found.model_config
+    num_stages = config.pipeline_parallel_size
+    max_model_len = _max_model_len(config, model_config)
+    work = usual_of(config, max_model_len)
+    run = (dtype, _kv_dtype(config, dtype), device, config.attention, str(config.block_size))
+    measured = Measured(repr(model_config), run, work)
+    is_measured_now = config.pipeline_layers == AUTO
+    kept = None if is_measured_now else find_kept(measured, devices)
+
+    def of_times(examined: Sequence[Examined]) -> tuple[str, tuple[StageParts, ...]]:
+        times = [each.parts[0] for each in examined]
+        keep(measured, devices, times, config.model)
+        return "by times measured now", parts_of_times(times)
+
+    def with_layers(counts: tuple[int, ...]) -> Setup:
+        listed = replace(config, pipeline_layers=counts)
+        return _setup(replace(found, config=listed), native, devices, hosts)
+
+    if kept is not None:
+        by, parts = f"by times measured on {kept.measured}", parts_of_times(kept.parts)
+    elif profile is not None:
+        by, parts = "by the device profile", parts_by_profile(profile, shape, num_stages, work, 1)
+    else:
+        num_tokens = most_tokens(config, max_model_len)
+        by, parts = "by operations and bytes", parts_by_operations(shape, num_stages, num_tokens)
+    return LayerChoice(
+        by=by,
+        parts=parts,
+        max_model_len=max_model_len,
+        with_layers=with_layers,
+        works=(work,) if is_measured_now else (),
+        of_times=of_times,
     )
 
 
@@ -112,13 +179,19 @@ def _check_runs_here(config: RunConfig) -> None:
             "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
         )
     check_attention(_device_of(config), config.attention)
-    if config.device == "cuda" and config.launcher == "spawn":
+    if config.device == "cuda" and config.launcher != "external":
+        from pipeserve.stages.backends.cuda import check_gpu  # which brings torch
+
         check_gpu()
 
 
 def _device_of(config: RunConfig) -> str:
     """Of every stage: "cpu" or "cuda"."""
     return "cpu" if config.device == "auto" else config.device
+
+
+def _kv_dtype(config: RunConfig, dtype: str) -> str:
+    return dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
 
 
 def _max_model_len(config: RunConfig, model_config: ModelConfig) -> int:
@@ -133,16 +206,14 @@ def _max_model_len(config: RunConfig, model_config: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _profiled_cost(
-    config: RunConfig, shape: ModelShape, plan: PipelinePlan, dtype: str
-) -> CostModel | None:
-    """Of the device profile, if the run has one. Raises ConfigError when it is not of this machine,
-    model and type."""
+def _profile(config: RunConfig, dtype: str) -> DeviceProfile | None:
+    """That of the run, if it has one. Raises ConfigError when it is not of this machine, model and
+    type."""
     if config.device_profile is None:
         return None
     profile = load_profile(config.device_profile)
     check_profile(profile, model=config.model, device=device_name(), dtype=dtype, threads=1)
-    return PipelineCost(profile, shape, plan)
+    return profile
 
 
 def _works(
@@ -157,7 +228,7 @@ def _works(
                 has_embedding=stage.has_embedding,
                 has_head=stage.has_head,
                 dtype=dtype,
-                kv_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+                kv_dtype=_kv_dtype(config, dtype),
                 device=device,
                 attention=config.attention,
                 block_size=config.block_size,

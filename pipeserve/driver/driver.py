@@ -8,7 +8,6 @@ A driver is the client (`frontend/client.py`) of whoever is in its process: `sub
 """
 
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,18 +17,21 @@ from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, Wait
 from pipeserve.core.policies import get_policy
-from pipeserve.core.records import Completed, Ping, Recorder, ignore
+from pipeserve.core.records import Completed, Ping, Recorder, Span, ignore
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
+from pipeserve.core.work import Work
 from pipeserve.driver.checks import check_request
 from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
-from pipeserve.driver.recovery import Restarts, Suspects
+from pipeserve.driver.layer_choice import EXAMINE_S, place
+from pipeserve.driver.losses import Losses
 from pipeserve.driver.setup import Setup
 from pipeserve.driver.stage_info import stage_infos, with_memory
 from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import (
+    gather_examined,
     gather_memory,
     wait_for_keepers,
     wait_until_ready,
@@ -57,8 +59,10 @@ class Driver:
         on_progress: Callable[[str], None] = lambda text: None,
         record: Recorder = ignore,
         fleet: Callable[[Topology, RunConfig], Fleet] = Fleet,
+        on_plan: Callable[["Driver"], None] = lambda driver: None,
     ) -> None:
-        """Returns when all stages are ready. `on_progress` is called with a text, how far they are.
+        """Returns when all stages are ready. `on_progress` is called with a text, how far they are,
+        and `on_plan` once, when it is known what will run where and nothing is loaded yet.
         `record` is called with every record of the run, from within `submit`, `outputs`, `settle`
         and `close`, and must not raise. `fleet` makes what stages are started and reached by."""
         self._take(setup)
@@ -71,19 +75,10 @@ class Driver:
         self._requests: dict[RequestId, Request] = {}
         self._aborted: deque[tuple[RequestId, str]] = deque()
         """To be ended with the next step, and why."""
-        self._loss: Lost | None = None
-        """That ends the run, once what came before it was handed on."""
-        self.trouble = ""
-        """Why the stages take no steps now; empty: they do."""
-        self._lost_s = 0.0
-        """When that began."""
-        self.num_losses = [0] * len(self.plan.stages)
-        """Of each stage."""
         self._looked_s = 0.0
         """When the fleet was last asked for what came."""
         self.topology = Topology.of(self.plan)
         config = self.config
-        self._restarts = Restarts(self.topology, config.max_restarts, config.restart_window)
         self._watch = StageWatch(
             self.topology.num_stages, config.hang_timeout, config.heartbeat_interval
         )
@@ -92,8 +87,11 @@ class Driver:
             wait_for_keepers(self.fleet, on_progress)
             self._suit_ranks()
             self._start()
-            sizes = wait_until_sized(self.fleet, on_progress)
+            sizes = self._place_layers(wait_until_sized(self.fleet, on_progress), on_progress)
+            self.sizes = sizes
+            """What each rank said that it would take."""
             self._plan_within(self.setup.limits_for(sizes), record)
+            on_plan(self)
             self._fill()
             started = wait_until_ready(self.fleet, on_progress)
         except BaseException:
@@ -111,15 +109,38 @@ class Driver:
         """They hold as long as this driver does, whatever stages it starts again."""
         policy = get_policy(self.config.policy)
         self.engine = Engine(self.plan, policy, limits, self.setup.cost)
-        self._suspects = Suspects(self.engine)
         self.journal = Journal(self.engine, record)
+        self.losses = Losses(self.topology, self.config, self.engine, self._watch, self.journal)
 
     def _suit_ranks(self) -> None:
-        """Where ranks on other machines multiply other types than was thought."""
+        """Where ranks on other machines compute on other devices than was thought."""
         keepers = [self.fleet.keepers[rank] for rank in range(self.topology.num_ranks)]
         native = tuple(keeper.native_dtypes for keeper in keepers)
-        if self.setup.for_ranks is not None and native != self.setup.native_dtypes:
+        devices = tuple(keeper.device for keeper in keepers)
+        thought = self.setup.native_dtypes, self.setup.devices
+        if self.setup.for_ranks is not None and (native, devices) != thought:
             self._take(self.setup.for_ranks(keepers))
+
+    def _place_layers(
+        self, sizes: tuple[control.StageSized, ...], on_progress: Callable[[str], None]
+    ) -> tuple[control.StageSized, ...]:
+        """Where that is left to us: by what the ranks say of themselves. Their processes stay;
+        returns what they say with those layers."""
+        choice, speaker = self.setup.choice, self.topology.speaker
+        if choice is None or len(self.plan.stages) == 1:
+            return sizes
+        ranks = [speaker(stage) for stage in range(len(self.plan.stages))]
+        found: list[control.Examined] = []
+        if choice.works:
+            on_progress("timing layers on each rank")
+            examined = gather_examined(self.fleet, choice.works, EXAMINE_S)
+            found = [examined[rank] for rank in ranks]
+        before = self.plan
+        self._take(place(self.setup, [sizes[rank] for rank in ranks], found))
+        if self.plan == before:
+            return sizes
+        self._start()
+        return wait_until_sized(self.fleet, on_progress)
 
     def _start(self) -> None:
         """All stages, in a fresh epoch."""
@@ -191,11 +212,11 @@ class Driver:
     def step(self, timeout_s: float) -> list[Output]:
         """Plan what can be planned, then take what the stages said, waiting at most `timeout_s` for
         the first of it. Returns what became known, in order; may be empty."""
-        self._check_whole()
+        self.losses.check()
         self._end_aborted()
         self._plan_all()
         outputs: list[Output] = []
-        if self.trouble or self.engine.outstanding:
+        if self.losses.trouble or self.engine.outstanding:
             timeout_s = min(timeout_s, _LOOK_S)
         self._looked_s = time.monotonic()
         for received in self.fleet.receive(timeout_s):
@@ -207,26 +228,41 @@ class Driver:
                     self._plan_all()  # at once: of two results, the plan for the first is not late
                 case control.Timing(span):
                     self._num_spans_due -= 1
-                    self._watch.computed(span.stage, span.index, received.at_s)
+                    self._watch.computed(span, received.at_s)
                     self.journal.computed(span)
-                    self.engine.observe(span.index, span.stage, span.end_s - span.start_s)
-                case control.HeartbeatAnswer(sent_s, remote_s):  # of another machine
-                    if self.topology.speaks(received.rank):
-                        stage = self.topology.stage_of(received.rank)
-                        self.journal.pinged(Ping(stage, sent_s, remote_s, received.at_s))
+                    ready_s = max(span.plan_s, span.input_s)
+                    self.engine.observe(span.index, span.stage, ready_s, span.start_s, span.end_s)
+                case control.HeartbeatAnswer() if self.topology.speaks(received.rank):
+                    self._hear_of(received)
                 case control.Heartbeat():
                     self._watch.answered(self.topology.stage_of(received.rank))
+                case control.LastSpans(spans) if self.topology.speaks(received.rank):
+                    self._take_last(spans)
                 case Lost():
                     outputs += self._lose(received)
                 case Sized():
                     self._fill()
                 case Ready(stages):
                     self._go_on(stages)
-        if not self.trouble:
+        if not self.losses.trouble:
             self._look_for_hangs()
         if not outputs:
-            self._check_whole()
+            self.losses.check()
         return outputs
+
+    def _hear_of(self, received: Received) -> None:
+        """What a keeper says of its stage's process, and of its machine's clock."""
+        stage, answer = self.topology.stage_of(received.rank), received.message
+        self._watch.signs(stage, answer, received.at_s)
+        if self.fleet.is_remote(received.rank):
+            self.journal.pinged(Ping(stage, answer.sent_s, answer.remote_s, received.at_s))
+
+    def _take_last(self, spans: Sequence[Span]) -> None:
+        """What a stage that has ended had computed, and did not come to tell."""
+        for span in spans:
+            if span.index > self._watch.done[span.stage]:
+                self._watch.done[span.stage] = span.index
+                self.journal.computed(span)
 
     def _look_for_hangs(self) -> None:
         """A stage that does not do what it owes is lost; the next step begins with that."""
@@ -246,13 +282,13 @@ class Driver:
             output = self.engine.finish(request_id, reason, now)
             if output is not None:
                 del self._requests[request_id]
-                self._suspects.forget(request_id)
+                self.losses.suspects.forget(request_id)
                 self.journal.finished(output, now)
                 self._may_plan = True
 
     def _plan_all(self) -> None:
         """Fill the window."""
-        while self._may_plan and not self.trouble:
+        while self._may_plan and not self.losses.trouble:
             now = time.monotonic()
             planned = self.engine.plan(now)
             if isinstance(planned, Wait):
@@ -278,7 +314,7 @@ class Driver:
         for output in outputs:
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
-        self._suspects.came(outputs)
+        self.losses.suspects.came(outputs)
         self._may_plan = True
         self._progress_s = received.at_s
         completed = Completed(
@@ -292,48 +328,24 @@ class Driver:
         return outputs
 
     def _lose(self, received: Received) -> list[Output]:
-        """What becomes of the run when a stage was lost: the one place that decides it. It goes on
-        in a fresh epoch, from the last token of each request; or it ends, where nothing is to be
-        started again, or has been too often. Returns the end of a request that is to blame."""
-        if self._loss is not None:
+        """A stage; returns the end of a request that is to blame."""
+        if self.losses.final is not None:
             return []
-        stage, lost, now = self.topology.stage_of(received.rank), received.message, time.monotonic()
-        self.journal.lost(stage, received.at_s, lost.why)
-        self.num_losses[stage] += 1
-        self._lost_s = self._lost_s if self.trouble else now
-        self.trouble = lost.why
-        self._loss = lost
-        if self.config.restart:
-            self._loss = self._restarts.end_by(received.rank, lost, now)
-        if self._loss is not None:
+        blamed = self.losses.take(received)
+        if self.losses.final is not None:
             return []
-        _say(f"warning: {lost.why}; {self._watch.whereabouts(stage)}; it is started again")
-        index = self._watch.at(stage)
-        blamed = None if index is None else self._suspects.lost_at(index, lost.why, now)
-        if blamed is not None:
-            del self._requests[blamed.request_id]
-            self.journal.finished(blamed, now)
-        self.engine.lost(now)
-        self._suspects.isolate()
-        self._watch.start_again(now)
         self._num_spans_due = 0
         self._start()
-        return [] if blamed is None else [blamed]
+        if blamed is None:
+            return []
+        del self._requests[blamed.request_id]
+        return [blamed]
 
     def _go_on(self, started: Sequence[control.StageReady]) -> None:
         """All stages are there again."""
-        now = time.monotonic()
         self.stages = stage_infos(self.plan, self.fleet.keepers, started)
-        self.journal.resumed(now)
-        self.trouble, self._may_plan = "", True
-        _say(
-            f"all stages are there again after {now - self._lost_s:.1f} s; "
-            f"{self.engine.num_unfinished} requests go on"
-        )
-
-    def _check_whole(self) -> None:
-        if self._loss is not None:
-            raise self._loss.error()
+        self.losses.are_over()
+        self._may_plan = True
 
     def settle(self, timeout_s: float = 2.0) -> None:
         """When no request is unfinished: wait until what is outstanding has run, and take what the
@@ -347,6 +359,11 @@ class Driver:
     def refresh_memory(self) -> None:
         """Bring `stages[i].peak_bytes` up to date. Only while no request is unfinished."""
         self.stages = with_memory(self.stages, self.plan, gather_memory(self.fleet))
+
+    def examine(self, works: Sequence[Work], seconds: float) -> list[control.Examined]:
+        """What each rank says of itself, and takes for these microbatches, timed for about so long.
+        Only while no request is unfinished."""
+        return gather_examined(self.fleet, works, seconds)
 
     def close(self) -> None:
         """End every process. Safe to call twice; nothing can be run after it."""
@@ -371,7 +388,3 @@ class Driver:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
 """The processes of one pipeline as the driver sees them: keepers and stages, each over a connection
 of its own to one port.
 
-Keepers are started here (`spawn`) or by torchrun and its kind (`external`); after that the two are
-the same. `receive` gives what they say and what happens to them (`events.py`), in order; the driver
-decides what comes of it, and waits for what it needs (`waiting.py`). What strangers do costs their
-own connection. `close` leaves no process behind.
+Keepers are started here (`spawn`) or by others, such as the processes of a launched job
+(`external`); after that the two are the same. `receive` gives what they say and what happens to
+them (`events.py`), in order; the driver decides what comes of it, and waits for what it needs
+(`waiting.py`). What strangers do costs their own connection. `close` leaves no process behind.
 
 By rank (`core/topology.py`), and in epochs: each start of the stages begins a fresh one, and what
 is said of an old one is dropped.
@@ -15,41 +15,33 @@ import time
 from collections.abc import Sequence
 from math import inf
 
-import msgspec
-
 from pipeserve.configs import RunConfig
-from pipeserve.configs.addresses import join_address, split_address
 from pipeserve.core.topology import Topology
 from pipeserve.driver.events import FleetEvent, Gone, Joined, Lost, Ready, Received, Sized
-from pipeserve.driver.joining import find_secret, listen, why_not
-from pipeserve.driver.spawned_keepers import SpawnedKeepers
+from pipeserve.driver.joining import why_not
+from pipeserve.driver.members import Members
+from pipeserve.driver.port import Heard, Port
+from pipeserve.driver.spawned_keepers import OwnRanks, SpawnedKeepers
 from pipeserve.driver.starting import StartProgress, links_of
 from pipeserve.driver.watching import FleetWatch
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.listener import Listener, is_wildcard
-from pipeserve.wire.sources import Descriptor, Source, Sources
 from pipeserve.wire.strangers import TurnedAway
 
 _STOP_S = 2.0
 _AT_ONCE_S = 0.001
 _CHECK_S = 0.05
-_DECODE = {
-    "keeper": control.decode_keeper_hello,
-    "stage": control.decode_stage_hello,
-    "words of a keeper": control.decode_from_keeper,
-    "words of a stage": control.decode_from_stage,
-}
-"""By what a connection carries: that of one who has not said yet who it is, nothing but that."""
 
 
 class Fleet:
     """A keeper for each rank, each with one stage. Single-threaded: nothing happens but inside its
     methods."""
 
-    def __init__(self, topology: Topology, config: RunConfig) -> None:
+    def __init__(
+        self, topology: Topology, config: RunConfig, spawned: SpawnedKeepers | None = None
+    ) -> None:
         """Listen for keepers and stages at `config.control`, by default a free port of this
-        machine; with launcher "spawn", start the keepers.
+        machine; unless the launcher is external, start the keepers, as `spawned` does it.
 
         Raises ConfigError when the address is busy, or reached from beyond this machine without a
         secret.
@@ -57,8 +49,6 @@ class Fleet:
         self.topology = topology
         self.epoch = 0
         """Of the stages that were started last."""
-        self.keepers: dict[int, control.KeeperHello] = {}
-        """Of the ranks that have joined."""
         self.waiting_s = 0.0
         """Since when the driver only waits; a result from before then waited for the driver.
         Taking a message up at once does not end the waiting (or a stage's timing that comes just
@@ -67,9 +57,9 @@ class Fleet:
         self._pid = os.getpid()
         self._returned_s = -inf
         self._next_check_s = -inf
-        self._keeper_of: dict[int, Connection] = {}
-        self._stages: dict[int, Connection] = {}
-        self._rank_of: dict[Source, int] = {}
+        self._members = Members(topology)
+        self.keepers = self._members.hellos
+        """Of the ranks whose keepers are there: what each said of itself."""
         self._start: StartProgress | None = None
         """Of this epoch; None before the first."""
         self._jobs: Sequence[control.StartStage] = ()
@@ -79,47 +69,32 @@ class Fleet:
         self._lost: set[int] = set()
         """Ranks whose loss in this epoch was reported."""
         self._unread: list[Received] = []
-        self._spawned = SpawnedKeepers()
-        self._watch = FleetWatch(
-            topology,
-            config.heartbeat_interval,
-            self.keepers,
-            self._keeper_of,
-            self._stages,
-            self._spawned,
-        )
-        host, port = split_address(config.control) if config.control else ("127.0.0.1", 0)
-        self.secret = find_secret(config, host)
-        self._sources = Sources(self.secret)
+        self._spawned = spawned or SpawnedKeepers()
+        self._watch = FleetWatch(config.heartbeat_interval, self._members, self._spawned)
+        self._port = Port(config)
+        self.secret = self._port.secret
+        self.local_name = self._port.local_name
+        """Of where keepers and stages are listened for, to this machine."""
+        self.address = self._port.address
+        """To all machines."""
         try:
-            listener = listen(host, port, self._sources)
-            self.local_name = listener.local_name
-            """Of where keepers and stages are listened for, to this machine."""
-            self.address = config.control or join_address(listener.host, listener.port)
-            """To all machines."""
-            if config.launcher == "spawn":
-                self._start_keepers(listener)
+            if config.launcher != "external":
+                ranks = OwnRanks.all(topology.num_ranks)
+                self._spawned.start(ranks, self._port.address_here, self.secret)
         except BaseException:
             self.close()
             raise
 
     def wake_on(self, descriptor: int) -> None:
         """`receive` returns, too, when this can be read from: who else speaks to the driver."""
-        Descriptor(descriptor, self._sources, "of somebody else")
+        self._port.wake_on(descriptor)
 
     @property
     def turned_away(self) -> TurnedAway:
         """Strangers, and others who do not belong here."""
-        return self._sources.turned_away
+        return self._port.turned_away
 
     # ---- starting -------------------------------------------------------------------------------
-
-    def _start_keepers(self, listener: Listener) -> None:
-        host = listener.host
-        if is_wildcard(host):
-            host = "::1" if ":" in host else "127.0.0.1"
-        address = join_address(host, listener.port)
-        self._spawned.start(self.topology.num_ranks, address, self.secret)
 
     def start(self, jobs: Sequence[control.StartStage]) -> None:
         """Begin a fresh epoch: `Sized` says when all stages wait for `TakeMemory`, and then `Ready`
@@ -133,9 +108,10 @@ class Fleet:
         self._watch.start_again()
         now = time.monotonic()
         self._start = StartProgress(self.topology, self.keepers, self.config, now)
-        for rank, stage in self._stages.items():
-            if rank not in dead:
-                stage.send(control.encode(control.Renew(), self.epoch))
+        for rank in dead:
+            self._members.stage_is_gone(rank)
+        for rank, stage in self._members.stages.items():
+            stage.send(control.encode(control.Renew(jobs[rank].work), self.epoch))
         for rank in dead:
             self._start_stage(rank)
 
@@ -143,21 +119,19 @@ class Fleet:
         """Or being started, as far as is known."""
         if rank in self._lost or self._watch.has_exited(rank):
             return False
-        stage = self._stages.get(rank)
+        stage = self._members.stages.get(rank)
         return rank in self._started_in if stage is None else not stage.has_ended
 
     def _start_stage(self, rank: int) -> None:
-        """In place of the one that there may be."""
-        if rank in self._stages:
-            self._let_go(self._stages.pop(rank))
+        """In place of the one that there was."""
         self._started_in.pop(rank, None)
         if rank in self.keepers:
             self._started_in[rank] = self.epoch
-            self._tell_keeper(rank, self._jobs[rank])
+            self._members.tell_keeper(rank, self._jobs[rank], self.epoch)
 
     def _connect(self, stages: Sequence[control.StageReady]) -> None:
         """All have loaded: sends each the addresses at which its neighbours listen."""
-        for rank, connection in self._stages.items():
+        for rank, connection in self._members.stages.items():
             links = links_of(rank, self.topology, stages)
             connection.send(control.encode(links, self.epoch))
 
@@ -168,12 +142,8 @@ class Fleet:
     # ---- running --------------------------------------------------------------------------------
 
     def broadcast(self, message: control.ToStage) -> None:
-        """The same bytes to every rank's stage, first to the first, which may be waiting for them.
-        That one has ended, `receive` says."""
-        encoded = control.encode(message, self.epoch)
-        for rank in range(self.topology.num_ranks):
-            if rank in self._stages:
-                self._stages[rank].send(encoded)
+        """To every rank's stage. That one has ended, `receive` says."""
+        self._members.tell_stages(message, self.epoch)
         self._returned_s = -inf
 
     def receive(self, timeout_s: float) -> list[Received]:
@@ -185,18 +155,9 @@ class Fleet:
         now = time.monotonic()
         if now - self._returned_s > _AT_ONCE_S:
             self.waiting_s = now
-        if self._watch.is_waiting:
-            timeout_s = min(timeout_s, _CHECK_S)
-        for source in self._sources.ready(0 if came else timeout_s * 1000):
-            payloads = source.receive()
-            at_s = time.monotonic()
-            for payload in payloads:
-                try:
-                    epoch, message = _DECODE[source.carries](payload)
-                except (msgspec.DecodeError, RecursionError):  # of a list in a list in a list
-                    source.turn_away("what it says is not understood")
-                    break
-                self._note(message, source, at_s, epoch, came)
+        timeout_s = min(timeout_s, _CHECK_S if self._watch.is_waiting else self._watch.look_s)
+        for heard in self._port.heard(0 if came else timeout_s):
+            self._note(heard, came)
         self._returned_s = time.monotonic()
         if self._returned_s >= self._next_check_s or self._watch.is_waiting:
             self._check(came)  # a system call for each of them
@@ -206,41 +167,48 @@ class Fleet:
             came.sort(key=lambda received: isinstance(received.message, Lost | Gone))
         return came
 
+    def is_remote(self, rank: int) -> bool:
+        """Its keeper, and so its stage, is on another machine, with another clock."""
+        return self._watch.is_remote(rank)
+
     def give_up(self, rank: int, why: str) -> None:
         """Its stage does not do what it owes: lost, as `receive` tells next."""
         now = time.monotonic()
-        if rank in self._keeper_of:  # is that one there?
+        if rank in self.keepers:  # is that one there?
             self._watch.asked(rank, now)
-            self._tell_keeper(rank, control.Heartbeat(now))
+            self._members.tell_keeper(rank, control.Heartbeat(now), self.epoch)
         self._happened(Lost(why), rank, now, self._unread)
 
     def keep(self, received: list[Received]) -> None:
         """What one who waited for something else did not take: `receive` gives it again."""
         self._unread = received + self._unread
 
-    def _note(
-        self,
-        message: control.ToDriver,
-        source: Source,
-        at_s: float,
-        epoch: int,
-        came: list[Received],
-    ) -> None:
+    def _note(self, heard: Heard, came: list[Received]) -> None:
         """Deal with what concerns processes; put the rest, and what happened, into `came`."""
-        rank = self._rank_of.get(source)
+        message, epoch, source, at_s = heard
+        rank = self._members.rank_of(source)
         if rank is None:  # it says who it is
             if isinstance(message, control.KeeperHello):
                 self._welcome(message, source, at_s, came)
             else:
                 self._take_in(message, source, epoch)
-            return
-        if source is self._keeper_of.get(rank):
+        elif self._members.is_keeper(source, rank):
             self._note_keeper(message, rank, at_s, epoch, came)
-            return
-        if epoch != self.epoch:
-            return
+        elif epoch == self.epoch:
+            self._note_stage(message, rank, at_s, came)
+
+    def _note_stage(
+        self, message: control.FromStage, rank: int, at_s: float, came: list[Received]
+    ) -> None:
+        epoch = self.epoch
         match message:
-            case control.Sampled() | control.Timing() | control.Memory() | control.Heartbeat():
+            case (
+                control.Sampled()
+                | control.Timing()
+                | control.Memory()
+                | control.Examined()
+                | control.Heartbeat()
+            ):
                 came.append(Received(message, rank, at_s, epoch))
             case control.Loading():
                 self._start.loading.take(rank, message, at_s)
@@ -274,14 +242,16 @@ class Fleet:
             case control.HeartbeatAnswer():
                 self._watch.answered(rank)
                 if is_of_stage and self._start is not None:
+                    self._watch.is_in_state(rank, message.state, at_s)
                     self._start.loading.moved(rank, message.num_moved, at_s)
-                if self._watch.is_remote(rank):
-                    came.append(Received(message, rank, at_s, self.epoch))
+                came.append(Received(message, rank, at_s, self.epoch))
+            case control.LastSpans():  # of the stage before, where that was given up
+                came.append(Received(message, rank, at_s, self.epoch))
             case control.StageExited() if is_of_stage:
                 self._watch.exited(rank, message, at_s)
 
     def _welcome(
-        self, hello: control.KeeperHello, source: Source, at_s: float, came: list[Received]
+        self, hello: control.KeeperHello, source: Connection, at_s: float, came: list[Received]
     ) -> None:
         if self.config.restart and self._is_missed(hello.rank, at_s):
             lost = Lost(f"the keeper of {self.topology.name(hello.rank)} was gone, and joins again")
@@ -292,31 +262,29 @@ class Fleet:
             source.send(control.encode(control.NotWanted(why), self.epoch))
             source.turn_away(why)
             return
-        source.carries = "words of a keeper"
-        self.keepers[hello.rank] = hello
-        self._keeper_of[hello.rank] = source
-        self._rank_of[source] = hello.rank
+        self._members.keeper_joined(hello, source)
         self._happened(Joined(), hello.rank, at_s, came)
         if self._jobs:  # it comes again
             self._start.loading.begin_one(hello.rank, at_s)
+            self._members.stage_is_gone(hello.rank)
             self._start_stage(hello.rank)
 
     def _is_missed(self, rank: int, now: float) -> bool:
         """A keeper that has joined, and hung up or is silent: another one may take its place."""
-        keeper = self._keeper_of.get(rank)
+        keeper = self._members.keepers.get(rank)
         return keeper is not None and (keeper.has_ended or self._watch.is_silent(rank, now))
 
-    def _take_in(self, hello: control.StageHello, source: Source, epoch: int) -> None:
-        is_ours = 0 <= hello.rank < self.topology.num_ranks and hello.rank not in self._stages
+    def _take_in(self, hello: control.StageHello, source: Connection, epoch: int) -> None:
+        is_missing = hello.rank not in self._members.stages
+        is_ours = 0 <= hello.rank < self.topology.num_ranks and is_missing
         is_ours = is_ours and epoch == self._started_in.get(hello.rank, self.epoch)
         if not is_ours or self._start is None:
             source.turn_away(f"the stage of rank {hello.rank} is not missing")
             return
-        source.carries = "words of a stage"
-        self._stages[hello.rank] = source
-        self._rank_of[source] = hello.rank
+        self._members.stage_came(hello.rank, source)
         if epoch != self.epoch:  # another one was lost meanwhile
-            source.send(control.encode(control.Renew(), self.epoch))
+            renew = control.Renew(self._jobs[hello.rank].work)
+            source.send(control.encode(renew, self.epoch))
 
     def _check(self, came: list[Received]) -> None:
         """Who is still there; and ask, for the next time."""
@@ -327,7 +295,7 @@ class Fleet:
         if late is not None:
             self._happened(late[1], late[0], now, came)
         for rank in self._watch.to_ask(now):
-            self._tell_keeper(rank, control.Heartbeat(time.monotonic()))
+            self._members.tell_keeper(rank, control.Heartbeat(time.monotonic()), self.epoch)
 
     def _happened(self, event: FleetEvent, rank: int, at_s: float, came: list[Received]) -> None:
         """Tell it, once."""
@@ -337,22 +305,12 @@ class Fleet:
                     return
                 self._lost.add(rank)
             case Gone():
-                if self.keepers.pop(rank, None) is None:
+                if not self._members.keeper_is_gone(rank):
                     return
                 self._started_in.pop(rank, None)
-                for by_rank in (self._keeper_of, self._stages):
-                    if rank in by_rank:
-                        self._let_go(by_rank.pop(rank))
                 if self.config.restart and self._jobs:
                     self._spawned.start_again(rank)
         came.append(Received(event, rank, at_s, self.epoch))
-
-    def _let_go(self, connection: Connection) -> None:
-        connection.close()
-        del self._rank_of[connection]
-
-    def _tell_keeper(self, rank: int, message: control.ToKeeper) -> None:
-        self._keeper_of[rank].send(control.encode(message, self.epoch))
 
     # ---- ending ---------------------------------------------------------------------------------
 
@@ -367,11 +325,12 @@ class Fleet:
         process it leaves them alone."""
         if not self.is_own:
             return
-        for keeper in self._keeper_of.values():
+        keepers = self._members.keepers
+        for keeper in keepers.values():
             keeper.send(control.encode(control.Stop(), self.epoch))
         self._spawned.end()
         deadline = time.monotonic() + _STOP_S
-        for keeper in self._keeper_of.values():  # of another launcher: it hangs up when it is done
+        for keeper in keepers.values():  # of another launcher: it hangs up when it is done
             keeper.close(wait_s=max(deadline - time.monotonic(), 1e-3))
-        self._keeper_of.clear()
-        self._sources.close()
+        keepers.clear()
+        self._port.close()

@@ -1,48 +1,14 @@
-"""Where keepers join: the port that they and their stages come to, and who belongs here."""
+"""Which keepers belong to a pipeline, and what is said of those who do not come."""
 
-import secrets
-import socket
 from collections.abc import Mapping
 
 from pipeserve.configs import RunConfig
-from pipeserve.configs.addresses import join_address, split_address
+from pipeserve.configs.addresses import split_address
 from pipeserve.core.topology import Topology
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.wire.control import KeeperHello
-from pipeserve.wire.listener import Listener, is_loopback
-from pipeserve.wire.secret import control_secret
-from pipeserve.wire.sources import Sources
+from pipeserve.wire.listener import is_loopback
 from pipeserve.wire.strangers import TurnedAway
-
-
-def find_secret(config: RunConfig, host: str) -> bytes:
-    """The secret that was given, or a random one that the keepers started here get; empty: none."""
-    given = control_secret(config.control_secret)
-    if given is not None:
-        return given
-    try:
-        can_tell = config.launcher == "spawn" and is_loopback(host)
-    except OSError:  # a name that nobody knows: `listen` says so
-        can_tell = False
-    return secrets.token_bytes(32) if can_tell else b""
-
-
-def listen(host: str, port: int, sources: Sources) -> Listener:
-    """For keepers and stages. Raises ConfigError when the address is busy, not here, or reached
-    from beyond this machine without a secret."""
-    place = join_address(host, port)
-    try:
-        return Listener(host, sources, ("keeper", "stage"), port)
-    except ConfigError as error:
-        raise ConfigError(f"--control {error}") from None
-    except socket.gaierror as error:
-        raise ConfigError(f"--control {place}: {error.strerror}") from None
-    except OSError as error:
-        reason = error.strerror.partition(" (")[0]
-        raise ConfigError(
-            f"--control {place}: {reason}; choose another address or port, "
-            "or leave --control out to take any free one"
-        ) from None
 
 
 def why_not(hello: KeeperHello, topology: Topology, joined: Mapping[int, KeeperHello]) -> str:
@@ -62,18 +28,39 @@ def why_not(hello: KeeperHello, topology: Topology, joined: Mapping[int, KeeperH
 
 
 def nobody_came(
-    ranks: list[int], address: str, join_s: float, turned_away: TurnedAway
+    missing: list[int],
+    topology: Topology,
+    keepers: Mapping[int, KeeperHello],
+    config: RunConfig,
+    address: str,
+    turned_away: TurnedAway,
 ) -> StageError:
-    """For keepers that were waited for in vain."""
+    """For the keepers of `missing` ranks, that were waited for in vain; `keepers` are those that
+    have come."""
     others = ""
     if turned_away.counts:
         total, last = turned_away.counts.total(), turned_away.last
-        others = f" ({total:,} were turned away, the last: {last})"
+        others = f"; {total:,} were turned away, the last: {last}"
+    if keepers:
+        hosts = ", ".join(sorted({keeper.host for keeper in keepers.values()}))
+        others += f"; {len(keepers)} came, from {hosts}"
     return StageError(
-        f"no keeper of rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} joined {address} "
-        f"within {join_s:g} s{others}; start them with torchrun -m pipeserve.launch.keeper "
-        f"--control {address}, or raise --join-timeout"
+        f"no keeper of rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        f"{_machines_of(missing, topology, config)} joined {address} within "
+        f"{config.join_timeout:g} s{others}; see what their command says, whose keepers look for "
+        f"{address} (with --launcher external: torchrun -m pipeserve.launch.keeper --control "
+        f"{address}), or raise --join-timeout"
     )
+
+
+def _machines_of(ranks: list[int], topology: Topology, config: RunConfig) -> str:
+    """From where they should have come, where that is known."""
+    if config.nnodes == 1 or topology.num_ranks % config.nnodes:
+        return ""
+    each = topology.num_ranks // config.nnodes
+    machines = sorted({rank // each for rank in ranks})
+    named = ", ".join(map(str, machines))
+    return f" (of machine{'s' * (len(machines) > 1)} {named} of 0 to {config.nnodes - 1})"
 
 
 def check_addresses(keepers: Mapping[int, KeeperHello], control: str) -> None:

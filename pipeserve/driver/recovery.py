@@ -11,7 +11,7 @@ from pipeserve.core.nouns import Output, RequestId
 from pipeserve.core.topology import Topology
 from pipeserve.driver.events import Lost
 
-_MOST_KILLS = 2
+MOST_KILLS = 2
 """Losses that a request was aboard of, after which it runs alone."""
 _CLEARED_BY = 4
 """Tokens that show that it was not this request."""
@@ -69,7 +69,7 @@ class Suspects:
         self.forget(blamed)
         output = self._engine.finish(blamed, "error", now)
         what = (
-            f"a stage was lost at this request {_MOST_KILLS + 1} times, the last time while it ran "
+            f"a stage was lost at this request {MOST_KILLS + 1} times, the last time while it ran "
             f"alone ({why}); it is not tried again"
         )
         return None if output is None else output._replace(error=what)
@@ -91,7 +91,7 @@ class Suspects:
     def isolate(self) -> None:
         """Have one run alone, if there is one; else all may run."""
         if self._alone is None:
-            worst = (request for request, kills in self._kills.items() if kills >= _MOST_KILLS)
+            worst = (request for request, kills in self._kills.items() if kills >= MOST_KILLS)
             self._alone = min(worst, default=None)
         if self._alone != self._told:
             self._engine.run_alone(self._alone)

@@ -92,12 +92,12 @@ class ClientDoor:
         stalled_s = driver.stalled_s(self._told_s)
         where = [
             client.StageAt(
-                each.stage, each.rank, each.host, each.pid, driver.num_losses[each.stage]
+                each.stage, each.rank, each.host, each.pid, driver.losses.counts[each.stage]
             )
             for each in driver.stages
         ]
         figures = _figures(driver)
-        self._send(client.Status(stalled_s, driver.trouble, where, figures, stages_now()))
+        self._send(client.Status(stalled_s, driver.losses.trouble, where, figures, stages_now()))
 
 
 def _opened(driver: Driver) -> client.Opened:
@@ -117,7 +117,7 @@ def _figures(driver: Driver) -> dict[str, float]:
         "num_running": engine.num_running,
         "num_waiting": engine.num_waiting,
         "num_in_flight": len(engine.outstanding),
-        "window": engine.pipeline.window,
+        "window": engine.window,
         "num_blocks": driver.limits.num_blocks,
         "num_free_blocks": engine.num_free_blocks,
         "num_preemptions_total": stats.preemptions,

@@ -35,7 +35,7 @@ def find_shape(model: str, dtype: str) -> ModelShape:
     are kept as `dtype`, "auto" or a key of `DTYPE_BYTES`. Raises ConfigError."""
     if Path(model).is_dir():
         # Here: it takes torch, which a model of the catalogue does not need.
-        from pipeserve.stages.families import read_config
+        from pipeserve.stages.config.families import read_config
 
         config = read_config(model)
         return shape_of(config, model, config.resolve_dtype(dtype))

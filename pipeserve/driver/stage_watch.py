@@ -2,14 +2,20 @@
 
 A stage owes the microbatch that is next there, from when all that it needs was there as far as the
 driver has heard. How long it may take is learnt: about as long as such ones took on that stage
-before, by the driver's own clock, and a margin. A machine that gets slow makes that longer; a stage
-that is stopped, or cut off, does not. A stage that owes nothing is asked for a sign of life.
+before, by the driver's own clock, and a margin. What its keeper says of its process (`at_work.py`)
+tells a slow one from a dead one: time in which it stood in line for a core does not count, and one
+that computes, or moves bytes, gets a wider margin than one that sleeps or is stopped. A stage that
+owes nothing is asked for a sign of life.
 """
 
 from collections import deque
 from typing import NamedTuple
 
 from pipeserve.core.nouns import Microbatch
+from pipeserve.core.records import Span
+from pipeserve.driver.at_work import AtWork
+from pipeserve.driver.silence import Silence
+from pipeserve.wire.control import HeartbeatAnswer
 
 _FIRST_S = 60.0
 """For the first microbatch of all."""
@@ -17,6 +23,8 @@ _FORGET = 0.97
 """What the longest time of before still counts after each microbatch."""
 _GAP_S = 0.5
 """A driver that has not looked for so long was busy, or stood still: that time does not count."""
+_WORKING, _SLEEPING = 1.5, 0.5
+"""The margin, in times that such ones took before, where that is more than the least margin."""
 
 
 class Overdue(NamedTuple):
@@ -52,24 +60,23 @@ class StageWatch:
     """Of one pipeline. Reads no clock."""
 
     def __init__(self, num_stages: int, margin_s: float, heartbeat_s: float) -> None:
-        self._margin_s, self._heartbeat_s = margin_s, heartbeat_s
+        self._margin_s = margin_s
         self._times = [_Times() for _ in range(num_stages)]
         self._due: list[deque[_Due]] = [deque() for _ in range(num_stages)]
-        self._asked_s: dict[int, float] = {}
-        """When a stage was asked for a sign of life that it has not given."""
-        self._next_ask_s = 0.0
+        self._at_work = [AtWork() for _ in range(num_stages)]
+        self._silence = Silence(heartbeat_s)
+        """Of stages, since they were asked for a sign of life."""
         self._completed = -1
         self._completed_s = 0.0
         self._looked_s = 0.0
         self.done = [-1] * num_stages
         """The last microbatch that each has computed; -1: none yet."""
 
-    def start_again(self, now: float) -> None:
+    def start_again(self) -> None:
         """Stages with nothing to do."""
         for due in self._due:
             due.clear()
-        self._asked_s.clear()
-        self._next_ask_s = now + self._heartbeat_s / 2
+        self._silence.clear()
 
     # ---- what is heard --------------------------------------------------------------------------
 
@@ -82,10 +89,12 @@ class StageWatch:
     def completed(self, index: int, at_s: float) -> None:
         self._completed, self._completed_s = index, at_s
 
-    def computed(self, stage: int, index: int, at_s: float) -> None:
+    def computed(self, span: Span, at_s: float) -> None:
         """It may be heard before what the stage ahead of it says of the same microbatch."""
+        stage, index = span.stage, span.index
         self.done[stage] = index
-        self._asked_s.pop(stage, None)
+        self._at_work[stage].computed(span)
+        self._silence.broken(stage)
         due = self._due[stage]
         if not due or due[0].index != index:
             return
@@ -104,7 +113,13 @@ class StageWatch:
 
     def answered(self, stage: int) -> None:
         """It is alive."""
-        self._asked_s.pop(stage, None)
+        self._silence.broken(stage)
+
+    def signs(self, stage: int, signs: HeartbeatAnswer, at_s: float) -> None:
+        """What its keeper says of its process."""
+        at_work = self._at_work[stage]
+        at_work.take(signs, at_s)
+        self._silence.excuse(stage, at_work.stood_now_s)
 
     # ---- now and then ---------------------------------------------------------------------------
 
@@ -121,11 +136,9 @@ class StageWatch:
 
     def wants_to_ask(self, now: float) -> bool:
         """Those that owe nothing are to be asked for a sign of life, now."""
-        if now < self._next_ask_s or any(self._due):
+        if any(self._due) or not self._silence.is_time_to_ask(now):
             return False
-        self._next_ask_s = now + self._heartbeat_s / 2
-        for stage in range(len(self._due)):
-            self._asked_s.setdefault(stage, now)
+        self._silence.asked(range(len(self._due)), now)
         return True
 
     def overdue(self, now: float) -> Overdue | None:
@@ -134,18 +147,20 @@ class StageWatch:
         if gap_s > _GAP_S:
             self._shift(gap_s)
         self._looked_s = now
-        for stage, asked_s in self._asked_s.items():
-            if now - asked_s > self._heartbeat_s and not self._due[stage]:
-                return Overdue(stage, None, now - asked_s, 0.0)
+        for stage, silent_s in self._silence.too_long(now):
+            if not self._due[stage]:
+                return Overdue(stage, None, silent_s, 0.0)
         for stage, times in enumerate(self._times):
             due = self._ready(stage)
             if due is None:
                 continue
+            at_work = self._at_work[stage]
             usual_s = times.usual_s(due.work)
-            late_s = now - due.since_s
-            margin_s = max(self._margin_s, 1.5 * usual_s)
+            late_s = now - due.since_s - at_work.stood_s(due.since_s)
+            share = _WORKING if at_work.is_working else _SLEEPING
+            margin_s = max(self._margin_s, share * usual_s)
             if late_s > (usual_s + margin_s if usual_s else _FIRST_S):
-                return Overdue(stage, due.index, late_s, usual_s)
+                return Overdue(stage, due.index, now - due.since_s, usual_s)
         return None
 
     def _ready(self, stage: int) -> _Due | None:
@@ -161,8 +176,6 @@ class StageWatch:
         for due in self._due:
             if due:
                 due[0] = due[0]._replace(since_s=due[0].since_s + gap_s)
-        for stage in self._asked_s:
-            self._asked_s[stage] += gap_s
         self._completed_s += gap_s
 
 

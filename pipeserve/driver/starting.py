@@ -134,13 +134,17 @@ def links_of(
 
 
 def no_answer(
-    ranks: Sequence[int], what: str, topology: Topology, keepers: Mapping[int, control.KeeperHello]
+    ranks: Sequence[int],
+    what: str,
+    topology: Topology,
+    keepers: Mapping[int, control.KeeperHello],
+    limit_s: float = ANSWER_S,
 ) -> Lost:
     """Of `ranks`, whose stages have not done `what` for so long."""
     first, *others = [topology.name(rank) for rank in ranks]
     names = ", ".join([first, *(name.removeprefix("stage ") for name in others)])
     hosts = ", ".join(sorted({keepers[rank].host for rank in ranks}))
     return Lost(
-        f"{names} (on {hosts}) has not {what} within {ANSWER_S:g} s; is it stopped, or does a "
+        f"{names} (on {hosts}) has not {what} within {limit_s:g} s; is it stopped, or does a "
         "firewall stand between the machines?"
     )

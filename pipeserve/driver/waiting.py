@@ -3,9 +3,10 @@ come; and none goes on when somebody is lost.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from pipeserve.core.work import Work
 from pipeserve.driver import starting
 from pipeserve.driver.events import Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
@@ -13,6 +14,9 @@ from pipeserve.driver.joining import check_addresses, nobody_came
 from pipeserve.wire import control
 
 _LOOK_S = 0.5
+_SLOWEST = 5
+"""Load timeouts that timing may take: one large layer on a slow core takes a minute. A stage that
+dies meanwhile is told at once."""
 _Awaited = TypeVar("_Awaited", Sized, Ready)
 
 
@@ -25,7 +29,14 @@ def wait_for_keepers(fleet: Fleet, on_progress: Callable[[str], None]) -> None:
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             missing = sorted(set(range(num_ranks)) - set(fleet.keepers))
-            raise nobody_came(missing, fleet.address, join_s, fleet.turned_away)
+            raise nobody_came(
+                missing,
+                fleet.topology,
+                fleet.keepers,
+                fleet.config,
+                fleet.address,
+                fleet.turned_away,
+            )
         _check(fleet, fleet.receive(min(left_s, _LOOK_S)))
     check_addresses(fleet.keepers, fleet.address)
 
@@ -65,17 +76,35 @@ def _wait_for(kind: type[_Awaited], fleet: Fleet, on_progress: Callable[[str], N
 def gather_memory(fleet: Fleet) -> list[control.Memory]:
     """Ask every rank's stage for its peak memory. Only while no microbatch is outstanding. Raises
     StageError when one does not answer."""
-    fleet.broadcast(control.ReportMemory())
-    deadline = time.monotonic() + starting.ANSWER_S
+    question, what = control.ReportMemory(), "said what memory it has used"
+    return _gather(control.Memory, fleet, question, what, starting.ANSWER_S)
+
+
+def gather_examined(fleet: Fleet, works: Sequence[Work], seconds: float) -> list[control.Examined]:
+    """Have every rank's stage time these microbatches, for about so long, all at once. Only while
+    no microbatch is outstanding. Raises StageError when one does not answer."""
+    question, what = control.Examine(tuple(works), seconds), "timed its layers"
+    limit_s = seconds + _SLOWEST * fleet.config.load_timeout
+    return _gather(control.Examined, fleet, question, what, limit_s)
+
+
+_Answer = TypeVar("_Answer", control.Memory, control.Examined)
+
+
+def _gather(
+    kind: type[_Answer], fleet: Fleet, question: control.ToStage, what: str, limit_s: float
+) -> list[_Answer]:
+    """Of every rank, its answer of that kind, within so long."""
+    fleet.broadcast(question)
+    deadline = time.monotonic() + limit_s
     ranks = range(fleet.topology.num_ranks)
-    answers: dict[int, control.Memory] = {}
+    answers: dict[int, _Answer] = {}
     others: list[Received] = []
     while missing := [rank for rank in ranks if rank not in answers]:
         if time.monotonic() > deadline:
-            what = "said what memory it has used"
-            raise starting.no_answer(missing, what, fleet.topology, fleet.keepers).error()
+            raise starting.no_answer(missing, what, fleet.topology, fleet.keepers, limit_s).error()
         for received in _check(fleet, fleet.receive(_LOOK_S)):
-            if isinstance(received.message, control.Memory):
+            if isinstance(received.message, kind):
                 answers[received.rank] = received.message
             else:
                 others.append(received)

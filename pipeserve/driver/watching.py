@@ -1,11 +1,12 @@
 """Who of a fleet is still there: heartbeats of keepers, connections that end, dead processes."""
 
 import signal
-from collections.abc import Mapping
+from math import inf
 from typing import NamedTuple
 
-from pipeserve.core.topology import Topology
 from pipeserve.driver.events import Gone, Lost
+from pipeserve.driver.members import Members
+from pipeserve.driver.silence import Silence
 from pipeserve.driver.spawned_keepers import SpawnedKeepers
 from pipeserve.machine import boot_id
 from pipeserve.wire import control
@@ -13,12 +14,12 @@ from pipeserve.wire.connection import Connection
 
 LAST_WORD_S = 2.0
 """How long one that hung up may leave it to others to say why."""
-_MISSED_HEARTBEATS = 5
-"""After which a keeper, and its machine, is lost."""
 _SILENT_S = 1.0
 """Without an answer, after which another keeper of the same rank may take its place."""
 _CLOCK_PING_S = 0.5
 """Between two looks at the clock of another machine."""
+_STOPPED = "T"
+"""The state of a process that a signal has stopped."""
 
 
 class _Exit(NamedTuple):
@@ -31,27 +32,22 @@ class _Exit(NamedTuple):
 class FleetWatch:
     """Of all keepers and stages of one pipeline. Reads no clock."""
 
-    def __init__(
-        self,
-        topology: Topology,
-        heartbeat_s: float,
-        keepers: Mapping[int, control.KeeperHello],
-        keeper_of: Mapping[int, Connection],
-        stages: Mapping[int, Connection],
-        spawned: SpawnedKeepers,
-    ) -> None:
-        """The mappings, by rank, are the fleet's own: those who are there now."""
-        self._topology = topology
-        self._heartbeat_s = heartbeat_s
-        self._keepers, self._keeper_of, self._stages = keepers, keeper_of, stages
+    def __init__(self, heartbeat_s: float, members: Members, spawned: SpawnedKeepers) -> None:
+        """A keeper that gives no sign of life for `heartbeat_s` is lost."""
+        self._members = members
         self._spawned = spawned
         self._boot_id = boot_id()
-        self.asked_all_s = float("-inf")
-        self._asked_s: dict[int, float] = {}
-        """When a keeper got the first heartbeat that it has not answered."""
+        self._keepers = Silence(heartbeat_s)
+        self._stopped = Silence(heartbeat_s)
+        """Stages, since their keepers say that they are."""
         self._hung_up_s: dict[Connection, float] = {}
         """When a keeper or a stage was found to have ended its connection."""
         self._exits: dict[int, _Exit] = {}
+
+    @property
+    def look_s(self) -> float:
+        """Between two looks, at most."""
+        return self._keepers.look_s
 
     @property
     def is_waiting(self) -> bool:
@@ -59,9 +55,10 @@ class FleetWatch:
         return bool(self._exits or self._hung_up_s)
 
     def start_again(self) -> None:
-        """All stages are new."""
+        """A fresh epoch."""
         self._exits.clear()
         self._hung_up_s.clear()
+        self._stopped.clear()
 
     def has_exited(self, rank: int) -> bool:
         """Its stage's process, as its keeper says."""
@@ -69,21 +66,28 @@ class FleetWatch:
 
     def is_remote(self, rank: int) -> bool:
         """Its machine has another clock."""
-        return self._keepers[rank].boot_id != self._boot_id
+        return self._members.hellos[rank].boot_id != self._boot_id
 
     def is_silent(self, rank: int, now: float) -> bool:
         """Its keeper should have answered a heartbeat by now, which takes it no time."""
-        return now - self._asked_s.get(rank, now) > _SILENT_S
+        return self._keepers.lasts_s(rank, now) > _SILENT_S
 
     def asked(self, rank: int, now: float) -> None:
         """A keeper for a sign of life, out of turn."""
-        self._asked_s.setdefault(rank, now)
+        self._keepers.asked([rank], now)
 
     # ---- what comes -----------------------------------------------------------------------------
 
     def answered(self, rank: int) -> None:
         """A heartbeat."""
-        self._asked_s.pop(rank, None)
+        self._keepers.broken(rank)
+
+    def is_in_state(self, rank: int, state: str, now: float) -> None:
+        """A stage's process, as its keeper says."""
+        if state == _STOPPED:
+            self._stopped.asked([rank], now)
+        else:
+            self._stopped.broken(rank)
 
     def exited(self, rank: int, exited: control.StageExited, now: float) -> None:
         """Its keeper says so."""
@@ -93,24 +97,21 @@ class FleetWatch:
 
     def to_ask(self, now: float) -> list[int]:
         """Whose keeper is to give a sign of life now; those of other machines say what their clock
-        is, too, and are asked more often."""
-        period_s = self._heartbeat_s
-        if any(map(self.is_remote, self._keepers)):
-            period_s = min(period_s, _CLOCK_PING_S)
-        if now < self.asked_all_s + period_s:
+        is, too, and are asked as often as that takes."""
+        most_s = _CLOCK_PING_S if any(map(self.is_remote, self._members.hellos)) else inf
+        if not self._keepers.is_time_to_ask(now, most_s):
             return []
-        self.asked_all_s = now
-        for rank in self._keeper_of:
-            self._asked_s.setdefault(rank, now)
-        return list(self._keeper_of)
+        ranks = list(self._members.keepers)
+        self._keepers.asked(ranks, now)
+        return ranks
 
     def look(self, now: float) -> list[tuple[int, Lost | Gone]]:
         """Whose stage or keeper is not there any more."""
         found: list[tuple[int, Lost | Gone]] = []
         for rank, why in self._gone(now):
-            self._asked_s.pop(rank, None)
+            self._keepers.broken(rank)
             self._exits.pop(rank, None)
-            self._hung_up_s.pop(self._keeper_of.get(rank), None)
+            self._hung_up_s.pop(self._members.keepers.get(rank), None)
             found += [(rank, Lost(why)), (rank, Gone())]
         gone = {rank for rank, _ in found}
         found += [(rank, Lost(why)) for rank, why in self._lost(now) if rank not in gone]
@@ -118,51 +119,46 @@ class FleetWatch:
 
     def _gone(self, now: float) -> list[tuple[int, str]]:
         found = {}
-        for rank, connection in self._keeper_of.items():
+        for rank, connection in self._members.keepers.items():
             if self._has_hung_up(connection, now):
                 found[rank] = (
-                    f"the keeper of {self._topology.name(rank)} on {self._keepers[rank].host} hung "
-                    "up; was it ended by hand, or by its launcher?"
+                    f"the keeper of {self._members.place_of(rank)} hung up; was it ended by hand, "
+                    "or by its launcher?"
                 )
-        silence_s = _MISSED_HEARTBEATS * self._heartbeat_s
-        for rank, asked_s in self._asked_s.items():
-            if now - asked_s > silence_s:
-                found[rank] = (
-                    f"nothing heard from the keeper of {self._topology.name(rank)} on "
-                    f"{self._keepers[rank].host} for {silence_s:g} s; is it stopped, or its "
-                    "machine down?"
-                )
+        for rank, silent_s in self._keepers.too_long(now):
+            found[rank] = (
+                f"nothing heard from the keeper of {self._members.place_of(rank)} for "
+                f"{silent_s:.1f} s; is it stopped, or its machine down or cut off?"
+            )
         for rank, process in self._spawned.ended():
             found[rank] = (
-                f"the keeper of {self._topology.name(rank)} (pid {process.pid}) ended with "
+                f"the keeper of {self._members.topology.name(rank)} (pid {process.pid}) ended with "
                 f"{process.returncode}; was it killed by hand?"
             )
         return list(found.items())
 
     def _lost(self, now: float) -> list[tuple[int, str]]:
-        found = []
+        found, members = [], self._members
         for rank, (exited, at_s) in list(self._exits.items()):
-            stage = self._stages.get(rank)
+            stage = members.stages.get(rank)
             has_said_all = exited.exit_code <= 0 if stage is None else stage.has_ended
             if has_said_all or now - at_s > LAST_WORD_S:
                 del self._exits[rank]
-                found.append(
-                    (
-                        rank,
-                        f"{self._topology.name(rank)} (pid {exited.pid} on "
-                        f"{self._keepers[rank].host}) died: {_describe_exit(exited.exit_code)}",
-                    )
-                )
-        for rank, connection in self._stages.items():
+                who = f"{members.topology.name(rank)} (pid {exited.pid} on "
+                who += f"{members.hellos[rank].host})"
+                found.append((rank, f"{who} died: {_describe_exit(exited.exit_code)}"))
+        for rank, connection in members.stages.items():
             if self._has_hung_up(connection, now):  # why, its keeper says within moments
                 found.append(
                     (
                         rank,
-                        f"{self._topology.name(rank)} hung up, and its keeper on "
-                        f"{self._keepers[rank].host} does not say why; is the network between the "
+                        f"{members.topology.name(rank)} hung up, and its keeper on "
+                        f"{members.hellos[rank].host} does not say why; is the network between the "
                         "two up?",
                     )
                 )
+        for rank, _ in self._stopped.too_long(now):
+            found.append((rank, f"{members.place_of(rank)} is stopped, by a signal (SIGSTOP)"))
         return found
 
     def _has_hung_up(self, connection: Connection, now: float) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from pipeserve.core.nouns import Output, Request, TokenLogprobs
 from pipeserve.errors import one_line
@@ -68,8 +69,7 @@ class Completion:
         return self.outputs[0].error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
+class Delta(NamedTuple):
     """What one step added to one sample of one prompt."""
 
     index: int

@@ -1,6 +1,7 @@
 """Text in, text out: the checkpoint's own tokenizer. `detokenizer.py` has text that grows.
 
-transformers is imported only when text is needed; a folder without a tokenizer serves ids.
+A folder without a tokenizer serves ids. transformers is imported only for what `tokenizers` cannot
+do alone (`plain_tokenizer.py`): chat templates, and tokenizers that are more than their file.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeserve.errors import ConfigError, one_line
+from pipeserve.frontend.plain_tokenizer import load_plain
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how sentencepiece writes a byte
@@ -66,9 +68,9 @@ class Tokenizer:
 
     def chat_text(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The same, as text."""
-        if not (options.get("chat_template") or self._loaded.chat_template):
+        if not (options.get("chat_template") or self._full.chat_template):
             raise ConfigError(f"{self.folder} has no chat template; give a prompt, not messages")
-        loaded = self._loaded
+        loaded = self._full
         options = {"add_generation_prompt": True, **options}
         with _as_one_line("the model's chat template refuses these messages"):
             # transformers runs the template in a sandbox, without a way to files or code.
@@ -112,7 +114,7 @@ class Tokenizer:
         """What clients ask of a tokenizer: its special tokens and its chat template."""
         if not self.exists:
             return {}
-        loaded = self._loaded
+        loaded = self._full
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return {
             "tokenizer_class": type(loaded).__name__,
@@ -189,6 +191,12 @@ class Tokenizer:
 
     @cached_property
     def _loaded(self) -> Any:
+        """For text: by `tokenizers` where that suffices."""
+        return load_plain(self.folder) or self._full
+
+    @cached_property
+    def _full(self) -> Any:
+        """That of transformers."""
         if not self.exists:
             raise ConfigError(
                 f"{self.folder} has no tokenizer ({', '.join(_FILES)}); give prompts as token ids"

@@ -3,12 +3,11 @@
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
 from pipeserve.frontend.completion import Delta
 from pipeserve.server.openai.bodies import ChatBody
-from pipeserve.server.openai.errors import bad, failed
+from pipeserve.server.openai.errors import bad
 from pipeserve.server.openai.logprobs import chat_logprobs, prompt_logprobs
 from pipeserve.server.openai.sampling import chat_params
 from pipeserve.server.openai.tools import ToolCalls, check_tools
@@ -40,10 +39,11 @@ class Chat:
 
     async def whole(self) -> dict[str, Any]:
         choices: dict[int, dict[str, Any]] = {}
-        async with aclosing(self._deltas()) as deltas:
-            async for delta, used in deltas:
-                usage = used
-                if delta is not None:
+        async with self._service.running([self._asked()]) as (stream, prompts):
+            usage = Usage(prompts)
+            async for deltas in stream:
+                for delta in deltas:
+                    usage.count(delta)
                     self._add(choices, delta)
         for choice in choices.values():
             choice["message"]["content"] = _content(choice["message"])
@@ -51,28 +51,26 @@ class Chat:
         head = self._head("chat.completion")
         return {**head, "choices": ordered, "usage": usage.told()}
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """Those that there are, each time."""
         told, always = wants_usage(self._body)
         head = self._head("chat.completion.chunk")
-        async with aclosing(self._deltas()) as deltas:
-            async for delta, usage in deltas:
-                for choice in self._chunks(delta) if delta is not None else ():
-                    event = {**head, "choices": [choice]}
-                    yield {**event, "usage": usage.told()} if always else event
-        if told:
-            yield {**head, "choices": [], "usage": usage.told()}
-
-    async def _deltas(self) -> AsyncIterator[tuple[Delta | None, Usage]]:
-        """As they come, and what was used by then; None behind the last."""
-        asked = Asked(self._encoded, self._params, self._body.priority or 0)
-        async with self._service.running([asked]) as (stream, prompts):
+        async with self._service.running([self._asked()]) as (stream, prompts):
             usage = Usage(prompts)
-            async for delta in stream:
-                if delta.error is not None:
-                    raise failed(delta.error)
-                usage.count(delta)
-                yield delta, usage
-        yield None, usage
+            async for deltas in stream:
+                events = []
+                for delta in deltas:
+                    usage.count(delta)
+                    so_far = {"usage": usage.told()} if always else {}
+                    events += [
+                        {**head, "choices": [each], **so_far} for each in self._chunks(delta)
+                    ]
+                yield events
+        if told:
+            yield [{**head, "choices": [], "usage": usage.told()}]
+
+    def _asked(self) -> Asked:
+        return Asked(self._encoded, self._params, self._body.priority or 0)
 
     def _encoded(self) -> dict[str, Any]:
         body = self._body
@@ -140,6 +138,8 @@ class Chat:
         if body.return_token_ids:
             last["token_ids"] = list(delta.token_ids)
         if delta.finish_reason is not None:
+            if last["delta"]:  # as OpenAI's: some clients read no text where a reason is
+                chunks.append(last := _chunk(delta.sample, {}))
             last["finish_reason"] = delta.finish_reason
             if calls.num_calls and delta.finish_reason == "stop":
                 last["finish_reason"] = "tool_calls"

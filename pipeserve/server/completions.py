@@ -5,13 +5,13 @@ A whole answer is its pieces joined, so that the two cannot say different things
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from pipeserve.frontend.completion import Delta, PromptLogprobs
 from pipeserve.server.openai.bodies import CompletionBody
-from pipeserve.server.openai.errors import bad, failed
+from pipeserve.server.openai.errors import bad
 from pipeserve.server.openai.logprobs import LegacyLogprobs, prompt_logprobs
 from pipeserve.server.openai.sampling import completion_params, max_tokens_of
 from pipeserve.server.openai.usage import Usage, wants_usage
@@ -31,7 +31,11 @@ class Completions:
         if self._scores_only:
             body = body.model_copy(update={"max_tokens": 1, "max_completion_tokens": None})
         params = completion_params(body, service.maker.default_params)
-        self._asked = [Asked(prompt, params, body.priority or 0) for prompt in _prompts(body)]
+        self._prompts = _prompts(body)
+        self._asked = [
+            Asked(partial(self._encoded, prompt), params, body.priority or 0)
+            for prompt in self._prompts
+        ]
         self._num_samples = params.n
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
         """Of each prompt, once they are known."""
@@ -48,38 +52,36 @@ class Completions:
 
     async def whole(self) -> dict[str, Any]:
         choices: dict[int, dict[str, Any]] = {}
-        async with aclosing(self._pieces()) as pieces:
-            async for piece, used in pieces:
-                usage = used
-                if piece is None:
-                    continue
-                whole = choices.setdefault(piece["index"], piece)
-                if whole is not piece:
-                    _join(whole, piece)
+        async with self._service.running(self._asked) as (stream, prompts):
+            usage = Usage(prompts)
+            async for deltas in stream:
+                for piece in self._pieces(deltas, usage):
+                    whole = choices.setdefault(piece["index"], piece)
+                    if whole is not piece:
+                        _join(whole, piece)
         ordered = [choices[index] for index in sorted(choices)]
         return {**self._head, "choices": ordered, "usage": usage.told()}
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """Those that there are, each time."""
         told, always = wants_usage(self._body)
-        async with aclosing(self._pieces()) as pieces:
-            async for piece, usage in pieces:
-                if piece is not None:
-                    event = {**self._head, "choices": [piece]}
-                    yield {**event, "usage": usage.told()} if always else event
-        if told:
-            yield {**self._head, "choices": [], "usage": usage.told()}
-
-    async def _pieces(self) -> AsyncIterator[tuple[dict[str, Any] | None, Usage]]:
-        """Pieces of choices as they come, and what was used by then; None behind the last."""
+        head = self._head
         async with self._service.running(self._asked) as (stream, prompts):
             usage = Usage(prompts)
-            async for delta in stream:
-                if delta.error is not None:
-                    raise failed(delta.error)
-                usage.count(delta, has_output=not self._scores_only)
-                for ready in self._in_order(delta):
-                    yield self._piece(ready), usage
-        yield None, usage
+            async for deltas in stream:
+                yield [
+                    {**head, "choices": [piece], **({"usage": usage.told()} if always else {})}
+                    for piece in self._pieces(deltas, usage)
+                ]
+        if told:
+            yield [{**head, "choices": [], "usage": usage.told()}]
+
+    def _pieces(self, deltas: Iterable[Delta], usage: Usage) -> Iterator[dict[str, Any]]:
+        """Of choices, in order. `usage` has what was used by the one that is given last."""
+        for delta in deltas:
+            usage.count(delta, has_output=not self._scores_only)
+            for ready in self._in_order(delta):
+                yield self._piece(ready)
 
     def _in_order(self, delta: Delta) -> Iterator[Delta]:
         """What a prompt's samples echo comes with the first of them; until then others wait."""
@@ -95,8 +97,10 @@ class Completions:
     def _piece(self, delta: Delta) -> dict[str, Any]:
         body, tokenizer = self._body, self._service.tokenizer
         place = (delta.index, delta.sample)
-        is_first = place not in self._legacy
-        legacy = self._legacy.setdefault(place, LegacyLogprobs(tokenizer, body.logprobs or 0))
+        legacy = self._legacy.get(place)
+        is_first = legacy is None
+        if legacy is None:
+            legacy = self._legacy[place] = LegacyLogprobs(tokenizer, body.logprobs or 0)
         text, token_ids, entries = delta.text, delta.token_ids, delta.logprobs or ()
         if self._scores_only:
             text, token_ids, entries = "", (), ()
@@ -124,8 +128,15 @@ class Completions:
             piece["prompt_logprobs"] = prompt_logprobs(tokenizer, delta.prompt_token_ids, scored)
         return piece
 
+    def _encoded(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """On the text thread."""
+        if "prompt" not in prompt or self._body.add_special_tokens is not False:
+            return prompt
+        ids = self._service.encode(prompt["prompt"], add_special_tokens=False)
+        return {**prompt, "prompt": None, "prompt_token_ids": ids}
+
     def _text_of_prompt(self, delta: Delta) -> str:
-        prompt = self._asked[delta.index].prompt
+        prompt = self._prompts[delta.index]
         if "prompt" in prompt:
             return prompt["prompt"]
         skips = self._asked[delta.index].params.skip_special_tokens

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipeserve.server.answers import SEND
 from pipeserve.server.openai.errors import ApiError
 
 _OPEN_PATHS = ("/health", "/ready")
@@ -49,6 +50,7 @@ class Gate:
             await send(message)
 
         scope = _plain(scope)
+        scope["state"][SEND] = send_with_id
         try:
             self._check_key(scope["path"], headers)
             _check_encoding(headers)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from pipeserve.errors import ConfigError, one_line
 from pipeserve.server.options import ServerOptions
@@ -55,6 +56,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._hurry = _stopped(self._hurry)
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.send = _Unchunked(self.cycle)
 
     def _await_head(self) -> None:
         if self._hurry is None:
@@ -72,6 +75,26 @@ class HttpProtocol(HttpToolsProtocol):
         self._hurry, self._unread = _stopped(self._hurry), _stopped(self._unread)
         self._unset_keepalive_if_required()  # uvicorn does not where the client breaks off
         super().connection_lost(exc)
+
+
+class _Unchunked:
+    """`send` for a client of HTTP/1.0, which knows no chunks: an answer whose length nobody knows
+    ends with its connection. uvicorn would send it chunks all the same (uvicorn#1360)."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._is_measured = True
+
+    async def __call__(self, message: ASGISendEvent) -> None:
+        cycle = self._cycle
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            self._is_measured = b"content-length" in names
+            if not self._is_measured:
+                cycle.chunked_encoding = False
+        elif not self._is_measured:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await RequestResponseCycle.send(cycle, message)
 
 
 def _stopped(timer: asyncio.TimerHandle | None) -> None:

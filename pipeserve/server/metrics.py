@@ -38,4 +38,6 @@ class Metrics:
         ProcessCollector(registry=self._registry)
 
     def text(self) -> bytes:
+        if self.requests is not None:
+            self.requests.settle()
         return text_of(self._registry)

@@ -37,7 +37,9 @@ class ServerOptions:
     stall_timeout: float = _option(
         60.0, "Seconds that the stages may owe a result before /health says so."
     )
-    max_body_bytes: int = _option(32 << 20, "Most bytes of a request's body.")
+    max_body_bytes: int = _option(
+        4 << 20, "Most bytes of a request's body. While one is read, streams stand still."
+    )
     max_samples: int = _option(128, "Most samples (n, times the prompts) of one request.")
     max_stop: int = _option(64, "Most stop strings of one request.")
     max_logprobs: int = _option(20, "Most log-probabilities at each position.")

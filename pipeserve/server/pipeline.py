@@ -7,10 +7,10 @@ local socket; all text is made on this side of it.
 import asyncio
 import contextlib
 import secrets
+import signal
 import subprocess
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -41,19 +41,40 @@ class DriverJob(msgspec.Struct, frozen=True):
     secret: bytes
 
 
+@contextlib.contextmanager
+def _endings_blocked() -> Iterator[None]:
+    """What is started meanwhile, and what that starts, is not ended by these signals, from its
+    first moment on. A terminal's Ctrl-C and a supervisor's SIGTERM come to all processes, and it is
+    the server that they are meant for: the others are there until it has drained."""
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Late(Exception):
     """A stream's time is over."""
 
 
+class Failed(Exception):
+    """One of a stream's requests alone could not be gone on with."""
+
+
 class Stream:
-    """Deltas of some requests as they come, in order. Whoever has one closes it: what has not
-    ended by then is ended."""
+    """Deltas of some requests as they come, in order, in lists: all that came since its reader
+    looked last. Whoever has one closes it: what has not ended by then is ended."""
 
     def __init__(self, pipeline: "Pipeline", generations: Sequence[Generation]) -> None:
         self.running = {generation.request.id: generation for generation in generations}
         self._pipeline = pipeline
-        self._inbox: deque[Delta | Exception] = deque()
-        self._arrived = asyncio.Event()
+        self._inbox: list[Delta] = []
+        self._error: Exception | None = None
+        """What comes behind them."""
+        self._arrival: asyncio.Future | None = None
+        """Of what its reader waits for."""
         self._deadline: asyncio.TimerHandle | None = None
 
     def end_in(self, seconds: float) -> None:
@@ -64,27 +85,35 @@ class Stream:
     def _end_late(self) -> None:
         if self.running:
             self.close("timeout")
-            self.put(Late())
+            self.fail(Late())
 
-    def put(self, entry: Delta | Exception) -> None:
-        self._inbox.append(entry)
-        self._arrived.set()
+    def put(self, delta: Delta) -> None:
+        self._inbox.append(delta)
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     def __aiter__(self) -> "Stream":
         return self
 
-    async def __anext__(self) -> Delta:
-        """Raises StageError when the pipeline has ended, ConfigError for what it would not run, and
-        Late."""
+    async def __anext__(self) -> list[Delta]:
+        """Raises StageError when the pipeline has ended, ConfigError for what it would not run,
+        Failed and Late."""
         while not self._inbox:
+            if self._error is not None:
+                raise self._error
             if not self.running:
                 raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        entry = self._inbox.popleft()
-        if isinstance(entry, Exception):
-            raise entry
-        return entry
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        deltas, self._inbox = self._inbox, []
+        return deltas
 
     def close(self, reason: str = "abort") -> None:
         if self._deadline is not None:
@@ -132,7 +161,8 @@ class Pipeline:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sources.fileno(), self._read)
         job = encode_job(DriverJob(config, listener.address, self._sources.secret))
-        self._process = subprocess.Popen(program, stdin=subprocess.PIPE)
+        with _endings_blocked():
+            self._process = subprocess.Popen(program, stdin=subprocess.PIPE)
         self._process.stdin.write(job)
         self._process.stdin.close()
         self._tasks = [loop.create_task(self._sweep()), loop.create_task(self._wait_for_end())]
@@ -201,7 +231,7 @@ class Pipeline:
                     if stream is not None:
                         stream.running.pop(request_id, None)
                         self.metrics.requests.ended(request_id, "error")
-                        stream.put(ConfigError(reason))
+                        stream.fail(ConfigError(reason))
             case client.Progress(text):
                 self._on_progress(text)
             case client.Opened():
@@ -221,7 +251,10 @@ class Pipeline:
             del self._streams[output.request_id], stream.running[output.request_id]
             if output.finish_reason is None:  # its text ended it
                 self._send(client.Abort(output.request_id, delta.finish_reason))
-        stream.put(delta)
+        if delta.error is not None:
+            stream.fail(Failed(delta.error))
+        else:
+            stream.put(delta)
 
     def end_all(self, reason: str) -> None:
         """Whatever runs is told so, and nothing is taken any more."""
@@ -236,7 +269,7 @@ class Pipeline:
         self.ended = error
         for stream in set(self._streams.values()):
             stream.running.clear()
-            stream.put(error)
+            stream.fail(error)
         self._streams.clear()
         self._changed.set()
 

@@ -20,9 +20,9 @@ from pipeserve.frontend.prompt_forms import plain_messages
 from pipeserve.frontend.request_maker import RequestMaker
 from pipeserve.sampling_params import SamplingParams
 from pipeserve.server.openai.bodies import ChatBody, TokenizeBody
-from pipeserve.server.openai.errors import ApiError, bad
+from pipeserve.server.openai.errors import ApiError, bad, failed
 from pipeserve.server.options import ServerOptions
-from pipeserve.server.pipeline import Late, Pipeline, Stream
+from pipeserve.server.pipeline import Failed, Late, Pipeline, Stream
 
 _RETRY_S = 1
 _MOST_LETTERS = 1 << 16
@@ -106,7 +106,7 @@ class Service:
         ApiError."""
         messages = plain_messages(body.messages)
         text = self.tokenizer.chat_text(messages, **self._template_of(body))
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(text, add_special_tokens=bool(body.add_special_tokens))
 
     def _check_text(self, text: str) -> None:
         """Not to cut into tokens, for minutes, what can never fit. Raises CapacityError."""
@@ -175,6 +175,8 @@ class Service:
                 if self.options.request_timeout:
                     stream.end_in(self.options.request_timeout)
                 yield stream, prompts
+        except Failed as error:
+            raise failed(str(error)) from None
         except Late:
             raise ApiError(
                 504,
@@ -208,7 +210,7 @@ class Service:
         return generations, prompts
 
     def _check_prompt(self, prompt: dict[str, Any]) -> None:
-        if "prompt" in prompt:
+        if prompt.get("prompt"):
             self._check_text(prompt["prompt"])
         if not (prompt.get("prompt") or prompt.get("prompt_token_ids")):
             raise ConfigError("the prompt is empty; give it a token")

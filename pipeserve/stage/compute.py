@@ -10,6 +10,7 @@ nothing to begin ahead.
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from pipeserve.core.work import Work
 from pipeserve.stage.sequences import Sequence
 from pipeserve.wire import control
 from pipeserve.wire.control import Step
@@ -61,6 +62,11 @@ class Compute(Protocol):
     """Microbatches that it has begun and not ended at once: 2 where a device computes, which goes
     from one to the next by itself; 1 where this thread does."""
 
+    def examine(self, works: tuple[Work, ...], seconds: float) -> control.Examined:
+        """What it computes with, and what each part of its model takes for these microbatches,
+        timed for about so long."""
+        ...
+
     def take_memory(self, num_blocks: int) -> None:
         """Reads its weights, and makes a pool of so many KV blocks."""
         ...
@@ -71,8 +77,9 @@ class Compute(Protocol):
         ...
 
     def left_s(self, computing: Any) -> float:
-        """Seconds for which this thread may wait for another microbatch to begin before it takes
-        the end of this one, which was begun first; 0 when it should do so now."""
+        """Seconds for which this thread may sleep: the device is busy with this microbatch, which
+        was begun first, and nothing that comes would be computed earlier for being seen earlier.
+        0 when it is time to look what has come, to begin it, and to take this one's end."""
         ...
 
     def end(self, computing: Any, feed_back: FeedBack) -> Done:

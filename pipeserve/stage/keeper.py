@@ -12,15 +12,17 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import msgspec
 
-from pipeserve.machine import boot_id, native_dtypes, num_cpus
+from pipeserve.cpus import cores_of
+from pipeserve.machine import boot_id, fingerprint, native_dtypes, num_cpus
+from pipeserve.stage.last_spans import LastSpans
+from pipeserve.stage.placement import most_threads, place_of, stage_environment
+from pipeserve.stage.vital_signs import VitalSigns, vital_signs
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Heartbeat, NotWanted, StartStage, Stop
-from pipeserve.wire.secret import VARIABLE
 from pipeserve.wire.sources import Descriptor, Source, Sources
 
 _RETRY_S = 0.2
@@ -31,15 +33,23 @@ class Keeper:
     """Starts, watches and ends one stage process."""
 
     def __init__(
-        self, address: str, rank: int, world_size: int, join_timeout_s: float, secret: bytes
+        self,
+        address: str,
+        rank: int,
+        world_size: int,
+        join_timeout_s: float,
+        secret: bytes,
+        host: str = "",
     ) -> None:
-        """Of the driver at `address` (HOST:PORT)."""
+        """Of the driver at `address` (HOST:PORT). `host`: of this machine, where its stage is to be
+        reached, by default that by which it reaches the driver."""
         self.address = address
         self.rank = rank
         self.world_size = world_size
         self.join_timeout_s = join_timeout_s
         self.deadline = time.monotonic() + join_timeout_s
         self.secret = secret
+        self.host = host
         self.sources = Sources(secret)
         self.driver: Connection | None = None
         self.has_joined = False
@@ -51,6 +61,8 @@ class Keeper:
         self.stage: subprocess.Popen | None = None
         self.stage_ended: Descriptor | None = None
         self.stage_pidfd = -1
+        self.last_spans: LastSpans | None = None
+        """Of the stage that there is."""
 
     def end_with_driver(self) -> None:
         """The parent of this process, that holds the other end of its stdin. Either alone is not
@@ -103,7 +115,8 @@ class Keeper:
     def _give_up(self) -> None:
         self._say(
             f"no driver at {self.address} within {self.join_timeout_s:g} s ({self.failure}); "
-            "start it with --launcher external, or raise --join-timeout"
+            "is it running, with --launcher external or as rank 0 of this job? Else raise "
+            "--join-timeout"
         )
         self.exit_code = 1
 
@@ -112,10 +125,11 @@ class Keeper:
             rank=self.rank,
             world_size=self.world_size,
             host=socket.gethostname(),
-            address=self.driver.own_host,
+            address=self.host or self.driver.own_host,
             pid=os.getpid(),
             boot_id=boot_id(),
             native_dtypes=native_dtypes(),
+            device=fingerprint(*_local_place(self.rank, self.world_size)),
         )
 
     # ---- once it has joined ---------------------------------------------------------------------
@@ -142,42 +156,40 @@ class Keeper:
                 self.exit_code = 2
             case Heartbeat():
                 now = time.monotonic()
-                self._tell(control.HeartbeatAnswer(message.sent_s, now, self._num_moved()))
+                self._tell(control.HeartbeatAnswer(message.sent_s, now, *self._signs()))
 
     def _start(self, job: StartStage, epoch: int) -> None:
         """In place of the stage that there may be, whatever that is doing: the driver has given it
         up."""
         self._end_stage()
         self.epoch = epoch
-        place = _local_place(self.rank, self.world_size)
-        cores, num_threads = stage_cpus(sorted(os.sched_getaffinity(0)), num_cpus(), *place)
+        local = _local_place(self.rank, self.world_size)
+        cores = cores_of(os.sched_getaffinity(0))
+        place = place_of(cores, num_cpus(), *local, most_threads(os.environ))
         if job.control.startswith("/"):
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
-        job = msgspec.structs.replace(job, host=self.driver.own_host)
-        launched = control.Launch(job, self.rank, epoch, self.secret)
+        job = msgspec.structs.replace(job, host=self.host or self.driver.own_host)
+        self.last_spans = spans = LastSpans.make()
+        launched = control.Launch(job, self.rank, epoch, self.secret, spans.descriptor)
         with _file_of(control.encode_job(launched)) as launch:
             self.stage = subprocess.Popen(
                 [
                     sys.executable,
                     *("-m", "pipeserve.stage.process"),
-                    *(str(os.getpid()), ",".join(map(str, cores)), job.module),
+                    *(str(os.getpid()), ",".join(map(str, place.cpus)), job.module),
                 ],
                 stdin=launch,
-                env=_stage_environment(self.rank, place[0], num_threads),
+                pass_fds=[spans.descriptor],
+                env=stage_environment(os.environ, self.rank, local[0], place.num_threads),
             )
         self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
         self.stage_ended = Descriptor(self.stage_pidfd, self.sources, "stage's end")
 
-    def _num_moved(self) -> int:
-        """Bytes that the stage has read and written, from memory or disk."""
+    def _signs(self) -> VitalSigns:
+        """Of the stage."""
         if self.stage is None or self.stage_ended is None:
-            return 0
-        try:
-            lines = Path(f"/proc/{self.stage.pid}/io").read_text("ascii").splitlines()
-        except OSError:  # it is ending, or may not be looked at
-            return 0
-        counts = dict(line.split(": ") for line in lines)
-        return sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes"))
+            return VitalSigns()
+        return vital_signs(self.stage.pid)
 
     def _report_exit(self) -> None:
         self._end_stage()
@@ -192,6 +204,8 @@ class Keeper:
         self.stage_ended.close()
         os.close(self.stage_pidfd)
         self.stage_ended = None
+        self._tell(control.LastSpans(tuple(self.last_spans.take())))
+        self.last_spans.close()
 
     def _tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))
@@ -200,45 +214,11 @@ class Keeper:
         print(f"error: keeper of rank {self.rank}: {what}", file=sys.stderr)
 
 
-def stage_cpus(
-    cores: list[int], num_cpus: int, local_rank: int, local_world_size: int
-) -> tuple[list[int], int]:
-    """The cores that one of `local_world_size` stages on this machine gets, and its threads.
-
-    Shares are equal and disjoint. With more stages than cores there is nothing to pin: each stage
-    may run on any core, with one thread. All stages together have as many threads as `num_cpus`,
-    which a container's quota can make fewer than there are cores, or one each: a thread over the
-    quota makes the others stand still at the end of each product (ollama#17916, 45 times slower).
-    """
-    share = len(cores) // local_world_size
-    if share == 0:
-        return cores, 1
-    num_threads = max(min(num_cpus // local_world_size, share), 1)
-    return cores[local_rank * share : (local_rank + 1) * share], num_threads
-
-
 def _local_place(rank: int, world_size: int) -> tuple[int, int]:
     """This rank's number among those of its machine, and how many they are; all, where the launcher
     does not say."""
     place = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", world_size)
     return int(place[0]), int(place[1])
-
-
-def _stage_environment(rank: int, local_rank: int, num_threads: int) -> dict[str, str]:
-    """What has to be set before the stage's interpreter starts.
-
-    Huge pages for large allocations (glibc 2.35 and newer; others ignore it): gathering KV touches
-    many pages; one pair of runs of the mix in docs/bench.md took 25.4 s with and 27.0 s without.
-    """
-    environment = {
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(local_rank),
-        "OMP_NUM_THREADS": str(num_threads),
-    }
-    environment.pop(VARIABLE, None)  # it is told in another way
-    return environment
 
 
 @contextlib.contextmanager

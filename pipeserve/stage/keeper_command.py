@@ -3,19 +3,24 @@
     python -m pipeserve.launch.keeper --control HOST:PORT                    (RANK, WORLD_SIZE set)
     torchrun --nproc-per-node 2 -m pipeserve.launch.keeper --control HOST:PORT
 
-It ends when the driver says so (exit code 0), is gone (1) or will not have it (2).
+It ends when the driver says so (exit code 0), is gone (1) or will not have it (2). SIGTERM and
+SIGINT come to all processes of a service, and its server may have requests to finish: `Endings`.
 """
 
 import argparse
 import os
 import signal
 import sys
+import time
 
 from pipeserve.configs.addresses import split_address
 from pipeserve.errors import ConfigError
 from pipeserve.stage.keeper import Keeper
 from pipeserve.wire.listener import is_loopback
 from pipeserve.wire.secret import control_secret
+
+_ONE_PRESS_S = 1.0
+"""What comes within is one and the same: a launcher hands on what reaches its processes anyway."""
 
 
 def _parse() -> argparse.Namespace:
@@ -39,6 +44,21 @@ def _parse() -> argparse.Namespace:
         metavar="SECONDS",
         help="how long to look for the driver, which may have a model to fetch or to convert "
         "before it listens (default: 600)",
+    )
+    parser.add_argument(
+        "--host",
+        default="",
+        metavar="ADDRESS",
+        help="of this machine, by which others reach the rank's stage (default: that by which it "
+        "reaches the driver)",
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=int,
+        default=40,
+        metavar="SECONDS",
+        help="how long to go on after SIGTERM or Ctrl-C while the driver does (default: 40); a "
+        "second one ends it at once",
     )
     parser.add_argument(
         "--until-stdin-closes",
@@ -76,6 +96,29 @@ def _find_secret(arguments: argparse.Namespace) -> bytes:
     return secret or b""
 
 
+class Endings:
+    """What SIGTERM and SIGINT do. A keeper that has joined goes on, within a time, while its driver
+    does: that one may have got the same signal, and be draining."""
+
+    def __init__(self, keeper: Keeper, timeout_s: int) -> None:
+        self._keeper, self._timeout_s = keeper, timeout_s
+        self._asked_s: float | None = None
+        signal.signal(signal.SIGALRM, self._time_is_up)
+
+    def came(self, signum: int, frame: object) -> None:
+        now = time.monotonic()
+        if not self._keeper.has_joined or not self._timeout_s:
+            raise SystemExit(128 + signum)
+        if self._asked_s is None:
+            self._asked_s = now
+            signal.alarm(self._timeout_s)
+        elif now - self._asked_s > _ONE_PRESS_S:
+            raise SystemExit(128 + signum)
+
+    def _time_is_up(self, signum: int, frame: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
 def _end_on_signal(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)
 
@@ -95,11 +138,15 @@ def main() -> None:
         int(arguments.world_size),
         arguments.join_timeout,
         secret,
+        arguments.host,
     )
+    endings = Endings(keeper, arguments.shutdown_timeout)
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, endings.came)
     if arguments.until_stdin_closes:
         keeper.end_with_driver()
     exit_code = keeper.run()
-    for ending in (signal.SIGTERM, signal.SIGINT):  # it ends already
+    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):  # it ends already
         signal.signal(ending, signal.SIG_IGN)
     sys.exit(exit_code)
 

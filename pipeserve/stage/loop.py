@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from pipeserve.core.records import Span
 from pipeserve.stage.compute import Compute, Done, Tell, Turn
 from pipeserve.stage.memory import peak_bytes
@@ -24,6 +26,7 @@ from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import (
     Connect,
+    Examine,
     Heartbeat,
     Renew,
     ReportMemory,
@@ -46,14 +49,18 @@ class StageLoop:
         driver: Connection,
         make: Callable[[StartStage, Tell], Compute],
         baseline: int,
+        keep: Callable[[Span], None] = lambda span: None,
     ) -> None:
-        """`baseline`: bytes of this process's memory, before all that the stage takes."""
+        """`baseline`: bytes of this process's memory, before all that the stage takes. `keep`:
+        called with each span at once, before it is told."""
         self.job = job
         self.epoch = epoch
         self.sources = sources
         self.driver = driver
         self.has_memory = False
         self.baseline = baseline
+        self._make = make
+        self.keep = keep
         self.compute = make(job, self.tell)
         self._start_epoch()
 
@@ -72,7 +79,7 @@ class StageLoop:
     def wait_for_memory(self) -> None:
         """Until the driver has said how much to take, and it is taken."""
         while not self.has_memory:
-            self._receive(None)
+            self._receive(may_wait=True)
 
     def run(self) -> None:
         """Until the keeper ends this process."""
@@ -81,7 +88,7 @@ class StageLoop:
 
     def go_round(self, may_wait: bool = True) -> None:
         """Once. Where it may wait, it does so while there is nothing else to do."""
-        self._receive(self._patience_s() if may_wait else 0.0)
+        self._receive(may_wait and self._has_nothing_to_do())
         while self._can_begin():
             self._begin()
         self._tell_span()  # not before the next microbatch has begun, if it can
@@ -126,23 +133,21 @@ class StageLoop:
 
     # ---- what arrives ---------------------------------------------------------------------------
 
-    def _patience_s(self) -> float | None:
-        """How long to wait for messages; None: until one comes."""
+    def _has_nothing_to_do(self) -> bool:
+        """Until something comes. Sleeps first while the device needs nothing."""
         if self.untold is not None or self._is_full():
-            return 0.0
+            return False
         if self.begun:
-            return self.compute.left_s(self.begun[0][1])
-        return None
+            time.sleep(self.compute.left_s(self.begun[0][1]))
+        return not self.begun
 
-    def _receive(self, timeout_s: float | None) -> None:
-        """Take everything that has arrived, waiting for it so long.
+    def _receive(self, may_wait: bool) -> None:
+        """Take everything that has arrived; where it may wait, something has.
 
         What came while the stage ended a microbatch, however late it is taken, was not waited for:
         it counts as seen at that end.
         """
-        # Whole milliseconds, the finest that a wait can be, and not longer than it may be.
-        timeout_ms = None if timeout_s is None else int(1000 * timeout_s)
-        for source in self.sources.ready(timeout_ms):
+        for source in self.sources.ready(None if may_wait else 0):
             messages = source.receive()
             seen_s = time.monotonic() if self.untold is None else self.untold.end_s
             match source.carries:
@@ -161,7 +166,7 @@ class StageLoop:
 
     def _obey(self, epoch: int, message: control.ToStage, seen_s: float) -> None:
         if isinstance(message, Renew):
-            self._renew(epoch)
+            self._renew(epoch, message.work)
         if epoch != self.epoch:
             return
         match message:
@@ -173,13 +178,19 @@ class StageLoop:
                 self._connect(message)
             case Heartbeat():
                 self.tell(message)
+            case Examine(works, seconds):
+                self.tell(self.compute.examine(works, seconds))
             case ReportMemory():
                 self.tell(control.Memory(peak_bytes()))
 
-    def _renew(self, epoch: int) -> None:
-        """Forgets all that this epoch was about; weights and the room for KV stay."""
+    def _renew(self, epoch: int, work: bytes) -> None:
+        """Forgets all that this epoch was about; weights and the room for KV stay. Before it
+        has any, it may be given other work."""
         self.epoch = epoch
         self.neighbours.close()
+        if work != self.job.work:
+            self.job = msgspec.structs.replace(self.job, work=work)
+            self.compute = self._make(self.job, self.tell)
         self._start_epoch()
 
     def _connect(self, addresses: Connect) -> None:
@@ -246,6 +257,7 @@ class StageLoop:
                     sampled.index, sampled.tokens, sampled.counts, done.sent_s
                 )
         self.untold = self._span(turn, done)
+        self.keep(self.untold)
 
     def _feed_back(self, index: int, tokens: list[int], counts: bytes) -> None:
         """What the last stage sampled, to the first before anything else, for it may be waiting."""

@@ -26,6 +26,8 @@ def end_with(keeper_pid: int) -> None:
 def main() -> None:
     keeper_pid, cores, module = sys.argv[1:]
     end_with(int(keeper_pid))
+    for ending in (signal.SIGINT, signal.SIGTERM):  # they come to all: the keeper's to handle
+        signal.signal(ending, signal.SIG_IGN)
     os.sched_setaffinity(0, map(int, cores.split(",")))
     sys.argv = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

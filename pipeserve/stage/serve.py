@@ -2,7 +2,6 @@
 keeper has put it, joins the driver, and replays microbatches until its keeper ends it."""
 
 import gc
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import msgspec
 
 from pipeserve.errors import PipeserveError
 from pipeserve.stage.compute import Compute, Tell
+from pipeserve.stage.last_spans import LastSpans
 from pipeserve.stage.loop import StageLoop
 from pipeserve.stage.memory import resident_bytes
 from pipeserve.wire import connecting, control
@@ -22,10 +22,9 @@ _LAST_WORD_S = 2.0
 
 def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
     """Run the stage that standard input says; on failure, tell the driver and exit 1."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     baseline = resident_bytes()
     launch = control.decode_launch(sys.stdin.buffer.read())
-    job, rank, epoch, secret = msgspec.structs.astuple(launch)
+    job, rank, epoch, secret, spans = msgspec.structs.astuple(launch)
     sources = Sources(secret)
     try:
         driver = connecting.connected(job.control, sources, "stage")
@@ -33,7 +32,7 @@ def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
         sys.exit(f"error: stage {job.stage}: the driver at {error}")
     driver.send(control.encode(control.StageHello(rank), epoch))
     try:
-        stage = StageLoop(job, epoch, sources, driver, make, baseline)
+        stage = StageLoop(job, epoch, sources, driver, make, baseline, LastSpans(spans).put)
         stage.wait_for_memory()
         gc.collect()
         gc.freeze()

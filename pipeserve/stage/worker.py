@@ -12,16 +12,19 @@ from typing import NamedTuple
 import torch
 
 from pipeserve.core.nouns import one_each
+from pipeserve.core.work import Work
 from pipeserve.stage.compute import Done, FeedBack, Tell, Turn
+from pipeserve.stage.facts import facts_of
 from pipeserve.stage.memory import device_memory
 from pipeserve.stage.sequences import Sequence
 from pipeserve.stage.serve import serve
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
-from pipeserve.stages.checkpoint.weights import load_weights
-from pipeserve.stages.devices import make_backend
-from pipeserve.stages.families import read_config
+from pipeserve.stages.checkpoint.weights import check_checkpoint, load_weights
+from pipeserve.stages.config.families import read_config
+from pipeserve.stages.devices import best_num_threads, make_backend
 from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
 from pipeserve.stages.stage import Stage
+from pipeserve.stages.timing import part_bytes, time_parts
 from pipeserve.wire import control, links
 from pipeserve.wire.control import StartStage, StepChunk
 
@@ -51,8 +54,12 @@ class ModelCompute:
         self._share = share = control.decode_share(job.work)
         self.block_size = share.block_size
         self.config = read_config(share.model_folder)
+        if job.is_first:  # one for all
+            check_checkpoint(share.model_folder, self.config)
         self.dtype = getattr(torch, share.dtype)
         self.kv_dtype = getattr(torch, share.kv_dtype)
+        most_threads = torch.get_num_threads()
+        torch.set_num_threads(best_num_threads(share.device, share.attention, most_threads))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.model = Stage(
             self.config,
@@ -62,15 +69,34 @@ class ModelCompute:
             has_head=share.has_head,
             backend=make_backend(share.device, share.attention, local_rank),
         )
+        layer_bytes, *end_bytes = part_bytes(self.config, self.dtype)
         self.size = control.StageSized(
             weight_bytes=self.model.bytes_in(self.dtype),
             block_bytes=self.model.kv_block_bytes(block_size=share.block_size, dtype=self.kv_dtype),
             memory=device_memory(self.model.backend.device),
+            layer_bytes=layer_bytes,
+            end_bytes=tuple(end_bytes),
         )
         self.num_threads = torch.get_num_threads()
         self.links = links.TensorLinks()
         self._last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
+
+    def examine(self, works: tuple[Work, ...], seconds: float) -> control.Examined:
+        """As `Compute`."""
+        timed = time_parts(
+            self.config,
+            self.model.backend,
+            works,
+            seconds,
+            dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
+            block_size=self.block_size,
+            has_embedding=self._job.is_first,
+            has_head=self._job.is_last,
+        )
+        facts = facts_of(str(torch.__version__), self.model.backend.name, self.num_threads)
+        return control.Examined(facts, timed.parts, timed.cpu_share)
 
     def take_memory(self, num_blocks: int) -> None:
         """As `Compute`. Tells how far the weights are."""

@@ -41,12 +41,12 @@ _MOST_BYTES = {
 """Of one message, by what the connection is for."""
 _WATCH = (
     ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
-    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 5),
-    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 5),
-    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 3),
-    ((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 20_000),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 2),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 4),
+    ((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 6_000),
 )
-"""A machine that is silent for 20 seconds is gone: its kernel answers while it is there."""
+"""A machine that is silent for 6 seconds is gone: its kernel answers while it is there."""
 
 
 class Accepting(Protocol):

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from pipeserve.core.records import Span
+from pipeserve.core.work import PartSeconds, Work
 from pipeserve.machine import MemoryLimit
 
 
@@ -102,6 +103,8 @@ class Launch(msgspec.Struct, array_like=True, frozen=True, gc=False):
     rank: int
     epoch: int
     secret: bytes
+    spans: int
+    """A descriptor, that of the `stage/last_spans.py` that it shares with its keeper."""
 
 
 # ---- keeper -> driver ---------------------------------------------------------------------------
@@ -118,6 +121,8 @@ class KeeperHello(_Message):
     """Of its machine, whose processes share one clock."""
     native_dtypes: tuple[str, ...] = ()
     """What its CPU multiplies natively (`machine.native_dtypes`)."""
+    device: str = ""
+    """What its stage computes on (`machine.fingerprint`): where that is the same, so are times."""
 
 
 class HeartbeatAnswer(_Message):
@@ -128,7 +133,16 @@ class HeartbeatAnswer(_Message):
     remote_s: float
     """By the keeper's."""
     num_moved: int
-    """Bytes that its stage's process has read and written so far, as the kernel counts them."""
+    """Of its stage's process, this and all below: what the kernel says (`stage/vital_signs.py`)."""
+    ran_s: float
+    stood_s: float
+    state: str
+
+
+class LastSpans(_Message):
+    """What the keeper's stage had computed last when it ended, whether or not it had told."""
+
+    spans: tuple[Span, ...]
 
 
 class StageExited(_Message):
@@ -151,6 +165,19 @@ class TakeMemory(_Message):
 class Renew(_Message):
     """Another stage was lost: drop all requests, plans and links, keep weights and memory, and go
     on in the epoch of this message, as if just started. The answer is `StageSized`."""
+
+    work: bytes
+    """As in `StartStage`. Other work than before comes before weights are read alone, when the
+    layers were cut anew."""
+
+
+class Examine(_Message):
+    """Ask for `Examined`, of a stage that has nothing else to do."""
+
+    works: tuple[Work, ...]
+    """Microbatches that are to be timed."""
+    seconds: float
+    """About how long, in all."""
 
 
 class Connect(_Message):
@@ -220,6 +247,39 @@ class StageSized(_Message):
     """Of one KV block, in all its layers."""
     memory: tuple[MemoryLimit, ...]
     """Where all of that has to fit, beside what others take there. Empty: it takes none."""
+    layer_bytes: tuple[int, ...] = ()
+    """Of the weights of each layer of the model, whichever stage has it."""
+    end_bytes: tuple[int, int] = (0, 0)
+    """Of those of embedding and head."""
+
+
+class Facts(msgspec.Struct, frozen=True, gc=False):
+    """What a rank computes with and in; what differs between ranks is worth a word."""
+
+    python: str
+    torch: str
+    pipeserve: str
+    kernels: str
+    """What the layers are computed by."""
+    cpus: tuple[int, ...]
+    """That the stage may run on."""
+    num_threads: int
+    cpu_limit: float
+    """CPUs that its container lets run; inf: no limit."""
+    open_files: int
+    """That a process may have."""
+    shared_bytes: int
+    """Free in /dev/shm; 0 where there is none."""
+
+
+class Examined(_Message):
+    """What a stage found of itself."""
+
+    facts: Facts
+    parts: tuple[PartSeconds, ...]
+    """For each microbatch that was asked for."""
+    cpu_share: float
+    """Of its core, while it timed that."""
 
 
 class Loading(_Message):
@@ -296,8 +356,8 @@ class StageFailed(_Message):
 
 
 ToKeeper = StartStage | Stop | NotWanted | Heartbeat
-ToStage = TakeMemory | Renew | Connect | Step | ReportMemory | Heartbeat
-FromKeeper = HeartbeatAnswer | StageExited
+ToStage = TakeMemory | Renew | Examine | Connect | Step | ReportMemory | Heartbeat
+FromKeeper = HeartbeatAnswer | LastSpans | StageExited
 FromStage = (
     StageSized
     | Loading
@@ -307,6 +367,7 @@ FromStage = (
     | Sampled
     | Timing
     | Memory
+    | Examined
     | Heartbeat
     | StageFailed
 )

@@ -97,7 +97,9 @@ def _windows(setting: Setting) -> Iterator[Change]:
                 kind="window",
                 what=f"{window} microbatches in flight in place of {now}",
                 how=f"--pipeline-window {window}",
-                setting=replace(setting, plan=replace(setting.plan, window=window)),
+                setting=replace(
+                    setting, plan=replace(setting.plan, window=window, window_follows=False)
+                ),
             )
 
 

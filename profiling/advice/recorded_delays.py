@@ -44,7 +44,7 @@ def delays_of(recording: Recording) -> Delays:
     spans = [{span.index: span for span in of_stage} for of_stage in recording.spans]
     lengths = [span.end_s - span.start_s for of_stage in recording.spans for span in of_stage]
     tolerance_s = _WAITED * float(np.median(lengths)) if lengths else 0.0
-    sources = _sources(recording.planned)
+    sources = sources_of(recording.planned)
     control_s = _control_s(recording, planned, spans, tolerance_s)
     feedback_s = _feedback_s(recording.spans[0], spans[-1], sources, tolerance_s)
     if feedback_s is None:
@@ -141,7 +141,7 @@ def _feedback_s(
     return None if found is None else max(found, 0.0)
 
 
-def _sources(planned: Sequence[Planned]) -> dict[int, int]:
+def sources_of(planned: Sequence[Planned]) -> dict[int, int]:
     """Microbatch -> the latest one before it that samples a token that stage 0 embeds in it."""
     sampled_by: dict[RequestId, int] = {}
     sources = {}

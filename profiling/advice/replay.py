@@ -52,7 +52,7 @@ def setting_of(
             for stage in meta["plan"]["stages"]
         ]
         return Setting(
-            plan=PipelinePlan(tuple(stages), meta["plan"]["window"]),
+            plan=PipelinePlan(**{**meta["plan"], "stages": tuple(stages)}),
             policy=meta["policy"],
             limits=Limits(**meta["limits"]),
             make_cost=make_cost,

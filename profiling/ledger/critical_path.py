@@ -27,6 +27,7 @@ from typing import NamedTuple
 from pipeserve.core.nouns import RequestId
 from pipeserve.core.records import Planned, Span
 from pipeserve.core.work import work_of
+from pipeserve.profiling.ledger.faults import outages_of
 from pipeserve.profiling.ledger.path_vectors import (
     CONTROL,
     FAULT,
@@ -99,7 +100,8 @@ class Walk:
         self.done = [completed.index for completed in recording.completed]
         self.carried = [[0.0] * SIZE for _ in recording.spans]
         """What the intervals before were given too little (over 0) and too much of; sums to 0."""
-        self.faults_s = [fault.at_s for fault in recording.faults]
+        self.outages = outages_of(recording)
+        self.last_index = [-1] * num_stages
         self.idle: list[list[Idle]] = [[] for _ in recording.spans]
         self.busy_s = [0.0] * num_stages
 
@@ -141,7 +143,7 @@ class Walk:
         """Why microbatches are missing before it; None where as many are outstanding as there are
         stages. Paths may differ in steps all the same: two chains of microbatches that take turns
         have long histories of their own."""
-        if any(self.sent[1] < fault_s <= planned.sent_s for fault_s in self.faults_s):
+        if any(planned.index == outage.next_index for outage in self.outages):
             return "fault"
         place = bisect_right(self.done_s, planned.start_s)
         latest = self.done[place - 1] if place else -1
@@ -220,6 +222,7 @@ class Walk:
         begin_s, end_s = max(span.start_s, free_s), min(span.end_s, self.stop_s)
         self.busy_s[stage] += max(end_s - begin_s, 0.0)
         self.last[stage] = event[0], max(span.end_s, span.start_s, free_s)
+        self.last_index[stage] = span.index
 
     def _received(self, index: int) -> PathEvent:
         """The driver took up a result: when it came, or when the driver had done what it was at:
@@ -246,6 +249,10 @@ class Walk:
         before, end_s = self.last[stage]
         if span.start_s <= end_s:
             return
+        lost_s = self._lost_since(stage, span.index)
+        if lost_s is not None:
+            self._idle_by_fault(span, start, min(max(lost_s, end_s), span.start_s))
+            return
         last_parts = self.last_parts[stage]
         difference = list(map(sub, start, before))
         if last_parts is None:
@@ -266,12 +273,31 @@ class Walk:
             by_cause(split, missing or "too_few_microbatches"),
         )
 
+    def _lost_since(self, stage: int, index: int) -> float | None:
+        """When the stage's wait for this microbatch became one for a stage that was lost."""
+        behind = range(self.last_index[stage] + 1, index + 1)
+        return min((o.from_s for o in self.outages if o.next_index in behind), default=None)
+
+    def _idle_by_fault(self, span: Span, start: Vector, lost_s: float) -> None:
+        """From the last sign of life of the stage that was lost, all is that fault's; what the wait
+        had been for before that, the paths say."""
+        stage = span.stage
+        before, end_s = self.last[stage]
+        difference = list(map(sub, start, before))
+        difference[FAULT] = 0.0
+        split = divide(at_an_edge(difference), lost_s - end_s)
+        self._note(stage, span.index, end_s, lost_s, by_cause(split, "fault"))
+        fault = [0.0] * SIZE
+        fault[FAULT] = span.start_s - lost_s
+        self._note(stage, span.index, lost_s, span.start_s, by_cause(fault, "fault"))
+        self.carried[stage] = [0.0] * SIZE
+
     def _trailing(self, stage: int) -> None:
         """From the stage's last end to the end of the run."""
         before, end_s = self.last[stage]
         after, after_s = self._received(max(self.completed, default=-1))
         if self.last_parts[stage] is None or after_s < self.stop_s:
-            is_fault = bool(self.faults_s) and self.faults_s[-1] >= after_s
+            is_fault = bool(self.outages) and self.outages[-1].fault.at_s >= after_s
             after = later(before, FAULT if is_fault else UNKNOWN, self.stop_s - end_s)
         split = divide(at_an_edge(list(map(sub, after, before))), self.stop_s - end_s)
         self._note(stage, -1, end_s, self.stop_s, by_cause(split, "drain"))

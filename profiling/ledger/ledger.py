@@ -11,6 +11,7 @@ import numpy as np
 from pipeserve.core.nouns import RequestId
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.critical_path import Idle, Walk
+from pipeserve.profiling.ledger.faults import FaultCost, costs_of
 from pipeserve.profiling.recording.recording import Recording
 
 
@@ -26,11 +27,17 @@ class Ledger:
     """Of each stage, by time. Intervals of no length are left out."""
     busy_s: tuple[float, ...]
     """Of each stage; with its idle intervals exactly `stop_s - start_s`."""
+    faults: tuple[FaultCost, ...] = ()
+    """What each cost, in order."""
 
     @property
     def seconds(self) -> float:
         """Wall time."""
         return self.stop_s - self.start_s
+
+    def again_s(self, stage: int) -> float:
+        """Of its busy seconds, those in which it computed what a fault had taken."""
+        return sum([cost.again_s[stage] for cost in self.faults])
 
     def idle_s(self, stage: int) -> dict[str, float]:
         """Seconds of a stage by cause; every cause is there."""
@@ -82,7 +89,8 @@ def explain(recording: Recording) -> Ledger:
         raise ValueError("the recording has no spans")
     walk = Walk(recording)
     walk.run()
-    return Ledger(walk.start_s, walk.stop_s, tuple(walk.idle), tuple(walk.busy_s))
+    costs = costs_of(recording, walk.outages, walk.model, walk.stop_s)
+    return Ledger(walk.start_s, walk.stop_s, tuple(walk.idle), tuple(walk.busy_s), tuple(costs))
 
 
 def _sum(intervals: list[Idle]) -> list[float]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from statistics import median_low
 
 from pipeserve.core.records import Span
+from pipeserve.profiling.ledger.faults import FaultCost
 from pipeserve.profiling.ledger.ledger import Ledger
 from pipeserve.profiling.recording.recording import Recording
 
@@ -12,7 +14,18 @@ _TOLERANCE_S = 1e-6
 
 def notes_of(recording: Recording, ledger: Ledger | None) -> list[str]:
     """A line each; those that came with the recording first."""
-    return [*recording.notes, *_seen(recording, ledger)]
+    return [*recording.notes, *window_notes(recording), *_seen(recording, ledger)]
+
+
+def window_notes(recording: Recording) -> list[str]:
+    """Where there were more microbatches in flight than stages, because links are slow."""
+    windows = [plan.window for plan in recording.planned if plan.window]
+    if not windows or min(windows) == max(windows):
+        return []
+    return [
+        f"{min(windows)} to {max(windows)} microbatches in flight, by the delay of links and "
+        f"messages (mostly {median_low(windows)}); --pipeline-window fixes their number"
+    ]
 
 
 def _seen(recording: Recording, ledger: Ledger | None) -> Iterator[str]:
@@ -28,15 +41,27 @@ def _seen(recording: Recording, ledger: Ledger | None) -> Iterator[str]:
                 "the one before has ended: times in its file are damaged"
             )
     start_s = ledger.start_s if ledger is not None else 0.0
+    costs = {cost.fault: _cost(cost) for cost in ledger.faults} if ledger is not None else {}
     for fault in recording.faults:
         at_s = fault.at_s - start_s
-        yield f"stage {fault.stage} was lost after {at_s:,.3f} s: {fault.reason}"
+        lost = f"stage {fault.stage} was lost after {at_s:,.3f} s: {fault.reason}"
+        yield lost + costs.get(fault, "")
     under_way = len(recording.arrived) - len(recording.ended)
     if under_way > 0:
         yield (
             f"{under_way:,} of {len(recording.arrived):,} requests had not ended: the run was "
             "killed, or its records were lost"
         )
+
+
+def _cost(cost: FaultCost) -> str:
+    if not cost.idle_s:
+        return "; the one before was not over"
+    again_s = sum(cost.again_s) / len(cost.again_s)
+    return (
+        f"; nothing was computed for {cost.idle_s:,.3f} s, and then {cost.num_tokens:,} tokens "
+        f"again, in {again_s:,.3f} s of each stage"
+    )
 
 
 def _num_out_of_order(spans: Sequence[Span]) -> int:

@@ -73,6 +73,7 @@ class SimulatedPipeline:
         num_stages = len(engine.pipeline.stages)
         self._stage_free = [0.0] * num_stages
         self._link_free = [0.0] * (num_stages - 1)
+        self._latency_s = times.latency_s or [0.0] * (num_stages - 1)
         self._driver_free_s = -inf
         self._wanted_s = inf  # since when the driver has something to do beside completions
         self._outstanding: deque[Flight] = deque()
@@ -126,7 +127,7 @@ class SimulatedPipeline:
 
     def _complete(self, flight: Flight, now: float) -> list[Output]:
         for stage, (start, end) in enumerate(zip(flight.starts_s, flight.ends_s, strict=True)):
-            self.engine.observe(flight.index, stage, end - start)
+            self.engine.observe(flight.index, stage, start, start, end)
         result = StepResult(flight.index, (0,) * sum(flight.counts), flight.counts)
         outputs = self.engine.complete(result, now)
         self._tell.completed(flight, outputs, now)
@@ -145,7 +146,7 @@ class SimulatedPipeline:
             ends.append(end)
             if stage < len(hop_s):
                 there = max(end, self._link_free[stage]) + hop_s[stage]
-                self._link_free[stage] = there
+                self._link_free[stage] = there - self._latency_s[stage]
                 inputs.append(there)
         summary, counts = self.engine.last, one_each(microbatch.chunks)
         flight = Flight(

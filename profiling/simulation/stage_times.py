@@ -17,7 +17,7 @@ from pipeserve.core.cost.kernels import TILE
 from pipeserve.core.cost.pipeline_cost import all_reduce_s, crossings, hop_seconds
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import Microbatch, PipelinePlan
-from pipeserve.core.work import Work, work_of
+from pipeserve.core.work import PartSeconds, Work, work_of
 
 _JITTERS = 8191  # prime, so that microbatches times stages do not soon repeat
 
@@ -31,6 +31,10 @@ class StageTimes(Protocol):
     """From the last stage to stage 0, of the sampled tokens; None: as `control_s`."""
     planning_s: float = 0.0
     """Of one plan. The driver makes one at a time and does nothing else meanwhile."""
+
+    latency_s: Sequence[float] = ()
+    """For each seam, what of `hop_s` does not occupy the link: the next activations may be sent
+    meanwhile. Empty: none."""
 
     def compute_s(self, microbatch: Microbatch) -> Sequence[float]:
         """Seconds of each stage's own compute, in stage order."""
@@ -58,7 +62,9 @@ class ProfiledTimes(StageTimes):
         plan: PipelinePlan,
         tensor_parallel_size: int = 1,
         seed: int = 0,
+        slowdown: Sequence[float] | None = None,
     ):
+        """`slowdown`: for each stage, how many times as long as the profile's device it takes."""
         check_profile(profile, model=shape.name, tensor_parallel_size=tensor_parallel_size)
         self.control_s = self.feedback_s = profile.control_s
         self._profile = profile
@@ -66,9 +72,14 @@ class ProfiledTimes(StageTimes):
         self._size = tensor_parallel_size
         self._seed = seed
         stages = [(s.num_layers, s.has_head, s.has_embedding) for s in plan.stages]
+        self._slowdown = tuple(slowdown or (1.0,) * len(stages))
         self._kinds = list(dict.fromkeys(stages))
         self._kind_of = [self._kinds.index(stage) for stage in stages]
         self._crossings = crossings(profile, len(stages), tensor_parallel_size)
+        self.latency_s = [
+            (profile.inter_node if crosses else profile.intra_node).alpha_s
+            for crosses in self._crossings
+        ]
         self._flat: dict[int, tuple[float, float]] = {}
         self._heads: dict[int, float] = {0: 0.0}
         self._factors: dict[tuple[str, int, int], float] = {}
@@ -80,24 +91,33 @@ class ProfiledTimes(StageTimes):
 
     def compute_s(self, microbatch: Microbatch) -> list[float]:
         """Of one execution on each stage; the same microbatch has the same times."""
-        work = self._work_of(microbatch)
-        layer, embedding = self._flat_of(work.num_tokens)
-        layer += self._attention_s(work)
-        head, host = self._head_s(work.num_logits), self._profile.host_s
+        (layer,), embedding, head, host = self._parts(self._work_of(microbatch))
         by_kind = [
             layers * layer + has_head * head + has_embedding * embedding + host
             for layers, has_head, has_embedding in self._kinds
         ]
         jitters, first = self._jitters, microbatch.index * len(self._kind_of)
         return [
-            by_kind[kind] * jitters[(first + stage) % _JITTERS]
+            by_kind[kind] * self._slowdown[stage] * jitters[(first + stage) % _JITTERS]
             for stage, kind in enumerate(self._kind_of)
         ]
 
     def head_s(self, microbatch: Microbatch) -> float:
         """Of the last stage's, jitter and all."""
         jitter = self._jitters[((microbatch.index + 1) * len(self._kind_of) - 1) % _JITTERS]
-        return self._head_s(self._work_of(microbatch).num_logits) * jitter
+        head_s = self._head_s(self._work_of(microbatch).num_logits)
+        return head_s * self._slowdown[-1] * jitter
+
+    def parts(self, work: Work, stage: int) -> PartSeconds:
+        """On that stage's device, jitter left out; of one layer, for all are alike."""
+        factor = self._slowdown[stage]
+        (layer,), *others = self._parts(work)
+        return PartSeconds((factor * layer,), *(factor * seconds for seconds in others))
+
+    def _parts(self, work: Work) -> PartSeconds:
+        layer, embedding = self._flat_of(work.num_tokens)
+        layer += self._attention_s(work)
+        return PartSeconds((layer,), embedding, self._head_s(work.num_logits), self._profile.host_s)
 
     def hop_s(self, microbatch: Microbatch) -> tuple[float, ...]:
         """Of the activations over each of the P - 1 seams."""

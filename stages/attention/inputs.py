@@ -5,6 +5,7 @@ Suffixes: T tokens of the microbatch, S chunks, R rows whose logits are wanted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -62,25 +63,30 @@ def build_inputs(
     `token_ids`: all known ids of each chunk's request (first stage), or None. Does not modify its
     arguments and keeps none of their lists.
     """
-    positions, slots, tables, begun, rows = [], [], [], [], []
-    num_tokens = 0
-    for start, stop, block_table, num_logits in spans:
-        table = np.array(block_table[: -(-stop // block_size)], dtype=np.int64)
-        where = np.arange(start, stop)
-        positions.append(where)
-        slots.append(table[where // block_size] * block_size + where % block_size)
-        tables.append(torch.from_numpy(table))
+    starts, stops, tables, _ = zip(*spans, strict=True)
+    num_blocks = [-(-stop // block_size) for stop in stops]
+    blocks = [table[:number] for table, number in zip(tables, num_blocks, strict=True)]
+    lens_S, num_blocks_S = np.subtract(stops, starts), np.array(num_blocks)
+    ends_S, block_ends_S = lens_S.cumsum(), num_blocks_S.cumsum()
+    num_tokens = int(ends_S[-1])
+    positions_T = np.arange(num_tokens) + (starts - ends_S + lens_S).repeat(lens_S)
+    # All tables behind one another, and where in them each token's block stands.
+    joined = np.array(list(chain.from_iterable(blocks)), dtype=np.int64)
+    places_T = positions_T // block_size + (block_ends_S - num_blocks_S).repeat(lens_S)
+    begun, rows = [], []
+    for (start, stop, _, num_logits), table, end in zip(
+        spans, blocks, ends_S.tolist(), strict=True
+    ):
         if 0 < stop % block_size <= stop - start:
-            begun.append(int(table[-1]))
-        num_tokens += stop - start
-        rows.extend(range(num_tokens - num_logits, num_tokens))
+            begun.append(table[-1])
+        rows.extend(range(end - num_logits, end))
     return StageInputs(
         token_ids_T=None if token_ids is None else _take_ids(spans, token_ids),
-        positions_T=torch.from_numpy(np.concatenate(positions)),
-        slots_T=torch.from_numpy(np.concatenate(slots)),
-        query_lens=tuple(stop - start for start, stop, _, _ in spans),
-        context_lens=tuple(stop for _, stop, _, _ in spans),
-        block_tables=tuple(tables),
+        positions_T=torch.from_numpy(positions_T),
+        slots_T=torch.from_numpy(joined[places_T] * block_size + positions_T % block_size),
+        query_lens=tuple(lens_S.tolist()),
+        context_lens=stops,
+        block_tables=torch.from_numpy(joined).split(num_blocks),
         begun_blocks=torch.tensor(begun, dtype=torch.int64),
         logit_rows_R=torch.tensor(rows, dtype=torch.int64),
     )

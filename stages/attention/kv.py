@@ -49,6 +49,7 @@ class KVCache:
             turned_shape = (*shape[:3], config.head_dim, block_size)
             self.keys_LKBPH = self.keys_LKBPH.view(turned_shape).transpose(-1, -2)
         self.values_LKBPH = allocate(shape, dtype=dtype, device=device).zero_()
+        self._layers = tuple(zip(self.keys_LKBPH, self.values_LKBPH, strict=True))
 
     @staticmethod
     def block_bytes(
@@ -59,7 +60,7 @@ class KVCache:
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """(keys, values) of the stage's own layer number `layer`, each [K, B, P, H]."""
-        return self.keys_LKBPH[layer], self.values_LKBPH[layer]
+        return self._layers[layer]
 
     def rows_of(self, blocks: Tensor) -> Tensor:
         """Where `blocks` [N] of each head lie when K and B are one axis: int64 [K * N], by head."""

@@ -44,6 +44,11 @@ class Backend:
         self.device = torch.device(device)
         self.attention = attention or GatheredAttention(self.device)
 
+    @property
+    def name(self) -> str:
+        """Of what computes here, for people."""
+        return f"PyTorch on {self.device.type}"
+
     # ---- what lies on the device ----------------------------------------------------------------
 
     def place(self, tensor: Tensor) -> Tensor:

@@ -14,6 +14,10 @@ class CudaBackend(Backend):
         check_gpu()
         super().__init__(torch.device("cuda", local_rank % torch.cuda.device_count()), attention)
 
+    @property
+    def name(self) -> str:
+        return f"PyTorch on {torch.cuda.get_device_name(self.device)}"
+
 
 def check_gpu() -> None:
     """Raises ConfigError where this process could not compute on a GPU."""

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from tokenizers import Tokenizer, pre_tokenizers
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _REMEDY = "give the model's safetensors folder or hub id"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
 
 if TYPE_CHECKING:
     from tqdm.std import tqdm

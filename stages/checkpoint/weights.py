@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeserve.errors import ConfigError
+from pipeserve.stages.config.families import find_family
 from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.stages.families import find_family
 from pipeserve.stages.layers.leaf import Leaf, Rows
 from pipeserve.stages.stage import Stage
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from pipeserve.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ACTIVATION_NAMES = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+"""Hugging Face's, of what `stages/backends/activations.py` has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,17 +4,13 @@
 its hidden states.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
-from pipeserve.stages.backends.activations import ACTIVATIONS
-from pipeserve.stages.config.config_file import ConfigFile
-from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.stages.families.family import Family
+from pipeserve.stages.config.families.opt import OPTConfig
 from pipeserve.stages.families.llama import qkv_rows, qkv_width
+from pipeserve.stages.families.parts import Parts
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.layers.leaf import Embedding
 from pipeserve.stages.layers.linear import Linear
@@ -24,36 +20,6 @@ from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 _DECODER = "model.decoder"
 _OFFSET = 2  # rows of the position table before position 0, left over from padding ids
-_EPS = 1e-5  # torch's own default, which OPT's configuration does not name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OPTConfig(ModelConfig):
-    embedding_size: int
-    is_pre_norm: bool
-    has_final_norm: bool
-    has_bias: bool
-
-
-def _read_opt(file: ConfigFile) -> OPTConfig:
-    """Where the file is silent: what transformers takes."""
-    file.only("layer_norm_elementwise_affine", True)
-    file.only("head_dim", None)
-    file.none_slides()
-    is_pre_norm = file.flag("do_layer_norm_before", True)
-    return OPTConfig(
-        **file.shared_fields(
-            norm_eps=_EPS, tied=True, head_dim=file.share_of_head(), max_positions=2048
-        ),
-        intermediate_size=file.count("ffn_dim"),
-        num_kv_heads=file.count("num_attention_heads"),
-        activation=file.one_of("activation_function", ACTIVATIONS, "relu"),
-        gated_mlp=False,
-        embedding_size=file.count("word_embed_proj_dim", file.count("hidden_size")),
-        is_pre_norm=is_pre_norm,
-        has_final_norm=is_pre_norm and not file.flag("_remove_final_layer_norm", False),
-        has_bias=file.flag("enable_bias", True),
-    )
 
 
 class OPTLayer(nn.Module):
@@ -115,15 +81,4 @@ def _make_head(config: OPTConfig) -> Head:
     )
 
 
-OPT = Family(
-    name="OPT",
-    architectures=("OPTForCausalLM",),
-    model_type="opt",
-    models="OPT 125M to 66B, Galactica",
-    differs="learned positions, LayerNorm, ReLU MLP, biases; 350M: post-norm, narrow embedding",
-    layers=f"{_DECODER}.layers",
-    read_config=_read_opt,
-    make_embedding=_make_embedding,
-    make_layer=OPTLayer,
-    make_head=_make_head,
-)
+PARTS = Parts(_make_embedding, OPTLayer, _make_head)

@@ -1,5 +1,7 @@
 """What a stage is made of."""
 
+from typing import Any
+
 from torch import nn
 
 from pipeserve.stages.backends.backend import Backend
@@ -10,3 +12,8 @@ class Part(nn.Module):
 
     backend: Backend
     """Set by the stage, once all of its parts are there."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """`forward`, without what PyTorch does around it for hooks that nobody has: a tenth of a
+        stage's Python."""
+        return self.forward(*arguments, **named)

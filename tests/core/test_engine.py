@@ -382,9 +382,9 @@ class FakeCost:
 def test_observations_reach_the_cost_model_at_any_time():
     cost = FakeCost()
     engine = make_engine(cost=cost)
-    engine.observe(99, 0, 0.25)
+    engine.observe(99, 0, 1.0, 1.5, 1.75)
     assert cost.observed == [(99, 0, 0.25)]
-    make_engine().observe(99, 0, 0.25)  # without a cost model: ignored
+    make_engine().observe(99, 0, 1.0, 1.5, 1.75)  # without a cost model: ignored
 
 
 class Scripted:

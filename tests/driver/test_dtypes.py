@@ -128,7 +128,7 @@ def test_one_type_for_the_whole_pipeline(folder, monkeypatch, thought, joined):
     )
     with Driver(checkpoint_setup(config), fleet=LocalFleet) as driver:
         expected = "bfloat16" if joined == BF16 else "float32"
-        computes = [worker.compute for worker in driver.fleet.workers.values()]
+        computes = [worker.compute for worker in driver.fleet.workers]
         assert {str(compute.dtype) for compute in computes} == {f"torch.{expected}"}
         assert driver.dtype == expected
         assert f"parameters in {expected} (" in loaded(driver)

@@ -15,13 +15,9 @@ from pipeserve.wire import control
 from pipeserve.wire.connecting import connect
 from pipeserve.wire.sources import Sources
 
+from local_fleet import NoKeepers  # isort: skip
+
 JOB = control.StartStage(0, 1, "", b"", "", "", traceback=False)
-
-
-class Alone(fleet.Fleet):
-    """That starts no keepers."""
-
-    def _start_keepers(self, listener): ...
 
 
 class OneStage:
@@ -31,10 +27,10 @@ class OneStage:
         self.now_s = 100.0
         monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         topology = Topology(tuple((rank,) for rank in range(num_stages)))
-        self.fleet = Alone(topology, RunConfig(model="any"))
+        self.fleet = fleet.Fleet(topology, RunConfig(model="any"), NoKeepers())
         self.fleet.start([])
-        self._sources = Sources(self.fleet.secret)
-        self._stage = self.comes()
+        self.sources = Sources(self.fleet.secret)
+        self.stage = self.comes()
         self.says_something()
         while not self.fleet.receive(0.0):
             self.listens()
@@ -42,22 +38,31 @@ class OneStage:
     def comes(self, rank=0, epoch=1, sources=None):
         """One more, which says that it is a stage."""
         address = f"{self.fleet.address}/{self.fleet.local_name}"
-        stage = connect(address, sources or self._sources, "stage")
+        stage = connect(address, sources or self.sources, "stage")
         stage.send(control.encode(control.StageHello(rank), epoch))
         return stage
 
+    def keeper_joins(self):
+        """That of its rank, on another machine."""
+        address = f"{self.fleet.address}/{self.fleet.local_name}"
+        self.keeper = connect(address, self.sources, "keeper")
+        self.keeper.send(control.encode(control.KeeperHello(0, 1, "afar", "", 0, ""), 0))
+        while 0 not in self.fleet.keepers:
+            self.fleet.receive(0.0)
+            self.listens()
+
     def listens(self):
-        for source in self._sources.ready(0):
+        for source in self.sources.ready(0):
             source.receive()
 
     def says(self, message, epoch=1):
-        self._stage.send(control.encode(message, epoch))
+        self.stage.send(control.encode(message, epoch))
 
     def says_something(self):
         self.says(control.Memory(7))
 
     def hangs_up(self):
-        self._stage.close()
+        self.stage.close()
 
     def passes(self, seconds):
         self.now_s += seconds
@@ -71,7 +76,7 @@ class OneStage:
         return [received.message for received in came]
 
     def close(self):
-        self._sources.close()
+        self.sources.close()
         self.fleet.close()
 
 
@@ -114,7 +119,7 @@ def test_both_send_more_than_the_kernel_takes(stage):
     here, there = [], []
     while len(here) < 2 or len(there) < 2:
         here += stage.fleet.receive(0.01)
-        for source in stage._sources.ready(10):
+        for source in stage.sources.ready(10):
             there += map(control.decode_for_stage, source.receive())
     assert [type(received.message) for received in here] == [control.Sampled, control.Memory]
     assert here[0].message.tokens == large
@@ -155,9 +160,11 @@ def test_the_last_word_of_a_stage_comes_behind_what_it_said_before(stage, is_use
 def test_what_others_said_before_a_loss_comes_before_it(monkeypatch):
     """Though it is read after it."""
     stage = OneStage(monkeypatch, num_stages=2)
-    last = stage.comes(1)
-    while len(stage.fleet._stages) < 2:
+    last, heard = stage.comes(1), []
+    while not heard:  # until both are there
+        stage.fleet.broadcast(control.ReportMemory())
         stage.fleet.receive(0.0)
+        heard = last.receive()
         stage.listens()
     stage.says(control.StageFailed("no more", False))
     last.send(control.encode(control.Sampled(0, [5], b"\x01", [], []), 1))
@@ -168,7 +175,7 @@ def test_what_others_said_before_a_loss_comes_before_it(monkeypatch):
 
 
 def test_a_stage_that_hangs_up_is_lost_if_no_keeper_says_why(stage):
-    stage.fleet.keepers[0] = control.KeeperHello(0, 1, "afar", "", 0, "")
+    stage.keeper_joins()
     stage.hangs_up()
     for seconds in (1.0, 1.5, 1.0):
         assert not stage.fleet.receive(1.0)
@@ -176,9 +183,8 @@ def test_a_stage_that_hangs_up_is_lost_if_no_keeper_says_why(stage):
     (received,) = stage.fleet.receive(1.0)
     assert (received.rank, received.at_s) == (0, 103.5)
     assert "stage 0 hung up, and its keeper on afar does not say why" in received.message.why
-    stage.passes(10.0)
+    stage.passes(0.5)
     assert not stage.fleet.receive(0.1)  # it is told once
-    stage.fleet.keepers.clear()
 
 
 def test_what_is_said_of_an_old_epoch_is_dropped(stage):
@@ -191,8 +197,8 @@ def test_what_is_said_of_an_old_epoch_is_dropped(stage):
 def test_a_fresh_epoch_keeps_the_stages_that_are_there(stage):
     """What one of them said in the old one is not heard any more."""
     stage.fleet.start([JOB])
-    (payload,) = stage._stage.receive()
-    assert control.decode_for_stage(payload) == (2, control.Renew())
+    (payload,) = stage.stage.receive()
+    assert control.decode_for_stage(payload) == (2, control.Renew(JOB.work))
     stage.says(control.Sampled(0, [5], b"\x01", [], []))
     stage.says(control.Memory(8), epoch=2)
     assert stage.hears() == [control.Memory(8)]
@@ -202,7 +208,7 @@ def test_a_stage_that_was_lost_is_not_kept(stage):
     stage.says(control.StageFailed("no more", False))
     assert isinstance(stage.hears()[0], Lost)
     stage.fleet.start([JOB])
-    stage._stage = stage.comes(epoch=2)
+    stage.stage = stage.comes(epoch=2)
     stage.says(control.Memory(8), epoch=2)
     assert stage.hears() == [control.Memory(8)]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from local_fleet import NoKeepers
 
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import RequestId
@@ -22,7 +23,7 @@ from pipeserve.core.records import Fault
 from pipeserve.core.topology import Topology
 from pipeserve.driver import joining, spawned_keepers, starting, watching
 from pipeserve.driver.driver import Driver
-from pipeserve.driver.events import Gone
+from pipeserve.driver.events import Gone, Lost
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.loading import LoadWatch
 from pipeserve.driver.waiting import wait_for_keepers
@@ -32,7 +33,9 @@ from pipeserve.launch.run.emulated import emulated_setup
 from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.simulation.workloads import WorkItem
 from pipeserve.wire import control
+from pipeserve.wire.connecting import connect
 from pipeserve.wire.secret import VARIABLE
+from pipeserve.wire.sources import Sources
 
 pytestmark = pytest.mark.processes
 
@@ -108,7 +111,7 @@ def loss_of(opened, rank, seconds=20.0):
     """Why a rank's stage is lost; and its keeper is gone."""
     came, until_s = [], time.monotonic() + seconds
     while Gone() not in [each.message for each in came] and time.monotonic() < until_s:
-        came += opened.receive(0.5)
+        came += [each for each in opened.receive(0.5) if isinstance(each.message, Lost | Gone)]
     lost, gone = came[-2:]
     assert lost.rank == gone.rank == rank and isinstance(gone.message, Gone)
     return lost.message.why
@@ -211,7 +214,7 @@ def test_another_secret_is_refused_and_in_the_end_those_who_did_not_come_are_nam
     ):
         with pytest.raises(StageError, match=rf"no keeper of ranks 0, 2 joined {address}") as error:
             wait_for_keepers(fleet, print)
-        assert "within 4 s (2 were turned away, the last: the secrets differ" in str(error.value)
+        assert "within 4 s; 2 were turned away, the last: the secrets differ" in str(error.value)
         assert "\n" not in str(error.value)
         assert set(fleet.keepers) == {1} and fleet.keepers[1].pid == right.pid
         for keeper in (wrong, without):
@@ -280,11 +283,12 @@ def test_stages_are_told_what_they_can_reach(monkeypatch, host, reached):
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "[::1]", "localhost"])
 def test_keepers_that_the_driver_starts_share_a_secret_of_the_run(monkeypatch, host):
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(Fleet, "_start_keepers", lambda fleet, listener: None)
     found = set()
     for _ in range(2):
-        with opened(config_of(control=host and f"{host}:{free_port()}")) as fleet:
-            found.add(fleet.secret)
+        config = config_of(control=host and f"{host}:{free_port()}")
+        fleet = Fleet(Topology(((0,),)), config, NoKeepers())
+        found.add(fleet.secret)
+        fleet.close()
     assert len(found) == 2 and {*map(len, found)} == {32}
 
 
@@ -354,7 +358,7 @@ def children():
 
 @pytest.mark.parametrize(("what", "where"), HANGS.values(), ids=HANGS)
 def test_a_stage_that_hangs_while_it_loads_is_named_and_ended(tmp_path, monkeypatch, what, where):
-    setup = setup_of(tmp_path, monkeypatch, what, load_timeout=2.0, heartbeat_interval=0.2)
+    setup = setup_of(tmp_path, monkeypatch, what, load_timeout=2.0)
     with pytest.raises(StageError) as error:
         Driver(setup)
     assert str(error.value).startswith(f"stage 1 on {socket.gethostname()} has stopped loading, ")
@@ -366,7 +370,7 @@ def test_a_stage_that_hangs_while_it_loads_is_named_and_ended(tmp_path, monkeypa
 @pytest.mark.parametrize("what", GOES_ON.values(), ids=GOES_ON)
 def test_a_slow_one_is_waited_for(tmp_path, monkeypatch, what):
     """As long as bytes move (vllm#35547): 3 seconds here, of a timeout of 2."""
-    setup = setup_of(tmp_path, monkeypatch, what, load_timeout=2.0, heartbeat_interval=0.2)
+    setup = setup_of(tmp_path, monkeypatch, what, load_timeout=2.0)
     with Driver(setup) as driver:
         assert serves(driver)
 
@@ -400,14 +404,14 @@ def test_which_stage_has_stopped_is_a_matter_of_bytes():
 def test_a_silent_keeper_is_named_and_nothing_is_left(monkeypatch):
     monkeypatch.setattr(spawned_keepers, "_CLOSE_S", 0.5)
     told = []
-    setup = emulated_setup(config_of(heartbeat_interval=0.1, restart=False))
+    setup = emulated_setup(config_of(heartbeat_interval=0.8, restart=False))
     with Driver(setup, record=told.append) as driver:
         assert serves(driver)
         time.sleep(1.0)  # a driver that rests has asked nobody
         assert serves(driver)
         parts = parts_of(driver)
         os.kill(driver.fleet.keepers[1].pid, signal.SIGSTOP)
-        with pytest.raises(StageError, match=r"keeper of stage 1 on .* for 0\.5 s; is it stopped"):
+        with pytest.raises(StageError, match=r"keeper of stage 1 on .* for 0\.\d s; is it stopped"):
             while True:
                 serves(driver)
         assert [entry.stage for entry in told if isinstance(entry, Fault)] == [1]
@@ -415,7 +419,7 @@ def test_a_silent_keeper_is_named_and_nothing_is_left(monkeypatch):
 
 
 def test_a_silent_keeper_is_named_before_its_stage_is_there_too():
-    config = external(heartbeat_interval=0.1)
+    config = external(heartbeat_interval=0.8)
     with opened(config) as fleet, keepers((0, 2), (1, 2), address=config.control) as (_, second):
         wait_for_keepers(fleet, print)
         second.send_signal(signal.SIGSTOP)
@@ -446,25 +450,25 @@ def test_a_stopped_stage_that_is_asked_for_its_memory_is_named(monkeypatch):
     "said",
     [
         control.encode(control.Memory(1), 0),
-        # One field more than a Pong has: a list in a list in a list.
-        b"\x92\x00\x95"
-        + control.encode(control.HeartbeatAnswer(0.0, 0.0, 0), 0)[3:]
-        + b"\x91" * 5000
-        + b"\xc0",
+        # In place of the reason of an end: a list in a list in a list.
+        control.encode(control.StageExited(1, 0), 0)[:-1] + b"\x91" * 5000 + b"\xc0",
     ],
 )
 def test_what_a_keeper_says_that_cannot_be_costs_its_connection(monkeypatch, capsys, said):
     """And then it is missed, by name."""
     monkeypatch.setattr(watching, "LAST_WORD_S", 0.1)
-    with opened(config_of()) as own:
-        wait_for_keepers(own, print)
-        source = own._keeper_of[1]
-        monkeypatch.setattr(source, "receive", lambda: [said])
-        own._sources.ready = lambda timeout_ms: [source]
-        own.receive(0.0)
-        assert source.has_ended
-        del own._sources.ready
-        assert re.match(r"the keeper of stage 1 .* (hung up|ended with 1)", loss_of(own, 1))
+    with opened(external(), 1) as own:
+        sources = Sources(own.secret)
+        keeper = connect(own.address, sources, "keeper")
+        keeper.send(control.encode(control.KeeperHello(0, 1, "afar", "", 0, ""), 0))
+        keeper.send(said)
+        until_s = time.monotonic() + 20.0
+        while not keeper.has_ended and time.monotonic() < until_s:
+            own.receive(0.01)
+            for source in sources.ready(0):
+                source.receive()
+        assert re.match(r"the keeper of stage 0 on afar hung up", loss_of(own, 0))
+        sources.close()
     assert "what it says is not understood" in capsys.readouterr().err
 
 
@@ -514,7 +518,7 @@ def test_a_killed_keeper_leaves_no_stage_at_whatever_moment(after_s):
         job = control.StartStage(
             0, 1, setup.module, setup.works[0], f"/{fleet.local_name}", "127.0.0.1", False
         )
-        fleet._tell_keeper(0, job)
+        fleet.start([job])
         own = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children")
         until_s = time.monotonic() + 10
         while not own.read_text() and time.monotonic() < until_s:

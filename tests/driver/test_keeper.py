@@ -1,36 +1,18 @@
-"""The keeper: cores of a stage, and that it ends when there is no driver or the driver is gone."""
+"""The keeper ends when there is no driver, or the driver is gone."""
 
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
-from pipeserve.stage.keeper import stage_cpus
 from pipeserve.wire import control
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 
 pytestmark = pytest.mark.processes
-
-
-@pytest.mark.parametrize(
-    ("cores", "cpus", "ranks", "shares", "threads"),
-    [
-        (2, 2, 1, [[0, 1]], 2),
-        (2, 2, 2, [[0], [1]], 1),
-        (5, 5, 2, [[0, 1], [2, 3]], 2),
-        (2, 2, 3, [[0, 1]] * 3, 1),
-        (4, 3, 1, [[0, 1, 2, 3]], 3),
-        (8, 5, 2, [[0, 1, 2, 3], [4, 5, 6, 7]], 2),
-        (4, 1, 2, [[0, 1], [2, 3]], 1),
-        (64, 2, 2, [list(range(32)), list(range(32, 64))], 1),
-    ],
-)
-def test_cores_and_threads_are_shared_out_evenly(cores, cpus, ranks, shares, threads):
-    """Cores disjoint or all of them; threads no more than there is CPU time for."""
-    got = [stage_cpus(list(range(cores)), cpus, rank, ranks) for rank in range(ranks)]
-    assert got == [(share, threads) for share in shares]
 
 
 def _start_keeper(address, *arguments, stdin=None):
@@ -99,7 +81,7 @@ def driver(request):
     driver.sources.close()
 
 
-@pytest.mark.parametrize("ending", ["stop", "vanish", "terminate", "not wanted"])
+@pytest.mark.parametrize("ending", ["stop", "vanish", "asked twice", "asked", "not wanted"])
 def test_it_ends_with_the_driver(driver, ending):
     keeper = _start_keeper(driver.address)
     try:
@@ -111,13 +93,21 @@ def test_it_ends_with_the_driver(driver, ending):
         assert (epoch, pong.sent_s, pong.num_moved) == (0, 1.5, 0)  # it has no stage yet
         if ending == "stop":
             driver.says(control.Stop())
-        elif ending == "terminate":
+        elif ending in ("asked", "asked twice"):  # its driver may have been asked, too, and drain
             keeper.terminate()
+            keeper.send_signal(signal.SIGINT)
+            time.sleep(1.2)
+            driver.says(control.Heartbeat(2.5))
+            assert driver.hears(control.decode_from_keeper)[1].sent_s == 2.5
+            if ending == "asked twice":
+                keeper.terminate()
+            else:
+                driver.says(control.Stop())
         elif ending == "not wanted":
             driver.says(control.NotWanted("that rank has joined already"))
         else:
             driver.sources.close()
-        expected = {"stop": 0, "vanish": 1, "terminate": 128 + 15, "not wanted": 2}[ending]
+        expected = {"vanish": 1, "asked twice": 128 + 15, "not wanted": 2}.get(ending, 0)
         _, stderr = keeper.communicate(timeout=20)
         assert keeper.returncode == expected
         reason = f"not wanted by the driver at {driver.address}: that rank has joined already"

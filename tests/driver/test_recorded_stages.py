@@ -11,7 +11,7 @@ import pytest
 
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import Request, StageCost
-from pipeserve.core.records import Arrived, Ended, Fault, Planned
+from pipeserve.core.records import Arrived, Ended, Fault, Ping, Planned
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import StageError
@@ -80,11 +80,13 @@ class Run:
         self.cost = Cost(num_stages)
         config = make_config({}, {"model": folder, "dtype": "float32", "max_num_seqs": 4,
                                   "max_num_batched_tokens": 24,
-                                  "pipeline_parallel_size": num_stages})  # fmt: skip
+                                  "pipeline_parallel_size": num_stages,
+                                  "pipeline_window": num_stages})  # fmt: skip
         with Driver(checkpoint_setup(config, cost=self.cost), record=self.told.append) as driver:
             keepers = driver.fleet.keepers
             keepers[1] = msgspec.structs.replace(keepers[1], boot_id="another machine")
-            driver.fleet._watch.asked_all_s = -inf  # it is asked from the start
+            while not any(isinstance(entry, Ping) for entry in self.told):
+                driver.outputs(0.1)  # it is asked from the start
             self.tokens = serve(driver, random_prompts(folder, lengths=LENGTHS))
             self.window = driver.engine.pipeline.window + driver.engine.policy.traits.plans_ahead
             self.num_blocks = driver.engine.limits.num_blocks

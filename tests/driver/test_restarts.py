@@ -138,22 +138,22 @@ def test_a_stage_that_is_killed_one_that_is_stopped_and_a_keeper(folder, expecte
                 os.kill(driver.fleet.keepers[stage].pid, signal.SIGKILL)
             else:
                 os.kill(before[stage], kind)
-            while not driver.trouble:
+            while not driver.losses.trouble:
                 taken.look()
-            assert f"stage {stage}" in driver.trouble
-            while driver.trouble:
+            assert f"stage {stage}" in driver.losses.trouble
+            while driver.losses.trouble:
                 taken.look()
             after = [at.pid for at in driver.stages]
             assert [n for n in range(3) if before[n] != after[n]] == [stage]
         taken.all(driver)
         pids += processes_of(driver)
         assert driver.engine.num_free_blocks == driver.limits.num_blocks
-        assert driver.num_losses == [1, 1, 1]
+        assert driver.losses.counts == [1, 1, 1]
     assert taken.tokens == expected.tokens
     for name in ("logprobs", "prompt_logprobs"):
         assert numbers_of(getattr(taken, name)) == pytest.approx(
             numbers_of(getattr(expected, name)), abs=1e-4
         )
     said = capfd.readouterr().err
-    assert "died: killed by SIGKILL" in said and "is it stopped, or cut off?" in said
+    assert "died: killed by SIGKILL" in said and " is stopped, by a signal" in said
     assert said.count("all stages are there again after") == 3

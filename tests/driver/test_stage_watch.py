@@ -5,20 +5,23 @@ import random
 import pytest
 
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
+from pipeserve.core.records import Span
 from pipeserve.driver.stage_watch import StageWatch
+from pipeserve.wire import control
 
 STAGES = 3
 MARGIN_S = 1.5
+HEARTBEAT_S = 2.0
 
 
 class Run:
     """Microbatches of one request over stages that take as long as the test says."""
 
     def __init__(self):
-        self.watch = StageWatch(STAGES, MARGIN_S, heartbeat_s=2.0)
+        self.watch = StageWatch(STAGES, MARGIN_S, HEARTBEAT_S)
         self.now = 100.0
         self.index = -1
-        self.watch.start_again(self.now)
+        self.watch.start_again()
         self.look()
 
     def look(self):
@@ -38,11 +41,16 @@ class Run:
         chunk = Chunk(RequestId(0), 0, num_tokens, (), token_from, 1, 0)
         self.watch.planned(Microbatch(self.index, (chunk,), (), ()), self.now)
 
+    def computed(self, stage, index=None):
+        """By the CPU."""
+        index = self.index if index is None else index
+        self.watch.computed(Span(stage, index, 1, *[self.now] * 6, 0.0, 0.0, 0), self.now)
+
     def crosses(self, seconds, num_tokens=1, stages=STAGES):
         self.plan(num_tokens)
         for stage in range(stages):
             assert self.passes(seconds) is None
-            self.watch.computed(stage, self.index, self.now)
+            self.computed(stage)
         if stages == STAGES:
             self.watch.completed(self.index, self.now)
 
@@ -84,11 +92,11 @@ def test_a_stage_that_waits_for_tokens_owes_nothing():
     run.plan()
     source = run.index
     run.plan(token_from=source)
-    run.watch.computed(0, source, run.now)
+    run.computed(0, source)
     assert run.watch.at(0) is None and run.watch.at(1) == source
     assert run.passes(10.0).stage == 1
     for stage in (1, 2):
-        run.watch.computed(stage, source, run.now)
+        run.computed(stage, source)
     run.watch.completed(source, run.now)
     assert run.watch.at(0) == source + 1
 
@@ -98,7 +106,7 @@ def test_stages_may_be_heard_in_any_order():
     run.crosses(0.1)
     run.plan()
     for stage in (2, 1, 0):
-        run.watch.computed(stage, run.index, run.now)
+        run.computed(stage, run.index)
     assert run.passes(100.0) is None
 
 
@@ -113,14 +121,120 @@ def test_a_driver_that_stood_still_blames_nobody():
     assert run.passes(1.0).stage == 0
 
 
-def test_idle_stages_are_asked_for_a_sign_of_life():
+@pytest.mark.parametrize("silent_s", [0.01, 0.3, 0.49])
+def test_an_idle_stage_that_gives_no_sign_of_life_is_found_within_a_heartbeat(silent_s):
+    """Wherever between two questions it stops."""
     run = Run()
-    assert not run.watch.wants_to_ask(run.now)
-    run.passes(1.1)
-    assert run.watch.wants_to_ask(run.now) and not run.watch.wants_to_ask(run.now)
-    run.watch.answered(0)
-    run.watch.answered(2)
-    found = run.passes(3.0)
-    assert (found.stage, found.index) == (1, None) and 2.0 <= found.late_s <= 2.2
-    run.watch.start_again(run.now)
+    silent_from, found = run.now + 3.0 + silent_s, None
+    while not found:
+        run.now += 0.01
+        if run.watch.wants_to_ask(run.now):
+            for stage in range(STAGES):
+                if stage != 1 or run.now < silent_from:
+                    run.watch.answered(stage)
+        found = run.look()
+        assert run.now < silent_from + HEARTBEAT_S
+    assert (found.stage, found.index) == (1, None) and run.now > silent_from + HEARTBEAT_S / 2
+    run.watch.start_again()
     assert run.passes(0.5) is None
+
+
+def test_a_driver_that_did_not_look_blames_no_idle_stage():
+    run = Run()
+    run.watch.wants_to_ask(run.now)
+    run.now += 100.0
+    assert run.look() is None and run.passes(1.0) is None
+
+
+class Process:
+    """That a stage is, as its keeper tells of it: twice a second, and at the end of a phase."""
+
+    def __init__(self, run, stage):
+        self.run, self.stage = run, stage
+        self.ran_s = self.stood_s = 0.0
+        self.num_moved = 0
+        self.tell()
+
+    def tell(self, state="S"):
+        answer = control.HeartbeatAnswer(0.0, 0.0, self.num_moved, self.ran_s, self.stood_s, state)
+        self.run.watch.signs(self.stage, answer, self.run.now)
+
+    def lives(self, seconds, runs=0.0, stands=0.0, state="S"):
+        """Having a core for a share of the time, and standing in line for another; what is found
+        to be overdue meanwhile."""
+        for _ in range(round(2 * seconds)):
+            self.ran_s += 0.5 * runs
+            self.stood_s += 0.5 * stands
+            found = self.run.passes(0.5)
+            self.tell(state)
+            if found:
+                return found
+        return None
+
+
+def at_its_second_stage(usual_s):
+    """A microbatch, in a run whose microbatches took so long there."""
+    run = Run()
+    for _ in range(20):
+        run.crosses(usual_s)
+    process = Process(run, stage=1)
+    run.crosses(usual_s, stages=1)
+    return run, process
+
+
+@pytest.mark.parametrize("core", [0.5, 0.25, 0.1])
+def test_a_stage_that_waits_for_its_core_is_slow_and_not_dead(core):
+    """A neighbour, or a quota, takes the rest of it, all at once."""
+    run, process = at_its_second_stage(usual_s=2.0)
+    assert process.lives(2.0 / core, runs=core, stands=1 - core, state="R") is None
+    run.computed(1)
+
+
+def test_one_that_computes_longer_than_ever_gets_more_time_than_one_that_sleeps():
+    """A core that is shared with another thread of it computes less, and nobody waits for it."""
+    run, process = at_its_second_stage(usual_s=2.0)
+    assert process.lives(4.5, runs=1.0, state="R") is None
+    found = process.lives(60.0, runs=1.0, state="R")
+    assert found.stage == 1 and found.late_s < 2.0 * 2.5 + 1.0
+    for state in "ST":
+        run, process = at_its_second_stage(usual_s=2.0)
+        found = process.lives(60.0, state=state)
+        assert (found.stage, found.index) == (1, run.index) and found.late_s < 2.0 + 2.0
+
+
+def test_a_stage_whose_pages_come_from_disk_is_at_work():
+    _, process = at_its_second_stage(usual_s=2.0)
+    for _ in range(9):
+        process.num_moved += 4096
+        assert process.lives(0.5) is None
+
+
+def test_what_it_waited_for_before_its_microbatch_excuses_nothing():
+    run = Run()
+    for _ in range(20):
+        run.crosses(0.1)
+    process = Process(run, stage=1)
+    assert process.lives(20.0, stands=1.0) is None
+    run.crosses(0.1, stages=1)
+    process.tell()
+    found = process.lives(60.0)
+    assert found.stage == 1 and found.late_s < 0.1 + 2.0
+
+
+def test_an_idle_stage_that_gets_no_core_is_not_dead():
+    run = Run()
+    process = Process(run, stage=1)
+    run.watch.wants_to_ask(run.now)
+    for stage in (0, 2):
+        run.watch.answered(stage)
+    assert process.lives(10.0, stands=1.0, state="R") is None
+    assert process.lives(10.0).stage == 1
+
+
+def test_another_process_begins_anew():
+    _, process = at_its_second_stage(usual_s=0.1)
+    process.stood_s = process.ran_s = 1e6
+    process.tell()
+    process.stood_s = process.ran_s = 0.0
+    process.tell()
+    assert process.lives(60.0).late_s < 2.5

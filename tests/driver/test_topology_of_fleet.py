@@ -3,6 +3,7 @@ its whole stage here; to share it out is tensor parallelism, which is not built 
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,36 +12,34 @@ from pipeserve import LLM, SamplingParams
 from pipeserve.configs import RunConfig, make_config
 from pipeserve.core.records import Ping, Span
 from pipeserve.core.topology import Topology
+from pipeserve.driver import watching
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
-from pipeserve.driver.events import Gone, Joined, Lost, Ready, Sized
+from pipeserve.driver.events import Gone, Joined, Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.starting import StartProgress, jobs_of
 from pipeserve.driver.waiting import wait_for_keepers
+from pipeserve.stage.vital_signs import VitalSigns
 from pipeserve.wire import control
 from pipeserve.wire.connecting import connect
 from pipeserve.wire.sources import Sources
 
 from checkpoints import random_prompts, tiny_llama  # isort: skip
-from local_fleet import LocalFleet  # isort: skip
+from local_fleet import LocalFleet, NoKeepers  # isort: skip
 
 _DECODE = {"keeper": control.decode_for_keeper, "stage": control.decode_for_stage}
 TWO_A_STAGE = Topology(((0, 1), (2, 3)))
-
-
-class Alone(Fleet):
-    """That starts no keepers."""
-
-    def _start_keepers(self, listener): ...
+WORKS = (b"first", b"last")
 
 
 class ByHand:
     """Keepers and stages that are here, and say what the test has them say."""
 
     def __init__(self):
-        self.fleet = Alone(TWO_A_STAGE, RunConfig(model="any"))
-        self._sources = Sources(self.fleet.secret)
-        self._who = {}
+        config = RunConfig(model="any", heartbeat_interval=60.0)  # no keeper here answers any
+        self.fleet = Fleet(TWO_A_STAGE, config, NoKeepers())
+        self.sources = Sources(self.fleet.secret)
+        self.who = {}
         self.inbox = {}
 
     def joins(self, rank, world_size=4, address="10.0.0.1"):
@@ -54,10 +53,10 @@ class ByHand:
         self.says(rank, control.StageSized(10 + rank, 1, ()), epoch)
 
     def says(self, rank, message, epoch=1):
-        self._who["stage", rank].send(control.encode(message, epoch))
+        self.who["stage", rank].send(control.encode(message, epoch))
 
     def keeper_says(self, rank, message):
-        self._who["keeper", rank].send(control.encode(message, 1))
+        self.who["keeper", rank].send(control.encode(message, 1))
 
     def hear(self, *kinds):
         """What the fleet tells next: one of each kind."""
@@ -68,7 +67,7 @@ class ByHand:
 
     def _goes_on(self):
         """What the fleet tells; what it says is kept in `inbox`."""
-        for source in self._sources.ready(0):
+        for source in self.sources.ready(0):
             messages = map(_DECODE[source.carries], source.receive())
             said = self.inbox.setdefault(source, [])
             said += [each for each in messages if not isinstance(each[1], control.Heartbeat)]
@@ -76,17 +75,17 @@ class ByHand:
 
     def next_of(self, purpose, rank):
         """The next message to one of them."""
-        while not (inbox := self.inbox.get(self._who[purpose, rank])):
+        while not (inbox := self.inbox.get(self.who[purpose, rank])):
             self._goes_on()
         return inbox.pop(0)
 
     def _comes(self, purpose, rank):
         address = f"{self.fleet.address}/{self.fleet.local_name}"
-        self._who[purpose, rank] = connect(address, self._sources, purpose)
-        return self._who[purpose, rank]
+        self.who[purpose, rank] = connect(address, self.sources, purpose)
+        return self.who[purpose, rank]
 
     def listens(self):
-        for source in self._sources.ready(0):
+        for source in self.sources.ready(0):
             source.receive()
 
     def hears(self, purpose):
@@ -95,16 +94,16 @@ class ByHand:
         heard, events = {}, []
         while len(heard) < 4:
             events += self.fleet.receive(0.01)
-            self._sources.ready(0)
+            self.sources.ready(0)
             for rank in range(4):
-                for payload in self._who[purpose, rank].receive():
+                for payload in self.who[purpose, rank].receive():
                     epoch, message = decode(payload)
                     if not isinstance(message, control.Heartbeat):
                         heard[rank] = epoch, message
         return [heard[rank] for rank in range(4)], events
 
     def close(self):
-        self._sources.close()
+        self.sources.close()
         self.fleet.close()
 
 
@@ -120,7 +119,7 @@ def joined(hand):
         hand.joins(rank)
     events = []
     while len(events) < 4:
-        for source in hand._sources.ready(0):
+        for source in hand.sources.ready(0):
             source.receive()
         events += hand.fleet.receive(0.01)
     return events
@@ -128,7 +127,7 @@ def joined(hand):
 
 def started(hand):
     joined(hand)
-    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    setup = SimpleNamespace(module="any", works=WORKS)
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     return hand.hears("keeper")[0]
 
@@ -142,7 +141,7 @@ def test_every_rank_joins(hand):
 
 def test_a_keeper_of_another_run_is_told_of_stages_and_ranks(hand):
     hand.joins(0, world_size=2)
-    keeper = hand._who["keeper", 0]
+    keeper = hand.who["keeper", 0]
     while not (payloads := keeper.receive()):
         hand.fleet.receive(0.01)
     _, message = control.decode_for_keeper(payloads[0])
@@ -158,17 +157,17 @@ def lost_rank_1(hand):
     hand.keeper_says(1, control.StageExited(7, -9))
     (event,) = hand.hear(Lost)
     assert event.rank == 1 and "SIGKILL" in event.message.why
-    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    setup = SimpleNamespace(module="any", works=WORKS)
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
 
 
 def test_the_keeper_of_the_lost_stage_alone_starts_one_and_the_others_begin_an_epoch(hand):
     lost_rank_1(hand)
     for rank in (0, 2, 3):
-        assert hand.next_of("stage", rank) == (2, control.Renew())
+        assert hand.next_of("stage", rank) == (2, control.Renew(WORKS[rank // 2]))
     epoch, job = hand.next_of("keeper", 1)
     assert (epoch, job.stage, job.work) == (2, 0, b"first")
-    assert not any(hand.inbox.get(hand._who["keeper", rank]) for rank in (0, 2, 3))
+    assert not any(hand.inbox.get(hand.who["keeper", rank]) for rank in (0, 2, 3))
     hand.keeper_says(1, control.StageExited(7, -9))  # of the old stage: nobody's business
     hand.comes(1, epoch=2)
     for rank in (0, 2, 3):
@@ -182,21 +181,21 @@ def test_one_that_starts_while_another_is_lost_is_let_be(hand):
     hand.next_of("keeper", 1)
     hand.keeper_says(2, control.StageExited(8, -9))
     hand.hear(Lost)
-    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    setup = SimpleNamespace(module="any", works=WORKS)
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     assert hand.next_of("keeper", 2)[0] == 3
     hand.comes(1, epoch=2)
-    assert hand.next_of("stage", 1) == (3, control.Renew())
-    assert not hand.inbox[hand._who["keeper", 1]]
+    assert hand.next_of("stage", 1) == (3, control.Renew(WORKS[0]))
+    assert not hand.inbox[hand.who["keeper", 1]]
 
 
-def test_a_keeper_that_was_gone_comes_back_from_another_address(hand):
+def test_a_keeper_that_was_gone_comes_back_from_another_address(hand, monkeypatch):
+    monkeypatch.setattr(watching, "LAST_WORD_S", 0.1)
     started(hand)
-    hand._who["keeper", 3].close()
-    hand.fleet._watch._hung_up_s[hand.fleet._keeper_of[3]] = -10.0
+    hand.who["keeper", 3].close()
     lost, gone = hand.hear(Lost, Gone)
     assert lost.rank == gone.rank == 3
-    setup = SimpleNamespace(module="any", works=(b"first", b"last"))
+    setup = SimpleNamespace(module="any", works=WORKS)
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     hand.joins(3, address="10.9.9.9")
     (joined,) = hand.hear(Joined)
@@ -208,8 +207,8 @@ def test_a_keeper_that_was_gone_comes_back_from_another_address(hand):
 def test_a_keeper_takes_the_place_of_one_that_has_just_hung_up(hand):
     """Before the driver has made up its mind about that one."""
     started(hand)
-    hand._who["keeper", 3].close()
-    while not hand.fleet._keeper_of[3].has_ended:
+    hand.who["keeper", 3].close()
+    for _ in range(3):
         hand.fleet.receive(0.01)
     hand.joins(3, address="10.9.9.9")
     lost, gone, joined = hand.hear(Lost, Gone, Joined)
@@ -275,7 +274,7 @@ def test_one_that_is_lost_is_named_by_its_rank(hand):
     hand.comes(3)
     hand.says(3, control.StageFailed("no more", False))
     while not (came := hand.fleet.receive(0.01)):
-        for source in hand._sources.ready(0):
+        for source in hand.sources.ready(0):
             source.receive()
     assert came[0].rank == 3
     assert came[0].message == Lost("rank 3 of stage 1: no more")
@@ -329,20 +328,22 @@ def test_the_clock_of_a_stage_is_that_of_the_rank_that_speaks_for_it(folder, one
     """Pings are recorded by stage."""
     told = []
     setup, _ = two_a_stage(folder)
-    with Driver(setup, record=told.append, fleet=LocalFleet) as driver:
-        pongs = [
-            driver_pong(driver, rank, control.HeartbeatAnswer(1.0 + rank, 2.0, 0))
-            for rank in range(4)
-        ]
-        driver.fleet.keep(pongs)
+
+    class Afar(LocalFleet):
+        boot_ids: ClassVar = {rank: f"machine {rank}" for rank in range(4)}
+
+    with Driver(setup, record=told.append, fleet=Afar) as driver:
+        driver.fleet.keep(
+            [
+                Received(
+                    control.HeartbeatAnswer(1.0 + rank, 2.0, *VitalSigns()),
+                    rank,
+                    3.0,
+                    driver.fleet.epoch,
+                )
+                for rank in range(4)
+            ]
+        )
         driver.outputs(0.0)
-    assert [(ping.stage, ping.sent_s) for ping in told if isinstance(ping, Ping)] == [
-        (0, 1.0),
-        (1, 3.0),
-    ]
-
-
-def driver_pong(driver, rank, pong):
-    from pipeserve.driver.events import Received
-
-    return Received(pong, rank, 3.0, driver.fleet.epoch)
+    pings = [ping for ping in told if isinstance(ping, Ping) and ping.remote_s == 2.0]
+    assert [(ping.stage, ping.sent_s) for ping in pings] == [(0, 1.0), (1, 3.0)]

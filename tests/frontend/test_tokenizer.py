@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeserve.errors import ConfigError
 from pipeserve.frontend.detokenizer import Detokenizer
+from pipeserve.frontend.plain_tokenizer import load_plain
 from pipeserve.frontend.tokenizer import Tokenizer
 from pipeserve.sampling_params import SamplingParams
 
@@ -267,7 +268,7 @@ def test_added_tokens_are_decoded_as_the_tokenizer_does(tmp_path):
     """In byte-level BPE an added token is its own text, or bytes where each letter of it is one."""
     folder = byte_tokenizer(tmp_path)
     tokenizer = Tokenizer(folder)
-    loaded = tokenizer._loaded
+    loaded = tokenizer._loaded = tokenizer._full
     loaded.add_tokens(["caf\u00e9", "a b", "\u20ac", "\u0120x", "<think>"])
     ids = [97, *range(257, len(loaded)), 98, 99999]
     assert "".join(_pieces(tokenizer, [97], ids)) == loaded.decode(ids[:-1])
@@ -328,3 +329,48 @@ def test_spaces_between_special_tokens(spaced, params, text):
     start, end = spaced.encode("<s></s>")
     pieces = _pieces(spaced, [0], [0, start, end, 1, start], **params)
     assert "".join(pieces) == text
+
+
+# ---- without transformers -----------------------------------------------------------------------
+
+TEXTS = ["Hello world!", " a  b ", "caf\u00e9 \u20ac", "", "<s>a</s>Hello<unk>"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "sentencepiece", "spaced"])
+def test_tokenizers_alone_do_the_same(request, name):
+    known = request.getfixturevalue(name)
+    plain, full = load_plain(known.folder), known._full
+    assert plain is not None
+    for text, special in product(TEXTS, (False, True)):
+        ids = plain.encode(text, add_special_tokens=special)
+        assert ids == full.encode(text, add_special_tokens=special)
+        for skip in (False, True):
+            options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
+            assert plain.decode(ids, **options) == full.decode(ids, **options)
+    assert plain.get_vocab() == full.get_vocab() and plain.eos_token_id == full.eos_token_id
+    assert {n: (str(t), t.special) for n, t in plain.added_tokens_decoder.items()} == {
+        n: (str(t), t.special) for n, t in full.added_tokens_decoder.items()
+    }
+    assert json.loads(plain.backend_tokenizer.to_str()) == json.loads(
+        full.backend_tokenizer.to_str()
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer_class": "LlamaTokenizer"},
+        {"tokenizer_class": None},
+        {"add_bos_token": True},
+        {"eos_token": "nobody"},
+        {"eos_token": "a"},  # a word, which transformers would make special
+        {"extra_special_tokens": {"image": "<image>"}},
+        {"added_tokens_decoder": {"900": {"content": "<new>"}}},
+    ],
+)
+def test_what_takes_transformers(tmp_path, changes):
+    folder = byte_tokenizer(tmp_path)
+    assert load_plain(folder) is not None
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert load_plain(folder) is None

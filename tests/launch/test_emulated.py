@@ -40,6 +40,7 @@ from pipeserve.profiling.simulation.simulator import Simulation, arrivals_in_ord
 from pipeserve.profiling.simulation.workloads import WorkItem
 from pipeserve.sampling_params import SamplingParams
 from pipeserve.stage.compute import Turn
+from pipeserve.stage.last_spans import LastSpans
 from pipeserve.wire import connecting
 from pipeserve.wire.control import (
     Launch,
@@ -390,12 +391,15 @@ def start_stage(address):
     """A stage as its keeper would start it, whose driver is at `address`."""
     setup = emulated_setup(config_of(1))
     job = StartStage(0, 1, setup.module, setup.works[0], address, "127.0.0.1", traceback=False)
-    launch = Launch(job, 0, 1, b"secret")
+    spans = LastSpans.make()
+    launch = Launch(job, 0, 1, b"secret", spans.descriptor)
     stage = subprocess.Popen(
         [sys.executable, "-m", setup.module],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pass_fds=[spans.descriptor],
     )
+    spans.close()
     stage.stdin.write(encode_job(launch))
     stage.stdin.close()
     stage.stdin = None

@@ -1,7 +1,7 @@
 """What is said while stages load, and once they have; and what is found before they start."""
 
 import pytest
-from checkpoints import tiny, tiny_llama
+from checkpoints import tiny_llama
 from safetensors.torch import load_file
 
 from pipeserve.configs import RunConfig
@@ -13,9 +13,7 @@ from pipeserve.driver.starting import StartProgress
 from pipeserve.errors import ConfigError
 from pipeserve.launch import cli
 from pipeserve.launch.run import starting
-from pipeserve.launch.show.loaded import loaded, num_parameters
-from pipeserve.machine import num_cpus
-from pipeserve.stages.families import read_config
+from pipeserve.launch.show.loaded import listed, loaded
 from pipeserve.wire import control
 
 
@@ -28,10 +26,12 @@ def run_config(model, **options):
 def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     folder = tiny_llama(tmp_path / "model")
     size = 4 * sum(tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
-    said, threads = [], max(num_cpus() // 3, 1)
+    said = []
     config = run_config(folder, pipeline_parallel_size=3, pipeline_layers=(3, 0, 1))
     with Driver(checkpoint_setup(config), on_progress=said.append) as driver:
         line = loaded(driver)
+        threads = "+".join(str(stage.num_threads) for stage in driver.stages)
+        cpus = "+".join(listed(stage.cpus) for stage in driver.stages)
         read = driver.fleet._start.loading.weights
         # As held: kernels fill up rows to whole panels.
         assert all(
@@ -44,8 +44,15 @@ def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     assert said[-1] == "loading weights: 0.00 of 0.00 GB, 100%"
     assert line == (
         f"{folder} (folder): LlamaForCausalLM, {size / 4e6:.1f} M parameters in float32; "
-        f"3 stages of 3+0+1 layers, 0.00+0.00+0.00 GB, {threads}+{threads}+{threads} threads"
+        f"3 stages of 3+0+1 layers, 0.00+0.00+0.00 GB, {threads} threads on CPU {cpus}"
     )
+
+
+@pytest.mark.parametrize(
+    ("cpus", "text"), [([3], "3"), ([0, 1, 2, 8, 10, 11], "0-2,8,10-11"), ([], "")]
+)
+def test_cpus_are_listed_as_the_kernel_does(cpus, text):
+    assert listed(cpus) == text
 
 
 def test_the_time_between_tokens_that_is_wanted_reaches_the_engine(tmp_path):
@@ -79,15 +86,6 @@ def test_who_waits_for_the_others_to_say_what_they_take_has_not_stopped():
     assert start.late(23.0) is None
     rank, lost = start.late(25.0)
     assert (rank, lost.why.partition(",")[0]) == (0, "stage 0 on here has stopped loading")
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "opt", "falcon_new"])
-def test_parameters_are_those_of_the_file(tmp_path, name):
-    """Of tied tables once, of experts all, with norms and biases."""
-    folder = tiny(name, tmp_path / "model")
-    tensors = load_file(f"{folder}/model.safetensors").values()
-    config = read_config(folder)
-    assert num_parameters(config) == sum(tensor.numel() for tensor in tensors)
 
 
 @pytest.mark.processes

@@ -437,7 +437,7 @@ def test_the_collector_walks_nothing_of_a_ring():
 def told():
     """A journal of an engine of which nothing but counts is asked, and its records."""
     last = SimpleNamespace(cost=StageCost((0.5, 0.25)))
-    engine = SimpleNamespace(last=last, num_waiting=1, num_running=2, num_free_blocks=3)
+    engine = SimpleNamespace(last=last, num_waiting=1, num_running=2, num_free_blocks=3, window=2)
     kept = []
     journal = Journal(engine, kept.append)
     journal.arrived(Request(id=0, prompt=(1,), params=SamplingParams(max_tokens=9)), 1.0)

@@ -120,7 +120,10 @@ def test_it_answers_drains_and_ends(folder):
         with httpx.stream("POST", server.url + COMPLETIONS, json={"prompt": [5], **body}) as slow:
             lines = slow.iter_lines()
             next(lines)
-            server.process.send_signal(signal.SIGTERM)
+            # As systemd ends a service, and `tini -g` a container: sglang#35202 drained
+            # nothing then, for its scheduler died of it.
+            for pid in (server.process.pid, *server.pids):
+                os.kill(pid, signal.SIGTERM)
             told = [line for line in lines if line.startswith("data: {")]
         last = json.loads(told[-1].removeprefix("data: "))
         assert last["choices"][0]["finish_reason"] == "length"
@@ -157,8 +160,10 @@ def test_a_second_ctrl_c_does_not_wait(folder, certificate):
             next(lines)
             os.killpg(server.process.pid, signal.SIGINT)
             until(lambda: client.get("/ready").status_code == 503)
+            os.killpg(server.process.pid, signal.SIGINT)  # handed on by `npm`, `uv run`: the same
             for _ in range(20):
                 assert "error" not in next(lines)
+            time.sleep(1.1)
             os.killpg(server.process.pid, signal.SIGINT)
             told = [line for line in lines if line.startswith("data: {")]
         assert "shutting down" in json.loads(told[-1].removeprefix("data: "))["error"]["message"]
@@ -207,6 +212,21 @@ def test_a_process_that_is_killed_leaves_none(folder, who):
     with serving(folder) as server:
         os.kill(server.process.pid if who == "server" else server.pids[0], signal.SIGKILL)
         assert server.wait() == (-signal.SIGKILL if who == "server" else 1)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_an_end_amid_the_start_leaves_no_process(folder, ending):
+    """SIGINT to all of them, which ends in order; SIGKILL to the server alone."""
+    command = [sys.executable, "-m", "pipeserve.launch.cli", "serve", folder, "-pp", "2"]
+    command += ["--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        server = Serving(process, "")
+        while len(server.pids) < 4:  # driver, figures, two keepers
+            server.pids = descendants(process.pid)
+            assert process.poll() is None
+        for pid in (process.pid, *server.pids) if ending == signal.SIGINT else (process.pid,):
+            os.kill(pid, ending)
+        assert server.wait() == (0 if ending == signal.SIGINT else -signal.SIGKILL)
 
 
 def test_what_cannot_be_served_is_one_line(folder, tmp_path):

@@ -358,7 +358,7 @@ def test_a_stage_that_begins_an_epoch_has_nothing_in_hand(opened):
     stage.device.links.there = dict.fromkeys(range(4), 0.5)
     stage.rounds()
     assert len(stage.loop.begun) and len(stage.loop.plans) and len(stage.loop.sequences)
-    stage.say(control.Renew(), EPOCH + 1)
+    stage.say(control.Renew(stage.loop.job.work), EPOCH + 1)
     stage.told.clear()
     stage.rounds()
     assert not (stage.loop.begun or stage.loop.plans or len(stage.loop.sequences))

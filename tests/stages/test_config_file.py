@@ -8,7 +8,7 @@ import pytest
 from checkpoints import edit_config, tiny
 
 from pipeserve.errors import ConfigError
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
 
 WRONG = {
     "llama": [

@@ -25,8 +25,8 @@ from transformers.initialization import no_init_weights
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.checkpoint.weights import check_checkpoint
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.stages.families import read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

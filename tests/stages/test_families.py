@@ -29,9 +29,9 @@ from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.checkpoint.weights import check_checkpoint
+from pipeserve.stages.config.families import FAMILIES, read_config
 from pipeserve.stages.config.model_config import RopeConfig
 from pipeserve.stages.devices import make_backend
-from pipeserve.stages.families import FAMILIES, read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

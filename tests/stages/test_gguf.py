@@ -18,7 +18,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.frontend.tokenizer import Tokenizer
 from pipeserve.stages.checkpoint.convert import convert
 from pipeserve.stages.checkpoint.sources import convert_gguf, resolve
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
 
 # What the converter of transformers takes for granted where GGUF does not say it.
 SIZES = {"vocab_size": 257, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}

@@ -14,7 +14,7 @@ from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.driver.shapes import find_shape, shape_of
 from pipeserve.stages.attention.kv import KVCache
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.stage import Stage
 
 _FALCON = {

@@ -12,8 +12,8 @@ import torch
 from checkpoints import expected_logits, random_prompts, tiny_llama, transformers_model
 from cut_model import Stages, assert_close, run_mixed
 
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.config.model_config import RopeConfig
-from pipeserve.stages.families import read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

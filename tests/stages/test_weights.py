@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipeserve.errors import ConfigError
 from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.checkpoint.weights import check_checkpoint, load_weights
-from pipeserve.stages.families import read_config
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.stage import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")

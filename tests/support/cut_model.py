@@ -9,8 +9,8 @@ import torch
 
 from pipeserve.stages.attention.inputs import build_inputs
 from pipeserve.stages.checkpoint.weights import load_weights
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.devices import make_backend
-from pipeserve.stages.families import read_config
 from pipeserve.stages.stage import Stage
 
 TOLERANCE = 1e-4

@@ -51,6 +51,7 @@ class Pipeline:
         self.engine.add(request, 0.0)
 
     def plan(self) -> bool:
+        self.checker.asked()
         planned = self.engine.plan(0.0)
         if isinstance(planned, Wait):
             self.checker.waits(planned)

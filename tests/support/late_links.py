@@ -46,14 +46,25 @@ class LateLinks:
         others = [msgspec.structs.replace(s, activations_at=next(there)) for s in ready[1:]]
         return [msgspec.structs.replace(ready[0], tokens_at=next(there)), *others]
 
-    def late_s(self, by_seam: Mapping[int, float], feedback_s: float, plans_s: float) -> None:
+    def late_s(
+        self,
+        by_seam: Mapping[int, float],
+        feedback_s: float,
+        plans_s: float,
+        results_s: float = 0.0,
+    ) -> None:
         """From now on; what is under way comes at once."""
         seams = [by_seam.get(seam, 0.0) for seam in range(self._num_stages - 1)]
         # Of a connection first the way from who listens to who connects, and then the other.
-        ways = [*[plans_s, 0.0] * self._num_stages]
+        ways = [*[plans_s, results_s] * self._num_stages]
         for there_s in (*seams, feedback_s):
             ways += [0.0, there_s]
         self._ask(*map(str, ways))
+
+    def all_late_s(self, late_s: float) -> None:
+        """Every message of stages, each way, as between hosts that far from each other."""
+        seams = dict.fromkeys(range(self._num_stages - 1), late_s)
+        self.late_s(seams, late_s, late_s, late_s)
 
     def close(self) -> None:
         self._process.stdin.close()  # by which it ends
@@ -64,6 +75,19 @@ class LateLinks:
         self._process.stdin.write(" ".join(words) + "\n")
         self._process.stdin.flush()
         return self._process.stdout.readline().split()
+
+
+def through(links: LateLinks) -> type[Fleet]:
+    """Of a driver whose stages are reached, and reach each other, by way of these links."""
+
+    class LinkedFleet(Fleet):
+        def start(self, jobs: Sequence[StartStage]) -> None:
+            super().start(links.before_start(jobs, self))
+
+        def _connect(self, stages: Sequence[StageReady]) -> None:
+            super()._connect(links.between(stages))
+
+    return LinkedFleet
 
 
 class _Way:
@@ -142,9 +166,11 @@ def main() -> None:
     lines = _Lines(relay.sources)
     num_lines, due_s = 0, _NEVER
     while True:
-        # `ready` rounds up to milliseconds: the last one is spent looking.
-        timeout = None if due_s == _NEVER else max(int((due_s - time.monotonic()) * 1000), 0)
-        ready = relay.sources.ready(timeout)
+        # `ready` waits for whole milliseconds; what is left is slept, for the stages want the core.
+        left_s = max(due_s - time.monotonic(), 0.0)
+        if left_s < 1e-3:
+            time.sleep(left_s)
+        ready = relay.sources.ready(None if due_s == _NEVER else int(left_s * 1000))
         for source in ready:
             if source is not lines:
                 relay.take(source)

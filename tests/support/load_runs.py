@@ -57,10 +57,13 @@ def serve(policy: str, seeds: range) -> None:
             raise
 
 
-def run(load: Load) -> "CheckedEngine":
-    """Raises whatever goes wrong."""
-    plan = replace(split_layers(30, load.num_stages), window=load.window)
+def run(load: Load, follows: bool = False, late_s: float | None = None) -> "CheckedEngine":
+    """Raises whatever goes wrong. `follows`: the window does. `late_s`: so late is whatever a stage
+    sends; None: as late as the load's kind has it."""
+    plan = replace(split_layers(30, load.num_stages), window=load.window, window_follows=follows)
     cost, times = _costs(load, plan)
+    if late_s is not None:
+        times = Late(times, load.num_stages, late_s)
     engine = CheckedEngine(load, plan, cost)
     pipeline = SimulatedPipeline(engine, times)
     for fault in load.faults:
@@ -133,6 +136,9 @@ class CheckedEngine(Engine):
         self.outputs: dict[RequestId, list[int]] = {}
         self.reasons: dict[RequestId, str] = {}
         self.scores: dict[RequestId, tuple] = {}
+        self.microbatches: list[Microbatch] = []
+        self.widest = 0
+        """Most microbatches that might be outstanding, one planned ahead not counted."""
         self._rng = random.Random(load.seed)
         self._num_fruitless = 0
         """Microbatches since a token became known or all was lost."""
@@ -162,10 +168,13 @@ class CheckedEngine(Engine):
         self._flow_recount.ended += request_id in self._admitted
 
     def plan(self, now: float) -> Microbatch | Wait:
+        self.checker.asked()
         planned = super().plan(self.clock(now))
+        self.widest = max(self.widest, self.window)
         if isinstance(planned, Wait):
             self.checker.waits(planned)
             return planned
+        self.microbatches.append(planned)
         self.checker.planned(planned)
         stories = self.checker.stories
         self.stage.run(planned, [stories[chunk.request_id].states for chunk in planned.chunks])
@@ -218,10 +227,10 @@ class CheckedEngine(Engine):
             self._num_fruitless = 0
         return outputs
 
-    def observe(self, index: int, stage: int, seconds: float) -> None:
+    def observe(self, index: int, stage: int, ready_s: float, start_s: float, end_s: float) -> None:
         if self.load.cost == "garbage":
-            seconds = self._rng.choice(GARBAGE)
-        super().observe(index, stage, seconds)
+            end_s = start_s + self._rng.choice(GARBAGE)
+        super().observe(index, stage, ready_s, start_s, end_s)
 
     def lost(self, now: float) -> None:
         super().lost(self.clock(now))
@@ -328,6 +337,18 @@ class Scaled(StageTimes):
 
     def hop_s(self, microbatch: Microbatch) -> list[float]:
         return [self.control_s] * (len(self.factors) - 1)
+
+
+class Late(StageTimes):
+    """As others, with every message so late; links carry any number at once."""
+
+    def __init__(self, times: StageTimes, num_stages: int, late_s: float):
+        self.compute_s = times.compute_s
+        self.control_s = self.feedback_s = late_s
+        self.latency_s = [late_s] * (num_stages - 1)
+
+    def hop_s(self, microbatch: Microbatch) -> list[float]:
+        return list(self.latency_s)
 
 
 def _costs(load: Load, plan: PipelinePlan) -> tuple[CostModel | None, StageTimes]:

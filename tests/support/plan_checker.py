@@ -56,7 +56,7 @@ class PlanChecker:
 
     def __init__(self, engine: Engine):
         self.engine, self.limits, self.traits = engine, engine.limits, engine.policy.traits
-        self.most_outstanding = engine.pipeline.window + self.traits.plans_ahead
+        self.asked()
         self.requests: dict[RequestId, Request] = {}
         self.stories: dict[RequestId, Story] = {}
         self.plans: dict[RequestId, Plan] = {}
@@ -70,6 +70,10 @@ class PlanChecker:
         self.named_last: dict[RequestId, int] = {}
         """The last microbatch that names it, preempted since or not."""
         self.last_index = -1
+
+    def asked(self) -> None:
+        """The engine is about to plan."""
+        self.most_outstanding = self.engine.window + self.traits.plans_ahead
 
     def added(self, request: Request) -> None:
         self.requests[request.id] = request
@@ -99,7 +103,7 @@ class PlanChecker:
     def waits(self, wait: Wait) -> None:
         assert (wait.reason == "no_requests") == (not self.engine.num_unfinished)
         if wait.reason != "no_requests":
-            is_full = len(self.outstanding) == self.most_outstanding
+            is_full = len(self.outstanding) >= self.most_outstanding
             assert (wait.reason == "window") == is_full
             assert wait.reason in ("window", "kv", "token")
             assert self.outstanding, "waits for nothing"

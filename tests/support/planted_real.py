@@ -20,7 +20,7 @@ from itertools import count
 from random import Random
 from typing import Any
 
-from late_links import LateLinks
+from late_links import LateLinks, through
 from other_engine import go_on_under
 
 from pipeserve.configs import make_config
@@ -31,7 +31,6 @@ from pipeserve.core.records import Record
 from pipeserve.core.view import Draft, Policy, View
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
-from pipeserve.driver.fleet import Fleet
 from pipeserve.errors import StageError
 from pipeserve.launch.run.record import meta_of_driver
 from pipeserve.profiling.ledger.causes import CAUSES
@@ -93,22 +92,11 @@ class Stages:
                 **config,
             },
         )
-        links = self._links
-
-        class LinkedFleet(Fleet):
-            """Tells the stages that driver and neighbours are where the late links are."""
-
-            def start(self, jobs: list) -> None:
-                super().start(links.before_start(jobs, self))
-
-            def _connect(self, stages: Sequence) -> None:
-                super()._connect(links.between(stages))
-
         try:
             setup = checkpoint_setup(self.config)
-            self.driver = Driver(setup, record=self._records.append, fleet=LinkedFleet)
+            self.driver = Driver(setup, record=self._records.append, fleet=through(self._links))
         except BaseException:
-            links.close()
+            self._links.close()
             raise
         self._limits = self.driver.engine.limits
         self.record(Scene(arrivals=WARM_UP))

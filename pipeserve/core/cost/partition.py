@@ -1,11 +1,19 @@
-"""Which stage holds which layers. Layers count as equal; costs are in units of a layer."""
+"""Which stage holds which layers: as the user lists them, or as `cut.best_cut` finds by what they
+take."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pipeserve.core.cost.cut import StageParts, best_cut
+from pipeserve.core.cost.device import DeviceProfile
+from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan, StagePlan
+from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
+
+_CONTEXT = 512
+"""Positions of KV that a decode reads in a usual microbatch, where requests may be that long."""
 
 
 def plan_pipeline(
@@ -14,21 +22,70 @@ def plan_pipeline(
     counts: Sequence[int] | None,
     num_tokens: int,
     window: int | None = None,
+    parts: Sequence[StageParts] | None = None,
 ) -> PipelinePlan:
-    """The split that the user listed, or the one that evens out predicted work in microbatches of
-    `num_tokens` tokens; `window` microbatches may be outstanding, by default as many as there are
-    stages. Raises ConfigError for a split that does not fit the model."""
+    """The split that the user listed, or the one that evens out what stages take: `parts`, or else
+    operations of microbatches of `num_tokens` tokens; `window` microbatches may be outstanding, by
+    default as many as there are stages, and more where the links are slow. Raises ConfigError for a
+    split that does not fit the model."""
     if counts is not None:
         plan = split_explicitly(shape.num_layers, num_stages, counts)
     else:
-        plan = split_layers(shape.num_layers, num_stages, head_cost=_head_cost(shape, num_tokens))
-    return plan if window is None else replace(plan, window=window)
+        plan = split_by_time(parts or parts_by_operations(shape, num_stages, num_tokens))
+    return replace(plan, window=window or plan.window, window_follows=window is None)
+
+
+def usual_work(num_tokens: int, max_model_len: int) -> Work:
+    """A microbatch that stands for what serving does: a prompt's chunk, and decodes for every sixth
+    token. That is ShareGPT's share: prompts of 2340 tokens and outputs of 439 on average."""
+    num_prompt = min(num_tokens - max(num_tokens // 6, 1), max_model_len)
+    if num_prompt < 2:  # what has one position is a decode
+        return decodes(num_tokens, max_model_len)
+    beside = decodes(num_tokens - num_prompt, max_model_len)
+    return beside._replace(num_tokens=num_tokens, prefills=((0, num_prompt),))
+
+
+def decodes(num: int, max_model_len: int) -> Work:
+    """A microbatch of so many, alone."""
+    context = max(min(_CONTEXT, max_model_len // 2), 1)
+    return Work(num, num, (), num, num * context)
+
+
+def parts_by_operations(
+    shape: ModelShape, num_stages: int, num_tokens: int
+) -> tuple[StageParts, ...]:
+    """In units of a layer: layers are equal, and so are stages."""
+    return end_parts(shape.num_layers * (1.0,), num_stages, 0.0, _head_cost(shape, num_tokens))
+
+
+def parts_by_profile(
+    profile: DeviceProfile, shape: ModelShape, num_stages: int, work: Work, size: int
+) -> tuple[StageParts, ...]:
+    """In seconds, of stages of `size` such devices each."""
+    one_layer = split_explicitly(1, 1, [1])
+    (terms,) = PipelineCost(profile, shape, one_layer, size).terms(work)
+    layer_s = terms.linear + terms.attention_prefill + terms.attention_decode + terms.all_reduce
+    layers = shape.num_layers * (layer_s,)
+    return end_parts(layers, num_stages, terms.embedding, terms.head, terms.host)
+
+
+def end_parts(
+    layer_s: tuple[float, ...],
+    num_stages: int,
+    embedding_s: float,
+    head_s: float,
+    host_s: float = 0.0,
+) -> tuple[StageParts, ...]:
+    """Of equal stages, the first of which embeds, and the last has the head."""
+    last = num_stages - 1
+    return tuple(
+        StageParts(layer_s, host_s + embedding_s * (stage == 0) + head_s * (stage == last))
+        for stage in range(num_stages)
+    )
 
 
 def _head_cost(shape: ModelShape, num_tokens: int) -> float:
-    """The head's work, in layers, in a microbatch whose every sixth token samples.
-
-    That is ShareGPT's share: prompts of 2340 tokens and outputs of 439 on average.
+    """The head's work, in layers, in a microbatch whose every sixth token samples (`usual_work`).
 
     Both are matrix products: about (rows + 8) x parameters, where 8 rows cost as much as reading
     the weights does (measured with bf16 on one core; bench/linears.py).
@@ -42,26 +99,27 @@ def _head_cost(shape: ModelShape, num_tokens: int) -> float:
 def split_layers(
     num_layers: int, num_stages: int, embedding_cost: float = 0.0, head_cost: float = 0.0
 ) -> PipelinePlan:
-    """The contiguous split whose slowest stage is fastest; every stage gets a layer at least.
+    """Of equal layers and stages, with costs in layers. Raises ConfigError when there are more
+    stages than layers."""
+    return split_by_time(end_parts(num_layers * (1.0,), num_stages, embedding_cost, head_cost))
 
-    Each layer goes to the stage that is cheapest with it, which is exact for equal layers. Among
-    equals the earlier stage takes it, so the last stage, which also samples, has the fewest.
-    Raises ConfigError when there are more stages than layers.
+
+def split_by_time(parts: Sequence[StageParts]) -> PipelinePlan:
+    """The contiguous split whose slowest stage is fastest, by what each stage would take; every
+    stage gets a layer at least.
+
+    Raises ConfigError when there are more stages than layers, and where no split fits `rooms`.
     """
-    _check_stages(num_stages)
-    if num_stages > num_layers:
+    _check_stages(len(parts))
+    num_layers = len(parts[0].layer_s)
+    if len(parts) > num_layers:
         raise ConfigError(
-            f"{num_stages} pipeline stages are more than the model's {num_layers} layers: use at "
+            f"{len(parts)} pipeline stages are more than the model's {num_layers} layers: use at "
             f"most {num_layers}, or list the layers of each stage (0 is allowed only there)"
         )
-    extra = [0.0] * num_stages
-    extra[0] += embedding_cost
-    extra[-1] += head_cost
-    counts = [1] * num_stages
-    for _ in range(num_layers - num_stages):
-        cheapest = min(range(num_stages), key=lambda stage: counts[stage] + 1 + extra[stage])
-        counts[cheapest] += 1
-    return _pipeline(counts)
+    counts = best_cut(parts)
+    assert counts is not None, "there is a cut, and no room that it could not fit"
+    return plan_of(counts)
 
 
 def split_explicitly(num_layers: int, num_stages: int, counts: Sequence[int]) -> PipelinePlan:
@@ -83,7 +141,7 @@ def split_explicitly(num_layers: int, num_stages: int, counts: Sequence[int]) ->
             f"the layer list {listed} adds up to {sum(counts)} layers, the model has {num_layers}: "
             f"make it add up to {num_layers}"
         )
-    return _pipeline(counts)
+    return plan_of(counts)
 
 
 def _check_stages(num_stages: int) -> None:
@@ -91,7 +149,7 @@ def _check_stages(num_stages: int) -> None:
         raise ConfigError(f"{num_stages} pipeline stages: use at least 1")
 
 
-def _pipeline(counts: Sequence[int]) -> PipelinePlan:
+def plan_of(counts: Sequence[int]) -> PipelinePlan:
     """Stages on ranks 0, 1, ..., and a window of as many microbatches as there are stages."""
     stages = []
     first = 0

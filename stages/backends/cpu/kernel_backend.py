@@ -8,7 +8,7 @@ from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.backends.backend import Backend, HeadNorms, Rotation
 from pipeserve.stages.backends.cpu import elementwise, large_pages
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, write
-from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16
+from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, usable_libraries
 from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight
 
 
@@ -23,6 +23,10 @@ class KernelBackend(Backend):
 
     def __init__(self) -> None:
         super().__init__("cpu", KernelAttention())
+
+    @property
+    def name(self) -> str:
+        return f"C kernels ({usable_libraries()[0]})"
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return large_pages.empty(shape, dtype)

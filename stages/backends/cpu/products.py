@@ -136,8 +136,8 @@ class GatedWeight(PackedWeight):
         return _in_turn(bias.float(), library)
 
     def gated(self, x_TD: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        """Float32 [T, in] -> float32 [T, size], with the same bits as `product` and
-        `activate_gated` give."""
+        """Float32 [T, in] -> float32 [T, size], with the bits of a product, an activation and a
+        multiplication one after the other."""
         assert x_TD.dtype == torch.float32 and x_TD.shape[1] == self.in_features
         assert x_TD.stride(1) == 1
         num_rows = len(x_TD)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.config.config_file import ConfigFile
+from pipeserve.stages.config.families.llama import LLAMA, ExpertNames, LlamaConfig, read_config
 from pipeserve.stages.config.model_config import ExpertsConfig
-from pipeserve.stages.families.llama import LLAMA, ExpertNames, LlamaConfig, read_config
 
 
 def _windows(file: ConfigFile) -> tuple[int | None, ...]:

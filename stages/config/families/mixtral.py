@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from pipeserve.stages.config.config_file import ConfigFile
+from pipeserve.stages.config.families.llama import LLAMA, ExpertNames, LlamaConfig, read_config
 from pipeserve.stages.config.model_config import ExpertsConfig
 from pipeserve.stages.config.rope_keys import read_rope
-from pipeserve.stages.families.llama import LLAMA, ExpertNames, LlamaConfig, read_config
 
 
 def _read_mixtral(file: ConfigFile) -> LlamaConfig:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from pipeserve.errors import ConfigError
 from pipeserve.stages.config.config_file import ConfigFile
+from pipeserve.stages.config.families.llama import LLAMA, LlamaConfig, read_config
 from pipeserve.stages.config.rope_keys import read_rope
-from pipeserve.stages.families.llama import LLAMA, LlamaConfig, read_config
 
 _LONGROPE = {"su": "longrope", "yarn": "longrope"}  # as the first files called it
 

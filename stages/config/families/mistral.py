@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pipeserve.stages.config.config_file import ConfigFile
-from pipeserve.stages.families.llama import LLAMA, LlamaConfig, read_config
+from pipeserve.stages.config.families.llama import LLAMA, LlamaConfig, read_config
 
 _WINDOW = 4096  # of v0.1, which transformers takes where the file is silent; null is none
 

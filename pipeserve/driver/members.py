@@ -1,0 +1,72 @@
+"""Who is there: the keepers and stages of a fleet, each by its rank and with its connection."""
+
+from pipeserve.core.topology import Topology
+from pipeserve.wire import control
+from pipeserve.wire.connection import Connection
+from pipeserve.wire.sources import Source
+
+
+class Members:
+    """Of one pipeline, as their connections say. Decides nothing."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.hellos: dict[int, control.KeeperHello] = {}
+        """Of the ranks whose keepers have joined."""
+        self.keepers: dict[int, Connection] = {}
+        self.stages: dict[int, Connection] = {}
+        self._rank_of: dict[Source, int] = {}
+
+    def rank_of(self, source: Source) -> int | None:
+        """None: it has not said yet who it is."""
+        return self._rank_of.get(source)
+
+    def is_keeper(self, source: Source, rank: int) -> bool:
+        """Of that rank; else it is its stage."""
+        return source is self.keepers.get(rank)
+
+    def place_of(self, rank: int) -> str:
+        """Who and where, for people."""
+        name = self.topology.name(rank)
+        return f"{name} on {self.hellos[rank].host}" if rank in self.hellos else name
+
+    # ---- they come and go -----------------------------------------------------------------------
+
+    def keeper_joined(self, hello: control.KeeperHello, source: Connection) -> None:
+        source.carries = "words of a keeper"
+        self.hellos[hello.rank] = hello
+        self.keepers[hello.rank] = source
+        self._rank_of[source] = hello.rank
+
+    def stage_came(self, rank: int, source: Connection) -> None:
+        source.carries = "words of a stage"
+        self.stages[rank] = source
+        self._rank_of[source] = rank
+
+    def stage_is_gone(self, rank: int) -> None:
+        if rank in self.stages:
+            self._let_go(self.stages.pop(rank))
+
+    def keeper_is_gone(self, rank: int) -> bool:
+        """And its stage with it. False: it was not there."""
+        if self.hellos.pop(rank, None) is None:
+            return False
+        self._let_go(self.keepers.pop(rank))
+        self.stage_is_gone(rank)
+        return True
+
+    def _let_go(self, connection: Connection) -> None:
+        connection.close()
+        del self._rank_of[connection]
+
+    # ---- what they are told ---------------------------------------------------------------------
+
+    def tell_keeper(self, rank: int, message: control.ToKeeper, epoch: int) -> None:
+        self.keepers[rank].send(control.encode(message, epoch))
+
+    def tell_stages(self, message: control.ToStage, epoch: int) -> None:
+        """The same bytes to every rank's, first to the first, which may be waiting for them."""
+        encoded = control.encode(message, epoch)
+        for rank in range(self.topology.num_ranks):
+            if rank in self.stages:
+                self.stages[rank].send(encoded)

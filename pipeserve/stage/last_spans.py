@@ -1,0 +1,52 @@
+"""The latest spans of a stage, in memory that it shares with its keeper: so what it has done is
+known though it was killed before it could tell."""
+
+import mmap
+import os
+import struct
+
+from pipeserve.core.records import Span
+
+_SLOTS = 64
+_COUNT = struct.Struct("=q")
+"""Ahead of the slots: of all spans so far, written behind each of them."""
+_SPAN = struct.Struct("=3q8dq")
+
+
+class LastSpans:
+    """A ring of them. A stage puts them in, and its keeper takes them out when it has ended."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Of the file in memory that `make` has made, here or in another process."""
+        self.descriptor = descriptor
+        self._memory = mmap.mmap(descriptor, _COUNT.size + _SLOTS * _SPAN.size)
+        (self._count,) = _COUNT.unpack_from(self._memory)
+
+    @classmethod
+    def make(cls) -> "LastSpans":
+        """An empty one."""
+        descriptor = os.memfd_create("spans")
+        os.ftruncate(descriptor, _COUNT.size + _SLOTS * _SPAN.size)
+        return cls(descriptor)
+
+    def put(self, span: Span) -> None:
+        _SPAN.pack_into(self._memory, self._place(self._count), *span)
+        self._count += 1
+        _COUNT.pack_into(self._memory, 0, self._count)
+
+    def take(self) -> list[Span]:
+        """What is there, in order. The oldest is left out: the one that was about to take its place
+        may have been cut off within."""
+        (count,) = _COUNT.unpack_from(self._memory)
+        first = max(count - _SLOTS + 1, 0)
+        return [
+            Span(*_SPAN.unpack_from(self._memory, self._place(number)))
+            for number in range(first, count)
+        ]
+
+    def close(self) -> None:
+        self._memory.close()
+        os.close(self.descriptor)
+
+    def _place(self, number: int) -> int:
+        return _COUNT.size + number % _SLOTS * _SPAN.size

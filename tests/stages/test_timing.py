@@ -1,0 +1,74 @@
+"""What parts of a model take, on made-up weights: of every family, and of what they are made."""
+
+import pytest
+import torch
+from checkpoints import TINY, tiny
+
+from pipeserve.core.work import Work
+from pipeserve.stages.devices import make_backend
+from pipeserve.stages.families import read_config
+from pipeserve.stages.stage import Stage
+from pipeserve.stages.timing import layer_kinds, part_bytes, time_parts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORKS = (Work(3, 3, (), 3, 36), Work(21, 4, ((0, 17),), 4, 48))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parts_of_every_family_are_timed(tmp_path, name):
+    config = read_config(tiny(name, tmp_path))
+    with torch.inference_mode():
+        timed = time_parts(
+            config,
+            make_backend(),
+            WORKS,
+            0.0,
+            dtype=torch.bfloat16,
+            kv_dtype=torch.bfloat16,
+            block_size=4,
+            has_embedding=True,
+            has_head=True,
+        )
+    assert len(timed.parts) == len(WORKS) and 0 < timed.cpu_share <= 1
+    for parts in timed.parts:
+        assert len(parts.layers) == config.num_layers
+        assert min(*parts.layers, parts.embedding, parts.head) > 0
+        for kind in set(layer_kinds(config)):  # one number for layers that are alike
+            same = {s for s, k in zip(parts.layers, layer_kinds(config), strict=True) if k == kind}
+            assert len(same) == 1
+
+
+def test_a_rank_without_the_ends_does_not_time_them(tmp_path):
+    config = read_config(tiny("llama", tmp_path))
+    options = {"dtype": torch.float32, "kv_dtype": torch.float32, "block_size": 16}
+    with torch.inference_mode():
+        timed = time_parts(
+            config, make_backend(), WORKS, 0.0, has_embedding=False, has_head=False, **options
+        )
+    assert {(parts.embedding, parts.head) for parts in timed.parts} == {(0.0, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("llama", (0, 0, 0, 0)), ("gemma2", (0, 1, 0, 1)), ("qwen2_window", (0, 1, 1, 1))],
+)
+def test_layers_of_one_kind_are_those_that_compute_alike(tmp_path, name, kinds):
+    assert layer_kinds(read_config(tiny(name, tmp_path))) == kinds
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_weights_of_parts_are_those_of_the_stages_that_hold_them(tmp_path, name):
+    config = read_config(tiny(name, tmp_path))
+    layers, embedding, head = part_bytes(config, torch.bfloat16)
+    first, last = (
+        Stage(
+            config,
+            first_layer=start,
+            stop_layer=stop,
+            has_embedding=start == 0,
+            has_head=start != 0,
+        ).bytes_in(torch.bfloat16)
+        for start, stop in ((0, 1), (1, config.num_layers))
+    )
+    assert (first, last) == (embedding + layers[0], sum(layers[1:]) + head)

@@ -55,6 +55,10 @@ class Backend:
         """`tensor` on the device; itself where it is there."""
         return tensor.to(self.device)
 
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what stays, such as a KV pool."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
     def place_matrix(self, weight_OI: Tensor) -> Tensor:
         """The weight of a product, in the layout that `linear` likes best."""
         return self.place(weight_OI)
@@ -62,6 +66,13 @@ class Backend:
     def place_bias(self, bias_O: Tensor) -> Tensor:
         """That of a product, as `linear` likes it best."""
         return self.place(bias_O)
+
+    def place_gated_matrix(self, weight_OI: Tensor) -> Tensor:
+        """The same of `gated`: gates first, then as many rows that they are for."""
+        return self.place_matrix(weight_OI)
+
+    def place_gated_bias(self, bias_O: Tensor) -> Tensor:
+        return self.place_bias(bias_O)
 
     def make_kv(
         self,
@@ -81,6 +92,7 @@ class Backend:
             dtype=dtype,
             device=self.device,
             turned=self.turns_keys,
+            allocate=self.allocate,
         )
 
     def kv_block_bytes(
@@ -125,10 +137,19 @@ class Backend:
         """`activation` is a name of ACTIVATIONS."""
         return ACTIVATIONS[activation](x_XF)
 
-    def activate_gated(self, gate_up_X2F: Tensor, activation: str) -> Tensor:
-        """activation(gate) * up, of a product that has the gate's columns first: [X, F]."""
-        gate_XF, up_XF = gate_up_X2F.chunk(2, -1)
+    def gated(self, x_XI: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """activation(gate) * up, both of them parts of one product: [X, F]. `weight` and `bias` are
+        what `place_gated_matrix` and `place_gated_bias` made."""
+        gate_XF, up_XF = self.linear(x_XI, weight, bias).chunk(2, -1)
         return ACTIVATIONS[activation](gate_XF).mul_(up_XF)
+
+    def likeliest(
+        self, x_RI: Tensor, weight: Tensor, bias_O: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The highest of each row of `linear` and the first output that has it, as `max(-1)` says,
+        where that can be had for less than the product; else, or where numbers may not be finite,
+        None."""
+        return None
 
     def prepare_attention(
         self, inputs: StageInputs, kv: KVCache, windows: Collection[int | None]

@@ -14,7 +14,7 @@ from pipeserve.stages.config.families.gemma import GemmaConfig
 from pipeserve.stages.families.llama import gate_up_rows, qkv_rows, qkv_width
 from pipeserve.stages.families.parts import Parts
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
-from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.linear import GatedLinear, Linear
 from pipeserve.stages.layers.mlp import GatedMlp
 from pipeserve.stages.layers.norms import OffsetRMSNorm
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
@@ -62,8 +62,7 @@ def _attention(config: GemmaConfig, number: int, prefix: str) -> SelfAttention:
 def _mlp(config: GemmaConfig, prefix: str) -> GatedMlp:
     size, width = config.hidden_size, config.intermediate_size
     return GatedMlp(
-        config.activation,
-        Linear(size, 2 * width, gate_up_rows(prefix, width)),
+        GatedLinear(config.activation, size, width, gate_up_rows(prefix, width)),
         Linear(width, size, f"{prefix}down_proj"),
     )
 

@@ -12,7 +12,7 @@ from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families.parts import Parts
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.layers.leaf import Rows, whole
-from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.linear import GatedLinear, Linear
 from pipeserve.stages.layers.mlp import Experts, GatedMlp
 from pipeserve.stages.layers.norms import RMSNorm
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
@@ -65,8 +65,7 @@ def gated_mlp(config: LlamaConfig, prefix: str) -> GatedMlp:
     size, width = config.hidden_size, config.intermediate_size
     source = f"{prefix}gate_up_proj" if config.is_fused else gate_up_rows(prefix, width)
     return GatedMlp(
-        config.activation,
-        Linear(size, 2 * width, source, config.mlp_bias),
+        GatedLinear(config.activation, size, width, source, config.mlp_bias),
         Linear(width, size, f"{prefix}down_proj", config.mlp_bias),
     )
 
@@ -83,9 +82,9 @@ def _experts(config: LlamaConfig, prefix: str) -> Experts:
     experts = []
     for number in range(config.experts.num_experts):
         own = f"{prefix}{names.block}.experts.{number}."
-        gate_up = Linear(size, 2 * width, gate_up_rows(own, width, names.gate, names.up))
-        down = Linear(width, size, f"{own}{names.down}")
-        experts.append(GatedMlp(config.activation, gate_up, down))
+        rows = gate_up_rows(own, width, names.gate, names.up)
+        gate_up = GatedLinear(config.activation, size, width, rows)
+        experts.append(GatedMlp(gate_up, Linear(width, size, f"{own}{names.down}")))
     router = Linear(size, config.experts.num_experts, f"{prefix}{names.block}.gate")
     return Experts(router, experts, config.experts.num_taken, config.experts.normalize)
 

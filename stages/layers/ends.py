@@ -84,10 +84,27 @@ class Head(Part):
     def forward(self, x_RD: Tensor) -> Tensor:
         """[R, D] -> [R, V] float32."""
         num_rows = len(x_RD)
-        x_RD = self.backend.pad_rows(x_RD)
-        for part in (self.norm, self.projection):
-            x_RD = x_RD if part is None else part(x_RD)
-        logits_RV = self.vocabulary(x_RD)[:num_rows]
+        logits_RV = self.vocabulary(self._before_vocabulary(x_RD))[:num_rows]
         if self.softcap is None:
             return logits_RV
         return torch.tanh(logits_RV / self.softcap) * self.softcap
+
+    def likeliest(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row the highest logit and its token: of `forward`'s logits, which are not made
+        where the backend finds the token without."""
+        own = self.vocabulary
+        found = (
+            self.backend.likeliest(self._before_vocabulary(x_RD), own.weight, own.bias)
+            if self.softcap is None
+            else None
+        )
+        if found is None:
+            return tuple(self(x_RD).max(-1))
+        highest_R, tokens_R = found
+        return highest_R[: len(x_RD)], tokens_R[: len(x_RD)]
+
+    def _before_vocabulary(self, x_RD: Tensor) -> Tensor:
+        x_RD = self.backend.pad_rows(x_RD)
+        for part in (self.norm, self.projection):
+            x_RD = x_RD if part is None else part(x_RD)
+        return x_RD

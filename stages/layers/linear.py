@@ -29,3 +29,29 @@ class Linear(Leaf):
         """[..., in_features] of any dtype -> [..., out_features] of the weight's, or added to
         `onto`."""
         return self.backend.linear(x, self.weight, self.bias, onto)
+
+
+class GatedLinear(Linear):
+    """activation(gate) * up, both in one product: the weight has the gate's rows first."""
+
+    def __init__(
+        self,
+        activation: str,
+        in_features: int,
+        out_features: int,
+        source: str | Sequence[Rows] = (),
+        has_bias: bool = False,
+    ) -> None:
+        """`out_features`: of what comes out; the weight has twice as many rows."""
+        super().__init__(in_features, 2 * out_features, source, has_bias)
+        self.activation = activation
+
+    def _placed(self, weight: Tensor) -> Tensor:
+        return self.backend.place_gated_matrix(weight)
+
+    def _placed_bias(self, bias: Tensor) -> Tensor:
+        return self.backend.place_gated_bias(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] of any dtype -> [..., out_features]."""
+        return self.backend.gated(x, self.weight, self.bias, self.activation)

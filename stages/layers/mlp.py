@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.linear import GatedLinear, Linear
 from pipeserve.stages.layers.part import Part
 
 
@@ -24,16 +24,13 @@ class Mlp(Part):
         return self.down(self.backend.activate(self.up(x_TD), self.activation), onto_TD)
 
 
-class GatedMlp(Part):
-    """Gate and up in one product, gate first."""
-
-    def __init__(self, activation: str, gate_up: Linear, down: Linear) -> None:
+class GatedMlp(nn.Module):
+    def __init__(self, gate_up: GatedLinear, down: Linear) -> None:
         super().__init__()
-        self.activation = activation
         self.gate_up, self.down = gate_up, down
 
     def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
-        return self.down(self.backend.activate_gated(self.gate_up(x_TD), self.activation), onto_TD)
+        return self.down(self.gate_up(x_TD), onto_TD)
 
 
 class Experts(Part):

@@ -19,7 +19,16 @@ def each_library(request, monkeypatch):
     monkeypatch.setattr(kernel_attention, "kernels", lambda: library.load(request.param))
 
 
-SIZES = [(1, 1, 16), (16, 1, 48), (10, 2, 80), (12, 4, 96), (14, 2, 128), (8, 1, 256), (71, 1, 64)]
+SIZES = [
+    *(
+        (5, 1, 7),
+        (3, 1, 32),
+        (6, 2, 40),
+        (4, 1, 112),
+        (2, 1, 512),
+    ),  # vllm#302 1455 22193 31968 39065
+    *((1, 1, 16), (16, 1, 48), (10, 2, 80), (12, 4, 96), (14, 2, 128), (8, 1, 256), (71, 1, 64)),
+]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -102,3 +111,48 @@ def test_kernels_round_what_they_write_as_torch_does(each_library, dtype, turned
     for side, new in zip(case.kv.layer(1), (case.k, case.v), strict=True):
         written = side.flatten(1, 2)[:, case.inputs.slots_T].transpose(0, 1)
         assert torch.equal(written.nan_to_num(7), torch.cat(new).to(dtype).nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_kernels_keep_scores_of_any_size(each_library, dtype):
+    """Where others had NaN (pytorch#121558: inputs of 133,120) or 0 (flashinfer#4401: all scores
+    below -50,000). Equal scores weigh all values alike."""
+    for size, sign in ((2.0**15, 1), (2.0**15, -1), (300.0, -1)):
+        case = Case([(0, 90), (40, 41)], heads=(3, 1, 64), turned=True, dtype=dtype)
+        case.q = [torch.full_like(q, size) for q in case.q]
+        case.k = [torch.full_like(k, sign * size) for k in case.k]
+        case.v = [torch.full_like(v, 3.0) for v in case.v]
+        for side, value in zip(case.kv.layer(1), (sign * size, 3.0), strict=True):
+            side[:] = value
+        assert torch.equal(case.run("kernels"), torch.full((91, 3, 64), 3.0))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_kernels_pass_a_query_that_is_no_number_on(each_library, dtype):
+    """pytorch#141128: zeros came of it; and its neighbours have nothing to do with it."""
+    case = Case([(0, 90), (40, 41)], heads=(3, 1, 64), turned=True, dtype=dtype)
+    expected = case.run("kernels")
+    case.q[0][50, 1, 3] = torch.nan
+    got = case.run("kernels")
+    assert got[50, 1].isnan().all()
+    got = got.clone()
+    got[50, 1] = expected[50, 1]
+    assert torch.equal(got, expected)
+
+
+def test_kernels_read_nothing_that_was_not_written(each_library, monkeypatch):
+    """tensorflow#61510, vllm's and others' NaN that come and go; pytorch#127055: windows that leave
+    whole tiles unseen."""
+    real = torch.empty
+    for dtype in TOLERANCE:
+        case = Case(
+            [(0, 200), (299, 300)],
+            heads=(4, 2, 48),
+            scoring=Scoring(0.1, window=70),
+            turned=True,
+            dtype=dtype,
+        )
+        expected = case.run("kernels")
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(torch.nan))
+            assert torch.equal(case.run("kernels"), expected)

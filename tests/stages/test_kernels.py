@@ -2,10 +2,12 @@
 
 import platform
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeserve import machine
 from pipeserve.stages.backends.cpu import library
 
 
@@ -40,3 +42,52 @@ def test_the_environment_limits_them(monkeypatch, environment, best):
         monkeypatch.setenv(name, value)
     found = library.usable_libraries()
     assert (found[0] if found else None) == best
+
+
+FLAGS = "flags : fpu avx avx2 fma f16c"
+AVX512 = "avx512f avx512bw avx512cd avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "best"),
+    [
+        ("flags : fpu sse4_1 sse4_2 ssse3", None),  # dondai44423/donsetch#57: a VM without AVX
+        ("flags : fpu avx", None),
+        (
+            FLAGS,
+            "avx2",
+        ),  # OpenBLAS#1949, jvector#629: the CPU has more, the system does not save it
+        (f"{FLAGS} avx512vl", "avx2"),  # eclipse-openj9#19408: avx512vl alone
+        (f"{FLAGS} avx512f avx512bw avx512dq", "avx2"),
+        (f"{FLAGS} {AVX512}", "avx512"),
+        (f"{FLAGS} avx512_bf16", "avx2"),
+        (f"{FLAGS} {AVX512} avx512_bf16", "avx512_bf16"),
+        (f"{FLAGS} {AVX512} avx512_bf16\n{FLAGS}", "avx2"),  # cores of two kinds
+        ("Features : fp asimd bf16", None),
+    ],
+)
+def test_what_the_kernel_says_of_every_core_decides(monkeypatch, cpuinfo, best):
+    instructions = machine.cpu_instructions(cpuinfo, {})
+    monkeypatch.setattr(library, "cpu_instructions", lambda: instructions)
+    monkeypatch.setattr(library, "_path", lambda name: Path(__file__))
+    monkeypatch.delenv(library.SWITCH, raising=False)
+    assert (library.usable_libraries() or [None])[0] == best
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        # Acellera/moleculekit#39, score-p/scorep_binding_python#110: mounted "noexec"
+        OSError("avx2.so: failed to map segment from shared object"),
+        AttributeError("avx2.so: undefined symbol: attend"),  # left from another version
+    ],
+)
+def test_without_a_library_that_cannot_be_loaded(monkeypatch, capsys, error):
+    def load(name):
+        raise error
+
+    monkeypatch.setattr(library, "load", load)
+    monkeypatch.setattr(library, "usable_libraries", lambda: ["avx2"])
+    assert library.kernels.__wrapped__() is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(error) in line and "install pipeserve again" in line

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeserve.stages.backends.cpu import library
-from pipeserve.stages.backends.cpu.products import PackedWeight, narrowest_exact_dtype
+from pipeserve.stages.backends.cpu import elementwise, library, products
+from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, narrowest_exact_dtype
 
 SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030)]  # [out, in]
 ROWS = [*range(1, 14), 25, 64, 241]
@@ -59,6 +59,61 @@ def test_pairs_of_bfloat16_with_sums_in_float32(shape):
         assert torch.equal(packed.product(x[:rows], padded), whole[:rows]), rows
 
 
+@pytest.mark.parametrize("shape", [(33, 65), (100, 577)])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+def test_what_is_not_finite_stays_in_its_row(kernels, shape, bad):
+    """oneDNN#5717: at inputs that fill no whole register NaN went into other rows."""
+    weight, _, x = made("bfloat16", shape)
+    ways = [PackedWeight(weight, library=kernels).product]
+    if kernels.multiplies_pairs():
+        ways.append(PackedWeight(weight, rounds_x=True, library=kernels).product)
+    gated = GatedWeight(weight[: len(weight) // 2 * 2], library=kernels)
+    ways.append(lambda x: gated.gated(x, None, "silu"))
+    for product in ways:
+        expected = product(x[:40])
+        worse = x[:40].clone()
+        worse[7, -1] = worse[20, 0] = bad
+        got = product(worse)
+        others = [i for i in range(40) if i not in (7, 20)]
+        assert torch.equal(got[others], expected[others])
+        assert not torch.equal(got[[7, 20]], expected[[7, 20]])
+
+
+def test_nothing_is_read_that_was_not_written(kernels):
+    """tensorflow#61510: results that change from run to run."""
+    weight, bias, x = made("float32", (100, 577))
+    packed, gated = PackedWeight(weight, library=kernels), GatedWeight(weight, library=kernels)
+    bias = PackedWeight.padded(bias, kernels)
+
+    def results():
+        return (
+            *[packed.product(x[:rows], bias) for rows in (1, 5, 30, 241)],
+            gated.gated(x, None, "relu"),
+            *packed.likeliest(x),
+        )
+
+    expected = results()
+    products._scratch.floats.fill_(torch.nan)
+    assert all(map(torch.equal, results(), expected))
+
+
+def test_numbers_too_small_to_be_normal(kernels):
+    """pytorch#4737 and #67797 flush them to 0; a product in float32 keeps them."""
+    weight = torch.full((32, 64), 2.0**-100)
+    x = torch.full((3, 64), 2.0**-40)
+    assert torch.equal(
+        PackedWeight(weight, library=kernels).product(x), torch.full((3, 32), 2.0**-134)
+    )
+
+
+def test_pairs_are_refused_where_there_are_none(kernels):
+    """amd/ZenDNN#29 handed them to a kernel of another type."""
+    if kernels.multiplies_pairs():
+        pytest.skip("has them")
+    with pytest.raises(AssertionError):
+        PackedWeight(torch.ones(8, 8).bfloat16(), rounds_x=True, library=kernels)
+
+
 def test_added_to_what_is_there(kernels):
     weight, bias, x = made("float16", (100, 577))
     padded = PackedWeight.padded(bias)
@@ -67,6 +122,50 @@ def test_added_to_what_is_there(kernels):
     expected = residual + packed.product(x, padded)
     found = packed.product(x, padded, residual)
     assert found is residual and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (66, 64), (130, 577), (1024, 64)])
+@pytest.mark.parametrize("dtype", STORED)
+def test_gated_in_one_product(kernels, dtype, shape, monkeypatch):
+    """The bits of a product, an activation and a multiplication one after the other."""
+    monkeypatch.setattr(elementwise, "kernels", lambda: kernels)
+    weight, bias, x = made(dtype, shape)
+    gate_up = PackedWeight(weight, library=kernels).product(x) + bias
+    gate, up = gate_up.chunk(2, -1)
+    expected = elementwise.activate(gate.contiguous(), "gelu") * up
+    gated = GatedWeight(weight, library=kernels)
+    padded = GatedWeight.padded(bias, kernels)
+    for rows in (1, 2, 3, 16, 241):
+        assert torch.equal(gated.gated(x[:rows], padded, "gelu"), expected[:rows]), rows
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5000, 64)])
+@pytest.mark.parametrize("dtype", STORED)
+def test_the_likeliest_output_without_the_others(kernels, dtype, shape):
+    """The first of equals, as pytorch#10370, #22853 and #41998 wished."""
+    weight, _, x = made(dtype, shape)
+    weight[shape[0] // 2 :] = weight[: -(-shape[0] // 2)].clone()  # all twice: the first counts
+    packed = PackedWeight(weight, library=kernels)
+    x[3] = 0
+    for rows in (1, 2, 3, 16, 241):
+        highest, outputs = packed.likeliest(x[:rows])
+        expected = packed.product(x[:rows]).max(-1)
+        assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
+    for bad in (torch.nan, torch.inf, 3e38):
+        x[1, 0] = bad
+        assert packed.likeliest(x[:3]) is None or packed.product(x[:3]).isfinite().all()
+
+
+def test_outputs_that_rounding_of_x_would_swap(kernels):
+    """By pairs alone the second would be the highest: 1.0039 is 1 in bfloat16."""
+    weight = torch.zeros(70, 64)
+    weight[5, :2], weight[40, :2] = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    x = torch.zeros(1, 64)
+    x[0, :2] = torch.tensor([1 + 2.0**-8 - 2.0**-12, 1 + 2.0**-9])
+    packed = PackedWeight(weight, library=kernels)
+    x = torch.cat((x, x.flip(1).roll(2, 1)))
+    highest, outputs = packed.likeliest(x)
+    assert outputs.tolist() == [5, 40] and torch.equal(highest, x.max(-1).values)
 
 
 def test_rows_may_be_cut_out_of_wider_ones(kernels):

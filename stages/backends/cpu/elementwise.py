@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeserve.stages.backends.cpu.library import kernels
-from pipeserve.stages.backends.cpu.types import KERNEL_TYPES
-
-_ACTIVATIONS = {
-    "silu": 0,
-    "swish": 0,
-    "gelu": 1,
-    "gelu_new": 2,
-    "gelu_pytorch_tanh": 2,
-    "relu": 3,
-}
-"""By Hugging Face's names; as elementwise.c numbers them."""
+from pipeserve.stages.backends.cpu.types import KERNEL_ACTIVATIONS, KERNEL_TYPES
 
 
 def rms_norm(
@@ -72,30 +62,12 @@ def layer_norm(
     return out_XD
 
 
-def activate_gated(
-    gate_up_X2F: Tensor, activation: str, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """activation(gate) * up, of rows that have the gate first: [X, F] of `dtype`."""
-    size = gate_up_X2F.shape[-1] // 2
-    out_XF = torch.empty((*gate_up_X2F.shape[:-1], size), dtype=dtype)
-    kernels().activate_gated(
-        gate_up_X2F.data_ptr(),
-        KERNEL_TYPES[gate_up_X2F.dtype],
-        _ACTIVATIONS[activation],
-        out_XF.numel() // size,
-        size,
-        out_XF.data_ptr(),
-        KERNEL_TYPES[dtype],
-    )
-    return out_XF
-
-
 def activate(x_X: Tensor, activation: str, *, dtype: torch.dtype = torch.float32) -> Tensor:
     out_X = torch.empty(x_X.shape, dtype=dtype)
     kernels().activate(
         x_X.data_ptr(),
         KERNEL_TYPES[x_X.dtype],
-        _ACTIVATIONS[activation],
+        KERNEL_ACTIVATIONS[activation],
         x_X.numel(),
         out_X.data_ptr(),
         KERNEL_TYPES[dtype],

@@ -6,10 +6,10 @@ from torch import Tensor
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.backends.backend import Backend, HeadNorms, Rotation
-from pipeserve.stages.backends.cpu import elementwise
+from pipeserve.stages.backends.cpu import elementwise, large_pages
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, write
 from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, usable_libraries
-from pipeserve.stages.backends.cpu.products import PackedWeight
+from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight
 
 
 class KernelBackend(Backend):
@@ -28,11 +28,19 @@ class KernelBackend(Backend):
     def name(self) -> str:
         return f"C kernels ({usable_libraries()[0]})"
 
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return large_pages.empty(shape, dtype)
+
     def place_matrix(self, weight_OI: Tensor) -> PackedWeight:
         """Packed. A product of bfloat16 weights rounds x to bfloat16 too, where the CPU multiplies
         pairs of them."""
-        is_paired = weight_OI.dtype == torch.bfloat16 and has_pairs_of_bfloat16()
-        return PackedWeight(weight_OI, rounds_x=is_paired)
+        return PackedWeight(weight_OI, rounds_x=_is_paired(weight_OI))
+
+    def place_gated_matrix(self, weight_OI: Tensor) -> GatedWeight:
+        return GatedWeight(weight_OI, rounds_x=_is_paired(weight_OI))
+
+    def place_gated_bias(self, bias_O: Tensor) -> Tensor:
+        return GatedWeight.padded(bias_O)
 
     def place_bias(self, bias_O: Tensor) -> Tensor:
         """With zeros behind it in memory, up to a whole panel of outputs."""
@@ -59,8 +67,15 @@ class KernelBackend(Backend):
     def activate(self, x_XF: Tensor, activation: str) -> Tensor:
         return elementwise.activate(_rows(x_XF), activation)
 
-    def activate_gated(self, gate_up_X2F: Tensor, activation: str) -> Tensor:
-        return elementwise.activate_gated(_rows(gate_up_X2F), activation)
+    def gated(
+        self, x_XI: Tensor, weight: GatedWeight, bias: Tensor | None, activation: str
+    ) -> Tensor:
+        return weight.gated(_rows(x_XI), bias, activation)
+
+    def likeliest(
+        self, x_RI: Tensor, weight: PackedWeight, bias_O: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        return weight.likeliest(_rows(x_RI)) if bias_O is None else None
 
     def place_heads(
         self,
@@ -82,6 +97,10 @@ class KernelBackend(Backend):
             elementwise.rotate(heads_TAH[:, : num_q + num_kv_heads], *rotation)
         write(k_TKH, v_TKH, pool, inputs.slots_T)
         return q_TNH
+
+
+def _is_paired(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and has_pairs_of_bfloat16()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ then do without.
 
 import ctypes
 import os
+import sys
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,9 @@ from pipeserve.machine import cpu_instructions
 
 SWITCH = "PIPESERVE_KERNELS"
 """Environment variable: the name of the one library that may be used, or "none"."""
+_REMEDY = (
+    "products and attention will be slower; install pipeserve again, where files may be executed"
+)
 _NEEDS = {
     "avx512_bf16": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"),
     "avx512": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
@@ -44,19 +48,34 @@ _FUNCTIONS = {
         [c_void_p, c_void_p, c_int, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
     ),
     "layer_norm": (None, [*[c_void_p] * 3, c_float, c_int64, c_int64, c_void_p, c_int]),
-    "activate_gated": (None, [c_void_p, c_int, c_int, c_int64, c_int64, c_void_p, c_int]),
     "activate": (None, [c_void_p, c_int, c_int, c_int64, c_void_p, c_int]),
     "add_to": (None, [c_void_p, c_void_p, c_int, c_int64]),
-    # products.c
+    # weights.c
     "packed_size": (c_int64, [c_int, c_int64, c_int64]),
     "panel_outputs": (c_int64, []),
     "pack_weight": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p]),
+    # products.c
     "product_scratch": (c_int64, [c_int64, c_int64]),
     "product": (
         None,
         [
             *(c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
             *(c_void_p, c_void_p, c_int64, c_int, c_void_p),
+        ],
+    ),
+    "gated_product": (
+        None,
+        [
+            *(c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_int, c_void_p, c_void_p),
+        ],
+    ),
+    "likeliest_scratch": (c_int64, [c_int64, c_int64, c_int64]),
+    "likeliest": (
+        None,
+        [
+            *(c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
+            *(c_float, c_void_p, c_void_p, c_void_p),
         ],
     ),
 }
@@ -67,10 +86,16 @@ _FUNCTIONS = {
 def kernels() -> ctypes.CDLL | None:
     """The library that this process uses, or None; found out at the first call.
 
-    Its functions let other Python threads run.
+    Its functions let other Python threads run. One that cannot be loaded is passed over, with a
+    line: it may lie on a file system that nothing is executed from, or be left from another version
+    of its sources.
     """
-    names = usable_libraries()
-    return load(names[0]) if names else None
+    for name in usable_libraries():
+        try:
+            return load(name)
+        except (OSError, AttributeError) as error:
+            print(f"warning: C kernels are not used: {error}; {_REMEDY}", file=sys.stderr)
+    return None
 
 
 def has_pairs_of_bfloat16() -> bool:

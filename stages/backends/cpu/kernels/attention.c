@@ -100,9 +100,9 @@ INLINE void take_tile(const Call *call, const Queries *queries, int64_t head, co
 #ifdef __AVX512BF16__
 /* The same of a pool in bfloat16. A few rows at a time take all steps, so that their scores stay in
    the first-level cache. */
-static void take_paired_tile(const Call *call, const Queries *queries, int64_t head,
+INLINE void take_paired_tile(const Call *call, const Queries *queries, int64_t head,
                              const Tile *tile, const Tile *next, const PairedTile *copied,
-                             const Scratch *s, bool asks) {
+                             const Scratch *s, bool in_pool) {
     const int64_t size = call->pool->head_size, padded_size = round_up(size, LANES);
     const int64_t group = call->num_heads / call->pool->num_kv_heads, pairs = pairs_of(size);
     const int64_t num_rows = queries->num_queries * group;
@@ -113,7 +113,7 @@ static void take_paired_tile(const Call *call, const Queries *queries, int64_t h
         if (queries->position + (row + count - 1) / group < tile->first) continue; /* none sees it */
         const float *q = s->q + row * pairs;
         float *scores = s->scores + row * TILE, *out = s->out + row * padded_size;
-#define SCORE_PAIRS(M, N) score_pairs(M, q, pairs, copied->keys, next, tile->key_step, scores, asks)
+#define SCORE_PAIRS(M, N) score_pairs(M, q, pairs, tile, next, copied, scores, in_pool)
         FOR_ROWS(count, SCORE_PAIRS)
         for (int64_t r = 0; r < count; r++) {
             const int64_t stop = queries->position + (row + r) / group + 1;
@@ -127,27 +127,32 @@ static void take_paired_tile(const Call *call, const Queries *queries, int64_t h
 #define ADD_PAIRS(M, N)                                                                            \
     int64_t column = 0;                                                                            \
     for (; column + N * LANES <= padded_size; column += N * LANES)                                 \
-        add_value_pairs(M, N, weights, factors, tile, next, copied->values, padded_size, column,   \
-                        out, asks && column == 0);                                                 \
+        add_value_pairs(M, N, weights, factors, tile, next, copied, padded_size, column, out,      \
+                        in_pool);                                                                  \
     for (; column < padded_size; column += LANES)                                                  \
-        add_value_pairs(M, 1, weights, factors, tile, next, copied->values, padded_size, column,   \
-                        out, asks && column == 0)
+        add_value_pairs(M, 1, weights, factors, tile, next, copied, padded_size, column, out,      \
+                        in_pool)
         FOR_ROWS(count, ADD_PAIRS)
-        asks = false;
     }
 }
 
-static void copy_and_take_pairs(const Call *call, int64_t item, const Tile *tile, const Tile *next,
-                                const Scratch *s, bool all_see_all) {
+/* One query's few rows read a whole tile in the pool, others a copy. */
+static void take_any_paired_tile(const Call *call, int64_t item, const Tile *tile,
+                                 const Tile *next, const Scratch *s, bool all_see_all) {
     const Pool *pool = call->pool;
     const Queries *queries = call->queries + item / pool->num_kv_heads;
     const int64_t head = item % pool->num_kv_heads;
     const PairedTile copied = {s->keys, s->values};
+    const bool is_few = queries->num_queries * call->num_heads <= ROWS * pool->num_kv_heads;
+    if (lies_in_units(pool) && is_few && all_see_all) {
+        take_paired_tile(call, queries, head, tile, next, &copied, s, true);
+        return;
+    }
     if (lies_in_units(pool)) copy_units(tile, next, pool->head_size, &copied);
     else copy_numbers(tile, pool, head, call->tables + queries->table, &copied);
     if (!all_see_all && queries->num_queries > 1)
         let_paired_keys_tell(tile, pool->head_size, &copied);
-    take_paired_tile(call, queries, head, tile, next, &copied, s, lies_in_units(pool));
+    take_paired_tile(call, queries, head, tile, next, &copied, s, false);
 }
 #endif
 
@@ -163,7 +168,7 @@ static void take_any_tile(const Call *call, int64_t item, Tile *tile, const Tile
     const bool is_single = queries->num_queries == 1;
 #ifdef __AVX512BF16__
     if (pool->dtype == BFLOAT16) {
-        copy_and_take_pairs(call, item, tile, next, s, all_see_all);
+        take_any_paired_tile(call, item, tile, next, s, all_see_all);
         return;
     }
 #endif

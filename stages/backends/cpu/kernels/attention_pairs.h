@@ -12,9 +12,6 @@
 
 #ifdef __AVX512BF16__
 
-/* Two bfloat16 in each lane, as the bits of a float. */
-typedef __bf16 Pairs __attribute__((vector_size(LANES * 4), aligned(4)));
-
 /* What is copied of a tile. */
 typedef struct {
     float *keys;   /* [UNITS, pairs of dimensions, UNIT] */
@@ -23,18 +20,15 @@ typedef struct {
 
 INLINE int64_t pairs_of(int64_t size) { return (size + 1) / 2; }
 
-INLINE Floats add_pairs(Floats sums, Floats a, Floats b) {
-    return (Floats)__builtin_ia32_dpbf16ps_512(sums, (Pairs)a, (Pairs)b);
-}
-
 /* Numbers of a and b in turn. */
-INLINE void interleave(Shorts a, Shorts b, float *to) {
-    typedef uint16_t Both __attribute__((vector_size(LANES * 4), aligned(4)));
-    *(Both *)to = __builtin_shufflevector(
+INLINE Floats interleaved(Shorts a, Shorts b) {
+    return (Floats)__builtin_shufflevector(
         a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27,
         12, 28, 13, 29, 14, 30, 15, 31
     );
 }
+
+INLINE Shorts load_shorts(const void *from) { return *(const Shorts *)from; }
 
 /* To bfloat16, in pairs: [pairs of size]. */
 INLINE void round_to_pairs(const float *from, int64_t size, float *to) {
@@ -49,30 +43,26 @@ INLINE void round_to_pairs(const float *from, int64_t size, float *to) {
 
 /* ---- the copy ----------------------------------------------------------------------------------*/
 
-/* Whole rows of registers, as they lie in units of the pool. Meanwhile asks memory for half of the next
-   tile, as evenly as can be, for it takes longer to come than to be multiplied; what multiplies
-   asks for the other half. */
+/* Whole rows of registers, as they lie in units of the pool. Meanwhile asks memory for the next tile. */
 INLINE void copy_units(const Tile *tile, const Tile *next, int64_t size, const PairedTile *to) {
-    const int64_t step = tile->key_step, stop = round_up(tile->to, UNIT) / UNIT;
+    const int64_t step = tile->key_step * 2, stop = round_up(tile->to, UNIT) / UNIT;
     for (int64_t unit = tile->from / UNIT; unit < stop; unit++) {
-        const Shorts *keys = (const Shorts *)tile->keys[unit];
         float *at = to->keys + unit * size / 2 * UNIT;
         for (int64_t h = 0; h < size; h += 2, at += UNIT) {
-            const uint16_t *row = (const uint16_t *)keys + h * step;
-            if ((unit + h / 2) % 2 == 0) __builtin_prefetch(next->keys[unit] + h * step * 2, 0, 2);
-            interleave(*(const Shorts *)row, *(const Shorts *)(row + step), at);
+            const char *row = tile->keys[unit] + h * step;
+            ask_for(next->keys[unit] + h * step, 1);
+            store_floats(at, interleaved(load_shorts(row), load_shorts(row + step)));
         }
     }
     const Shorts zeros = {0};
     for (int64_t i = tile->from / 2; i * 2 < tile->to; i++) {
-        const int64_t unit = i * 2 / UNIT, in_unit = i * 2 % UNIT;
-        const uint16_t *row = (const uint16_t *)tile->values[unit] + in_unit * size;
+        const int64_t unit = i * 2 / UNIT, place = i * 2 % UNIT * size * 2;
         for (int64_t h = 0; h < size; h += LANES) {
-            Shorts first = *(const Shorts *)(row + h), second = *(const Shorts *)(row + size + h);
-            if (h / LANES % 2 == 0)
-                __builtin_prefetch(next->values[unit] + (in_unit * size + 2 * h) * 2, 0, 2);
-            interleave(i * 2 < tile->from ? zeros : first, i * 2 + 1 < tile->to ? second : zeros,
-                       to->values + i * size + h);
+            const char *row = tile->values[unit] + place + h * 2;
+            ask_for(next->values[unit] + place + h * 4, 1);
+            const Shorts first = i * 2 < tile->from ? zeros : load_shorts(row);
+            const Shorts second = i * 2 + 1 < tile->to ? load_shorts(row + size * 2) : zeros;
+            store_floats(to->values + i * size + h, interleaved(first, second));
         }
     }
 }
@@ -119,17 +109,23 @@ INLINE void let_paired_keys_tell(const Tile *tile, int64_t size, const PairedTil
 
 /* ---- products --------------------------------------------------------------------------------*/
 
+/* Below, `in_pool`: read there, in which the tile has whole units; and the next tile is asked for. */
+
 /* scores [M, TILE] = q [M, pairs] * keys. */
-INLINE void score_pairs(int M, const float *q, int64_t pairs, const float *keys, const Tile *next,
-                        int64_t step, float *scores, bool asks) {
+INLINE void score_pairs(int M, const float *q, int64_t pairs, const Tile *tile, const Tile *next,
+                        const PairedTile *copied, float *scores, bool in_pool) {
+    const int64_t step = tile->key_step * 2;
     Floats sums[ROWS][UNITS];
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < UNITS; n++)
         sums[m][n] = (Floats){0};
     for (int64_t h = 0; h < pairs; h++) {
         Floats key[UNITS];
-        UNROLL for (int n = 0; n < UNITS; n++) key[n] = load_floats(keys + (n * pairs + h) * UNIT);
-        for (int n = (h + 1) % 2; asks && n < UNITS; n += 2)
-            __builtin_prefetch(next->keys[n] + h * step * 4, 0, 2);
+        UNROLL for (int n = 0; n < UNITS; n++) {
+            const char *row = tile->keys[n] + h * 2 * step;
+            key[n] = in_pool ? interleaved(load_shorts(row), load_shorts(row + step))
+                             : load_floats(copied->keys + (n * pairs + h) * UNIT);
+            if (in_pool) ask_for(next->keys[n] + h * 2 * step, 1);
+        }
         UNROLL for (int m = 0; m < M; m++) {
             Floats factor = all_lanes(q[m * pairs + h]);
             UNROLL for (int n = 0; n < UNITS; n++)
@@ -143,17 +139,22 @@ INLINE void score_pairs(int M, const float *q, int64_t pairs, const float *keys,
 /* out [M, size] = out * factors [M] + weights [M, TILE / 2] * values, of N registers' dimensions
    from `column` on. */
 INLINE void add_value_pairs(int M, int N, const float *weights, const float *factors,
-                            const Tile *tile, const Tile *next, const float *values, int64_t size,
-                            int64_t column, float *out, bool asks) {
+                            const Tile *tile, const Tile *next, const PairedTile *copied,
+                            int64_t size, int64_t column, float *out, bool in_pool) {
     Floats sums[ROWS][4];
-    out += column, values += column;
+    out += column;
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
         sums[m][n] = load_floats(out + m * size + n * LANES) * factors[m];
     for (int64_t i = tile->from / 2; i * 2 < tile->to; i++) {
+        const int64_t unit = i * 2 / UNIT, place = i * 2 % UNIT * size * 2;
         Floats value[4];
-        UNROLL for (int n = 0; n < N; n++) value[n] = load_floats(values + i * size + n * LANES);
-        for (int64_t line = 64; asks && line < size * 4; line += 128)
-            __builtin_prefetch(next->values[i * 2 / UNIT] + i * 2 % UNIT * size * 2 + line, 0, 2);
+        UNROLL for (int n = 0; n < N; n++) {
+            const int64_t h = column + n * LANES;
+            const char *row = tile->values[unit] + place + h * 2;
+            value[n] = in_pool ? interleaved(load_shorts(row), load_shorts(row + size * 2))
+                               : load_floats(copied->values + i * size + h);
+            if (in_pool) ask_for(next->values[unit] + place + h * 4, 1);
+        }
         UNROLL for (int m = 0; m < M; m++) {
             Floats weight = all_lanes(weights[m * TILE / 2 + i]);
             UNROLL for (int n = 0; n < N; n++)

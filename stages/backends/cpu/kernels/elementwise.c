@@ -1,10 +1,7 @@
 /* What layers do between their products, row by row or number by number: in float32, whatever the
    type of what comes in and of what goes out. */
 
-#include "numbers.h"
-
-/* As Python names them (library.py). */
-enum { SILU, GELU, GELU_TANH, RELU };
+#include "activations.h"
 
 /* ---- norms -----------------------------------------------------------------------------------*/
 
@@ -57,44 +54,6 @@ EXPORT void layer_norm(const float *x, const float *weight, const float *bias, f
 }
 
 /* ---- activations -----------------------------------------------------------------------------*/
-
-/* x times the chance of less than x in the normal distribution. Half of erfc(|x| / sqrt 2) within
-   1e-7; source: Abramowitz and Stegun, 7.1.26. */
-INLINE Floats gelu(Floats x) {
-    Floats z = choose(x < 0.0f, -x, x) * 0.70710678f;
-    Floats t = 1.0f / multiply_add_floats(z, all_lanes(0.3275911f), all_lanes(1));
-    const float terms[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
-    Floats tail = all_lanes(1.061405429f);
-    for (int i = 0; i < 4; i++) tail = multiply_add_floats(tail, t, all_lanes(terms[i]));
-    tail *= t * exponential(-z * z) * 0.5f;
-    return x * choose(x < 0.0f, tail, 1.0f - tail);
-}
-
-INLINE Floats activated(Floats x, int activation) {
-    if (activation == GELU) return gelu(x);
-    if (activation == RELU) return choose(x < 0.0f, (Floats){0}, x);
-    /* x times a logistic function: (1 + tanh(y)) / 2 is that of 2 y. */
-    Floats y = x;
-    if (activation == GELU_TANH)
-        y = 1.59576912f * multiply_add_floats(x * x * 0.044715f, x, x);
-    return x / (1.0f + exponential(-y));
-}
-
-/* out = activation(gate) * up, of rows that hold [gate, up], each of `size`. */
-EXPORT void activate_gated(const void *gate_up, int dtype, int activation, int64_t num_rows,
-                           int64_t size, void *out, int out_dtype) {
-    const int64_t bytes = size_of(dtype);
-    for (int64_t row = 0; row < num_rows; row++) {
-        const char *gate = (const char *)gate_up + row * 2 * size * bytes;
-        const char *up = gate + size * bytes;
-        char *to = (char *)out + row * size * size_of(out_dtype);
-        for (int64_t i = 0; i < size; i += LANES) {
-            Floats own = activated(read_some(gate + i * bytes, size - i, dtype), activation);
-            own *= read_some(up + i * bytes, size - i, dtype);
-            write_some(to + i * size_of(out_dtype), own, size - i, out_dtype);
-        }
-    }
-}
 
 /* out = activation(x), of `size` numbers. */
 EXPORT void activate(const void *x, int dtype, int activation, int64_t size, void *out,

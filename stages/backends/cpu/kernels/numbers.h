@@ -12,6 +12,8 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef _Float16 Halves __attribute__((vector_size(LANES * 2), aligned(2)));
 typedef uint16_t Shorts __attribute__((vector_size(LANES * 2), aligned(2)));
 
+typedef __bf16 Pairs __attribute__((vector_size(LANES * 4), aligned(4)));
+
 #define INLINE static inline __attribute__((always_inline))
 
 /* a where the comparison `is` holds, else b. */
@@ -27,6 +29,14 @@ INLINE int any_above(Floats a, Floats b) {
     return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
 #endif
 }
+
+#ifdef __AVX512BF16__
+/* sums + the products of two pairs of bfloat16 in each lane, which a and b hold as the bits of floats:
+   first that of the second numbers, then that of the first. */
+INLINE Floats add_pairs(Floats sums, Floats a, Floats b) {
+    return (Floats)__builtin_ia32_dpbf16ps_512(sums, (Pairs)a, (Pairs)b);
+}
+#endif
 
 INLINE int size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 

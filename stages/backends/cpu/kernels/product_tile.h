@@ -2,7 +2,7 @@
    panel of outputs, in registers. */
 
 #pragma once
-#include "common.h"
+#include "numbers.h"
 
 #define PANEL (2 * LANES)                         /* outputs: two registers */
 #define TILE ((NUM_REGISTERS == 32) ? 12 : 6)     /* rows: 24 or 12 registers of sums */
@@ -11,25 +11,17 @@
 #define LINE 64                                   /* bytes of a cache line */
 #define AHEAD 12288                               /* bytes from what is read to what is fetched */
 
-/* How a weight's numbers are kept. Products and sums are float32, except under `DOT`. */
-enum Storage {
-    FLOAT32,
-    FLOAT16,
-    BFLOAT16, /* two inputs side by side: [in / 2][PANEL][2] */
-    DOT,      /* kept as BFLOAT16; x is rounded to bfloat16 too and multiplied in pairs */
-};
-
-typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef _Float16 Halves __attribute__((vector_size(LANES * 2), aligned(2)));
-typedef __bf16 Pairs __attribute__((vector_size(LANES * 4), aligned(4)));
+/* How a weight's numbers are kept: by their type (numbers.h), bfloat16 with two inputs side by side,
+   [in / 2][PANEL][2]. Products and sums are float32, except under PAIRS: there the weight is kept as
+   bfloat16, and x is rounded to it, too, and multiplied in pairs. */
+enum { PAIRS = BFLOAT16 + 1 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t num_bytes(int storage) { return storage == FLOAT32 ? 4 : 2; }
 
 /* Those that lie side by side; of others one, or the compiler runs out of registers. */
 static inline int inputs_at_once(int storage) {
-    return storage == BFLOAT16 || storage == DOT ? 2 : 1;
+    return storage == BFLOAT16 || storage == PAIRS ? 2 : 1;
 }
 
 /* Where a tile's sums come from and go to. */
@@ -44,7 +36,7 @@ struct Sums {
 };
 
 /* Weights of LANES outputs and one input: number `input` of a step that begins at `from`. */
-static inline __attribute__((always_inline)) Floats
+INLINE Floats
 load_weights(const char *from, int input, int reg, const int storage) {
     if (storage == FLOAT32) {
         return load_floats((const float *)from + input * PANEL + reg * LANES);
@@ -58,10 +50,11 @@ load_weights(const char *from, int input, int reg, const int storage) {
 }
 
 /* Few rows are done with a weight soon, so the core waits for memory: more lines can be on their way
-   to the second-level cache than to the first (16 rows 12 % faster, 8 rows 20 %). More rows wait for
-   nothing, and find it nearer in the first (32 rows 10 % faster). */
-#define FEW_ROWS 8 /* of a tile: up to 16 rows are cut into such */
-static inline __attribute__((always_inline)) void fetch(const char *at, const int is_for_few) {
+   to the second-level cache than to the first (8 rows 20 % faster, with AVX512 16 rows 12 %). More
+   rows wait for nothing, and find it nearer in the first (32 rows 10 % faster). Of a tile: up to
+   twice as many rows are cut into such. */
+#define FEW_ROWS (NUM_REGISTERS / 4)
+INLINE void fetch(const char *at, const int is_for_few) {
     if (is_for_few) __builtin_prefetch(at, 0, 2);
     else __builtin_prefetch(at, 0, 3);
 }
@@ -70,14 +63,14 @@ static inline __attribute__((always_inline)) void fetch(const char *at, const in
    the inputs begin; panels lie `panel_size` bytes apart. Meanwhile `ahead` is fetched into the
    cache, `ahead_size` bytes for each step; with several panels the core does so unasked, and better
    (one row 20 % faster). */
-static inline __attribute__((always_inline)) void multiply_tile(
+INLINE void multiply_tile(
     const int storage, const int rows, const int panels, const float *x, const char *w,
     int64_t panel_size, int64_t depth, const char *ahead, int64_t ahead_size,
     const struct Sums *to
 ) {
     const int num_registers = 2 * panels;
     const int step = inputs_at_once(storage);
-    const int64_t step_size = step * PANEL * num_bytes(storage);
+    const int64_t step_size = step * PANEL * size_of(storage);
     const int lines = step_size < LINE ? 1 : step_size / LINE;
     Floats sums[TILE][2 * MAX_PANELS];
     for (int r = 0; r < rows; r++) {
@@ -91,21 +84,19 @@ static inline __attribute__((always_inline)) void multiply_tile(
             fetch(ahead + l * ahead_size / lines, rows <= FEW_ROWS);
         }
         ahead += ahead_size;
-        for (int input = 0; input < (storage == DOT ? 1 : step); input++) {
+        for (int input = 0; input < (storage == PAIRS ? 1 : step); input++) {
             Floats weights[2 * MAX_PANELS];
             for (int c = 0; c < num_registers; c++) {
                 const char *at = w + (c / 2) * panel_size;
-                weights[c] = storage == DOT ? load_floats((const float *)at + c % 2 * LANES)
+                weights[c] = storage == PAIRS ? load_floats((const float *)at + c % 2 * LANES)
                                             : load_weights(at, input, c % 2, storage);
             }
             for (int r = 0; r < rows; r++) {
                 Floats row = all_lanes(x[input * rows + r]);
                 for (int c = 0; c < num_registers; c++) {
 #ifdef __AVX512BF16__
-                    if (storage == DOT) {
-                        sums[r][c] = (Floats)__builtin_ia32_dpbf16ps_512(
-                            sums[r][c], (Pairs)row, (Pairs)weights[c]
-                        );
+                    if (storage == PAIRS) {
+                        sums[r][c] = add_pairs(sums[r][c], row, weights[c]);
                         continue;
                     }
 #endif
@@ -113,7 +104,7 @@ static inline __attribute__((always_inline)) void multiply_tile(
                 }
             }
         }
-        x += (storage == DOT ? 1 : step) * rows;
+        x += (storage == PAIRS ? 1 : step) * rows;
         w += step_size;
     }
     for (int r = 0; r < rows; r++) {
@@ -133,12 +124,12 @@ static inline __attribute__((always_inline)) void multiply_tile(
 
 /* Panels that are multiplied side by side: few rows have few sums, and each addition to one has to
    wait for the last; eight or more keep the core busy. */
-static inline __attribute__((always_inline)) int panels_at_once(const int rows) {
+INLINE int panels_at_once(const int rows) {
     return rows == 1 ? MAX_PANELS : rows * 4 <= NUM_REGISTERS / 2 ? 2 : 1;
 }
 
 /* `multiply_tile` for numbers of rows and panels that the compiler does not know. */
-static inline __attribute__((always_inline)) void multiply_tile_of(
+INLINE void multiply_tile_of(
     const int storage, int rows, int panels, const float *x, const char *w, int64_t panel_size,
     int64_t depth, const char *ahead, int64_t ahead_size, const struct Sums *to
 ) {
@@ -170,7 +161,7 @@ static void multiply(
     switch (storage) {
         STORED(FLOAT32) STORED(FLOAT16) STORED(BFLOAT16)
 #ifdef __AVX512BF16__
-        STORED(DOT)
+        STORED(PAIRS)
 #endif
     }
 #undef STORED

@@ -15,104 +15,14 @@
    Every sum is added up input by input, in one chain, whatever the number of rows: so a row's
    result does not depend on the rows beside it, bit for bit. */
 
-#include "product_tile.h"
-
-/* ---- packing ---- */
-
-/* The nearest bfloat16, ties to even, as the upper half of a float32; NaN stays NaN. */
-static inline uint32_t rounded_bfloat16(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    if (x != x) return (bits >> 16) | 0x40;
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-static inline float number_at(const float *row, int64_t k, int64_t in) {
-    return k < in ? row[k] : 0;
-}
-
-/* The part of a tile of pairs that fills whole registers; returns how many inputs that was. Rows are
-   rounded first, as they lie, and then turned: the rounding is then an instruction for each LANES
-   numbers. */
-static int64_t pack_pairs(int rows, const float *x, int64_t x_stride, int64_t in, float *to) {
-#ifdef __AVX512BF16__
-    typedef __bf16 Rounded __attribute__((vector_size(LANES * 2), aligned(2)));
-    uint32_t pairs[TILE][LANES / 2];
-    int64_t k = 0;
-    for (; k + LANES <= in; k += LANES) {
-        for (int r = 0; r < rows; r++) {
-            Floats numbers = load_floats(x + r * x_stride + k);
-            *(Rounded *)pairs[r] = __builtin_convertvector(numbers, Rounded);
-        }
-        for (int i = 0; i < LANES / 2; i++) {
-            for (int r = 0; r < rows; r++) {
-                __builtin_memcpy(to + (k / 2 + i) * rows + r, &pairs[r][i], 4);
-            }
-        }
-    }
-    return k;
-#else
-    (void)rows, (void)x, (void)x_stride, (void)in, (void)to;
-    return 0;
-#endif
-}
-
-/* One tile: [in][rows], or of pairs of bfloat16 [in / 2][rows]. */
-static void pack_tile(
-    int storage, int rows, const float *x, int64_t x_stride, int64_t in, float *to
-) {
-    const int64_t done = storage == DOT ? pack_pairs(rows, x, x_stride, in, to) : 0;
-    for (int64_t k = done; k < in; k += STEP) {
-        for (int r = 0; r < rows; r++) {
-            const float *row = x + r * x_stride;
-            float first = row[k], second = number_at(row, k + 1, in);
-            if (storage == DOT) {
-                uint32_t pair = rounded_bfloat16(second) << 16 | rounded_bfloat16(first);
-                __builtin_memcpy(to + k / 2 * rows + r, &pair, 4);
-            } else {
-                to[k * rows + r] = first;
-                to[(k + 1) * rows + r] = second;
-            }
-        }
-    }
-}
-
-/* Bytes of a packed weight. */
-EXPORT int64_t packed_size(int storage, int64_t out, int64_t in) {
-    return quotient_up(out, PANEL) * PANEL * quotient_up(in, STEP) * STEP * num_bytes(storage);
-}
-
-/* Outputs that a panel is filled up to. */
-EXPORT int64_t panel_outputs(void) { return PANEL; }
-
-/* Packs `from` [out, in], whose numbers are those of `storage`, into `to`, which holds zeros. */
-EXPORT void pack_weight(int storage, const void *from, int64_t out, int64_t in, void *to) {
-    const int64_t depth = quotient_up(in, STEP) * STEP;
-    for (int64_t n = 0; n < out; n++) {
-        const int64_t panel = n / PANEL * PANEL * depth, column = n % PANEL;
-        if (storage == FLOAT32) {
-            const float *row = (const float *)from + n * in;
-            float *at = (float *)to + panel + column;
-            for (int64_t k = 0; k < in; k++) at[k * PANEL] = row[k];
-            continue;
-        }
-        const uint16_t *row = (const uint16_t *)from + n * in;
-        uint16_t *at = (uint16_t *)to + panel;
-        for (int64_t k = 0; k < in; k++) {
-            int64_t offset = storage == FLOAT16 ? k * PANEL + column
-                                                : (k / 2 * PANEL + column) * 2 + k % 2;
-            at[offset] = row[k];
-        }
-    }
-}
-
-/* ---- the product ---- */
+#include "activations.h"
+#include "product_rows.h"
 
 /* How much is done at a time, so that what is used again is still in the second-level cache. The
    sizes change no result. */
 #define MAX_BLOCK_ROWS 240
-#define MAX_BLOCK_X (96 * 1024) /* floats: rows by depth */
-#define MAX_DEPTH 1024
+#define MAX_BLOCK_X (384 * 1024) /* bytes: rows by depth */
+#define MAX_DEPTH 2048
 #define GROUP 8                 /* panels */
 
 /* Rows [begin, begin + size) of `total` cut into `count` parts of nearly one size: part `i`. */
@@ -120,28 +30,66 @@ static inline int64_t part_begin(int64_t total, int64_t count, int64_t i) {
     return total / count * i + least(i, total % count);
 }
 
+/* What becomes of finished sums. */
+enum Ending {
+    ROWS,      /* y [rows, outputs] */
+    GATED,     /* y [rows, outputs / 2]: a panel is LANES gates and the LANES outputs that they are for */
+    HIGHEST,   /* no y: the highest of each row and panel */
+};
+
 struct Product {
     int storage;
     int64_t in, out; /* as packed: whole steps and panels */
     const char *w;
     const float *bias;
+    enum Ending ending;
     float *y;
     int64_t y_stride, num_outputs;
     int adds_to_y;
+    int activation; /* of GATED */
+    float *zeros;   /* of HIGHEST, [rows, LANES]: NaN where an output is not finite, else 0 */
 };
 
+/* ---- endings of sums that go to a place aside first, of one row and panel ---- */
+
 /* The last panel's outputs, where not all of them are there. */
-static void write_part_of_panel(
-    const struct Product *p, int64_t row, int rows, int64_t column, const float *sums
-) {
-    for (int r = 0; r < rows; r++) {
-        for (int64_t c = column; c < p->num_outputs; c++) {
-            float *y = p->y + (row + r) * p->y_stride + c;
-            float sum = sums[r * PANEL + c - column];
-            if (p->bias) sum += p->bias[c];
-            *y = p->adds_to_y ? sum + *y : sum;
-        }
+static void end_part_of_row(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
+    for (int64_t c = panel * PANEL; c < least(p->num_outputs, (panel + 1) * PANEL); c++) {
+        float *y = p->y + row * p->y_stride + c;
+        float sum = sums[c - panel * PANEL];
+        if (p->bias) sum += p->bias[c];
+        *y = p->adds_to_y ? sum + *y : sum;
     }
+}
+
+static void end_gated(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
+    Floats gates = load_floats(sums), own = load_floats(sums + LANES);
+    if (p->bias) {
+        gates += load_floats(p->bias + panel * PANEL);
+        own += load_floats(p->bias + panel * PANEL + LANES);
+    }
+    const int64_t first = panel * LANES;
+    float *y = p->y + row * p->y_stride + first;
+    write_some(y, activated(gates, p->activation) * own, p->num_outputs / 2 - first, FLOAT32);
+}
+
+static void end_highest(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
+    Floats first = load_floats(sums), second = load_floats(sums + LANES);
+    const Floats last = lane_numbers() + (float)LANES;
+    const float count = p->num_outputs - panel * PANEL;
+    float *zeros = p->zeros + row * LANES;
+    store_floats(zeros, load_floats(zeros) + first * 0.0f + second * 0.0f);
+    if (count < PANEL) { /* behind them the sums of no output, which are 0 */
+        first = choose(lane_numbers() < count, first, all_lanes(-__builtin_inff()));
+        second = choose(last < count, second, all_lanes(-__builtin_inff()));
+    }
+    p->y[row * p->y_stride + panel] = __builtin_reduce_max(choose(second > first, second, first));
+}
+
+static void end_row(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
+    if (p->ending == ROWS) end_part_of_row(p, row, panel, sums);
+    else if (p->ending == GATED) end_gated(p, row, panel, sums);
+    else end_highest(p, row, panel, sums);
 }
 
 /* Rows [row, row + rows), packed in `x`, by the whole weight. */
@@ -149,13 +97,13 @@ static void multiply_block(
     const struct Product *p, int64_t row, int64_t rows, const float *x, float *partial
 ) {
     const int64_t tiles = quotient_up(rows, TILE);
-    const int64_t number = num_bytes(p->storage), panel_size = p->in * PANEL * number;
-    const int64_t x_step = p->storage == DOT ? 1 : 2; /* floats of a row in each two inputs */
+    const int64_t number = size_of(p->storage), panel_size = p->in * PANEL * number;
+    const int64_t x_step = p->storage == PAIRS ? 1 : 2; /* floats of a row in each two inputs */
     const int64_t depth_limit =
-        tiles == 1 ? p->in : least(MAX_DEPTH, MAX_BLOCK_X / rows / STEP * STEP);
+        tiles == 1 ? p->in : least(MAX_DEPTH, MAX_BLOCK_X / (x_step * 2 * rows) / STEP * STEP);
     const int64_t num_depths = quotient_up(p->in, depth_limit);
     const int64_t num_panels = p->out / PANEL;
-    float part_of_panel[TILE * PANEL];
+    float aside[TILE * PANEL];
     for (int64_t group = 0; group < num_panels; group += GROUP) {
         const int64_t group_end = least(group + GROUP, num_panels);
         for (int64_t d = 0; d < num_depths; d++) {
@@ -164,12 +112,10 @@ static void multiply_block(
             int64_t panels;
             for (int64_t panel = group; panel < group_end; panel += panels) {
                 const char *w = p->w + panel * panel_size + begin * PANEL * number;
-                /* Several at once only where nobody needs the temporary place for a part. */
                 panels = tiles == 1 ? panels_at_once(rows) : 1;
-                if ((panel + panels) * PANEL > p->num_outputs || panel + panels > group_end) {
-                    panels = 1;
-                }
-                const int is_part = (panel + 1) * PANEL > p->num_outputs;
+                if (panel + panels > group_end) panels = 1;
+                const int goes_aside =
+                    p->ending != ROWS || (panel + panels) * PANEL > p->num_outputs;
                 for (int64_t tile = 0; tile < tiles; tile++) {
                     const int64_t first = part_begin(rows, tiles, tile);
                     const int tile_rows = part_begin(rows, tiles, tile + 1) - first;
@@ -182,10 +128,10 @@ static void multiply_block(
                         .y_stride = p->y_stride,
                         .adds_to_y = p->adds_to_y,
                     };
-                    if (is_part) {
+                    if (goes_aside) {
                         to.bias = 0;
-                        to.y = part_of_panel;
-                        to.y_stride = PANEL;
+                        to.y = aside;
+                        to.y_stride = panels * PANEL;
                         to.adds_to_y = 0;
                     }
                     /* Tiles share the work of fetching the next panel. */
@@ -199,8 +145,10 @@ static void multiply_block(
                         x + (first * p->in + begin * tile_rows) / 2 * x_step, w, panel_size, depth,
                         ahead, ahead_size, &to
                     );
-                    if (is_part && to.is_last) {
-                        write_part_of_panel(p, row + first, tile_rows, panel * PANEL, to.y);
+                    for (int64_t r = 0; goes_aside && to.is_last && r < tile_rows; r++) {
+                        for (int64_t i = 0; i < panels; i++) {
+                            end_row(p, row + first + r, panel + i, aside + (r * panels + i) * PANEL);
+                        }
                     }
                 }
             }
@@ -214,6 +162,42 @@ EXPORT int64_t product_scratch(int64_t rows, int64_t in) {
     return block_rows * quotient_up(in, STEP) * STEP + block_rows * GROUP * PANEL;
 }
 
+static void multiply_rows(
+    const struct Product *p, const float *x, int64_t x_stride, int64_t rows, int64_t in,
+    float *scratch
+) {
+    const int64_t blocks = quotient_up(rows, MAX_BLOCK_ROWS);
+    float *partial = scratch + least(rows, MAX_BLOCK_ROWS) * p->in;
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t row = part_begin(rows, blocks, block);
+        const int64_t block_rows = part_begin(rows, blocks, block + 1) - row;
+        const int64_t tiles = quotient_up(block_rows, TILE);
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const int64_t first = part_begin(block_rows, tiles, tile);
+            pack_tile(
+                p->storage, part_begin(block_rows, tiles, tile + 1) - first,
+                x + (row + first) * x_stride, x_stride, in,
+                scratch + first * (p->storage == PAIRS ? p->in / 2 : p->in)
+            );
+        }
+        multiply_block(p, row, block_rows, scratch, partial);
+    }
+}
+
+static struct Product product_of(
+    int storage, const void *w, int64_t out, int64_t in, const float *bias, enum Ending ending
+) {
+    return (struct Product){
+        .storage = storage,
+        .in = quotient_up(in, STEP) * STEP,
+        .out = quotient_up(out, PANEL) * PANEL,
+        .w = w,
+        .bias = bias,
+        .ending = ending,
+        .num_outputs = out,
+    };
+}
+
 /* y [rows, out] = x [rows, in] W^T + bias, or y + x W^T + bias.
 
    `x_stride`, `y_stride`: floats from one row to the next. `bias`: none, or as many floats as whole
@@ -222,31 +206,76 @@ EXPORT void product(
     int storage, const float *x, int64_t x_stride, int64_t rows, const void *w, int64_t out,
     int64_t in, const float *bias, float *y, int64_t y_stride, int adds_to_y, float *scratch
 ) {
-    const struct Product p = {
-        .storage = storage,
-        .in = quotient_up(in, STEP) * STEP,
-        .out = quotient_up(out, PANEL) * PANEL,
-        .w = w,
-        .bias = bias,
-        .y = y,
-        .y_stride = y_stride,
-        .num_outputs = out,
-        .adds_to_y = adds_to_y,
-    };
-    const int64_t blocks = quotient_up(rows, MAX_BLOCK_ROWS);
-    float *partial = scratch + least(rows, MAX_BLOCK_ROWS) * p.in;
-    for (int64_t block = 0; block < blocks; block++) {
-        const int64_t row = part_begin(rows, blocks, block);
-        const int64_t block_rows = part_begin(rows, blocks, block + 1) - row;
-        const int64_t tiles = quotient_up(block_rows, TILE);
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            const int64_t first = part_begin(block_rows, tiles, tile);
-            pack_tile(
-                storage, part_begin(block_rows, tiles, tile + 1) - first,
-                x + (row + first) * x_stride, x_stride, in,
-                scratch + first * (storage == DOT ? p.in / 2 : p.in)
-            );
+    struct Product p = product_of(storage, w, out, in, bias, ROWS);
+    p.y = y, p.y_stride = y_stride, p.adds_to_y = adds_to_y;
+    multiply_rows(&p, x, x_stride, rows, in, scratch);
+}
+
+/* y [rows, out / 2] = activation(gates) * others, where W holds LANES gates and LANES others in turn. */
+EXPORT void gated_product(
+    int storage, const float *x, int64_t x_stride, int64_t rows, const void *w, int64_t out,
+    int64_t in, const float *bias, int activation, float *y, float *scratch
+) {
+    struct Product p = product_of(storage, w, out, in, bias, GATED);
+    p.y = y, p.y_stride = out / 2, p.activation = activation;
+    multiply_rows(&p, x, x_stride, rows, in, scratch);
+}
+
+/* ---- the likeliest token ---- */
+
+/* Floats that `likeliest` needs to work in. */
+EXPORT int64_t likeliest_scratch(int64_t rows, int64_t out, int64_t in) {
+    return product_scratch(rows, in) + rows * (quotient_up(out, PANEL) + LANES);
+}
+
+/* How far a row's products by pairs may be from those in float32: what x loses by rounding, times the
+   `norm` of the largest weight (Cauchy and Schwarz), and of both what their sums may lose. */
+static float pairs_error(const float *x, int64_t in, float norm) {
+    double lost = 0, whole = 0;
+    for (int64_t k = 0; k < in; k++) {
+        uint32_t bits = rounded_bfloat16(x[k]) << 16;
+        float rounded;
+        memcpy(&rounded, &bits, 4);
+        lost += ((double)x[k] - rounded) * ((double)x[k] - rounded);
+        whole += (double)x[k] * x[k];
+    }
+    const double sums = 2.0 * in * 6e-8; /* of either: half a unit for each addition */
+    return (__builtin_sqrt(lost) + sums * __builtin_sqrt(whole)) * norm;
+}
+
+/* Of each row the highest output of x W^T and the first output that has it: those of `product`, bit for
+   bit, and no output is written. NaN in place of it where any output may not be finite.
+
+   Where it can be, the products are made in pairs (`storage` BFLOAT16, `by_pairs`): twice as fast, and
+   near enough to say in which few panels the highest output may be. These are then multiplied again,
+   as `product` does. `norm`: of W's outputs the largest. */
+EXPORT void likeliest(
+    int storage, int by_pairs, const float *x, int64_t x_stride, int64_t rows, const void *w,
+    int64_t out, int64_t in, float norm, float *highest, int64_t *outputs, float *scratch
+) {
+    struct Product p = product_of(by_pairs ? PAIRS : storage, w, out, in, 0, HIGHEST);
+    const int64_t panels = p.out / PANEL, panel_size = p.in * PANEL * size_of(storage);
+    p.y = scratch + product_scratch(rows, in), p.y_stride = panels;
+    p.zeros = p.y + rows * panels;
+    memset(p.zeros, 0, rows * LANES * sizeof *p.zeros);
+    multiply_rows(&p, x, x_stride, rows, in, scratch);
+    for (int64_t row = 0; row < rows; row++, x += x_stride) {
+        const float *of_panels = p.y + row * panels;
+        float bound = -__builtin_inff(), best = bound;
+        for (int64_t i = 0; i < panels; i++) bound = of_panels[i] > bound ? of_panels[i] : bound;
+        if (by_pairs) bound -= 2 * pairs_error(x, in, norm);
+        pack_tile(storage, 1, x, x_stride, in, scratch);
+        outputs[row] = 0;
+        for (int64_t i = 0; i < panels; i++) {
+            if (!(of_panels[i] >= bound)) continue;
+            float sums[PANEL];
+            struct Sums to = {.is_first = 1, .is_last = 1, .y = sums};
+            const char *panel = (const char *)w + i * panel_size;
+            multiply(storage, 1, 1, scratch, panel, panel_size, p.in, panel, 0, &to);
+            for (int64_t c = 0; c < least(PANEL, out - i * PANEL); c++) {
+                if (sums[c] > best) best = sums[c], outputs[row] = i * PANEL + c;
+            }
         }
-        multiply_block(&p, row, block_rows, scratch, partial);
+        highest[row] = best + sum_of(load_floats(p.zeros + row * LANES));
     }
 }

@@ -21,11 +21,12 @@ from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.backends.backend import Backend
 from pipeserve.stages.config.families import find_family
 from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.drawing import draw
 from pipeserve.stages.families import parts_of
 from pipeserve.stages.layers.leaf import Leaf
 from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import SelfAttention
-from pipeserve.stages.sampling import SampleRow, sample
+from pipeserve.stages.sampling import SampleRow
 from pipeserve.stages.stage import Stage
 
 _COPIES = 8
@@ -205,7 +206,7 @@ class _Maker:
         likeliest = SampleRow(DrawParams(temperature=0.0), 0)
 
         def answer(hidden_RD: Tensor) -> object:
-            return sample(head(hidden_RD), [likeliest] * len(hidden_RD))
+            return draw(head, hidden_RD, [likeliest] * len(hidden_RD))
 
         numbers = [len(inputs.logit_rows_R) for inputs in self._inputs]
         hidden = [torch.randn(num, self._config.hidden_size) for num in numbers]

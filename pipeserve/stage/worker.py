@@ -22,7 +22,8 @@ from pipeserve.stages.attention.inputs import StageInputs, build_inputs
 from pipeserve.stages.checkpoint.weights import check_checkpoint, load_weights
 from pipeserve.stages.config.families import read_config
 from pipeserve.stages.devices import best_num_threads, make_backend
-from pipeserve.stages.sampling import Logprobs, SampleRow, sample, score
+from pipeserve.stages.drawing import draw
+from pipeserve.stages.sampling import Logprobs, SampleRow, score
 from pipeserve.stages.stage import Stage
 from pipeserve.stages.timing import part_bytes, time_parts
 from pipeserve.wire import control, links
@@ -174,7 +175,7 @@ class ModelCompute:
                 rows.append(_sample_row(sequence, chunk.stop))
                 owners.append(place)
         sampled_RD = hidden_RD[torch.tensor(places, dtype=torch.int64)] if scored else hidden_RD
-        drawn = sample(self.head(sampled_RD), rows) if rows else []
+        drawn = draw(self.head, sampled_RD, rows)
         for place, (token, _) in zip(owners, drawn, strict=True):
             if token is None:
                 failed[place] = self._not_finite(turn.step.chunks[place].stop)

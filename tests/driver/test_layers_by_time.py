@@ -25,7 +25,7 @@ LAYERS = 8
 
 
 class Named(LocalFleet):
-    """Each rank on a device of its own, by name, as keepers say; and what each was found to take."""
+    """Each rank on a device of its own, by name, as keepers say, and what each is found to take."""
 
     speeds = (1.0, 1.0, 1.0)
     num_timed = 0

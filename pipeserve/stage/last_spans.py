@@ -8,8 +8,8 @@ import struct
 from pipeserve.core.records import Span
 
 _SLOTS = 64
-_COUNT = struct.Struct("=q")
-"""Ahead of the slots: of all spans so far, written behind each of them."""
+_COUNT_BYTES = 8
+"""Ahead of the slots: the number of spans so far, written behind each of them, at one stroke."""
 _SPAN = struct.Struct("=3q8dq")
 
 
@@ -19,25 +19,26 @@ class LastSpans:
     def __init__(self, descriptor: int) -> None:
         """Of the file in memory that `make` has made, here or in another process."""
         self.descriptor = descriptor
-        self._memory = mmap.mmap(descriptor, _COUNT.size + _SLOTS * _SPAN.size)
-        (self._count,) = _COUNT.unpack_from(self._memory)
+        self._memory = mmap.mmap(descriptor, _COUNT_BYTES + _SLOTS * _SPAN.size)
+        # Not by `struct`, which writes byte by byte, and could be cut off within.
+        self._counts = memoryview(self._memory)[:_COUNT_BYTES].cast("q")
 
     @classmethod
     def make(cls) -> "LastSpans":
         """An empty one."""
         descriptor = os.memfd_create("spans")
-        os.ftruncate(descriptor, _COUNT.size + _SLOTS * _SPAN.size)
+        os.ftruncate(descriptor, _COUNT_BYTES + _SLOTS * _SPAN.size)
         return cls(descriptor)
 
     def put(self, span: Span) -> None:
-        _SPAN.pack_into(self._memory, self._place(self._count), *span)
-        self._count += 1
-        _COUNT.pack_into(self._memory, 0, self._count)
+        (count,) = self._counts
+        _SPAN.pack_into(self._memory, self._place(count), *span)
+        self._counts[0] = count + 1
 
     def take(self) -> list[Span]:
         """What is there, in order. The oldest is left out: the one that was about to take its place
         may have been cut off within."""
-        (count,) = _COUNT.unpack_from(self._memory)
+        (count,) = self._counts
         first = max(count - _SLOTS + 1, 0)
         return [
             Span(*_SPAN.unpack_from(self._memory, self._place(number)))
@@ -45,8 +46,9 @@ class LastSpans:
         ]
 
     def close(self) -> None:
+        self._counts.release()
         self._memory.close()
         os.close(self.descriptor)
 
     def _place(self, number: int) -> int:
-        return _COUNT.size + number % _SLOTS * _SPAN.size
+        return _COUNT_BYTES + number % _SLOTS * _SPAN.size

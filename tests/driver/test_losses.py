@@ -42,7 +42,7 @@ class MortalFleet(LocalFleet):
         late, self._late = getattr(self, "_late", []), []
         self.num_late += sum(isinstance(each.message, control.Sampled) for each in late)
         came = super().receive(0.0 if late else timeout_s)
-        if self.draw is None or not self.num_left or self.draw.random() > 0.5:
+        if self.draw is None or not (self.num_left and came) or self.draw.random() > 0.5:
             return late + came
         self.num_left -= 1
         cut = self.draw.randrange(len(came) + 1)

@@ -122,6 +122,7 @@ class Watched:
             "model": args.model,
             "dtype": args.dtype,
             "pipeline_parallel_size": args.stages,
+            "pipeline_window": args.stages,  # in one process every way looks slow
             "max_num_batched_tokens": num_tokens,
             "num_gpu_blocks_override": 4096,
         }

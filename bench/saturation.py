@@ -8,8 +8,9 @@ Two tables. "As it was" is the recorded run from the moment when the last stage 
 microbatch to that when the first stage ends its last one. "Left alone" is the same run, microbatch
 by microbatch, as it would have gone if nobody else had used the cores: a microbatch takes the CPU
 time that it took, messages and plans take what they took in the median, and what waits for what is
-as it was. So it says what the pipeline itself stands idle for, on a machine that others use too;
-what the cores slow each other down by (caches, memory) is in it.
+as it was. So it says what the pipeline itself stands idle for, on a machine that others use, too.
+What others slow the cores down by (caches, memory) is still in it, and so are receivers that are
+woken late, as `token_feedback`, `control` and `link`.
 
 Shares of the window's time, by cause (docs/timeline.md), and of those of its parts: while prompts
 are computed, and while there are decodes alone.

@@ -94,9 +94,9 @@ def test_the_summary_goes_to_stderr_and_the_text_to_stdout(tmp_path, capsys):
     capsys.readouterr()
     with starting.open_driver(run_config(folder)):
         out, error = capsys.readouterr()
-    last = error.splitlines()[-1]
-    assert out == ""
-    assert f"{folder} (folder): LlamaForCausalLM" in last and "1 stage of 4 layers" in last
+    plan, *_, summary = error.splitlines()
+    assert out == "" and plan.startswith("plan: 4 layers over 1 stage")
+    assert f"{folder} (folder): LlamaForCausalLM" in summary and "1 stage of 4 layers" in summary
 
 
 def test_what_resolving_says_reaches_who_waits(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ class Mlp(Part):
         return self.down(self.backend.activate(self.up(x_TD), self.activation), onto_TD)
 
 
-class GatedMlp(nn.Module):
+class GatedMlp(Part):
     def __init__(self, gate_up: GatedLinear, down: Linear) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down

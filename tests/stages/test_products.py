@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipeserve.stages.backends.cpu import elementwise, library, products
+from pipeserve.stages.backends.cpu.large_pages import Shelf
 from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, narrowest_exact_dtype
 
 SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030)]  # [out, in]
@@ -197,3 +198,14 @@ def test_sixteen_bits_take_half_the_memory(kernels):
     weight = torch.randn(64, 576)
     assert PackedWeight(weight, library=kernels).nbytes == 64 * 576 * 4
     assert PackedWeight(weight.half(), library=kernels).nbytes == 64 * 576 * 2
+
+
+def test_weights_made_in_inference_mode_and_outside_share_memory(kernels, monkeypatch):
+    monkeypatch.setattr(products, "_shelf", Shelf())
+    weight, x = torch.randn(40, 16), torch.randn(3, 16)
+    with torch.inference_mode():
+        first = PackedWeight(weight, library=kernels)
+    second = PackedWeight(weight, library=kernels)
+    assert 0 < second._packed.data_ptr() - first._packed.data_ptr() <= 2 * first.nbytes
+    assert first._packed.data_ptr() % 64 == second._packed.data_ptr() % 64 == 0
+    assert torch.equal(first.product(x), second.product(x))

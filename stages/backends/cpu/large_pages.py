@@ -31,6 +31,7 @@ class Shelf:
     def __init__(self) -> None:
         self._left = torch.empty(0, dtype=torch.uint8)
 
+    @torch.inference_mode(False)  # a tensor made in that mode could not be written to outside of it
     def zeros(self, num_bytes: int) -> Tensor:
         """uint8, at a multiple of 64 bytes."""
         taken = -(-num_bytes // 64) * 64

@@ -5,8 +5,8 @@ import torch
 from checkpoints import TINY, tiny
 
 from pipeserve.core.work import Work
+from pipeserve.stages.config.families import read_config
 from pipeserve.stages.devices import make_backend
-from pipeserve.stages.families import read_config
 from pipeserve.stages.stage import Stage
 from pipeserve.stages.timing import layer_kinds, part_bytes, time_parts
 

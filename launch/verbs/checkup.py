@@ -5,6 +5,8 @@ measured looks ahead.
 """
 
 import statistics
+import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
@@ -16,12 +18,13 @@ from pipeserve.core.cost.partition import decodes
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import RequestId
 from pipeserve.core.policies import get_policy
-from pipeserve.core.records import Span
+from pipeserve.core.records import Ping, Span
 from pipeserve.core.work import Work
 from pipeserve.driver import layer_choice
 from pipeserve.driver.layout import usual_of
 from pipeserve.launch.run.record import meta_of_driver, stage_shares
 from pipeserve.launch.verbs.bench import run_items
+from pipeserve.machine import boot_id
 from pipeserve.profiling.recording.clocks import align
 from pipeserve.profiling.recording.recording import Recording, Ring, recording_of
 from pipeserve.profiling.recording.summary import summarize
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 _PROBES = 10
 _LOOK_S = 0.5
 _PINGS = 5
+_MOST_PINGING_S = 15.0
 _LEAST_DIFFERENCE_S = 2e-6
 """Between a large message and a small one, that tells a rate."""
 _LOOK_AHEAD = 100
@@ -129,17 +133,22 @@ def _probe(driver: "Driver", ring: Ring) -> Recording:
         items = random_items([(1, 2), (largest, 2)], 1, driver.shape.vocab_size, rng)
         for item in items:
             run_items(driver, [item], f"probe {probe}", ids)
-    while _is_due(driver, ring):
+    until_s = time.monotonic() + _MOST_PINGING_S
+    while _unasked(driver, ring) and time.monotonic() < until_s:
         driver.outputs(_LOOK_S)
     driver.settle()
     return recording_of(ring, len(driver.plan.stages), meta_of_driver(driver))
 
 
-def _is_due(driver: "Driver", ring: Ring) -> bool:
-    """Whether the clock of another machine was not asked often enough yet."""
-    here = driver.fleet.keepers[0].boot_id
-    others = sum(keeper.boot_id != here for keeper in driver.fleet.keepers.values())
-    return sum(type(record).__name__ == "Ping" for record in ring) < others * _PINGS
+def _unasked(driver: "Driver", ring: Ring) -> list[int]:
+    """Stages on other machines, whose clocks were not asked often enough yet."""
+    asked = Counter(record.stage for record in ring if isinstance(record, Ping))
+    keepers, here = driver.fleet.keepers, boot_id()
+    return [
+        stage.stage
+        for stage in driver.plan.stages
+        if keepers[stage.ranks[0]].boot_id != here and asked[stage.stage] < _PINGS
+    ]
 
 
 def _seams(recording: Recording) -> tuple[list[Seam], float, float]:

@@ -5,7 +5,8 @@ from itertools import combinations
 import pytest
 
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost.partition import plan_pipeline, split_explicitly, split_layers
+from pipeserve.core.cost.partition import plan_pipeline, split_explicitly, split_layers, usual_work
+from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 
 
@@ -100,3 +101,17 @@ def test_an_impossible_split_is_one_clear_line(split, message):
         split()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "max_model_len", "work"),
+    [
+        (512, 8192, Work(512, 85, ((0, 427),), 85, 85 * 512)),
+        (512, 256, Work(512, 85, ((0, 256), (0, 171)), 85, 85 * 128)),
+        (1, 8192, Work(1, 1, (), 1, 512)),
+        (2, 8192, Work(2, 2, (), 2, 1024)),
+        (12, 2, Work(12, 2, ((0, 2),) * 5, 2, 2)),
+    ],
+)
+def test_the_usual_microbatch_is_of_prompts_and_decodes(num_tokens, max_model_len, work):
+    assert usual_work(num_tokens, max_model_len) == work

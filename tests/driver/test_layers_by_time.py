@@ -4,7 +4,6 @@ measured, kept for runs that do not measure."""
 import json
 from itertools import combinations
 
-import msgspec
 import pytest
 from checkpoints import random_prompts, tiny
 from local_fleet import LocalFleet
@@ -24,28 +23,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 8
 
 
-class Named(LocalFleet):
-    """Each rank on a device of its own, by name, as keepers say, and what each is found to take."""
+class Ranks:
+    """What is made up of them."""
 
     speeds = (1.0, 1.0, 1.0)
     num_timed = 0
-
-    def _start_keepers(self, listener):
-        super()._start_keepers(listener)
-        for rank, hello in self.keepers.items():
-            self.keepers[rank] = msgspec.structs.replace(hello, device=f"device {rank}")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PIPESERVE_CACHE", str(tmp_path / "cache"))
     path = tiny("llama", tmp_path, num_hidden_layers=LAYERS)
-    monkeypatch.setattr(Named, "num_timed", 0)
+    monkeypatch.setattr(Ranks, "num_timed", 0)
 
     def timed(config, backend, works, seconds, *, has_embedding, has_head, **types):
-        Named.num_timed += 1
+        Ranks.num_timed += 1
         # Stages are asked one after the other, in the order of their ranks.
-        speed = Named.speeds[(Named.num_timed - 1) % len(Named.speeds)]
+        speed = Ranks.speeds[(Ranks.num_timed - 1) % len(Ranks.speeds)]
         layers = tuple(1.0 / speed for _ in range(config.num_layers))
         head = 1.2 / speed if has_head else 0.0
         return Timed((PartSeconds(layers, 0.1 * has_embedding, head),) * len(works), 1.0)
@@ -57,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 def opened(folder, *, layers=None, num_stages=3, **options):
     wanted = {"model": folder, "dtype": "float32", "pipeline_parallel_size": num_stages}
     config = make_config({}, {**wanted, "pipeline_layers": layers, **options})
-    return Driver(checkpoint_setup(config), fleet=Named)
+    return Driver(checkpoint_setup(config), fleet=LocalFleet)
 
 
 def counts(driver):
@@ -81,7 +75,7 @@ def best(speeds):
 def test_layers_go_where_they_are_fast_and_say_the_same(folder, monkeypatch, speeds):
     prompts = random_prompts(folder, (26, 9, 2))
     params = SamplingParams(temperature=0, max_tokens=6)
-    monkeypatch.setattr(Named, "speeds", speeds)
+    monkeypatch.setattr(Ranks, "speeds", speeds)
     with LLM.on(opened(folder, layers="8", num_stages=1)) as llm:
         expected = [each.token_ids for each in llm.generate(prompts, params)]
     driver = opened(folder, layers="auto")
@@ -96,17 +90,17 @@ def test_layers_go_where_they_are_fast_and_say_the_same(folder, monkeypatch, spe
 
 
 def test_what_was_measured_is_taken_by_the_next_run(folder, monkeypatch):
-    monkeypatch.setattr(Named, "speeds", (1, 0.5, 1))
+    monkeypatch.setattr(Ranks, "speeds", (1, 0.5, 1))
     with opened(folder) as driver:
         unmeasured = counts(driver)
         assert driver.setup.layers_by == "by operations and bytes"
     with opened(folder, layers="auto") as driver:
         measured = counts(driver)
-    num_timed = Named.num_timed
+    num_timed = Ranks.num_timed
     with opened(folder) as driver:
         assert counts(driver) == measured != unmeasured
         assert driver.setup.layers_by.startswith("by times measured on 2")
-    assert Named.num_timed == num_timed
+    assert Ranks.num_timed == num_timed
     for other in ({"max_num_batched_tokens": 24}, {"kv_cache_dtype": "float16"}):
         with opened(folder, **other) as driver:  # of which nothing was measured
             assert driver.setup.layers_by == "by operations and bytes"
@@ -156,7 +150,7 @@ def with_memory(monkeypatch, free_bytes):
 
 def test_a_fast_machine_gets_no_more_than_fits(folder, monkeypatch):
     """Four times as fast, and with room for three of the eight layers."""
-    monkeypatch.setattr(Named, "speeds", (4, 1, 1))
+    monkeypatch.setattr(Ranks, "speeds", (4, 1, 1))
     with_memory(monkeypatch, (1 << 30,) * 3)
     with opened(folder, layers="auto") as driver:
         fastest, size = counts(driver), driver.sizes[0]
@@ -172,7 +166,7 @@ def test_a_fast_machine_gets_no_more_than_fits(folder, monkeypatch):
 
 
 def test_a_cut_with_more_room_for_kv_is_named(folder, monkeypatch):
-    monkeypatch.setattr(Named, "speeds", (4, 1, 1))
+    monkeypatch.setattr(Ranks, "speeds", (4, 1, 1))
     with_memory(monkeypatch, (600_000, 600_000, 600_000))
     with opened(folder, layers="auto", max_model_len=32) as driver:
         other, limits = driver.setup.other_cut, driver.limits

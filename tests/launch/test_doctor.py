@@ -5,21 +5,29 @@ import socket
 from dataclasses import replace
 from itertools import combinations
 from math import inf
+from types import MappingProxyType
 
 import msgspec
 import pytest
 from checkpoints import tiny
+from local_fleet import LocalFleet
 
 from pipeserve.configs import make_config
 from pipeserve.core.cost.partition import plan_of
 from pipeserve.driver import layer_choice
+from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.layout import usual_of
 from pipeserve.launch import cli
 from pipeserve.launch.run.emulated import emulated_setup
 from pipeserve.launch.run.simulated import simulated_run
+from pipeserve.launch.run.unloaded import without_weights
+from pipeserve.launch.verbs.checkup import check_up
 from pipeserve.launch.verbs.doctor_checks import Seat, failures, notes, why_off
+from pipeserve.machine import boot_id
+from pipeserve.profiling.recording.recording import Ring
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
+from pipeserve.stage.checkup import CheckupCompute
 from pipeserve.wire.control import Facts
 
 FACTS = Facts(
@@ -152,6 +160,33 @@ def test_what_cannot_be_asked_for_is_one_line(arguments, said, capsys):
     assert not found.out
     (line,) = found.err.splitlines()
     assert line.startswith("error: ") and said in line
+
+
+class Checked(LocalFleet):
+    """Whose last stage is on another machine, by what its keeper says."""
+
+    boot_ids = MappingProxyType({0: boot_id(), 1: "another"})
+
+    def compute_of(self, job, tell):
+        return CheckupCompute(job, tell)
+
+
+def test_the_clock_of_another_machine_is_measured(tmp_path, monkeypatch):
+    """It is this one's, so that what is found has to be around 0."""
+    monkeypatch.setattr(layer_choice, "EXAMINE_S", 0.05)
+    options = {"model": tiny("llama", tmp_path), "pipeline_parallel_size": 2}
+    config = make_config({}, {**options, "dtype": "float32", "heartbeat_interval": 0.2})
+    lacks, ring = [], Ring()
+    setup = without_weights(checkpoint_setup(config), lacks)
+    with Driver(setup, record=ring.record, fleet=Checked) as driver:
+        found = check_up(driver, ring, lacks)
+    assert not lacks and found.clocks[0] == (0.0, 0.0)
+    ahead_s, within_s = found.clocks[1]
+    assert abs(ahead_s) <= within_s
+    (seam,) = found.seams
+    assert seam.latency_s > 0 and seam.bytes_per_s > 0
+    assert [len(seconds) for seconds in found.work_s] == [2, 2]
+    assert all(0 < share <= 1 for share in found.forecast.busy)
 
 
 # ---- emulated stages ----------------------------------------------------------------------------

@@ -113,6 +113,7 @@ class LocalKeepers:
                 pid=0,
                 boot_id=self._boot_ids.get(rank, boot_id()),
                 native_dtypes=native_dtypes(),
+                device=f"device {rank}",
             )
             self.all.append(LocalKeeper(hello, address, secret, self._compute_of))
 

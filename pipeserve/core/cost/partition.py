@@ -36,13 +36,13 @@ def plan_pipeline(
 
 
 def usual_work(num_tokens: int, max_model_len: int) -> Work:
-    """A microbatch that stands for what serving does: a prompt's chunk, and decodes for every sixth
-    token. That is ShareGPT's share: prompts of 2340 tokens and outputs of 439 on average."""
-    num_prompt = min(num_tokens - max(num_tokens // 6, 1), max_model_len)
-    if num_prompt < 2:  # what has one position is a decode
-        return decodes(num_tokens, max_model_len)
-    beside = decodes(num_tokens - num_prompt, max_model_len)
-    return beside._replace(num_tokens=num_tokens, prefills=((0, num_prompt),))
+    """A microbatch that stands for what serving does: chunks of prompts, and decodes for every
+    sixth token. That is ShareGPT's share: prompts of 2340 tokens and outputs of 439 on average."""
+    num_prompt = num_tokens - max(num_tokens // 6, 1)
+    sizes = [min(num_prompt - at, max_model_len) for at in range(0, num_prompt, max_model_len)]
+    prefills = tuple((0, size) for size in sizes if size > 1)  # what has one position is a decode
+    beside = decodes(num_tokens - sum(size for _, size in prefills), max_model_len)
+    return beside._replace(num_tokens=num_tokens, prefills=prefills)
 
 
 def decodes(num: int, max_model_len: int) -> Work:

@@ -171,7 +171,7 @@ def test_while_a_way_is_not_known_none_of_them_counts():
     for index in range(100):
         window.planned(index, 10, None, False)
         window.took(index, 0, index, index, index + 1.0)  # which never waits
-        window.took(index, 1, *[1e6 + index + at_s for at_s in (1.5, 1.5, 2.0)])
+        window.took(index, 1, *[2.0 + index + at_s for at_s in (1.5, 1.5, 2.0)])
     assert window.size == 2
 
 

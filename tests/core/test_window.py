@@ -18,7 +18,7 @@ from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.view import Limits
-from pipeserve.core.window import FORGOTTEN, MOST
+from pipeserve.core.window import FORGOTTEN, MOST, Window
 from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
 
 
@@ -163,6 +163,16 @@ def test_clocks_of_machines_that_differ_change_nothing():
     case = Case(3, late_s=5e-3, num_requests=300)
     clocks_s = [0.0, 2.0**20, -(2.0**12)]
     assert Run(case, clocks_s).finish().engine.windows == Run(case).finish().engine.windows
+
+
+def test_while_a_way_is_not_known_none_of_them_counts():
+    """Of one way alone the clocks of its ends would be most."""
+    window = Window(replace(split_layers(2, 2), window_follows=True))
+    for index in range(100):
+        window.planned(index, 10, None, False)
+        window.took(index, 0, index, index, index + 1.0)  # which never waits
+        window.took(index, 1, *[2.0 + index + at_s for at_s in (1.5, 1.5, 2.0)])
+    assert window.size == 2
 
 
 def test_no_more_than_there_is_work_for():

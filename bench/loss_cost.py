@@ -15,8 +15,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
+from math import inf
 from pathlib import Path
 from random import Random
 
@@ -42,6 +44,8 @@ LOST = 4
 PROMPT, OUTPUT = 1000, 30
 """Mean tokens; drawn between half and one and a half."""
 LATE_S = 1.0
+NORMAL = 10
+"""Requests in a row that are not late."""
 
 
 def lengths_of(num_prompts: int, seed: int) -> tuple[tuple[int, int], ...]:
@@ -89,8 +93,8 @@ def cost_of(disturbed: Recording, undisturbed: Recording) -> dict[str, float]:
     """Figures of one run."""
     [fault], [cost] = disturbed.faults, explain(disturbed).faults
     waits = zip(first_tokens(disturbed), first_tokens(undisturbed), strict=True)
-    late = [(at_s, wait - usual) for (at_s, wait), (_, usual) in waits if wait - usual > LATE_S]
-    late = [(at_s, more) for at_s, more in late if at_s + more > fault.at_s - LATE_S]
+    later = [(at_s, wait - usual) for (at_s, wait), (_, usual) in waits]
+    late = [more for at_s, more in later if more > LATE_S and at_s + more > fault.at_s]
     ended = {entry.request_id: entry.at_s for entry in disturbed.ended}
     running = [
         arrived
@@ -104,9 +108,18 @@ def cost_of(disturbed: Recording, undisturbed: Recording) -> dict[str, float]:
         "tokens computed again": cost.num_tokens,
         "in s of each stage": sum(cost.again_s) / len(cost.again_s),
         "late": len(late),
-        "latest, s": max((more for _, more in late), default=0.0),
-        "until TTFT is normal, s": max((at_s - fault.at_s for at_s, _ in late), default=0.0),
+        "latest, s": max(late, default=0.0),
+        "until TTFT is normal, s": normal_s(later, fault.at_s) - fault.at_s,
     }
+
+
+def normal_s(later: Sequence[tuple[float, float]], fault_s: float) -> float:
+    """When the first request came from which on TTFT is what it was, after a fault; never: inf."""
+    behind = [(at_s, more) for at_s, more in later if at_s > fault_s]
+    for place, (at_s, _) in enumerate(behind[: -NORMAL + 1]):
+        if all(more <= LATE_S for _, more in behind[place : place + NORMAL]):
+            return at_s
+    return inf
 
 
 def main() -> int:

@@ -4,12 +4,14 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeserve.launch.inputs.flags import run_config_of, run_flags, with_flags
+from pipeserve.launch.commands.in_job import in_job
+from pipeserve.launch.inputs.flags import job_flags, run_config_of, run_flags, with_flags
 from pipeserve.launch.inputs.options import Model, Recipe
 from pipeserve.server.options import ServerOptions
 
 
-@with_flags(*run_flags())
+@with_flags(*run_flags(), *job_flags())
+@in_job
 def doctor(
     model: Model = None,
     config: Recipe = None,

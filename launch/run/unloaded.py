@@ -44,6 +44,6 @@ def without_weights(setup: Setup, lacks: list[str]) -> Setup:
 
 def asking_often(config: RunConfig) -> RunConfig:
     """The run with the clocks of other machines asked for several times while it is looked at."""
-    if config.launcher == "spawn":
+    if config.launcher != "external":
         return config
     return replace(config, heartbeat_interval=min(config.heartbeat_interval, _HEARTBEAT_S))

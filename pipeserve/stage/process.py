@@ -8,6 +8,7 @@ wait for a lock that nobody holds any more.
 """
 
 import ctypes
+import gc
 import os
 import runpy
 import signal
@@ -29,6 +30,7 @@ def main() -> None:
     for ending in (signal.SIGINT, signal.SIGTERM):  # they come to all: the keeper's to handle
         signal.signal(ending, signal.SIG_IGN)
     os.sched_setaffinity(0, map(int, cores.split(",")))
+    gc.disable()  # until all is imported: it would walk through the same objects again and again
     sys.argv = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -51,6 +51,8 @@ class Launcher(NamedTuple):
     commands: Callable[[list[Host], list[str], Path], Commands]
     service: Service = no_service
     """That it takes on the hosts."""
+    num_interrupts: int = 1
+    """Ctrl-C, within a second, that end a job."""
 
 
 def torchrun(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
@@ -103,7 +105,7 @@ LAUNCHERS = {
     "torchrun": Launcher((str(BESIDE / "torchrun"),), torchrun),
     "mpirun": Launcher(("mpirun", "sshd"), mpirun, ssh_between),
     "deepspeed": Launcher((str(BESIDE / "deepspeed"), "pdsh", "sshd"), deepspeed, ssh_between),
-    "srun": Launcher(("srun", "slurmctld", "slurmd", "munged"), srun, slurm_over),
+    "srun": Launcher(("srun", "slurmctld", "slurmd", "munged"), srun, slurm_over, 2),
 }
 
 
@@ -175,7 +177,7 @@ def tried(launcher: Launcher, model: str, ending: str, expected: list[list[int]]
             verb += ["--control-secret", str(secret_in(folder))]
             commands = launcher.commands(hosts, verb, folder)
             started = start(commands[:1] if ending == "absent" else commands, folder)
-            wrong = end(hosts, started, ending, folder)
+            wrong = end(launcher, hosts, started, ending, folder)
             left = what_is_left(hosts, mine)
             codes = [process.poll() for process in started]
             wrong = wrong or (
@@ -211,14 +213,22 @@ def start(commands: Commands, folder: Path) -> list[subprocess.Popen]:
     return started
 
 
-def end(hosts: list[Host], started: list[subprocess.Popen], ending: str, folder: Path) -> str:
+def end(
+    launcher: Launcher,
+    hosts: list[Host],
+    started: list[subprocess.Popen],
+    ending: str,
+    folder: Path,
+) -> str:
     """Bring the job to its end. Returns what kept it from one."""
     if ending not in ("done", "absent"):
         if not wait_for(lambda: "stages of" in (folder / "0.err").read_text(), UP_S):
             return "it did not come up"
         time.sleep(1.0)
         if ending in SIGNALS:
-            started[0].send_signal(SIGNALS[ending])
+            for _ in range(launcher.num_interrupts if ending == "int" else 1):
+                started[0].send_signal(SIGNALS[ending])
+                time.sleep(0.2)
         else:
             host = hosts[0] if ending == "leader" else hosts[1]
             ranks = [pid for pid, words in host.running().items() if IS_RANK.match(words)]

@@ -60,7 +60,7 @@ class RankKeepers:
 
     def _follow(self, rank: int, process: subprocess.Popen) -> None:
         """One keeper, and those that come after it."""
-        prefix = f"[rank {rank}, {socket.gethostname()}] ".encode()
+        prefix = f"[rank {rank}, {socket.gethostname()}] "
         for number in range(_MOST_RESTARTS + 1):
             for line in process.stdout:
                 self._pass_on(rank, prefix, line)
@@ -73,10 +73,10 @@ class RankKeepers:
                 process = self._spawned.start_again(rank)
             self._pass_on(rank, prefix, b"warning: its keeper was killed, and is started again\n")
 
-    def _pass_on(self, rank: int, prefix: bytes, line: bytes) -> None:
+    def _pass_on(self, rank: int, prefix: str, line: bytes) -> None:
         """Whoever reads may be gone; a stage that could not say a word would wait for ever."""
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.buffer.write(prefix + line)
+            sys.stderr.write(prefix + line.decode(errors="backslashreplace"))
             sys.stderr.flush()
         if rank in self._files:
             with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ wait for a lock that nobody holds any more.
 
 import contextlib
 import ctypes
+import gc
 import os
 import runpy
 import signal
@@ -31,6 +32,7 @@ def main() -> None:
         signal.signal(ending, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # some containers do not allow it, and a core may have gone
         os.sched_setaffinity(0, map(int, cores.split(",")))
+    gc.disable()  # until all is imported: it would walk through the same objects again and again
     sys.argv = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

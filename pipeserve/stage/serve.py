@@ -22,6 +22,8 @@ _LAST_WORD_S = 2.0
 
 def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
     """Run the stage that standard input says; on failure, tell the driver and exit 1."""
+    gc.freeze()  # what is imported stays: no collection is to walk through it
+    gc.enable()
     baseline = resident_bytes()
     launch = control.decode_launch(sys.stdin.buffer.read())
     job, rank, epoch, secret, spans = msgspec.structs.astuple(launch)

@@ -21,6 +21,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch import cli
 from pipeserve.launch.job import meeting
 from pipeserve.launch.job.addresses import address_of, leaders_address
+from pipeserve.launch.job.keepers import RankKeepers
 from pipeserve.launch.job.meeting import Meeting, find_meeting
 from pipeserve.launch.job.options import JobOptions
 from pipeserve.launch.job.place import Place, expand_counts, find_place, first_host, own_port
@@ -273,19 +274,24 @@ def free_port():
         return server.getsockname()[1]
 
 
-def nothing_is_left(port, wait_s=10.0):
+def nothing_is_left(port):
     """Of the keepers that were told to join there."""
+    return wait_for(lambda: not keepers_of(port))
+
+
+def wait_for(found, wait_s=20.0):
     until_s = time.monotonic() + wait_s
-    while keepers_of(port) and time.monotonic() < until_s:
-        time.sleep(0.05)
-    return not keepers_of(port)
+    while not found() and time.monotonic() < until_s:
+        time.sleep(0.02)
+    return found()
 
 
 def keepers_of(port):
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
-            if f"--control\0127.0.0.1:{port}\0".encode() in (folder / "cmdline").read_bytes():
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if f"127.0.0.1:{port}".encode() in words:
                 found.append(folder.name)
     return found
 
@@ -343,12 +349,32 @@ def test_whoever_is_ended_leaves_nothing(job, started, tmp_path):
     port = free_port()
     _, other = by_hand(words, port, tmp_path)
     process = started(other)
-    until_s = time.monotonic() + 20
-    while not keepers_of(port) and time.monotonic() < until_s:
-        time.sleep(0.05)
+    wait_for(lambda: keepers_of(port))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert nothing_is_left(port)
+
+
+@pytest.mark.processes
+def test_a_keeper_that_is_killed_is_started_again(tmp_path, capsys):
+    """And what keepers say has their rank ahead of it, and is kept."""
+    port = free_port()
+    own, more = OwnRanks(range(3, 4), 4, 1, 2), ["--join-timeout", "4"]
+    keepers = RankKeepers(own, f"127.0.0.1:{port}", b"", more, str(tmp_path))
+    try:
+        (first,) = wait_for(lambda: keepers_of(port))
+        os.kill(int(first), signal.SIGKILL)
+        wait_for(lambda: set(keepers_of(port)) - {first})
+        assert keepers.wait() == 1 and keepers.exit_codes == {3: 1}
+    finally:
+        keepers.end()
+    restarted, late = capsys.readouterr().err.splitlines()
+    prefix = f"[rank 3, {socket.gethostname()}] "
+    assert restarted.startswith(f"{prefix}warning: its keeper was killed")
+    assert late.startswith(
+        f"{prefix}error: keeper of rank 3: no driver at 127.0.0.1:{port} within 4 s"
+    )
+    assert (tmp_path / "rank-3.log").read_text().splitlines()[1] == late.removeprefix(prefix)
 
 
 @pytest.mark.processes

@@ -15,6 +15,10 @@ from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.wire import control
 
 
+_LOOK_EVERY_S = 0.05
+"""For hangs, which last longer: looking after every message would cost the driver CPU time."""
+
+
 class Reports:
     """Of one run."""
 
@@ -23,6 +27,7 @@ class Reports:
     ) -> None:
         self.num_spans_due = 0
         """Of microbatches that were planned since the stages were started last."""
+        self._next_look_s = 0.0
         self._topology, self._fleet = topology, fleet
         self._engine, self._watch, self._journal = engine, watch, journal
 
@@ -59,6 +64,9 @@ class Reports:
         """A stage that does not do what it owes is lost, as the fleet tells next. `looked_s`: all
         that had come by then was taken."""
         now = time.monotonic()
+        if now < self._next_look_s:
+            return
+        self._next_look_s = now + _LOOK_EVERY_S
         if self._watch.wants_to_ask(now):
             self._fleet.broadcast(control.Heartbeat(now))
         overdue = self._watch.overdue(looked_s)

@@ -14,7 +14,6 @@ from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.wire import control
 
-
 _LOOK_EVERY_S = 0.05
 """For hangs, which last longer: looking after every message would cost the driver CPU time."""
 

@@ -135,7 +135,7 @@ class Chaos:
 
     def fault(self) -> str:
         """One; prints nothing."""
-        self._run(self.draw.uniform(0.5, 3.0))
+        self._run(self.draw.uniform(0.5, 3.0), least=8 * chaos_load.RUNNING)
         driver = self.load.driver
         if self.other is not None and self.draw.random() < 0.5:
             what = self.draw.choice(["kill", "stop", "cut_off"])
@@ -152,11 +152,13 @@ class Chaos:
         self.served.append(served_s)
         return f"{what}: named {named_s:.2f} s, tokens {served_s:.2f} s"
 
-    def _run(self, seconds: float) -> None:
-        until_s = time.monotonic() + seconds
-        while time.monotonic() < until_s:
+    def _run(self, seconds: float, least: int) -> None:
+        """And until so many tokens came: who gets fewer than four between two losses is suspected
+        to be why."""
+        until_s, num_tokens = time.monotonic() + seconds, 0
+        while time.monotonic() < until_s or num_tokens < least:
             self.load.refill()
-            self.load.step()
+            num_tokens += self.load.step()
 
     def _until_over(
         self, strike: Callable[[], None], host_fault: str = ""

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import chaos_load
 import hosts
@@ -101,8 +102,9 @@ def two_hosts() -> Iterator[tuple[dict, OtherHost]]:
     if why := hosts.why_not():
         raise SystemExit(f"error: --hosts 2: {why}")
     os.environ[VARIABLE] = secrets.token_hex(32)
-    with hosts.Hosts("left", "right") as (left, right):
-        _move_to(left)
+    with open("/proc/self/ns/net") as home, hosts.Hosts("left", "right") as (left, right):
+        with open(f"/run/netns/{left.namespace}") as namespace:
+            _move_to(namespace)
         address = f"{left.address}:{PORT}"
         own = subprocess.Popen(
             keeper_command(address, 0),
@@ -113,14 +115,14 @@ def two_hosts() -> Iterator[tuple[dict, OtherHost]]:
         finally:
             own.kill()
             own.wait()
+            _move_to(home)  # or it would end with the host
 
 
-def _move_to(host: hosts.Host) -> None:
+def _move_to(namespace: IO[str]) -> None:
     """This process, as far as its network goes."""
     libc = ctypes.CDLL(None, use_errno=True)
-    with open(f"/run/netns/{host.namespace}") as namespace:
-        if libc.setns(namespace.fileno(), _NETWORK):
-            raise OSError(ctypes.get_errno(), f"moving to {host.name}")
+    if libc.setns(namespace.fileno(), _NETWORK):
+        raise OSError(ctypes.get_errno(), f"moving to {namespace.name}")
 
 
 class Chaos:

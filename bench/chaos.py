@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import chaos_load
 import hosts
@@ -101,8 +102,9 @@ def two_hosts() -> Iterator[tuple[dict, OtherHost]]:
     if why := hosts.why_not():
         raise SystemExit(f"error: --hosts 2: {why}")
     os.environ[VARIABLE] = secrets.token_hex(32)
-    with hosts.Hosts("left", "right") as (left, right):
-        _move_to(left)
+    with open("/proc/self/ns/net") as home, hosts.Hosts("left", "right") as (left, right):
+        with open(f"/run/netns/{left.namespace}") as namespace:
+            _move_to(namespace)
         address = f"{left.address}:{PORT}"
         own = subprocess.Popen(
             keeper_command(address, 0),
@@ -113,14 +115,14 @@ def two_hosts() -> Iterator[tuple[dict, OtherHost]]:
         finally:
             own.kill()
             own.wait()
+            _move_to(home)  # or it would end with the host
 
 
-def _move_to(host: hosts.Host) -> None:
+def _move_to(namespace: IO[str]) -> None:
     """This process, as far as its network goes."""
     libc = ctypes.CDLL(None, use_errno=True)
-    with open(f"/run/netns/{host.namespace}") as namespace:
-        if libc.setns(namespace.fileno(), _NETWORK):
-            raise OSError(ctypes.get_errno(), f"moving to {host.name}")
+    if libc.setns(namespace.fileno(), _NETWORK):
+        raise OSError(ctypes.get_errno(), f"moving to {namespace.name}")
 
 
 class Chaos:
@@ -135,7 +137,7 @@ class Chaos:
 
     def fault(self) -> str:
         """One; prints nothing."""
-        self._run(self.draw.uniform(0.5, 3.0))
+        self._run(self.draw.uniform(0.5, 3.0), least=8 * chaos_load.RUNNING)
         driver = self.load.driver
         if self.other is not None and self.draw.random() < 0.5:
             what = self.draw.choice(["kill", "stop", "cut_off"])
@@ -152,11 +154,13 @@ class Chaos:
         self.served.append(served_s)
         return f"{what}: named {named_s:.2f} s, tokens {served_s:.2f} s"
 
-    def _run(self, seconds: float) -> None:
-        until_s = time.monotonic() + seconds
-        while time.monotonic() < until_s:
+    def _run(self, seconds: float, least: int) -> None:
+        """And until so many tokens came: who gets fewer than four between two losses is suspected
+        to be why."""
+        until_s, num_tokens = time.monotonic() + seconds, 0
+        while time.monotonic() < until_s or num_tokens < least:
             self.load.refill()
-            self.load.step()
+            num_tokens += self.load.step()
 
     def _until_over(
         self, strike: Callable[[], None], host_fault: str = ""

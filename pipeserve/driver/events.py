@@ -37,6 +37,9 @@ class Lost(NamedTuple):
     is_user_error: bool = False
     is_final: bool = False
     """There is nothing to be done about it from here."""
+    by_work: bool = True
+    """What it computed may be why. Not so, where its keeper or its machine is gone, or a signal has
+    stopped it."""
 
     def error(self) -> ConfigError | StageError:
         """For a run that ends by it."""

@@ -175,13 +175,13 @@ class Fleet:
         """Its keeper, and so its stage, is on another machine, with another clock."""
         return self._watch.is_remote(rank)
 
-    def give_up(self, rank: int, why: str) -> None:
+    def give_up(self, rank: int, why: str, by_work: bool = True) -> None:
         """Its stage does not do what it owes: lost, as `receive` tells next."""
         now = time.monotonic()
         if rank in self.keepers:  # is that one there?
             self._watch.asked(rank, now)
             self._members.tell_keeper(rank, control.Heartbeat(now), self.epoch)
-        self._happened(Lost(why), rank, now, self._unread)
+        self._happened(Lost(why, by_work=by_work), rank, now, self._unread)
 
     def keep(self, received: list[Received]) -> None:
         """What one who waited for something else did not take: `receive` gives it again."""
@@ -258,7 +258,8 @@ class Fleet:
         self, hello: control.KeeperHello, source: Connection, at_s: float, came: list[Received]
     ) -> None:
         if self.config.restart and self._is_missed(hello.rank, at_s):
-            lost = Lost(f"the keeper of {self.topology.name(hello.rank)} was gone, and joins again")
+            why = f"the keeper of {self.topology.name(hello.rank)} was gone, and joins again"
+            lost = Lost(why, by_work=False)
             self._happened(lost, hello.rank, at_s, came)
             self._happened(Gone(), hello.rank, at_s, came)
         why = why_not(hello, self.topology, self.keepers)

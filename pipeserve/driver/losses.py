@@ -55,7 +55,7 @@ class Losses:
         if self.final is not None:
             return None
         _say(f"warning: {self.trouble}; it is started again")
-        index = self._watch.at(stage)
+        index = self._watch.at(stage) if lost.by_work else None
         blamed = None if index is None else self.suspects.lost_at(index, lost.why, now)
         if blamed is not None:
             self._journal.finished(blamed, now)

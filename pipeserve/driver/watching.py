@@ -112,9 +112,9 @@ class FleetWatch:
             self._keepers.broken(rank)
             self._exits.pop(rank, None)
             self._hung_up_s.pop(self._members.keepers.get(rank), None)
-            found += [(rank, Lost(why)), (rank, Gone())]
+            found += [(rank, Lost(why, by_work=False)), (rank, Gone())]
         gone = {rank for rank, _ in found}
-        found += [(rank, Lost(why)) for rank, why in self._lost(now) if rank not in gone]
+        found += [(rank, lost) for rank, lost in self._lost(now) if rank not in gone]
         return found
 
     def _gone(self, now: float) -> list[tuple[int, str]]:
@@ -137,7 +137,7 @@ class FleetWatch:
             )
         return list(found.items())
 
-    def _lost(self, now: float) -> list[tuple[int, str]]:
+    def _lost(self, now: float) -> list[tuple[int, Lost]]:
         found, members = [], self._members
         for rank, (exited, at_s) in list(self._exits.items()):
             stage = members.stages.get(rank)
@@ -146,19 +146,18 @@ class FleetWatch:
                 del self._exits[rank]
                 who = f"{members.topology.name(rank)} (pid {exited.pid} on "
                 who += f"{members.hellos[rank].host})"
-                found.append((rank, f"{who} died: {_describe_exit(exited.exit_code)}"))
+                found.append((rank, Lost(f"{who} died: {_describe_exit(exited.exit_code)}")))
         for rank, connection in members.stages.items():
             if self._has_hung_up(connection, now):  # why, its keeper says within moments
-                found.append(
-                    (
-                        rank,
-                        f"{members.topology.name(rank)} hung up, and its keeper on "
-                        f"{members.hellos[rank].host} does not say why; is the network between the "
-                        "two up?",
-                    )
+                why = (
+                    f"{members.topology.name(rank)} hung up, and its keeper on "
+                    f"{members.hellos[rank].host} does not say why; is the network between the two "
+                    "up?"
                 )
+                found.append((rank, Lost(why, by_work=False)))
         for rank, _ in self._stopped.too_long(now):
-            found.append((rank, f"{members.place_of(rank)} is stopped, by a signal (SIGSTOP)"))
+            why = f"{members.place_of(rank)} is stopped, by a signal (SIGSTOP)"
+            found.append((rank, Lost(why, by_work=False)))
         return found
 
     def _has_hung_up(self, connection: Connection, now: float) -> bool:

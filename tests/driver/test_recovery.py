@@ -1,8 +1,12 @@
 """How often a rank may be started again, and who is to blame."""
 
+import pytest
+
+from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import Output
 from pipeserve.core.topology import Topology
-from pipeserve.driver.events import Lost
+from pipeserve.driver.events import Lost, Received
+from pipeserve.driver.losses import Losses
 from pipeserve.driver.recovery import Restarts, Suspects
 
 LOST = Lost("stage 1 died")
@@ -37,6 +41,8 @@ class Engine:
 
     def finish(self, request_id, reason, now):
         return Output(request_id, None, reason)
+
+    def lost(self, now): ...
 
 
 def lose(suspects, index):
@@ -78,3 +84,33 @@ def test_who_goes_on_for_a_while_between_two_losses_is_no_suspect():
         assert lose(suspects, 0) is None
         suspects.came([Output(request, 7) for request in (1, 2)] * 4)
     assert engine.alone is None
+
+
+class Watch:
+    """Of stages that are always at microbatch 0."""
+
+    def at(self, stage):
+        return 0
+
+    def whereabouts(self, stage):
+        return "it was at 0"
+
+    def start_again(self): ...
+
+
+class Journal:
+    def lost(self, stage, now, why): ...
+
+    def finished(self, output, now): ...
+
+
+@pytest.mark.parametrize("by_work", [True, False])
+def test_nobody_is_to_blame_for_a_machine_that_is_gone(by_work):
+    """Though the same request is there each time."""
+    engine, config = Engine([[1]]), RunConfig(model="any", max_restarts=99)
+    losses = Losses(Topology(((0,), (1,))), config, engine, Watch(), Journal())
+    received = Received(Lost("stage 1 was lost", by_work=by_work), 1, 0.0, 1)
+    blamed = [losses.take(received) for _ in range(3)]
+    assert blamed[:2] == [None, None]
+    assert (blamed[2] is not None) == by_work
+    assert losses.counts == [0, 3] and losses.trouble == "stage 1 was lost; it was at 0"

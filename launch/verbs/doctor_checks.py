@@ -108,8 +108,7 @@ def why_off(
     for host, ranks in _by_host(seats).items():
         cores = {cpu for seat in ranks for cpu in seat.facts.cpus}
         limit = min(len(cores), *(seat.facts.cpu_limit for seat in ranks))
-        on_cpu = not any("cuda" in seat.facts.kernels for seat in ranks)
-        if on_cpu and len(ranks) > 1 and limit <= 1:
+        if config.device != "cuda" and len(ranks) > 1 and limit <= 1:
             yield (
                 f"the {len(ranks)} stages on {host} share one core, and take turns; give it more, "
                 "or use fewer stages"

@@ -96,6 +96,7 @@ SHARED = {"host": "a", "cpus": (0,)}
             (1.0, 1.0),
             "the 2 stages on a share one core",
         ),
+        ({"device": "cuda"}, (SHARED, SHARED), (1.0, 1.0), None),  # its GPUs compute, not the core
         ({}, ({}, {}), (1.0, 9.0), "stage 1 takes 90% of the time of decodes, so the others"),
     ],
 )

@@ -179,10 +179,6 @@ def _check_runs_here(config: RunConfig) -> None:
             "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
         )
     check_attention(_device_of(config), config.attention)
-    if config.device == "cuda" and config.launcher != "external":
-        from pipeserve.stages.backends.cuda import check_gpu  # which brings torch
-
-        check_gpu()
 
 
 def _device_of(config: RunConfig) -> str:

@@ -90,7 +90,8 @@ class RunConfig:
     order: str = _option(
         "fcfs",
         "Who goes first, under every policy: fcfs is first come, first served; priority is the "
-        "lowest number that a request brings.",
+        "lowest number that a request brings; sjf is the shortest prompt, which passes longer ones "
+        "only as far as each can bear by its own length.",
         choices=tuple(ORDERS),
     )
     slo_tbt: float | None = _option(

@@ -47,6 +47,9 @@ def bench(
         float | None,
         typer.Option(help="Requests a second (Poisson), inf: all at once; by default the file's."),
     ] = None,
+    burst: Annotated[
+        int, typer.Option(help="So many requests come together, of as many --rate a second.")
+    ] = 1,
     time_unit: TimeUnit = None,
     repeat: Annotated[int, typer.Option(help="Runs; the median one is reported.", min=1)] = 1,
     url: Annotated[
@@ -91,7 +94,9 @@ def bench(
             attainment=attainment,
         )
         seed = flags["seed"] or 0
-        work = read_workload(workload, num_prompts, scale, rate, seed, unit_s=time_unit)
+        work = read_workload(
+            workload, num_prompts, scale, rate, seed, unit_s=time_unit, burst=burst
+        )
         if json_file is not None:
             check_writable(json_file)
         report = bench_server.bench_server(target, work, None, repeat)
@@ -100,7 +105,8 @@ def bench(
         return 1 if report["errors"] else 0
     run_config = run_config_of(model, config, flags)
     check_terminal(live, explain)
-    work = read_workload(workload, num_prompts, scale, rate, run_config.seed, unit_s=time_unit)
+    seed = run_config.seed
+    work = read_workload(workload, num_prompts, scale, rate, seed, unit_s=time_unit, burst=burst)
     if json_file is not None:
         check_writable(json_file)
     with (

@@ -30,6 +30,9 @@ def simulate(
         float | None,
         typer.Option(help="Requests a second (Poisson), inf: all at once; by default the file's."),
     ] = None,
+    burst: Annotated[
+        int, typer.Option(help="So many requests come together, of as many --rate a second.")
+    ] = 1,
     time_unit: TimeUnit = None,
     find_capacity: Annotated[
         bool,
@@ -92,6 +95,7 @@ def simulate(
         default_num=1000,
         unit_s=time_unit,
         timed=not find_capacity,
+        burst=burst,
     )
     if json_file is not None:
         check_writable(json_file)

@@ -51,6 +51,8 @@ class Workload:
     rate: float | None = None
     """Requests a second, as a Poisson process, `inf` for all at once; None: the workload's own
     arrivals."""
+    burst: int = 1
+    """So many come together at each event of that process."""
     seed: int = 0
     notes: tuple[str, ...] = ()
     """What a reader of the result has to know."""
@@ -112,7 +114,8 @@ class Workload:
         """When each request comes, in the order of `token_lengths()`; the same for every model."""
         num_requests = len(self.items or self.lengths)
         if self.rate is not None:
-            return poisson_times(num_requests, self.rate, Random(f"{self.seed}/arrivals"))
+            rng = Random(f"{self.seed}/arrivals")
+            return poisson_times(num_requests, self.rate, rng, self.burst)
         if self.items:
             return [item.arrival_s for item in self.items]
         return self.arrivals_s or [0.0] * num_requests
@@ -133,6 +136,7 @@ def read_workload(
     default_num: int = 64,
     unit_s: float | None = None,
     timed: bool = True,
+    burst: int = 1,
 ) -> Workload:
     """A built-in distribution by name (`default_num` requests), or a file: prompts, conversations
     or a trace, whose times are in units of `unit_s` seconds, or in what its format says. Without
@@ -148,12 +152,16 @@ def read_workload(
         raise ConfigError(f"--scale is {scale}, must be over {_LEAST:g} and finite")
     if rate is not None and not rate > _LEAST:
         raise ConfigError(f"--rate is {rate}, must be over {_LEAST:g}, or inf for all at once")
+    if burst != 1 and (rate is None or burst < 1):
+        raise ConfigError(
+            f"--burst is {burst}: give how many requests come together, and --rate beside it"
+        )
     if unit_s is not None and not 0 < unit_s < float("inf"):
         raise ConfigError(
             f"--timed-trace-sec-multiplier is {unit_s}, must be over 0 and finite: the seconds of "
             "one unit"
         )
-    shared = {"name": name, "rate": rate, "seed": seed}
+    shared = {"name": name, "rate": rate, "burst": burst, "seed": seed}
     rng = Random(f"{seed}/lengths")
     if name in DISTRIBUTIONS:
         _check_no_unit(name, unit_s)

@@ -29,6 +29,7 @@ from pipeserve.core.nouns import (
     StepResult,
     Wait,
 )
+from pipeserve.core.order import Order
 from pipeserve.core.request_state import Queues, RequestState, check_fits
 from pipeserve.core.view import (
     CostModel,
@@ -102,6 +103,7 @@ class Engine:
         self.pipeline = plan
         self._window = Window(plan)
         self._cost = cost
+        self._order = Order(limits.order)
         self._forecast = Forecast(len(plan.stages))
         self._flow = Flow()
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
@@ -203,7 +205,8 @@ class Engine:
                 f"request {request.id} wants prompt_logprobs and imports {request.num_imported} "
                 "positions, whose logits are not computed here"
             )
-        state = RequestState(request, self._num_added, now, self.limits, self._pool)
+        precedence = self._order.precedence(request)
+        state = RequestState(request, self._num_added, precedence, now, self.limits, self._pool)
         self._num_added += 1
         self._states[request.id] = state
         if not self._hold(state):

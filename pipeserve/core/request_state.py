@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from pipeserve.core.blocks import BlockPool, BlockTable, new_keys
 from pipeserve.core.nouns import Begun, BlockId, Request, RequestId, TokenLogprobs
-from pipeserve.core.order import ORDERS, RequestQueue
+from pipeserve.core.order import RequestQueue
 from pipeserve.core.view import Limits, RequestView, Traits
 from pipeserve.errors import CapacityError
 
@@ -62,12 +62,18 @@ class RequestState:
     )
 
     def __init__(
-        self, request: Request, number: int, arrived: float, limits: Limits, pool: BlockPool
+        self,
+        request: Request,
+        number: int,
+        precedence: float,
+        arrived: float,
+        limits: Limits,
+        pool: BlockPool,
     ):
         self.id = request.id
         self.request = request
         self.number = number  # order of arrival
-        self.precedence = ORDERS[limits.order](request)
+        self.precedence = precedence
         self.arrived = arrived
         self.admitted_s = arrived  # for the first time
         self.limits = limits

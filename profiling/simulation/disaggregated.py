@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 from math import inf
 
 from pipeserve.core.nouns import Output, Request, RequestId
-from pipeserve.core.order import ORDERS, RequestQueue
+from pipeserve.core.order import Order, RequestQueue
 from pipeserve.core.request_state import check_fits
 from pipeserve.core.view import Limits
 from pipeserve.errors import CapacityError, ConfigError
@@ -53,6 +53,7 @@ class _Instance:
     """One pipeline, and what the host has promised of its KV."""
 
     pipeline: SimulatedPipeline
+    order: Order
     queue: RequestQueue[Served] = field(default_factory=RequestQueue)
     """Not let in yet, in order: prompts without room here, or KV that this instance has to pull."""
     num_requests: int = 0
@@ -71,7 +72,7 @@ class _Instance:
         return self.pipeline.engine.limits
 
     def enqueue(self, request: Request, served: Served) -> None:
-        self.queue.put(request.id, served, ORDERS[self.limits.order](request))
+        self.queue.put(request.id, served, self.order.precedence(request))
         self.num_requests += 1
 
     def num_blocks(self, num_tokens: int) -> int:
@@ -96,6 +97,10 @@ class _Instance:
         return self.pipeline.advance(now)
 
 
+def _instance_of(pipeline: SimulatedPipeline) -> _Instance:
+    return _Instance(pipeline, Order(pipeline.engine.limits.order))
+
+
 class DisaggregatedSimulation:
     """Requests through both pools, on one clock."""
 
@@ -112,8 +117,8 @@ class DisaggregatedSimulation:
         at once. Engines must not cache prefixes: the ids of simulated prompts mean nothing."""
         self.served: list[Served] = []
         """Every request that has arrived, in order; its id is its place here."""
-        self._prefill = [_Instance(pipeline) for pipeline in prefill]
-        self._decode = [_Instance(pipeline) for pipeline in decode]
+        self._prefill = [_instance_of(pipeline) for pipeline in prefill]
+        self._decode = [_instance_of(pipeline) for pipeline in decode]
         self._arrivals = iter(arrivals)
         self._next = next(self._arrivals, None)
         self._link = link or KvLink()

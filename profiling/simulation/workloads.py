@@ -97,12 +97,14 @@ def random_items(
     ]
 
 
-def poisson_times(num_requests: int, rate: float, rng: Random) -> list[float]:
-    """Seconds at which requests arrive, the first at 0: a Poisson process of `rate` a second."""
+def poisson_times(num_requests: int, rate: float, rng: Random, burst: int = 1) -> list[float]:
+    """Seconds at which requests arrive, the first at 0: a Poisson process of `rate` a second, or of
+    bursts of so many at once, of as many requests a second."""
     now, times = 0.0, []
-    for _ in range(num_requests):
+    for number in range(num_requests):
+        if number and number % burst == 0:
+            now += rng.expovariate(rate / burst)
         times.append(now)
-        now += rng.expovariate(rate)
     return times
 
 

@@ -12,10 +12,15 @@ from linear_times import LinearCost, LinearTimes
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch, RequestId, StepResult, one_each
-from pipeserve.core.order import ORDERS, RequestQueue
+from pipeserve.core.order import ORDERS, PASSED, Order, RequestQueue
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.errors import ConfigError
-from pipeserve.profiling.simulation.simulator import Arrival, request_of
+from pipeserve.profiling.simulation.simulator import (
+    Arrival,
+    SimulatedPipeline,
+    Simulation,
+    request_of,
+)
 
 EVERY_POLICY = pytest.mark.parametrize("policy", sorted(POLICIES))
 
@@ -116,8 +121,50 @@ def test_equal_priorities_are_first_come_first_served(policy, num_stages):
 
 
 def test_an_unknown_order_names_all():
-    with pytest.raises(ConfigError, match="no order 'sjf': choose from fcfs, priority"):
-        make_engine("uniform", order="sjf")
+    with pytest.raises(ConfigError, match="no order 'lifo': choose from fcfs, priority, sjf"):
+        make_engine("uniform", order="lifo")
+
+
+# ---- sjf: shortest first, and no prompt is passed for ever ---------------------------------------
+
+PROMPTS = st.lists(st.one_of(st.integers(1, 50), st.integers(1, 16_000)), min_size=2, max_size=60)
+
+
+@given(lengths=PROMPTS)
+def test_what_passes_a_prompt_is_at_most_so_many_times_as_long(lengths):
+    order = Order("sjf")
+    places = [
+        order.precedence(request_of(number, Arrival(0.0, length, 1)))
+        for number, length in enumerate(lengths)
+    ]
+    for number, place in enumerate(places):
+        later = range(number + 1, len(places))
+        passed_by = sum(lengths[other] for other in later if places[other] < place)
+        assert passed_by <= PASSED * lengths[number]
+
+
+@pytest.mark.parametrize("policy", ["uniform", "sarathi_serve"])
+@pytest.mark.parametrize("tokens_per_s", [400, 40_000])
+@pytest.mark.parametrize("load", [0.7, 1.05, 1.2])
+def test_a_long_prompt_among_short_ones_waits_for_its_own_length(policy, tokens_per_s, load):
+    """8,000 tokens among prompts of 100 to 300, for which the load alone is more than can be done:
+    at any speed of the stages it is passed by no more than its length allows."""
+    rng, now, arrivals = Random(load), 0.0, []
+    while len(arrivals) < 600:
+        now += rng.expovariate(load * tokens_per_s / 200)
+        length = 8000 if len(arrivals) == 100 else rng.randint(100, 300)
+        arrivals.append(Arrival(now, length, 1))
+    times = LinearTimes(1, base=0.0, per_token=1 / tokens_per_s)
+    engine = make_engine(policy, num_blocks=10_000, max_num_batched_tokens=512,
+                         max_model_len=9000, order="sjf")  # fmt: skip
+    simulation = Simulation(SimulatedPipeline(engine, times), arrivals)
+    simulation.run_until()
+    long, later = simulation.served[100], simulation.served[101:]
+    ended_s = long.token_times_s[0]
+    passed_by = sum(each.num_prompt_tokens for each in later if each.token_times_s[0] < ended_s)
+    assert passed_by <= PASSED * 8000 + 512  # what is in flight when its turn has come
+    short = [each.token_times_s[0] - each.arrival_s for each in later[:20]]
+    assert max(short) < ended_s - long.arrival_s or load < 1
 
 
 # ---- the queue ----------------------------------------------------------------------------------

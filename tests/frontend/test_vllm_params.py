@@ -182,6 +182,8 @@ def test_skip_reading_prefix_cache(folder):
     pool = BlockPool(limits.num_blocks, limits.block_size)
     for skips in (False, True):
         params = SamplingParams(skip_reading_prefix_cache=skips)
-        record = RequestState(Request(id=0, prompt=(1,) * 40, params=params), 0, 0.0, limits, pool)
+        record = RequestState(
+            Request(id=0, prompt=(1,) * 40, params=params), 0, 0, 0.0, limits, pool
+        )
         assert len(record.matchable_keys) == (0 if skips else 2)
         assert len(record.keys) == 2  # others may read what this one writes

@@ -25,6 +25,7 @@ from pipeserve.profiling.simulation.simulator import (
     arrivals_in_order,
 )
 from pipeserve.profiling.simulation.stage_times import StageTimes
+from pipeserve.profiling.simulation.workloads import poisson_times
 
 
 class Times(StageTimes):
@@ -150,6 +151,15 @@ def test_what_must_hold_of_any_run(policy, num_stages):
 # ---- capacity -----------------------------------------------------------------------------------
 
 LENGTHS = [(64, 10), (128, 20), (32, 5)]
+
+
+def test_bursts_come_together_at_the_same_rate():
+    times = poisson_times(4000, 2.0, Random(0), burst=8)
+    groups = [times[first : first + 8] for first in range(0, 4000, 8)]
+    assert all(len(set(group)) == 1 for group in groups)
+    assert len({group[0] for group in groups}) == 500
+    assert 4000 / times[-1] == pytest.approx(2.0, rel=0.15)
+    assert poisson_times(50, 2.0, Random(1), burst=1) == poisson_times(50, 2.0, Random(1))
 
 
 def test_poisson_arrivals_have_the_rate_and_the_same_lengths_at_every_rate():

@@ -131,7 +131,7 @@ class CheckedEngine(Engine):
         self.load = load
         self.has_cost = cost is not None
         self.checker = PlanChecker(self)
-        self.policy = InOrder(self.policy, self.checker.requests, load.limits.order)
+        self.policy = InOrder(self.policy)
         self.stage = ModelStage(load.limits)
         self.outputs: dict[RequestId, list[int]] = {}
         self.reasons: dict[RequestId, str] = {}

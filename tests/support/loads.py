@@ -13,6 +13,7 @@ from typing import NamedTuple
 from model_stages import VOCAB, Story
 
 from pipeserve.core.nouns import Request, RequestId
+from pipeserve.core.order import ORDERS
 from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.core.view import Limits
 from pipeserve.sampling_params import SamplingParams
@@ -266,9 +267,9 @@ def make_load(seed: int) -> Load:
 
 
 def _ordered(seed: int, arrivals: list) -> tuple[str, list]:
-    """Half of the loads are served by priority."""
+    """As many under each order."""
     rng = random.Random(f"order {seed}")
-    order = rng.choice(("fcfs", "priority"))
+    order = rng.choice(tuple(ORDERS))
     most = rng.choice((1, 3, 1000))
     return order, [(at_s, replace(r, priority=rng.randint(-most, most))) for at_s, r in arrivals]
 

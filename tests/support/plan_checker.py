@@ -8,31 +8,29 @@ from model_stages import Story
 
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import Admission, BlockId, Chunk, Microbatch, Request, RequestId, Wait
-from pipeserve.core.order import ORDERS
 from pipeserve.core.request_state import MAX_ON_WAY
-from pipeserve.core.view import Draft, Policy, View
+from pipeserve.core.view import Draft, Policy, RequestView, View
 
 
 class InOrder:
     """A policy whose drafts are checked to keep to the order: none admits a request and leaves one
     of lower precedence waiting, none preempts a request and lets one of higher precedence run."""
 
-    def __init__(self, policy: Policy, requests: Mapping[RequestId, Request], order: str):
+    def __init__(self, policy: Policy):
         self.policy, self.name, self.traits = policy, policy.name, policy.traits
-        self.requests, self.precedence = requests, ORDERS[order]
 
     def compose(self, view: View, now: float) -> Draft:
         draft = self.policy.compose(view, now)
-        self.check(draft.admit, [each for each in view.waiting if each not in draft.admit])
-        self.check([each for each in view.running if each not in draft.preempt], draft.preempt)
+        check_order(view.waiting, draft.admit)
+        check_order(view.running, [each for each in view.running if each not in draft.preempt])
         return draft
 
-    def check(self, first: Collection[RequestId], later: Collection[RequestId]) -> None:
-        if first and later:
-            assert max(map(self.of, first)) <= min(map(self.of, later)), "out of order"
 
-    def of(self, request_id: RequestId) -> float:
-        return self.precedence(self.requests[request_id])
+def check_order(queue: Mapping[RequestId, RequestView], first: Collection[RequestId]) -> None:
+    """Whether those that go first come before the others, by what each is marked with."""
+    later = [view.precedence for each, view in queue.items() if each not in first]
+    if first and later:
+        assert max(queue[each].precedence for each in first) <= min(later), "out of order"
 
 
 @dataclass(slots=True)

@@ -62,8 +62,8 @@ def _last_sign_s(
     given_s = fault.at_s
     if owed is not None:
         given_s = ends_s[0].get(owed.index, fault.at_s) if stage else owed.sent_s
-    elif stage == recording.num_stages - 1 and last not in {c.index for c in recording.completed}:
-        given_s = float("-inf")  # its last result never came
+    elif last not in {each.index for each in recording.completed}:
+        given_s = float("-inf")  # all that was waited for since was a result that never came
     return min(max(own_s.get(last, given_s), given_s), fault.at_s)
 
 

@@ -12,12 +12,13 @@ import pipeserve
 from pipeserve import SamplingParams
 from pipeserve.configs import RunConfig
 from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError
 
 from checkpoints import (  # isort: skip
     PIPELINES, TINY, edit_config, greedy_tokens, random_prompts, tiny, transformers_model,
 )  # fmt: skip
-from local_fleet import local_llm  # isort: skip
+from local_fleet import LocalFleet, local_llm  # isort: skip
 
 MAX_TOKENS = 8
 CUTS = [(4,), (3, 1), (1, 2, 1), (1, 1, 1, 1)]
@@ -122,11 +123,10 @@ def assert_close(got, logprobs_TV, ids):
     )
 
 
-def test_a_model_that_contradicts_its_config_is_refused_before_anything_starts(tmp_path):
+def test_a_model_that_contradicts_its_config_is_refused_before_anything_is_read(tmp_path):
     folder = tiny("falcon_new", tmp_path)
     edit_config(folder, num_kv_heads=3)
-    lines = []
+    setup = checkpoint_setup(RunConfig(model=folder))
     with pytest.raises(ConfigError, match=r"query_key_value.weight has shape") as caught:
-        checkpoint_setup(RunConfig(model=folder), lines.append)
+        Driver(setup, fleet=LocalFleet)
     assert "\n" not in str(caught.value)
-    assert lines == []

@@ -327,7 +327,6 @@ serve(load)
 TELL = "tell(control.Loading({0}, 10**9))"
 HANGS = {
     "sleeps": ("time.sleep(60)", "before its first weight"),
-    "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "before its first weight"),
     "half way": (f"{TELL.format(250_000_000)}; time.sleep(60)", "with 0.25 of 1.00 GB of weights"),
     "says the same": (
         f"[({TELL.format(5)}, time.sleep(0.1)) for _ in range(600)]",
@@ -364,6 +363,15 @@ def test_a_stage_that_hangs_while_it_loads_is_named_and_ended(tmp_path, monkeypa
     assert str(error.value).startswith(f"stage 1 on {socket.gethostname()} has stopped loading, ")
     assert where in str(error.value)
     assert "moved no byte for 2 s; look at its disk, or raise --load-timeout" in str(error.value)
+    assert not children()
+
+
+def test_a_stage_that_is_stopped_while_it_loads_is_not_waited_for(tmp_path, monkeypatch):
+    setup = setup_of(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGSTOP)")
+    with pytest.raises(StageError) as error:
+        Driver(setup)
+    said = f"stage 1 on {socket.gethostname()} is stopped, by a signal (SIGSTOP)"
+    assert str(error.value) == said
     assert not children()
 
 

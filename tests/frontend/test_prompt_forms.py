@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fake_client import FakeClient, byte_tokenizer
+from transformers import AutoTokenizer
 
 from pipeserve import SamplingParams
 from pipeserve.errors import ConfigError
@@ -33,7 +34,7 @@ def asked(folder):
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1))
         return [bytes(request.prompt) for request in driver.added]
 
-    ask.client, ask.tokenizer = driver, llm.tokenizer._loaded
+    ask.client, ask.tokenizer = driver, AutoTokenizer.from_pretrained(folder)
     return ask
 
 

@@ -79,7 +79,6 @@ MAY_SEE = {
         "machine",
         "sampling_params",
         "stage",
-        "stages.backends",
         "stages.checkpoint",
         "stages.config",
         "stages.config.families",

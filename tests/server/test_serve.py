@@ -185,7 +185,9 @@ def test_a_stream_goes_on_after_its_stage_was_killed(folder):
             while (ready := httpx.get(f"{server.url}/ready")).status_code == 200:
                 time.sleep(0.05)
             message = ready.json()["error"]["message"]
-            assert re.search(r"stage 1 \(pid \d+ on .*\) died: .*SIGKILL.* it was (at \d+|idle)", message)
+            assert re.search(
+                r"stage 1 \(pid \d+ on .*\) died: .*SIGKILL.* it was (at \d+|idle)", message
+            )
             assert "pipeserve:lost_stage{" in httpx.get(f"{server.url}/metrics").text
             assert httpx.get(f"{server.url}/health").status_code == 200
             told += [line for line in lines if line.startswith("data: {")]

@@ -1,7 +1,7 @@
 """lm_eval's `local-completions` on our server against its own `hf` backend: the same scores?
 
-    python -m venv /tmp/lm-eval && /tmp/lm-eval/bin/pip install "lm_eval[api]" torch transformers
-    python bench/lm_eval_check.py MODEL --lm-eval /tmp/lm-eval/bin/lm_eval [--items 200]
+    python -m venv VENV && VENV/bin/pip install "lm_eval[api]" torch transformers
+    python bench/lm_eval_check.py MODEL --lm-eval VENV/bin/lm_eval [--items 200]
 
 Two tasks from a local JSON file of so many questions (what follows a number, a letter, a day, a
 month; what is the opposite of a word): multiple choice by likelihood, and the same questions

@@ -1,19 +1,16 @@
-"""What `schedules.py` tries: policies with their knobs on the Falcon-180B job, and the parts of
-`uniform` one by one; each as a simulated pipeline.
-"""
+"""What `schedules.py` tries: policies with their knobs on the Falcon-180B job, each as a simulated
+pipeline."""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from itertools import product
+from typing import Any
 
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.engine import Engine
-from pipeserve.core.policies import get_policy, uniform
-from pipeserve.core.policies.sarathi_serve import SarathiServe
-from pipeserve.core.policies.uniform import Uniform
-from pipeserve.core.view import Policy, Traits
+from pipeserve.core.policies import get_policy
 from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.profiling.simulation.simulator import SimulatedPipeline
 
@@ -51,7 +48,7 @@ SWEPT: dict[str, list[dict[str, int]]] = {
     "splitfuse": [{"max_num_batched_tokens": n} for n in (384, 512)],
     "token_throttle": [{"max_num_batched_tokens": n} for n in (512, 1024, 4096)],
 }
-ORDER = [
+NEAREST = [
     "sarathi_serve", "token_throttle", "vllm", "splitfuse", "sarathi", "orca", "request_level"
 ]  # fmt: skip
 """What comes near `uniform` is searched first."""
@@ -66,6 +63,7 @@ class Case:
     policy: str
     knobs: tuple[tuple[str, int], ...]
     slo_s: float | None = None
+    order: str = "fcfs"
     wrong: tuple[float, ...] = ()
     """Factors of the profile's terms that the policy's cost model starts from."""
 
@@ -74,28 +72,18 @@ class Case:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def cases(layouts: Sequence[str], workloads: Sequence[str]) -> Iterator[Case]:
-    for layout in layouts:
-        for workload in workloads:
-            for slo_s in SLOS.values():
-                knobs = (("max_num_batched_tokens", UNIFORM_TOKENS),)
-                yield Case(layout, workload, "uniform", knobs, slo_s)
-    for policy in sorted(PUBLISHED, key=ORDER.index):
-        for knobs in [*PUBLISHED[policy], *SWEPT[policy]]:
-            for layout in layouts:
-                for workload in workloads:
-                    yield Case(layout, workload, policy, tuple(sorted(knobs.items())))
-
-
-def ablation_cases() -> Iterator[Case]:
-    for name in PARTS:
-        heeds = issubclass(PARTS[name], Uniform)
-        tokens = UNIFORM_TOKENS if heeds else 512
-        knobs = (("max_num_batched_tokens", tokens),)
-        yield Case("TP1xPP8", "sharegpt", name, knobs, SLOS["strict"])
-        if not heeds:
-            knobs = (("max_num_batched_tokens", 384),)
-            yield Case("TP1xPP8", "sharegpt", name, knobs, SLOS["strict"])
+def cases(
+    layouts: Sequence[str], workloads: Sequence[str], orders: Sequence[str]
+) -> Iterator[Case]:
+    cells = list(product(layouts, workloads, orders))
+    for layout, workload, order in cells:
+        for slo_s in SLOS.values():
+            knobs = (("max_num_batched_tokens", UNIFORM_TOKENS),)
+            yield Case(layout, workload, "uniform", knobs, slo_s, order)
+    for policy in sorted(PUBLISHED, key=NEAREST.index):
+        for given in [*PUBLISHED[policy], *SWEPT[policy]]:
+            for layout, workload, order in cells:
+                yield Case(layout, workload, policy, tuple(sorted(given.items())), order=order)
 
 
 def case_of(entry: dict[str, Any]) -> Case:
@@ -107,14 +95,10 @@ def case_of(entry: dict[str, Any]) -> Case:
 # ---- making pipelines ---------------------------------------------------------------------------
 
 
-def make_policy(name: str) -> Policy:
-    return PARTS[name]() if name in PARTS else get_policy(name)
-
-
 def setup_of(case: Case) -> SimulatedRun:
-    known = case.policy not in PARTS
     values = {
-        "policy": case.policy if known else "sarathi_serve",
+        "policy": case.policy,
+        "order": case.order,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": MAX_NUM_SEQS,
         **dict(case.knobs),
@@ -124,7 +108,7 @@ def setup_of(case: Case) -> SimulatedRun:
 
 
 def make_pipeline(case: Case, setup: SimulatedRun) -> SimulatedPipeline:
-    policy = make_policy(case.policy)
+    policy = get_policy(case.policy)
     cost = None
     if policy.traits.reads_cost:
         profile = WrongProfile(setup.profile, *case.wrong) if case.wrong else setup.profile
@@ -154,66 +138,3 @@ class _Scaled:
     def __getattr__(self, name: str) -> Any:
         method, factor = getattr(self._times, name), self._factor
         return lambda *where: factor * method(*where)
-
-
-# ---- what each part brings ----------------------------------------------------------------------
-
-
-class Pipelined(SarathiServe):
-    traits = Traits(plans_ahead=False, chunk_pipelining=True, one_in_flight=False)
-
-
-class Ahead(SarathiServe):
-    traits = Traits(plans_ahead=True, chunk_pipelining=True, one_in_flight=False)
-
-
-class Balanced(Ahead):
-    """Decodes capped at their share of a turn, as gLLM does."""
-
-    def compose(self, view: Any, now: float) -> Any:
-        share = -(-view.num_decoding // view.window)
-        first = dict(list(view.decodes.items())[:share])
-        return super().compose(replace(view, decodes=first), now)
-
-
-class _Without(Uniform):
-    """`uniform` with some of its parts off."""
-
-    off: ClassVar[dict[str, float]] = {}
-
-    def compose(self, view: Any, now: float) -> Any:
-        kept = {name: getattr(uniform, name) for name in self.off}
-        vars(uniform).update(self.off)
-        try:
-            return super().compose(view, now)
-        finally:
-            vars(uniform).update(kept)
-
-
-class TimeBudget(_Without):
-    off: ClassVar = {
-        "SUSTAINED": 1e6,
-        "MIN_THROTTLED": 10**9,
-        "PATIENCE_S": 0.0,
-        "LONGEST_LULL": 0.0,
-    }
-
-
-class KvAsNeeded(_Without):
-    off: ClassVar = {"PATIENCE_S": 0.0, "LONGEST_LULL": 0.0}
-
-
-class Patient(_Without):
-    off: ClassVar = {"LONGEST_LULL": 0.0}
-
-
-PARTS = {
-    "sarathi_serve as published": SarathiServe,
-    "+ chunk pipelining": Pipelined,
-    "+ planned ahead": Ahead,
-    "+ balanced decodes": Balanced,
-    "+ time budget": TimeBudget,
-    "+ KV as needed": KvAsNeeded,
-    "+ short prompts pass": Patient,
-    "+ decodes merged in lulls (uniform)": Uniform,
-}

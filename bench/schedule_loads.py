@@ -31,22 +31,25 @@ def cells_of(cache: Cache) -> list[Case]:
     cases = map(case_of, cache.found.values())
     cells = [case for case in cases if case.policy == "uniform" and not case.wrong]
     order = [*LAYOUTS, *TRACES, *UNSEEN]
-    return sorted(cells, key=lambda c: (order.index(c.layout), order.index(c.workload), c.slo_s))
+    return sorted(
+        cells, key=lambda c: (order.index(c.layout), order.index(c.workload), c.slo_s, c.order)
+    )
 
 
 def name_of(case: Case) -> str:
-    return f"{case.layout}, {case.workload}, {case.slo_s:g} s"
+    return f"{case.layout}, {case.workload}, {case.slo_s:g} s, {case.order}"
 
 
 def at_equal_load(cache: Cache, pool: Executor, how: dict[str, Any]) -> str:
-    """`uniform` beside the best `sarathi_serve` of the cell, at 0.9 of the latter's capacity."""
+    """`uniform` under each order beside the best `sarathi_serve` of the cell, first come first
+    served, at 0.9 of the latter's capacity."""
     pairs = []
     for case in cells_of(cache):
         entries = [
             e
             for e in cache.found.values()
             if e["case"]["policy"] == "sarathi_serve"
-            and is_of(e, case.layout, case.workload, case.slo_s)
+            and is_of(e, case.layout, case.workload, case.slo_s, "fcfs")
         ]
         rival = max(entries, key=lambda e: e["capacity"][str(case.slo_s)])
         rate = 0.9 * rival["capacity"][str(case.slo_s)]
@@ -54,7 +57,7 @@ def at_equal_load(cache: Cache, pool: Executor, how: dict[str, Any]) -> str:
         pairs.append((case, trials))
     rows = []
     for case, trials in pairs:
-        theirs, ours = (trial.result() for trial in trials)
+        theirs, ours = (trial.result().trial for trial in trials)
         rows.append(
             [
                 name_of(case),
@@ -79,7 +82,7 @@ def at_ninety(cache: Cache, pool: Executor, how: dict[str, Any]) -> str:
         top = ceiling_of(setup, lengths, case.slo_s)
         rate = 0.9 * top.rate
         tried = [pool.submit(at_rate, case, rate=rate, seed=seed, **how) for seed in SEEDS]
-        trials = [trial.result() for trial in tried]
+        trials = [each.result().trial for each in tried]
         seconds = [max(trial.busy) / trial.rate / top.stage_seconds for trial in trials]
         rows.append(
             [
@@ -141,14 +144,14 @@ def wrong_table(pool: Executor, how: dict[str, Any]) -> str:
     for layout in LAYOUTS:
         for factors in WRONG:
             knobs = (("max_num_batched_tokens", UNIFORM_TOKENS),)
-            case = Case(layout, "sharegpt", "uniform", knobs, SLOS["strict"], factors)
+            case = Case(layout, "sharegpt", "uniform", knobs, SLOS["strict"], "sjf", factors)
             setup, lengths = setup_of(case), lengths_of(case.workload, how["traces"])
             rate = WRONG_LOAD * ceiling_of(setup, lengths, SLOS["strict"]).rate
             trial = pool.submit(at_rate, case, rate=rate, **how)
             tried.append((case, trial, pool.submit(learnt_after, case, how["traces"], rate)))
     rows = []
     for case, trial, learning in tried:
-        learnt, found = learning.result(), trial.result()
+        learnt, found = learning.result(), trial.result().trial
         rows.append(
             [
                 case.layout,

@@ -1,4 +1,4 @@
-"""The capacity of each case of `schedules.py`, searched once and kept in a file."""
+"""Capacity and goodput of each case of `schedules.py`, searched once and kept in a file."""
 
 import json
 import os
@@ -20,10 +20,11 @@ from schedule_cases import (
     make_pipeline,
     setup_of,
 )
+from schedule_goodput import RULES, Tried
 
 from pipeserve.launch.inputs.traces import read_trace
 from pipeserve.launch.run.simulated import SimulatedRun
-from pipeserve.profiling.search.capacity import Lengths, Trial, run_trial
+from pipeserve.profiling.search.capacity import Lengths, run_window
 from pipeserve.profiling.search.ceiling import Ceiling, ceiling
 from pipeserve.profiling.simulation.workloads import DISTRIBUTIONS, draw_lengths
 
@@ -58,42 +59,40 @@ def ceiling_of(setup: SimulatedRun, lengths: Lengths, slo_s: float, mixed: bool 
 
 
 def search(case: Case, traces: Path | None, quick: bool) -> dict[str, Any]:
-    """Capacities within each SLO that the case is for, from one set of trials: bisected in steps of
-    5 % of the ceiling. (Of the requests that a seed draws for a window, the ceiling is itself up to
-    3 % off: finer steps would say nothing.)"""
+    """The highest rate by each rule (`RULES`), within each limit between tokens that the case is
+    for, from one set of trials: bisected in steps of 5 % of the ceiling. (Of the requests that a
+    seed draws for a window, the ceiling is itself up to 3 % off: finer steps would say nothing.)"""
     os.nice(5)
     setup, lengths = setup_of(case), lengths_of(case.workload, traces)
-    kept: dict[int, Trial] = {}
+    kept: dict[int, Tried] = {}
     slos = [case.slo_s] if case.slo_s is not None else list(SLOS.values())
     top = ceiling_of(setup, lengths, max(slos)).rate
     steps = 20  # of the ceiling
-    lifetimes, ramp, requests = QUICK if quick else STEADY
 
-    def is_within(step: int, slo_s: float) -> bool:
+    def is_within(step: int, rule: str, slo_s: float) -> bool:
         if step not in kept:
-            make = partial(make_pipeline, case, setup)
-            rate = top * step / steps
-            kept[step] = run_trial(make, lengths, rate, requests, SEED, lifetimes, ramp)
-        return kept[step].within(slo_s)
+            kept[step] = at_rate(case, traces, top * step / steps, quick)
+        return kept[step].within(rule, slo_s)
 
-    found = {}
-    for slo_s in slos:
+    def highest(rule: str, slo_s: float) -> float:
         low, high = 0, steps  # at 0 nothing is late, and the ceiling no schedule reaches
         while high - low > 1:
             middle = (low + high + 1) // 2
-            if is_within(middle, slo_s):
+            if is_within(middle, rule, slo_s):
                 low = middle
             else:
                 high = middle
-        found[str(slo_s)] = top * low / steps
-    return {"case": asdict(case), "capacity": found, "trials": [asdict(t) for t in kept.values()]}
+        return top * low / steps
+
+    found = {rule: {str(slo_s): highest(rule, slo_s) for slo_s in slos} for rule in RULES}
+    return {"case": asdict(case), **found, "trials": [asdict(tried) for tried in kept.values()]}
 
 
-def at_rate(case: Case, traces: Path | None, rate: float, quick: bool, seed: int = SEED) -> Trial:
+def at_rate(case: Case, traces: Path | None, rate: float, quick: bool, seed: int = SEED) -> Tried:
     setup, lengths = setup_of(case), lengths_of(case.workload, traces)
     lifetimes, ramp, requests = QUICK if quick else STEADY
     make = partial(make_pipeline, case, setup)
-    return run_trial(make, lengths, rate, requests, seed, lifetimes, ramp)
+    return Tried.of(run_window(make, lengths, rate, requests, seed, lifetimes, ramp))
 
 
 class Cache:
@@ -113,10 +112,14 @@ class Cache:
             file.write(json.dumps(entry) + "\n")
 
 
-def is_of(entry: dict[str, Any], layout: str, workload: str, slo_s: float) -> bool:
+def is_of(
+    entry: dict[str, Any], layout: str, workload: str, slo_s: float, order: str | None = None
+) -> bool:
+    """Whether a search is of this cell, and of this order where one is given."""
     case = entry["case"]
     return (
         (case["layout"], case["workload"]) == (layout, workload)
+        and case["order"] == (order or case["order"])
         and str(slo_s) in entry["capacity"]
         and not case["wrong"]
     )
@@ -132,6 +135,7 @@ def search_all(wanted: Sequence[Case], cache: Cache, processes: int, **how: Any)
             case = futures[future]
             print(
                 f"{number + 1}/{len(todo)} {case.layout} {case.workload} {case.policy} "
-                f"{dict(case.knobs)} slo {case.slo_s}: {entry['capacity']}",
+                f"{dict(case.knobs)} {case.order} slo {case.slo_s}: "
+                f"{', '.join(f'{rule} {entry[rule]}' for rule in RULES)}",
                 flush=True,
             )

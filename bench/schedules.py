@@ -1,5 +1,5 @@
 """Every schedule on the Falcon-180B job, each with its published setting and the best of a sweep,
-beside the ceiling that none can pass. Makes the tables of docs/schedules.md.
+under each order, beside the ceiling that none can pass. Makes the tables of docs/schedules.md.
 
     python bench/schedules.py --traces DIR --cache FILE.jsonl [--processes 2] [--quick] [--print]
 
@@ -11,53 +11,77 @@ which are fitted to them. Every search is kept in the cache, so that a run that 
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from report import plain_table, show
-from schedule_cases import LAYOUTS, PUBLISHED, SLOS, TRACES, Case, ablation_cases, cases, setup_of
+from schedule_cases import LAYOUTS, PUBLISHED, SLOS, TRACES, Case, case_of, cases, setup_of
+from schedule_goodput import RULES, Tried, good_shares
 from schedule_loads import at_equal_load, at_ninety, wrong_table
 from schedule_search import Cache, ceiling_of, is_of, lengths_of, search_all
 
+from pipeserve.core.order import ORDERS
 from pipeserve.profiling.search.ceiling import Ceiling
 
+HEADER = ["order", "policy", "setting", "capacity", "TTFT P50, P90, P99 at it", "TBT P99",
+          "goodput", "TTFT P50, P90, P99 at it", "normalised latency P50, P90, P99",
+          "good, by quarter"]  # fmt: skip
 
-def best_trial(entry: dict[str, Any], slo_s: float) -> dict[str, Any] | None:
-    rate = entry["capacity"].get(str(slo_s), 0.0)
-    return next((t for t in entry["trials"] if t["rate"] == rate and rate), None)
+
+def best_tried(entry: dict[str, Any], rule: str, slo_s: float) -> Tried | None:
+    """The trial at the highest rate within the limits; None where no rate was."""
+    rate = entry[rule].get(str(slo_s), 0.0)
+    return next((Tried.read(t) for t in entry["trials"] if t["trial"]["rate"] == rate), None)
 
 
 def cell_table(cache: Cache, layout: str, workload: str, slo_s: float, top: Ceiling) -> str:
     rows = []
     entries = [e for e in cache.found.values() if is_of(e, layout, workload, slo_s)]
-    for policy in ["uniform", *PUBLISHED]:
-        mine = [e for e in entries if e["case"]["policy"] == policy]
-        if not mine:
-            continue
-        published = [e for e in mine if _is_published(e, slo_s)]
-        best = max(mine, key=lambda e: e["capacity"].get(str(slo_s), 0.0))
-        for name, entry in [("published", e) for e in published] + [("best swept", best)]:
-            if policy == "uniform":
-                name = "one setting"
-                if entry is not best:
-                    continue
-            rows.append(_row(policy, name, entry, slo_s, top))
-    return plain_table(
-        ["policy", "setting", "requests/s", "of the ceiling", "TTFT P50", "TBT P99"], rows
-    )
+    for order, policy in product(ORDERS, ["uniform", *PUBLISHED]):
+        mine = [e for e in entries if (e["case"]["order"], e["case"]["policy"]) == (order, policy)]
+        for name, entry in _settings(mine, slo_s):
+            rows.append([order, f"`{policy}`", *_row(name, entry, slo_s, top)])
+    return plain_table(HEADER, rows)
 
 
-def _row(policy: str, name: str, entry: dict[str, Any], slo_s: float, top: Ceiling) -> list[str]:
-    trial, rate = best_trial(entry, slo_s), entry["capacity"].get(str(slo_s), 0.0)
+def _settings(mine: Sequence[dict[str, Any]], slo_s: float) -> list[tuple[str, dict[str, Any]]]:
+    """Of the searches of one policy, those that have a row: as published, and the best of all by
+    each rule."""
+    named: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    best = [max(mine, key=lambda e: e[rule][str(slo_s)]) for rule in RULES] if mine else []
+    for name, entries in {
+        "published": [entry for entry in mine if _is_published(entry, slo_s)],
+        "best": [entry for entry in best if entry["case"]["policy"] != "uniform"],
+        "one setting": [entry for entry in best if entry["case"]["policy"] == "uniform"],
+    }.items():
+        for entry in entries:
+            names, _ = named.setdefault(case_of(entry).key, ([], entry))
+            names += [] if name in names else [name]
+    return [(" and ".join(names), entry) for names, entry in named.values()]
+
+
+def _row(name: str, entry: dict[str, Any], slo_s: float, top: Ceiling) -> list[str]:
     knobs = ", ".join(f"{value}" for _, value in entry["case"]["knobs"])
-    return [
-        f"`{policy}`",
-        f"{name} ({knobs})",
-        f"{rate:.2f}" if rate else f"under {top.rate / 20:.2f}",
-        f"{rate / top.rate:.2f}",
-        f"{trial['ttft_p50_s']:.2f} s" if trial else "",
-        f"{trial['tbt_p99_s']:.2f} s" if trial else "",
-    ]
+    capacity, goodput = (best_tried(entry, rule, slo_s) for rule in RULES)
+    row = [f"{name} ({knobs})", _rate(capacity, top), "", "", _rate(goodput, top), "", "", ""]
+    if capacity is not None:
+        row[2:4] = [_seconds(capacity.ttft_s), f"{capacity.trial.tbt_p99_s:.2f} s"]
+    if goodput is not None:
+        of_all, of_quarters = good_shares(goodput.met, slo_s)
+        shares = f"{of_all:.0%}: {', '.join(f'{share:.0%}' for share in of_quarters)}"
+        row[5:] = [_seconds(goodput.ttft_s), _seconds(goodput.normalised_s), shares]
+    return row
+
+
+def _rate(tried: Tried | None, top: Ceiling) -> str:
+    if tried is None:
+        return f"under {top.rate / 20:.2f}"
+    return f"{tried.trial.rate:.2f} ({tried.trial.rate / top.rate:.2f})"
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values) + " s"
 
 
 def _is_published(entry: dict[str, Any], slo_s: float) -> bool:
@@ -88,20 +112,6 @@ def tables(cache: Cache, layouts: Sequence[str], workloads: Sequence[str], trace
     return "\n\n".join(parts)
 
 
-def ablation_table(cache: Cache, traces: Path | None) -> str:
-    rows = []
-    slo_s = SLOS["strict"]
-    for case in ablation_cases():
-        entry = cache.found.get(case.key)
-        if entry is None:
-            continue
-        top = ceiling_of(setup_of(case), lengths_of(case.workload, traces), slo_s)
-        rows.append([f"{case.policy}", *_row("", "", entry, slo_s, top)[1:]])
-    return plain_table(
-        ["part", "tokens", "requests/s", "of the ceiling", "TTFT P50", "TBT P99"], rows
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -114,12 +124,13 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
     parser.add_argument("--workloads", nargs="*", default=list(TRACES))
     parser.add_argument("--policies", nargs="*")
-    parser.add_argument("--ablation", action="store_true", help="what each part brings")
+    parser.add_argument("--orders", nargs="*", default=["fcfs", "sjf"], choices=list(ORDERS))
     parser.add_argument("--loads", action="store_true", help="at equal loads, and wrong profiles")
     parser.add_argument("--page", type=Path, help="docs/schedules.md: where the tables are put")
+    parser.add_argument("--place", default="cells", help="and the name of their place there")
     given = parser.parse_args()
     cache = Cache(given.cache)
-    wanted = list(ablation_cases() if given.ablation else cases(given.layouts, given.workloads))
+    wanted = list(cases(given.layouts, given.workloads, given.orders))
     if given.policies:
         wanted = [case for case in wanted if case.policy in given.policies]
     how = {"traces": given.traces, "quick": given.quick}
@@ -130,11 +141,9 @@ def main() -> None:
             show(at_equal_load(cache, pool, how), "equal load", given.page)
             show(at_ninety(cache, pool, how), "stage-seconds", given.page)
             show(wrong_table(pool, how), "wrong profile", given.page)
-    elif given.ablation:
-        show(ablation_table(cache, given.traces), "parts", given.page)
     else:
-        name = "cells" if given.workloads == list(TRACES) else "unseen"
-        show(tables(cache, given.layouts, given.workloads, given.traces), name, given.page)
+        found = tables(cache, given.layouts, given.workloads, given.traces)
+        show(found, given.place, given.page)
 
 
 if __name__ == "__main__":

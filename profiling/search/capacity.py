@@ -9,6 +9,7 @@ run move the result (the tail of long outputs most).
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,20 @@ class Trial:
         return self.tbt_p99_s <= slo_tbt_s and self.queueing_p50_s <= MAX_MEDIAN_DELAY_S
 
 
+class Window(NamedTuple):
+    """A simulation under load, run until it had served long enough to be measured."""
+
+    simulation: Simulation
+    rate: float
+    """Requests a second that came."""
+    lifetime_s: float
+    """As `Trial.lifetime_s`."""
+    start_s: float
+    """The ramp is over: what is measured begins here."""
+    stop_s: float
+    """As far as it ran."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
     """What `find_capacity` found."""
@@ -100,7 +115,23 @@ def run_trial(
     ramp: int = RAMP_LIFETIMES,
     priorities: Sequence[int] = (),
 ) -> Trial:
-    """Serves `rate` requests a second and measures a window of at least so many mean lifetimes and
+    """What `rate` requests a second meet: `run_window`, measured."""
+    return measure(
+        run_window(make_pipeline, lengths, rate, min_requests, seed, lifetimes, ramp, priorities)
+    )
+
+
+def run_window(
+    make_pipeline: Callable[[], SimulatedPipeline],
+    lengths: Lengths,
+    rate: float,
+    min_requests: int,
+    seed: int,
+    lifetimes: int = WINDOW_LIFETIMES,
+    ramp: int = RAMP_LIFETIMES,
+    priorities: Sequence[int] = (),
+) -> Window:
+    """Serves `rate` requests a second for a window of at least so many mean lifetimes and
     `min_requests` arrivals, after a ramp of so many. `priorities`: parallel to `lengths`, or empty.
 
     A lifetime is the mean over the workload, from what was seen of tokens and not of ended
@@ -116,7 +147,7 @@ def run_trial(
             ramp_s = ramp * lifetime_s
             wanted_s = ramp_s + max(lifetimes * lifetime_s, min_requests / rate, MIN_WINDOW_S)
             if stop_s >= wanted_s:
-                return _measure(simulation, rate, lifetime_s, ramp_s, stop_s)
+                return Window(simulation, rate, lifetime_s, ramp_s, stop_s)
             # Lifetimes grow while the pipeline fills: go on in steps, and ask again.
             stop_s = min(wanted_s, 2 * stop_s)
         else:
@@ -187,9 +218,8 @@ def _lifetime_s(served: Sequence[Served], since_s: float, mean_output: float) ->
     return sum(to_first) / len(to_first) + (mean_output - 1) * gaps / num_gaps
 
 
-def _measure(
-    simulation: Simulation, rate: float, lifetime_s: float, start_s: float, stop_s: float
-) -> Trial:
+def measure(window: Window) -> Trial:
+    simulation, rate, lifetime_s, start_s, stop_s = window
     gaps, num_tokens, delays, ttfts = [], 0, [], []
     for request in simulation.served:
         times = np.frombuffer(request.token_times_s)

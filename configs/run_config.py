@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pipeserve.configs.addresses import split_address
 from pipeserve.configs.layer_lists import AUTO, FORMS
 from pipeserve.core.order import ORDERS
-from pipeserve.core.policies import POLICIES
+from pipeserve.core.policies import POLICIES, get_policy
 from pipeserve.errors import ConfigError
 
 _DEFAULT_BUDGET = 512
@@ -88,11 +88,12 @@ class RunConfig:
     )
     policy: str = _option("uniform", f"Scheduling policy: {', '.join(POLICIES)}.")
     order: str = _option(
-        "fcfs",
+        "auto",
         "Who goes first, under every policy: fcfs is first come, first served; priority is the "
         "lowest number that a request brings; sjf is the shortest prompt, which passes longer ones "
-        "only as far as each can bear by its own length.",
-        choices=tuple(ORDERS),
+        "only as far as each can bear by its own length; auto is sjf for uniform, and fcfs for "
+        "the policies of others.",
+        choices=("auto", *ORDERS),
     )
     slo_tbt: float | None = _option(
         None,
@@ -197,6 +198,11 @@ class RunConfig:
         and this longest context."""
         default = max_model_len if whole_prompts else _DEFAULT_BUDGET
         return self.max_num_batched_tokens or default
+
+    @property
+    def serving_order(self) -> str:
+        """Who goes first: a key of `order.ORDERS`."""
+        return get_policy(self.policy).traits.order if self.order == "auto" else self.order
 
     def _check_layers(self) -> None:
         slowdown = self.stage_slowdown

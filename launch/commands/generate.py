@@ -82,7 +82,7 @@ def generate(
         lines = [given_prompts.one_prompt(prompt, options, chat)]
     else:
         lines = given_prompts.read_prompts(prompts, options, chat)
-        given_prompts.check_order(lines, run_config.order)
+        given_prompts.check_order(lines, run_config.serving_order)
     start = partial(
         starting.recorded_driver,
         run_config,

@@ -112,7 +112,7 @@ def make_service(
         shape=shape,
         lengths=lengths,
         priorities=workload.request_priorities(),
-        order=config.order,
+        order="fcfs" if config.order == "auto" else config.order,
         slo=wanted.slo,
         times=times,
         bytes_per_gpu=profile.memory_bytes * config.gpu_memory_utilization,

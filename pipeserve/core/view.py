@@ -70,6 +70,8 @@ class Traits:
     have room for the longest."""
     reads_cost: bool = False
     """Looks at what the cost model says. Where it does not, a simulation does without one."""
+    order: str = "fcfs"
+    """Who goes first where the run does not say: a key of `order.ORDERS`."""
 
 
 class RequestView(Protocol):

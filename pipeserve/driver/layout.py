@@ -55,7 +55,7 @@ def lay_out(
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
             max_tbt_s=config.slo_tbt,
-            order=config.order,
+            order=config.serving_order,
         )
 
     check_suits(policy, limits_with(1))  # before anything is started

@@ -84,6 +84,13 @@ def test_a_recipe_takes_every_policy(name, policy):
     assert budget == (4096 if traits.whole_prompts else recipe.get("max_num_batched_tokens", 512))
 
 
+def test_where_the_run_does_not_say_the_policy_says_who_goes_first():
+    orders = {name: RunConfig(model="m", policy=name).serving_order for name in POLICIES}
+    assert orders.pop("uniform") == "sjf"
+    assert set(orders.values()) == {"fcfs"}, "those of others are as published"
+    assert RunConfig(model="m", order="fcfs").serving_order == "fcfs"
+
+
 def test_a_budget_is_kept_where_it_was_given_for_the_policy():
     cut = {"model": "m", "max_num_batched_tokens": 384}
     whole = {**cut, "policy": "vllm", "max_num_batched_tokens": 8192}

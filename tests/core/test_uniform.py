@@ -13,7 +13,6 @@ from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import (
     Microbatch,
-    RequestId,
     StageCost,
     StepResult,
     Wait,
@@ -35,7 +34,9 @@ LIMITS = Limits(
     max_num_batched_tokens=512,
     max_model_len=4096,
     enable_prefix_caching=False,
+    order="sjf",
 )
+"""The order is the one that `uniform` has where the run says nothing."""
 
 
 class Run:
@@ -328,22 +329,13 @@ def test_decodes_do_not_wait_while_a_prompt_does():
 # ---- order --------------------------------------------------------------------------------------
 
 
-def first_of(long_came_before_s) -> RequestId:
-    """Of a prompt of 2,000 tokens and one of 100 that came later, while another one was on."""
-    engine = Engine(split_layers(1, 1), get_policy("uniform"), LIMITS)
-    for number, (arrived, length) in enumerate(
-        [(0.0, 2000), (long_came_before_s, 100)],
-    ):
-        engine.add(request_of(number, Arrival(arrived, length, 5)), arrived)
-    return engine.plan(100.0).chunks[0].request_id
-
-
-def test_a_short_prompt_passes_a_long_one_that_came_just_before():
-    assert first_of(0.5 * uniform.PATIENCE_S * 1900) == 1
-
-
-def test_a_short_prompt_does_not_pass_a_long_one_that_has_waited_for_its_length():
-    assert first_of(1.1 * uniform.PATIENCE_S * 1900) == 0
+@pytest.mark.parametrize(("order", "first"), [("fcfs", 0), ("sjf", 1)])
+def test_prompts_go_in_the_order_of_the_run(order, first):
+    """One of 2,000 tokens, and one of 100 that came later."""
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), replace(LIMITS, order=order))
+    for number, length in enumerate([2000, 100]):
+        engine.add(request_of(number, Arrival(0.0, length, 5)), 0.1 * number)
+    assert engine.plan(100.0).chunks[0].request_id == first
 
 
 def test_the_place_of_a_prompt_does_not_change_with_its_chunks():
@@ -355,10 +347,18 @@ def test_the_place_of_a_prompt_does_not_change_with_its_chunks():
     assert [chunk.request_id for chunk in engine.plan(0.0).chunks] == [1, 0]
 
 
+def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one():
+    """That is under way when it comes (vllm#21495, sglang#10063, sglang#34623)."""
+    times = LinearTimes(2, base=0.01, per_token=1e-4)
+    arrivals = [Arrival(0.0, 30_000, 2), Arrival(1.0, 100, 2)]
+    run = Run(times, arrivals, max_model_len=32_000)
+    long, short = run.served
+    assert short.token_times_s[0] < 1.3 < 3.0 < long.token_times_s[0]
+
+
 def test_nothing_new_passes_a_prompt_that_waits_for_kv():
-    engine = Engine(
-        split_layers(1, 1), get_policy("uniform"), replace(LIMITS, num_blocks=70, block_size=16)
-    )
+    limits = replace(LIMITS, num_blocks=70, block_size=16, order="fcfs")
+    engine = Engine(split_layers(1, 1), get_policy("uniform"), limits)
     for number, length in enumerate([512, 600, 16]):  # the first two do not fit together
         engine.add(request_of(number, Arrival(0.0, length, 50)), 10.0 * number)
     started = [a.request_id for microbatch in steady(engine, 100) for a in microbatch.admitted]

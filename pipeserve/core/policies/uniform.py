@@ -10,10 +10,9 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
 - **Decodes** go first, spread over the microbatches of a turn by what they cost, context length
   counted. With a limit between tokens all that are ready go at once, unless there are so many more
   than a share that they are evened out, and none is late for it.
-- **Prompts** fill the rest. Chunks of one prompt follow one another at once, and are cut so that no
-  decode of this microbatch, or of those in flight, is predicted to come late. Those of the same
-  precedence go by arrival plus `PATIENCE_S` for each token: a long prompt lets short ones pass that
-  come soon after it.
+- **Prompts** fill the rest, in order (`core/order.py`; shortest first where the run says nothing).
+  Chunks of one prompt follow one another at once, and are cut so that no decode of this
+  microbatch, or of those in flight, is predicted to come late.
 - **KV** is taken as decodes need it; an admission leaves a free block for each running request.
 - **In a lull**, where decodes alone would make many microbatches that mostly read weights, decodes
   wait for the next to complete and go with it, as long as the turn stays well within the time that
@@ -22,9 +21,8 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
 It plans one microbatch ahead. How it came about, and what it gives: docs/schedules.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop
 from itertools import islice
 from math import inf
 
@@ -65,15 +63,6 @@ MIN_THROTTLED = 192
 """Fewest prefill tokens that KV restricts a microbatch to: smaller ones cost more than the uneven
 flow that they avoid."""
 
-# Which prompt goes first.
-
-PATIENCE_S = 0.01
-"""For each token that a prompt is shorter than another, so many seconds later it may come and still
-go first."""
-NUM_SORTED = 256
-"""Only so many waiting prompts, the first in order, are sorted: it bounds the time that planning
-takes."""
-
 # How long a turn may be: the time until the same requests decode again. "Under load" is the turn of
 # microbatches that are full.
 
@@ -95,7 +84,9 @@ class Uniform:
     """See the module."""
 
     name = "uniform"
-    traits = Traits(plans_ahead=True, chunk_pipelining=True, one_in_flight=False, reads_cost=True)
+    traits = Traits(
+        plans_ahead=True, chunk_pipelining=True, one_in_flight=False, reads_cost=True, order="sjf"
+    )
 
     def __init__(self) -> None:
         self._knee = 0
@@ -373,16 +364,15 @@ def _add_prompts(
     """Chunks of prompts, those that go first in front, until one does not fit whole. When KV has no
     room for a waiting prompt, those that run already go on, and no other is admitted."""
     prompts = _Prompts()
-    seats, num_begun = view.limits.max_num_seqs - len(view.running), len(view.prefills)
-    for request in _in_order(view):
+    seats = view.limits.max_num_seqs - len(view.running)
+
+    def may_start() -> bool:
+        return len(prompts.reserve) < seats and not prompts.out_of_blocks
+
+    for request in _in_order(view, may_start):
         start, missing = request.num_planned, 0
         is_waiting = request.id in view.waiting
-        num_begun -= not is_waiting
         if is_waiting:
-            if len(prompts.reserve) == seats or prompts.out_of_blocks:
-                if not num_begun:
-                    break
-                continue
             prefix = view.prefix(request.id)
             start = prefix.num_tokens
             needed = -(-request.num_known // view.limits.block_size)
@@ -421,19 +411,29 @@ def _behind_prefix(
     return 0
 
 
-def _in_order(view: View) -> Iterator[RequestView]:
-    """Prompts that may go on or start now: by precedence, and then by arrival and length. Its whole
-    length counts, so that a prompt keeps its place while its chunks run."""
-    prompts = list(view.prefills.values())
-    if len(view.running) < view.limits.max_num_seqs:
-        waiting = list(islice(view.waiting.values(), NUM_SORTED))
-        # One that was preempted and is still in flight cannot start yet: later classes wait for it.
-        last = next((each.precedence for each in waiting if each.num_outstanding), inf)
-        prompts += [w for w in waiting if not w.num_outstanding and w.precedence <= last]
-    by_turn = [
-        (request.precedence, request.arrived + PATIENCE_S * request.num_known, place, request)
-        for place, request in enumerate(prompts)
-    ]
-    heapify(by_turn)  # few are looked at: most of a sort would be for nothing
-    while by_turn:
-        yield heappop(by_turn)[-1]
+def _in_order(view: View, may_start: Callable[[], bool]) -> Iterator[RequestView]:
+    """Prompts that go on and, as long as `may_start` says so, that start: the first in order first,
+    and of the same precedence those that go on."""
+    waiting = _startable(view)
+    new = next(waiting, None)
+    for begun in view.prefills.values():
+        while new is not None and new.precedence < begun.precedence and may_start():
+            yield new
+            new = next(waiting, None)
+        yield begun
+    while new is not None and may_start():
+        yield new
+        new = next(waiting, None)
+
+
+def _startable(view: View) -> Iterator[RequestView]:
+    """Waiting requests, in order. One that was preempted and is still in flight cannot start yet:
+    those of its precedence may, and later ones wait for it."""
+    last = inf
+    for request in view.waiting.values():
+        if request.precedence > last:
+            return
+        if request.num_outstanding:
+            last = request.precedence
+        else:
+            yield request

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.core.cost.pipeline_cost import PipelineCost
+from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.engine import Engine
 from pipeserve.core.policies import get_policy
 from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
@@ -54,6 +55,10 @@ NEAREST = [
 """What comes near `uniform` is searched first."""
 
 
+NO_PROFILE = (0.0, 0.0)
+"""As `Case.wrong`: the cost model starts from no profile at all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """A policy with its knobs, on a workload. Without an SLO of its own unless it heeds one."""
@@ -65,7 +70,7 @@ class Case:
     slo_s: float | None = None
     order: str = "fcfs"
     wrong: tuple[float, ...] = ()
-    """Factors of the profile's terms that the policy's cost model starts from."""
+    """Factors of the profile's terms that the policy's cost model starts from; `NO_PROFILE`."""
 
     @property
     def key(self) -> str:
@@ -111,7 +116,10 @@ def make_pipeline(case: Case, setup: SimulatedRun) -> SimulatedPipeline:
     policy = get_policy(case.policy)
     cost = None
     if policy.traits.reads_cost:
-        profile = WrongProfile(setup.profile, *case.wrong) if case.wrong else setup.profile
+        profile = setup.profile
+        if case.wrong:
+            no_profile = case.wrong == NO_PROFILE
+            profile = ROUGH if no_profile else WrongProfile(profile, *case.wrong)
         size = setup.config.tensor_parallel_size
         cost = PipelineCost(profile, setup.shape, setup.plan, size)
     return SimulatedPipeline(Engine(setup.plan, policy, setup.limits, cost), setup.times)

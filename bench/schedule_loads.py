@@ -10,6 +10,7 @@ from typing import Any
 from report import plain_table
 from schedule_cases import (
     LAYOUTS,
+    NO_PROFILE,
     SLOS,
     TRACES,
     UNIFORM_TOKENS,
@@ -135,7 +136,7 @@ def learnt_after(case: Case, traces: Path | None, rate: float) -> tuple[int, flo
 LEARNING_S = 300.0
 WRONG_LOAD = 0.85
 """Of the ceiling."""
-WRONG = ((1.0, 1.0), (1.3, 0.7), (0.7, 1.3), (1.3, 1.3), (0.7, 0.7))
+WRONG = ((1.0, 1.0), (1.3, 0.7), (0.7, 1.3), (1.3, 1.3), (0.7, 0.7), NO_PROFILE)
 
 
 def wrong_table(pool: Executor, how: dict[str, Any]) -> str:
@@ -143,6 +144,8 @@ def wrong_table(pool: Executor, how: dict[str, Any]) -> str:
     tried = []
     for layout in LAYOUTS:
         for factors in WRONG:
+            if factors == NO_PROFILE and layout != "TP1xPP8":
+                continue  # it knows no all-reduce
             knobs = (("max_num_batched_tokens", UNIFORM_TOKENS),)
             case = Case(layout, "sharegpt", "uniform", knobs, SLOS["strict"], "sjf", factors)
             setup, lengths = setup_of(case), lengths_of(case.workload, how["traces"])
@@ -155,7 +158,7 @@ def wrong_table(pool: Executor, how: dict[str, Any]) -> str:
         rows.append(
             [
                 case.layout,
-                f"{case.wrong[0]:g}, {case.wrong[1]:g}",
+                "no profile" if case.wrong == NO_PROFILE else "{:g}, {:g}".format(*case.wrong),
                 "never" if learnt is None else f"{learnt[1]:.1f} s, {learnt[0]} microbatches",
                 f"{found.output_tokens_per_s:.0f}",
                 f"{found.tbt_p99_s:.3f} s",

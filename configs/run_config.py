@@ -97,8 +97,8 @@ class RunConfig:
     )
     slo_tbt: float | None = _option(
         None,
-        "Longest time between two tokens that is wanted, seconds; what uniform plans by, where "
-        "there is a device profile.",
+        "Longest time between two tokens that is wanted, seconds; what uniform plans by, with "
+        "what a device profile predicts or, without one, what it learns as it runs.",
         over=0,
     )
     block_size: int = _option(16, "Tokens in one KV block.", least=1)

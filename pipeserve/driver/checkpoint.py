@@ -12,6 +12,7 @@ from pipeserve.core.cost.cut import StageParts
 from pipeserve.core.cost.device import DeviceProfile, check_profile
 from pipeserve.core.cost.partition import parts_by_operations, parts_by_profile
 from pipeserve.core.cost.pipeline_cost import PipelineCost
+from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.core.view import CostModel, Limits
@@ -105,7 +106,7 @@ def _setup(
         dtype=dtype,
         plan=plan,
         limits_for=limits_for,
-        cost=found.cost or (None if profile is None else PipelineCost(profile, shape, plan)),
+        cost=found.cost or _cost(config, profile, shape, plan),
         module="pipeserve.stage.worker",
         works=_works(config, device, str(found.folder), plan, dtype),
         model_folder=found.folder,
@@ -118,6 +119,16 @@ def _setup(
         choice=choice,
         for_ranks=partial(_setup_for, found),
     )
+
+
+def _cost(
+    config: RunConfig, profile: DeviceProfile | None, shape: ModelShape, plan: PipelinePlan
+) -> PipelineCost | None:
+    """What `uniform` predicts with. Without a profile it counts tokens, but where a limit between
+    tokens is to be kept: that takes times, which are learnt then."""
+    if profile is None and config.slo_tbt is not None:
+        profile = ROUGH
+    return None if profile is None else PipelineCost(profile, shape, plan)
 
 
 def _choice(

@@ -10,6 +10,7 @@ from pipeserve.core.cost.device import AllReduce, DeviceProfile, Link, Residuals
 from pipeserve.core.cost.kernels import AttentionCost, Elementwise, Gemm, Kernels, Tables, products
 from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
+from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.core.work import Work, work_of
@@ -341,6 +342,26 @@ def test_an_outlier_hardly_moves_it(cost):
 def test_a_lasting_change_is_believed(cost):
     observed(cost, (1.0, 1.0), range(500))
     assert observed(cost, (3.0, 1.0), range(500, 800))[0] == pytest.approx(3.0, rel=0.1)
+
+
+@pytest.mark.parametrize("times", [1e-4, 1.0, 1e4])
+def test_without_a_profile_the_first_microbatch_says_how_long_they_take(times):
+    cost = PipelineCost(ROUGH, SHAPE, split_layers(4, 2))
+    first = cost.predict(microbatch(0, decodes=(50,) * 8)).seconds
+    for stage, factor in enumerate((times, 3 * times)):
+        cost.observe(0, stage, factor * first[stage])
+    known = cost.predict(microbatch(1, decodes=(50,) * 8)).seconds
+    assert known == pytest.approx([times * first[0], 3 * times * first[1]], rel=1e-3)
+
+
+def test_without_a_profile_a_slow_first_microbatch_is_soon_made_up_for():
+    """It may have loaded what the others find there."""
+    cost = PipelineCost(ROUGH, SHAPE, split_layers(4, 1))
+    (usual,) = cost.predict(microbatch(0, decodes=[50])).seconds
+    for index in range(30):
+        cost.predict(microbatch(index, decodes=[50]))
+        cost.observe(index, 0, (1.0 if index else 20.0) * usual)
+    assert cost.predict(microbatch(30, decodes=[50])).seconds[0] == pytest.approx(usual, rel=0.05)
 
 
 def test_what_cannot_be_used_changes_nothing(cost):

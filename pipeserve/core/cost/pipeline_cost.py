@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pipeserve.core.cost.device import DeviceProfile, check_profile
 from pipeserve.core.cost.kernels import TILE
+from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import Microbatch, PipelinePlan, StageCost
 from pipeserve.core.work import Work, work_of
@@ -23,6 +24,8 @@ _FURTHEST = 1e6
 taken as that far."""
 _WEIGHT = 0.1
 """Of the latest observation."""
+_USUAL, _UNKNOWN = 0.2, 20.0
+"""Scales of the errors before anything was observed: of a profile, and of a guess."""
 _BOUND = 2.0
 """Scales of the errors; what lies further out is moved there."""
 _RHO = 2.52
@@ -57,6 +60,7 @@ class PipelineCost:
         plan: PipelinePlan,
         tensor_parallel_size: int = 1,
     ):
+        """`ROUGH` as the profile: how long each stage takes is not known before it is observed."""
         check_profile(profile, model=shape.name, tensor_parallel_size=tensor_parallel_size)
         self.profile = profile
         self._shape = shape
@@ -72,7 +76,8 @@ class PipelineCost:
         self._predicted: dict[int, tuple[int, list[float]]] = {}  # size class, uncorrected seconds
         self._kinds = tuple(dict.fromkeys(self._stages))
         self._kind_of = tuple(map(self._kinds.index, self._stages))
-        self._by_stage = [Correction() for _ in plan.stages]
+        scale, self._weight = (_UNKNOWN, 1.0) if profile is ROUGH else (_USUAL, _WEIGHT)
+        self._by_stage = [Correction(0.0, scale, self._weight) for _ in plan.stages]
         self._factors = [1.0] * len(plan.stages)  # what these levels come to
         self._by_size: dict[int, Correction] = {}
         self._typical = 0.0  # level of sizes in use: what one that was never seen starts from
@@ -111,7 +116,7 @@ class PipelineCost:
         by_stage = self._by_stage[stage]
         by_size = self._by_size.get(size_class)
         if by_size is None:
-            by_size = self._by_size[size_class] = Correction(self._typical)
+            by_size = self._by_size[size_class] = Correction(self._typical, _USUAL, self._weight)
         by_stage.update(ratio - by_size.level)
         self._factors[stage] = exp(by_stage.level)
         by_size.update(ratio - by_stage.level)
@@ -191,11 +196,12 @@ class Correction:
     exponential and Holt-Winters smoothing", Journal of Forecasting 29 (2010).
     """
 
-    __slots__ = ("level", "scale")
+    __slots__ = ("_weight", "level", "scale")
 
-    def __init__(self, level: float = 0.0) -> None:
-        self.level = level
-        self.scale = 0.2  # of log(observed / predicted) before anything was observed
+    def __init__(self, level: float = 0.0, scale: float = _USUAL, weight: float = _WEIGHT) -> None:
+        """`scale`: of log(observed / predicted) before anything was observed; `weight`: of the
+        first observation. At 1 the level is the mean of the first ones, whatever it was before."""
+        self.level, self.scale, self._weight = level, scale, weight
 
     def update(self, value: float) -> None:
         """Runs for every microbatch on every stage, hence spelt out."""
@@ -210,7 +216,9 @@ class Correction:
             error = bound
         elif error < -bound:
             error = -bound
-        self.level += _WEIGHT * error
+        self.level += self._weight * error
+        if self._weight > _WEIGHT:
+            self._weight = max(_WEIGHT, self._weight / (1 + self._weight))
 
 
 def _size_class(num_tokens: int) -> int:

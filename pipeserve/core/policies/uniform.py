@@ -89,11 +89,13 @@ class Uniform:
     )
 
     def __init__(self) -> None:
-        self._knee = 0
+        self._knee = self._looked_again_at = 0
 
     def compose(self, view: View, now: float) -> Draft:
         price = Price(view)
-        self._knee = self._knee or _knee(view, price)
+        num_planned = view.last.index + 1 if view.last is not None else 0
+        if num_planned >= self._looked_again_at:
+            self._knee, self._looked_again_at = _knee(view, price), max(8, 2 * num_planned)
         budget = _Budget(view, price, self._knee)
         room = make_room(view, _decodes_in_turn(view, price, budget, now))
         if room.preempted:
@@ -215,9 +217,9 @@ class _Budget:
 
 
 def _knee(view: View, price: Price) -> int:
-    """Prefill tokens from which on larger microbatches hardly raise throughput. It is found once: a
-    cost model that learns would move it back and forth, and the length of turns with it. One tile
-    is never enough: the decodes beside it would begin another."""
+    """Prefill tokens from which on larger microbatches hardly raise throughput. It is looked for
+    ever less often: a cost model that learns would move it back and forth, and the length of turns
+    with it. One tile is never enough: the decodes beside it would begin another."""
     most = view.limits.max_num_batched_tokens
     sizes = [size for size in (2 * TILE << power for power in range(7)) if size < most] + [most]
     rates = [size / _of_tiles(price, size) for size in sizes]

@@ -46,9 +46,9 @@ may fill the tile that it has begun."""
 ROUND_UP = 0.7
 """Where a budget ends inside a tile, at least 1 - ROUND_UP of the tile must be within the budget
 for it to be filled; else the budget ends with the tile before."""
-MIN_PIECE = 64
-"""Smallest prefill chunk worth a microbatch, tokens: below it, reading the weights costs a stage
-more than the tokens do."""
+MIN_PIECE = TILE // 2
+"""Smallest prefill chunk worth a microbatch: with fewer tokens than half a tile, reading the
+weights costs a stage more than the tokens do."""
 
 # How much prefill the KV pool can take.
 
@@ -59,7 +59,7 @@ ENOUGH_ENDED = 20
 TURNS = 8
 """What KV has room for is prefilled over at least so many turns of the pipeline (gLLM's UT
 throttles likewise)."""
-MIN_THROTTLED = 192
+MIN_THROTTLED = 3 * MIN_PIECE
 """Fewest prefill tokens that KV restricts a microbatch to: smaller ones cost more than the uneven
 flow that they avoid."""
 

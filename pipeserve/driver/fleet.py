@@ -325,14 +325,15 @@ class Fleet:
         what one of the two took of them, the other would miss."""
         return os.getpid() == self._pid
 
-    def close(self) -> None:
-        """End every keeper and stage. Safe to call twice, and from a half-made fleet. In a forked
-        process it leaves them alone."""
+    def close(self, failure: str = "") -> None:
+        """End every keeper and stage; `failure`: why the run has ended before it was done. Safe to
+        call twice, and from a half-made fleet. In a forked process it leaves them alone."""
         if not self.is_own:
             return
         keepers = self._members.keepers
-        for keeper in keepers.values():
-            keeper.send(control.encode(control.Stop(), self.epoch))
+        for rank, keeper in keepers.items():
+            why = failure if self._watch.is_remote(rank) else ""  # here, the driver itself says it
+            keeper.send(control.encode(control.Stop(bool(failure), why), self.epoch))
         self._spawned.end()
         deadline = time.monotonic() + _STOP_S
         for keeper in keepers.values():  # of another launcher: it hangs up when it is done

@@ -50,10 +50,11 @@ def open_unloaded(run_config: RunConfig, lacks: list[str], record: Recorder = ig
     """As `open_driver`, of stages that load nothing. What they would lack of memory is put into
     `lacks`."""
     from pipeserve.driver.checkpoint import checkpoint_setup
-    from pipeserve.launch.run.unloaded import asking_often, without_weights
+    from pipeserve.launch.run.unloaded import without_weights
 
-    config = asking_often(run_config)
-    return _start(config, lambda say: without_weights(checkpoint_setup(config, say), lacks), record)
+    return _start(
+        run_config, lambda say: without_weights(checkpoint_setup(run_config, say), lacks), record
+    )
 
 
 def _start(

@@ -24,6 +24,7 @@ from pipeserve.driver.port import Heard, Port
 from pipeserve.driver.spawned_keepers import OwnRanks, SpawnedKeepers
 from pipeserve.driver.starting import StartProgress, links_of
 from pipeserve.driver.watching import FleetWatch
+from pipeserve.machine import boot_id
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.strangers import TurnedAway
@@ -331,8 +332,11 @@ class Fleet:
         if not self.is_own:
             return
         keepers = self._members.keepers
+        told = {boot_id()}  # here, the driver itself says it
         for rank, keeper in keepers.items():
-            why = failure if self._watch.is_remote(rank) else ""  # here, the driver itself says it
+            machine = self.keepers[rank].boot_id
+            why = "" if machine in told else failure
+            told.add(machine)
             keeper.send(control.encode(control.Stop(bool(failure), why), self.epoch))
         self._spawned.end()
         deadline = time.monotonic() + _STOP_S

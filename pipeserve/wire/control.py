@@ -63,7 +63,7 @@ class Stop(_Message):
     has_failed: bool = False
     """The run has ended before it was done."""
     why: str = ""
-    """To be said on this machine, too."""
+    """To be said, by one on each machine."""
 
 
 class NotWanted(_Message):

@@ -1,6 +1,6 @@
 """Weights of one stage out of a safetensors folder: its own tensors and not a byte more.
 
-Tensors are read with `pread` straight into the joined weights, piece by piece, because a memory map
+Tensors are read with `pread` straight into the joined weights, piece by piece: a memory map
 would count every page it touches as this process's memory, beside the weights made of them. Format:
 8 bytes little-endian header length, a JSON header of name -> dtype, shape, data_offsets, the data.
 """
@@ -23,7 +23,8 @@ from pipeserve.stages.layers.leaf import Leaf, Rows
 from pipeserve.stages.stage import Stage
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES = 1 << 20
+_HOST = torch.device("cpu")
 _COMPUTED = ".rotary_emb.inv_freq"  # what old checkpoints keep in each layer, and nobody reads
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -49,8 +50,11 @@ def load_weights(
         progress(0, num_bytes)
         checkpoint.on_read = lambda num_read: progress(num_read, num_bytes)
         for leaf in stage.leaves():
-            own = leaf.dtype_in(dtype)
-            leaf.set(*(checkpoint.read(leaf.source, *part, own) for part in _parts(leaf)))
+            own, parts = leaf.dtype_in(dtype), _parts(leaf)
+            tensors = [stage.backend.allocate(shape, own, _HOST) for _, shape in parts]
+            for tensor, (part, _) in zip(tensors, parts, strict=True):
+                checkpoint.read(leaf.source, part, tensor)
+            leaf.set(*tensors)
 
 
 def _parts(leaf: Leaf) -> list[tuple[str, tuple[int, ...]]]:
@@ -133,17 +137,13 @@ class Checkpoint:
                     "take config and weights from one checkpoint"
                 )
 
-    def read(
-        self, source: Sequence[Rows], part: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        """The rows of `part` ("weight" or "bias") that `source` names, joined to `shape`."""
-        joined = torch.empty(shape, dtype=dtype)
+    def read(self, source: Sequence[Rows], part: str, joined: Tensor) -> None:
+        """The rows of `part` ("weight" or "bias") that `source` names, one behind the other."""
         flat, done = joined.view(-1), 0
-        for rows, entry in zip(source, self.find(source, part, shape), strict=True):
-            size = (rows.stop - rows.start) * math.prod(shape[1:])
+        for rows, entry in zip(source, self.find(source, part, joined.shape), strict=True):
+            size = (rows.stop - rows.start) * math.prod(joined.shape[1:])
             self._read_into(flat[done : done + size], f"{rows.name}.{part}", entry, rows.start)
             done += size
-        return joined
 
     def num_bytes(self, source: Sequence[Rows], part: str, shape: tuple[int, ...]) -> int:
         """How many bytes `read` reads. Raises ConfigError as it does."""
@@ -166,26 +166,22 @@ class Checkpoint:
         return entries
 
     def _read_into(self, target: Tensor, name: str, entry: "_Entry", first_row: int) -> None:
-        """Reads in pieces, so that no second copy of a large tensor ever exists."""
+        """Reads in pieces, so that no second copy of a large tensor ever exists, and what is read
+        is still in the core's cache when it is looked at."""
         descriptor, dtype = self._open(entry.path), _DTYPES[entry.dtype]
         offset = entry.offset + first_row * entry.row_bytes
-        num_bytes = len(target) * dtype.itemsize
-        piece = bytearray(min(_PIECE_BYTES, num_bytes))
-        done = 0
-        while done < num_bytes:
-            view = memoryview(piece)[: num_bytes - done]
-            got = os.preadv(descriptor, [view], offset + done)
-            if got < len(view):
+        stop = offset + len(target) * dtype.itemsize
+        for part in target.split(_PIECE_BYTES // dtype.itemsize):
+            values = part if part.dtype == dtype else torch.empty(part.shape, dtype=dtype)
+            got = os.preadv(descriptor, [values.view(torch.uint8).numpy()], offset)
+            if got < values.nbytes:
                 raise ConfigError(
-                    f"{entry.path} is truncated: {name} needs {offset + num_bytes} bytes; "
-                    "fetch the file again"
+                    f"{entry.path} is truncated: {name} needs {stop} bytes; fetch the file again"
                 )
-            values = torch.frombuffer(view, dtype=dtype)
-            first = done // dtype.itemsize
-            part = target[first : first + len(values)]
-            part.copy_(values)
+            if values is not part:
+                part.copy_(values)
             _check_finite(part, values, name, entry.path)
-            done += got
+            offset += got
             self._num_read += got
             self.on_read(self._num_read)
 
@@ -228,8 +224,8 @@ def _without_first(name: str) -> str:
 
 
 def _check_finite(part: Tensor, values: Tensor, name: str, path: Path) -> None:
-    """A sum is several times as cheap as looking at every value, and NaN if one of them is."""
-    if math.isfinite(part.sum(dtype=torch.float32)) or part.isfinite().all():
+    """The least and the highest of all are NaN if one of them is, and cheap to have."""
+    if all(map(math.isfinite, part.aminmax())):
         return
     if values.isfinite().all():
         raise ConfigError(

@@ -64,9 +64,9 @@ def held_out_attention(times: AttentionTimes) -> tuple[np.ndarray, np.ndarray]:
     """log errors of prefill and decode on the larger sizes, predicted from the smaller ones."""
     seen, small = smaller_sizes(times)
     fitted = fit_attention(times, seen, small)
-    where = (times.shape, times.tensor_parallel_size)
-    prefill = fitted.prefill_s(*where, times.start, times.num_tokens)
-    decode = fitted.decode_s(*where, times.num_decodes, times.context)
+    shard = times.shape.shard(times.tensor_parallel_size)
+    prefill = fitted.prefill_s(shard, times.start, times.num_tokens)
+    decode = fitted.decode_s(shard, times.num_decodes, times.context)
     prefill_errors = log_errors(times.prefill_s, prefill)[~seen]
     return prefill_errors, log_errors(times.decode_s, decode)[~small]
 

@@ -69,7 +69,7 @@ def product_columns(layers: Sequence[LayerTimes]) -> tuple[Array, Array, Array, 
         for size in np.unique(times.tensor_parallel_size):
             chosen = times.tensor_parallel_size == size
             tokens = times.num_tokens[chosen]
-            for name, columns, inner in products(times.shape, int(size)):
+            for name, columns, inner in products(times.shape.shard(int(size))):
                 full = np.full_like(tokens, 1)
                 seconds = times.products[name][chosen]
                 found.append((tokens, full * columns, full * inner, seconds))
@@ -102,7 +102,7 @@ def fit_elementwise(layers: Sequence[LayerTimes], name: str) -> Elementwise:
         for size in np.unique(times.tensor_parallel_size):
             chosen = (times.tensor_parallel_size == size) & (times.elementwise[name] > 0)
             tokens = times.num_tokens[chosen]
-            moved.append(elementwise_bytes(times.shape, int(size), tokens)[name])
+            moved.append(elementwise_bytes(times.shape.shard(int(size)), tokens)[name])
             seconds.append(times.elementwise[name][chosen])
     sizes = np.concatenate(moved)
 
@@ -134,7 +134,7 @@ _ATTENTION_START = AttentionCost(
 
 def fit_attention(times: AttentionTimes, prefill: Array, decode: Array) -> AttentionCost:
     """On the rows of each that the two masks choose."""
-    where = (times.shape, times.tensor_parallel_size)
+    shard = times.shape.shard(times.tensor_parallel_size)
 
     def fitted(names: tuple[str, ...], predict: Callable[[AttentionCost], Array], seconds: Array):
         def model(values: Sequence[float]) -> AttentionCost:
@@ -148,8 +148,8 @@ def fit_attention(times: AttentionTimes, prefill: Array, decode: Array) -> Atten
     batches = times.num_decodes[decode], times.context[decode]
     return replace(
         _ATTENTION_START,
-        **fitted(_PREFILL, lambda a: a.prefill_s(*where, *chunks), times.prefill_s[prefill]),
-        **fitted(_DECODE, lambda a: a.decode_s(*where, *batches), times.decode_s[decode]),
+        **fitted(_PREFILL, lambda a: a.prefill_s(shard, *chunks), times.prefill_s[prefill]),
+        **fitted(_DECODE, lambda a: a.decode_s(shard, *batches), times.decode_s[decode]),
     )
 
 

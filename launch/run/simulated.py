@@ -137,7 +137,8 @@ def _num_blocks(
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
     if config.kv_cache_memory_bytes is not None:
-        layer_block_bytes = config.block_size * shape.kv_bytes_per_token_per_layer
+        shard = shape.shard(config.tensor_parallel_size)
+        layer_block_bytes = config.block_size * shard.kv_bytes_per_token_per_layer
         block_bytes = [stage.num_layers * layer_block_bytes for stage in plan.stages]
         return blocks_within(config.kv_cache_memory_bytes, block_bytes, config.block_size)
     return kv_blocks_beside_weights(

@@ -86,9 +86,9 @@ def test_fit_gemm():
     )
     tokens = np.tile(np.unique(np.geomspace(1, 4096, 120).astype(int)), 2)
     size = np.repeat([1, 4], len(tokens) // 2)
-    seconds = {name: np.empty(len(tokens)) for name, _, _ in products(shape, 1)}
+    seconds = {name: np.empty(len(tokens)) for name, _, _ in products(shape)}
     for each in (1, 4):
-        for name, columns, inner in products(shape, each):
+        for name, columns, inner in products(shape.shard(each)):
             seconds[name][size == each] = true.seconds(tokens[size == each], columns, inner)
     found = fit_gemm([LayerTimes(shape, size, tokens, seconds, {}, 0.0)], 108)
     for name in ("flops_per_s", "bytes_per_s", "overhead_s", "norm", "wave_share", "ramp"):
@@ -142,7 +142,7 @@ def test_layers_of_models_left_out_of_the_fit(data):
             chosen = left_out.tensor_parallel_size == size
             tokens = left_out.num_tokens[chosen]
             measured = sum(seconds[chosen] for seconds in left_out.products.values())
-            sizes = [(tokens, n, k) for _, n, k in products(left_out.shape, size)]
+            sizes = [(tokens, n, k) for _, n, k in products(left_out.shape.shard(size))]
             predicted = sum(gemm.seconds(*each) for each in sizes)
             errors.append(np.abs(predicted / measured - 1))
         errors = np.concatenate(errors)

@@ -11,7 +11,7 @@ import pytest
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost.memory import kv_bytes_of_layer, weight_bytes
+from pipeserve.core.cost.memory import weight_bytes
 from pipeserve.driver.layout import lay_out
 from pipeserve.launch.run.simulated import simulated_run
 
@@ -29,7 +29,7 @@ def rows():
     usable = config.gpu_memory_utilization * GPU_BYTES
     for stage in plan.stages:
         weights = weight_bytes(shape, stage)
-        block = stage.num_layers * config.block_size * kv_bytes_of_layer(shape, 1)
+        block = stage.num_layers * config.block_size * shape.kv_bytes_per_token_per_layer
         most = config.max_num_seqs * 2048 // config.block_size
         pool = min(emulated.limits.num_blocks, most) * block
         assert weights + pool <= usable

@@ -1,6 +1,6 @@
 """The shape of a decoder: what its cost and its memory follow from. No weights, no files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeserve.errors import ConfigError
 
@@ -46,6 +46,27 @@ class ModelShape:
                 f"tensor_parallel_size is {tensor_parallel_size}, and {self.name} has "
                 f"{self.num_heads} heads; give a size that divides them"
             )
+
+    def shard(self, tensor_parallel_size: int) -> "ModelShape":
+        """What one of a tensor-parallel group holds and computes; the most that any of them does,
+        where they do not divide evenly. Query heads are cut, each with the KV heads that it reads:
+        so that some of these are on several devices where they are fewer, or do not divide."""
+        size = tensor_parallel_size
+        if size == 1:
+            return self
+        num_heads = -(-self.num_heads // size)
+        sharing = max(self.num_heads // self.num_kv_heads, 1)
+        most_kv_heads = max(
+            (first + num_heads - 1) // sharing - first // sharing + 1
+            for first in range(0, self.num_heads, num_heads)
+        )
+        return replace(
+            self,
+            num_heads=num_heads,
+            num_kv_heads=most_kv_heads,
+            intermediate_size=-(-self.intermediate_size // size),
+            vocab_size=-(-self.vocab_size // size),
+        )
 
     @property
     def qkv_columns(self) -> int:

@@ -183,6 +183,15 @@ def make_all_reduce(group: int, nodes: int, times: MessageTimes, per_octave: int
     return AllReduce(group=group, nodes=nodes, points=tuple(points))
 
 
+def ring_link(tables: Sequence[AllReduce]) -> Link:
+    """What a ring would have to have to take as long as the widest group inside a node: the
+    shortest message's time, and the longest one's bandwidth."""
+    widest = max((table for table in tables if table.nodes == 1), key=lambda table: table.group)
+    (_, alpha_s), (num_bytes, seconds) = widest.points[0], widest.points[-1]
+    sent = 2 * (widest.group - 1) / widest.group * num_bytes
+    return Link(alpha_s=alpha_s, bytes_per_s=sent / (seconds - alpha_s))
+
+
 def rising(values: Sequence[float]) -> list[float]:
     """The non-decreasing series with the least squared error: pool adjacent violators (Ayer et al.
     1955). Does not modify `values`."""

@@ -14,6 +14,7 @@ from published.fit import (
     log_errors,
     make_all_reduce,
     product_columns,
+    ring_link,
     rising,
 )
 from published.measurements import (
@@ -27,7 +28,7 @@ from published.measurements import (
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost.device import Link
+from pipeserve.core.cost.device import AllReduce, Link
 from pipeserve.core.cost.kernels import Gemm, products
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
@@ -108,6 +109,15 @@ def test_all_reduce_tables_never_fall():
     seconds = [s for _, s in points]
     assert seconds == sorted(seconds) and len(points) > 15
     assert seconds[-1] == pytest.approx(2e-5 + points[-1][0] / 1e11, rel=0.1)
+
+
+def test_a_ring_stands_for_the_widest_group_of_a_node():
+    """Four devices send 1.5 times a message each."""
+    fast = AllReduce(group=2, nodes=1, points=((1, 1e-6), (1 << 30, 1e-3)))
+    widest = AllReduce(group=4, nodes=1, points=((1, 1e-5), (1 << 20, 1e-5 + 1.5 * 2**20 / 1e9)))
+    wider = AllReduce(group=8, nodes=2, points=((1, 1.0), (1 << 20, 2.0)))
+    link = ring_link([fast, widest, wider])
+    assert (link.alpha_s, link.bytes_per_s) == pytest.approx((1e-5, 1e9))
 
 
 # ---- the measurements themselves ----------------------------------------------------------------

@@ -269,6 +269,15 @@ def test_a_group_wider_than_a_node_takes_the_all_reduce_of_two():
         PipelineCost(PROFILE, SHAPE, split_layers(4, 1), 3)
 
 
+def test_an_all_reduce_that_was_not_measured_goes_round_a_ring():
+    """3 devices: each sends 2 * 2/3 of the message. Over several nodes nothing stands for it."""
+    profile = replace(PROFILE, group_link=Link(alpha_s=1e-5, bytes_per_s=1e9))
+    assert profile.all_reduce_of(2) is PROFILE.all_reduce[0]
+    assert profile.all_reduce_of(3).seconds(3000) == pytest.approx(1e-5 + 4000 / 1e9)
+    with pytest.raises(ConfigError, match="no all-reduce of 5 devices over 2 nodes"):
+        profile.all_reduce_of(5)
+
+
 def test_hops_know_where_a_node_ends():
     """1,000 tokens * 512 bytes. TP2 on nodes of 4: every second seam leads to another node."""
     inside, between = 1e-6 + 512e3 / 1e9, 1e-5 + 512e3 / 1e8

@@ -36,7 +36,7 @@ class RunConfig:
     )
     tensor_parallel_size: int = _option(
         1,
-        "Ranks that share each stage's layers; over 1 only where stages are simulated or emulated.",
+        "Ranks that share each stage's layers: each has its heads, and its part of each matrix.",
         short="-tp",
         least=1,
     )

@@ -45,8 +45,14 @@ class StartStage(_Message):
     """Address on which this stage listens for its neighbours; the keeper puts its own here."""
     traceback: bool
     """Print the traceback of an unexpected error to stderr, too."""
-    speaks: bool = True
-    """Of the ranks of its stage, this is the one that tells the driver what the stage did."""
+    shard: int = 0
+    num_shards: int = 1
+    """Of the ranks that share the stage, which one this is."""
+
+    @property
+    def speaks(self) -> bool:
+        """It is the one of them that tells the driver what the stage did (`Topology.speaker`)."""
+        return self.shard == 0
 
     @property
     def is_first(self) -> bool:

@@ -148,7 +148,7 @@ class EmulatedCompute:
             sampled = control.Sampled(step.index, self._sample(turn), one_each(step.chunks), [], [])
         else:
             hop_s = self._times.hop_s(step)[stage]
-        done = Done(start_s, head_s, due_s, due_s, seconds, between_cpu_s, 0, sampled)
+        done = Done(start_s, head_s, due_s, due_s, seconds, between_cpu_s, sampled=sampled)
         return Computing(step.index, hop_s, done)
 
     def left_s(self, computing: Computing) -> float:

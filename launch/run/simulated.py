@@ -96,11 +96,10 @@ def simulated_run(config: RunConfig, shape: ModelShape | None = None) -> Simulat
         max_model_len=max_model_len,
         enable_prefix_caching=False,  # lengths have no content that could be shared
         parts=_stage_parts(config, shape, profile, max_model_len),
+        ranks_per_stage=size,
     )
     limits = limits_with(_num_blocks(config, shape, profile, plan))
-    times = ProfiledTimes(
-        profile, shape, plan, config.tensor_parallel_size, config.seed, config.stage_slowdown
-    )
+    times = ProfiledTimes(profile, shape, plan, size, config.seed, config.stage_slowdown)
     return SimulatedRun(
         config=config, shape=shape, profile=profile, plan=plan, limits=limits, times=times
     )

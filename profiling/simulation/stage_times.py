@@ -44,6 +44,11 @@ class StageTimes(Protocol):
         """What of the last stage's seconds are the vocabulary head and the sampling."""
         return 0.0
 
+    def all_reduce_s(self, microbatch: Microbatch) -> Sequence[float]:
+        """What of each stage's seconds its ranks take to add up what each has computed. Empty:
+        nothing, where stages have one rank."""
+        return ()
+
     def hop_s(self, microbatch: Microbatch) -> Sequence[float]:
         """Seconds that the activations take over each of the P - 1 seams."""
         ...
@@ -73,6 +78,7 @@ class ProfiledTimes(StageTimes):
         self._seed = seed
         stages = [(s.num_layers, s.has_head, s.has_embedding) for s in plan.stages]
         self._slowdown = tuple(slowdown or (1.0,) * len(stages))
+        self._num_layers = [stage.num_layers for stage in plan.stages]
         self._kinds = list(dict.fromkeys(stages))
         self._kind_of = [self._kinds.index(stage) for stage in stages]
         self._crossings = crossings(profile, len(stages), tensor_parallel_size)
@@ -81,6 +87,7 @@ class ProfiledTimes(StageTimes):
             for crosses in self._crossings
         ]
         self._flat: dict[int, tuple[float, float]] = {}
+        self._all_reduces: dict[int, float] = {}
         self._heads: dict[int, float] = {0: 0.0}
         self._factors: dict[tuple[str, int, int], float] = {}
         self._hops: dict[int, tuple[float, ...]] = {}
@@ -107,6 +114,17 @@ class ProfiledTimes(StageTimes):
         jitter = self._jitters[((microbatch.index + 1) * len(self._kind_of) - 1) % _JITTERS]
         head_s = self._head_s(self._work_of(microbatch).num_logits)
         return head_s * self._slowdown[-1] * jitter
+
+    def all_reduce_s(self, microbatch: Microbatch) -> Sequence[float]:
+        """Of each stage's, jitter and all."""
+        if self._size == 1:
+            return ()
+        layer = self._all_reduce_of(self._work_of(microbatch).num_tokens)
+        first = microbatch.index * len(self._kind_of)
+        return [
+            num * layer * self._slowdown[stage] * self._jitters[(first + stage) % _JITTERS]
+            for stage, num in enumerate(self._num_layers)
+        ]
 
     def parts(self, work: Work, stage: int) -> PartSeconds:
         """On that stage's device, jitter left out; of one layer, for all are alike."""
@@ -145,12 +163,20 @@ class ProfiledTimes(StageTimes):
                 seconds * self._factor(op, residuals.linear, tiles)
                 for op, seconds in profile.linear.layer_ops(shard, num_tokens)
             )
-            messages = all_reduce_s(profile, shard, self._size, num_tokens)
-            octave = num_tokens.bit_length()
-            layer += messages * self._factor("all_reduce", residuals.all_reduce, octave)
+            layer += self._all_reduce_of(num_tokens)
             embedding = profile.linear.embedding_s(shard, num_tokens)
             found = layer, embedding * self._factor("embedding", residuals.linear, tiles)
             self._flat[num_tokens] = found
+        return found
+
+    def _all_reduce_of(self, num_tokens: int) -> float:
+        """Seconds of one layer."""
+        found = self._all_reduces.get(num_tokens)
+        if found is None:
+            profile, octave = self._profile, num_tokens.bit_length()
+            found = all_reduce_s(profile, self._shard, self._size, num_tokens)
+            found *= self._factor("all_reduce", profile.residuals.all_reduce, octave)
+            self._all_reduces[num_tokens] = found
         return found
 
     def _head_s(self, num_logits: int) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 from dataclasses import replace
 from itertools import count, pairwise
+from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 
 import msgspec
@@ -22,6 +25,7 @@ from pipeserve.driver.driver import Driver
 from pipeserve.driver.fleet import Fleet
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.launch import cli
+from pipeserve.launch.emulated import stage as emulated_stage
 from pipeserve.launch.emulated.stage import (
     EmulatedCompute,
     EmulatedWork,
@@ -237,22 +241,68 @@ def test_a_link_out_of_step_is_noticed(sent):
         receiver.take(5)
 
 
-def test_the_device_takes_one_microbatch_after_the_other():
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Devices whose time passes at once."""
+    monkeypatch.setattr(emulated_stage, "wait_until", lambda time_s: None)
+
+
+def one_rank(times, shard=0, num_shards=1, control=""):
+    """Of the last of two stages."""
+    job = StartStage(1, 2, "", b"", control, "", False, shard, num_shards)
+    return EmulatedCompute(times, job, 100)
+
+
+def turn(index, given_s):
+    return Turn(Step(index, (), [], []), [], None, 0.0, given_s)
+
+
+THIRTY_S = SimpleNamespace(
+    compute_s=lambda step: (0.0, 30.0),
+    head_s=lambda step: 4.0,
+    all_reduce_s=lambda step: (0.0, 7.0),
+)
+
+
+def test_the_device_takes_one_microbatch_after_the_other(no_waiting):
     """From when it is there, and when the one before is done; whenever it was begun."""
-    times = SimpleNamespace(compute_s=lambda step: (0.0, 30.0), head_s=lambda step: 4.0)
-    job = StartStage(1, 2, "", b"", "", "", traceback=False)
-    compute = EmulatedCompute(times, job, 100)
-    now = time.monotonic()
-    there_s = [now + 100.0, now + 110.0, now + 200.0]
+    compute, now = one_rank(THIRTY_S), time.monotonic()
     begun = [
-        compute.begin(Turn(Step(index, (), [], []), [], None, now, input_s))
-        for index, input_s in enumerate(there_s)
+        compute.begin(turn(index, now + there_s)) for index, there_s in enumerate((100, 110, 200))
     ]
-    starts_s, ends_s = zip(*[(one.done.start_s, one.done.end_s) for one in begun], strict=True)
-    assert starts_s == pytest.approx((now + 100.0, now + 130.0, now + 200.0))
-    assert ends_s == pytest.approx((now + 130.0, now + 160.0, now + 230.0))
-    assert [one.done.end_s - one.done.head_s for one in begun] == pytest.approx([4.0] * 3)
     assert compute.left_s(begun[0]) > 120.0
+    done = [compute.end(one, lambda *sampled: None) for one in begun]
+    assert [one.start_s - now for one in done] == pytest.approx([100.0, 130.0, 200.0])
+    assert [one.end_s - now for one in done] == pytest.approx([130.0, 160.0, 230.0])
+    for one in done:
+        assert one.end_s - one.head_s == pytest.approx(4.0)
+        assert (one.cpu_s, one.all_reduce_s, one.rank_wait_s) == (30.0, 7.0, 0.0)
+
+
+def test_ranks_of_a_stage_begin_when_the_last_of_them_can(no_waiting):
+    """The others wait for it: on each of them the microbatch ends at the same time."""
+    name = f"127.0.0.1:1/{secrets.token_hex(8)}"
+    ranks = [one_rank(THIRTY_S, shard, 3, name) for shard in range(3)]
+    now = time.monotonic()
+    begun = [rank.begin(turn(0, now + 100 + shard)) for shard, rank in enumerate(ranks)]
+    begun += [rank.begin(turn(1, now + 120)) for rank in ranks]
+    done = [ranks[n % 3].end(one, lambda *sampled: None) for n, one in enumerate(begun)]
+    assert [one.end_s - now for one in done] == pytest.approx([132.0] * 3 + [162.0] * 3)
+    assert [one.rank_wait_s for one in done] == pytest.approx([2.0, 1.0, 0.0] + [0.0] * 3)
+    assert [one.start_s - now for one in done] == pytest.approx([100, 101, 102] + [132] * 3)
+    assert not list(Path("/dev/shm").glob(f"pipeserve-{name.partition('/')[2]}*"))
+
+
+def test_a_rank_waits_for_one_that_was_not_given_the_microbatch_yet(no_waiting):
+    name = f"127.0.0.1:1/{secrets.token_hex(8)}"
+    early, late = (one_rank(THIRTY_S, shard, 2, name) for shard in range(2))
+    begun = early.begin(turn(0, time.monotonic() - 40.0))
+    assert early.left_s(begun) == 0.0
+    given_s = time.monotonic() + 0.1
+    timer = Timer(0.1, lambda: late.begin(turn(0, given_s)))
+    timer.start()
+    assert early.end(begun, lambda *sampled: None).end_s == pytest.approx(given_s + 30.0, abs=0.2)
+    timer.join()
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 0.0, 1e-4, 0.003])

@@ -36,6 +36,7 @@ from pipeserve.launch.run import starting
 from pipeserve.launch.run.emulated import check_one_clock, emulated_setup
 from pipeserve.launch.run.record import meta_of_driver
 from pipeserve.launch.run.simulated import simulated_run
+from pipeserve.launch.show.plan import plan_lines
 from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.recording.reader import read_recording
@@ -496,15 +497,59 @@ def test_a_stage_ends_with_its_driver(is_told):
     assert (stage.returncode, stderr) == (1, b"")
 
 
-def test_tensor_parallel_stages_take_their_time():
-    """A stage is one process, however many devices it stands for."""
-    config = make_config(load_recipe("falcon-180b-2x4xa100"), {"device": "emulated"})
-    recording, _ = record(config, [WorkItem(prompt=(1,) * 10, max_tokens=2)])
-    whole = simulated_run(config).times
-    assert recording.num_stages == 2
+@pytest.fixture(scope="module")
+def shared():
+    """Falcon-180B on two stages of four ranks, and what its processes were."""
+    flags = {"device": "emulated", "max_num_batched_tokens": 64, "pipeline_window": 2}
+    config = make_config(load_recipe("falcon-180b-2x4xa100"), flags)
+    ring = Ring()
+    with Driver(emulated_setup(config), record=ring.record) as driver:
+        run_items(driver, ITEMS[:3], "", map(RequestId, count()))
+        driver.settle()
+        recording = recording_of(ring, len(driver.stages), meta_of_driver(driver))
+        return config, recording, driver.topology.num_ranks, list(plan_lines(driver))
+
+
+def test_ranks_of_a_stage_take_the_time_of_their_group(shared):
+    """Each is a process; the first one alone tells of it, once for all."""
+    config, recording, num_ranks, _ = shared
+    assert (recording.num_stages, num_ranks) == (2, 8)
+    times = simulated_run(config).times
     for stage, spans in enumerate(recording.spans):
         for plan, span in zip(recording.planned, spans, strict=True):
-            assert span.cpu_s == whole.compute_s(plan)[stage]
+            assert span.cpu_s == times.compute_s(plan)[stage]
+            assert span.all_reduce_s == times.all_reduce_s(plan)[stage] > 0
+            together_s = span.start_s + span.rank_wait_s
+            assert span.end_s == pytest.approx(together_s + span.cpu_s, abs=1e-9)
+
+
+def test_the_schedule_of_tensor_parallel_stages_is_the_simulator_s(shared):
+    """All requests are there at once, and the window is fixed."""
+    config, emulated, _, _ = shared
+    ring, setup = Ring(), simulated_run(config)
+    lengths = [(len(item.prompt), item.max_tokens) for item in ITEMS[:3]]
+    arrivals = arrivals_in_order([0.0] * len(lengths), lengths)
+    Simulation(setup.make_pipeline(ring.record), arrivals).run_until()
+    simulated = recording_of(ring, 2, setup.meta())
+    assert [p.chunks for p in emulated.planned] == [p.chunks for p in simulated.planned]
+    assert emulated.meta["plan"] == simulated.meta["plan"]
+    assert [stage["ranks"] for stage in emulated.meta["plan"]["stages"]] == [
+        (0, 1, 2, 3),
+        (4, 5, 6, 7),
+    ]
+    summed = [[span.all_reduce_s for span in spans] for spans in emulated.spans]
+    assert summed == [[span.all_reduce_s for span in spans] for spans in simulated.spans]
+
+
+def test_the_plan_names_the_ranks_of_a_stage(shared):
+    assert [line.partition(" on ")[0].strip() for line in shared[3][1:]] == [
+        "stage 0: ranks 0, 1, 2, 3",
+        "stage 1: ranks 4, 5, 6, 7",
+    ]
+
+
+def test_what_the_ranks_share_leaves_no_file(shared):
+    assert not list(Path("/dev/shm").glob("pipeserve-*"))
 
 
 # ---- the command ------------------------------------------------------------------------------

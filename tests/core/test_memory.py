@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from pipeserve.configs import make_config
 from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.memory import kv_blocks_beside_weights, weight_bytes
 from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.errors import ConfigError
+from pipeserve.launch.run.simulated import simulated_run
 
 A100 = 80e9
 
@@ -74,7 +76,8 @@ def made_up(num_heads=12, num_kv_heads=4):
     [(12, 3, 4), (4, 2, 2), (1, 4, 1), (2, 4, 1), (4, 3, 2), (6, 4, 2), (2, 3, 2), (4, 6, 2)],
 )
 def test_a_rank_keeps_the_kv_heads_that_its_query_heads_read(num_kv_heads, size, most):
-    """12 query heads over 4: 0-2 read the first, 3-5 the second; at TP 3 rank 0 has 0-3."""
+    """12 query heads over 4: 0-2 read the first, 3-5 the second; at TP 3 rank 0 has 0-3. Never
+    none, as where KV heads are divided alone (PaddlePaddle/FastDeploy#3717)."""
     shard = made_up(num_kv_heads=num_kv_heads).shard(size)
     sharing, heads = 12 // num_kv_heads, 12 // size
     read = [{q // sharing for q in range(r * heads, (r + 1) * heads)} for r in range(size)]
@@ -90,9 +93,25 @@ def test_kv_heads_are_kept_twice_when_there_are_fewer_than_devices():
 
 
 def test_what_does_not_divide_is_rounded_up():
+    """Only query heads have to divide, and no vocabulary (vllm-project/vllm#31474)."""
     shard = made_up().shard(3)
     assert (shard.intermediate_size, shard.vocab_size) == (27, 334)
     assert made_up().shard(1) == made_up()
+
+
+def test_the_pool_is_sized_by_a_rank_s_heads():
+    """By those of the whole model it would hold as many tokens however many ranks share them
+    (huggingface/transformers#48566)."""
+    flags = {
+        "model": "llama2-7b",
+        "device_profile": "a100-80gb-dgx",
+        "kv_cache_memory_bytes": 1 << 30,
+    }
+    blocks = [
+        simulated_run(make_config({}, {**flags, "tensor_parallel_size": size})).limits.num_blocks
+        for size in (1, 2, 4)
+    ]
+    assert blocks == [128, 256, 512]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

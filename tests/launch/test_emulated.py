@@ -549,6 +549,7 @@ def test_the_plan_names_the_ranks_of_a_stage(shared):
 
 
 def test_what_the_ranks_share_leaves_no_file(shared):
+    """However they end: it is gone before the first of them loads (vllm-project/vllm#51317)."""
     assert not list(Path("/dev/shm").glob("pipeserve-*"))
 
 

@@ -99,6 +99,7 @@ PLANTS = {
         "all_reduce",
         lambda n: plain(n, all_reduces={1: 0.009}),
     ),
+    # Its all-reduces take long, too, on the ranks that wait for it: pytorch/pytorch#59433.
     "a rank of a stage is slow": ("rank_wait", lambda n: plain(n, waits=always_late)),
     "a rank of a stage is slow now and then": ("rank_wait", lambda n: plain(n, waits=burnt)),
     "a core is burnt": ("jitter", lambda n: plain(n, burnt=burnt)),

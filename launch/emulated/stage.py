@@ -6,7 +6,8 @@ of computing and of moving activations is waited for instead of spent. How long 
 simulator's truth for the same seed: emulated and simulated runs differ in the runtime alone.
 
 The ranks of a stage all wait for the same microbatches, each in a process of its own, and none is
-done with one sooner than the profile says after the last of them was given it (`peers.py`).
+done with one sooner than the profile says after the last of them was given it
+(`shared_starts.py`).
 """
 
 import ctypes
@@ -22,7 +23,7 @@ from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan, one_each
 from pipeserve.core.work import Work
-from pipeserve.launch.emulated.peers import Peers
+from pipeserve.launch.emulated.shared_starts import SharedStarts
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 from pipeserve.stage.compute import Done, FeedBack, Tell, Turn
 from pipeserve.stage.facts import facts_of
@@ -130,7 +131,7 @@ class EmulatedCompute:
         self._vocab_size = vocab_size
         self._free_s = 0.0
         """When the device was done with the microbatch that ended last."""
-        self._peers = Peers(job)
+        self._starts = SharedStarts(job)
         self._last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
         self.links = HeaderLinks(0.0 if job.is_last else times.latency_s[job.stage])
@@ -149,12 +150,20 @@ class EmulatedCompute:
     def take_memory(self, num_blocks: int) -> None:
         """It holds nothing."""
 
+    def meet(self, address: str) -> bool:
+        """They have: each found the page that they share when it was made."""
+        return True
+
+    def part(self) -> None:
+        """As `Compute`: who waits for this one, waits no more."""
+        self._starts.end_epoch()
+
     def begin(self, turn: Turn) -> Computing:
         """The device begins it when it is there, on all ranks, and the one before is done."""
         given_s, between_cpu_s = time.monotonic(), time.thread_time() - self._last_cpu_s
         given_s = max(given_s, turn.input_s)
         step, stage, times = turn.step, self._job.stage, self._times
-        self._peers.given(step.index, given_s)
+        self._starts.give(step.index, given_s)
         seconds, summed_s = times.compute_s(step)[stage], times.all_reduce_s(step)
         head_s, hop_s, sampled = 0.0, 0.0, None
         if self._job.is_last:
@@ -169,15 +178,17 @@ class EmulatedCompute:
 
     def left_s(self, computing: Computing) -> float:
         """As if no other rank were slower, while that is not known."""
-        given_s = self._peers.all_given_s(computing.index) or computing.given_s
+        given_s = self._starts.latest_s(computing.index) or computing.given_s
         end_s = max(given_s, self._free_s) + computing.seconds
         return max(end_s - time.monotonic() - _AHEAD_S, 0.0)
 
-    def end(self, computing: Computing, feed_back: FeedBack) -> Done:
+    def end(self, computing: Computing, feed_back: FeedBack) -> Done | None:
         """As `Compute`. The device's own time counts as CPU time."""
         index, sampled, before_s = computing.index, computing.sampled, self._free_s
-        start_s = max(computing.given_s, before_s)
-        together_s = max(self._all_given_s(computing), before_s)
+        latest_s = self._wait_for_ranks(computing)
+        if latest_s is None:
+            return None
+        start_s, together_s = max(computing.given_s, before_s), max(latest_s, before_s)
         self._free_s = end_s = together_s + computing.seconds
         wait_until(end_s)
         sent_s, num_bytes = time.monotonic(), 0
@@ -199,13 +210,14 @@ class EmulatedCompute:
             sampled=sampled,
         )
 
-    def _all_given_s(self, computing: Computing) -> float:
-        """When the last rank of the stage was given it, which may be still to come. This one would
-        not have been done before either."""
+    def _wait_for_ranks(self, computing: Computing) -> float | None:
+        """Until the last rank of the stage was given it: when that was. None: it never will be."""
         soonest_s = max(computing.given_s, self._free_s) + computing.seconds - _SPIN_S
-        while (given_s := self._peers.all_given_s(computing.index)) is None:
+        while (latest_s := self._starts.latest_s(computing.index)) is None:
+            if self._starts.is_over:
+                return None
             time.sleep(max(soonest_s - time.monotonic(), _LOOK_S))
-        return given_s
+        return latest_s
 
     def _sample(self, turn: Turn) -> list[int]:
         """Token ids that follow from the request's seed and the place in its output."""

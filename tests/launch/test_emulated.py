@@ -294,6 +294,20 @@ def test_ranks_of_a_stage_begin_when_the_last_of_them_can(no_waiting):
     assert not list(Path("/dev/shm").glob(f"pipeserve-{name.partition('/')[2]}*"))
 
 
+def test_a_rank_that_waits_is_freed_when_another_hears_that_the_epoch_is_over(no_waiting):
+    """One before them was lost, and its input never comes to the other."""
+    name = f"127.0.0.1:1/{secrets.token_hex(8)}"
+    early, late = (one_rank(THIRTY_S, shard, 2, name) for shard in range(2))
+    begun = early.begin(turn(0, time.monotonic() - 40.0))
+    timer = Timer(0.1, late.part)
+    timer.start()
+    assert early.end(begun, lambda *sampled: None) is None
+    early.part()
+    after = [rank.begin(turn(1, time.monotonic() - 40.0)) for rank in (early, late)]
+    assert early.end(after[0], lambda *sampled: None).rank_wait_s < 1.0
+    timer.join()
+
+
 def test_a_rank_waits_for_one_that_was_not_given_the_microbatch_yet(no_waiting):
     name = f"127.0.0.1:1/{secrets.token_hex(8)}"
     early, late = (one_rank(THIRTY_S, shard, 2, name) for shard in range(2))

@@ -294,29 +294,38 @@ def test_ranks_of_a_stage_begin_when_the_last_of_them_can(no_waiting):
     assert not list(Path("/dev/shm").glob(f"pipeserve-{name.partition('/')[2]}*"))
 
 
+def two_ranks(seconds):
+    """Of a stage, whose microbatches take so long."""
+    times = SimpleNamespace(
+        compute_s=lambda step: (0.0, seconds),
+        head_s=lambda step: 0.0,
+        all_reduce_s=lambda step: (0.0, 0.0),
+    )
+    name = f"127.0.0.1:1/{secrets.token_hex(8)}"
+    return [one_rank(times, shard, 2, name) for shard in range(2)]
+
+
 def test_a_rank_that_waits_is_freed_when_another_hears_that_the_epoch_is_over(no_waiting):
     """One before them was lost, and its input never comes to the other."""
-    name = f"127.0.0.1:1/{secrets.token_hex(8)}"
-    early, late = (one_rank(THIRTY_S, shard, 2, name) for shard in range(2))
-    begun = early.begin(turn(0, time.monotonic() - 40.0))
+    early, late = two_ranks(1e-3)
+    begun = early.begin(turn(0, 0.0))
     timer = Timer(0.1, late.part)
     timer.start()
     assert early.end(begun, lambda *sampled: None) is None
     early.part()
-    after = [rank.begin(turn(1, time.monotonic() - 40.0)) for rank in (early, late)]
+    after = [rank.begin(turn(1, 0.0)) for rank in (early, late)]
     assert early.end(after[0], lambda *sampled: None).rank_wait_s < 1.0
     timer.join()
 
 
 def test_a_rank_waits_for_one_that_was_not_given_the_microbatch_yet(no_waiting):
-    name = f"127.0.0.1:1/{secrets.token_hex(8)}"
-    early, late = (one_rank(THIRTY_S, shard, 2, name) for shard in range(2))
-    begun = early.begin(turn(0, time.monotonic() - 40.0))
-    assert early.left_s(begun) == 0.0
-    given_s = time.monotonic() + 0.1
-    timer = Timer(0.1, lambda: late.begin(turn(0, given_s)))
+    early, late = two_ranks(1e-3)
+    begun = early.begin(turn(0, 0.0))
+    timer = Timer(0.1, lambda: late.begin(turn(0, 0.0)))
     timer.start()
-    assert early.end(begun, lambda *sampled: None).end_s == pytest.approx(given_s + 30.0, abs=0.2)
+    done = early.end(begun, lambda *sampled: None)
+    assert done.rank_wait_s >= 0.09
+    assert done.end_s == pytest.approx(done.start_s + done.rank_wait_s + 1e-3)
     timer.join()
 
 

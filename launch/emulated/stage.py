@@ -134,6 +134,12 @@ class EmulatedCompute:
     def take_memory(self, num_blocks: int) -> None:
         """It holds nothing."""
 
+    def meet(self, address: str) -> bool:
+        """Nobody: it exchanges nothing with who shares its stage."""
+        return True
+
+    def part(self) -> None: ...
+
     def begin(self, turn: Turn) -> Computing:
         """The device begins it when it is there and the one before is done."""
         start_s = max(time.monotonic(), turn.input_s, self._free_s)

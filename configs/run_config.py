@@ -109,7 +109,8 @@ class RunConfig:
     )
     kv_cache_memory_bytes: int | None = _option(
         None,
-        "Bytes of the KV pool of each rank; by default 1 GiB, or less where less memory is free.",
+        "Bytes of the KV pool of each stage, and of each rank that shares it; by default 1 GiB, or "
+        "less where less memory is free.",
         least=1,
     )
     num_gpu_blocks_override: int | None = _option(

@@ -83,6 +83,7 @@ def _setup(
     dtype = chosen.name
     max_model_len = _max_model_len(config, model_config)
     shape = shape_of(model_config, config.model, dtype)
+    shape.check_divides(width)
     profile = _profile(config, dtype)
     choice = None
     if config.pipeline_layers in (None, AUTO):
@@ -177,11 +178,6 @@ def _check_runs_here(config: RunConfig) -> None:
         raise ConfigError(
             "device is emulated: its stages compute nothing, so there are no tokens to give; use "
             "pipeserve bench, or leave --device out"
-        )
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, on real stages only 1 works "
-            "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
         )
     check_attention(_device_of(config), config.attention)
 

@@ -166,6 +166,8 @@ class TakeMemory(_Message):
     """Read the weights, and make a pool of so many KV blocks; a stage that has, says so at once."""
 
     num_blocks: int
+    meet_at: tuple[str, ...] = ()
+    """HOST:PORT where the ranks of each stage meet, that share it (`StageSized.meets_at`)."""
 
 
 class Renew(_Message):
@@ -257,6 +259,9 @@ class StageSized(_Message):
     """Of the weights of each layer of the model, whichever stage has it."""
     end_bytes: tuple[int, int] = (0, 0)
     """Of those of embedding and head."""
+    meets_at: str = ""
+    """Where the first of the ranks that share a stage waits for the others in this epoch; empty of
+    the others, and where a stage is not shared."""
 
 
 class Facts(msgspec.Struct, frozen=True, gc=False):

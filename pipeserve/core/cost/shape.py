@@ -43,10 +43,12 @@ class ModelShape:
 
     def check_divides(self, tensor_parallel_size: int) -> None:
         """Raises ConfigError unless each of a tensor-parallel group gets as many heads."""
-        if self.num_heads % tensor_parallel_size:
+        num = self.num_heads
+        if num % tensor_parallel_size:
+            dividing = ", ".join(str(each) for each in range(1, num + 1) if num % each == 0)
             raise ConfigError(
                 f"tensor_parallel_size is {tensor_parallel_size}, and {self.name} has "
-                f"{self.num_heads} heads; give a size that divides them"
+                f"{num} attention heads, which do not come out even; give one of {dividing}"
             )
 
     def shard(self, tensor_parallel_size: int) -> "ModelShape":

@@ -31,6 +31,8 @@ class SharedStarts:
         self._times = memoryview(page)[numbers_end:times_end].cast("d")
         self._epochs = memoryview(page)[times_end:epochs_end].cast("q")
         """How many are over, as far as each rank has heard."""
+        self._is_within = False
+        """An epoch."""
 
     def give(self, index: int, at_s: float) -> None:
         """This rank has all that it needs for that microbatch."""
@@ -45,9 +47,14 @@ class SharedStarts:
             return None
         return max([self._times[slot] for slot in slots])
 
+    def begin_epoch(self) -> None:
+        """All ranks do, before any is given a microbatch of it."""
+        self._is_within = True
+
     def end_epoch(self) -> None:
-        """What is not ended will not be, on any rank."""
-        self._epochs[self._shard] += 1
+        """What is not ended will not be, on any rank. Does nothing within none."""
+        self._epochs[self._shard] += self._is_within
+        self._is_within = False
 
     @property
     def is_over(self) -> bool:

@@ -116,7 +116,6 @@ class EmulatedCompute:
     """The `Compute` that waits: the model of a device that computes one microbatch after the other,
     in the order in which they were begun, each as long as the profile says."""
 
-    size = control.StageSized(weight_bytes=0, block_bytes=0, memory=())
     weight_bytes = kv_bytes = 0
     num_threads = 1
     most_begun = 2
@@ -132,6 +131,8 @@ class EmulatedCompute:
         self._free_s = 0.0
         """When the device was done with the microbatch that ended last."""
         self._starts = SharedStarts(job)
+        meets_at = "a page of memory" if job.num_shards > 1 and job.speaks else ""
+        self.size = control.StageSized(0, 0, memory=(), meets_at=meets_at)
         self._last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
         self.links = HeaderLinks(0.0 if job.is_last else times.latency_s[job.stage])
@@ -151,7 +152,8 @@ class EmulatedCompute:
         """It holds nothing."""
 
     def meet(self, address: str) -> bool:
-        """They have: each found the page that they share when it was made."""
+        """Each found the page that they share when it was made."""
+        self._starts.begin_epoch()
         return True
 
     def part(self) -> None:

@@ -308,11 +308,14 @@ def two_ranks(seconds):
 def test_a_rank_that_waits_is_freed_when_another_hears_that_the_epoch_is_over(no_waiting):
     """One before them was lost, and its input never comes to the other."""
     early, late = two_ranks(1e-3)
+    assert early.meet("") and late.meet("")
     begun = early.begin(turn(0, 0.0))
     timer = Timer(0.1, late.part)
     timer.start()
     assert early.end(begun, lambda *sampled: None) is None
     early.part()
+    early.part()  # when it stands still, and when it hears itself that the epoch is over
+    assert early.meet("") and late.meet("")
     after = [rank.begin(turn(1, 0.0)) for rank in (early, late)]
     assert early.end(after[0], lambda *sampled: None).rank_wait_s < 1.0
     timer.join()

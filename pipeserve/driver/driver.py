@@ -28,7 +28,7 @@ from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.losses import Losses
 from pipeserve.driver.reports import Reports
 from pipeserve.driver.setup import Setup
-from pipeserve.driver.stage_info import stage_infos, with_memory
+from pipeserve.driver.stage_info import one_of_each_stage, stage_infos, with_memory
 from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import (
@@ -92,7 +92,7 @@ class Driver:
             """What each rank said that it would take."""
             self._plan_within(self.setup.limits_for(sizes), record)
             on_plan(self)
-            self._fill()
+            self._fill(sizes)
             started = wait_until_ready(self.fleet, on_progress)
         except BaseException as error:
             self.fleet.close(str(error) if isinstance(error, PipeserveError) else "")
@@ -128,17 +128,17 @@ class Driver:
     ) -> tuple[control.StageSized, ...]:
         """Where that is left to us: by what the ranks say of themselves. Their processes stay;
         returns what they say with those layers."""
-        choice, speaker = self.setup.choice, self.topology.speaker
+        choice = self.setup.choice
         if choice is None or len(self.plan.stages) == 1:
             return sizes
-        ranks = [speaker(stage) for stage in range(len(self.plan.stages))]
+        ranks = [self.topology.speaker(stage) for stage in range(self.topology.num_stages)]
         found: list[control.Examined] = []
         if choice.works:
             on_progress("timing layers on each rank")
             examined = gather_examined(self.fleet, choice.works, layer_choice.EXAMINE_S)
             found = [examined[rank] for rank in ranks]
         before = self.plan
-        self._take(layer_choice.place(self.setup, [sizes[rank] for rank in ranks], found))
+        self._take(layer_choice.place(self.setup, one_of_each_stage(self.plan, sizes), found))
         if self.plan == before:
             return sizes
         self._start()
@@ -149,9 +149,11 @@ class Driver:
         fleet = self.fleet
         fleet.start(jobs_of(self.setup, self.topology, fleet.local_name))
 
-    def _fill(self) -> None:
+    def _fill(self, sizes: Sequence[control.StageSized]) -> None:
         """All stages, which have said what memory they need."""
-        self.fleet.broadcast(control.TakeMemory(self.limits.num_blocks))
+        speakers = [self.topology.speaker(stage) for stage in range(self.topology.num_stages)]
+        meet_at = tuple(sizes[rank].meets_at for rank in speakers)
+        self.fleet.broadcast(control.TakeMemory(self.limits.num_blocks, meet_at))
 
     # ---- what its client calls ------------------------------------------------------------------
 
@@ -231,8 +233,8 @@ class Driver:
                     self._plan_all()  # at once: of two results, the plan for the first is not late
                 case Lost():
                     outputs += self._lose(received)
-                case Sized():
-                    self._fill()
+                case Sized(sizes):
+                    self._fill(sizes)
                 case Ready(stages):
                     self._go_on(stages)
                 case _:

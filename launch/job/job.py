@@ -16,6 +16,9 @@ from pipeserve.launch.job.place import Place, find_place
 from pipeserve.launch.job.ranks import ranks_of
 from pipeserve.wire.secret import VARIABLE
 
+_LOOKS_FOR_S = 60.0
+"""A keeper for its driver, at least: from a cold disk that takes a while until it listens."""
+
 
 class Job:
     """While it is entered, the keepers of this process's ranks are there."""
@@ -73,7 +76,7 @@ def started(config: RunConfig, options: JobOptions) -> Iterator[Job]:
         return
     own = ranks_of(place, config.pipeline_parallel_size * config.tensor_parallel_size)
     meeting = find_meeting(place, config, options.interface)
-    more = ["--join-timeout", str(config.join_timeout)]
+    more = ["--join-timeout", str(max(config.join_timeout, _LOOKS_FOR_S))]
     if options.interface is not None:
         more += ["--host", address_of(options.interface)]
     with _known_secret(meeting):

@@ -144,8 +144,6 @@ def wrong_table(pool: Executor, how: dict[str, Any]) -> str:
     tried = []
     for layout in LAYOUTS:
         for factors in WRONG:
-            if factors == NO_PROFILE and layout != "TP1xPP8":
-                continue  # it knows no all-reduce
             knobs = (("max_num_batched_tokens", UNIFORM_TOKENS),)
             case = Case(layout, "sharegpt", "uniform", knobs, SLOS["strict"], "sjf", factors)
             setup, lengths = setup_of(case), lengths_of(case.workload, how["traces"])

@@ -22,7 +22,7 @@ ROUGH = DeviceProfile(
     name="rough",
     provenance={"made by": "hand: no device"},
     memory_bytes=0,
-    devices_per_node=1,
+    devices_per_node=1 << 20,
     attention=AttentionCost(
         prefill_overhead_s=0.0,
         prefill_values_per_s=_FLOPS_PER_S,
@@ -35,6 +35,7 @@ ROUGH = DeviceProfile(
     ),
     intra_node=_LINK,
     inter_node=_LINK,
+    group_link=_LINK,
     kernels=Kernels(
         gemm=Gemm(
             flops_per_s=_FLOPS_PER_S,

@@ -68,7 +68,7 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
 """What is taken out, and what stands for it in `uniform` then."""
 
 FIGURES: Mapping[str, Callable[[Tried], float]] = {
-    "stage-seconds, %": lambda tried: 100 * max(tried.trial.busy),
+    "busy, %": lambda tried: 100 * max(tried.trial.busy),
     "good, %": lambda tried: 100 * good_shares(tried.met, SLOS["strict"])[0],
     "TTFT P50, s": lambda tried: tried.trial.ttft_p50_s,
     "TTFT P99, s": lambda tried: tried.trial.ttft_p99_s,

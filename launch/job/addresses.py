@@ -21,10 +21,10 @@ def address_of(interface: str) -> str:
         return str(ipaddress.ip_address(interface))
     except ValueError:
         pass
-    names = [name for _, name in socket.if_nameindex()]
+    names = _interfaces()
     if interface not in names:
         raise ConfigError(f"--interface {interface}: there are {', '.join(names)} here")
-    address = _ipv4_of(interface) or _ipv6_of(interface)
+    address = _address_on(interface)
     if address is None:
         raise ConfigError(f"--interface {interface} has no address; bring it up, or give another")
     return address
@@ -33,8 +33,10 @@ def address_of(interface: str) -> str:
 def leaders_address(name: str) -> str:
     """Of this machine, which the others know by `name`: what that stands for, or, where a name
     stands for something else here, such as 127.0.1.1 or the outside of a NAT, the address that
-    this machine reaches others from. Raises ConfigError."""
-    for address in [*_addresses_of(name), *map(_source_towards, _ELSEWHERE)]:
+    this machine reaches others from; without a route to others, its only one. Raises
+    ConfigError."""
+    candidates = [*_addresses_of(name), *map(_source_towards, _ELSEWHERE), _only_address()]
+    for address in candidates:
         if address and not is_loopback(address) and _is_own(address):
             return address
     raise ConfigError(
@@ -77,6 +79,21 @@ def _source_towards(address: str) -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return ""
+
+
+def _only_address() -> str:
+    """Beside loopback's; empty where there are several."""
+    own = [address for address in map(_address_on, _interfaces()) if address]
+    others = [address for address in own if not is_loopback(address)]
+    return others[0] if len(others) == 1 else ""
+
+
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+def _address_on(interface: str) -> str | None:
+    return _ipv4_of(interface) or _ipv6_of(interface)
 
 
 def _ipv4_of(interface: str) -> str | None:

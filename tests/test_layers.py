@@ -33,6 +33,7 @@ MAY_SEE = {
     "stages.backends": {"errors", "stages.attention", "stages.config"},
     "stages.backends.cpu": {"machine", "stages.attention", "stages.backends"},
     "stages.layers": {"stages.attention", "stages.backends", "stages.config"},
+    "stages.tensor_parallel": {"stages.config", "stages.layers"},
     "stages.families": {
         "stages.attention",
         "stages.config",
@@ -49,6 +50,7 @@ MAY_SEE = {
         "stages.config.families",
         "stages.families",
         "stages.layers",
+        "stages.tensor_parallel",
     },
     "stages.checkpoint": {
         "errors",
@@ -69,6 +71,7 @@ MAY_SEE = {
         "stages.attention",
         "stages.checkpoint",
         "stages.config.families",
+        "stages.tensor_parallel",
         "wire",
     },
     "driver": {

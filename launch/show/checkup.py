@@ -32,7 +32,8 @@ def ranks_table(driver: "Driver", examined: "Sequence[Examined]") -> Table:
         table.add_column(name, justify="right")
     num_blocks = driver.limits.num_blocks
     for stage in driver.plan.stages:
-        for rank in stage.ranks:
+        for shard, rank in enumerate(stage.ranks):
+            part = f", shard {shard + 1} of {len(stage.ranks)}" if len(stage.ranks) > 1 else ""
             size = driver.sizes[rank]
             least = min(size.memory, key=lambda memory: memory.free_bytes)
             sharing = [
@@ -44,7 +45,7 @@ def ranks_table(driver: "Driver", examined: "Sequence[Examined]") -> Table:
                 str(rank),
                 driver.fleet.keepers[rank].host,
                 _ranges(examined[rank].facts.cpus),
-                held_by(stage),
+                held_by(stage) + part,
                 _gb(size.weight_bytes),
                 _gb(num_blocks * size.block_bytes),
                 _gb(least.free_bytes),

@@ -104,7 +104,7 @@ class Fleet:
         epoch is heard any more."""
         self.epoch += 1
         self._jobs = jobs
-        dead = [rank for rank in range(len(jobs)) if not self._is_alive(rank)]
+        dead = self._to_start(len(jobs))
         self._lost.clear()
         self._watch.start_again()
         now = time.monotonic()
@@ -115,6 +115,12 @@ class Fleet:
             stage.send(control.encode(control.Renew(jobs[rank].work), self.epoch))
         for rank in dead:
             self._start_stage(rank)
+
+    def _to_start(self, num_ranks: int) -> list[int]:
+        """Ranks whose stages are not there; and those who share a stage with them, who may wait for
+        them in a way that nothing ends but their own end."""
+        dead = [rank for rank in range(num_ranks) if not self._is_alive(rank)]
+        return sorted({peer for rank in dead for peer in self.topology.peers_of(rank)})
 
     def _is_alive(self, rank: int) -> bool:
         """Or being started, as far as is known."""

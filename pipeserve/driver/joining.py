@@ -17,7 +17,7 @@ def why_not(hello: KeeperHello, topology: Topology, joined: Mapping[int, KeeperH
     if hello.world_size != topology.num_ranks:
         return (
             f"{who} is one of {hello.world_size}, and the pipeline has {topology}; make "
-            "--pipeline-parallel-size equal to the number of keepers"
+            "--pipeline-parallel-size times --tensor-parallel-size equal to the number of keepers"
         )
     if not 0 <= hello.rank < topology.num_ranks:
         return f"{who}: there are ranks 0 to {topology.num_ranks - 1}"

@@ -156,7 +156,7 @@ def said_by(keeper):
     [
         (5, 2, "there are ranks 0 to 1"),
         (-1, 2, "there are ranks 0 to 1"),
-        (0, 3, "is one of 3, and the pipeline has 2 stages; make --pipeline-parallel-size equal"),
+        (0, 3, "is one of 3, and the pipeline has 2 stages; make --pipeline-parallel-size times"),
         (0, 2, "that rank has joined already, from"),
     ],
 )

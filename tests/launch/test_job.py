@@ -140,7 +140,7 @@ def test_the_leader_listens_where_others_reach_it(monkeypatch):
     monkeypatch.setattr("pipeserve.launch.job.addresses._source_towards", lambda one: "")
     interfaces = {"lo": "127.0.0.1", "eth0": "10.9.9.9"}
     monkeypatch.setattr("pipeserve.launch.job.addresses._interfaces", lambda: list(interfaces))
-    monkeypatch.setattr("pipeserve.launch.job.addresses._address_on", interfaces.get)
+    monkeypatch.setattr("pipeserve.launch.job.addresses.address_of_interface", interfaces.get)
     assert leaders_address("unknown") == "10.9.9.9"
     interfaces["docker0"] = "172.17.0.1"
     with pytest.raises(ConfigError, match="give --interface"):

@@ -1,11 +1,11 @@
 """Stages that several ranks share.
 
-    python bench/tensor_parallel.py tokens    every family over 1 to 4 ranks a stage and 1 to 3 stages
+    python bench/tensor_parallel.py tokens    every family, 1 to 4 ranks a stage, 1 to 3 stages
     python bench/tensor_parallel.py smollm2   SmolLM2 with 3 ranks, as processes, against 1
-    python bench/tensor_parallel.py losses    a rank of 3 is killed, one is stopped: named, going on
+    python bench/tensor_parallel.py losses    of 3 ranks two are killed and one is stopped
 
-`tokens` is tests/driver/test_tensor_parallel.py, asked for all: texts that part at a gap of two logits
-under 1e-4 are told, and counted at the end. About a quarter of an hour of one core.
+`tokens` is tests/driver/test_tensor_parallel.py, asked for all: texts that part at a gap of two
+logits under 1e-4 are told, and counted at the end. A few minutes of two cores.
 """
 
 import os

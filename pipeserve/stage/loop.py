@@ -299,4 +299,6 @@ class StageLoop:
             cpu_s=done.cpu_s,
             between_cpu_s=done.between_cpu_s,
             num_bytes=done.num_bytes,
+            all_reduce_s=done.all_reduce_s,
+            rank_wait_s=done.rank_wait_s,
         )

@@ -206,6 +206,8 @@ class StageLoop:
         self._start_epoch()
 
     def _connect(self, addresses: Connect) -> None:
+        links = self.compute.links
+        links.sends_part, links.gets_part = addresses.sends_part, addresses.gets_part
         try:
             self.neighbours.connect(addresses)
         except ConnectionError as error:

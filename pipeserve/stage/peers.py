@@ -4,6 +4,7 @@ A stage of one rank meets nobody, and megatron-core is not imported.
 """
 
 import hashlib
+import math
 import os
 import socket
 import time
@@ -17,7 +18,7 @@ from pipeserve.wire.control import StartStage
 from pipeserve.wire.interfaces import interface_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
 
@@ -81,6 +82,24 @@ class Peers:
             from pipeserve.stages.tensor_parallel import layers
 
             self._sharing = layers.wrap(stage, self.shard, self._group)
+
+    def part_of(self, hidden_TD: "Tensor") -> "Tensor":
+        """What this one sends of it, where each sends a part."""
+        from pipeserve.stages.tensor_parallel import parts
+
+        return parts.part_of(hidden_TD, self.shard)
+
+    def size_of_part(self, shape: tuple[int, ...]) -> int:
+        """Numbers in it, of so many."""
+        from pipeserve.stages.tensor_parallel import parts
+
+        return parts.size_of_part(math.prod(shape), self.shard)
+
+    def joined(self, part: "Tensor", shape: tuple[int, ...]) -> "Tensor":
+        """The whole, of what each has got."""
+        from pipeserve.stages.tensor_parallel import parts
+
+        return parts.joined(part, shape, self.shard, self._group)
 
     def part(self) -> None:
         """From them: who waits for this one, waits no more."""

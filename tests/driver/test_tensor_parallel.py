@@ -15,6 +15,7 @@ import torch
 
 from pipeserve import LLM, SamplingParams
 from pipeserve.configs import make_config
+from pipeserve.core.records import Span, ignore
 from pipeserve.core.topology import Topology, ranks_of
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
@@ -110,7 +111,7 @@ def model(tmp_path_factory):
 TINY_LAYERS = 4
 
 
-def run(folder, tp, pp, prompts, params, **more):
+def run(folder, tp, pp, prompts, params, fleet=ForkedFleet, record=ignore, **more):
     config = {
         "model": folder,
         "dtype": "float32",
@@ -121,8 +122,8 @@ def run(folder, tp, pp, prompts, params, **more):
         **LIMITS,
         **more,
     }
-    driver = Driver(checkpoint_setup(make_config({}, config)), fleet=ForkedFleet)
-    with LLM.on(driver) as llm:
+    setup = checkpoint_setup(make_config({}, config))
+    with LLM.on(Driver(setup, record=record, fleet=fleet)) as llm:
         return llm.generate(prompts, params)
 
 
@@ -164,6 +165,24 @@ def test_the_likeliest_token_and_the_highest_few_need_no_gathered_logits(model, 
     few = [0, 1, 2, 5, 6]
     got = run(folder, 3, 1, [prompts[i] for i in few], [params()[i] for i in few])
     assert [one.token_ids for one in got] == [single[i].token_ids for i in few]
+
+
+def test_activations_go_to_another_machine_once(model):
+    """And not once for each rank: each sends a third of them, filled up by at most two numbers."""
+
+    class Apart(ForkedFleet):
+        def machine_of(self, rank):
+            return f"machine {rank // 3}"
+
+    folder, prompts, _, single = model("llama")
+    told = []
+    got = run(folder, 3, 2, prompts, params(), Apart, told.append)
+    assert [one.token_ids for one in got] == [one.token_ids for one in single]
+    spans = [span for span in told if isinstance(span, Span) and span.stage == 0]
+    assert spans
+    for span in spans:
+        part = -(-span.num_tokens * 96 // 3)
+        assert span.num_bytes == part * 4 + 8  # and its index
 
 
 def in_forks(number_of, work, ends_after=None):

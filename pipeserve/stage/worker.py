@@ -165,7 +165,7 @@ class ModelCompute:
             num_bytes = self.links.send(turn.step.index, hidden)
         self._last_cpu_s = stamps.end_cpu_s
         cpu_s = stamps.end_cpu_s - start_cpu_s
-        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled=sampled)
+        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled)
 
     def _build_inputs(self, turn: Turn) -> StageInputs:
         return build_inputs(

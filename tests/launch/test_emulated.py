@@ -622,7 +622,7 @@ def test_a_recipe_without_a_profile(capsys, workload):
         (["generate", *RUN, "--prompt", "x"], "no tokens to give; use pipeserve bench"),
         (["bench", *RUN, "--workload", "TEXT"], "there is no tokenizer; give prompt_token_ids"),
         (["bench", *RUN, "--num-prompts", "3"], "the context holds 1024; use --scale"),
-        (["bench", *RUN, "--tensor-parallel-size", "5"], "give a size that divides"),
+        (["bench", *RUN, "--tensor-parallel-size", "5"], "give one of 1, 2, 4, 8, 16, 32"),
     ],
 )
 def test_what_cannot_be_emulated_is_one_line(capsys, tmp_path, arguments, message):

@@ -175,7 +175,7 @@ class Driver:
 
     def stalled_s(self, now: float) -> float:
         """How long the stages have owed a result and given none; 0 where they owe none."""
-        return now - self._progress_s if self.engine.outstanding else 0.0
+        return now - self._progress_s if self.engine.num_outstanding else 0.0
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests, in this order; the next step plans for all of them. Each one's
@@ -220,7 +220,7 @@ class Driver:
         self._end_aborted()
         self._plan_all()
         outputs: list[Output] = []
-        if self.losses.trouble or self.engine.outstanding:
+        if self.losses.trouble or self.engine.num_outstanding:
             timeout_s = min(timeout_s, _LOOK_S)
         self._looked_s = time.monotonic()
         for received in self.fleet.receive(timeout_s):
@@ -270,7 +270,7 @@ class Driver:
         message = step_message(microbatch, self._requests)
         sent_s = time.monotonic()
         self.fleet.broadcast(message)
-        if len(self.engine.outstanding) == 1:
+        if self.engine.num_outstanding == 1:
             self._progress_s = sent_s
         self._reports.num_spans_due += len(self.plan.stages)
         self._watch.planned(microbatch, sent_s)

@@ -22,7 +22,7 @@ _CUT = {
     "mp_rank_*": "Megatron-LM or DeepSpeed",
     "iter_*/mp_rank_*": "Megatron-LM",
     "tp_*": "DeepSpeed",
-    "consolidated.*.pth": "Llama's own code",
+    "consolidated.01.pth": "Llama's own code",
 }
 """Files and folders of tensor-parallel checkpoints, and whose they are."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
 
+    from pipeserve.stages.tensor_parallel.sums import Sums
+
 
 class Peers:
     """Of one rank."""
@@ -29,6 +31,7 @@ class Peers:
         self._group: ProcessGroup | None = None
         self._sharing: list[nn.Module] = []
         """What exchanges something by that group."""
+        self._sums: Sums | None = None
 
     def meets_at(self) -> str:
         """Where the first of them waits for the others next; empty of the others."""
@@ -54,6 +57,8 @@ class Peers:
             group.part()
             return False
         layers.regroup(self._sharing, self._group)
+        if self._sums is not None:
+            self._sums.meet(self._group)
         return True
 
     def _choose_interface(self) -> None:
@@ -68,8 +73,17 @@ class Peers:
         """From now on its layers exchange what they compute with those of the others."""
         if self._group is not None:
             from pipeserve.stages.tensor_parallel import layers
+            from pipeserve.stages.tensor_parallel.sums import Sums
 
-            self._sharing = layers.wrap(stage, self.shard, self._group)
+            sums = Sums(self._group)
+            self._sharing = layers.wrap(stage, self.shard, self._group, sums)
+            if stage.backend.device.type == "cpu":
+                self._sums = sums
+
+    def sums_of(self, num_tokens: int) -> tuple[float, float]:
+        """Seconds of the sums of a microbatch of so many, through whose layers this rank came last;
+        and those that it waited for others there. 0 where that is not known."""
+        return (0.0, 0.0) if self._sums is None else self._sums.of_microbatch(num_tokens)
 
     def part(self) -> None:
         """From them: who waits for this one, waits no more."""

@@ -75,7 +75,8 @@ class Compute(Protocol):
 
     def meet(self, address: str) -> bool:
         """The other ranks that share the stage, in this epoch, before anything is computed in it.
-        Returns whether all have come."""
+        Returns whether all have come; raises ConnectionError where it is to be told that they have
+        not, and ConfigError where they do not go together."""
         ...
 
     def part(self) -> None:

@@ -3,8 +3,10 @@
 A stage of one rank meets nobody, and megatron-core is not imported.
 """
 
+import hashlib
 import os
 import socket
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from pipeserve.stages.tensor_parallel.sums import Sums
+
+_OTHERS_FIRST_S = 3.0
+"""If one of them has died, that is told meanwhile, and this one is ended."""
 
 
 class Peers:
@@ -42,24 +47,29 @@ class Peers:
             self._listener = socket.create_server((self._host, 0), family=family)
         return join_address(*self._listener.getsockname()[:2])
 
-    def meet(self, address: str, stage: Stage) -> bool:
-        """At that address, all of them; False where one does not come."""
+    def meet(self, address: str, stage: Stage) -> None:
+        """At that address, all of them. Raises ConnectionError where one does not come, and
+        ConfigError where one computes in another way, whose parts would not fit this one's."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what it could use and is not there
             from pipeserve.stages.tensor_parallel import group, layers
 
         self._choose_interface()
         listener, self._listener = self._listener, None
-        device = stage.backend.device
+        host, port = split_address(address)
+        ways = _ways_of(stage)
         try:
-            self._group = group.meet(self.shard, *split_address(address), device, listener)
-        except RuntimeError:
+            self._group = group.meet(self.shard, host, port, stage.backend.device, listener, ways)
+        except RuntimeError as error:
             group.part()
-            return False
+            time.sleep(_OTHERS_FIRST_S)
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(
+                f"the ranks that share its stage, at {address}: {reason}"
+            ) from None
         layers.regroup(self._sharing, self._group)
         if self._sums is not None:
             self._sums.meet(self._group)
-        return True
 
     def _choose_interface(self) -> None:
         """That by which this stage is reached, where the user chose none. gloo would take what the
@@ -101,3 +111,9 @@ class Peers:
         from pipeserve.stages.tensor_parallel import group
 
         return group.is_of_peers(error)
+
+
+def _ways_of(stage: Stage) -> dict[str, str]:
+    """What has to be the same on all ranks that share it, by what it is called."""
+    digest = hashlib.sha256(repr(stage.config).encode()).hexdigest()[:12]
+    return {"computes by": type(stage.backend).__name__, "has a model of the digest": digest}

@@ -120,7 +120,8 @@ class ModelCompute:
 
     def meet(self, address: str) -> bool:
         """As `Compute`."""
-        return self._peers.meet(address, self.model)
+        self._peers.meet(address, self.model)
+        return True
 
     def part(self) -> None:
         """As `Compute`."""

@@ -6,6 +6,7 @@ this file; the loss of a rank is in test_shared_stage_lost.py.
 """
 
 import os
+import signal
 import socket
 import statistics
 import time
@@ -170,8 +171,9 @@ def test_the_likeliest_token_and_the_highest_few_need_no_gathered_logits(model, 
     assert [one.token_ids for one in got] == [single[i].token_ids for i in few]
 
 
-def in_forks(number_of, work):
-    """What `work(number)` gives in so many processes at once; each gives a short text."""
+def in_forks(number_of, work, ends_after=None):
+    """What `work(number)` gives in so many processes at once; each gives a short text. With that of
+    number `ends_after`, all are ended."""
     read, pids = [], []
     for number in range(number_of):
         mine, theirs = os.pipe()
@@ -184,7 +186,13 @@ def in_forks(number_of, work):
         os.close(theirs)
         read.append(mine)
         pids.append(pid)
+    if ends_after is not None:
+        early = os.read(read[ends_after], 1000).decode()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
     said = [os.read(each, 1000).decode() for each in read]
+    if ends_after is not None:
+        said[ends_after] = early
     for each, pid in zip(read, pids, strict=True):
         os.close(each)
         os.waitpid(pid, 0)
@@ -206,7 +214,7 @@ def test_one_that_parts_frees_those_who_wait_and_they_meet_again():
         told = []
         for listener, port in zip(listeners, ports, strict=True):
             own = listener if number == 0 else None
-            met = group.meet(Shard(number, of), "127.0.0.1", port, cpu, own)
+            met = group.meet(Shard(number, of), "127.0.0.1", port, cpu, own, {})
             numbers = torch.full((1000,), float(number))
             dist.all_reduce(numbers, group=met)
             told.append(str(int(numbers[0])))
@@ -222,6 +230,25 @@ def test_one_that_parts_frees_those_who_wait_and_they_meet_again():
         return " ".join(told)
 
     assert in_forks(of, work) == ["3 freed 3 freed", "3 3", "3 freed 3 freed"]
+
+
+def test_ranks_that_compute_in_other_ways_do_not_come_together():
+    from pipeserve.stages.tensor_parallel import group
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+
+    def work(number):
+        own, ways = (None, listener)[number == 0], {"computes by": ("this", "that")[number]}
+        try:
+            group.meet(Shard(number, 2), "127.0.0.1", port, torch.device("cpu"), own, ways)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    _, said = in_forks(2, work, ends_after=1)
+    assert said.startswith("it computes by that, and the first rank of its stage computes by this;")
+    assert "\n" not in said
 
 
 def test_ranks_are_megatrons():

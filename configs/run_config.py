@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any, get_args, get_origin, get_type_hints
 
-from pipeserve.configs.addresses import split_address
+from pipeserve.addresses import split_address
 from pipeserve.configs.layer_lists import AUTO, FORMS
 from pipeserve.core.order import ORDERS
 from pipeserve.core.policies import POLICIES

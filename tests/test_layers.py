@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOPS = ("pipeserve", "stages", "profiling", "launch", "configs")
 FRONT_DOOR = "pipeserve"
 MAY_SEE = {
+    "addresses": set(),
     "errors": set(),
     "cgroups": set(),
     "cpus": set(),
@@ -24,8 +25,8 @@ MAY_SEE = {
     "core": {"errors", "sampling_params"},
     "core.cost": {"errors", "core"},
     "core.policies": {"errors", "core", "core.cost"},
-    "configs": {"errors", "core", "core.cost", "core.policies"},
-    "wire": {"errors", "machine", "core", "configs", "sampling_params"},
+    "configs": {"addresses", "errors", "core", "core.cost", "core.policies"},
+    "wire": {"addresses", "errors", "machine", "core", "configs", "sampling_params"},
     "stages.config": {"errors"},
     "stages.config.families": {"errors", "stages.config"},
     "stages.attention": {"stages.config"},
@@ -59,8 +60,8 @@ MAY_SEE = {
         "stages.layers",
     },
     "stage": {
+        "addresses",
         "cgroups",
-        "configs",
         "core",
         "cpus",
         "errors",
@@ -74,6 +75,7 @@ MAY_SEE = {
         "wire",
     },
     "driver": {
+        "addresses",
         "configs",
         "core",
         "core.cost",

@@ -36,6 +36,12 @@ class Topology:
         """As `plan` has it."""
         return cls(tuple(stage.ranks for stage in plan.stages))
 
+    @classmethod
+    def in_order(cls, num_stages: int, width: int = 1) -> "Topology":
+        """Stage after stage, `width` ranks each."""
+        ranks = range(num_stages * width)
+        return cls(tuple(tuple(ranks[at : at + width]) for at in ranks[::width]))
+
     @property
     def num_stages(self) -> int:
         return len(self.ranks)

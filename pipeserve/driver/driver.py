@@ -38,7 +38,7 @@ from pipeserve.driver.waiting import (
     wait_until_ready,
     wait_until_sized,
 )
-from pipeserve.errors import StageError
+from pipeserve.errors import PipeserveError, StageError
 from pipeserve.wire import control
 from pipeserve.wire.step_messages import step_message, step_result
 
@@ -94,8 +94,8 @@ class Driver:
             on_plan(self)
             self._fill(sizes)
             started = wait_until_ready(self.fleet, on_progress)
-        except BaseException:
-            self.fleet.close()
+        except BaseException as error:
+            self.fleet.close(str(error) if isinstance(error, PipeserveError) else "")
             raise
         self.stages = stage_infos(self.plan, self.fleet.keepers, started)
 
@@ -208,7 +208,8 @@ class Driver:
         except BaseException as error:
             # Ctrl-C too may come between a plan and its message: what the stages hold and what the
             # engine thinks they hold is no longer sure to be the same.
-            self._end(str(error) or f"interrupted by {type(error).__name__}")
+            has_failed = isinstance(error, PipeserveError)
+            self._end(str(error) or f"interrupted by {type(error).__name__}", has_failed)
             raise
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -339,9 +340,9 @@ class Driver:
         self._end_aborted()  # so that the records have it
         self._end("it was closed")
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, has_failed: bool = False) -> None:
         self._ended = self._ended or reason
-        self.fleet.close()
+        self.fleet.close(reason if has_failed else "")
 
     def _check_open(self) -> None:
         if not self.fleet.is_own:

@@ -24,6 +24,7 @@ from pipeserve.driver.port import Heard, Port
 from pipeserve.driver.spawned_keepers import OwnRanks, SpawnedKeepers
 from pipeserve.driver.starting import StartProgress, links_of
 from pipeserve.driver.watching import FleetWatch
+from pipeserve.machine import boot_id
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.strangers import TurnedAway
@@ -331,14 +332,18 @@ class Fleet:
         what one of the two took of them, the other would miss."""
         return os.getpid() == self._pid
 
-    def close(self) -> None:
-        """End every keeper and stage. Safe to call twice, and from a half-made fleet. In a forked
-        process it leaves them alone."""
+    def close(self, failure: str = "") -> None:
+        """End every keeper and stage; `failure`: why the run has ended before it was done. Safe to
+        call twice, and from a half-made fleet. In a forked process it leaves them alone."""
         if not self.is_own:
             return
         keepers = self._members.keepers
-        for keeper in keepers.values():
-            keeper.send(control.encode(control.Stop(), self.epoch))
+        told = {boot_id()}  # here, the driver itself says it
+        for rank, keeper in keepers.items():
+            machine = self.keepers[rank].boot_id
+            why = "" if machine in told else failure
+            told.add(machine)
+            keeper.send(control.encode(control.Stop(bool(failure), why), self.epoch))
         self._spawned.end()
         deadline = time.monotonic() + _STOP_S
         for keeper in keepers.values():  # of another launcher: it hangs up when it is done

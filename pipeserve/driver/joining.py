@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from pipeserve.addresses import split_address
 from pipeserve.configs import RunConfig
-from pipeserve.configs.addresses import split_address
 from pipeserve.core.topology import Topology
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.wire.control import KeeperHello

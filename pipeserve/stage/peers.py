@@ -10,7 +10,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from pipeserve.configs.addresses import join_address, split_address
+from pipeserve.addresses import join_address, split_address
 from pipeserve.stages.stage import Stage
 from pipeserve.stages.tensor_parallel.shard import Shard
 from pipeserve.wire.control import StartStage

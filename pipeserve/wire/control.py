@@ -66,6 +66,11 @@ class StartStage(_Message):
 class Stop(_Message):
     """End the stage and yourself."""
 
+    has_failed: bool = False
+    """The run has ended before it was done."""
+    why: str = ""
+    """To be said, by one on each machine."""
+
 
 class NotWanted(_Message):
     """This keeper does not belong to the pipeline: end yourself."""

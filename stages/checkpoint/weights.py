@@ -1,6 +1,6 @@
 """Weights of one stage out of a safetensors folder: its own tensors and not a byte more.
 
-Tensors are read with `pread` straight into the joined weights, piece by piece, because a memory map
+Tensors are read with `pread` straight into the joined weights, piece by piece: a memory map
 would count every page it touches as this process's memory, beside the weights made of them.
 """
 
@@ -29,7 +29,8 @@ from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.layers.leaf import Leaf, Rows
 from pipeserve.stages.stage import Stage
 
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES = 1 << 20
+_HOST = torch.device("cpu")
 _COMPUTED = ".rotary_emb.inv_freq"  # what old checkpoints keep in each layer, and nobody reads
 
 
@@ -54,8 +55,11 @@ def load_weights(
         progress(0, num_bytes)
         checkpoint.on_read = lambda num_read: progress(num_read, num_bytes)
         for leaf in stage.leaves():
-            own = leaf.dtype_in(dtype)
-            leaf.set(*(checkpoint.read(leaf.source, *part, own) for part in _parts(leaf)))
+            own, parts = leaf.dtype_in(dtype), _parts(leaf)
+            tensors = [stage.backend.allocate(shape, own, _HOST) for _, shape in parts]
+            for tensor, (part, _) in zip(tensors, parts, strict=True):
+                checkpoint.read(leaf.source, part, tensor)
+            leaf.set(*tensors)
 
 
 def _parts(leaf: Leaf) -> list[tuple[str, tuple[int, ...]]]:
@@ -121,18 +125,14 @@ class Checkpoint:
                     "take config and weights from one checkpoint"
                 )
 
-    def read(
-        self, source: Sequence[Rows], part: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        """The rows of `part` ("weight" or "bias") that `source` names, joined to `shape`."""
-        joined = torch.empty(shape, dtype=dtype)
+    def read(self, source: Sequence[Rows], part: str, joined: Tensor) -> None:
+        """The rows of `part` ("weight" or "bias") that `source` names, one behind the other."""
         flat, done = joined.view(-1), 0
-        for rows, entry in zip(source, self.find(source, part, shape), strict=True):
-            size = (rows.stop - rows.start) * math.prod(shape[1:])
+        for rows, entry in zip(source, self.find(source, part, joined.shape), strict=True):
+            size = (rows.stop - rows.start) * math.prod(joined.shape[1:])
             name = f"{rows.name}.{part}"
             self._read_into(flat[done : done + size], name, entry, spans_of(rows, entry))
             done += size
-        return joined
 
     def num_bytes(self, source: Sequence[Rows], part: str, shape: tuple[int, ...]) -> int:
         """How many bytes `read` reads. Raises ConfigError as it does."""
@@ -158,24 +158,25 @@ class Checkpoint:
         self, target: Tensor, name: str, entry: "Entry", spans: Sequence[tuple[int, int]]
     ) -> None:
         """The bytes of `spans`, one behind the other, in pieces, so that no second copy of a large
-        tensor ever exists."""
+        tensor ever exists, and what is read is still in the core's cache when it is looked at."""
         descriptor, dtype = self._open(entry.path), DTYPES[entry.dtype]
-        piece, first = bytearray(min(_PIECE_BYTES, len(target) * dtype.itemsize)), 0
-        for together in pieces_of(spans, len(piece)):
-            num_bytes = 0
+        first = 0
+        for together in pieces_of(spans, _PIECE_BYTES):
+            num_bytes = sum(stop - start for start, stop in together)
+            part = target[first : first + num_bytes // dtype.itemsize]
+            values = part if part.dtype == dtype else torch.empty(part.shape, dtype=dtype)
+            view, done = memoryview(values.view(torch.uint8).numpy()), 0
             for start, stop in together:
-                view = memoryview(piece)[num_bytes : num_bytes + stop - start]
-                if os.preadv(descriptor, [view], start) < len(view):
+                if os.preadv(descriptor, [view[done : done + stop - start]], start) < stop - start:
                     raise ConfigError(
                         f"{entry.path} is truncated: {name} needs {spans[-1][1]} bytes; "
                         "fetch the file again"
                     )
-                num_bytes += stop - start
-            values = torch.frombuffer(memoryview(piece)[:num_bytes], dtype=dtype)
-            part = target[first : first + len(values)]
-            part.copy_(values)
+                done += stop - start
+            if values is not part:
+                part.copy_(values)
             _check_finite(part, values, name, entry.path)
-            first += len(values)
+            first += len(part)
             self._num_read += num_bytes
             self.on_read(self._num_read)
 
@@ -231,8 +232,8 @@ def _without_first(name: str) -> str:
 
 
 def _check_finite(part: Tensor, values: Tensor, name: str, path: Path) -> None:
-    """A sum is several times as cheap as looking at every value, and NaN if one of them is."""
-    if math.isfinite(part.sum(dtype=torch.float32)) or part.isfinite().all():
+    """The least and the highest of all are NaN if one of them is, and cheap to have."""
+    if all(map(math.isfinite, part.aminmax())):
         return
     if values.isfinite().all():
         raise ConfigError(

@@ -49,6 +49,9 @@ doc_to_text: "{{question}}"
 doc_to_target: "{{choices[answer]}}"
 target_delimiter: " "
 generation_kwargs: {until: [",", ".", "\\n"], max_gen_toks: 8, do_sample: false}
+filter_list:
+  - name: word
+    filter: [{function: regex, regex_pattern: '(\\w+)'}, {function: take_first}]
 metric_list: [{metric: exact_match, ignore_case: true}]
 """
 TASKS = {"pipeserve_choice": _CHOICE, "pipeserve_text": _TEXT}

@@ -2,8 +2,8 @@
 soon it answers below that.
 
     python bench/versus_server.py MODEL --peer vllm=FOLDER -pp 2 [--workload sharegpt/8]
-                                  [--requests 64] [--slo-ttft 2] [--slo-tbt 0.2] [--rounds 3]
-                                  [--loads 0.5,0.8] [--json FILE]
+                                  [--requests 64] [--slo-ttft 2] [--slo-tbt 0.6] [--rounds 3]
+                                  [--loads 0.5,0.8 | --rates R,...] [--json FILE]
 
 Peers:
     vllm=FOLDER   vLLM's CPU build in that virtual environment, with so many requests at a time as
@@ -13,7 +13,8 @@ Peers:
 First, each side's capacity: `pipeserve bench --url --find-capacity` bisects the rate at which
 `--attainment` of the requests keep both limits. In each round every side has a server of its own,
 started and ended with it; rounds go forwards and backwards in turn, and the median counts. Then, at
-shares of the lesser of the two capacities (`--loads`), TTFT and TBT in as many rounds. Requests
+shares of the lesser of the two capacities (`--loads`), TTFT and TBT in as many rounds; or at given
+`--rates`, requests a second, without looking for a capacity. Requests
 come at Poisson times, the same for both sides, and have random ids, other ones in each run, so that
 no prefix cache knows them. Use an idle machine: servers, stages and the client share its cores.
 """
@@ -67,17 +68,21 @@ def main() -> int:
 def _compare(args: argparse.Namespace, model: Path) -> None:
     sides = _sides(args, model)
     found: dict[str, Any] = {"conditions": {**vars(args), "json": None}, "loads": {}}
-    capacities = _rounds(args, sides, "capacity", ("--find-capacity",))
-    found["capacity"] = {
-        name: [report["capacity"] for report in its] for name, its in capacities.items()
-    }
-    least = min(map(median, found["capacity"].values()))
-    _print_capacities(found["capacity"])
-    for share in args.loads if least else ():
-        rate = share * least
-        reports = _rounds(args, sides, f"{share:.0%}", ("--rate", f"{rate:.4f}"))
-        found["loads"][share] = {"rate": rate, "reports": reports}
-        _print_load(share, rate, reports)
+    rates = {f"{rate:g}/s": rate for rate in args.rates}
+    if not rates:
+        capacities = _rounds(args, sides, "capacity", ("--find-capacity",))
+        found["capacity"] = {
+            name: [report["capacity"] for report in its] for name, its in capacities.items()
+        }
+        _print_capacities(found["capacity"])
+        least = min(map(median, found["capacity"].values()))
+        rates = {f"{share:.0%} of the lesser capacity": share * least for share in args.loads}
+    for load, rate in rates.items():
+        if not rate:
+            break
+        reports = _rounds(args, sides, load, ("--rate", f"{rate:.4f}"))
+        found["loads"][load] = {"rate": rate, "reports": reports}
+        _print_load(load, rate, reports)
         if args.json is not None:
             args.json.write_text(json.dumps(found, indent=2, default=str) + "\n")
 
@@ -141,13 +146,13 @@ def _print_capacities(capacity: dict[str, list[float]]) -> None:
     print("\n" + plain_table(["capacity", "requests/s", "of the rounds"], rows) + "\n", flush=True)
 
 
-def _print_load(share: float, rate: float, reports: dict[str, list[Report]]) -> None:
+def _print_load(load: str, rate: float, reports: dict[str, list[Report]]) -> None:
     rows = [
         [title, *(f"{median(map(of, its)):.3f} ({_range([*map(of, its)], '.3f')})" for its in each)]
         for title, of in _FIGURES
         if (each := [*reports.values()])
     ]
-    head = f"at {share:.0%} of the lesser capacity, {rate:.2f}/s"
+    head = f"at {load}, {rate:.2f}/s"
     print("\n" + plain_table([head, *reports], rows) + "\n", flush=True)
 
 
@@ -165,10 +170,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workload", default="sharegpt/8", help="NAME/SCALE")
     parser.add_argument("--requests", default=64, type=int, help="of each run")
     parser.add_argument("--slo-ttft", default=2.0, type=float, metavar="S")
-    parser.add_argument("--slo-tbt", default=0.2, type=float, metavar="S")
+    # A chunk of 512 tokens takes a small model some 0.4 s on one core a stage.
+    parser.add_argument("--slo-tbt", default=0.6, type=float, metavar="S")
     parser.add_argument("--attainment", default=0.9, type=float)
     parser.add_argument("--rounds", default=3, type=int)
     parser.add_argument("--loads", default=[0.5, 0.8], type=_shares, help="0.5,0.8")
+    parser.add_argument("--rates", default=[], type=_shares, help="0.3,0.5")
     parser.add_argument("--running", default=256, type=int, help="of vLLM: requests at a time")
     parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default=_peer_dtype())
     parser.add_argument("--ours", type=str.split, default=[], help="more flags of `serve`")

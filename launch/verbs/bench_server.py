@@ -2,6 +2,7 @@
 see it, so that two engines are measured by one and the same client.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -24,6 +25,9 @@ _WARMUP_REQUESTS = 8
 _WARMUP_TOKENS = 8
 _RESOLUTION = 0.05
 _MOST_TRIALS = 16
+_LEAST_RATE = 1 / 16
+"""Of the rate at which all requests at once were answered. So few a second hardly meet each other:
+where they miss the limits, no fewer would keep them."""
 
 
 def bench_server(
@@ -126,7 +130,8 @@ def _is_good(target: Target, record: RequestRecord) -> bool:
 
 def _capacity(target: Target, workload: Workload) -> dict[str, Any]:
     """Begins at the rate at which all requests at once were answered, doubles it while it is
-    served, then halves the bracket until it is narrow."""
+    served, then halves the bracket until it is narrow. 0 where even few requests a second miss the
+    limits."""
     trials: list[dict[str, Any]] = []
 
     def is_served(rate: float) -> bool:
@@ -137,23 +142,34 @@ def _capacity(target: Target, workload: Workload) -> dict[str, Any]:
             for item, time_s in zip(items, times, strict=True)
         ]
         trials.append({"rate": rate, **_report(target, workload, run_load(_server(target), due))})
-        return trials[-1]["attainment"] >= target.attainment
+        attainment = trials[-1]["attainment"]
+        print(f"{rate:.2f} requests/s: {attainment:.0%} keep the limits", file=sys.stderr)
+        return attainment >= target.attainment
 
     at_once = [replace(item, arrival_s=0.0) for item in _items(workload, _MOST_TRIALS)]
     burst = _report(target, workload, run_load(_server(target), at_once))
     low, high, rate = 0.0, None, burst["requests"] / burst["seconds"]
+    least_rate = _LEAST_RATE * rate
     if burst["attainment"] >= target.attainment:  # what one more a second would do, they cannot say
         note = "all requests at once keep the limits: give more --num-prompts, or tighter limits"
         return {**burst, "capacity": rate, "trials": [], "notes": [*burst["notes"], note]}
-    while len(trials) < _MOST_TRIALS and (high is None or high - low > _RESOLUTION * high):
+    while (
+        len(trials) < _MOST_TRIALS
+        and rate > least_rate
+        and (high is None or high - low > _RESOLUTION * high)
+    ):
         if is_served(rate):
             low = rate
         else:
             high = rate
         rate = 2 * low if high is None else (low + high) / 2
     best = [trial for trial in trials if trial["rate"] == low]
+    chosen = best[0] if best else trials[-1]
+    if not best:
+        note = f"the limits are missed at {chosen['rate']:.2f} requests/s already: loosen them"
+        chosen = {**chosen, "notes": [*chosen["notes"], note]}
     return {
-        **(best[0] if best else trials[-1]),
+        **chosen,
         "capacity": low,
         "trials": [
             {key: trial[key] for key in ("rate", "attainment", "goodput", "ttft_s", "tbt_s")}

@@ -32,6 +32,8 @@ class CompletionOutput:
     """One for each of `token_ids`; None when not asked for."""
     error: str | None = None
     """What went wrong with this sample alone, where `finish_reason` is "error"."""
+    stop_reason: int | str | None = None
+    """Which of `stop` or `stop_token_ids` ended it; None where it was eos, or no stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,8 @@ class Delta(NamedTuple):
     """In the first delta of a sample: how many of the prompt's tokens the prefix cache had."""
     error: str | None = None
     """As CompletionOutput's, in the last one of the sample."""
+    stop_reason: int | str | None = None
+    """Likewise."""
 
 
 class Generation:
@@ -145,7 +149,13 @@ class Generation:
             prompt_logprobs=prompt_logprobs,
             num_cached=output.begun.num_cached if output.begun is not None else 0,
             error=error,
+            stop_reason=self._stopped_by(output) if finish_reason == "stop" else None,
         )
+
+    def _stopped_by(self, output: Output) -> int | str | None:
+        if self._stop_strings.found:
+            return self._stop_strings.found
+        return output.token if output.token in self.request.params.stop_token_ids else None
 
     def _text(self, output: Output) -> str:
         """What is now safe to show: neither half a character, nor what may begin a stop string."""
@@ -201,6 +211,7 @@ def _join(deltas: list[Delta]) -> CompletionOutput:
         text="".join(delta.text for delta in deltas),
         finish_reason=last.finish_reason,
         error=last.error,
+        stop_reason=last.stop_reason,
         logprobs=None
         if last.logprobs is None
         else tuple(entry for delta in deltas for entry in delta.logprobs or ()),

@@ -41,19 +41,24 @@ def check_params(params: SamplingParams, vocab_size: int | None = None) -> Sampl
     for name, why in REFUSED.items():
         if getattr(params, name) is not None:
             raise ConfigError(f"{name} is a parameter of vLLM that pipeserve does not take: {why}")
-    params = replace(
-        params,
-        top_k=0 if params.top_k == -1 else params.top_k,
-        seed=None if params.seed == -1 else params.seed,
-        stop=(params.stop,) if isinstance(params.stop, str) else params.stop,
-    )
-    values = {
-        option.name: _checked(option, getattr(params, option.name), vocab_size)
-        for option in OPTIONS
-    }
-    params = replace(params, **values)
+    changed = {}
+    for option in OPTIONS:
+        given = getattr(params, option.name)
+        value = _checked(option, _in_our_words(option.name, given), vocab_size)
+        if value is not given:
+            changed[option.name] = value
+    if changed:
+        params = replace(params, **changed)
     _check_together(params)
     return params
+
+
+def _in_our_words(name: str, value: Any) -> Any:
+    if name == "top_k" and value == -1:
+        return 0
+    if name == "seed" and value == -1:
+        return None
+    return (value,) if name == "stop" and isinstance(value, str) else value
 
 
 def check_priority(priority: Any, order: str | None = None) -> int:
@@ -71,8 +76,8 @@ def check_priority(priority: Any, order: str | None = None) -> int:
 
 def _checked(option: Option, value: Any, vocab_size: int | None) -> Any:
     """A value in the form that it has from here on."""
-    if value is None and option.may_be_none:
-        return None
+    if value is option.default or (value is None and option.may_be_none):
+        return value
     value = option.default if value is None else _plain(value)
     return _CHECKS[option.type](option.name, value, option.limits, vocab_size)
 

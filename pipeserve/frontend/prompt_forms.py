@@ -18,7 +18,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 _FORMS = "text, a list of token ids, a conversation, or a dict of prompt or prompt_token_ids"
 _DICT_KEYS = ("prompt", "prompt_token_ids", "messages", "cache_salt")
-_TEXT_PARTS = ("text", "input_text", "output_text")  # what OpenAI's two APIs call it
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # of OpenAI's two APIs
 _MANY = (list, tuple)
 
 
@@ -169,7 +169,7 @@ def _plain_call(number: int, call: Any) -> dict[str, Any]:
             raise ConfigError(
                 f"message {number} has a tool call whose arguments are no JSON: {arguments[:60]!r}"
             ) from None
-    return {**call, "function": {**function, "arguments": arguments}}
+    return {**call, "function": {**function, "arguments": arguments or {}}}
 
 
 def _text_of(part: Any, place: str) -> str:
@@ -177,7 +177,8 @@ def _text_of(part: Any, place: str) -> str:
         return part
     if not isinstance(part, Mapping):
         raise ConfigError(f"{place} has a part that is {_type_of(part)}, must be a dict")
-    kind, text = part.get("type", "text"), part.get("text")
+    kind = part.get("type", "text")
+    text = part.get("refusal" if kind == "refusal" else "text")
     if kind not in _TEXT_PARTS:
         raise ConfigError(f"{place} has a part of type {kind!r}; only text is taken")
     if not isinstance(text, str):

@@ -19,7 +19,8 @@ class StopStrings:
         self._include = include
         self._state = 0
         self._held = ""
-        self.found = False
+        self.found = ""
+        """The stop string that ended the text."""
 
     def push(self, text: str, *, may_end: bool = True) -> str:
         """The text that is now safe to show. Where a stop string becomes complete in `text`, sets
@@ -33,7 +34,7 @@ class StopStrings:
             state = matcher.next(state, char)
             num_matched = matcher.matched[state]
             if num_matched and may_end:
-                self.found, self._held = True, ""
+                self.found, self._held = held[place - num_matched : place], ""
                 return held[: place if self._include else place - num_matched]
         self._state = state
         num_safe = len(held) - (0 if self._include else matcher.depth[state])

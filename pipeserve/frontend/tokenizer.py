@@ -68,13 +68,15 @@ class Tokenizer:
 
     def chat_text(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The same, as text."""
-        if not (options.get("chat_template") or self._full.chat_template):
+        template = options.get("chat_template") or self._full.chat_template
+        if not template:
             raise ConfigError(f"{self.folder} has no chat template; give a prompt, not messages")
         loaded = self._full
         options = {"add_generation_prompt": True, **options}
         with _as_one_line("the model's chat template refuses these messages"):
             # transformers runs the template in a sandbox, without a way to files or code.
-            return loaded.apply_chat_template(list(messages), tokenize=False, **options)
+            known = _as_known(messages, str(template))
+            return loaded.apply_chat_template(known, tokenize=False, **options)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; '' where there is no tokenizer."""
@@ -216,6 +218,17 @@ class Tokenizer:
                     "code is never run; give a folder with a tokenizer.json and no auto_map"
                 ) from None
             raise
+
+
+def _as_known(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+    """What a developer says is the system's word to a template that does not know the newer role;
+    and all such words come first, together, for many templates take them there alone."""
+    if "developer" in template or all(each.get("role") != "developer" for each in messages):
+        return list(messages)
+    is_theirs = [each.get("role") in ("system", "developer") for each in messages]
+    words = [each["content"] for each, is_its in zip(messages, is_theirs, strict=True) if is_its]
+    others = [each for each, is_its in zip(messages, is_theirs, strict=True) if not is_its]
+    return [{"role": "system", "content": "\n\n".join(words)}, *others]
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from pipeserve.server.openai.errors import ApiError
 
 T = TypeVar("T")
 Event = dict[str, Any]
+_BEAT_S = 15.0
+"""At most twice of it a stream is silent: what is between it and its client hangs up on who says
+nothing, for the most part after 60 s."""
 SEND = "send"
 """In the `state` of a request's scope: what sends messages of its answer the short way."""
 
@@ -56,22 +59,32 @@ class EventStream(Response):
 
     `events` gives those that there are, which go out in one piece; it is closed as soon as the
     client hangs up. What goes wrong in the middle is an event with "error", behind which nothing
-    comes but the end.
+    comes but the end. Where there is none for long, a comment is sent, which clients pass over.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: list[Event], events: AsyncIterator[list[Event]]) -> None:
+    def __init__(
+        self, first: asyncio.Future[list[Event]], events: AsyncIterator[list[Event]]
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._first, self._events = first, events
+        self._has_spoken = first.done()
+        """Since somebody looked last."""
 
     @classmethod
     async def begun(cls, request: Request, events: AsyncIterator[list[Event]]) -> "EventStream":
-        """Once its first event is there: until then what goes wrong is an error of its own, with a
-        status. Raises Gone."""
+        """Once its first event is there, or has not come for long: until then what goes wrong is
+        an error of its own, with a status. Raises Gone."""
+        first = asyncio.ensure_future(anext(events))
         try:
-            return cls(await unless_gone(request, anext(events)), events)
+            await unless_gone(request, asyncio.wait((first,), timeout=_BEAT_S))
+            if first.done():
+                first.result()
+            return cls(first, events)
         except BaseException:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
             await events.aclose()
             raise
 
@@ -80,23 +93,33 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         # The rest goes past the framework's layers, which have nothing to do with it, and would
         # each take their time of each event.
-        sending = asyncio.ensure_future(self._send_all(scope["state"][SEND]))
+        shortly = scope["state"][SEND]
+        sending = asyncio.ensure_future(self._send_all(shortly))
         watching = asyncio.ensure_future(_hung_up(receive))
+        beating = asyncio.ensure_future(self._beat(shortly))
         try:
             await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:
-            for task in (sending, watching):
+            for task in (sending, watching, beating):
                 if not task.done():
                     task.cancel()
-            await asyncio.gather(sending, watching, return_exceptions=True)
+            await asyncio.gather(sending, watching, beating, return_exceptions=True)
+
+    async def _beat(self, send: Send) -> None:
+        while True:
+            if not self._has_spoken:
+                await send({"type": "http.response.body", "body": b": \n\n", "more_body": True})
+            self._has_spoken = False
+            await asyncio.sleep(_BEAT_S)
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._events) as events:
             try:
-                await _send_events(send, self._first)
+                await _send_events(send, await self._first)
                 async for those in events:
+                    self._has_spoken = True
                     await _send_events(send, those)
             except (ApiError, PipeserveError) as error:
                 told = error if isinstance(error, ApiError) else ApiError(500, str(error))

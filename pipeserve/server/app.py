@@ -1,11 +1,9 @@
 """The routes: OpenAI's API, and what operators ask."""
 
-import itertools
 import time
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
@@ -13,6 +11,7 @@ from starlette.types import ASGIApp
 
 import pipeserve
 from pipeserve.server.answers import EventStream, Gone, JsonAnswer, unless_gone
+from pipeserve.server.body_route import BodyRoute
 from pipeserve.server.chat import Chat
 from pipeserve.server.completions import Completions
 from pipeserve.server.gate import Gate, error_response, failure_response
@@ -38,19 +37,20 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.router.route_class = BodyRoute
     _add_error_handlers(app)
     _add_openai_routes(app, service, names)
     _add_text_routes(app, service, names)
     _add_operators_routes(app, service)
     gated: ASGIApp = Gate(app, api_keys=keys, max_body_bytes=options.max_body_bytes)
-    gated = Counted(gated, app.routes, service.pipeline.metrics.http)
+    gated = Counted(gated, app.routes, service.pipeline.metrics.http, options.log_requests)
     if options.allowed_origins:  # outside of the gate: a browser asks first without a key
         gated = CORSMiddleware(
             gated,
             allow_origins=list(options.allowed_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
     return gated
 
@@ -66,13 +66,13 @@ def _add_openai_routes(app: FastAPI, service: Service, names: tuple[str, ...]) -
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        model = _model_of(body.model, names)
-        return await answer(request, Completions(service, body, model), body.stream)
+        asked = Completions(service, body, _model_of(body.model, names), _id_of(request))
+        return await answer(request, asked, body.stream)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        model = _model_of(body.model, names)
-        return await answer(request, Chat(service, body, model), body.stream)
+        asked = Chat(service, body, _model_of(body.model, names), _id_of(request))
+        return await answer(request, asked, body.stream)
 
     def model_card(name: str) -> dict[str, Any]:
         return {
@@ -103,24 +103,23 @@ def _add_text_routes(app: FastAPI, service: Service, names: tuple[str, ...]) -> 
         else:
             adds = body.add_special_tokens is not False
             ids = service.encode(body.prompt, add_special_tokens=adds)
-        told = {
+        texts = map(tokenizer.token_text, ids) if body.return_token_strs else None
+        return {
             "count": len(ids),
             "max_model_len": service.client.limits.max_model_len,
             "tokens": ids,
+            "token_strs": None if texts is None else list(texts),
         }
-        if body.return_token_strs:
-            told["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
-        return told
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> Response:
+    async def tokenize(body: TokenizeBody, request: Request) -> Response:
         _model_of(body.model, names)
         if (body.prompt is None) == (body.messages is None):
             raise bad("give one of prompt and messages")
         return JsonAnswer(await service.off_loop(tokens_of, body))
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> Response:
+    async def detokenize(body: DetokenizeBody, request: Request) -> Response:
         _model_of(body.model, names)
         vocab_size = service.client.vocab_size
         for token_id in body.tokens:
@@ -182,6 +181,11 @@ def _why_unwell(service: Service) -> str:
     return ""
 
 
+def _id_of(request: Request) -> str:
+    """As its answer's X-Request-Id has it."""
+    return request.state.request_id
+
+
 def _model_of(given: str | None, names: tuple[str, ...]) -> str:
     """Raises ApiError for a model that is not served here."""
     if not given:
@@ -208,24 +212,12 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def gone(request: Request, error: Gone) -> Response:
         return Response(status_code=499)  # nobody reads it; nginx's number, for the log
 
-    @app.exception_handler(RequestValidationError)
-    async def wrong_body(request: Request, error: RequestValidationError) -> Response:
-        kind = request.headers.get("content-type", "")
-        if not _is_json(kind):
-            told = f"Content-Type is {kind!r}" if kind else "there is no Content-Type"
-            return error_response(
-                ApiError(415, f"{told}; send JSON, and 'Content-Type: application/json'")
-            )
-        return error_response(_in_words(error))
-
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         return failure_response()
 
     @app.exception_handler(HTTPException)
     async def wrong_request(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # FastAPI's, where a body cannot be decoded
-            return error_response(bad("the body is not JSON"))
         headers, told = dict(error.headers or {}), str(error.detail)
         path = request.url.path[:200]
         if error.status_code == 404:
@@ -233,27 +225,3 @@ def _add_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             told = f"{path} does not take {request.method}; use {headers.get('Allow', 'another')}"
         return error_response(ApiError(error.status_code, told, headers=headers))
-
-
-def _in_words(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body."""
-    wrong = error.errors()[0]
-    if wrong["type"] == "json_invalid":
-        return bad("the body is not JSON")
-    if wrong["loc"][1:2] == ("prompt",):  # of which there are four forms, and none fits
-        return bad("prompt must be text, token ids, or a list of either", "prompt")
-    place = list(itertools.takewhile(_is_of_body, map(str, wrong["loc"][1:])))
-    name = ".".join(place) or None
-    return bad(f"{name or 'the body'}: {wrong['msg']}", name)
-
-
-def _is_of_body(part: str) -> bool:
-    """And not of a union: which of its types did not fit."""
-    return part not in ("str", "int", "float", "bool") and "[" not in part
-
-
-def _is_json(content_type: str) -> bool:
-    """As FastAPI has it."""
-    kind, _, _ = content_type.partition(";")
-    main, _, sub = kind.strip().lower().partition("/")
-    return main == "application" and (sub == "json" or sub.endswith("+json"))

@@ -4,7 +4,6 @@ A whole answer is its pieces joined, so that the two cannot say different things
 """
 
 import time
-import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from pipeserve.frontend.completion import Delta, PromptLogprobs
 from pipeserve.server.openai.bodies import CompletionBody
 from pipeserve.server.openai.errors import bad
-from pipeserve.server.openai.logprobs import LegacyLogprobs, prompt_logprobs
+from pipeserve.server.openai.logprobs import LegacyLogprobs, TokenNames, prompt_logprobs
 from pipeserve.server.openai.sampling import completion_params, max_tokens_of
 from pipeserve.server.openai.usage import Usage, wants_usage
 from pipeserve.server.service import Asked, Service
@@ -23,8 +22,8 @@ _LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 class Completions:
     """One request."""
 
-    def __init__(self, service: Service, body: CompletionBody, model: str) -> None:
-        """Raises ApiError."""
+    def __init__(self, service: Service, body: CompletionBody, model: str, request_id: str) -> None:
+        """`request_id`: unless the body has one of its own. Raises ApiError."""
         self._service, self._body = service, body
         self._scores_only = bool(body.echo) and max_tokens_of(body) == 0
         """The prompt alone is wanted: one token is made all the same, and not told."""
@@ -41,10 +40,11 @@ class Completions:
         """Of each prompt, once they are known."""
         self._held: dict[int, list[Delta]] = {}
         """Of each prompt, deltas of samples that echo what is not known yet."""
+        self._names = TokenNames(service.tokenizer, bool(body.return_tokens_as_token_ids))
         self._legacy: dict[tuple[int, int], LegacyLogprobs] = {}
         """Of each sample that has begun."""
         self._head = {
-            "id": f"cmpl-{body.request_id or uuid.uuid4().hex}",
+            "id": f"cmpl-{body.request_id or request_id}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
@@ -100,7 +100,7 @@ class Completions:
         legacy = self._legacy.get(place)
         is_first = legacy is None
         if legacy is None:
-            legacy = self._legacy[place] = LegacyLogprobs(tokenizer, body.logprobs or 0)
+            legacy = self._legacy[place] = LegacyLogprobs(self._names, body.logprobs or 0)
         text, token_ids, entries = delta.text, delta.token_ids, delta.logprobs or ()
         if self._scores_only:
             text, token_ids, entries = "", (), ()
@@ -116,9 +116,10 @@ class Completions:
             "text": text,
             "logprobs": None if body.logprobs is None else legacy.of(token_ids, entries),
             "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
         if self._scores_only:
-            piece["finish_reason"] = "length"
+            piece |= {"finish_reason": "length", "stop_reason": None}
         if body.return_token_ids:
             piece["token_ids"] = list(own_ids)
             if is_first:
@@ -145,7 +146,7 @@ class Completions:
 
 def _join(whole: dict[str, Any], piece: dict[str, Any]) -> None:
     whole["text"] += piece["text"]
-    whole["finish_reason"] = piece["finish_reason"]
+    whole["finish_reason"], whole["stop_reason"] = piece["finish_reason"], piece["stop_reason"]
     if piece["logprobs"] is not None:
         for name in _LOGPROB_LISTS:
             whole["logprobs"][name] += piece["logprobs"][name]

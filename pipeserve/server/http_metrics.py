@@ -1,7 +1,8 @@
 """Metrics of HTTP requests, by the names, labels and buckets that vLLM's server has them by (those
-of prometheus-fastapi-instrumentator).
+of prometheus-fastapi-instrumentator); and a line of the log for each.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -13,6 +14,9 @@ _UNCOUNTED = ("/metrics", "/health", "/ready", "/version")
 """What machines ask for again and again."""
 _NO_ROUTE = "none"
 _BUCKETS_S = (0.1, 0.5, 1)
+
+
+log = logging.getLogger("pipeserve.server")
 
 
 class HttpMetrics:
@@ -35,8 +39,10 @@ class HttpMetrics:
 class Counted:
     """ASGI middleware: counts what goes through."""
 
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], metrics: HttpMetrics) -> None:
-        self._app, self._routes, self._metrics = app, routes, metrics
+    def __init__(
+        self, app: ASGIApp, routes: Sequence[BaseRoute], metrics: HttpMetrics, logs: bool
+    ) -> None:
+        self._app, self._routes, self._metrics, self._logs = app, routes, metrics, logs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (handler := self._handler(scope)) in _UNCOUNTED:
@@ -53,9 +59,13 @@ class Counted:
         try:
             await self._app(scope, receive, send_and_look)
         finally:
-            method, metrics = scope["method"], self._metrics
+            method, metrics, took_s = scope["method"], self._metrics, time.monotonic() - began_s
             metrics.requests.labels(method, f"{status // 100}xx", handler).inc()
-            metrics.seconds.labels(method, handler).observe(time.monotonic() - began_s)
+            metrics.seconds.labels(method, handler).observe(took_s)
+            if self._logs:
+                client = (scope.get("client") or ("?",))[0]
+                number = scope["state"]["request_id"]
+                log.info("%s %s %s %s: %d, %.3f s", number, client, method, handler, status, took_s)
 
     def _handler(self, scope: Scope) -> str:
         """The route's pattern: paths are the client's words, and without end."""

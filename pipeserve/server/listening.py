@@ -18,6 +18,13 @@ from pipeserve.server.options import ServerOptions
 
 _HEAD_S = 30.0
 """Within which the head of a request has to come: uvicorn would wait for ever."""
+_MOST_BYTES = 1 << 18
+"""Of a request beside its body, which `Gate` limits: its head, and what is between the chunks of a
+body and behind them. uvicorn would take it without end."""
+_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"Connection: close\r\nContent-Length: 0\r\n\r\n"
+)
 _UNREAD_S = 60.0
 """For which a client may leave unread what was sent to it. Meanwhile what comes for it is kept."""
 _KEEP_ALIVE_S = 75
@@ -33,6 +40,8 @@ class HttpProtocol(HttpToolsProtocol):
     """Runs while its client does not read."""
     _is_amid = False
     """Of a request, its body included."""
+    _num_beside = 0
+    """Bytes of it that are none of its body, but for those that came with its first ones."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -42,12 +51,21 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._is_amid:
             data = _without_upgrade(data)
             self._await_head()
+        self._num_beside += len(data)
         super().data_received(data)
+        if self._num_beside > _MOST_BYTES and not self.transport.is_closing():
+            self.transport.write(_TOO_LARGE)
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         self._is_amid = True
+        self._num_beside = 0
         self._await_head()
         super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_beside -= len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._is_amid = False

@@ -42,9 +42,11 @@ class ServerOptions:
     )
     max_samples: int = _option(128, "Most samples (n, times the prompts) of one request.")
     max_stop: int = _option(64, "Most stop strings of one request.")
-    max_logprobs: int = _option(20, "Most log-probabilities at each position.")
+    max_logprobs: int = _option(
+        20, "Most log-probabilities at each position; -1: as many as a request asks for."
+    )
     chat_template: str | None = _option(
-        None, "File with a chat template, in place of the model's own."
+        None, "Chat template, or a file with one, in place of the model's own."
     )
     trust_request_chat_template: bool = _option(
         False, "Take chat templates from requests, too; they run in a sandbox."
@@ -53,6 +55,9 @@ class ServerOptions:
         None, "How the model writes tool calls.", choices=("hermes",)
     )
     response_role: str = _option("assistant", "Role that answers of a chat have.")
+    log_requests: bool = _option(
+        False, "Log a line for each answer: which, to whom, how long it took; not what was asked."
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -64,7 +69,9 @@ class ServerOptions:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}, must be at least 1"
                 )
-        for name in ("request_timeout", "shutdown_timeout", "max_stop", "max_logprobs"):
+        if self.max_logprobs < -1:
+            raise ConfigError(f"--max-logprobs {self.max_logprobs}, must be -1 (any) or more")
+        for name in ("request_timeout", "shutdown_timeout", "max_stop"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}, must be 0 or more"

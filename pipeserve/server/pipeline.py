@@ -147,6 +147,7 @@ class Pipeline:
         self._sources = Sources(secrets.token_bytes(32))
         self._connection: Connection | None = None
         self._process: subprocess.Popen | None = None
+        self._tasks: list[asyncio.Task] = []
         self._changed = asyncio.Event()
         """Of `opened` or `ended`."""
 
@@ -287,6 +288,9 @@ class Pipeline:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().remove_reader(self._sources.fileno())
         self._sources.close()

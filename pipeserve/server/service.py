@@ -124,7 +124,7 @@ class Service:
                 "server with --trust-request-chat-template",
                 "chat_template",
             )
-        kwargs = body.chat_template_kwargs or {}
+        kwargs = {**_of_effort(body), **(body.chat_template_kwargs or {})}
         for name in kwargs:
             if name in _NOT_OF_TEMPLATES:
                 raise bad(
@@ -254,12 +254,18 @@ def _check_limits(params: SamplingParams, options: ServerOptions) -> None:
         if sum(map(len, getattr(params, name))) > _MOST_LETTERS:
             raise bad(f"{name} has over {_MOST_LETTERS} letters in all; shorten it", name)
     for name in ("logprobs", "prompt_logprobs"):
-        if (getattr(params, name) or 0) > options.max_logprobs:
-            raise bad(
-                f"{name} is {getattr(params, name)}, at most {options.max_logprobs} (the server's "
-                "--max-logprobs)",
-                name,
-            )
+        asked, most = getattr(params, name), options.max_logprobs
+        if asked is not None and most != -1 and (asked == -1 or asked > most):
+            what = "all of the vocabulary" if asked == -1 else asked
+            raise bad(f"{name} is {what}, at most {most} (the server's --max-logprobs)", name)
+
+
+def _of_effort(body: ChatBody | TokenizeBody) -> dict[str, Any]:
+    """`reasoning_effort`, by the names under which templates ask for it."""
+    effort = getattr(body, "reasoning_effort", None)
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
 
 
 def _add_generation_prompt(body: ChatBody | TokenizeBody) -> bool:
@@ -275,9 +281,9 @@ def _add_generation_prompt(body: ChatBody | TokenizeBody) -> bool:
 
 
 def _read_template(path: str | None) -> str | None:
-    """Raises ConfigError."""
-    if path is None:
-        return None
+    """Of a file; one that is given itself is taken as it is. Raises ConfigError."""
+    if path is None or "{{" in path or "{%" in path:
+        return path
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

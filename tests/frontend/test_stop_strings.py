@@ -45,7 +45,7 @@ def test_which_stop_string_ends_the_text(stop, text, expected, size):
         shown += stops.push(text[start : start + size])
         if stops.found:
             break
-    assert (shown, stops.found) == (expected, True)
+    assert (shown, bool(stops.found)) == (expected, True)
 
 
 class _Pieces:

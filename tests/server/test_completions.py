@@ -246,5 +246,5 @@ def test_add_special_tokens(marking, given):
     assert ask(marking, "/tokenize", prompt="a", **adds)[1]["tokens"] == ids
     path, messages = "/v1/chat/completions", [{"role": "user", "content": "a"}]
     told = events(marking, path, messages=messages, **body)
-    first = told[0]["choices"][0]["prompt_token_ids"][0]
+    first = told[0]["prompt_token_ids"][0]
     assert (first == EOS) == (given is True)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from fake_client import byte_tokenizer
 from fake_server import served
-from http_answers import until
+from http_answers import ask, until
 
 from pipeserve.errors import ConfigError
 from pipeserve.server.listening import bound_sockets, check_certificate, url_of
@@ -107,6 +107,33 @@ def test_requests_that_do_not_wait_for_answers(server):
         it.sendall(request({**SHORT, "stream": True}) * 2 + request(SHORT, CLOSE))
         answers = rest_of(it)
         assert answers.count(b"200 OK") == 3 and answers.count(b"data: [DONE]") == 2
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /",
+        b"GET / HTTP/1.1\r\nX-Long: ",
+        b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+        b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: ",
+    ],
+)
+def test_what_is_no_body_has_an_end_too(server, begin):
+    """CVE-2025-48956 (vllm), nodejs/llhttp#213: memory went with as long a head as was sent."""
+    with connected(server) as it:
+        it.sendall(begin)
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                it.sendall(b"a" * (1 << 16))
+    assert ask(server, COMPLETIONS, **SHORT)[0] == 200
+
+
+def test_a_long_body_in_small_chunks(server):
+    content = json.dumps({**SHORT, "user": "a" * 200_000}).encode()
+    chunks = (content[place : place + 20] for place in range(0, len(content), 20))
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}{COMPLETIONS}", content=chunks, headers=headers)
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics", "/v1/models/"])

@@ -131,6 +131,47 @@ def test_health_is_of_the_pipeline(folder, monkeypatch):
         until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
 
 
+def test_a_stream_that_waits_is_not_silent(folder, monkeypatch):
+    """litellm#34819, ds4#222, FastFlowLM#735, MTPLX#358: what is in between hangs up."""
+    monkeypatch.setattr("pipeserve.server.answers._BEAT_S", 0.05)
+    with served(folder, max_model_len=100) as server:
+        server.pipeline.is_silent = True
+        body = {"prompt": "a", "max_tokens": 3, "stream": True}
+        with httpx.stream("POST", f"{server.url}{COMPLETIONS}", json=body) as answer:
+            lines = answer.iter_lines()
+            assert answer.status_code == 200 and next(lines) == next(lines) + ": "
+            server.pipeline.is_silent = False
+            told = [line for line in lines if line.startswith("data: ")]
+        assert len(told) == 4 and told[-1] == "data: [DONE]"
+        server.pipeline.is_silent = True
+        with httpx.stream("POST", f"{server.url}{COMPLETIONS}", json=body) as answer:
+            next(answer.iter_lines())
+        until(lambda: server.fake.num_unfinished == server.service.num_open == 0)
+
+
+def test_what_goes_wrong_after_a_wait_is_an_event(folder, monkeypatch):
+    monkeypatch.setattr("pipeserve.server.answers._BEAT_S", 0.05)
+    options = ServerOptions(request_timeout=0.3)
+    with served(folder, options) as server:
+        server.pipeline.is_silent = True
+        (told,) = events(server, COMPLETIONS, prompt="a")
+        assert told["error"]["type"] == "timeout_error"
+
+
+def test_answers_are_logged_where_it_is_wanted(folder, caplog):
+    """And not what was asked."""
+    caplog.set_level("INFO", "pipeserve.server")
+    for wanted in (False, True):
+        with served(folder, ServerOptions(log_requests=wanted)) as server:
+            header = {"X-Request-Id": "mine"}
+            ask(server, COMPLETIONS, header, prompt="secret", max_tokens=2)
+            ask(server, COMPLETIONS, header, prompt="secret", temperature=-1)
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == (2 if wanted else 0)
+    assert lines[0].startswith(f"mine 127.0.0.1 POST {COMPLETIONS}: 200, ")
+    assert f"{COMPLETIONS}: 400, " in lines[1] and "secret" not in "".join(lines)
+
+
 def test_who_drains_takes_nothing_new_and_finishes_the_rest(folder):
     with served(folder, step_s=0.02, max_model_len=1_000) as server:
         answers = []

@@ -108,7 +108,7 @@ def test_a_browser_may_ask_first(server):
         (b'{"prompt": {"a": 1}}', 400),
         (b'{"prompt": "a", "logit_bias": {"a": 1}}', 400),
         (b'{"prompt": "a", "logit_bias": {"\\ud800": 1}}', 400),
-        (b'{"prompt": "a", "model": "\\ud800"}', 404),
+        (b'{"prompt": "a", "model": "\\ud800"}', 400),
         (b'{"prompt": "a", "request_id": "\\ud800"}', 400),
         (b'{"prompt": "a", "request_id": "' + b"a" * 1000 + b'"}', 400),  # in each event
         (b'{"prompt": "a", "stop": "' + b"a" * 9_000 + b'", "n": 200}', 400),

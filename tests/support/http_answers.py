@@ -20,7 +20,8 @@ def events(server, path, **body):
     with httpx.stream("POST", f"{server.url}{path}", json=body, timeout=60) as answer:
         assert answer.status_code == 200, answer.read()
         assert answer.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        said = (line for line in answer.iter_lines() if line and not line.startswith(":"))
+        lines = [line.removeprefix("data: ") for line in said]
     assert lines.pop() == "[DONE]"
     return [json.loads(line) for line in lines]
 

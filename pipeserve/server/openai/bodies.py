@@ -72,6 +72,7 @@ class Sampling(Body):
     best_of: int | None = None
     response_format: dict[str, Any] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
 
 class CompletionBody(Sampling):
@@ -93,11 +94,13 @@ class ChatBody(Sampling):
     tools: Listed[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    echo: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: Listed[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
 
 
 class TokenizeBody(Body):

@@ -1,5 +1,6 @@
 """From a request's body to `SamplingParams`, by vLLM's rules where it has one."""
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -12,9 +13,17 @@ from pipeserve.server.openai.errors import bad
 _SAME_NAME = {item.name for item in fields(SamplingParams)} - {"logprobs", "max_tokens", *REFUSED}
 _LATER = (
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
-    *("use_beam_search", "prompt_embeds", "audio"),
+    *("prompt_embeds", "audio", "modalities", "web_search_options"),
 )
 """Fields of vLLM and OpenAI that would change the answer, and are not ignored."""
+_NEUTRAL = {
+    "length_penalty": 1,
+    "modalities": ["text"],
+    "routed_experts_prompt_start": 0,
+    "stream_interval": 1,
+    "thinking_token_budget": -1,
+}
+"""What fields that are not here may say all the same: it is what happens without them."""
 _DEFAULT_MAX_TOKENS = 16  # of a completion: OpenAI's and vLLM's
 
 
@@ -30,9 +39,9 @@ def completion_params(body: CompletionBody, defaults: SamplingParams) -> Samplin
 
 def chat_params(body: ChatBody, defaults: SamplingParams) -> SamplingParams:
     """Raises ApiError."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise bad("top_logprobs asks for logprobs: true", "top_logprobs")
-    if body.top_logprobs is not None and body.top_logprobs < 0:
+    if body.top_logprobs is not None and body.top_logprobs < -1:
         raise bad(f"top_logprobs is {body.top_logprobs}, must be 0 or more", "top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return _params(body, defaults, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
@@ -55,9 +64,7 @@ def _params(body: Sampling, defaults: SamplingParams, **values: Any) -> Sampling
         given["max_tokens"] = (
             None if defaults.max_tokens == _DEFAULT_MAX_TOKENS else defaults.max_tokens
         )
-    for name in REFUSED:
-        if (body.model_extra or {}).get(name) is not None:
-            given[name] = body.model_extra[name]
+    given |= {name: value for name, value in _said_beside(body) if name in REFUSED}
     try:
         return check_params(replace(defaults, **given))
     except ConfigError as error:
@@ -67,15 +74,25 @@ def _params(body: Sampling, defaults: SamplingParams, **values: Any) -> Sampling
 def _check_offered(body: Sampling) -> None:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise bad("best_of is not supported; leave it out and use n", "best_of")
-    for name in _LATER:
-        if (body.model_extra or {}).get(name) is not None:
+    for name, _ in _said_beside(body):
+        if name in _LATER:
             raise bad(f"{name} is not supported yet; leave it out", name)
+        if name == "functions":
+            raise bad("functions is the old name of tools; give them as tools", name)
     kind = (body.response_format or {}).get("type", "text")
     if kind != "text":
         raise bad(
             f"response_format of type {kind!r} is not supported yet; leave it out",
             "response_format",
         )
+
+
+def _said_beside(body: Sampling) -> Iterator[tuple[str, Any]]:
+    """Fields that nobody reads, but for what would be so without them."""
+    for name, value in (body.model_extra or {}).items():
+        is_empty = value is None or value is False or value in ("", [])
+        if not is_empty and value != _NEUTRAL.get(name):
+            yield name, value
 
 
 def _param_of(message: str) -> str | None:

@@ -5,14 +5,18 @@
 """
 
 import json
+import re
 import uuid
 from typing import Any
 
 from pipeserve.frontend.params import is_text
+from pipeserve.frontend.tokenizer import Tokenizer
 from pipeserve.server.openai.bodies import ChatBody
 from pipeserve.server.openai.errors import bad
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
+_QUOTE = re.compile(r'\\.|"', re.DOTALL)
+"""Of JSON: what begins or ends a text, and what is passed over in one."""
 
 
 def check_tools(body: ChatBody, parser: str | None) -> None:
@@ -45,6 +49,12 @@ def uses_tools(body: ChatBody) -> bool:
     return bool(body.tools) and body.tool_choice != "none"
 
 
+def are_hidden(tokenizer: Tokenizer) -> bool:
+    """Whether text without special tokens has no calls: what marks them is such, as in Hermes 3."""
+    added = tokenizer.added_tokens
+    return any(added[token_id] in (_BEGIN, _END) for token_id in tokenizer.special_ids)
+
+
 class ToolCalls:
     """One sample's text, cut into `delta`s of content and of tool calls as it grows."""
 
@@ -52,6 +62,12 @@ class ToolCalls:
         self._looks = uses_tools(body) and parser is not None
         self._most = 1 if body.parallel_tool_calls is False else None
         self._held = ""
+        self._num_read = 0
+        """Letters of what is held that no call ends in."""
+        self._is_in_text = False
+        """Whether they break off within a text of the call's JSON."""
+        self._space = ""
+        """Behind a call: said, unless it is all that there is up to the next one, or to the end."""
         self.num_calls = 0
 
     def push(self, text: str) -> list[dict[str, Any]]:
@@ -64,48 +80,59 @@ class ToolCalls:
             start = self._held.find(_BEGIN)
             if start < 0:
                 kept = _length_of_beginning(self._held)
-                self._say(parts, self._held[: len(self._held) - kept])
-                self._held = self._held[len(self._held) - kept :]
+                self._say(parts, self._take(len(self._held) - kept))
                 break
-            self._say(parts, self._held[:start])
-            self._held = self._held[start:]
-            stop = self._held.find(_END)
+            self._say(parts, self._take(start))
+            stop = self._end_of_call()
             if stop < 0:
                 break
-            self._call(parts, self._held[len(_BEGIN) : stop], self._held[: stop + len(_END)])
-            self._held = self._held[stop + len(_END) :]
+            self._call(parts, stop)
         return parts
 
     def flush(self) -> list[dict[str, Any]]:
         """The rest, at the end of the text; a model may stop before it closes its last call."""
         parts: list[dict[str, Any]] = []
-        held, self._held = self._held, ""
-        if held.startswith(_BEGIN):
-            self._call(parts, held[len(_BEGIN) :], held)
-        else:
-            self._say(parts, held)
+        while self._held.startswith(_BEGIN):
+            self._call(parts, len(self._held))
+            parts += self.push("")
+        self._say(parts, self._take(len(self._held)))
         return parts
 
+    def _take(self, num_letters: int) -> str:
+        taken, self._held = self._held[:num_letters], self._held[num_letters:]
+        self._num_read, self._is_in_text = 0, False
+        return taken
+
+    def _end_of_call(self) -> int:
+        """Where what is held, which begins with a call, has the mark of its end; -1: not yet. One
+        that is within a text of the call is none, as where a model writes code about tool calls."""
+        held = self._held
+        while (stop := held.find(_END, self._num_read)) >= 0:
+            for quote in _QUOTE.finditer(held, self._num_read, stop):
+                self._is_in_text ^= quote[0] == '"'
+            if not self._is_in_text:
+                return stop
+            self._num_read = stop + len(_END)
+        return -1
+
     def _say(self, parts: list[dict[str, Any]], text: str) -> None:
-        if text and not (self.num_calls and text.isspace()):  # between two calls
+        text = self._space + text
+        self._space = text if self.num_calls and text.isspace() else ""
+        if text and not self._space:
             parts.append({"content": text})
 
-    def _call(self, parts: list[dict[str, Any]], written: str, text: str) -> None:
-        """A call; as text, where it is none."""
-        try:
-            call = json.loads(written, parse_constant=_refuse)
-            name, arguments = call["name"], call.get("arguments", {})
-            if not isinstance(name, str) or not is_text(name):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            self._say(parts, text)
+    def _call(self, parts: list[dict[str, Any]], stop: int) -> None:
+        """What is held up to `stop` is a call; or text, where it is none: up to the first mark of
+        an end, for that was one if the call was broken off."""
+        call = _call_of(self._held[len(_BEGIN) : stop])
+        if call is None:
+            first = self._held.find(_END)
+            self._say(parts, self._take(stop if first < 0 else first + len(_END)))
             return
+        self._take(stop + len(_END))
+        self._space = ""
         if self._most is not None and self.num_calls >= self._most:
             return
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        # Half a surrogate pair, which JSON can write and no answer can say, is replaced.
-        arguments = arguments.encode("utf-8", "replace").decode()
         parts.append(
             {
                 "tool_calls": [
@@ -113,12 +140,27 @@ class ToolCalls:
                         "index": self.num_calls,
                         "id": f"call_{uuid.uuid4().hex}",
                         "type": "function",
-                        "function": {"name": name, "arguments": arguments},
+                        "function": call,
                     }
                 ]
             }
         )
         self.num_calls += 1
+
+
+def _call_of(written: str) -> dict[str, str] | None:
+    """Name and arguments; None where it is no call."""
+    try:
+        call = json.loads(written, parse_constant=_refuse)
+        name, arguments = call["name"], call.get("arguments", {})
+        if not isinstance(name, str) or not is_text(name):
+            return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    # Half a surrogate pair, which JSON can write and no answer can say, is replaced.
+    return {"name": name, "arguments": arguments.encode("utf-8", "replace").decode()}
 
 
 def _refuse(constant: str) -> None:

@@ -2,10 +2,12 @@
 `sarathi_serve` under each order, at one rate. Draws docs/schedules/fairness.svg.
 
     python bench/schedule_fairness.py --traces DIR --cache FILE.jsonl [--plot FILE.svg] [--quick]
+                                      [--workloads sharegpt]
 
-`--cache`: that of `schedules.py`. The rate is 0.9 of what the best swept `sarathi_serve` has by
-capacity under fcfs. A line is the P90 of tenths of the requests, shortest prompts first; the dashed
-one is what goodput allows (`schedule_goodput.py`). Both axes are logarithmic.
+`--cache`: that of `schedules.py`; a panel for each of its cells. The rate is 0.9 of what the best
+swept `sarathi_serve` has by capacity under fcfs. A line is the P90 of tenths of the requests,
+shortest prompts first; the dotted one is what goodput allows (`schedule_goodput.py`). Both axes are
+logarithmic.
 """
 
 import argparse
@@ -14,12 +16,11 @@ from itertools import product
 from math import ceil, floor, log10
 from pathlib import Path
 
-from schedule_cases import LAYOUTS, SLOS, Case, case_of
+from schedule_cases import SLOS, Case, case_of
 from schedule_goodput import ttft_by_length, ttft_limit_s
 from schedule_search import Cache, at_rate, is_of
 
 PLOT = Path(__file__).parent.parent / "docs" / "schedules" / "fairness.svg"
-CELLS = tuple(product(LAYOUTS, ("sharegpt",)))
 ORDERS = ("fcfs", "sjf")
 COLOURS = {"uniform": "#1b7837", "sarathi_serve": "#b2182b"}
 WIDTH, HEIGHT, LEFT, TOP, GAP = 360, 260, 60, 40, 80
@@ -116,10 +117,13 @@ def main() -> None:
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="shorter trials")
+    parser.add_argument("--workloads", nargs="*", default=["sharegpt"])
     parser.add_argument("--plot", type=Path, default=PLOT)
     given = parser.parse_args()
     cache, panels = Cache(given.cache), []
-    for layout, workload in CELLS:
+    cases = map(case_of, cache.found.values())
+    cells = dict.fromkeys((each.layout, each.workload) for each in cases)
+    for layout, workload in [cell for cell in cells if cell[1] in given.workloads]:
         rate, lines = of_cell(cache, layout, workload, given.traces, given.quick)
         panels.append((f"{layout}, {workload}, {rate:.2f} requests/s: P90 of TTFT", lines))
     given.plot.write_text(svg(panels))

@@ -45,10 +45,10 @@ class Done(NamedTuple):
     cpu_s: float
     between_cpu_s: float
     num_bytes: int = 0
-    all_reduce_s: float = 0.0
-    rank_wait_s: float = 0.0
     sampled: control.Sampled | None = None
     """On the last stage."""
+    all_reduce_s: float = 0.0
+    rank_wait_s: float = 0.0
 
 
 class Compute(Protocol):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
+    from pipeserve.stages.tensor_parallel.sums import Sums
 
 _OTHERS_FIRST_S = 3.0
 """If one of them has died, that is told meanwhile, and this one is ended."""
@@ -36,6 +37,7 @@ class Peers:
         self._group: ProcessGroup | None = None
         self._sharing: list[nn.Module] = []
         """What exchanges something by that group."""
+        self._sums: Sums | None = None
 
     def meets_at(self) -> str:
         """Where the first of them waits for the others next; empty of the others."""
@@ -67,6 +69,8 @@ class Peers:
                 f"the ranks that share its stage, at {address}: {reason}"
             ) from None
         layers.regroup(self._sharing, self._group)
+        if self._sums is not None:
+            self._sums.meet(self._group)
 
     def _choose_interface(self) -> None:
         """That by which this stage is reached, where the user chose none. gloo would take what the
@@ -80,8 +84,17 @@ class Peers:
         """From now on its layers exchange what they compute with those of the others."""
         if self._group is not None:
             from pipeserve.stages.tensor_parallel import layers
+            from pipeserve.stages.tensor_parallel.sums import Sums
 
-            self._sharing = layers.wrap(stage, self.shard, self._group)
+            sums = Sums(self._group)
+            self._sharing = layers.wrap(stage, self.shard, self._group, sums)
+            if stage.backend.device.type == "cpu":
+                self._sums = sums
+
+    def sums_of(self, num_tokens: int) -> tuple[float, float]:
+        """Seconds of the sums of a microbatch of so many, through whose layers this rank came last;
+        and those that it waited for others there. 0 where that is not known."""
+        return (0.0, 0.0) if self._sums is None else self._sums.of_microbatch(num_tokens)
 
     def part_of(self, hidden_TD: "Tensor") -> "Tensor":
         """What this one sends of it, where each sends a part."""

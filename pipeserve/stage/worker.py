@@ -156,6 +156,7 @@ class ModelCompute:
         inputs = self._build_inputs(turn)
         given = inputs.token_ids_T if self._job.is_first else self._unpack(turn, inputs)
         hidden = self.model(given, inputs, self.kv)
+        in_sums = self._peers.sums_of(inputs.num_tokens)
         if self._job.is_last:
             sampled, stamps = self._answer(turn, hidden[inputs.logit_rows_R], feed_back)
             num_bytes = 0
@@ -168,7 +169,7 @@ class ModelCompute:
             num_bytes = self.links.send(turn.step.index, hidden)
         self._last_cpu_s = stamps.end_cpu_s
         cpu_s = stamps.end_cpu_s - start_cpu_s
-        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled=sampled)
+        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled, *in_sums)
 
     def _build_inputs(self, turn: Turn) -> StageInputs:
         return build_inputs(

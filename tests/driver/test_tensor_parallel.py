@@ -8,10 +8,12 @@ this file; the loss of a rank is in test_shared_stage_lost.py.
 import os
 import signal
 import socket
+import statistics
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeserve import LLM, SamplingParams
 from pipeserve.configs import make_config
@@ -20,6 +22,7 @@ from pipeserve.core.topology import Topology, ranks_of
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError
+from pipeserve.profiling.recording.recording import Ring
 from pipeserve.stages.tensor_parallel.shard import Shard
 
 from checkpoints import (  # isort: skip
@@ -29,6 +32,7 @@ from forked_fleet import ForkedFleet  # isort: skip
 from local_fleet import local_llm  # isort: skip
 
 MAX_TOKENS = 8
+LATE_S = 0.05
 SMALL_GAP = 1e-4
 """Between two logits: sums that come in another order may swap them."""
 FAMILIES = list({kind.family: name for name, kind in reversed(TINY.items())}.values())
@@ -297,3 +301,31 @@ def test_heads_have_to_come_out_even(model, tp):
     config = make_config({}, {"model": folder, "tensor_parallel_size": tp})
     with pytest.raises(ConfigError, match=r"12 attention heads.*give one of 1, 2, 3, 4, 6, 12$"):
         checkpoint_setup(config)
+
+
+def test_what_the_sums_take_and_what_waits_for_a_rank_are_told(model, monkeypatch):
+    """The second rank of each stage is late with its part of each sum; the first tells of it."""
+    from pipeserve.stages.tensor_parallel.sums import Sums
+
+    folder, prompts, _, _ = model("llama")
+    began = Sums.begin
+
+    def begin(self):
+        time.sleep(LATE_S * dist.get_rank())
+        began(self)
+
+    monkeypatch.setattr(Sums, "begin", begin)
+    ring = Ring()
+    config = {"model": folder, "dtype": "float32", "tensor_parallel_size": 2, **LIMITS}
+    config |= {"pipeline_parallel_size": 2, "heartbeat_interval": 60.0, "restart": False}
+    setup = checkpoint_setup(make_config({}, config))
+    with LLM.on(Driver(setup, record=ring.record, fleet=ForkedFleet)) as llm:
+        llm.generate(prompts[:1], params()[:1])
+    spans = [span for span in ring if isinstance(span, Span)]
+    late_s = 2 * TINY_LAYERS // 2 * LATE_S
+    assert {span.stage for span in spans} == {0, 1}
+    assert statistics.median([span.rank_wait_s for span in spans]) > late_s / 2
+    assert statistics.median([span.all_reduce_s for span in spans]) < late_s / 2
+    for span in spans:
+        assert span.all_reduce_s > 0
+        assert span.all_reduce_s + span.rank_wait_s < span.head_s - span.start_s

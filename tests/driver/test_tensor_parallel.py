@@ -316,11 +316,7 @@ def test_what_the_sums_take_and_what_waits_for_a_rank_are_told(model, monkeypatc
 
     monkeypatch.setattr(Sums, "begin", begin)
     ring = Ring()
-    config = {"model": folder, "dtype": "float32", "tensor_parallel_size": 2, **LIMITS}
-    config |= {"pipeline_parallel_size": 2, "heartbeat_interval": 60.0, "restart": False}
-    setup = checkpoint_setup(make_config({}, config))
-    with LLM.on(Driver(setup, record=ring.record, fleet=ForkedFleet)) as llm:
-        llm.generate(prompts[:1], params()[:1])
+    run(folder, 2, 2, prompts[:1], params()[:1], record=ring.record)
     spans = [span for span in ring if isinstance(span, Span)]
     late_s = 2 * TINY_LAYERS // 2 * LATE_S
     assert {span.stage for span in spans} == {0, 1}

@@ -68,10 +68,11 @@ def _commands(bin: Path, url: str, model: str, folder: Path) -> dict[str, list[l
         "litellm": [[bin / "python", "-c", _LITELLM, url, model]],
         "guidellm": [
             [
-                *(bin / "guidellm", "benchmark", "run", "--target", url),
-                *("--profile", "concurrent", "--rate", "2", "--max-requests", "8"),
-                *("--data", "prompt_tokens=64,output_tokens=8", "--processor", tokenizer),
-                *("--output-dir", folder, "--disable-console-interactive"),
+                *(bin / "guidellm", "run", "--backend", f"kind=openai_http,target={url}"),
+                *("--profile", "kind=concurrent,streams=2", "--constraint"),
+                *("kind=max_requests,count=8", "--tokenizer", f"kind=hf_auto,model={tokenizer}"),
+                *("--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=8"),
+                *("--output", f"kind=json,path={folder / 'guidellm.json'}", "--disable-progress"),
             ]
         ],
         "aiperf": [

@@ -72,7 +72,8 @@ def layer_sums(times: LayerTimes, gemm: Gemm, size: int) -> tuple[np.ndarray, ..
     tokens, first = np.unique(times.num_tokens[chosen], return_index=True)
     measured = sum(times.products[name][chosen][first] for name in times.products)
     predicted = sum(
-        gemm.seconds(tokens, columns, inner) for _, columns, inner in products(times.shape, size)
+        gemm.seconds(tokens, columns, inner)
+        for _, columns, inner in products(times.shape.shard(size))
     )
     return tokens, measured, predicted
 

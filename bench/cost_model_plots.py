@@ -25,7 +25,7 @@ def plot_tiles(times: LayerTimes, gemm: Gemm) -> None:
         measured = sum(seconds[shown] for seconds in times.products.values())
         axis.plot(times.num_tokens[shown], measured * 1e3, ".", color=BLUE, label="measured")
         every = np.arange(1, 1025)
-        predicted = sum(gemm.seconds(every, n, k) for _, n, k in products(times.shape, size))
+        predicted = sum(gemm.seconds(every, n, k) for _, n, k in products(times.shape.shard(size)))
         axis.plot(every, predicted * 1e3, color=ORANGE, linewidth=1.3, label="predicted")
         axis.set_xticks(range(0, 1025, 128))
         axis.set(
@@ -40,7 +40,7 @@ def plot_tiles(times: LayerTimes, gemm: Gemm) -> None:
 def plot_attention(times: AttentionTimes) -> None:
     """Measured, and predicted from the smaller sizes alone."""
     fitted = fit_attention(times, *smaller_sizes(times))
-    where = (times.shape, times.tensor_parallel_size)
+    shard = times.shape.shard(times.tensor_parallel_size)
     figure, (left, right) = subplots(1, 2, (11, 4))
     for start, shade in ((0, "#7fb3d9"), (1024, BLUE), (2048, "#08306b")):
         chosen = times.start == start
@@ -48,7 +48,7 @@ def plot_attention(times: AttentionTimes) -> None:
         tokens = times.num_tokens[chosen][order]
         measured = times.prefill_s[chosen][order]
         left.plot(tokens, measured * 1e3, ".", color=shade, label=f"measured, after {start:,}")
-        predicted = fitted.prefill_s(*where, start, tokens) * 1e3
+        predicted = fitted.prefill_s(shard, start, tokens) * 1e3
         left.plot(tokens, predicted, color=ORANGE, linewidth=1)
     left.set(xlabel="tokens of the chunk", ylabel="ms", title="Prefill chunk after a prefix")
     left.axvline(1024, color=GREY, linestyle=":")
@@ -58,7 +58,7 @@ def plot_attention(times: AttentionTimes) -> None:
         context = times.context[chosen][order]
         measured = times.decode_s[chosen][order]
         right.plot(context / batch, measured * 1e3, ".", color=shade, label=f"measured, {batch}")
-        right.plot(context / batch, fitted.decode_s(*where, batch, context) * 1e3, color=ORANGE)
+        right.plot(context / batch, fitted.decode_s(shard, batch, context) * 1e3, color=ORANGE)
     right.set(xlabel="context of each", ylabel="ms", title="Batch of decodes")
     right.axvline(2048, color=GREY, linestyle=":")
     for axis in (left, right):

@@ -40,15 +40,16 @@ from pipeserve.profiling.recording.request_times import records_of
 from pipeserve.profiling.recording.summary import summarize
 from pipeserve.profiling.simulation.simulator import Arrival, Simulation
 
-OWN = ("planning", "control", "token_feedback", "link", "jitter")
+OWN = ("planning", "control", "token_feedback", "link", "rank_wait", "jitter")
 """Causes of which the simulator has none, or less: the runtime's."""
 _LLAMA = {"recipe": "llama2-70b-2x4xa100", "pipeline_parallel_size": 8, "tensor_parallel_size": 1}
 _FALCON = {"recipe": "falcon-180b-8xa100"}
+_TP4 = {"recipe": "falcon-180b-2x4xa100", "pipeline_window": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One run of eight stages."""
+    """One run of eight ranks: as many stages, or two stages of four."""
 
     name: str
     """About how long a microbatch takes on a stage."""
@@ -61,7 +62,7 @@ class Case:
     num_prompts: int
 
     def config(self, policy: str) -> RunConfig:
-        flags = {**self.flags, "policy": policy, "device": "emulated", "pipeline_window": 8}
+        flags = {"pipeline_window": 8, **self.flags, "policy": policy, "device": "emulated"}
         return make_config(load_recipe(flags.pop("recipe")), flags)
 
     def requests(self, seed: int) -> Workload:
@@ -85,6 +86,10 @@ CASES = (
          rate=None, num_prompts=64),
     Case(name="110 ms, Poisson", flags=_FALCON | {"max_num_batched_tokens": 512}, prompt=2000,
          output=4, rate=1.6, num_prompts=64),
+    Case(name="TP4 x PP2, 50 ms", flags=_TP4 | {"max_num_batched_tokens": 48}, prompt=60,
+         output=40, rate=None, num_prompts=128),
+    Case(name="TP4 x PP2, 150 ms", flags=_TP4 | {"max_num_batched_tokens": 512}, prompt=2000,
+         output=4, rate=None, num_prompts=64),
 )  # fmt: skip
 
 
@@ -103,6 +108,10 @@ class Side:
     """Share of wall time, mean over the stages; likewise below."""
     idle_us: dict[str, float]
     """By cause, microseconds for each microbatch."""
+    all_reduce_us: float
+    """Of a microbatch on a stage, as part of its time; likewise what its ranks waited for each
+    other."""
+    rank_wait_us: float
 
     @classmethod
     def of(cls, recording: Recording) -> "Side":
@@ -122,6 +131,8 @@ class Side:
                 cause: 1e6 * fmean([of_stage[cause] for of_stage in idle_s]) / num
                 for cause in idle_s[0]
             },
+            all_reduce_us=1e6 * fmean([span.all_reduce_s for span in spans]),
+            rank_wait_us=1e6 * fmean([span.rank_wait_s for span in spans]),
         )
 
 
@@ -208,6 +219,10 @@ def figures_table(results: Sequence[dict[str, Any]]) -> str:
         rows.append([name, "idle", f"{real['idle']:.2%}", f"{ideal['idle']:.2%}", points])
         counts = [str(side["microbatches"]) for side in (real, ideal)]
         rows.append([name, "microbatches", *counts, f"{result['microbatches_alike']} alike"])
+        if ideal["all_reduce_us"]:
+            for what in ("all_reduce", "rank_wait"):
+                values = [f"{side[f'{what}_us']:.0f}" for side in (real, ideal)]
+                rows.append([name, f"{what}, us a microbatch", *values, ""])
     return plain_table(["run", "figure", "emulated", "simulated", "difference"], rows)
 
 

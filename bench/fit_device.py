@@ -21,6 +21,7 @@ from published.fit import (
     log_errors,
     make_all_reduce,
     product_columns,
+    ring_link,
     smaller_sizes,
 )
 from published.measurements import (
@@ -64,9 +65,9 @@ def held_out_attention(times: AttentionTimes) -> tuple[np.ndarray, np.ndarray]:
     """log errors of prefill and decode on the larger sizes, predicted from the smaller ones."""
     seen, small = smaller_sizes(times)
     fitted = fit_attention(times, seen, small)
-    where = (times.shape, times.tensor_parallel_size)
-    prefill = fitted.prefill_s(*where, times.start, times.num_tokens)
-    decode = fitted.decode_s(*where, times.num_decodes, times.context)
+    shard = times.shape.shard(times.tensor_parallel_size)
+    prefill = fitted.prefill_s(shard, times.start, times.num_tokens)
+    decode = fitted.decode_s(shard, times.num_decodes, times.context)
     prefill_errors = log_errors(times.prefill_s, prefill)[~seen]
     return prefill_errors, log_errors(times.decode_s, decode)[~small]
 
@@ -139,6 +140,8 @@ def main() -> None:
             f"decode {spread(decode)}",
             "all-reduce": f"{DGX}.csv.gz: {HEAD}",
             "all-reduce, held out": f"every second row {spread(dgx_errors)}",
+            "all-reduce, other groups inside a node": "not measured: a ring on group_link, which "
+            "has the widest measured group's latency and bandwidth",
             "links": f"{SEND_RECV}.csv.gz, within a node and between two: {HEAD}",
             "jitter": "standard deviation over mean of a product's repeats, median over all",
             "assumed": "memory as sold, 80e9 bytes; host_s and control_s 0: device time alone",
@@ -150,6 +153,7 @@ def main() -> None:
         inter_node=between,
         kernels=fit_kernels(layers),
         all_reduce=dgx_tables,
+        group_link=ring_link(dgx_tables),
         residuals=Residuals(
             linear=float(products.std()),
             attention_prefill=float(prefill.std()),
@@ -185,6 +189,7 @@ def nc96ads(dgx: DeviceProfile, tables: tuple[AllReduce, ...], errors: np.ndarra
         devices_per_node=4,
         intra_node=Link(alpha_s=dgx.intra_node.alpha_s, bytes_per_s=largest / seconds),
         all_reduce=tables,
+        group_link=ring_link(tables),
         residuals=replace(dgx.residuals, all_reduce=float(errors.std())),
     )
 

@@ -6,6 +6,7 @@
         right.run(["curl", f"http://left:8000"])
         left.pull_cable()       # nothing reaches it, and nobody is told
         left.plug_in()
+        hosts.delay(0.005)      # every packet takes so long, either way
         assert not right.running()
 
 Each host has its addresses, ports, local sockets, host name and boot id, and knows the others by
@@ -22,6 +23,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +39,7 @@ _BECOME = (
     f'mount --bind "$file" {_BOOT_ID} && rm "$file" && shift && exec "$@"'
 )
 _END_S = 10.0
+_LATE = str(Path(__file__).parent / "late_network.py")
 _numbers = itertools.count()
 
 
@@ -65,6 +68,9 @@ class Host:
         self.addresses = addresses
         """In each network."""
         self.boot_id = str(uuid.uuid4())
+        self.ahead_s = 0
+        """How far its monotonic clock is ahead of the others', in whole seconds; set it before
+        anything is started."""
         self._started: list[subprocess.Popen] = []
 
     @property
@@ -75,6 +81,8 @@ class Host:
     def command(self, command: Sequence[str]) -> list[str]:
         """That runs `command` here."""
         into = ["ip", "netns", "exec", self.namespace, "unshare", "--uts"]
+        if self.ahead_s:  # of the command's children: so it is one
+            into += ["--time", "--monotonic", str(self.ahead_s), "--kill-child"]
         return [*into, "sh", "-c", _BECOME, self.name, self.boot_id, *command]
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
@@ -144,6 +152,7 @@ class Hosts:
         """Names of at most 10 characters. In network N they are 10.77.N.1, 10.77.N.2 and so on."""
         self._switch = f"{_PREFIX}{os.getpid()}-{next(_numbers)}"
         self._networks = range(networks)
+        self._delaying: list[subprocess.Popen] = []
         self._hosts = [
             Host(
                 name,
@@ -168,6 +177,16 @@ class Hosts:
     def __exit__(self, *exc: object) -> None:
         self._remove()
 
+    def delay(self, seconds: float, network: int = 0) -> None:
+        """Every packet from one of two hosts to the other, from now on."""
+        ports = [f"{host.name}{network}" for host in self._hosts]
+        for port in ports:
+            _ip("-n", self._switch, "link", "set", port, "nomaster")
+        into = ["ip", "netns", "exec", self._switch]
+        command = [*into, sys.executable, _LATE, *ports, str(seconds)]
+        self._delaying.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        self._delaying[-1].stdout.readline()  # it is there
+
     def _add(self) -> None:
         _ip("netns", "add", self._switch)
         for network in self._networks:
@@ -190,6 +209,9 @@ class Hosts:
         _ip("-n", self._switch, "link", "set", port, "master", f"net{network}", "up")
 
     def _remove(self) -> None:
+        for process in self._delaying:
+            process.kill()
+            process.communicate()
         for host in self._hosts:
             with contextlib.suppress(subprocess.CalledProcessError):  # it was never made
                 host.kill_all()

@@ -4,9 +4,10 @@ and no process is left behind, however the job ends.
     python bench/launchers.py [hand torchrun mpirun ...] [--ending done int term rank leader]
 
 The hosts are network namespaces (hosts.py), which takes root, and of Debian openmpi-bin,
-openssh-server, pdsh and slurm-wlm; what is missing is said, and not run. A job is done; or the
-launcher gets Ctrl-C or SIGTERM; or one rank's process, or the leader's, is killed; or, by hand, the
-other host's command never comes (launchers wait for that before they start anything).
+openssh-server, pdsh and slurm-wlm; what is missing is said, and not run. MPICH is taken from where
+its `mpiexec.hydra` is found, such as the bin folder of an environment with PyPI's mpich. A job is
+done; or the launcher gets Ctrl-C or SIGTERM; or one rank's process, or the leader's, is killed; or,
+by hand, the other host's command never comes (launchers wait for that before they start anything).
 """
 
 import argparse
@@ -76,6 +77,14 @@ def mpirun(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
     return [(hosts[0], ["mpirun", "--allow-run-as-root", *where, sys.executable, "-m", *verb])]
 
 
+def mpich(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
+    launcher = Path(shutil.which("mpiexec.hydra"))
+    library = launcher.parents[1] / "lib" / "libmpi.so.12"
+    where = ["-hosts", ",".join(host.name for host in hosts), "-ppn", str(EACH)]
+    where += ["-n", str(STAGES), "-genv", "MPI4PY_LIBMPI", str(library)]
+    return [(hosts[0], [str(launcher), *where, sys.executable, "-m", *verb])]
+
+
 def deepspeed(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{host.name} slots={EACH}\n" for host in hosts))
@@ -104,6 +113,7 @@ LAUNCHERS = {
     "interface": Launcher((), by_interface),
     "torchrun": Launcher((str(BESIDE / "torchrun"),), torchrun),
     "mpirun": Launcher(("mpirun", "sshd"), mpirun, ssh_between),
+    "mpich": Launcher(("mpiexec.hydra", "sshd"), mpich, ssh_between),
     "deepspeed": Launcher((str(BESIDE / "deepspeed"), "pdsh", "sshd"), deepspeed, ssh_between),
     "srun": Launcher(("srun", "slurmctld", "slurmd", "munged"), srun, slurm_over, 2),
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any, get_args, get_origin, get_type_hints
 
-from pipeserve.configs.addresses import split_address
+from pipeserve.addresses import split_address
 from pipeserve.configs.layer_lists import AUTO, FORMS
 from pipeserve.core.order import ORDERS
 from pipeserve.core.policies import POLICIES
@@ -36,7 +36,7 @@ class RunConfig:
     )
     tensor_parallel_size: int = _option(
         1,
-        "Ranks that share each stage's layers; over 1 only where stages are simulated or emulated.",
+        "Ranks that share each stage's layers: each has its heads, and its part of each matrix.",
         short="-tp",
         least=1,
     )
@@ -109,7 +109,8 @@ class RunConfig:
     )
     kv_cache_memory_bytes: int | None = _option(
         None,
-        "Bytes of the KV pool of each stage; by default 1 GiB, or less where less memory is free.",
+        "Bytes of the KV pool of each stage, and of each rank that shares it; by default 1 GiB, or "
+        "less where less memory is free.",
         least=1,
     )
     num_gpu_blocks_override: int | None = _option(

@@ -5,14 +5,28 @@ Suffixes: R rows, D hidden size.
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
-from pipeserve.stages.layers.ends import Head
-from pipeserve.stages.sampling import SampledToken, SampleRow, sample
+from pipeserve.stages.sampling import SampledToken, SampleRow, sample, sample_of
 
 
-def draw(head: Head, hidden_RD: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
+class AnyHead(Protocol):
+    """`Head`, or that of several ranks."""
+
+    decides: bool
+
+    def __call__(self, x_RD: Tensor) -> Tensor: ...
+
+    def likeliest(self, x_RD: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def highest(self, x_RD: Tensor, num: int) -> tuple[Tensor, Tensor] | None: ...
+
+    def agreed(self, tokens: list[int | None]) -> list[int | None]: ...
+
+
+def draw(head: AnyHead, hidden_RD: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     """One token for each row: what `sample` takes of `head`'s logits."""
     drawn: list[SampledToken] = [(None, None)] * len(rows)
     likeliest = [i for i, row in enumerate(rows) if takes_likeliest(row)]
@@ -21,15 +35,38 @@ def draw(head: Head, hidden_RD: Tensor, rows: Sequence[SampleRow]) -> list[Sampl
         for i, highest, token in zip(likeliest, *(part.tolist() for part in found), strict=True):
             drawn[i] = (token if math.isfinite(highest) else None, None)
     others = [i for i, row in enumerate(rows) if not takes_likeliest(row)]
+    among_few = [i for i in others if takes_of_highest(rows[i])]
+    if among_few:
+        most = max(rows[i].params.top_k for i in among_few)
+        few = head.highest(_rows(hidden_RD, among_few), most)
+        if few is not None:
+            others = [i for i in others if not takes_of_highest(rows[i])]
+            if head.decides:
+                for i, token in zip(
+                    among_few, sample_of(*few, [rows[i] for i in among_few]), strict=True
+                ):
+                    drawn[i] = (token, None)
     if others:
         logits_RV = head(_rows(hidden_RD, others))
-        for i, one in zip(others, sample(logits_RV, [rows[i] for i in others]), strict=True):
-            drawn[i] = one
-    return drawn
+        if head.decides:
+            for i, one in zip(others, sample(logits_RV, [rows[i] for i in others]), strict=True):
+                drawn[i] = one
+    tokens = head.agreed([token for token, _ in drawn])
+    return [(token, logprobs) for token, (_, logprobs) in zip(tokens, drawn, strict=True)]
 
 
 def takes_likeliest(row: SampleRow) -> bool:
     """Whether the token of the row's highest logit is all that is wanted of its logits."""
+    return row.params.temperature == 0 and _takes_logits_as_they_are(row)
+
+
+def takes_of_highest(row: SampleRow) -> bool:
+    """Whether the `top_k` highest logits are all that is."""
+    params = row.params
+    return params.temperature > 0 and params.top_k > 0 and _takes_logits_as_they_are(row)
+
+
+def _takes_logits_as_they_are(row: SampleRow) -> bool:
     params = row.params
     changes_logits = (
         params.allowed_token_ids is not None
@@ -40,7 +77,7 @@ def takes_likeliest(row: SampleRow) -> bool:
         or params.frequency_penalty
         or params.presence_penalty
     )
-    return params.temperature == 0 and params.logprobs is None and not changes_logits
+    return params.logprobs is None and not changes_logits
 
 
 def _rows(hidden_RD: Tensor, numbers: list[int]) -> Tensor:

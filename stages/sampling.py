@@ -84,6 +84,16 @@ def sample(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     return sampled
 
 
+def sample_of(logits_RK: Tensor, tokens_RK: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
+    """The token of each row, of which these logits alone are known: among them its `top_k` highest,
+    in the order of their tokens. No rule changes them."""
+    sampled = sample(logits_RK, rows)
+    return [
+        None if place is None else int(tokens_K[place])
+        for (place, _), tokens_K in zip(sampled, tokens_RK, strict=True)
+    ]
+
+
 def _likeliest(logits_RV: Tensor) -> tuple[list[float], list[int]]:
     """The highest logit of each row, NaN where there is one, and its token, the first of equals.
 

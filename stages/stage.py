@@ -22,6 +22,8 @@ from pipeserve.stages.layers.leaf import Leaf
 from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
+from pipeserve.stages.tensor_parallel.cut import config_of_shard, cut
+from pipeserve.stages.tensor_parallel.shard import WHOLE, Shard
 
 
 class Stage(nn.Module):
@@ -40,7 +42,10 @@ class Stage(nn.Module):
         has_embedding: bool,
         has_head: bool,
         backend: Backend | None = None,
+        shard: Shard = WHOLE,
     ) -> None:
+        """`shard`: its part, where several ranks share the stage; then nothing adds theirs up until
+        `tensor_parallel/layers.py` does."""
         super().__init__()
         parts, prefix = parts_of(config), find_family(config.architecture).layers
         self.config = config
@@ -51,6 +56,10 @@ class Stage(nn.Module):
             for number in range(first_layer, stop_layer)
         )
         self.head = parts.make_head(config) if has_head else None
+        self.kv_config = config
+        if shard.of > 1:
+            cut(self, config, shard)
+            self.kv_config = config_of_shard(config, shard)
         for module in self.modules():
             if isinstance(module, Part):
                 module.backend = self.backend
@@ -64,7 +73,7 @@ class Stage(nn.Module):
     def make_kv(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
         """The KV pool of this stage's layers."""
         return self.backend.make_kv(
-            self.config,
+            self.kv_config,
             num_layers=len(self.layers),
             num_blocks=num_blocks,
             block_size=block_size,
@@ -74,7 +83,7 @@ class Stage(nn.Module):
     def kv_block_bytes(self, *, block_size: int, dtype: torch.dtype) -> int:
         """What each block of that pool takes."""
         return self.backend.kv_block_bytes(
-            self.config, num_layers=len(self.layers), block_size=block_size, dtype=dtype
+            self.kv_config, num_layers=len(self.layers), block_size=block_size, dtype=dtype
         )
 
     def forward(self, x: Tensor, inputs: StageInputs, kv: KVCache) -> Tensor:

@@ -28,6 +28,8 @@ from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import SelfAttention
 from pipeserve.stages.sampling import SampleRow
 from pipeserve.stages.stage import Stage
+from pipeserve.stages.tensor_parallel.cut import cut
+from pipeserve.stages.tensor_parallel.shard import WHOLE, Shard
 
 _COPIES = 8
 """Layers of a kind that stand one behind the other, so that their weights come from memory and not
@@ -54,12 +56,13 @@ class PartBytes(NamedTuple):
     head: int
 
 
-def part_bytes(config: ModelConfig, dtype: torch.dtype) -> PartBytes:
-    """In a run of `dtype`."""
+def part_bytes(config: ModelConfig, dtype: torch.dtype, shard: Shard = WHOLE) -> PartBytes:
+    """In a run of `dtype`, of a rank that has that part of each."""
 
     def num_bytes(first: int, stop: int, **which: bool) -> int:
         ends = {"has_embedding": False, "has_head": False, **which}
-        return Stage(config, first_layer=first, stop_layer=stop, **ends).bytes_in(dtype)
+        stage = Stage(config, first_layer=first, stop_layer=stop, shard=shard, **ends)
+        return stage.bytes_in(dtype)
 
     kinds = layer_kinds(config)
     of_kind = [num_bytes(kinds.index(kind), kinds.index(kind) + 1) for kind in range(len({*kinds}))]
@@ -103,9 +106,10 @@ def time_parts(
     block_size: int,
     has_embedding: bool,
     has_head: bool,
+    shard: Shard = WHOLE,
 ) -> Timed:
     """For about so many seconds, or longer where one round takes longer."""
-    make = _Maker(config, backend, works, dtype, kv_dtype, block_size)
+    make = _Maker(config, backend, works, dtype, kv_dtype, block_size, shard)
     kinds = layer_kinds(config)
     firsts = [kinds.index(kind) for kind in range(len({*kinds}))]
     copies = [make.num_copies(number) for number in firsts]
@@ -163,7 +167,9 @@ class _Maker:
         dtype: torch.dtype,
         kv_dtype: torch.dtype,
         block_size: int,
+        shard: Shard,
     ) -> None:
+        self._shard = shard
         self._config, self._backend = config, backend
         self._dtype, self._kv_dtype, self._block_size = dtype, kv_dtype, block_size
         self._kv = self._make_kv(works)
@@ -196,7 +202,8 @@ class _Maker:
         probes = []
         for inputs in self._inputs:
             positions_T = self._backend.place(inputs.positions_T)
-            ids_T = self._backend.place(torch.arange(len(positions_T)) % self._config.vocab_size)
+            num_rows = embedding.tokens.shape[0]
+            ids_T = self._backend.place(torch.arange(len(positions_T)) % num_rows)
             probes.append(partial(embedding, ids_T, positions_T))
         return probes
 
@@ -217,6 +224,8 @@ class _Maker:
         parts, prefix = parts_of(self._config), find_family(self._config.architecture).layers
         for _ in range(copies - 1):
             layer = parts.make_layer(self._config, number, f"{prefix}.{number}.")
+            if self._shard.of > 1:
+                cut(layer, self._config, self._shard)
             for module in layer.modules():
                 if isinstance(module, Part):
                     module.backend = self._backend
@@ -226,7 +235,12 @@ class _Maker:
     def _make(self, first: int, stop: int, **which: bool) -> Stage:
         ends = {"has_embedding": False, "has_head": False, **which}
         return Stage(
-            self._config, first_layer=first, stop_layer=stop, backend=self._backend, **ends
+            self._config,
+            first_layer=first,
+            stop_layer=stop,
+            backend=self._backend,
+            shard=self._shard,
+            **ends,
         )
 
     def _filled(self, stage: Stage) -> Stage:

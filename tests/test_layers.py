@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOPS = ("pipeserve", "stages", "profiling", "launch", "configs")
 FRONT_DOOR = "pipeserve"
 MAY_SEE = {
+    "addresses": set(),
     "errors": set(),
     "cgroups": set(),
     "cpus": set(),
@@ -24,14 +25,15 @@ MAY_SEE = {
     "core": {"errors", "sampling_params"},
     "core.cost": {"errors", "core"},
     "core.policies": {"errors", "core", "core.cost"},
-    "configs": {"errors", "core", "core.cost", "core.policies"},
-    "wire": {"errors", "machine", "core", "configs", "sampling_params"},
+    "configs": {"addresses", "errors", "core", "core.cost", "core.policies"},
+    "wire": {"addresses", "errors", "machine", "core", "configs", "sampling_params"},
     "stages.config": {"errors"},
     "stages.config.families": {"errors", "stages.config"},
     "stages.attention": {"stages.config"},
     "stages.backends": {"errors", "stages.attention", "stages.config"},
     "stages.backends.cpu": {"machine", "stages.attention", "stages.backends"},
     "stages.layers": {"stages.attention", "stages.backends", "stages.config"},
+    "stages.tensor_parallel": {"stages.config", "stages.layers"},
     "stages.families": {
         "stages.attention",
         "stages.config",
@@ -48,6 +50,7 @@ MAY_SEE = {
         "stages.config.families",
         "stages.families",
         "stages.layers",
+        "stages.tensor_parallel",
     },
     "stages.checkpoint": {
         "errors",
@@ -57,8 +60,8 @@ MAY_SEE = {
         "stages.layers",
     },
     "stage": {
+        "addresses",
         "cgroups",
-        "configs",
         "core",
         "cpus",
         "errors",
@@ -68,9 +71,11 @@ MAY_SEE = {
         "stages.attention",
         "stages.checkpoint",
         "stages.config.families",
+        "stages.tensor_parallel",
         "wire",
     },
     "driver": {
+        "addresses",
         "configs",
         "core",
         "core.cost",

@@ -69,7 +69,7 @@ def product_columns(layers: Sequence[LayerTimes]) -> tuple[Array, Array, Array, 
         for size in np.unique(times.tensor_parallel_size):
             chosen = times.tensor_parallel_size == size
             tokens = times.num_tokens[chosen]
-            for name, columns, inner in products(times.shape, int(size)):
+            for name, columns, inner in products(times.shape.shard(int(size))):
                 full = np.full_like(tokens, 1)
                 seconds = times.products[name][chosen]
                 found.append((tokens, full * columns, full * inner, seconds))
@@ -102,7 +102,7 @@ def fit_elementwise(layers: Sequence[LayerTimes], name: str) -> Elementwise:
         for size in np.unique(times.tensor_parallel_size):
             chosen = (times.tensor_parallel_size == size) & (times.elementwise[name] > 0)
             tokens = times.num_tokens[chosen]
-            moved.append(elementwise_bytes(times.shape, int(size), tokens)[name])
+            moved.append(elementwise_bytes(times.shape.shard(int(size)), tokens)[name])
             seconds.append(times.elementwise[name][chosen])
     sizes = np.concatenate(moved)
 
@@ -134,7 +134,7 @@ _ATTENTION_START = AttentionCost(
 
 def fit_attention(times: AttentionTimes, prefill: Array, decode: Array) -> AttentionCost:
     """On the rows of each that the two masks choose."""
-    where = (times.shape, times.tensor_parallel_size)
+    shard = times.shape.shard(times.tensor_parallel_size)
 
     def fitted(names: tuple[str, ...], predict: Callable[[AttentionCost], Array], seconds: Array):
         def model(values: Sequence[float]) -> AttentionCost:
@@ -148,8 +148,8 @@ def fit_attention(times: AttentionTimes, prefill: Array, decode: Array) -> Atten
     batches = times.num_decodes[decode], times.context[decode]
     return replace(
         _ATTENTION_START,
-        **fitted(_PREFILL, lambda a: a.prefill_s(*where, *chunks), times.prefill_s[prefill]),
-        **fitted(_DECODE, lambda a: a.decode_s(*where, *batches), times.decode_s[decode]),
+        **fitted(_PREFILL, lambda a: a.prefill_s(shard, *chunks), times.prefill_s[prefill]),
+        **fitted(_DECODE, lambda a: a.decode_s(shard, *batches), times.decode_s[decode]),
     )
 
 
@@ -181,6 +181,15 @@ def make_all_reduce(group: int, nodes: int, times: MessageTimes, per_octave: int
     logs = rising([float(np.log(np.median(times.seconds[inside]))) for inside in windows])
     points = zip(sizes, map(float, np.exp(logs)), strict=True)
     return AllReduce(group=group, nodes=nodes, points=tuple(points))
+
+
+def ring_link(tables: Sequence[AllReduce]) -> Link:
+    """What a ring would have to have to take as long as the widest group inside a node: the
+    shortest message's time, and the longest one's bandwidth."""
+    widest = max((table for table in tables if table.nodes == 1), key=lambda table: table.group)
+    (_, alpha_s), (num_bytes, seconds) = widest.points[0], widest.points[-1]
+    sent = 2 * (widest.group - 1) / widest.group * num_bytes
+    return Link(alpha_s=alpha_s, bytes_per_s=sent / (seconds - alpha_s))
 
 
 def rising(values: Sequence[float]) -> list[float]:

@@ -4,6 +4,10 @@ profile says. Started by its keeper, as `pipeserve.stage.worker` is.
 Control messages, link headers, token feedback and processes are the runtime's own; only the time
 of computing and of moving activations is waited for instead of spent. How long that is, is the
 simulator's truth for the same seed: emulated and simulated runs differ in the runtime alone.
+
+The ranks of a stage all wait for the same microbatches, each in a process of its own, and none is
+done with one sooner than the profile says after the last of them was given it
+(`shared_starts.py`).
 """
 
 import ctypes
@@ -19,6 +23,7 @@ from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan, one_each
 from pipeserve.core.work import Work
+from pipeserve.launch.emulated.shared_starts import SharedStarts
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 from pipeserve.stage.compute import Done, FeedBack, Tell, Turn
 from pipeserve.stage.facts import facts_of
@@ -38,6 +43,8 @@ _SPIN_S = 150e-6
 _AHEAD_S = 500e-6
 """Before the end of a microbatch this thread looks at what came while the device was busy. What it
 could begin earlier would not be computed earlier, and to wake up for it costs CPU time."""
+_LOOK_S = 100e-6
+"""Between two looks whether a slower rank of the stage has been given a microbatch."""
 
 
 class EmulatedWork(msgspec.Struct, frozen=True):
@@ -91,17 +98,24 @@ class Computing(NamedTuple):
     """A microbatch that the device was given."""
 
     index: int
+    given_s: float
+    """When this rank had all that it needs for it."""
+    between_cpu_s: float
+    """Thread CPU time from the end of the one before to then, if that had ended."""
+    seconds: float
+    """From when all ranks have what they need; the next two are part of it."""
+    all_reduce_s: float
+    head_s: float
     hop_s: float
     """Of its activations to the next stage."""
-    done: Done
-    """What will come of it; when it is sent alone is not known yet."""
+    sampled: control.Sampled | None
+    """What will come of it, on the last stage."""
 
 
 class EmulatedCompute:
     """The `Compute` that waits: the model of a device that computes one microbatch after the other,
     in the order in which they were begun, each as long as the profile says."""
 
-    size = control.StageSized(weight_bytes=0, block_bytes=0, memory=())
     weight_bytes = kv_bytes = 0
     num_threads = 1
     most_begun = 2
@@ -115,7 +129,10 @@ class EmulatedCompute:
         self._job = job
         self._vocab_size = vocab_size
         self._free_s = 0.0
-        """When the device is done with all that was begun."""
+        """When the device was done with the microbatch that ended last."""
+        self._starts = SharedStarts(job)
+        meets_at = "a page of memory" if job.num_shards > 1 and job.speaks else ""
+        self.size = control.StageSized(0, 0, memory=(), meets_at=meets_at)
         self._last_cpu_s = time.thread_time()
         """Of this thread at the end of the microbatch before."""
         self.links = HeaderLinks(0.0 if job.is_last else times.latency_s[job.stage])
@@ -134,37 +151,75 @@ class EmulatedCompute:
     def take_memory(self, num_blocks: int) -> None:
         """It holds nothing."""
 
+    def meet(self, address: str) -> bool:
+        """Each found the page that they share when it was made."""
+        self._starts.begin_epoch()
+        return True
+
+    def part(self) -> None:
+        """As `Compute`: who waits for this one, waits no more."""
+        self._starts.end_epoch()
+
     def begin(self, turn: Turn) -> Computing:
-        """The device begins it when it is there and the one before is done."""
-        start_s = max(time.monotonic(), turn.input_s, self._free_s)
-        has_rested = start_s > self._free_s
-        between_cpu_s = time.thread_time() - self._last_cpu_s if has_rested else 0.0
-        step, stage = turn.step, self._job.stage
-        seconds = self._times.compute_s(step)[stage]
-        self._free_s = due_s = start_s + seconds
-        hop_s, head_s, sampled = 0.0, due_s, None
+        """The device begins it when it is there, on all ranks, and the one before is done."""
+        given_s, between_cpu_s = time.monotonic(), time.thread_time() - self._last_cpu_s
+        given_s = max(given_s, turn.input_s)
+        step, stage, times = turn.step, self._job.stage, self._times
+        self._starts.give(step.index, given_s)
+        seconds, summed_s = times.compute_s(step)[stage], times.all_reduce_s(step)
+        head_s, hop_s, sampled = 0.0, 0.0, None
         if self._job.is_last:
-            head_s -= self._times.head_s(step)
+            head_s = times.head_s(step)
             sampled = control.Sampled(step.index, self._sample(turn), one_each(step.chunks), [], [])
         else:
-            hop_s = self._times.hop_s(step)[stage]
-        done = Done(start_s, head_s, due_s, due_s, seconds, between_cpu_s, 0, sampled)
-        return Computing(step.index, hop_s, done)
+            hop_s = times.hop_s(step)[stage]
+        all_reduce_s = summed_s[stage] if summed_s else 0.0
+        return Computing(
+            step.index, given_s, between_cpu_s, seconds, all_reduce_s, head_s, hop_s, sampled
+        )
 
     def left_s(self, computing: Computing) -> float:
-        return max(computing.done.end_s - time.monotonic() - _AHEAD_S, 0.0)
+        """As if no other rank were slower, while that is not known."""
+        given_s = self._starts.latest_s(computing.index) or computing.given_s
+        end_s = max(given_s, self._free_s) + computing.seconds
+        return max(end_s - time.monotonic() - _AHEAD_S, 0.0)
 
-    def end(self, computing: Computing, feed_back: FeedBack) -> Done:
+    def end(self, computing: Computing, feed_back: FeedBack) -> Done | None:
         """As `Compute`. The device's own time counts as CPU time."""
-        index, hop_s, done = computing
-        wait_until(done.end_s)
+        index, sampled, before_s = computing.index, computing.sampled, self._free_s
+        latest_s = self._wait_for_ranks(computing)
+        if latest_s is None:
+            return None
+        start_s, together_s = max(computing.given_s, before_s), max(latest_s, before_s)
+        self._free_s = end_s = together_s + computing.seconds
+        wait_until(end_s)
         sent_s, num_bytes = time.monotonic(), 0
-        if done.sampled is None:
-            num_bytes = self.links.send(index, sent_s, hop_s)
+        if sampled is None:
+            num_bytes = self.links.send(index, sent_s, computing.hop_s)
         else:
-            feed_back(index, done.sampled.tokens, done.sampled.counts)
+            feed_back(index, sampled.tokens, sampled.counts)
         self._last_cpu_s = time.thread_time()
-        return done._replace(sent_s=sent_s, num_bytes=num_bytes)
+        return Done(
+            start_s=start_s,
+            head_s=end_s - computing.head_s,
+            end_s=end_s,
+            sent_s=sent_s,
+            cpu_s=computing.seconds,
+            between_cpu_s=computing.between_cpu_s if start_s > before_s else 0.0,
+            num_bytes=num_bytes,
+            all_reduce_s=computing.all_reduce_s,
+            rank_wait_s=together_s - start_s,
+            sampled=sampled,
+        )
+
+    def _wait_for_ranks(self, computing: Computing) -> float | None:
+        """Until the last rank of the stage was given it: when that was. None: it never will be."""
+        soonest_s = max(computing.given_s, self._free_s) + computing.seconds - _SPIN_S
+        while (latest_s := self._starts.latest_s(computing.index)) is None:
+            if self._starts.is_over:
+                return None
+            time.sleep(max(soonest_s - time.monotonic(), _LOOK_S))
+        return latest_s
 
     def _sample(self, turn: Turn) -> list[int]:
         """Token ids that follow from the request's seed and the place in its output."""

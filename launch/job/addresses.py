@@ -1,15 +1,12 @@
 """By which of its addresses a machine is reached by the others of a job."""
 
-import fcntl
 import ipaddress
 import socket
-import struct
-from pathlib import Path
 
 from pipeserve.errors import ConfigError
+from pipeserve.wire.interfaces import address_of_interface
 from pipeserve.wire.listener import is_loopback
 
-_SIOCGIFADDR = 0x8915
 _ELSEWHERE = ("192.0.2.1", "2001:db8::1")
 """Of documentation: nobody is there, and nothing is sent."""
 
@@ -24,7 +21,7 @@ def address_of(interface: str) -> str:
     names = [name for _, name in socket.if_nameindex()]
     if interface not in names:
         raise ConfigError(f"--interface {interface}: there are {', '.join(names)} here")
-    address = _ipv4_of(interface) or _ipv6_of(interface)
+    address = address_of_interface(interface)
     if address is None:
         raise ConfigError(f"--interface {interface} has no address; bring it up, or give another")
     return address
@@ -77,27 +74,3 @@ def _source_towards(address: str) -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return ""
-
-
-def _ipv4_of(interface: str) -> str | None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        request = struct.pack("256s", interface.encode()[:15])
-        try:
-            answer = fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, request)
-        except OSError:
-            return None
-    return socket.inet_ntoa(answer[20:24])
-
-
-def _ipv6_of(interface: str) -> str | None:
-    """The first that reaches beyond its link."""
-    try:
-        lines = Path("/proc/net/if_inet6").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        digits, *_, name = line.split()
-        address = ipaddress.IPv6Address(int(digits, 16))
-        if name == interface and not (address.is_link_local or address.is_loopback):
-            return str(address)
-    return None

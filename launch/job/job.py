@@ -16,8 +16,8 @@ from pipeserve.launch.job.place import Place, find_place
 from pipeserve.launch.job.ranks import ranks_of
 from pipeserve.wire.secret import VARIABLE
 
-_LOOKS_FOR_S = 600.0
-"""A keeper for its driver, at least: that may have a model to fetch first."""
+_LOOKS_FOR_S = 60.0
+"""A keeper for its driver, at least: from a cold disk that takes a while until it listens."""
 
 
 class Job:

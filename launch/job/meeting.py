@@ -6,8 +6,8 @@ import secrets
 import socket
 from typing import NamedTuple
 
+from pipeserve.addresses import join_address, split_address
 from pipeserve.configs import RunConfig
-from pipeserve.configs.addresses import join_address, split_address
 from pipeserve.errors import ConfigError
 from pipeserve.launch.job import mpi
 from pipeserve.launch.job.addresses import address_of, leaders_address, names_this_machine_alone

@@ -12,7 +12,7 @@ def ranks_of(place: Place, num_ranks: int) -> OwnRanks:
         raise ConfigError(
             f"{place.launcher} has {place.size} processes, and the pipeline has {num_ranks} ranks; "
             f"start as many, or a divisor of it (-pp {num_ranks}), or make "
-            f"--pipeline-parallel-size a multiple of {place.size}"
+            f"--pipeline-parallel-size times --tensor-parallel-size a multiple of {place.size}"
         )
     each = num_ranks // place.size
     first = place.index * each

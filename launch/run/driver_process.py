@@ -9,6 +9,7 @@ import msgspec
 
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
+from pipeserve.driver.gathering import gathering
 from pipeserve.driver.serving import ClientDoor
 from pipeserve.errors import PipeserveError
 from pipeserve.launch.run.figures import RunningFigures
@@ -22,10 +23,11 @@ def main() -> int:
     job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=DriverJob)
     try:
         with ClientDoor(job.address, job.secret) as door:
-            setup = checkpoint_setup(job.config, door.progress)
+            with gathering(job.config) as fleet:
+                setup = checkpoint_setup(job.config, door.progress)
             with (
                 RunningFigures(len(setup.plan.stages)) as figures,
-                Driver(setup, door.progress, figures.record, on_plan=print_plan) as driver,
+                Driver(setup, door.progress, figures.record, fleet, print_plan) as driver,
             ):
                 gc.collect()
                 gc.freeze()

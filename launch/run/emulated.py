@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeserve.configs import RunConfig
 from pipeserve.configs.layer_lists import AUTO
 from pipeserve.core.cost.cut import StageParts
-from pipeserve.core.cost.memory import kv_bytes_of_layer, weight_bytes
+from pipeserve.core.cost.memory import weight_bytes
 from pipeserve.driver.layer_choice import parts_of_times
 from pipeserve.driver.layout import usual_of
 from pipeserve.driver.setup import LayerChoice, Setup
@@ -70,16 +70,15 @@ def _choice(config: RunConfig, simulated: SimulatedRun) -> LayerChoice:
 
 
 def _sizes(config: RunConfig, simulated: SimulatedRun) -> tuple[StageSized, ...]:
-    """What the profile's devices have, and would hold."""
-    shape, profile = simulated.shape, simulated.profile
-    width = config.tensor_parallel_size
-    usable = int(profile.memory_bytes * config.gpu_memory_utilization * width)
-    layer_bytes = (shape.num_layer_parameters * shape.bytes_per_value,) * shape.num_layers
-    table = shape.num_head_parameters * shape.bytes_per_value
-    block_bytes = config.block_size * kv_bytes_of_layer(shape, width)
+    """What a device of each stage has, and would hold."""
+    profile, shard = simulated.profile, simulated.shape.shard(config.tensor_parallel_size)
+    usable = int(profile.memory_bytes * config.gpu_memory_utilization)
+    layer_bytes = (shard.num_layer_parameters * shard.bytes_per_value,) * shard.num_layers
+    table = shard.num_head_parameters * shard.bytes_per_value
+    block_bytes = config.block_size * shard.kv_bytes_per_token_per_layer
     return tuple(
         StageSized(
-            weight_bytes=weight_bytes(shape, stage),
+            weight_bytes=weight_bytes(shard, stage),
             block_bytes=stage.num_layers * block_bytes,
             memory=(MemoryLimit(f"stage {stage.stage}", profile.name, usable, usable),),
             layer_bytes=layer_bytes,

@@ -96,11 +96,10 @@ def simulated_run(config: RunConfig, shape: ModelShape | None = None) -> Simulat
         max_model_len=max_model_len,
         enable_prefix_caching=False,  # lengths have no content that could be shared
         parts=_stage_parts(config, shape, profile, max_model_len),
+        ranks_per_stage=size,
     )
     limits = limits_with(_num_blocks(config, shape, profile, plan))
-    times = ProfiledTimes(
-        profile, shape, plan, config.tensor_parallel_size, config.seed, config.stage_slowdown
-    )
+    times = ProfiledTimes(profile, shape, plan, size, config.seed, config.stage_slowdown)
     return SimulatedRun(
         config=config, shape=shape, profile=profile, plan=plan, limits=limits, times=times
     )
@@ -137,7 +136,8 @@ def _num_blocks(
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
     if config.kv_cache_memory_bytes is not None:
-        layer_block_bytes = config.block_size * shape.kv_bytes_per_token_per_layer
+        shard = shape.shard(config.tensor_parallel_size)
+        layer_block_bytes = config.block_size * shard.kv_bytes_per_token_per_layer
         block_bytes = [stage.num_layers * layer_block_bytes for stage in plan.stages]
         return blocks_within(config.kv_cache_memory_bytes, block_bytes, config.block_size)
     return kv_blocks_beside_weights(

@@ -32,14 +32,16 @@ def open_driver(
     from pipeserve.driver.checkpoint import checkpoint_setup
     from pipeserve.launch.show.loaded import loaded
 
-    return _start(lambda say: checkpoint_setup(run_config, say, cost, check), record, loaded)
+    return _start(
+        run_config, lambda say: checkpoint_setup(run_config, say, cost, check), record, loaded
+    )
 
 
 def open_emulated(run_config: RunConfig, record: Recorder = ignore) -> "Driver":
     """As `open_driver`, on stages that wait as long as their device profile says."""
     from pipeserve.launch.run.emulated import check_one_clock, emulated, emulated_setup
 
-    driver = _start(lambda say: emulated_setup(run_config), record, emulated)
+    driver = _start(run_config, lambda say: emulated_setup(run_config), record, emulated)
     check_one_clock(driver)
     return driver
 
@@ -48,22 +50,27 @@ def open_unloaded(run_config: RunConfig, lacks: list[str], record: Recorder = ig
     """As `open_driver`, of stages that load nothing. What they would lack of memory is put into
     `lacks`."""
     from pipeserve.driver.checkpoint import checkpoint_setup
-    from pipeserve.launch.run.unloaded import asking_often, without_weights
+    from pipeserve.launch.run.unloaded import without_weights
 
-    config = asking_often(run_config)
-    return _start(lambda say: without_weights(checkpoint_setup(config, say), lacks), record)
+    return _start(
+        run_config, lambda say: without_weights(checkpoint_setup(run_config, say), lacks), record
+    )
 
 
 def _start(
+    config: RunConfig,
     make_setup: "Callable[[Callable[[str], None]], Setup]",
     record: Recorder,
     describe: "Callable[[Driver], str] | None" = None,
 ) -> "Driver":
     from pipeserve.driver.driver import Driver
+    from pipeserve.driver.gathering import gathering
 
     exit_on_signals()
     with status("looking for the model") as say:
-        driver = Driver(make_setup(say), say, record, on_plan=print_plan)
+        with gathering(config) as fleet:
+            setup = make_setup(say)
+        driver = Driver(setup, say, record, fleet, print_plan)
     if driver.setup.dtype_warning:
         print(f"warning: {driver.setup.dtype_warning}", file=sys.stderr)
     if describe is not None:

@@ -7,14 +7,11 @@ from dataclasses import replace
 
 import msgspec
 
-from pipeserve.configs import RunConfig
 from pipeserve.core.view import Limits
 from pipeserve.driver.setup import Setup
 from pipeserve.errors import ConfigError
 from pipeserve.stage.checkup import MODULE
 from pipeserve.wire.control import StageSized
-
-_HEARTBEAT_S = 0.5
 
 
 def without_weights(setup: Setup, lacks: list[str]) -> Setup:
@@ -43,10 +40,3 @@ def without_weights(setup: Setup, lacks: list[str]) -> Setup:
         choice=choice,
         for_ranks=for_ranks and (lambda keepers: without_weights(for_ranks(keepers), lacks)),
     )
-
-
-def asking_often(config: RunConfig) -> RunConfig:
-    """The run with the clocks of other machines asked for several times while it is looked at."""
-    if config.launcher != "external":
-        return config
-    return replace(config, heartbeat_interval=min(config.heartbeat_interval, _HEARTBEAT_S))

@@ -32,7 +32,8 @@ def ranks_table(driver: "Driver", examined: "Sequence[Examined]") -> Table:
         table.add_column(name, justify="right")
     num_blocks = driver.limits.num_blocks
     for stage in driver.plan.stages:
-        for rank in stage.ranks:
+        for shard, rank in enumerate(stage.ranks):
+            part = f", shard {shard + 1} of {len(stage.ranks)}" if len(stage.ranks) > 1 else ""
             size = driver.sizes[rank]
             least = min(size.memory, key=lambda memory: memory.free_bytes)
             sharing = [
@@ -44,7 +45,7 @@ def ranks_table(driver: "Driver", examined: "Sequence[Examined]") -> Table:
                 str(rank),
                 driver.fleet.keepers[rank].host,
                 _ranges(examined[rank].facts.cpus),
-                held_by(stage),
+                held_by(stage) + part,
                 _gb(size.weight_bytes),
                 _gb(num_blocks * size.block_bytes),
                 _gb(least.free_bytes),
@@ -84,19 +85,33 @@ def seams_table(
     num_bytes = num_tokens * driver.shape.hidden_size * driver.shape.bytes_per_value
     for number, seam in enumerate(seams):
         here, there = hosts[number], hosts[number + 1]
-        within = max(clocks[number][1], clocks[number + 1][1])
-        error = f" ± {within * 1e3:.2f}" if within else ""
         table.add_row(
             f"stage {number} → {number + 1}",
             here if here == there else f"{here}, {there}",
-            f"{seam.latency_s * 1e3:.2f}{error} ms",
+            _latency(driver, number, number + 1, seam.latency_s, clocks),
             "fast" if seam.bytes_per_s == inf else f"{seam.bytes_per_s / 1e9:.2f} GB/s",
             f"{seam.seconds(num_bytes) * 1e3:.2f} ms",
         )
     last = len(hosts) - 1
     if last:
-        table.add_row(f"stage {last} → 0, tokens", "", f"{feedback_s * 1e3:.2f} ms", "", "")
+        latency = _latency(driver, last, 0, feedback_s, clocks)
+        table.add_row(f"stage {last} → 0, tokens", "", latency, "", "")
     return table
+
+
+def _latency(
+    driver: "Driver",
+    sender: int,
+    receiver: int,
+    latency_s: float,
+    clocks: Sequence[tuple[float, float]],
+) -> str:
+    """Known as well as the two clocks are; exactly, by one."""
+    keepers = [driver.fleet.keepers[driver.plan.stages[s].ranks[0]] for s in (sender, receiver)]
+    is_one = keepers[0].boot_id == keepers[1].boot_id
+    within_s = 0.0 if is_one else clocks[sender][1] + clocks[receiver][1]
+    error = f" ± {within_s * 1e3:.2f}" if within_s else ""
+    return f"{latency_s * 1e3:.2f}{error} ms"
 
 
 def times_table(

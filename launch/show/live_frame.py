@@ -49,6 +49,8 @@ _COLOURS = {
     "decode_count": "#a06c17",
     "stage_imbalance": "#dd62ad",
     "head_and_sampling": "#a82c7b",
+    "all_reduce": "#eab0d2",
+    "rank_wait": "#7a2260",
     "token_feedback": "#00a78d",
     "planning": "#00806d",
     "control": "#6fcdb5",

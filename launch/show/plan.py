@@ -41,16 +41,20 @@ def held_by(stage: StagePlan) -> str:
 
 
 def _stage_line(driver: "Driver", stage: StagePlan) -> str:
+    """Of ranks that share it, the one that takes most."""
     ranks = ", ".join(map(str, stage.ranks))
-    host = driver.fleet.keepers[stage.ranks[0]].host
-    where = f"stage {stage.stage}: rank{'s' * (len(stage.ranks) > 1)} {ranks} on {host}"
-    size = driver.sizes[stage.ranks[0]]
+    hosts = ", ".join(dict.fromkeys(driver.fleet.keepers[rank].host for rank in stage.ranks))
+    is_shared = len(stage.ranks) > 1
+    where = f"stage {stage.stage}: rank{'s' * is_shared} {ranks} on {hosts}"
     held = f"{where}: {held_by(stage)}"
-    if not size.memory:
+    sizes = [driver.sizes[rank] for rank in stage.ranks]
+    if not all(size.memory for size in sizes):
         return held
-    kv_bytes = driver.limits.num_blocks * size.block_bytes
-    free = min(memory.free_bytes for memory in size.memory)
-    return f"{held}; {_gb(size.weight_bytes)} GB + KV {_gb(kv_bytes)} GB, {_gb(free)} GB free there"
+    weights = max(size.weight_bytes for size in sizes)
+    kv_bytes = driver.limits.num_blocks * max(size.block_bytes for size in sizes)
+    free = min(memory.free_bytes for size in sizes for memory in size.memory)
+    each = " each" if is_shared else ""
+    return f"{held}; {_gb(weights)} GB + KV {_gb(kv_bytes)} GB{each}, {_gb(free)} GB free there"
 
 
 def _gb(num_bytes: int) -> str:

@@ -1,8 +1,10 @@
 """A recorded run in numbers, and two compared: what `pipeserve report --json` writes."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pipeserve.core.records import Span
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.ledger import Ledger
 from pipeserve.profiling.ledger.notes import notes_of
@@ -39,6 +41,7 @@ def report_of(name: str, recording: Recording, ledger: Ledger | None) -> dict[st
             {
                 "busy": busy_s / ledger.seconds,
                 "again": ledger.again_s(stage) / ledger.seconds,
+                **_together(recording.spans[stage], ledger.seconds),
                 "idle_by_cause": ledger.idle_shares(stage),
                 **({"layers": layers[stage]} if layers else {}),
             }
@@ -58,6 +61,14 @@ def report_of(name: str, recording: Recording, ledger: Ledger | None) -> dict[st
         found["causes"] = causes_of(ledger, summary.get("total_tokens_per_s"))
         found["worst_microbatches"] = worst_microbatches(recording, ledger)
     return found
+
+
+def _together(spans: Sequence[Span], seconds: float) -> dict[str, float]:
+    """Shares of the time, and part of `busy`: of what the ranks of a stage do together."""
+    return {
+        "all_reduce": sum([span.all_reduce_s for span in spans]) / seconds,
+        "rank_wait": sum([span.rank_wait_s for span in spans]) / seconds,
+    }
 
 
 def _planned_stages(recording: Recording) -> list[dict[str, Any]]:

@@ -11,6 +11,12 @@ from pipeserve.launch.show.tables import run_table
 _SPELT_OUT = 5  # stages, in 80 columns
 _LEAST = 5e-4
 """Share of the time under which a cause is not printed."""
+_OF_BUSY = {
+    "of it again": "again",
+    "of it all-reduce": "all_reduce",
+    "of it a rank waits": "rank_wait",
+}
+"""Row -> part of the busy share."""
 _CAPTION = "idle is not always loss: --advise tries out what a change would give"
 
 
@@ -46,8 +52,9 @@ def _stage_table(stages: Sequence[dict[str, Any]], causes: Sequence[str]) -> Tab
         table.add_column("\n".join(parts), justify="right")
     busy = [stage["busy"] for stage in stages]
     table.add_row("busy", *[f"[bold]{cell}[/]" for cell in cells(busy)])
-    if any(stage["again"] for stage in stages):
-        table.add_row("of it again", *cells([stage["again"] for stage in stages]))
+    for name, key in _OF_BUSY.items():
+        if any(stage[key] for stage in stages):
+            table.add_row(name, *cells([stage[key] for stage in stages]))
     table.add_row("idle", *cells([1 - share for share in busy]), end_section=True)
     for cause in causes:
         shares = [stage["idle_by_cause"].get(cause, 0.0) for stage in stages]

@@ -19,7 +19,7 @@ from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import RequestId
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Ping, Span
-from pipeserve.core.work import Work
+from pipeserve.core.work import PartSeconds, Work
 from pipeserve.driver import layer_choice
 from pipeserve.driver.layout import usual_of
 from pipeserve.launch.run.record import meta_of_driver, stage_shares
@@ -101,7 +101,7 @@ def check_up(driver: "Driver", ring: Ring, lacks: list[str]) -> Checkup:
     times = MeasuredTimes(
         driver.plan,
         works,
-        [examined[stage.ranks[0]].parts for stage in driver.plan.stages],
+        [_slowest(examined, stage.ranks) for stage in driver.plan.stages],
         seams,
         driver.shape.hidden_size * driver.shape.bytes_per_value,
         feedback_s,
@@ -118,6 +118,11 @@ def check_up(driver: "Driver", ring: Ring, lacks: list[str]) -> Checkup:
         forecast=_look_ahead(driver, times),
         lacks=lacks,
     )
+
+
+def _slowest(examined: Sequence[Examined], ranks: Sequence[int]) -> Sequence[PartSeconds]:
+    """Of the ranks of a stage, what the one took for which the others wait."""
+    return max([examined[rank].parts for rank in ranks], key=lambda parts: sum(parts[-1].layers))
 
 
 # ---- what lies between stages -------------------------------------------------------------------

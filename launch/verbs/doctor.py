@@ -78,7 +78,7 @@ def _print_verdict(console: Console, driver: Driver, found: Checkup, options: Se
     }
     off = list(why_off(config, plan, seats, named))
     failed = [*found.lacks, *failures(seats, _open_files()), *_ports(options)]
-    lines = [f"note: {line}" for line in notes(seats, config)]
+    lines = [f"note: {line}" for line in notes(seats, config, plan)]
     lines += [f"pipelining is off because {line}" for line in off]
     if not off:
         lines.append(

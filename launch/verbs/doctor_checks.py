@@ -58,7 +58,7 @@ def failures(seats: Sequence[Seat], own_open_files: int) -> Iterator[str]:
             )
 
 
-def notes(seats: Sequence[Seat], config: RunConfig) -> Iterator[str]:
+def notes(seats: Sequence[Seat], config: RunConfig, plan: PipelinePlan) -> Iterator[str]:
     """What is no failure, and not as it could be."""
     kernels = _by_value(seats, attrgetter("kernels"))
     if len(kernels) > 1:
@@ -76,8 +76,15 @@ def notes(seats: Sequence[Seat], config: RunConfig) -> Iterator[str]:
         limit = min(seat.facts.cpu_limit for seat in ranks)
         if limit < len(ranks):
             yield (
-                f"a quota lets {limit:g} CPUs run on {host}, where {len(ranks)} stages are; raise "
-                "it (docker --cpus, systemd CPUQuota) or use fewer stages"
+                f"a quota lets {limit:g} CPUs run on {host}, where {_counted(ranks, config)} are; "
+                "raise it (docker --cpus, systemd CPUQuota) or use fewer stages"
+            )
+    for stage in plan.stages:
+        hosts = dict.fromkeys(seats[rank].host for rank in stage.ranks)
+        if len(hosts) > 1:
+            yield (
+                f"the ranks of stage {stage.stage} are on {', '.join(hosts)}: every layer adds up "
+                "what they computed, over the network; give each machine whole stages"
             )
     if config.max_num_seqs < 2 * config.pipeline_parallel_size > 2:
         yield (
@@ -110,8 +117,8 @@ def why_off(
         limit = min(len(cores), *(seat.facts.cpu_limit for seat in ranks))
         if config.device != "cuda" and len(ranks) > 1 and limit <= 1:
             yield (
-                f"the {len(ranks)} stages on {host} share one core, and take turns; give it more, "
-                "or use fewer stages"
+                f"the {_counted(ranks, config)} on {host} share one core, and take turns; give it "
+                "more, or use fewer stages"
             )
     for what, seconds in work_s.items():
         gain = sum(seconds) / max(max(seconds), 1e-12)
@@ -122,6 +129,10 @@ def why_off(
                 f"stage {slowest} takes {share:.0%} of the time of {what}, so the others mostly "
                 "wait; give it fewer layers (--pipeline-layers auto)"
             )
+
+
+def _counted(ranks: Sequence[Seat], config: RunConfig) -> str:
+    return f"{len(ranks)} {'ranks' if config.tensor_parallel_size > 1 else 'stages'}"
 
 
 def _by_value(seats: Sequence[Seat], value: Callable[[Facts], str]) -> dict[str, list[Seat]]:

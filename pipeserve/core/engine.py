@@ -132,6 +132,10 @@ class Engine:
         return tuple(flight.microbatch.index for flight in self._in_flight)
 
     @property
+    def num_outstanding(self) -> int:
+        return len(self._in_flight)
+
+    @property
     def window(self) -> int:
         """Microbatches that may be outstanding now, the one planned ahead not counted. More than
         there are stages only where there is work for them: decodes whose token is on its way are

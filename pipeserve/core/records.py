@@ -109,6 +109,11 @@ class Span(NamedTuple):
     """Thread CPU time from the end of the span before to the start of this one; NaN likewise."""
     num_bytes: int
     """Sent to the next stage."""
+    all_reduce_s: float = 0.0
+    """Between start and head: the ranks of the stage added up what each had computed. Of the rank
+    that tells, its waiting left out."""
+    rank_wait_s: float = 0.0
+    """Likewise: that rank waited for a slower one of its stage."""
 
 
 class Ping(NamedTuple):

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from pipeserve.core.nouns import PipelinePlan
 
 
+def ranks_of(stage: int, width: int) -> tuple[int, ...]:
+    """Those of a stage that `width` ranks share, in the order of their shards: side by side, as
+    Megatron-LM's `parallel_state` numbers them, so that they come to lie on one machine."""
+    return tuple(range(stage * width, (stage + 1) * width))
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
     """Every rank from 0 on, each in one place. Raises ValueError otherwise, and when stages have
@@ -30,16 +36,35 @@ class Topology:
         """As `plan` has it."""
         return cls(tuple(stage.ranks for stage in plan.stages))
 
+    @classmethod
+    def in_order(cls, num_stages: int, width: int = 1) -> "Topology":
+        """Stage after stage, `width` ranks each."""
+        ranks = range(num_stages * width)
+        return cls(tuple(tuple(ranks[at : at + width]) for at in ranks[::width]))
+
     @property
     def num_stages(self) -> int:
         return len(self.ranks)
 
     @property
     def num_ranks(self) -> int:
-        return self.num_stages * len(self.ranks[0])
+        return self.num_stages * self.width
 
     def stage_of(self, rank: int) -> int:
         return self._place_of(rank)[0]
+
+    def shard_of(self, rank: int) -> int:
+        """Its place among the ranks of its stage."""
+        return self._place_of(rank)[1]
+
+    @property
+    def width(self) -> int:
+        """Ranks of each stage."""
+        return len(self.ranks[0])
+
+    def peers_of(self, rank: int) -> tuple[int, ...]:
+        """All ranks of its stage, itself among them."""
+        return self.ranks[self.stage_of(rank)]
 
     def speaker(self, stage: int) -> int:
         """The rank of a stage that reports to the driver what the stage did, by its own clock."""
@@ -66,8 +91,8 @@ class Topology:
         return f"stage {stage}" if len(self.ranks[stage]) == 1 else f"rank {rank} of stage {stage}"
 
     def __str__(self) -> str:
-        width = len(self.ranks[0])
-        return f"{self.num_stages} stages" + (f" of {width} ranks each" if width > 1 else "")
+        each = f" of {self.width} ranks each" if self.width > 1 else ""
+        return f"{self.num_stages} stages{each}"
 
     def _place_of(self, rank: int) -> tuple[int, int]:
         """Its stage, and its shard there."""

@@ -46,9 +46,9 @@ def checkpoint_setup(
     folder = resolve(config.model, on_progress)
     model_config = read_config(folder)
     check(model_config)
-    num_stages = config.pipeline_parallel_size
-    native = (native_dtypes(),) * num_stages
-    devices = tuple(fingerprint(rank, num_stages) for rank in range(num_stages))
+    num_ranks = config.pipeline_parallel_size * config.tensor_parallel_size
+    native = (native_dtypes(),) * num_ranks
+    devices = tuple(fingerprint(rank, num_ranks) for rank in range(num_ranks))
     if config.launcher == "external":
         devices = ()
     return _setup(_Found(config, folder, model_config, cost), native, devices)
@@ -78,11 +78,12 @@ def _setup(
 ) -> Setup:
     """`native`, `devices`: of each rank, as its keeper says."""
     config, model_config = found.config, found.model_config
-    device = _device_of(config)
+    device, width = _device_of(config), config.tensor_parallel_size
     chosen = choose_dtype(config.dtype, model_config.dtype, native, hosts, device)
     dtype = chosen.name
     max_model_len = _max_model_len(config, model_config)
     shape = shape_of(model_config, config.model, dtype)
+    shape.check_divides(width)
     profile = _profile(config, dtype)
     choice = None
     if config.pipeline_layers in (None, AUTO):
@@ -93,6 +94,7 @@ def _setup(
         max_model_len=max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
         parts=None if choice is None else choice.parts,
+        ranks_per_stage=width,
     )
 
     def limits_for(sizes: Sequence[StageSized]) -> Limits:
@@ -105,7 +107,7 @@ def _setup(
         dtype=dtype,
         plan=plan,
         limits_for=limits_for,
-        cost=found.cost or (None if profile is None else PipelineCost(profile, shape, plan)),
+        cost=found.cost or (None if profile is None else PipelineCost(profile, shape, plan, width)),
         module="pipeserve.stage.worker",
         works=_works(config, device, str(found.folder), plan, dtype),
         model_folder=found.folder,
@@ -133,17 +135,18 @@ def _choice(
     """By times that the ranks are to measure, or were measured before; else by the profile; else by
     operations and bytes."""
     config, model_config = found.config, found.model_config
-    num_stages = config.pipeline_parallel_size
+    num_stages, width = config.pipeline_parallel_size, config.tensor_parallel_size
     max_model_len = _max_model_len(config, model_config)
     work = usual_of(config, max_model_len)
     run = (dtype, _kv_dtype(config, dtype), device, config.attention, str(config.block_size))
+    run += (f"{width} ranks",) if width > 1 else ()
     measured = Measured(repr(model_config), run, work)
     is_measured_now = config.pipeline_layers == AUTO
-    kept = None if is_measured_now else find_kept(measured, devices)
+    kept = None if is_measured_now else find_kept(measured, devices[::width])
 
     def of_times(examined: Sequence[Examined]) -> tuple[str, tuple[StageParts, ...]]:
         times = [each.parts[0] for each in examined]
-        keep(measured, devices, times, config.model)
+        keep(measured, devices[::width], times, config.model)
         return "by times measured now", parts_of_times(times)
 
     def with_layers(counts: tuple[int, ...]) -> Setup:
@@ -153,7 +156,10 @@ def _choice(
     if kept is not None:
         by, parts = f"by times measured on {kept.measured}", parts_of_times(kept.parts)
     elif profile is not None:
-        by, parts = "by the device profile", parts_by_profile(profile, shape, num_stages, work, 1)
+        by, parts = (
+            "by the device profile",
+            parts_by_profile(profile, shape, num_stages, work, width),
+        )
     else:
         num_tokens = most_tokens(config, max_model_len)
         by, parts = "by operations and bytes", parts_by_operations(shape, num_stages, num_tokens)
@@ -172,11 +178,6 @@ def _check_runs_here(config: RunConfig) -> None:
         raise ConfigError(
             "device is emulated: its stages compute nothing, so there are no tokens to give; use "
             "pipeserve bench, or leave --device out"
-        )
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, on real stages only 1 works "
-            "so far; split the model with pipeline_parallel_size, or use pipeserve simulate"
         )
     check_attention(_device_of(config), config.attention)
 

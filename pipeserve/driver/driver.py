@@ -28,7 +28,7 @@ from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.losses import Losses
 from pipeserve.driver.reports import Reports
 from pipeserve.driver.setup import Setup
-from pipeserve.driver.stage_info import stage_infos, with_memory
+from pipeserve.driver.stage_info import one_of_each_stage, stage_infos, with_memory
 from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.driver.starting import jobs_of
 from pipeserve.driver.waiting import (
@@ -38,7 +38,7 @@ from pipeserve.driver.waiting import (
     wait_until_ready,
     wait_until_sized,
 )
-from pipeserve.errors import StageError
+from pipeserve.errors import PipeserveError, StageError
 from pipeserve.wire import control
 from pipeserve.wire.step_messages import step_message, step_result
 
@@ -92,10 +92,10 @@ class Driver:
             """What each rank said that it would take."""
             self._plan_within(self.setup.limits_for(sizes), record)
             on_plan(self)
-            self._fill()
+            self._fill(sizes)
             started = wait_until_ready(self.fleet, on_progress)
-        except BaseException:
-            self.fleet.close()
+        except BaseException as error:
+            self.fleet.close(str(error) if isinstance(error, PipeserveError) else "")
             raise
         self.stages = stage_infos(self.plan, self.fleet.keepers, started)
 
@@ -128,17 +128,17 @@ class Driver:
     ) -> tuple[control.StageSized, ...]:
         """Where that is left to us: by what the ranks say of themselves. Their processes stay;
         returns what they say with those layers."""
-        choice, speaker = self.setup.choice, self.topology.speaker
+        choice = self.setup.choice
         if choice is None or len(self.plan.stages) == 1:
             return sizes
-        ranks = [speaker(stage) for stage in range(len(self.plan.stages))]
+        ranks = [self.topology.speaker(stage) for stage in range(self.topology.num_stages)]
         found: list[control.Examined] = []
         if choice.works:
             on_progress("timing layers on each rank")
             examined = gather_examined(self.fleet, choice.works, layer_choice.EXAMINE_S)
             found = [examined[rank] for rank in ranks]
         before = self.plan
-        self._take(layer_choice.place(self.setup, [sizes[rank] for rank in ranks], found))
+        self._take(layer_choice.place(self.setup, one_of_each_stage(self.plan, sizes), found))
         if self.plan == before:
             return sizes
         self._start()
@@ -149,9 +149,11 @@ class Driver:
         fleet = self.fleet
         fleet.start(jobs_of(self.setup, self.topology, fleet.local_name))
 
-    def _fill(self) -> None:
+    def _fill(self, sizes: Sequence[control.StageSized]) -> None:
         """All stages, which have said what memory they need."""
-        self.fleet.broadcast(control.TakeMemory(self.limits.num_blocks))
+        speakers = [self.topology.speaker(stage) for stage in range(self.topology.num_stages)]
+        meet_at = tuple(sizes[rank].meets_at for rank in speakers)
+        self.fleet.broadcast(control.TakeMemory(self.limits.num_blocks, meet_at))
 
     # ---- what its client calls ------------------------------------------------------------------
 
@@ -173,7 +175,7 @@ class Driver:
 
     def stalled_s(self, now: float) -> float:
         """How long the stages have owed a result and given none; 0 where they owe none."""
-        return now - self._progress_s if self.engine.outstanding else 0.0
+        return now - self._progress_s if self.engine.num_outstanding else 0.0
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests, in this order; the next step plans for all of them. Each one's
@@ -206,7 +208,8 @@ class Driver:
         except BaseException as error:
             # Ctrl-C too may come between a plan and its message: what the stages hold and what the
             # engine thinks they hold is no longer sure to be the same.
-            self._end(str(error) or f"interrupted by {type(error).__name__}")
+            has_failed = isinstance(error, PipeserveError)
+            self._end(str(error) or f"interrupted by {type(error).__name__}", has_failed)
             raise
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ class Driver:
         self._end_aborted()
         self._plan_all()
         outputs: list[Output] = []
-        if self.losses.trouble or self.engine.outstanding:
+        if self.losses.trouble or self.engine.num_outstanding:
             timeout_s = min(timeout_s, _LOOK_S)
         self._looked_s = time.monotonic()
         for received in self.fleet.receive(timeout_s):
@@ -230,8 +233,8 @@ class Driver:
                     self._plan_all()  # at once: of two results, the plan for the first is not late
                 case Lost():
                     outputs += self._lose(received)
-                case Sized():
-                    self._fill()
+                case Sized(sizes):
+                    self._fill(sizes)
                 case Ready(stages):
                     self._go_on(stages)
                 case _:
@@ -268,7 +271,7 @@ class Driver:
         message = step_message(microbatch, self._requests)
         sent_s = time.monotonic()
         self.fleet.broadcast(message)
-        if len(self.engine.outstanding) == 1:
+        if self.engine.num_outstanding == 1:
             self._progress_s = sent_s
         self._reports.num_spans_due += len(self.plan.stages)
         self._watch.planned(microbatch, sent_s)
@@ -337,9 +340,9 @@ class Driver:
         self._end_aborted()  # so that the records have it
         self._end("it was closed")
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, has_failed: bool = False) -> None:
         self._ended = self._ended or reason
-        self.fleet.close()
+        self.fleet.close(reason if has_failed else "")
 
     def _check_open(self) -> None:
         if not self.fleet.is_own:

@@ -24,6 +24,7 @@ from pipeserve.driver.port import Heard, Port
 from pipeserve.driver.spawned_keepers import OwnRanks, SpawnedKeepers
 from pipeserve.driver.starting import StartProgress, links_of
 from pipeserve.driver.watching import FleetWatch
+from pipeserve.machine import boot_id
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.strangers import TurnedAway
@@ -103,7 +104,7 @@ class Fleet:
         epoch is heard any more."""
         self.epoch += 1
         self._jobs = jobs
-        dead = [rank for rank in range(len(jobs)) if not self._is_alive(rank)]
+        dead = self._to_start(len(jobs))
         self._lost.clear()
         self._watch.start_again()
         now = time.monotonic()
@@ -114,6 +115,12 @@ class Fleet:
             stage.send(control.encode(control.Renew(jobs[rank].work), self.epoch))
         for rank in dead:
             self._start_stage(rank)
+
+    def _to_start(self, num_ranks: int) -> list[int]:
+        """Ranks whose stages are not there; and those who share a stage with them, who may wait for
+        them in a way that nothing ends but their own end."""
+        dead = [rank for rank in range(num_ranks) if not self._is_alive(rank)]
+        return sorted({peer for rank in dead for peer in self.topology.peers_of(rank)})
 
     def _is_alive(self, rank: int) -> bool:
         """Or being started, as far as is known."""
@@ -325,14 +332,18 @@ class Fleet:
         what one of the two took of them, the other would miss."""
         return os.getpid() == self._pid
 
-    def close(self) -> None:
-        """End every keeper and stage. Safe to call twice, and from a half-made fleet. In a forked
-        process it leaves them alone."""
+    def close(self, failure: str = "") -> None:
+        """End every keeper and stage; `failure`: why the run has ended before it was done. Safe to
+        call twice, and from a half-made fleet. In a forked process it leaves them alone."""
         if not self.is_own:
             return
         keepers = self._members.keepers
-        for keeper in keepers.values():
-            keeper.send(control.encode(control.Stop(), self.epoch))
+        told = {boot_id()}  # here, the driver itself says it
+        for rank, keeper in keepers.items():
+            machine = self.keepers[rank].boot_id
+            why = "" if machine in told else failure
+            told.add(machine)
+            keeper.send(control.encode(control.Stop(bool(failure), why), self.epoch))
         self._spawned.end()
         deadline = time.monotonic() + _STOP_S
         for keeper in keepers.values():  # of another launcher: it hangs up when it is done

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from pipeserve.addresses import split_address
 from pipeserve.configs import RunConfig
-from pipeserve.configs.addresses import split_address
 from pipeserve.core.topology import Topology
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.wire.control import KeeperHello
@@ -17,7 +17,7 @@ def why_not(hello: KeeperHello, topology: Topology, joined: Mapping[int, KeeperH
     if hello.world_size != topology.num_ranks:
         return (
             f"{who} is one of {hello.world_size}, and the pipeline has {topology}; make "
-            "--pipeline-parallel-size equal to the number of keepers"
+            "--pipeline-parallel-size times --tensor-parallel-size equal to the number of keepers"
         )
     if not 0 <= hello.rank < topology.num_ranks:
         return f"{who}: there are ranks 0 to {topology.num_ranks - 1}"

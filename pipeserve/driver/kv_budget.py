@@ -19,7 +19,7 @@ def num_kv_blocks(
 ) -> int:
     """Blocks of `config.block_size` tokens. `sizes`: what each rank says of itself.
 
-    `num_gpu_blocks_override` is taken as it is. Otherwise a stage's `kv_cache_memory_bytes` over
+    `num_gpu_blocks_override` is taken as it is. Otherwise a rank's `kv_cache_memory_bytes` over
     what one of its blocks takes, and no more than `max_num_seqs` requests of full length use.
 
     Raises ConfigError when not even one fits, and when weights and pools together take more memory
@@ -33,13 +33,13 @@ def num_kv_blocks(
 
 
 def blocks_within(num_bytes: int, block_bytes: Sequence[int], block_size: int) -> int:
-    """Blocks that fit `num_bytes` of each stage, on which one takes `block_bytes`. Raises
+    """Blocks that fit `num_bytes` of each rank, on which one takes `block_bytes`. Raises
     ConfigError when that is none."""
     most = max(block_bytes)
     if num_bytes < most:
         raise ConfigError(
             f"--kv-cache-memory-bytes {num_bytes} holds no block of {block_size} tokens, which "
-            f"takes up to {most} bytes on a stage; give at least {most}"
+            f"takes up to {most} bytes on a rank; give at least {most}"
         )
     return num_bytes // most
 

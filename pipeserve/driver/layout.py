@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pipeserve.configs import RunConfig
 from pipeserve.configs.layer_lists import AUTO
 from pipeserve.core.cost.cut import StageParts
-from pipeserve.core.cost.partition import plan_pipeline, usual_work
+from pipeserve.core.cost.partition import plan_pipeline, usual_work, with_ranks
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.engine import check_suits
 from pipeserve.core.nouns import PipelinePlan
@@ -27,6 +27,7 @@ def lay_out(
     max_model_len: int,
     enable_prefix_caching: bool,
     parts: Sequence[StageParts] | None = None,
+    ranks_per_stage: int = 1,
 ) -> tuple[PipelinePlan, Callable[[int], Limits]]:
     """The cut, and the limits with so many KV blocks: how many, follows from the stages' memory.
 
@@ -45,6 +46,7 @@ def lay_out(
         config.pipeline_window,
         parts,
     )
+    plan = with_ranks(plan, ranks_per_stage)
 
     def limits_with(num_blocks: int) -> Limits:
         return Limits(

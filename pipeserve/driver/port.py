@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from pipeserve.addresses import join_address, split_address
 from pipeserve.configs import RunConfig
-from pipeserve.configs.addresses import join_address, split_address
 from pipeserve.errors import ConfigError
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection

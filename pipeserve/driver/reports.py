@@ -32,7 +32,7 @@ class Reports:
 
     def take(self, received: Received) -> None:
         """One of them; others are ignored."""
-        stage, message = self._topology.stage_of(received.rank), received.message
+        message = received.message
         match message:
             case control.Timing(span):
                 self.num_spans_due -= 1
@@ -41,8 +41,9 @@ class Reports:
                 ready_s = max(span.plan_s, span.input_s)
                 self._engine.observe(span.index, span.stage, ready_s, span.start_s, span.end_s)
             case control.Heartbeat():
-                self._watch.answered(stage)
+                self._watch.answered(self._stage_of(received))
             case control.HeartbeatAnswer(sent_s, remote_s) if self._speaks(received):
+                stage = self._stage_of(received)
                 self._watch.signs(stage, message, received.at_s)
                 if self._fleet.is_remote(received.rank):
                     self._journal.pinged(Ping(stage, sent_s, remote_s, received.at_s))
@@ -55,6 +56,9 @@ class Reports:
         if span.index > self._watch.done[span.stage]:
             self._watch.done[span.stage] = span.index
             self._journal.computed(span)
+
+    def _stage_of(self, received: Received) -> int:
+        return self._topology.stage_of(received.rank)
 
     def _speaks(self, received: Received) -> bool:
         return self._topology.speaks(received.rank)

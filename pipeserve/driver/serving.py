@@ -117,7 +117,7 @@ def _figures(driver: Driver) -> dict[str, float]:
     return {
         "num_running": engine.num_running,
         "num_waiting": engine.num_waiting,
-        "num_in_flight": len(engine.outstanding),
+        "num_in_flight": engine.num_outstanding,
         "window": engine.window,
         "num_blocks": driver.limits.num_blocks,
         "num_free_blocks": engine.num_free_blocks,

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from pipeserve.core.nouns import PipelinePlan
-from pipeserve.wire.control import KeeperHello, Memory, StageReady
+from pipeserve.wire.control import KeeperHello, Memory, StageReady, StageSized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,19 @@ def stage_infos(
             )
         )
     return tuple(infos)
+
+
+def one_of_each_stage(plan: PipelinePlan, sizes: Sequence[StageSized]) -> tuple[StageSized, ...]:
+    """Of the rank that speaks for it, whose share of a memory is that of all its ranks there."""
+    found = []
+    for stage in plan.stages:
+        keys = [memory.key for rank in stage.ranks for memory in sizes[rank].memory]
+        own = sizes[stage.ranks[0]]
+        memory = [
+            each._replace(free_bytes=each.free_bytes // keys.count(each.key)) for each in own.memory
+        ]
+        found.append(msgspec.structs.replace(own, memory=tuple(memory)))
+    return tuple(found)
 
 
 def with_memory(

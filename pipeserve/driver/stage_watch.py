@@ -9,6 +9,7 @@ owes nothing is asked for a sign of life.
 """
 
 from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeserve.core.nouns import Microbatch
@@ -48,7 +49,10 @@ class Overdue(NamedTuple):
         )
 
 
-class _Due(NamedTuple):
+@dataclass(slots=True)
+class _Due:
+    """A microbatch, at the stage that has all it needs for it but the tokens."""
+
     index: int
     work: int
     since_s: float
@@ -81,9 +85,11 @@ class StageWatch:
     # ---- what is heard --------------------------------------------------------------------------
 
     def planned(self, microbatch: Microbatch, now: float) -> None:
-        chunks = microbatch.chunks
-        work = sum((chunk.stop - chunk.start) * (1024 + chunk.stop) for chunk in chunks)
-        source = max((c.token_from for c in chunks if c.token_from is not None), default=-1)
+        work, source = 0, -1
+        for chunk in microbatch.chunks:
+            work += (chunk.stop - chunk.start) * (1024 + chunk.stop)
+            if chunk.token_from is not None and chunk.token_from > source:
+                source = chunk.token_from
         self._due[0].append(_Due(microbatch.index, work, now, source))
 
     def completed(self, index: int, at_s: float) -> None:
@@ -100,9 +106,10 @@ class StageWatch:
             return
         done = due.popleft()
         self._times[stage].take(done.work, at_s - done.since_s)
-        if due:
-            due[0] = due[0]._replace(since_s=max(due[0].since_s, at_s))
-        self._hand_on(done._replace(since_s=at_s, token_from=-1), stage + 1)
+        if due and due[0].since_s < at_s:
+            due[0].since_s = at_s
+        done.since_s, done.token_from = at_s, -1
+        self._hand_on(done, stage + 1)
 
     def _hand_on(self, due: _Due, stage: int) -> None:
         """To the first stage from there on that has not computed it."""
@@ -125,8 +132,8 @@ class StageWatch:
 
     def at(self, stage: int) -> int | None:
         """The microbatch that it is at; None: it waits."""
-        due = self._ready(stage)
-        return None if due is None else due.index
+        due = self._due[stage]
+        return due[0].index if due and self._ready_s(due[0]) is not None else None
 
     def whereabouts(self, stage: int) -> str:
         """The same, in words, and what it did last."""
@@ -151,31 +158,31 @@ class StageWatch:
             if not self._due[stage]:
                 return Overdue(stage, None, silent_s, 0.0)
         for stage, times in enumerate(self._times):
-            due = self._ready(stage)
-            if due is None:
+            due = self._due[stage][0] if self._due[stage] else None
+            since_s = None if due is None else self._ready_s(due)
+            if due is None or since_s is None:
                 continue
             at_work = self._at_work[stage]
             usual_s = times.usual_s(due.work)
-            late_s = now - due.since_s - at_work.stood_s(due.since_s)
+            late_s = now - since_s - at_work.stood_s(since_s)
             share = _WORKING if at_work.is_working else _SLEEPING
             margin_s = max(self._margin_s, share * usual_s)
             if late_s > (usual_s + margin_s if usual_s else _FIRST_S):
-                return Overdue(stage, due.index, now - due.since_s, usual_s)
+                return Overdue(stage, due.index, now - since_s, usual_s)
         return None
 
-    def _ready(self, stage: int) -> _Due | None:
-        """What the stage could be at."""
-        due = self._due[stage]
-        if not due or due[0].token_from > self._completed:
+    def _ready_s(self, due: _Due) -> float | None:
+        """When its stage had all of it; None: its tokens are on their way."""
+        if due.token_from > self._completed:
             return None
-        if due[0].token_from == self._completed:
-            return due[0]._replace(since_s=max(due[0].since_s, self._completed_s))
-        return due[0]
+        if due.token_from == self._completed:
+            return max(due.since_s, self._completed_s)
+        return due.since_s
 
     def _shift(self, gap_s: float) -> None:
         for due in self._due:
             if due:
-                due[0] = due[0]._replace(since_s=due[0].since_s + gap_s)
+                due[0].since_s += gap_s
         self._completed_s += gap_s
 
 

@@ -30,7 +30,8 @@ def jobs_of(setup: Setup, topology: Topology, local_name: str) -> list[control.S
                 control=f"/{local_name}",
                 host="",
                 traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
-                speaks=topology.speaks(rank),
+                shard=topology.shard_of(rank),
+                num_shards=topology.width,
             )
         )
     return jobs

@@ -17,6 +17,7 @@ from pipeserve.configs import make_config
 from pipeserve.core.nouns import Output, RequestId
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
+from pipeserve.driver.gathering import gathering
 from pipeserve.errors import ConfigError, PipeserveError, StageError
 from pipeserve.frontend.client import Client
 from pipeserve.frontend.completion import Completion, Delta, Generation, completed
@@ -53,7 +54,10 @@ class LLM:
 
         Raises ConfigError (unknown keyword, wrong value, wrong model) and StageError.
         """
-        driver = Driver(checkpoint_setup(make_config({}, {"model": model, **keywords})))
+        config = make_config({}, {"model": model, **keywords})
+        with gathering(config) as fleet:
+            setup = checkpoint_setup(config)
+        driver = Driver(setup, fleet=fleet)
         try:
             self._serve(driver)
         except BaseException:

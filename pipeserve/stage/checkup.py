@@ -22,6 +22,10 @@ MODULE = "pipeserve.stage.checkup"
 class CheckupCompute(ModelCompute):
     """Computes nothing; else a `ModelCompute`."""
 
+    def meet(self, address: str) -> bool:
+        """Nobody: it exchanges nothing with who shares its stage."""
+        return True
+
     def take_memory(self, num_blocks: int) -> None:
         """Says what it would take."""
         self.weight_bytes = self.size.weight_bytes

@@ -45,6 +45,8 @@ class Done(NamedTuple):
     cpu_s: float
     between_cpu_s: float
     num_bytes: int = 0
+    all_reduce_s: float = 0.0
+    rank_wait_s: float = 0.0
     sampled: control.Sampled | None = None
     """On the last stage."""
 
@@ -71,6 +73,15 @@ class Compute(Protocol):
         """Reads its weights, and makes a pool of so many KV blocks."""
         ...
 
+    def meet(self, address: str) -> bool:
+        """The other ranks that share the stage, in this epoch, before anything is computed in it.
+        Returns whether all have come."""
+        ...
+
+    def part(self) -> None:
+        """From them: the epoch is over. Does nothing where it has not met them."""
+        ...
+
     def begin(self, turn: Turn) -> Any:
         """Have it computed behind those that were begun before it, which are not waited for.
         Returns what `end` needs; that includes what it needs of the sequences."""
@@ -82,7 +93,8 @@ class Compute(Protocol):
         0 when it is time to look what has come, to begin it, and to take this one's end."""
         ...
 
-    def end(self, computing: Any, feed_back: FeedBack) -> Done:
+    def end(self, computing: Any, feed_back: FeedBack) -> Done | None:
         """Wait until that microbatch is computed, and hand what came of it to the link with the
-        next stage; on the last stage, call `feed_back` as soon as its tokens are known."""
+        next stage; on the last stage, call `feed_back` as soon as its tokens are known. None: of
+        the ranks that share the stage, one is gone, and nothing more is computed in this epoch."""
         ...

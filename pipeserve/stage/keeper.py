@@ -71,8 +71,8 @@ class Keeper:
         Descriptor(os.pidfd_open(os.getppid()), self.sources, "driver's end")
 
     def run(self) -> int:
-        """Until the driver says stop (0), is gone or cannot be reached (1), or will not have this
-        keeper (2)."""
+        """Until the driver says stop (0, or 1 for a run that failed), is gone or cannot be reached
+        (1), or will not have this keeper (2)."""
         try:
             while self.exit_code is None:
                 if not self.has_joined:
@@ -149,8 +149,10 @@ class Keeper:
         match message:
             case StartStage():
                 self._start(message, epoch)
-            case Stop():
-                self.exit_code = 0
+            case Stop(has_failed, why):
+                if why:
+                    self._say(f"the driver at {self.address} has ended the run: {why}")
+                self.exit_code = int(has_failed)
             case NotWanted():
                 self._say(f"not wanted by the driver at {self.address}: {message.why}")
                 self.exit_code = 2

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from pipeserve.configs.addresses import split_address
+from pipeserve.addresses import split_address
 from pipeserve.errors import ConfigError
 from pipeserve.stage.keeper import Keeper
 from pipeserve.wire.listener import is_loopback
@@ -40,10 +40,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--join-timeout",
         type=float,
-        default=600.0,
+        default=120.0,
         metavar="SECONDS",
-        help="how long to look for the driver, which may have a model to fetch or to convert "
-        "before it listens (default: 600)",
+        help="how long to look for the driver (default: 120)",
     )
     parser.add_argument(
         "--host",

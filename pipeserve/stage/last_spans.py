@@ -10,7 +10,7 @@ from pipeserve.core.records import Span
 _SLOTS = 64
 _COUNT_BYTES = 8
 """Ahead of the slots: the number of spans so far, written behind each of them, at one stroke."""
-_SPAN = struct.Struct("=3q8dq")
+_SPAN = struct.Struct("=3q8dq2d")
 
 
 class LastSpans:

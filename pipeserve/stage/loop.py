@@ -72,6 +72,8 @@ class StageLoop:
         """Not ended, each with what the compute keeps of it."""
         self.untold: Span | None = None
         """Of the microbatch that ended last."""
+        self.stands_still = False
+        """It has lost a rank that shares the stage, and computes nothing more in this epoch."""
         self.sequences = Sequences()
         self.neighbours = Neighbours(self.job, self.compute.links, self.sources)
         self.tell(self.compute.size)
@@ -108,7 +110,11 @@ class StageLoop:
         if self.job.speaks:
             self.tell(message)
 
-    def _take_memory(self, num_blocks: int) -> None:
+    def _take_memory(self, num_blocks: int, meet_at: str) -> None:
+        """Once; and each time with who shares the stage, if somebody does."""
+        if meet_at and not self.compute.meet(meet_at):
+            self._stand_still()
+            return
         if not self.has_memory:
             self.compute.take_memory(num_blocks)
             self.has_memory = True
@@ -172,8 +178,8 @@ class StageLoop:
         match message:
             case Step():
                 self.plans.append((message, seen_s))
-            case TakeMemory(num_blocks):
-                self._take_memory(num_blocks)
+            case TakeMemory(num_blocks, meet_at):
+                self._take_memory(num_blocks, meet_at[self.job.stage] if meet_at else "")
             case Connect():
                 self._connect(message)
             case Heartbeat():
@@ -188,6 +194,7 @@ class StageLoop:
         has any, it may be given other work."""
         self.epoch = epoch
         self.neighbours.close()
+        self.compute.part()
         if work != self.job.work:
             self.job = msgspec.structs.replace(self.job, work=work)
             self.compute = self._make(self.job, self.tell)
@@ -224,7 +231,7 @@ class StageLoop:
 
     def _can_begin(self) -> bool:
         """Whether plan, activations and tokens of the next microbatch are all here."""
-        if not self.plans or self._is_full():
+        if not self.plans or self._is_full() or self.stands_still:
             return False
         step = self.plans[0][0]
         if self.job.is_first:
@@ -249,6 +256,9 @@ class StageLoop:
         what the next one needs."""
         turn, computing = self.begun.popleft()
         done = self.compute.end(computing, self._feed_back)
+        if done is None:
+            self._stand_still()
+            return
         sampled = done.sampled
         if sampled is not None:
             self.report(sampled)
@@ -258,6 +268,12 @@ class StageLoop:
                 )
         self.untold = self._span(turn, done)
         self.keep(self.untold)
+
+    def _stand_still(self) -> None:
+        """Until the driver says what comes next: it knows by now, or will soon, who is gone."""
+        self.compute.part()
+        self.begun.clear()
+        self.stands_still = True
 
     def _feed_back(self, index: int, tokens: list[int], counts: bytes) -> None:
         """What the last stage sampled, to the first before anything else, for it may be waiting."""
@@ -278,4 +294,6 @@ class StageLoop:
             cpu_s=done.cpu_s,
             between_cpu_s=done.between_cpu_s,
             num_bytes=done.num_bytes,
+            all_reduce_s=done.all_reduce_s,
+            rank_wait_s=done.rank_wait_s,
         )

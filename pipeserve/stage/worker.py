@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from pipeserve.core.nouns import one_each
@@ -16,6 +17,7 @@ from pipeserve.core.work import Work
 from pipeserve.stage.compute import Done, FeedBack, Tell, Turn
 from pipeserve.stage.facts import facts_of
 from pipeserve.stage.memory import device_memory
+from pipeserve.stage.peers import Peers
 from pipeserve.stage.sequences import Sequence
 from pipeserve.stage.serve import serve
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
@@ -61,6 +63,7 @@ class ModelCompute:
         self.kv_dtype = getattr(torch, share.kv_dtype)
         most_threads = torch.get_num_threads()
         torch.set_num_threads(best_num_threads(share.device, share.attention, most_threads))
+        self._peers = Peers(job)
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.model = Stage(
             self.config,
@@ -69,14 +72,16 @@ class ModelCompute:
             has_embedding=share.has_embedding,
             has_head=share.has_head,
             backend=make_backend(share.device, share.attention, local_rank),
+            shard=self._peers.shard,
         )
-        layer_bytes, *end_bytes = part_bytes(self.config, self.dtype)
+        layer_bytes, *end_bytes = part_bytes(self.config, self.dtype, self._peers.shard)
         self.size = control.StageSized(
             weight_bytes=self.model.bytes_in(self.dtype),
             block_bytes=self.model.kv_block_bytes(block_size=share.block_size, dtype=self.kv_dtype),
             memory=device_memory(self.model.backend.device),
             layer_bytes=layer_bytes,
             end_bytes=tuple(end_bytes),
+            meets_at=self._peers.meets_at(),
         )
         self.num_threads = torch.get_num_threads()
         self.links = links.TensorLinks()
@@ -95,6 +100,7 @@ class ModelCompute:
             block_size=self.block_size,
             has_embedding=self._job.is_first,
             has_head=self._job.is_last,
+            shard=self._peers.shard,
         )
         facts = facts_of(str(torch.__version__), self.model.backend.name, self.num_threads)
         return control.Examined(facts, timed.parts, timed.cpu_share)
@@ -104,12 +110,22 @@ class ModelCompute:
         share = self._share
         load_weights(self.model, share.model_folder, self.dtype, self._report_loading)
         self.weight_bytes = self.model.num_bytes
+        self._peers.share(self.model)
         # Taken from the model, so that a prompt that is scored may have it a few rows at a time.
         self.head, self.model.head = self.model.head, None
         self.kv = self.model.make_kv(
             num_blocks=num_blocks, block_size=share.block_size, dtype=self.kv_dtype
         )
         self.kv_bytes = self.kv.num_bytes
+
+    def meet(self, address: str) -> bool:
+        """As `Compute`."""
+        return self._peers.meet(address, self.model)
+
+    def part(self) -> None:
+        """As `Compute`."""
+        self._peers.part()
+        self.size = msgspec.structs.replace(self.size, meets_at=self._peers.meets_at())
 
     def _report_loading(self, num_read: int, num_bytes: int) -> None:
         now = time.monotonic()
@@ -124,8 +140,16 @@ class ModelCompute:
     def left_s(self, turn: Turn) -> float:
         return 0.0
 
-    def end(self, turn: Turn, feed_back: FeedBack) -> Done:
+    def end(self, turn: Turn, feed_back: FeedBack) -> Done | None:
         """As `Compute`."""
+        try:
+            return self._end(turn, feed_back)
+        except RuntimeError as error:
+            if not self._peers.are_lost(error):
+                raise
+        return None
+
+    def _end(self, turn: Turn, feed_back: FeedBack) -> Done:
         start_s, start_cpu_s = time.monotonic(), time.thread_time()
         between_cpu_s = start_cpu_s - self._last_cpu_s
         inputs = self._build_inputs(turn)
@@ -141,7 +165,7 @@ class ModelCompute:
             num_bytes = self.links.send(turn.step.index, hidden)
         self._last_cpu_s = stamps.end_cpu_s
         cpu_s = stamps.end_cpu_s - start_cpu_s
-        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled)
+        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled=sampled)
 
     def _build_inputs(self, turn: Turn) -> StageInputs:
         return build_inputs(

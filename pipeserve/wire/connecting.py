@@ -3,7 +3,7 @@
 import socket
 import time
 
-from pipeserve.configs.addresses import split_address
+from pipeserve.addresses import split_address
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.sources import PROVE_S, Sources
 

@@ -179,7 +179,8 @@ class Connection:
         """Every message that is whole; sends on what was left, too."""
         if self.has_ended:
             return []
-        self._flush()
+        if self._outgoing:
+            self._flush()
         most_bytes = _RECEIVE_BYTES if self._handshake is None else handshake.MOST_BYTES
         messages: list[bytearray] = []
         try:

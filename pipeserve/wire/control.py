@@ -45,8 +45,14 @@ class StartStage(_Message):
     """Address on which this stage listens for its neighbours; the keeper puts its own here."""
     traceback: bool
     """Print the traceback of an unexpected error to stderr, too."""
-    speaks: bool = True
-    """Of the ranks of its stage, this is the one that tells the driver what the stage did."""
+    shard: int = 0
+    num_shards: int = 1
+    """Of the ranks that share the stage, which one this is."""
+
+    @property
+    def speaks(self) -> bool:
+        """It is the one of them that tells the driver what the stage did (`Topology.speaker`)."""
+        return self.shard == 0
 
     @property
     def is_first(self) -> bool:
@@ -59,6 +65,11 @@ class StartStage(_Message):
 
 class Stop(_Message):
     """End the stage and yourself."""
+
+    has_failed: bool = False
+    """The run has ended before it was done."""
+    why: str = ""
+    """To be said, by one on each machine."""
 
 
 class NotWanted(_Message):
@@ -160,6 +171,8 @@ class TakeMemory(_Message):
     """Read the weights, and make a pool of so many KV blocks; a stage that has, says so at once."""
 
     num_blocks: int
+    meet_at: tuple[str, ...] = ()
+    """HOST:PORT where the ranks of each stage meet, that share it (`StageSized.meets_at`)."""
 
 
 class Renew(_Message):
@@ -251,6 +264,9 @@ class StageSized(_Message):
     """Of the weights of each layer of the model, whichever stage has it."""
     end_bytes: tuple[int, int] = (0, 0)
     """Of those of embedding and head."""
+    meets_at: str = ""
+    """Where the first of the ranks that share a stage waits for the others in this epoch; empty of
+    the others, and where a stage is not shared."""
 
 
 class Facts(msgspec.Struct, frozen=True, gc=False):

@@ -7,7 +7,7 @@ import secrets
 import socket
 from collections.abc import Collection
 
-from pipeserve.configs.addresses import join_address
+from pipeserve.addresses import join_address
 from pipeserve.errors import ConfigError
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.sources import Sources

@@ -187,6 +187,10 @@ def wishes(setting: Setting, fitted: Fitted) -> list[Change]:
             Tweak(speed={slowest: 2.0}),
         ),
     }
+    if any(fitted.summed):
+        tweaks["all_reduce"] = ("all-reduces in no time", Tweak(all_reduce=0.0))
+    if any(fitted.waited):
+        tweaks["rank_wait"] = ("no rank of a stage waits for another", Tweak(rank_wait=0.0))
     found = [
         Change(kind=kind, what=what, setting=setting, tweak=tweak)
         for kind, (what, tweak) in tweaks.items()

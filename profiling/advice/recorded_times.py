@@ -60,6 +60,10 @@ class Fitted:
     """Measured over fitted, by size class: a row for each microbatch, of the stages' layers and,
     last, the head."""
     delays: Delays
+    summed: tuple[float, ...]
+    """Of each stage, the share of its layers' time that its ranks took to add up; and, below, that
+    the first one waited for a slower one."""
+    waited: tuple[float, ...]
 
     @property
     def num_stages(self) -> int:
@@ -85,6 +89,8 @@ class Tweak:
     control: float = 1.0
     planning: float = 1.0
     head: float = 1.0
+    all_reduce: float = 1.0
+    rank_wait: float = 1.0
     equal_stages: bool = False
     """Every stage takes the mean stage's time, the head apart."""
     jitter: bool = True
@@ -109,6 +115,11 @@ class RecordedTimes(StageTimes):
         self.latency_s = [self._tweak.link * alpha for alpha, _ in delays.hops]
         self.own_s = delays.own_s if self._tweak.control else (0.0,) * fitted.num_stages
         """Of a stage between microbatches: in `compute_s`, though it is no compute."""
+        self._kept = [
+            1 - (1 - self._tweak.all_reduce) * summed - (1 - self._tweak.rank_wait) * waited
+            for summed, waited in zip(fitted.summed, fitted.waited, strict=True)
+        ]
+        """Share of each stage's layers' time that is left of it."""
         self._draws = np.random.default_rng(seed).integers(1 << 30, size=_DRAWS).tolist()
         self._rows: dict[tuple[int, bool], list[list[float]]] = {}
         self._last: tuple[Microbatch | None, list[float]] = None, []
@@ -143,8 +154,10 @@ class RecordedTimes(StageTimes):
             counts = [mean if place in tweak.even else own for place, (own, mean) in pairs]
         layer = fitted.layer_s(counts)
         stages = [
-            factor * ratio * layers * layer
-            for layers, factor, ratio in zip(self._layers, fitted.factors, row, strict=False)
+            factor * ratio * layers * layer * kept
+            for layers, factor, kept, ratio in zip(
+                self._layers, fitted.factors, self._kept, row, strict=False
+            )
         ]
         if tweak.equal_stages:
             stages = [sum(stages) / len(stages)] * len(stages)
@@ -184,6 +197,8 @@ def fit(recording: Recording, num_layers: Sequence[int]) -> Fitted:
     used = [works[index] for index in indices]
     seconds = np.array([[_layers_s(span) for span in row] for row in spans])
     heads = np.array([row[-1].end_s - row[-1].head_s for row in spans])
+    together = np.array([[(span.all_reduce_s, span.rank_wait_s) for span in row] for row in spans])
+    summed, waited = (together.sum(axis=0).T / seconds.sum(axis=0)).tolist()
     logits = np.array([work.num_logits for work in used], dtype=float)
     scales = np.array(num_layers, dtype=float)
     undisturbed = np.array([[_undisturbed_s(span) for span in row] for row in spans])
@@ -204,6 +219,8 @@ def fit(recording: Recording, num_layers: Sequence[int]) -> Fitted:
         mean_logits=float(logits.mean()),
         ratios={size: ratios[places] for size, places in _by_class(used).items()},
         delays=delays_of(recording),
+        summed=tuple(summed),
+        waited=tuple(waited),
     )
 
 

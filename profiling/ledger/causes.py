@@ -12,6 +12,8 @@ CAUSES = {
     "decode_count": "a microbatch had more decodes",
     "stage_imbalance": "a stage takes longer than the others for the same microbatch",
     "head_and_sampling": "the last stage had the vocabulary head and the sampling to do",
+    "all_reduce": "the ranks of a stage were adding up what each had computed",
+    "rank_wait": "the ranks of a stage waited for the slowest of them",
     "token_feedback": "sampled tokens were on their way to the first stage",
     "planning": "the driver was planning, or busy with something else",
     "control": "messages between driver and stages, and the stage's own work between microbatches",

@@ -62,7 +62,7 @@ _KEPT = 4096
 """Microbatches whose vectors are remembered: more than are ever outstanding."""
 
 PathEvent = tuple[Vector, float]
-"""What led to it, and when; the first 14 components sum to the time since the start."""
+"""What led to it, and when; all but the last two components sum to the time since the start."""
 
 
 class Idle(NamedTuple):

@@ -8,6 +8,7 @@ from operator import sub
 
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.step_parts import (
+    ALL_REDUCE,
     BASE,
     CONTEXT,
     DECODES,
@@ -16,13 +17,14 @@ from pipeserve.profiling.ledger.step_parts import (
     JITTER,
     NUM_PARTS,
     PREFILL,
+    RANK_WAIT,
 )
 
 Vector = list[float]
 
 # Its components: the parts of compute (step_parts.py), what lies between, and two counts of steps.
-LINK, FEEDBACK, PLANNING, CONTROL, NO_REQUESTS, FAULT, UNKNOWN = range(NUM_PARTS, 14)
-PREFILL_STEPS, STEPS, SIZE = 14, 15, 16
+LINK, FEEDBACK, PLANNING, CONTROL, NO_REQUESTS, FAULT, UNKNOWN = range(NUM_PARTS, NUM_PARTS + 7)
+PREFILL_STEPS, STEPS, SIZE = range(NUM_PARTS + 7, NUM_PARTS + 10)
 
 _PLACE = {cause: place for place, cause in enumerate(CAUSES)}
 _PLACE_OF = {
@@ -32,6 +34,8 @@ _PLACE_OF = {
     CONTEXT: _PLACE["context_length"],
     IMBALANCE: _PLACE["stage_imbalance"],
     HEAD: _PLACE["head_and_sampling"],
+    ALL_REDUCE: _PLACE["all_reduce"],
+    RANK_WAIT: _PLACE["rank_wait"],
     JITTER: _PLACE["jitter"],
     LINK: _PLACE["link"],
     FEEDBACK: _PLACE["token_feedback"],

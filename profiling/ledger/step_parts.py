@@ -8,6 +8,7 @@ s, with the mean stage's theta:
     theta . x(k)            by count: prefill, decodes, their context, and the base that each has
     (theta_s - theta).x(k)  the stage is not the mean one: imbalance
     end - head              vocabulary head and sampling, measured
+    all-reduces, rank wait  of the ranks of a stage with each other, measured
     wall - thread CPU       the stage's core was taken: jitter, off layers and head alike
     the rest                jitter
 
@@ -26,12 +27,13 @@ from pipeserve.core.records import Planned, Span
 from pipeserve.core.work import Work, work_of
 from pipeserve.profiling.recording.recording import Recording
 
-BASE, PREFILL, DECODES, CONTEXT, IMBALANCE, HEAD, JITTER = range(7)
-NUM_PARTS = 7
+BASE, PREFILL, DECODES, CONTEXT, IMBALANCE, HEAD, ALL_REDUCE, RANK_WAIT, JITTER = range(9)
+NUM_PARTS = 9
 
 _TILE = 16  # tokens of a size class
 _OUTLIER = 3.0  # scaled median absolute deviations
 _NEVER_OUTLIER = 0.2  # of the time: the form is only linear
+_MEASURED = (0.0,) * (NUM_PARTS - HEAD)
 _LEAST_S = 1e-12  # what is shorter took no time: no clock tells it, and its inverse may be infinite
 
 
@@ -86,7 +88,7 @@ class StepParts:
         return cls(mean, factors, stages)
 
     def parts(self, work: Work) -> list[list[float]]:
-        """Of a microbatch on each stage, without head and jitter: seconds by part."""
+        """Of a microbatch on each stage: seconds by part, of those that are not measured 0."""
         counts = np.array(counts_of(work))
         base, tokens, pairs, decodes, context = (self.mean_theta * counts).tolist()
         linear = base + tokens + pairs + decodes + context
@@ -98,31 +100,33 @@ class StepParts:
             decodes += missed
         totals = (factor * (self.stage_theta @ counts)).tolist()
         return [
-            [base, prefill, decodes, context, total - factor * linear, 0.0, 0.0] for total in totals
+            [base, prefill, decodes, context, total - factor * linear, *_MEASURED]
+            for total in totals
         ]
 
 
 def measured_parts(predicted: Sequence[float], span: Span) -> list[float]:
-    """`predicted` (one of `parts`) with head and jitter as measured: sums to the span's time."""
+    """`predicted` (one of `parts`) with what is measured: sums to the span's time."""
     parts = list(predicted)
-    head = (span.end_s - span.head_s) * own_share(span)
-    parts[HEAD] = head
-    parts[JITTER] = span.end_s - span.start_s - head - sum(predicted)
+    parts[HEAD] = head = (span.end_s - span.head_s) * own_share(span)
+    parts[ALL_REDUCE], parts[RANK_WAIT] = span.all_reduce_s, span.rank_wait_s
+    rest = span.end_s - span.start_s - head - sum(predicted)
+    parts[JITTER] = rest - span.all_reduce_s - span.rank_wait_s
     return parts
 
 
 def own_share(span: Span) -> float:
-    """Of its time, what the stage had its core for. Where in the span others took it, nobody knows:
-    so layers and head lose alike."""
-    seconds = span.end_s - span.start_s
+    """Of its time, but for what the stage's ranks did together, what it had its core for. Where in
+    the span others took it, nobody knows: so layers and head lose alike."""
+    seconds = span.end_s - span.start_s - span.all_reduce_s - span.rank_wait_s
     if isnan(span.cpu_s) or seconds <= 0:
         return 1.0
     return min(max(span.cpu_s / seconds, 0.0), 1.0)
 
 
 def _layers_s(span: Span) -> float:
-    """The layers' own time: what others took of the core is not theirs."""
-    return (span.head_s - span.start_s) * own_share(span)
+    """The layers' own time: what others took of the core is not theirs, nor are the ranks' sums."""
+    return (span.head_s - span.start_s - span.all_reduce_s - span.rank_wait_s) * own_share(span)
 
 
 def _size_class(work: Work) -> tuple[int, bool]:

@@ -234,6 +234,8 @@ class _StageDetails:
             "head": end - head,
             "sent": sent - end,
             "cpu": cpu,
+            "summed": np.array([span.all_reduce_s for span in spans]),
+            "waited": np.array([span.rank_wait_s for span in spans]),
         }
         ticks = {name: values / clock.tick_s for name, values in lengths.items()}
         ticks["bytes"] = np.array([span.num_bytes for span in spans], float)

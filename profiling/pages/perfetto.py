@@ -101,6 +101,9 @@ def _microbatch(span: Span, plan: Planned | None, start_s: float) -> TraceEvent:
             args["predicted ms"] = round(plan.predicted_s[span.stage] * 1e3, 3)
     if isfinite(span.cpu_s):
         args["on its core ms"] = round(span.cpu_s * 1e3, 3)
+    if span.all_reduce_s or span.rank_wait_s:
+        args["all-reduce ms"] = round(span.all_reduce_s * 1e3, 3)
+        args["waited for a rank ms"] = round(span.rank_wait_s * 1e3, 3)
     where = (span.stage + 2, span.start_s, span.end_s, start_s, args)
     return {**_slice(name, "microbatch", *where), **colour}
 

@@ -5,10 +5,11 @@ message arrives before it is sent, so each one bounds the lines from one side: a
 from both, and so do plans, activations, sampled tokens and results. Of all lines within the bounds
 those are taken that keep the greatest least distance to them (as in Moon, Skelly and Towsley,
 "Estimation and removal of clock skew from network delay measurements", INFOCOM 1999, for one
-direction); all stages at once, because messages between two stages bound their lines together.
+direction); all machines at once, because messages between two of them bound their lines together.
+The stages of one machine have one clock, which goes by the first of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import isfinite
 from typing import NamedTuple
@@ -73,22 +74,41 @@ def align(recording: Recording) -> Aligned:
     stages = [s for s, spans in enumerate(recording.spans) if s in pinged and spans]
     if not stages:
         return Aligned(recording, (0.0,) * recording.num_stages)
-    messages = [m for m in _messages(recording, stages) if len(m.sent_s)]
-    lines, residuals_s, violation_s = _fit(messages, _guesses(recording, stages))
+    clocks = _clocks(recording, stages)
+    messages = _between(clocks, _messages(recording, stages))
+    guesses = _guesses(recording, clocks)
+    found, residuals_s, violation_s = _fit(messages, guesses)
+    lines = dict(zip(guesses, found, strict=True))
     spans = [
-        _moved(stage, lines[i]) if (i := _place(stages, s)) is not None else stage
-        for s, stage in enumerate(recording.spans)
+        _moved(own, lines[clocks[stage]]) if stage in clocks else own
+        for stage, own in enumerate(recording.spans)
     ]
     notes = [*recording.notes, _note(stages, residuals_s, violation_s)]
-    by_stage = dict(zip(stages, residuals_s, strict=True))
+    by_clock = dict(zip(guesses, residuals_s, strict=True))
     return Aligned(
         replace(recording, spans=spans, notes=notes),
-        tuple(by_stage.get(stage, 0.0) for stage in range(recording.num_stages)),
+        tuple(by_clock.get(clocks.get(s, _DRIVER), 0.0) for s in range(recording.num_stages)),
     )
 
 
-def _place(stages: list[int], stage: int) -> int | None:
-    return stages.index(stage) if stage in stages else None
+def _clocks(recording: Recording, stages: list[int]) -> dict[int, int]:
+    """Of each of these stages, the first one that has the same clock; where the recording does not
+    say which have, each has its own."""
+    machines = recording.meta.get("machines") or range(recording.num_stages)
+    first: dict[int, int] = {}
+    return {stage: first.setdefault(machines[stage], stage) for stage in stages}
+
+
+def _between(clocks: dict[int, int], messages: Iterable[_Messages]) -> list[_Messages]:
+    """By clocks in place of stages; what one clock has timed at both ends says nothing of it."""
+    moved = [
+        message._replace(
+            sender=clocks.get(message.sender, _DRIVER),
+            receiver=clocks.get(message.receiver, _DRIVER),
+        )
+        for message in messages
+    ]
+    return [each for each in moved if len(each.sent_s) and each.sender != each.receiver]
 
 
 def _note(stages: list[int], residuals_s: list[float], violation_s: float) -> str:
@@ -160,17 +180,17 @@ def _made(sender: int, receiver: int, sent_s: list[float], received_s: list[floa
 # ---- lines --------------------------------------------------------------------------------------
 
 
-def _guesses(recording: Recording, stages: list[int]) -> dict[int, _Line]:
-    """Level, at the middle of the quickest ping; over the time that the stage is heard of."""
+def _guesses(recording: Recording, clocks: dict[int, int]) -> dict[int, _Line]:
+    """Level, at the middle of the quickest ping; over the time that its stages are heard of."""
     guesses = {}
-    for stage in stages:
-        pings = [ping for ping in recording.pings if ping.stage == stage]
+    for clock in dict.fromkeys(clocks.values()):
+        pings = [ping for ping in recording.pings if clocks.get(ping.stage) == clock]
         best = min(pings, key=lambda ping: ping.received_s - ping.sent_s)
         offset_s = best.remote_s - (best.sent_s + best.received_s) / 2
-        spans = recording.spans[stage]
-        from_s = min(spans[0].start_s, *(ping.remote_s for ping in pings))
-        to_s = max(spans[-1].end_s, *(ping.remote_s for ping in pings))
-        guesses[stage] = _Line(from_s, max(to_s, from_s + 1.0), offset_s, offset_s)
+        spans = [recording.spans[stage] for stage, own in clocks.items() if own == clock]
+        from_s = min(*(each[0].start_s for each in spans), *(ping.remote_s for ping in pings))
+        to_s = max(*(each[-1].end_s for each in spans), *(ping.remote_s for ping in pings))
+        guesses[clock] = _Line(from_s, max(to_s, from_s + 1.0), offset_s, offset_s)
     return guesses
 
 

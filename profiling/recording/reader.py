@@ -208,6 +208,7 @@ _StoredSpan = NamedTuple(
         for name, hint in Span.__annotations__.items()
     ],
 )
+_StoredSpan._field_defaults.update(Span._field_defaults)
 
 
 def _span(stored: tuple) -> Span:

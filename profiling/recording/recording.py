@@ -93,9 +93,9 @@ class Ring:
     """
 
     def __init__(self, max_bytes: int = 64 << 20) -> None:
-        """`max_bytes` bounds what is kept, but for the last record: a span takes 90 bytes, a decode
-        in a microbatch 17, and twelve times as much when it is read. What is oldest is dropped page
-        by page."""
+        """`max_bytes` bounds what is kept, but for the last record: a span takes 104 bytes, a
+        decode in a microbatch 17, and twelve times as much when it is read. What is oldest is
+        dropped page by page."""
         self._max_bytes = max_bytes
         self._page_bytes = min(_PAGE_BYTES, max_bytes // 8)
         self.clear()

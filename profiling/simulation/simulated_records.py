@@ -84,6 +84,7 @@ class Teller:
 
     def flew(self, microbatch: Microbatch, flight: Flight) -> None:
         head_s = flight.ends_s[-1] - self._times.head_s(microbatch)
+        all_reduce_s = self._times.all_reduce_s(microbatch)
         ways = zip(flight.inputs_s, flight.starts_s, flight.ends_s, strict=True)
         spans = []
         for stage, (input_s, start_s, end_s) in enumerate(ways):
@@ -93,7 +94,8 @@ class Teller:
             is_last = stage == len(self._busy) - 1
             top_s = head_s if is_last else end_s
             times = (plan_s, input_s, start_s, top_s, end_s, end_s, nan, nan)
-            spans.append(Span(stage, flight.index, flight.num_tokens, *times, 0))
+            summed_s = all_reduce_s[stage] if all_reduce_s else 0.0
+            spans.append(Span(stage, flight.index, flight.num_tokens, *times, 0, summed_s))
             busy.append((start_s, end_s))
         self._spans.append(spans)
 

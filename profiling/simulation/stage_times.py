@@ -44,6 +44,11 @@ class StageTimes(Protocol):
         """What of the last stage's seconds are the vocabulary head and the sampling."""
         return 0.0
 
+    def all_reduce_s(self, microbatch: Microbatch) -> Sequence[float]:
+        """What of each stage's seconds its ranks take to add up what each has computed. Empty:
+        nothing, where stages have one rank."""
+        return ()
+
     def hop_s(self, microbatch: Microbatch) -> Sequence[float]:
         """Seconds that the activations take over each of the P - 1 seams."""
         ...
@@ -68,11 +73,12 @@ class ProfiledTimes(StageTimes):
         check_profile(profile, model=shape.name, tensor_parallel_size=tensor_parallel_size)
         self.control_s = self.feedback_s = profile.control_s
         self._profile = profile
-        self._shape = shape
+        self._shard = shape.shard(tensor_parallel_size)
         self._size = tensor_parallel_size
         self._seed = seed
         stages = [(s.num_layers, s.has_head, s.has_embedding) for s in plan.stages]
         self._slowdown = tuple(slowdown or (1.0,) * len(stages))
+        self._num_layers = [stage.num_layers for stage in plan.stages]
         self._kinds = list(dict.fromkeys(stages))
         self._kind_of = [self._kinds.index(stage) for stage in stages]
         self._crossings = crossings(profile, len(stages), tensor_parallel_size)
@@ -81,6 +87,7 @@ class ProfiledTimes(StageTimes):
             for crosses in self._crossings
         ]
         self._flat: dict[int, tuple[float, float]] = {}
+        self._all_reduces: dict[int, float] = {}
         self._heads: dict[int, float] = {0: 0.0}
         self._factors: dict[tuple[str, int, int], float] = {}
         self._hops: dict[int, tuple[float, ...]] = {}
@@ -108,6 +115,17 @@ class ProfiledTimes(StageTimes):
         head_s = self._head_s(self._work_of(microbatch).num_logits)
         return head_s * self._slowdown[-1] * jitter
 
+    def all_reduce_s(self, microbatch: Microbatch) -> Sequence[float]:
+        """Of each stage's, jitter and all."""
+        if self._size == 1:
+            return ()
+        layer = self._all_reduce_of(self._work_of(microbatch).num_tokens)
+        first = microbatch.index * len(self._kind_of)
+        return [
+            num * layer * self._slowdown[stage] * self._jitters[(first + stage) % _JITTERS]
+            for stage, num in enumerate(self._num_layers)
+        ]
+
     def parts(self, work: Work, stage: int) -> PartSeconds:
         """On that stage's device, jitter left out; of one layer, for all are alike."""
         factor = self._slowdown[stage]
@@ -124,7 +142,7 @@ class ProfiledTimes(StageTimes):
         num_tokens = self._work_of(microbatch).num_tokens
         found = self._hops.get(num_tokens)
         if found is None:
-            found = hop_seconds(self._profile, self._shape, self._crossings, num_tokens)
+            found = hop_seconds(self._profile, self._shard, self._crossings, num_tokens)
             self._hops[num_tokens] = found
         return found
 
@@ -139,24 +157,32 @@ class ProfiledTimes(StageTimes):
         embedding."""
         found = self._flat.get(num_tokens)
         if found is None:
-            profile, where, tiles = self._profile, (self._shape, self._size), -(-num_tokens // TILE)
+            profile, shard, tiles = self._profile, self._shard, -(-num_tokens // TILE)
             residuals = profile.residuals
             layer = sum(
                 seconds * self._factor(op, residuals.linear, tiles)
-                for op, seconds in profile.linear.layer_ops(*where, num_tokens)
+                for op, seconds in profile.linear.layer_ops(shard, num_tokens)
             )
-            messages = all_reduce_s(profile, *where, num_tokens)
-            octave = num_tokens.bit_length()
-            layer += messages * self._factor("all_reduce", residuals.all_reduce, octave)
-            embedding = profile.linear.embedding_s(*where, num_tokens)
+            layer += self._all_reduce_of(num_tokens)
+            embedding = profile.linear.embedding_s(shard, num_tokens)
             found = layer, embedding * self._factor("embedding", residuals.linear, tiles)
             self._flat[num_tokens] = found
+        return found
+
+    def _all_reduce_of(self, num_tokens: int) -> float:
+        """Seconds of one layer."""
+        found = self._all_reduces.get(num_tokens)
+        if found is None:
+            profile, octave = self._profile, num_tokens.bit_length()
+            found = all_reduce_s(profile, self._shard, self._size, num_tokens)
+            found *= self._factor("all_reduce", profile.residuals.all_reduce, octave)
+            self._all_reduces[num_tokens] = found
         return found
 
     def _head_s(self, num_logits: int) -> float:
         found = self._heads.get(num_logits)
         if found is None:
-            found = self._profile.linear.head_s(self._shape, self._size, num_logits)
+            found = self._profile.linear.head_s(self._shard, num_logits)
             found *= self._factor("head", self._profile.residuals.linear, -(-num_logits // TILE))
             self._heads[num_logits] = found
         return found
@@ -165,19 +191,19 @@ class ProfiledTimes(StageTimes):
         """Of one layer; factors by octaves of the positions before a chunk, of decodes and of
         their mean context."""
         attention, residuals = self._profile.attention, self._profile.residuals
-        shape, size, total = self._shape, self._size, 0.0
+        shard, total = self._shard, 0.0
         for start, tokens in work.prefills:
             factor = self._factor(
                 "prefill", residuals.attention_prefill, start.bit_length(), tokens.bit_length()
             )
-            total += factor * attention.prefill_s(shape, size, start, tokens)
+            total += factor * attention.prefill_s(shard, start, tokens)
         decodes = work.num_decodes
         if decodes:
             mean = work.context // decodes
             factor = self._factor(
                 "decode", residuals.attention_decode, decodes.bit_length(), mean.bit_length()
             )
-            total += factor * attention.decode_s(shape, size, decodes, work.context)
+            total += factor * attention.decode_s(shard, decodes, work.context)
         return total
 
     def _factor(self, op: str, deviation: float, bucket: int, second: int = 0) -> float:

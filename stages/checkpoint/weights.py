@@ -1,15 +1,12 @@
 """Weights of one stage out of a safetensors folder: its own tensors and not a byte more.
 
-Tensors are read with `pread` straight into the joined weights, piece by piece, because a memory map
-would count every page it touches as this process's memory, beside the weights made of them. Format:
-8 bytes little-endian header length, a JSON header of name -> dtype, shape, data_offsets, the data.
+Tensors are read with `pread` straight into the joined weights, piece by piece: a memory map
+would count every page it touches as this process's memory, beside the weights made of them.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -17,15 +14,24 @@ import torch
 from torch import Tensor
 
 from pipeserve.errors import ConfigError
+from pipeserve.stages.checkpoint.tensor_files import (
+    DTYPES,
+    Entry,
+    check_no_adapter,
+    files_of_tensors,
+    open_file,
+    pieces_of,
+    read_header,
+    spans_of,
+)
 from pipeserve.stages.config.families import find_family
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.layers.leaf import Leaf, Rows
 from pipeserve.stages.stage import Stage
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES = 1 << 20
+_HOST = torch.device("cpu")
 _COMPUTED = ".rotary_emb.inv_freq"  # what old checkpoints keep in each layer, and nobody reads
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_weights(
@@ -49,8 +55,11 @@ def load_weights(
         progress(0, num_bytes)
         checkpoint.on_read = lambda num_read: progress(num_read, num_bytes)
         for leaf in stage.leaves():
-            own = leaf.dtype_in(dtype)
-            leaf.set(*(checkpoint.read(leaf.source, *part, own) for part in _parts(leaf)))
+            own, parts = leaf.dtype_in(dtype), _parts(leaf)
+            tensors = [stage.backend.allocate(shape, own, _HOST) for _, shape in parts]
+            for tensor, (part, _) in zip(tensors, parts, strict=True):
+                checkpoint.read(leaf.source, part, tensor)
+            leaf.set(*tensors)
 
 
 def _parts(leaf: Leaf) -> list[tuple[str, tuple[int, ...]]]:
@@ -68,7 +77,7 @@ def check_checkpoint(folder: str | Path, config: ModelConfig) -> None:
     )
     wanted, unwanted = set(), set()
     with Checkpoint(Path(folder)) as checkpoint:
-        _check_no_adapter(Path(folder))
+        check_no_adapter(Path(folder))
         for leaf in whole_model.leaves():
             for part, shape in _parts(leaf):
                 checkpoint.find(leaf.source, part, shape)
@@ -79,23 +88,6 @@ def check_checkpoint(folder: str | Path, config: ModelConfig) -> None:
         checkpoint.refuse(unwanted, others_than=wanted, below=f"{layers}.")
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """Where one tensor lies."""
-
-    path: Path
-    dtype: str
-    """As safetensors spells it."""
-    shape: tuple[int, ...]
-    offset: int
-    """Of its first byte in the file."""
-    num_bytes: int
-
-    @property
-    def row_bytes(self) -> int:
-        return self.num_bytes // self.shape[0]
-
-
 class Checkpoint:
     """A safetensors checkpoint, in one file or sharded with an index. Opens shards on first use."""
 
@@ -104,9 +96,9 @@ class Checkpoint:
         """Called after each read of data with the bytes read so far."""
         self._num_read = 0
         self._folder = folder
-        self._shard_of = _shard_of_tensor(folder)
+        self._shard_of = files_of_tensors(folder)
         self._files: dict[Path, int] = {}
-        self._headers: dict[Path, dict[str, _Entry]] = {}
+        self._headers: dict[Path, dict[str, Entry]] = {}
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -133,63 +125,62 @@ class Checkpoint:
                     "take config and weights from one checkpoint"
                 )
 
-    def read(
-        self, source: Sequence[Rows], part: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        """The rows of `part` ("weight" or "bias") that `source` names, joined to `shape`."""
-        joined = torch.empty(shape, dtype=dtype)
+    def read(self, source: Sequence[Rows], part: str, joined: Tensor) -> None:
+        """The rows of `part` ("weight" or "bias") that `source` names, one behind the other."""
         flat, done = joined.view(-1), 0
-        for rows, entry in zip(source, self.find(source, part, shape), strict=True):
-            size = (rows.stop - rows.start) * math.prod(shape[1:])
-            self._read_into(flat[done : done + size], f"{rows.name}.{part}", entry, rows.start)
+        for rows, entry in zip(source, self.find(source, part, joined.shape), strict=True):
+            size = (rows.stop - rows.start) * math.prod(joined.shape[1:])
+            name = f"{rows.name}.{part}"
+            self._read_into(flat[done : done + size], name, entry, spans_of(rows, entry))
             done += size
-        return joined
 
     def num_bytes(self, source: Sequence[Rows], part: str, shape: tuple[int, ...]) -> int:
         """How many bytes `read` reads. Raises ConfigError as it does."""
         entries = self.find(source, part, shape)
-        return sum(
-            (rows.stop - rows.start) * entry.row_bytes
-            for rows, entry in zip(source, entries, strict=True)
-        )
+        pairs = zip(source, entries, strict=True)
+        return sum(stop - start for pair in pairs for start, stop in spans_of(*pair))
 
-    def find(self, source: Sequence[Rows], part: str, shape: tuple[int, ...]) -> list["_Entry"]:
+    def find(self, source: Sequence[Rows], part: str, shape: tuple[int, ...]) -> list["Entry"]:
         """The tensor behind each of `source`. Raises ConfigError where one is missing or not of
         the shape that the whole asks for."""
         entries = [self._find(rows, part) for rows in source]
         for rows, entry in zip(source, entries, strict=True):
-            if entry.shape != (rows.of, *shape[1:]):
+            row = shape[1:] if rows.columns is None or len(shape) == 1 else (rows.columns.of,)
+            wanted = (rows.of, *row)
+            if entry.shape != wanted:
                 raise ConfigError(
                     f"{self._folder}: {rows.name}.{part} has shape {entry.shape}, config.json asks "
-                    f"for {(rows.of, *shape[1:])}; take config and weights from one checkpoint"
+                    f"for {wanted}; {_remedy_for(entry.shape, wanted)}"
                 )
         return entries
 
-    def _read_into(self, target: Tensor, name: str, entry: "_Entry", first_row: int) -> None:
-        """Reads in pieces, so that no second copy of a large tensor ever exists."""
-        descriptor, dtype = self._open(entry.path), _DTYPES[entry.dtype]
-        offset = entry.offset + first_row * entry.row_bytes
-        num_bytes = len(target) * dtype.itemsize
-        piece = bytearray(min(_PIECE_BYTES, num_bytes))
-        done = 0
-        while done < num_bytes:
-            view = memoryview(piece)[: num_bytes - done]
-            got = os.preadv(descriptor, [view], offset + done)
-            if got < len(view):
-                raise ConfigError(
-                    f"{entry.path} is truncated: {name} needs {offset + num_bytes} bytes; "
-                    "fetch the file again"
-                )
-            values = torch.frombuffer(view, dtype=dtype)
-            first = done // dtype.itemsize
-            part = target[first : first + len(values)]
-            part.copy_(values)
+    def _read_into(
+        self, target: Tensor, name: str, entry: "Entry", spans: Sequence[tuple[int, int]]
+    ) -> None:
+        """The bytes of `spans`, one behind the other, in pieces, so that no second copy of a large
+        tensor ever exists, and what is read is still in the core's cache when it is looked at."""
+        descriptor, dtype = self._open(entry.path), DTYPES[entry.dtype]
+        first = 0
+        for together in pieces_of(spans, _PIECE_BYTES):
+            num_bytes = sum(stop - start for start, stop in together)
+            part = target[first : first + num_bytes // dtype.itemsize]
+            values = part if part.dtype == dtype else torch.empty(part.shape, dtype=dtype)
+            view, done = memoryview(values.view(torch.uint8).numpy()), 0
+            for start, stop in together:
+                if os.preadv(descriptor, [view[done : done + stop - start]], start) < stop - start:
+                    raise ConfigError(
+                        f"{entry.path} is truncated: {name} needs {spans[-1][1]} bytes; "
+                        "fetch the file again"
+                    )
+                done += stop - start
+            if values is not part:
+                part.copy_(values)
             _check_finite(part, values, name, entry.path)
-            done += got
-            self._num_read += got
+            first += len(part)
+            self._num_read += num_bytes
             self.on_read(self._num_read)
 
-    def _find(self, rows: Rows, part: str) -> _Entry:
+    def _find(self, rows: Rows, part: str) -> Entry:
         name = self._stored_name(f"{rows.name}.{part}")
         instead = self._stored_name(f"{rows.instead}.{part}")
         if name not in self._shard_of and instead in self._shard_of:
@@ -201,13 +192,13 @@ class Checkpoint:
                 "take config and weights from one checkpoint"
             )
         if path not in self._headers:
-            self._headers[path] = _read_header(self._open(path), path)
+            self._headers[path] = read_header(self._open(path), path)
         entry = self._headers[path].get(name)
         if entry is None:
             raise ConfigError(f"{path} has no tensor {name}, as its index says; fetch both again")
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise ConfigError(
-                f"{path}: {name} has dtype {entry.dtype}, supported: {', '.join(_DTYPES)}; "
+                f"{path}: {name} has dtype {entry.dtype}, supported: {', '.join(DTYPES)}; "
                 "give a checkpoint that is not quantised"
             )
         return entry
@@ -218,8 +209,21 @@ class Checkpoint:
 
     def _open(self, path: Path) -> int:
         if path not in self._files:
-            self._files[path] = _open(path)
+            self._files[path] = open_file(path)
         return self._files[path]
+
+
+def _remedy_for(shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Of a tensor that is not of the shape."""
+    short = [(own, all_) for own, all_ in zip(shape, wanted, strict=False) if own != all_]
+    if len(shape) == len(wanted) and len(short) == 1:
+        own, all_ = short[0]
+        if 0 < own < all_ and all_ % own == 0:
+            return (
+                f"it looks cut for {all_ // own} tensor-parallel ranks; give the checkpoint that "
+                "it was cut from, of which each rank here reads its part"
+            )
+    return "take config and weights from one checkpoint"
 
 
 def _without_first(name: str) -> str:
@@ -228,8 +232,8 @@ def _without_first(name: str) -> str:
 
 
 def _check_finite(part: Tensor, values: Tensor, name: str, path: Path) -> None:
-    """A sum is several times as cheap as looking at every value, and NaN if one of them is."""
-    if math.isfinite(part.sum(dtype=torch.float32)) or part.isfinite().all():
+    """The least and the highest of all are NaN if one of them is, and cheap to have."""
+    if all(map(math.isfinite, part.aminmax())):
         return
     if values.isfinite().all():
         raise ConfigError(
@@ -239,77 +243,3 @@ def _check_finite(part: Tensor, values: Tensor, name: str, path: Path) -> None:
     raise ConfigError(
         f"{path}: {name} holds NaN or infinity; fetch the file again, or ask who made it"
     )
-
-
-def _shard_of_tensor(folder: Path) -> dict[str, Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / shard for name, shard in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is no safetensors index; fetch it again") from None
-    if single.exists():
-        descriptor = _open(single)
-        try:
-            return dict.fromkeys(_read_header(descriptor, single), single)
-        finally:
-            os.close(descriptor)
-    if (folder / "adapter_model.safetensors").exists():
-        raise ConfigError(
-            f"{folder} holds the weights of an adapter alone; merge it with its base model "
-            "(merge_and_unload of peft) and give the merged folder"
-        )
-    if any(any(folder.glob(pattern)) for pattern in _PICKLES):
-        raise ConfigError(
-            f"{folder} holds only pickled weights, which can run code when read; "
-            "convert them to safetensors (save_pretrained of transformers does)"
-        )
-    raise ConfigError(
-        f"{folder} holds no model.safetensors and no model.safetensors.index.json; "
-        "give a Hugging Face model folder with safetensors"
-    )
-
-
-def _check_no_adapter(folder: Path) -> None:
-    """One that lies beside a model: transformers puts it on top where peft is installed."""
-    if (folder / "adapter_config.json").exists() and any(folder.glob("adapter_model.*")):
-        raise ConfigError(
-            f"{folder} holds an adapter (adapter_config.json) beside its model; merge the two "
-            "(merge_and_unload of peft), or take the adapter's files away to run without it"
-        )
-
-
-def _open(path: Path) -> int:
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder, not a file; fetch it again")
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; fetch the file again") from None
-
-
-def _read_header(descriptor: int, path: Path) -> dict[str, _Entry]:
-    """Every tensor that the file says it holds."""
-    size = os.fstat(descriptor).st_size
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-    if size < 8 or 8 + length > size:
-        raise ConfigError(f"{path} is truncated: {size} bytes, no whole header; fetch it again")
-    try:
-        header = json.loads(os.pread(descriptor, length, 8))
-        header.pop("__metadata__", None)
-        return {name: _entry(path, 8 + length, **fields) for name, fields in header.items()}
-    except (ValueError, TypeError, AttributeError):
-        raise ConfigError(
-            f"{path} is not a safetensors file: its header makes no sense; fetch it again"
-        ) from None
-
-
-def _entry(
-    path: Path, data_start: int, *, dtype: str, shape: list[int], data_offsets: list[int]
-) -> _Entry:
-    """One line of the header. Raises ValueError where size and shape contradict each other."""
-    start, stop = data_offsets
-    if dtype in _DTYPES and stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise ValueError
-    return _Entry(path, dtype, tuple(shape), data_start + start, stop - start)

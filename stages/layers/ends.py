@@ -81,6 +81,9 @@ class Head(Part):
             if isinstance(module, Leaf):
                 module.is_float32 = True
 
+    decides = True
+    """Whether what this rank draws is what counts."""
+
     def forward(self, x_RD: Tensor) -> Tensor:
         """[R, D] -> [R, V] float32."""
         num_rows = len(x_RD)
@@ -102,6 +105,15 @@ class Head(Part):
             return tuple(self(x_RD).max(-1))
         highest_R, tokens_R = found
         return highest_R[: len(x_RD)], tokens_R[: len(x_RD)]
+
+    def highest(self, x_RD: Tensor, num: int) -> tuple[Tensor, Tensor] | None:
+        """Of each row the `num` highest logits at least, and their tokens, in the order of tokens,
+        where that can be had for less than all of them; else None."""
+        return None
+
+    def agreed(self, tokens: list[int | None]) -> list[int | None]:
+        """The tokens that count, of which there are as many: those that this rank has drawn."""
+        return tokens
 
     def _before_vocabulary(self, x_RD: Tensor) -> Tensor:
         x_RD = self.backend.pad_rows(x_RD)

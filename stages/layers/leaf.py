@@ -5,14 +5,23 @@ no memory, so the shapes of a model of any size can be had from its configuratio
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeserve.stages.layers.part import Part
+
+
+class Columns(NamedTuple):
+    """Numbers [start, stop) of each row, which has `of`."""
+
+    of: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,8 @@ class Rows:
     stop: int
     instead: str = field(default="", compare=False)
     """The tensor that is read where the checkpoint has none of the name."""
+    columns: Columns | None = None
+    """What is read of each row, where that is not all. (A bias has one number a row.)"""
 
 
 def whole(name: str, num_rows: int, instead: str = "") -> Rows:
@@ -53,6 +64,18 @@ class Leaf(Part):
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
+    def keep_rows(self, kept: Sequence[range]) -> None:
+        """Of the weight, joined, and its bias; the others are another rank's. Before it is set."""
+        self.source = tuple(part for each in kept for part in _within(self.source, each))
+        self.shape = (sum(map(len, kept)), *self.shape[1:])
+
+    def keep_columns(self, kept: range) -> None:
+        """Of a matrix: the others are another rank's. Before it is set."""
+        num_rows, of = self.shape
+        columns = Columns(of, kept.start, kept.stop)
+        self.source = tuple(replace(rows, columns=columns) for rows in self.source)
+        self.shape = (num_rows, len(kept))
+
     @property
     def num_parameters(self) -> int:
         return math.prod(self.shape) + self.has_bias * self.shape[0]
@@ -78,6 +101,17 @@ class Leaf(Part):
         return self.backend.place(bias)
 
 
+def _within(source: Sequence[Rows], kept: range) -> Iterator[Rows]:
+    """What `source`, joined, has in these rows."""
+    begin = 0
+    for rows in source:
+        first, stop = (rows.start + at - begin for at in (kept.start, kept.stop))
+        first, stop = max(first, rows.start), min(stop, rows.stop)
+        if first < stop:
+            yield replace(rows, start=first, stop=stop)
+        begin += rows.stop - rows.start
+
+
 class Embedding(Leaf):
     """A table of rows, looked up as float32; `scale` multiplies them, rounded to the table's dtype
     as transformers does it."""
@@ -89,7 +123,11 @@ class Embedding(Leaf):
         self.scale = scale
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        rows_TD = F.embedding(ids_T, self.weight).float()
+        return self.scaled(F.embedding(ids_T, self.weight))
+
+    def scaled(self, rows_TD: Tensor) -> Tensor:
+        """Rows of the table as they are looked up."""
+        rows_TD = rows_TD.float()
         if self.scale == 1.0:
             return rows_TD
         return rows_TD * torch.tensor(self.scale, dtype=self.weight.dtype).item()

@@ -14,6 +14,7 @@ from published.fit import (
     log_errors,
     make_all_reduce,
     product_columns,
+    ring_link,
     rising,
 )
 from published.measurements import (
@@ -27,7 +28,7 @@ from published.measurements import (
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost.device import Link
+from pipeserve.core.cost.device import AllReduce, Link
 from pipeserve.core.cost.kernels import Gemm, products
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
@@ -86,9 +87,9 @@ def test_fit_gemm():
     )
     tokens = np.tile(np.unique(np.geomspace(1, 4096, 120).astype(int)), 2)
     size = np.repeat([1, 4], len(tokens) // 2)
-    seconds = {name: np.empty(len(tokens)) for name, _, _ in products(shape, 1)}
+    seconds = {name: np.empty(len(tokens)) for name, _, _ in products(shape)}
     for each in (1, 4):
-        for name, columns, inner in products(shape, each):
+        for name, columns, inner in products(shape.shard(each)):
             seconds[name][size == each] = true.seconds(tokens[size == each], columns, inner)
     found = fit_gemm([LayerTimes(shape, size, tokens, seconds, {}, 0.0)], 108)
     for name in ("flops_per_s", "bytes_per_s", "overhead_s", "norm", "wave_share", "ramp"):
@@ -108,6 +109,15 @@ def test_all_reduce_tables_never_fall():
     seconds = [s for _, s in points]
     assert seconds == sorted(seconds) and len(points) > 15
     assert seconds[-1] == pytest.approx(2e-5 + points[-1][0] / 1e11, rel=0.1)
+
+
+def test_a_ring_stands_for_the_widest_group_of_a_node():
+    """Four devices send 1.5 times a message each."""
+    fast = AllReduce(group=2, nodes=1, points=((1, 1e-6), (1 << 30, 1e-3)))
+    widest = AllReduce(group=4, nodes=1, points=((1, 1e-5), (1 << 20, 1e-5 + 1.5 * 2**20 / 1e9)))
+    wider = AllReduce(group=8, nodes=2, points=((1, 1.0), (1 << 20, 2.0)))
+    link = ring_link([fast, widest, wider])
+    assert (link.alpha_s, link.bytes_per_s) == pytest.approx((1e-5, 1e9))
 
 
 # ---- the measurements themselves ----------------------------------------------------------------
@@ -142,7 +152,7 @@ def test_layers_of_models_left_out_of_the_fit(data):
             chosen = left_out.tensor_parallel_size == size
             tokens = left_out.num_tokens[chosen]
             measured = sum(seconds[chosen] for seconds in left_out.products.values())
-            sizes = [(tokens, n, k) for _, n, k in products(left_out.shape, size)]
+            sizes = [(tokens, n, k) for _, n, k in products(left_out.shape.shard(size))]
             predicted = sum(gemm.seconds(*each) for each in sizes)
             errors.append(np.abs(predicted / measured - 1))
         errors = np.concatenate(errors)

@@ -119,8 +119,8 @@ def test_a_product_in_groups_by_hand():
 def test_a_layer_of_experts_by_hand(num_tokens):
     """Operations of the two that each token takes, weights of those that all tokens touch."""
     kernels, size = PROFILE.kernels, 2
-    ops = dict(kernels.layer_ops(MIXTRAL, 1, num_tokens))
-    dense = dict(kernels.layer_ops(SHAPE, 1, num_tokens))
+    ops = dict(kernels.layer_ops(MIXTRAL, num_tokens))
+    dense = dict(kernels.layer_ops(SHAPE, num_tokens))
     touched = 8 * (1 - 0.75**num_tokens)
     assert ops["mlp_up"] == GEMM.seconds(2 * num_tokens, 1024, 256, size, touched)
     assert ops["mlp_down"] == GEMM.seconds(2 * num_tokens, 256, 512, size, touched)
@@ -134,7 +134,7 @@ def test_what_reading_experts_costs():
     """Bound by memory, a token reads two experts of eight, and a hundred all of them."""
     slow = replace(GEMM, bytes_per_s=1e6, overhead_s=0.0, norm=100.0)
     kernels = replace(PROFILE.kernels, gemm=slow)
-    one, many = (dict(kernels.layer_ops(MIXTRAL, 1, n))["mlp_down"] for n in (1, 100))
+    one, many = (dict(kernels.layer_ops(MIXTRAL, n))["mlp_down"] for n in (1, 100))
     read = 2 * 512 * 256 / 1e6
     assert one == pytest.approx(2 * read, rel=0.02)
     assert many == pytest.approx(8 * read, rel=0.16)
@@ -171,7 +171,7 @@ def test_the_tile_step():
 @pytest.mark.parametrize(("size", "heads", "kv_heads", "ffn"), [(1, 4, 2, 512), (4, 1, 1, 128)])
 def test_products_of_a_layer(size, heads, kv_heads, ffn):
     """KV heads are repeated when they run out."""
-    assert products(SHAPE, size) == (
+    assert products(SHAPE.shard(size)) == (
         ("qkv", (heads + 2 * kv_heads) * 64, 256),
         ("attention_out", 256, heads * 64),
         ("mlp_up", 2 * ffn, 256),
@@ -183,11 +183,11 @@ def test_attention_by_hand():
     """Width 256. A chunk of 100 after 50: 128 rows."""
     prefix, causal = 4 * 256 * 128 * 50 / 4e12, 2 * 256 * 128 * 128 / 2e12
     expected = 1e-5 + 256 * 100 / 1e9 + prefix + causal
-    assert ATTENTION.prefill_s(SHAPE, 1, 50, 100) == pytest.approx(expected)
+    assert ATTENTION.prefill_s(SHAPE, 50, 100) == pytest.approx(expected)
     # 3 decodes, 600 positions of 2 * 2 heads * 64 values of 2 bytes.
     expected = 2e-5 + 3e-7 + 600 * 512 / 1e9
-    assert ATTENTION.decode_s(SHAPE, 1, 3, 600) == pytest.approx(expected)
-    assert ATTENTION.decode_s(SHAPE, 1, 0, 0) == 0
+    assert ATTENTION.decode_s(SHAPE, 3, 600) == pytest.approx(expected)
+    assert ATTENTION.decode_s(SHAPE, 0, 0) == 0
 
 
 def test_all_reduce_between_below_and_beyond_its_points():
@@ -201,13 +201,13 @@ def test_all_reduce_between_below_and_beyond_its_points():
 
 def test_tables_between_below_and_beyond_their_points():
     tables = TABLES.tables
-    seconds = [tables.layer_s(SHAPE, 1, tokens) for tokens in (1, 6, 11, 16, 21, 31)]
+    seconds = [tables.layer_s(SHAPE, tokens) for tokens in (1, 6, 11, 16, 21, 31)]
     assert seconds == pytest.approx([1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3])
-    assert tables.head_s(SHAPE, 1, 0) == 0
-    assert tables.head_s(SHAPE, 1, 3) == pytest.approx(7e-3)
-    assert tables.embedding_s(SHAPE, 1, 500) == 1e-4
+    assert tables.head_s(SHAPE, 0) == 0
+    assert tables.head_s(SHAPE, 3) == pytest.approx(7e-3)
+    assert tables.embedding_s(SHAPE, 500) == 1e-4
     falling = replace(tables, layer=((1, 3e-3), (2, 2e-3)))
-    assert falling.layer_s(SHAPE, 1, 1000) == 2e-3
+    assert falling.layer_s(SHAPE, 1000) == 2e-3
 
 
 # ---- a microbatch on its stages -----------------------------------------------------------------
@@ -267,6 +267,15 @@ def test_a_group_wider_than_a_node_takes_the_all_reduce_of_two():
         ConfigError, match="no all-reduce of 3 devices over 1 nodes; measured are 2"
     ):
         PipelineCost(PROFILE, SHAPE, split_layers(4, 1), 3)
+
+
+def test_an_all_reduce_that_was_not_measured_goes_round_a_ring():
+    """3 devices: each sends 2 * 2/3 of the message. Over several nodes nothing stands for it."""
+    profile = replace(PROFILE, group_link=Link(alpha_s=1e-5, bytes_per_s=1e9))
+    assert profile.all_reduce_of(2) is PROFILE.all_reduce[0]
+    assert profile.all_reduce_of(3).seconds(3000) == pytest.approx(1e-5 + 4000 / 1e9)
+    with pytest.raises(ConfigError, match="no all-reduce of 5 devices over 2 nodes"):
+        profile.all_reduce_of(5)
 
 
 def test_hops_know_where_a_node_ends():

@@ -1,11 +1,15 @@
 """KV blocks beside the weights, against numbers that papers print."""
 
+from dataclasses import replace
+
 import pytest
 
+from pipeserve.configs import make_config
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost.memory import kv_blocks_beside_weights, kv_bytes_of_layer, weight_bytes
+from pipeserve.core.cost.memory import kv_blocks_beside_weights, weight_bytes
 from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.errors import ConfigError
+from pipeserve.launch.run.simulated import simulated_run
 
 A100 = 80e9
 
@@ -56,10 +60,71 @@ def test_tied_tables_count_once_where_they_meet():
     )
 
 
+def made_up(num_heads=12, num_kv_heads=4):
+    """Numbers that most sizes do not divide."""
+    return replace(
+        load_shape("falcon-180b"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=80,
+        vocab_size=1001,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "size", "most"),
+    [(12, 3, 4), (4, 2, 2), (1, 4, 1), (2, 4, 1), (4, 3, 4), (6, 4, 3), (2, 3, 2), (4, 6, 2)],
+)
+def test_a_rank_keeps_the_kv_heads_that_its_query_heads_read(num_kv_heads, size, most):
+    """12 query heads over 4: 0-2 read the first, 3-5 the second; at TP 3 rank 0 has 0-3, and for
+    each of them a KV head, for three read one and one another. Never none, as where KV heads are
+    divided alone (PaddlePaddle/FastDeploy#3717)."""
+    shard = made_up(num_kv_heads=num_kv_heads).shard(size)
+    assert (shard.num_heads, shard.num_kv_heads) == (12 // size, most)
+
+
 def test_kv_heads_are_kept_twice_when_there_are_fewer_than_devices():
-    shape = load_shape("falcon-180b")  # 8 KV heads
-    assert kv_bytes_of_layer(shape, 8) == shape.kv_bytes_per_token_per_layer
-    assert kv_bytes_of_layer(shape, 16) == 2 * shape.kv_bytes_per_token_per_layer
+    shape = replace(load_shape("falcon-180b"), num_heads=240)  # 8 KV heads
+    whole = shape.kv_bytes_per_token_per_layer
+    assert shape.shard(8).kv_bytes_per_token_per_layer == whole / 8
+    assert shape.shard(16).kv_bytes_per_token_per_layer == whole / 8
+
+
+def test_what_does_not_divide_is_rounded_up():
+    """Only query heads have to divide, and no vocabulary (vllm-project/vllm#31474)."""
+    shard = made_up().shard(3)
+    assert (shard.intermediate_size, shard.vocab_size) == (27, 334)
+    assert made_up().shard(1) == made_up()
+
+
+def test_the_pool_is_sized_by_a_rank_s_heads():
+    """By those of the whole model it would hold as many tokens however many ranks share them
+    (huggingface/transformers#48566)."""
+    flags = {
+        "model": "llama2-7b",
+        "device_profile": "a100-80gb-dgx",
+        "kv_cache_memory_bytes": 1 << 30,
+    }
+    blocks = [
+        simulated_run(make_config({}, {**flags, "tensor_parallel_size": size})).limits.num_blocks
+        for size in (1, 2, 4)
+    ]
+    assert blocks == [128, 256, 512]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_hold_their_share_of_a_model_that_divides(size):
+    shape = load_shape("falcon-180b")
+    for stage in split_layers(80, 2).stages:
+        assert weight_bytes(shape.shard(size), stage) * size == weight_bytes(shape, stage)
+
+
+def test_experts_are_cut_and_what_chooses_them_is_not():
+    shape = load_shape("mixtral-8x7b")
+    router = 8 * shape.hidden_size
+    quarter = shape.shard(4)
+    assert quarter.num_experts == 8
+    assert (quarter.num_layer_parameters - router) * 4 == shape.num_layer_parameters - router
 
 
 def test_all_experts_take_memory():

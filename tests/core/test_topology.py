@@ -26,6 +26,8 @@ def test_shards_send_to_their_own_shard_of_the_next_stage():
     topology = TWO_A_STAGE
     assert (topology.num_stages, topology.num_ranks) == (3, 6)
     assert [topology.stage_of(rank) for rank in range(6)] == [0, 0, 1, 2, 1, 2]
+    assert [topology.shard_of(rank) for rank in range(6)] == [0, 1, 1, 0, 0, 1]
+    assert topology.peers_of(2) == topology.peers_of(4) == (4, 2)
     assert [topology.next_of(rank) for rank in range(6)] == [4, 2, 5, None, 3, None]
     assert [topology.first_of(rank) for rank in range(6)] == [None, None, None, 0, None, 1]
 

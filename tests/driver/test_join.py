@@ -25,6 +25,7 @@ from pipeserve.driver import joining, spawned_keepers, starting, watching
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.events import Gone, Lost
 from pipeserve.driver.fleet import Fleet
+from pipeserve.driver.gathering import gathering
 from pipeserve.driver.loading import LoadWatch
 from pipeserve.driver.waiting import wait_for_keepers
 from pipeserve.errors import ConfigError, StageError
@@ -155,7 +156,7 @@ def said_by(keeper):
     [
         (5, 2, "there are ranks 0 to 1"),
         (-1, 2, "there are ranks 0 to 1"),
-        (0, 3, "is one of 3, and the pipeline has 2 stages; make --pipeline-parallel-size equal"),
+        (0, 3, "is one of 3, and the pipeline has 2 stages; make --pipeline-parallel-size times"),
         (0, 2, "that rank has joined already, from"),
     ],
 )
@@ -307,6 +308,42 @@ def test_an_address_that_is_not_here_is_one_line(monkeypatch, control):
     monkeypatch.setenv(VARIABLE, "of this run")
     with pytest.raises(ConfigError, match=f"^--control {control}: "):
         Fleet(Topology(((0,),)), config_of(control=control))
+
+
+# ---- before it is known what will run -----------------------------------------------------------
+
+
+@contextmanager
+def joined_early(config):
+    """What makes the driver's fleet, whose keepers have joined while its model is looked for."""
+    with gathering(config) as make:
+        fleet, until_s = make(None, config), time.monotonic() + 30
+        while len(fleet.keepers) < 2 and time.monotonic() < until_s:
+            time.sleep(0.02)
+        assert len(fleet.keepers) == 2
+        yield make
+
+
+def test_keepers_join_while_the_model_is_fetched():
+    config = external()
+    with keepers((0, 2), (1, 2), address=config.control):
+        with joined_early(config) as fleet:
+            setup = emulated_setup(config)
+        with Driver(setup, fleet=fleet) as driver:
+            assert serves(driver)
+
+
+def test_a_driver_that_fails_before_anything_runs_tells_the_other_machines_why():
+    """sgl-project/sglang#3099: the other machine's process stays."""
+    config = external()
+    with keepers((0, 2), (1, 2), address=config.control) as started:
+        with pytest.raises(ConfigError, match="no such model"), joined_early(config) as make:
+            there = make(None, config).keepers
+            there[1] = msgspec.structs.replace(there[1], boot_id="another machine's")
+            raise ConfigError("no such model; give another")
+        ended = [(process.communicate(timeout=10)[1], process.returncode) for process in started]
+    line = f"the driver at {config.control} has ended the run: no such model; give another"
+    assert ended == [("", 1), (f"error: keeper of rank 1: {line}\n", 1)]
 
 
 # ---- loading ------------------------------------------------------------------------------------

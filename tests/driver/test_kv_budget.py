@@ -3,7 +3,7 @@
 import pytest
 
 from pipeserve.configs import RunConfig
-from pipeserve.core.nouns import PipelinePlan, StagePlan
+from pipeserve.core.cost.partition import plan_of, with_ranks
 from pipeserve.driver.kv_budget import num_kv_blocks
 from pipeserve.errors import ConfigError
 from pipeserve.machine import MemoryLimit
@@ -21,13 +21,9 @@ def takes(weight_bytes, block_bytes, *memory):
     return StageSized(weight_bytes, block_bytes, memory)
 
 
-def blocks(*sizes, longest=LONGEST, **options):
-    stages = tuple(
-        StagePlan(stage=n, first_layer=n, stop_layer=n + 1, has_embedding=n == 0,
-                  has_head=n == len(sizes) - 1, ranks=(n,))
-        for n in range(len(sizes))
-    )  # fmt: skip
-    plan = PipelinePlan(stages=stages, window=len(sizes))
+def blocks(*sizes, longest=LONGEST, width=1, **options):
+    """`sizes`: of each rank, of which `width` share a stage."""
+    plan = with_ranks(plan_of([1] * (len(sizes) // width)), width)
     return num_kv_blocks(RunConfig(model="any", **options), plan, longest, sizes)
 
 
@@ -84,6 +80,16 @@ def test_the_least_that_any_saw_free_counts():
 def test_the_scarcest_machine_decides():
     sizes = [takes(0, MIB, machine(8 * GIB, "a")), takes(0, MIB, machine(200 * MIB, "b"))]
     assert blocks(*sizes) == 100
+
+
+@pytest.mark.parametrize("scarce", range(4))
+def test_ranks_of_a_stage_have_the_same_blocks(scarce):
+    """As many as the rank with least room holds, whichever it is: where each counts its own, as in
+    GeeeekExplorer/nano-vllm#187, the first one hands out blocks that others do not have."""
+    machines = [machine(8 * GIB, f"gpu {rank}") for rank in range(4)]
+    machines[scarce] = machine(GIB, f"gpu {scarce}")
+    sizes = [takes(0, MIB, memory) for memory in machines]
+    assert blocks(*sizes, width=2) == blocks(sizes[scarce])
 
 
 def test_every_limit_holds():

@@ -1,10 +1,11 @@
 """Two ranks a stage: who joins, what each is told, and who speaks for its stage. Each rank computes
-its whole stage here; to share it out is tensor parallelism, which is not built yet."""
+its whole stage here; how they share it, test_tensor_parallel.py has."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
+import msgspec
 import pytest
 import torch
 
@@ -161,16 +162,18 @@ def lost_rank_1(hand):
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
 
 
-def test_the_keeper_of_the_lost_stage_alone_starts_one_and_the_others_begin_an_epoch(hand):
+def test_the_keepers_of_the_lost_stage_alone_start_it_and_the_others_begin_an_epoch(hand):
     lost_rank_1(hand)
-    for rank in (0, 2, 3):
-        assert hand.next_of("stage", rank) == (2, control.Renew(WORKS[rank // 2]))
-    epoch, job = hand.next_of("keeper", 1)
-    assert (epoch, job.stage, job.work) == (2, 0, b"first")
-    assert not any(hand.inbox.get(hand.who["keeper", rank]) for rank in (0, 2, 3))
+    for rank in (2, 3):
+        assert hand.next_of("stage", rank) == (2, control.Renew(WORKS[1]))
+    for rank in (0, 1):  # who shares the stage may wait for the lost one in a way that nothing ends
+        epoch, job = hand.next_of("keeper", rank)
+        assert (epoch, job.stage, job.work, job.shard) == (2, 0, b"first", rank)
+    assert not any(hand.inbox.get(hand.who["keeper", rank]) for rank in (2, 3))
     hand.keeper_says(1, control.StageExited(7, -9))  # of the old stage: nobody's business
-    hand.comes(1, epoch=2)
-    for rank in (0, 2, 3):
+    for rank in (0, 1):
+        hand.comes(rank, epoch=2)
+    for rank in (2, 3):
         hand.says(rank, control.StageSized(10 + rank, 1, ()), epoch=2)
     (event,) = hand.hear(Sized)
     assert [size.weight_bytes for size in event.message.stages] == [10, 11, 12, 13]
@@ -183,7 +186,7 @@ def test_one_that_starts_while_another_is_lost_is_let_be(hand):
     hand.hear(Lost)
     setup = SimpleNamespace(module="any", works=WORKS)
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
-    assert hand.next_of("keeper", 2)[0] == 3
+    assert hand.next_of("keeper", 2)[0] == hand.next_of("keeper", 3)[0] == 3
     hand.comes(1, epoch=2)
     assert hand.next_of("stage", 1) == (3, control.Renew(WORKS[0]))
     assert not hand.inbox[hand.who["keeper", 1]]
@@ -299,9 +302,16 @@ def two_a_stage(folder):
     return replace(setup, plan=replace(setup.plan, stages=tuple(stages)), for_ranks=None), setup
 
 
+class EachComputesAll(LocalFleet):
+    """Ranks that share a stage, and need nothing of each other: all of it is theirs."""
+
+    def compute_of(self, job, tell):
+        return super().compute_of(msgspec.structs.replace(job, shard=0, num_shards=1), tell)
+
+
 def run(setup, prompts):
     told = []
-    with Driver(setup, record=told.append, fleet=LocalFleet) as driver, torch.inference_mode():
+    with Driver(setup, record=told.append, fleet=EachComputesAll) as driver, torch.inference_mode():
         llm = LLM.on(driver)
         completions = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=6))
         driver.settle()
@@ -330,7 +340,7 @@ def test_the_clock_of_a_stage_is_that_of_the_rank_that_speaks_for_it(folder, one
     told = []
     setup, _ = two_a_stage(folder)
 
-    class Afar(LocalFleet):
+    class Afar(EachComputesAll):
         boot_ids: ClassVar = {rank: f"machine {rank}" for rank in range(4)}
 
     with Driver(setup, record=told.append, fleet=Afar) as driver:

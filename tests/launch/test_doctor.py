@@ -13,7 +13,7 @@ from checkpoints import tiny
 from local_fleet import LocalFleet
 
 from pipeserve.configs import make_config
-from pipeserve.core.cost.partition import plan_of
+from pipeserve.core.cost.partition import plan_of, with_ranks
 from pipeserve.driver import layer_choice
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
@@ -109,13 +109,26 @@ def test_why_stages_would_not_work_at_the_same_time(config, changes, seconds, sa
 
 def test_what_is_no_failure_is_said_too():
     run = make_config({}, {"model": "m", "pipeline_parallel_size": 2, "max_num_seqs": 64})
-    assert not list(notes(seats({}, {}), run))
+    plan = plan_of([4, 4])
+    assert not list(notes(seats({}, {}), run, plan))
     others = seats({"kernels": "C kernels (avx2)"}, {"host": "b", "cpu_limit": 0.5})
     others[0] = others[0]._replace(cpu_share=0.5)
-    kernels, robbed, quota = notes(others, run)
+    kernels, robbed, quota = notes(others, run, plan)
     assert kernels.startswith("layers are computed by C kernels (avx2) on a, C kernels (avx512) on")
     assert robbed.startswith("stage 0 on a got 50% of its core")
     assert quota.startswith("a quota lets 0.5 CPUs run on b, where 1 stages are")
+
+
+def test_ranks_that_add_up_over_the_network_are_said():
+    """Four ranks on hosts a, b, a, b: those of each stage lie apart."""
+    flags = {"model": "m", "pipeline_parallel_size": 2, "tensor_parallel_size": 2}
+    run, plan = make_config({}, flags), with_ranks(plan_of([4, 4]), 2)
+    first, second = notes(seats({}, {}, {}, {}), run, plan)
+    assert first.startswith("the ranks of stage 0 are on a, b: every layer adds up what they")
+    assert second.startswith("the ranks of stage 1 are on a, b:")
+    together = [{"host": "a"}, {"host": "a"}, {"host": "b"}, {"host": "b", "cpu_limit": 1.0}]
+    (quota,) = notes(seats(*together), run, plan)
+    assert quota.startswith("a quota lets 1 CPUs run on b, where 2 ranks are")
 
 
 # ---- the command --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 from dataclasses import replace
 from itertools import count, pairwise
+from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 
 import msgspec
@@ -22,6 +25,7 @@ from pipeserve.driver.driver import Driver
 from pipeserve.driver.fleet import Fleet
 from pipeserve.errors import ConfigError, StageError
 from pipeserve.launch import cli
+from pipeserve.launch.emulated import stage as emulated_stage
 from pipeserve.launch.emulated.stage import (
     EmulatedCompute,
     EmulatedWork,
@@ -32,6 +36,7 @@ from pipeserve.launch.run import starting
 from pipeserve.launch.run.emulated import check_one_clock, emulated_setup
 from pipeserve.launch.run.record import meta_of_driver
 from pipeserve.launch.run.simulated import simulated_run
+from pipeserve.launch.show.plan import plan_lines
 from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.ledger.ledger import explain
 from pipeserve.profiling.recording.reader import read_recording
@@ -237,22 +242,94 @@ def test_a_link_out_of_step_is_noticed(sent):
         receiver.take(5)
 
 
-def test_the_device_takes_one_microbatch_after_the_other():
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Devices whose time passes at once."""
+    monkeypatch.setattr(emulated_stage, "wait_until", lambda time_s: None)
+
+
+def one_rank(times, shard=0, num_shards=1, control=""):
+    """Of the last of two stages."""
+    job = StartStage(1, 2, "", b"", control, "", False, shard, num_shards)
+    return EmulatedCompute(times, job, 100)
+
+
+def turn(index, given_s):
+    return Turn(Step(index, (), [], []), [], None, 0.0, given_s)
+
+
+THIRTY_S = SimpleNamespace(
+    compute_s=lambda step: (0.0, 30.0),
+    head_s=lambda step: 4.0,
+    all_reduce_s=lambda step: (0.0, 7.0),
+)
+
+
+def test_the_device_takes_one_microbatch_after_the_other(no_waiting):
     """From when it is there, and when the one before is done; whenever it was begun."""
-    times = SimpleNamespace(compute_s=lambda step: (0.0, 30.0), head_s=lambda step: 4.0)
-    job = StartStage(1, 2, "", b"", "", "", traceback=False)
-    compute = EmulatedCompute(times, job, 100)
-    now = time.monotonic()
-    there_s = [now + 100.0, now + 110.0, now + 200.0]
+    compute, now = one_rank(THIRTY_S), time.monotonic()
     begun = [
-        compute.begin(Turn(Step(index, (), [], []), [], None, now, input_s))
-        for index, input_s in enumerate(there_s)
+        compute.begin(turn(index, now + there_s)) for index, there_s in enumerate((100, 110, 200))
     ]
-    starts_s, ends_s = zip(*[(one.done.start_s, one.done.end_s) for one in begun], strict=True)
-    assert starts_s == pytest.approx((now + 100.0, now + 130.0, now + 200.0))
-    assert ends_s == pytest.approx((now + 130.0, now + 160.0, now + 230.0))
-    assert [one.done.end_s - one.done.head_s for one in begun] == pytest.approx([4.0] * 3)
     assert compute.left_s(begun[0]) > 120.0
+    done = [compute.end(one, lambda *sampled: None) for one in begun]
+    assert [one.start_s - now for one in done] == pytest.approx([100.0, 130.0, 200.0])
+    assert [one.end_s - now for one in done] == pytest.approx([130.0, 160.0, 230.0])
+    for one in done:
+        assert one.end_s - one.head_s == pytest.approx(4.0)
+        assert (one.cpu_s, one.all_reduce_s, one.rank_wait_s) == (30.0, 7.0, 0.0)
+
+
+def test_ranks_of_a_stage_begin_when_the_last_of_them_can(no_waiting):
+    """The others wait for it: on each of them the microbatch ends at the same time."""
+    name = f"127.0.0.1:1/{secrets.token_hex(8)}"
+    ranks = [one_rank(THIRTY_S, shard, 3, name) for shard in range(3)]
+    now = time.monotonic()
+    begun = [rank.begin(turn(0, now + 100 + shard)) for shard, rank in enumerate(ranks)]
+    begun += [rank.begin(turn(1, now + 120)) for rank in ranks]
+    done = [ranks[n % 3].end(one, lambda *sampled: None) for n, one in enumerate(begun)]
+    assert [one.end_s - now for one in done] == pytest.approx([132.0] * 3 + [162.0] * 3)
+    assert [one.rank_wait_s for one in done] == pytest.approx([2.0, 1.0, 0.0] + [0.0] * 3)
+    assert [one.start_s - now for one in done] == pytest.approx([100, 101, 102] + [132] * 3)
+    assert not list(Path("/dev/shm").glob(f"pipeserve-{name.partition('/')[2]}*"))
+
+
+def two_ranks(seconds):
+    """Of a stage, whose microbatches take so long."""
+    times = SimpleNamespace(
+        compute_s=lambda step: (0.0, seconds),
+        head_s=lambda step: 0.0,
+        all_reduce_s=lambda step: (0.0, 0.0),
+    )
+    name = f"127.0.0.1:1/{secrets.token_hex(8)}"
+    return [one_rank(times, shard, 2, name) for shard in range(2)]
+
+
+def test_a_rank_that_waits_is_freed_when_another_hears_that_the_epoch_is_over(no_waiting):
+    """One before them was lost, and its input never comes to the other."""
+    early, late = two_ranks(1e-3)
+    assert early.meet("") and late.meet("")
+    begun = early.begin(turn(0, 0.0))
+    timer = Timer(0.1, late.part)
+    timer.start()
+    assert early.end(begun, lambda *sampled: None) is None
+    early.part()
+    early.part()  # when it stands still, and when it hears itself that the epoch is over
+    assert early.meet("") and late.meet("")
+    after = [rank.begin(turn(1, 0.0)) for rank in (early, late)]
+    assert early.end(after[0], lambda *sampled: None).rank_wait_s < 1.0
+    timer.join()
+
+
+def test_a_rank_waits_for_one_that_was_not_given_the_microbatch_yet(no_waiting):
+    early, late = two_ranks(1e-3)
+    begun = early.begin(turn(0, 0.0))
+    timer = Timer(0.1, lambda: late.begin(turn(0, 0.0)))
+    timer.start()
+    done = early.end(begun, lambda *sampled: None)
+    assert done.rank_wait_s >= 0.09
+    assert done.end_s == pytest.approx(done.start_s + done.rank_wait_s + 1e-3)
+    timer.join()
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 0.0, 1e-4, 0.003])
@@ -446,15 +523,60 @@ def test_a_stage_ends_with_its_driver(is_told):
     assert (stage.returncode, stderr) == (1, b"")
 
 
-def test_tensor_parallel_stages_take_their_time():
-    """A stage is one process, however many devices it stands for."""
-    config = make_config(load_recipe("falcon-180b-2x4xa100"), {"device": "emulated"})
-    recording, _ = record(config, [WorkItem(prompt=(1,) * 10, max_tokens=2)])
-    whole = simulated_run(config).times
-    assert recording.num_stages == 2
+@pytest.fixture(scope="module")
+def shared():
+    """Falcon-180B on two stages of four ranks, and what its processes were."""
+    flags = {"device": "emulated", "max_num_batched_tokens": 64, "pipeline_window": 2}
+    config = make_config(load_recipe("falcon-180b-2x4xa100"), flags)
+    ring = Ring()
+    with Driver(emulated_setup(config), record=ring.record) as driver:
+        run_items(driver, ITEMS[:3], "", map(RequestId, count()))
+        driver.settle()
+        recording = recording_of(ring, len(driver.stages), meta_of_driver(driver))
+        return config, recording, driver.topology.num_ranks, list(plan_lines(driver))
+
+
+def test_ranks_of_a_stage_take_the_time_of_their_group(shared):
+    """Each is a process; the first one alone tells of it, once for all."""
+    config, recording, num_ranks, _ = shared
+    assert (recording.num_stages, num_ranks) == (2, 8)
+    times = simulated_run(config).times
     for stage, spans in enumerate(recording.spans):
         for plan, span in zip(recording.planned, spans, strict=True):
-            assert span.cpu_s == whole.compute_s(plan)[stage]
+            assert span.cpu_s == times.compute_s(plan)[stage]
+            assert span.all_reduce_s == times.all_reduce_s(plan)[stage] > 0
+            together_s = span.start_s + span.rank_wait_s
+            assert span.end_s == pytest.approx(together_s + span.cpu_s, abs=1e-9)
+
+
+def test_the_schedule_of_tensor_parallel_stages_is_the_simulator_s(shared):
+    """All requests are there at once, and the window is fixed."""
+    config, emulated, _, _ = shared
+    ring, setup = Ring(), simulated_run(config)
+    lengths = [(len(item.prompt), item.max_tokens) for item in ITEMS[:3]]
+    arrivals = arrivals_in_order([0.0] * len(lengths), lengths)
+    Simulation(setup.make_pipeline(ring.record), arrivals).run_until()
+    simulated = recording_of(ring, 2, setup.meta())
+    assert [p.chunks for p in emulated.planned] == [p.chunks for p in simulated.planned]
+    assert emulated.meta["plan"] == simulated.meta["plan"]
+    assert [stage["ranks"] for stage in emulated.meta["plan"]["stages"]] == [
+        (0, 1, 2, 3),
+        (4, 5, 6, 7),
+    ]
+    summed = [[span.all_reduce_s for span in spans] for spans in emulated.spans]
+    assert summed == [[span.all_reduce_s for span in spans] for spans in simulated.spans]
+
+
+def test_the_plan_names_the_ranks_of_a_stage(shared):
+    assert [line.partition(" on ")[0].strip() for line in shared[3][1:]] == [
+        "stage 0: ranks 0, 1, 2, 3",
+        "stage 1: ranks 4, 5, 6, 7",
+    ]
+
+
+def test_what_the_ranks_share_leaves_no_file(shared):
+    """However they end: it is gone before the first of them loads (vllm-project/vllm#51317)."""
+    assert not list(Path("/dev/shm").glob("pipeserve-*"))
 
 
 # ---- the command ------------------------------------------------------------------------------

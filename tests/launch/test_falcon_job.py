@@ -11,7 +11,7 @@ import pytest
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost.memory import kv_bytes_of_layer, weight_bytes
+from pipeserve.core.cost.memory import weight_bytes
 from pipeserve.driver.layout import lay_out
 from pipeserve.launch.run.simulated import simulated_run
 
@@ -19,28 +19,37 @@ PAGE = Path(__file__).parents[2] / "docs" / "falcon-180b.md"
 GPU_BYTES = load_profile("a100-80gb-dgx").memory_bytes
 
 
-def rows():
+def rows(recipe, emulated_as):
     """Of the page's table, from the code that cuts the model and sizes the pools."""
     shape = load_shape("falcon-180b")
-    config = make_config(load_recipe("falcon-180b"), {})
-    plan, _ = lay_out(config, shape, max_model_len=2048, enable_prefix_caching=True)
-    emulated = simulated_run(make_config(load_recipe("falcon-180b-8xa100"), {}))
+    config = make_config(load_recipe(recipe), {})
+    size = config.tensor_parallel_size
+    plan, _ = lay_out(
+        config, shape, max_model_len=2048, enable_prefix_caching=True, ranks_per_stage=size
+    )
+    emulated = simulated_run(make_config(load_recipe(emulated_as), {}))
     assert emulated.plan == plan
     usable = config.gpu_memory_utilization * GPU_BYTES
+    shard = shape.shard(size)
     for stage in plan.stages:
-        weights = weight_bytes(shape, stage)
-        block = stage.num_layers * config.block_size * kv_bytes_of_layer(shape, 1)
+        weights = weight_bytes(shard, stage)
+        block = stage.num_layers * config.block_size * shard.kv_bytes_per_token_per_layer
         most = config.max_num_seqs * 2048 // config.block_size
         pool = min(emulated.limits.num_blocks, most) * block
         assert weights + pool <= usable
         holds = ["embedding"] * stage.has_embedding + ["head"] * stage.has_head
         layers = f"{stage.first_layer} to {stage.stop_layer - 1}"
-        yield [stage.stage, layers, *(holds or [""])] + [f"{n / 1e9:.1f}" for n in (weights, pool)]
+        held = [f"{n / 1e9:.1f}" for n in (weights, pool)]
+        yield [", ".join(map(str, stage.ranks)), layers, *(holds or [""]), *held]
 
 
-def test_the_budget_is_what_the_page_says():
+@pytest.mark.parametrize(
+    "recipes",
+    [("falcon-180b", "falcon-180b-8xa100"), ("falcon-180b-tp4pp2", "falcon-180b-2x4xa100")],
+)
+def test_the_budget_is_what_the_page_says(recipes):
     text = PAGE.read_text()
-    for row in rows():
+    for row in rows(*recipes):
         assert f"| {' | '.join(map(str, row))} |" in text, row
 
 

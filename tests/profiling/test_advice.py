@@ -49,10 +49,11 @@ class Truth(StageTimes):
     """Steps at every 64 tokens, attention, a head, a base that no layer has, jitter on each."""
 
     def __init__(
-        self, layers, *, factors=None, jitter=0.03, head=4e-3, base=5e-4, seed=0, **delays
+        self, layers, *, factors=None, jitter=0.03, head=4e-3, base=5e-4, sums=0.0, seed=0, **delays
     ):
         self.layers, self.factors = layers, factors or [1.0] * len(layers)
         self.jitter, self.head, self.base, self.seed = jitter, head, base, seed
+        self.sums = sums
         self.control_s = delays.get("control", 1e-4)
         self.feedback_s = delays.get("feedback", 1.5e-4)
         self.planning_s = delays.get("planning", 2e-4)
@@ -68,7 +69,9 @@ class Truth(StageTimes):
         layer = self.layer_s(work_of(microbatch))
         draws = Random(f"{self.seed} {microbatch.index}")
         seconds = [
-            factor * layers * layer * exp(draws.gauss(0, self.jitter)) + self.base
+            factor * layers * layer * exp(draws.gauss(0, self.jitter))
+            + self.base
+            + layers * self.sums
             for layers, factor in zip(self.layers, self.factors, strict=True)
         ]
         seconds[-1] += self.head_s(microbatch)
@@ -77,6 +80,9 @@ class Truth(StageTimes):
     def head_s(self, microbatch):
         num_logits = work_of(microbatch).num_logits
         return self.head + 1e-4 * num_logits if num_logits else 0.0
+
+    def all_reduce_s(self, microbatch):
+        return [layers * self.sums for layers in self.layers]
 
     def hop_s(self, microbatch):
         return [self.hop + 1e-7 * microbatch.num_tokens] * (len(self.layers) - 1)
@@ -385,6 +391,7 @@ def test_the_first_suggestion_is_the_fix_and_gives_what_was_predicted(mistake):
         ("token_feedback", {"feedback": 4e-2}),
         ("planning", {"planning": 2e-2}),
         ("head_and_sampling", {"head": 3e-2}),
+        ("all_reduce", {"sums": 5e-4}),
     ],
 )
 def test_what_a_cause_is_worth_is_what_a_run_without_it_gives(cause, planted):

@@ -137,6 +137,25 @@ def test_without_pings_nothing_is_touched(slow_messages):
     assert found.residuals_s == (0, 0, 0, 0)
 
 
+def test_the_stages_of_one_machine_have_one_clock(slow_messages):
+    """What is between them is as it was timed: `pipeserve doctor` had put 3 ms where 0.3 were."""
+    seen = on_machines(slow_messages, (2, 3))
+    seen.pings = [ping for stage in (2, 3) for ping in pings(slow_messages, stage, None)]
+    seen.meta = {**seen.meta, "machines": [0, 0, 1, 1]}
+    found = align(seen)
+    assert_causal(found.recording)
+    assert found.residuals_s[2] == found.residuals_s[3] > 0
+    for stage in (2, 3):
+        assert worst_error_s(slow_messages, found.recording, stage) <= found.residuals_s[stage]
+    hops_s = [
+        [there.input_s - here.sent_s for here, there in zip(*each.spans[2:], strict=True)]
+        for each in (slow_messages, found.recording)
+    ]
+    assert np.abs(np.diff(hops_s, axis=0)).max() < 1e-5
+    apart = aligned(slow_messages, (2, 3)).residuals_s
+    assert found.residuals_s[2] <= max(apart)
+
+
 def test_a_clock_that_was_set_in_between_is_not_explained(slow_messages):
     def stepping(now_s):
         return remote(now_s) + (0.040 if now_s > 60 else 0.0)

@@ -39,6 +39,10 @@ def burnt(stage: int, index: int) -> float:
     return STEP_S if stage == 1 and Random(index).random() < 0.3 else 0.0
 
 
+def always_late(stage: int, index: int) -> float:
+    return 0.009 if stage == 2 else 0.0
+
+
 def pauses_s(plan: int) -> float:
     return 0.5 if plan % 97 == 50 else 0.0
 
@@ -91,6 +95,13 @@ PLANTS = {
         lambda n: scenes(n, {"times": {"control_s": 0.009}}, policy="sarathi_serve"),
     ),
     "the head is slow": ("head_and_sampling", lambda n: plain(n, head_s=0.01)),
+    "the ranks of a stage are far apart": (
+        "all_reduce",
+        lambda n: plain(n, all_reduces={1: 0.009}),
+    ),
+    # Its all-reduces take long, too, on the ranks that wait for it: pytorch/pytorch#59433.
+    "a rank of a stage is slow": ("rank_wait", lambda n: plain(n, waits=always_late)),
+    "a rank of a stage is slow now and then": ("rank_wait", lambda n: plain(n, waits=burnt)),
     "a core is burnt": ("jitter", lambda n: plain(n, burnt=burnt)),
     "a stage is killed": ("fault", lambda n: scenes(n, {"faults": [(2, 1.0, 2.0)]})),
     "the window is two": ("too_few_microbatches", lambda n: scenes(n, {"window": 2})),

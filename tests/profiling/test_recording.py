@@ -310,6 +310,20 @@ def test_a_newer_schema_is_read_by_the_names_of_its_fields(tmp_path):
         assert list(map(repr, ours)) == list(map(repr, theirs))
 
 
+def test_spans_of_before_tensor_parallelism_are_read(tmp_path):
+    """They say nothing of ranks: those of stages of one rank have nothing to say."""
+    folder = written(tmp_path)
+    path = folder / "stage-0.jsonl"
+    head, *lines = map(json.loads, path.read_text().splitlines())
+    assert head["fields"]["span"][-2:] == ["all_reduce_s", "rank_wait_s"]
+    del head["fields"]["span"][-2:]
+    lines = [head, *(line[:-2] for line in lines)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recording = read_recording(folder)
+    assert recording.notes == []
+    assert repr(recording.spans[0]) == repr([span(0, index) for index in range(NUM)])
+
+
 def test_of_an_older_schema_what_lacks_a_field_is_left_out(tmp_path):
     folder = written(tmp_path)
     head, *lines = map(json.loads, (folder / "driver.jsonl").read_text().splitlines())

@@ -54,6 +54,9 @@ class Device:
     def take_memory(self, num_blocks):
         pass
 
+    def part(self):
+        pass
+
     def __init__(self, most_begun, is_last, log):
         self.most_begun, self.is_last, self.log = most_begun, is_last, log
         self.links = PostedLinks()

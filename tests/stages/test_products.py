@@ -181,6 +181,58 @@ def test_rows_may_be_cut_out_of_wider_ones(kernels):
     assert not wide_y[:, :5].any() and not wide_y[:, 105:].any()
 
 
+class WornShelf(Shelf):
+    """Its memory was used before."""
+
+    def take(self, num_bytes):
+        return super().take(num_bytes).fill_(255)
+
+
+def numbers_in(packed, kernels):
+    """What lies there, as rows of float32: [outputs and what fills the last panel, inputs and
+    what fills the last step]."""
+    panel = kernels.panel_outputs()
+    flat = packed._packed.view(packed.dtype).float()
+    if packed.dtype == torch.bfloat16:  # two inputs of an output side by side
+        rows = flat.view(-1, (packed.in_features + 1) // 2, panel, 2).permute(0, 2, 1, 3)
+    else:
+        rows = flat.view(-1, (packed.in_features + 1) // 2 * 2, panel).transpose(1, 2)
+    return rows.flatten(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 31), (48, 130)])
+@pytest.mark.parametrize("given", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("exact_in", STORED)
+def test_every_number_lies_where_it_should_bit_for_bit(
+    kernels, monkeypatch, given, exact_in, shape
+):
+    """Of each type that a weight is given in, kept in each; with zeros behind the last output and
+    the last input."""
+    monkeypatch.setattr(products, "_shelf", WornShelf())
+    weight, _, _ = made(exact_in, shape)
+    weight = weight.to(getattr(torch, given))
+    packed = PackedWeight(weight, library=kernels)
+    assert packed.dtype == narrowest_exact_dtype(weight, kernels)
+    rows = numbers_in(packed, kernels)
+    assert torch.equal(rows[: shape[0], : shape[1]], weight.float())
+    assert not rows[shape[0] :].any() and not rows[:, shape[1] :].any()
+    longest = weight.double().norm(dim=1).max()
+    assert longest <= packed._norm <= longest * 1.001
+
+
+@pytest.mark.parametrize("size", [1, 8, 33, 64])
+@pytest.mark.parametrize("given", STORED)
+def test_gates_and_what_they_are_for_lie_in_turn_bit_for_bit(kernels, monkeypatch, given, size):
+    monkeypatch.setattr(products, "_shelf", WornShelf())
+    weight, _, _ = made(given, (2 * size, 37))
+    packed, half = GatedWeight(weight, library=kernels), kernels.panel_outputs() // 2
+    rows = numbers_in(packed, kernels).unflatten(0, (-1, 2, half))
+    for side in (0, 1):
+        there = rows[:, side].flatten(0, 1)
+        assert torch.equal(there[:size, :37], weight[side * size : (side + 1) * size].float())
+        assert not there[size:].any() and not there[:, 37:].any()
+
+
 @pytest.mark.parametrize(
     ("numbers", "dtype"),
     [
@@ -190,8 +242,11 @@ def test_rows_may_be_cut_out_of_wider_ones(kernels):
         ([2.0**17, 1 + 2.0**-10], torch.float32),  # each in one of them, both in none
     ],
 )
-def test_sixteen_bits_where_that_is_exact(numbers, dtype):
-    assert narrowest_exact_dtype(torch.tensor([numbers])) == dtype
+def test_sixteen_bits_where_that_is_exact(kernels, numbers, dtype):
+    assert narrowest_exact_dtype(torch.tensor([numbers]), kernels) == dtype
+    among_many = torch.zeros(9001)
+    among_many[-len(numbers) :] = torch.tensor(numbers)
+    assert narrowest_exact_dtype(among_many[None], kernels) == dtype
 
 
 def test_sixteen_bits_take_half_the_memory(kernels):

@@ -36,16 +36,20 @@ class PlantedTimes(StageTimes):
         slow: Mapping[int, float] | None = None,
         slow_hops: Mapping[int, float] | None = None,
         head_s: float = 0.0,
+        all_reduces: Mapping[int, float] | None = None,
+        waits: Callable[[int, int], float] = lambda stage, index: 0.0,
         burnt: Callable[[int, int], float] = lambda stage, index: 0.0,
         pauses_s: Callable[[int], float] = lambda plan: 0.0,
         noise: float = 0.0,
     ) -> None:
-        """`slow`: stage -> factor; `slow_hops`: seam -> seconds; `burnt`: (stage, index) -> seconds
+        """`slow`: stage -> factor; `slow_hops`: seam -> seconds; `all_reduces`: stage -> seconds;
+        `waits`: (stage, index) -> seconds that its rank waited for another one; `burnt`: likewise,
         that others took of its core; `pauses_s`: of the n-th plan, beside `planning_s`."""
         self.num_stages = num_stages
         self.control_s = control_s
         self.feedback_s = feedback_s
-        self.burnt = burnt
+        self.burnt, self.waits = burnt, waits
+        self._all_reduces = all_reduces or {}
         self._terms = base_s, per_prefill_s, per_decode_s, per_context_s
         self._slow = slow or {}
         self._hops = [hop_s] * (num_stages - 1)
@@ -71,12 +75,16 @@ class PlantedTimes(StageTimes):
         for stage in range(self.num_stages):
             noise = Random(f"{microbatch.index}/{stage}").gauss(0.0, self._noise)
             own = layers * self._slow.get(stage, 1.0) * exp(noise)
+            own += self._all_reduces.get(stage, 0.0) + self.waits(stage, microbatch.index)
             seconds.append(own + self.burnt(stage, microbatch.index))
         seconds[-1] += self._head_s
         return seconds
 
     def head_s(self, microbatch: Microbatch) -> float:
         return self._head_s
+
+    def all_reduce_s(self, microbatch: Microbatch) -> list[float]:
+        return [self._all_reduces.get(stage, 0.0) for stage in range(self.num_stages)]
 
     def hop_s(self, microbatch: Microbatch) -> Sequence[float]:
         return self._hops
@@ -104,15 +112,16 @@ class Scene:
 
 
 def record(scene: Scene) -> Recording:
-    """Runs it to its end. Thread CPU times are known: wall time, less what was burnt."""
+    """Runs it to its end. Thread CPU times are known: wall time, less what was burnt or waited."""
     times = scene.times
     records: list[Record] = []
 
     def keep(record: Record) -> None:
         if type(record) is Span:
             wall = record.end_s - record.start_s
-            cpu = wall - times.burnt(record.stage, record.index)
-            record = record._replace(cpu_s=cpu, between_cpu_s=0.0)
+            wait = times.waits(record.stage, record.index)
+            cpu = wall - times.burnt(record.stage, record.index) - record.all_reduce_s - wait
+            record = record._replace(cpu_s=cpu, between_cpu_s=0.0, rank_wait_s=wait)
         records.append(record)
 
     pipeline = SimulatedPipeline(make_engine(scene), times, keep)

@@ -54,6 +54,19 @@ class AllReduce:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RingAllReduce:
+    """Of a group that nobody measured: each device sends 2 (n - 1) / n of the message to the next
+    one, and more no algorithm can save. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce
+    algorithms for clusters of workstations", JPDC 69 (2009)."""
+
+    group: int
+    link: Link
+
+    def seconds(self, num_bytes: float) -> float:
+        return self.link.seconds(2 * (self.group - 1) / self.group * num_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Residuals:
     """How far off the profile is, as the standard deviation of log(measured / predicted)."""
 
@@ -90,6 +103,9 @@ class DeviceProfile:
     kernels: Kernels | None = None
     tables: Tables | None = None
     all_reduce: tuple[AllReduce, ...] = ()
+    group_link: Link | None = None
+    """Of each device in a tensor-parallel group inside a node: what an all-reduce that was not
+    measured goes by."""
     host_s: float = 0.0
     """Of a microbatch on a stage beside the device's own work; 0: device time alone."""
     control_s: float = 0.0
@@ -110,12 +126,15 @@ class DeviceProfile:
         assert self.tables is not None  # one of both is there
         return self.tables
 
-    def all_reduce_of(self, group: int) -> AllReduce:
-        """Of a tensor-parallel group, over as few nodes as hold it. Raises ConfigError."""
+    def all_reduce_of(self, group: int) -> AllReduce | RingAllReduce:
+        """Of a tensor-parallel group, over as few nodes as hold it: as measured, or inside a node
+        by `group_link`. Raises ConfigError."""
         nodes = -(-group // self.devices_per_node)
         for found in self.all_reduce:
             if (found.group, found.nodes) == (group, nodes):
                 return found
+        if nodes == 1 and self.group_link is not None:
+            return RingAllReduce(group=group, link=self.group_link)
         measured = ", ".join(f"{a.group} over {a.nodes}" for a in self.all_reduce) or "none"
         raise ConfigError(
             f"tensor_parallel_size is {group}: the profile of {self.name} has no all-reduce of "

@@ -2,9 +2,9 @@
 
 `Kernels` are formulae, fitted on microbenchmarks of many shapes and good for any model; `Tables`
 are seconds measured for one model on the machine at hand. Both answer the same: the linear work of
-a layer, the head, the embedding. `AttentionCost` is a formula for either. The formulae use
-arithmetic only, so that the fit (`bench/published/fit.py`) evaluates the very same ones on numpy
-arrays.
+a layer, the head, the embedding. `AttentionCost` is a formula for either. The shape is what one
+device holds: under tensor parallelism a shard (`ModelShape.shard`). The formulae use arithmetic
+only, so that the fit (`bench/published/fit.py`) evaluates the very same ones on numpy arrays.
 """
 
 from collections.abc import Iterator
@@ -81,7 +81,7 @@ class Elementwise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """Linear work by formula, for any model. One GPU's share of a tensor-parallel group."""
+    """Linear work by formula, for any model."""
 
     gemm: Gemm
     norm: Elementwise
@@ -90,34 +90,33 @@ class Kernels:
     add: Elementwise
     embedding: Elementwise
 
-    def layer_ops(
-        self, shape: ModelShape, tensor_parallel_size: int, num_tokens: int
-    ) -> Iterator[tuple[str, float]]:
+    def layer_ops(self, shape: ModelShape, num_tokens: int) -> Iterator[tuple[str, float]]:
         """Name and seconds of each operation of a layer but attention and communication."""
         size = shape.bytes_per_value
         taken = shape.experts_per_token * num_tokens, max(1.0, shape.experts_touched(num_tokens))
-        for name, columns, inner in products(shape, tensor_parallel_size):
+        for name, columns, inner in products(shape):
             rows, groups = taken if name in _OF_EXPERTS else (num_tokens, 1)
             yield name, self.gemm.seconds(rows, columns, inner, size, groups)
-        moved = elementwise_bytes(shape, tensor_parallel_size, num_tokens)
+        moved = elementwise_bytes(shape, num_tokens)
         for name, calls in (("norm", 2), ("rope", 1), ("activation", 1), ("add", 2)):
             yield name, calls * getattr(self, name).seconds(moved[name])
 
-    def layer_s(self, shape: ModelShape, tensor_parallel_size: int, num_tokens: int) -> float:
-        ops = self.layer_ops(shape, tensor_parallel_size, num_tokens)
+    def layer_s(self, shape: ModelShape, num_tokens: int) -> float:
+        ops = self.layer_ops(shape, num_tokens)
         return sum(seconds for _, seconds in ops)
 
-    def head_s(self, shape: ModelShape, tensor_parallel_size: int, num_logits: int) -> float:
+    def head_s(self, shape: ModelShape, num_logits: int) -> float:
         """Final norm and vocabulary head over the rows whose logits are wanted."""
         if not num_logits:
             return 0.0
-        moved = elementwise_bytes(shape, tensor_parallel_size, num_logits)["norm"]
-        columns = -(-shape.vocab_size // tensor_parallel_size)
-        product = self.gemm.seconds(num_logits, columns, shape.hidden_size, shape.bytes_per_value)
+        moved = elementwise_bytes(shape, num_logits)["norm"]
+        product = self.gemm.seconds(
+            num_logits, shape.vocab_size, shape.hidden_size, shape.bytes_per_value
+        )
         return self.norm.seconds(moved) + product
 
-    def embedding_s(self, shape: ModelShape, tensor_parallel_size: int, num_tokens: int) -> float:
-        moved = elementwise_bytes(shape, tensor_parallel_size, num_tokens)
+    def embedding_s(self, shape: ModelShape, num_tokens: int) -> float:
+        moved = elementwise_bytes(shape, num_tokens)
         return self.embedding.seconds(moved["embedding"])
 
 
@@ -138,18 +137,16 @@ class Tables:
         for name in ("layer", "head", "embedding"):
             check_points(name, getattr(self, name))
 
-    def layer_ops(
-        self, shape: ModelShape, tensor_parallel_size: int, num_tokens: int
-    ) -> Iterator[tuple[str, float]]:
-        yield "layer", self.layer_s(shape, tensor_parallel_size, num_tokens)
+    def layer_ops(self, shape: ModelShape, num_tokens: int) -> Iterator[tuple[str, float]]:
+        yield "layer", self.layer_s(shape, num_tokens)
 
-    def layer_s(self, shape: ModelShape, tensor_parallel_size: int, num_tokens: int) -> float:
+    def layer_s(self, shape: ModelShape, num_tokens: int) -> float:
         return interpolate(self.layer, num_tokens)
 
-    def head_s(self, shape: ModelShape, tensor_parallel_size: int, num_logits: int) -> float:
+    def head_s(self, shape: ModelShape, num_logits: int) -> float:
         return interpolate(self.head, num_logits) if num_logits else 0.0
 
-    def embedding_s(self, shape: ModelShape, tensor_parallel_size: int, num_tokens: int) -> float:
+    def embedding_s(self, shape: ModelShape, num_tokens: int) -> float:
         return interpolate(self.embedding, num_tokens)
 
 
@@ -173,63 +170,47 @@ class AttentionCost:
     decode_bytes_per_s: float
     """K and V read."""
 
-    def prefill_s(
-        self, shape: ModelShape, tensor_parallel_size: int, start: int, num_tokens: int
-    ) -> float:
+    def prefill_s(self, shape: ModelShape, start: int, num_tokens: int) -> float:
         """A chunk of `num_tokens` positions after `start` that are in the KV cache."""
-        width = heads_of(shape, tensor_parallel_size)[0] * shape.head_dim
+        width = shape.num_heads * shape.head_dim
         rows = -(-num_tokens // self.query_tile) * self.query_tile
         prefix = 4 * width * rows * start / self.prefix_flops_per_s
         causal = 2 * width * rows * rows / self.causal_flops_per_s
         copied = width * num_tokens / self.prefill_values_per_s
         return self.prefill_overhead_s + copied + prefix + causal
 
-    def decode_s(
-        self, shape: ModelShape, tensor_parallel_size: int, num_decodes: int, context: int
-    ) -> float:
+    def decode_s(self, shape: ModelShape, num_decodes: int, context: int) -> float:
         """`num_decodes` queries of one position; `context` positions of KV in all."""
-        kv_heads = heads_of(shape, tensor_parallel_size)[1]
-        moved = context * 2 * kv_heads * shape.head_dim * shape.bytes_per_value
+        moved = context * shape.kv_bytes_per_token_per_layer
         launched = self.decode_overhead_s + num_decodes * self.decode_sequence_s
         return (num_decodes > 0) * launched + moved / self.decode_bytes_per_s
 
 
-def products(shape: ModelShape, tensor_parallel_size: int) -> tuple[tuple[str, int, int], ...]:
-    """Name, columns and inner dimension of a layer's products, on one of the group; those of the
-    MLP are one expert's, where there are experts."""
-    heads, kv_heads = heads_of(shape, tensor_parallel_size)
-    ffn = -(-shape.intermediate_size // tensor_parallel_size)
+def products(shape: ModelShape) -> tuple[tuple[str, int, int], ...]:
+    """Name, columns and inner dimension of a layer's products; those of the MLP are one expert's,
+    where there are experts."""
     router = (("router", shape.num_experts, shape.hidden_size),) if shape.num_experts > 1 else ()
     return (
         *router,
-        ("qkv", (heads + 2 * kv_heads) * shape.head_dim, shape.hidden_size),
-        ("attention_out", shape.hidden_size, heads * shape.head_dim),
-        ("mlp_up", ffn * (2 if shape.gated_mlp else 1), shape.hidden_size),
-        ("mlp_down", shape.hidden_size, ffn),
+        ("qkv", shape.qkv_columns, shape.hidden_size),
+        ("attention_out", shape.hidden_size, shape.num_heads * shape.head_dim),
+        ("mlp_up", shape.up_columns, shape.hidden_size),
+        ("mlp_down", shape.hidden_size, shape.intermediate_size),
     )
 
 
-def elementwise_bytes(
-    shape: ModelShape, tensor_parallel_size: int, num_tokens: int
-) -> dict[str, int]:
+def elementwise_bytes(shape: ModelShape, num_tokens: int) -> dict[str, int]:
     """Bytes that one call of each operation of `Kernels` reads and writes."""
-    heads, kv_heads = heads_of(shape, tensor_parallel_size)
-    ffn = shape.experts_per_token * -(-shape.intermediate_size // tensor_parallel_size)
+    ffn = shape.experts_per_token * shape.intermediate_size
     values_per_token = {
         "norm": 2 * shape.hidden_size,
-        "rope": 2 * (heads + kv_heads) * shape.head_dim,
+        "rope": 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim,
         "activation": (3 if shape.gated_mlp else 2) * ffn,
         "add": 3 * shape.hidden_size,
         "embedding": 2 * shape.hidden_size,
     }
     size = num_tokens * shape.bytes_per_value
     return {name: size * values for name, values in values_per_token.items()}
-
-
-def heads_of(shape: ModelShape, tensor_parallel_size: int) -> tuple[int, int]:
-    """Query heads and KV heads of one of the group; KV heads are repeated where they run out."""
-    heads = -(-shape.num_heads // tensor_parallel_size)
-    return heads, -(-shape.num_kv_heads // tensor_parallel_size)
 
 
 def interpolate(points: Points, size: float) -> float:

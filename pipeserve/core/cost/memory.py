@@ -1,4 +1,7 @@
-"""How many KV blocks fit beside the weights. One number for all stages: the scarcest decides."""
+"""How many KV blocks fit beside the weights. One number for all stages: the scarcest decides.
+
+Of the ranks of a stage the one that holds most counts: `ModelShape.shard` is its part.
+"""
 
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan, StagePlan
@@ -19,15 +22,17 @@ def kv_blocks_beside_weights(
     Checked against SARATHI (2308.16369, section 5.3): GPT-3 on A100-80GB at 90 %, requests of 4,096
     tokens: 11 at TP8, and 27 for each of the 8 microbatches of TP8 x PP8.
     """
+    shard = shape.shard(tensor_parallel_size)
+    where = f" on each of {tensor_parallel_size} devices" if tensor_parallel_size > 1 else ""
     fewest: int | None = None
     for stage in plan.stages:
-        free = device_bytes * tensor_parallel_size - weight_bytes(shape, stage)
-        block_bytes = stage.num_layers * block_size * kv_bytes_of_layer(shape, tensor_parallel_size)
+        free = device_bytes - weight_bytes(shard, stage)
+        block_bytes = stage.num_layers * block_size * shard.kv_bytes_per_token_per_layer
         if free < max(block_bytes, 1):
             raise ConfigError(
-                f"stage {stage.stage} of {shape.name} has {weight_bytes(shape, stage) / 1e9:.1f} "
-                f"GB of weights over {tensor_parallel_size} devices of {device_bytes / 1e9:.1f} "
-                "usable GB each: no room for KV; use more stages or more tensor parallelism"
+                f"stage {stage.stage} of {shape.name} has {weight_bytes(shard, stage) / 1e9:.1f} "
+                f"GB of weights{where}, and a device has {device_bytes / 1e9:.1f} usable GB: no "
+                "room for KV; use more stages or more tensor parallelism"
             )
         if block_bytes:
             blocks = int(free // block_bytes)
@@ -37,16 +42,9 @@ def kv_blocks_beside_weights(
 
 
 def weight_bytes(shape: ModelShape, stage: StagePlan) -> int:
-    """Of one stage, over all its devices together."""
+    """Of one stage; of one of its ranks, where the shape is a shard."""
     tables = stage.has_embedding + stage.has_head
     if stage.has_embedding and stage.has_head and shape.tie_word_embeddings:
         tables = 1
     parameters = stage.num_layers * shape.num_layer_parameters + tables * shape.num_head_parameters
     return parameters * shape.bytes_per_value
-
-
-def kv_bytes_of_layer(shape: ModelShape, tensor_parallel_size: int) -> int:
-    """K and V of one position in one layer, over all devices of a stage: each has at least one
-    head, so that with fewer heads than devices some are kept twice."""
-    copies = max(1, tensor_parallel_size // shape.num_kv_heads)
-    return copies * shape.kv_bytes_per_token_per_layer

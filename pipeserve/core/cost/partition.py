@@ -9,6 +9,7 @@ from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan, StagePlan
+from pipeserve.core.topology import ranks_of
 from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 
@@ -149,6 +150,12 @@ def _check_stages(num_stages: int) -> None:
         raise ConfigError(f"{num_stages} pipeline stages: use at least 1")
 
 
+def with_ranks(plan: PipelinePlan, width: int) -> PipelinePlan:
+    """The same, with so many ranks for each stage."""
+    stages = [replace(stage, ranks=ranks_of(stage.stage, width)) for stage in plan.stages]
+    return replace(plan, stages=tuple(stages))
+
+
 def plan_of(counts: Sequence[int]) -> PipelinePlan:
     """Stages on ranks 0, 1, ..., and a window of as many microbatches as there are stages."""
     stages = []
@@ -161,7 +168,7 @@ def plan_of(counts: Sequence[int]) -> PipelinePlan:
                 stop_layer=first + count,
                 has_embedding=stage == 0,
                 has_head=stage == len(counts) - 1,
-                ranks=(stage,),
+                ranks=ranks_of(stage, 1),
             )
         )
         first += count

@@ -59,7 +59,7 @@ class PipelineCost:
     ):
         check_profile(profile, model=shape.name, tensor_parallel_size=tensor_parallel_size)
         self.profile = profile
-        self._shape = shape
+        self._shard = shape.shard(tensor_parallel_size)
         self._size = tensor_parallel_size
         self._plan = plan
         self._stages = tuple(
@@ -138,7 +138,7 @@ class PipelineCost:
 
     def hop_seconds(self, num_tokens: int) -> tuple[float, ...]:
         """Activations of a microbatch over each of the P - 1 seams."""
-        return hop_seconds(self.profile, self._shape, self._crossings, num_tokens)
+        return hop_seconds(self.profile, self._shard, self._crossings, num_tokens)
 
     def _raw(self, work: Work) -> list[float]:
         linear, all_reduce, embedding = self._flat_of(work.num_tokens)
@@ -161,26 +161,26 @@ class PipelineCost:
         and the embedding's. Kept: there are only so many numbers of tokens in a microbatch."""
         found = self._flat.get(num_tokens)
         if found is None:
-            shape, size, linear = self._shape, self._size, self.profile.linear
+            shard, linear = self._shard, self.profile.linear
             found = self._flat[num_tokens] = (
-                linear.layer_s(shape, size, num_tokens),
-                all_reduce_s(self.profile, shape, size, num_tokens),
-                linear.embedding_s(shape, size, num_tokens),
+                linear.layer_s(shard, num_tokens),
+                all_reduce_s(self.profile, shard, self._size, num_tokens),
+                linear.embedding_s(shard, num_tokens),
             )
         return found
 
     def _head_of(self, num_logits: int) -> float:
         found = self._heads.get(num_logits)
         if found is None:
-            found = self.profile.linear.head_s(self._shape, self._size, num_logits)
+            found = self.profile.linear.head_s(self._shard, num_logits)
             self._heads[num_logits] = found
         return found
 
     def _attention(self, work: Work) -> tuple[float, float]:
         """Seconds of a layer's attention: prefills, decodes."""
-        attention, shape, size = self.profile.attention, self._shape, self._size
-        prefill = sum([attention.prefill_s(shape, size, *chunk) for chunk in work.prefills])
-        return prefill, attention.decode_s(shape, size, work.num_decodes, work.context)
+        attention, shard = self.profile.attention, self._shard
+        prefill = sum([attention.prefill_s(shard, *chunk) for chunk in work.prefills])
+        return prefill, attention.decode_s(shard, work.num_decodes, work.context)
 
 
 class Correction:

@@ -1,6 +1,8 @@
 """The shape of a decoder: what its cost and its memory follow from. No weights, no files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
+from math import gcd
 
 from pipeserve.errors import ConfigError
 
@@ -41,11 +43,37 @@ class ModelShape:
 
     def check_divides(self, tensor_parallel_size: int) -> None:
         """Raises ConfigError unless each of a tensor-parallel group gets as many heads."""
-        if self.num_heads % tensor_parallel_size:
+        num = self.num_heads
+        if num % tensor_parallel_size:
+            dividing = ", ".join(str(each) for each in range(1, num + 1) if num % each == 0)
             raise ConfigError(
                 f"tensor_parallel_size is {tensor_parallel_size}, and {self.name} has "
-                f"{self.num_heads} heads; give a size that divides them"
+                f"{num} attention heads, which do not come out even; give one of {dividing}"
             )
+
+    def shard(self, tensor_parallel_size: int) -> "ModelShape":
+        """What one of a tensor-parallel group holds and computes; the most that any of them does,
+        where they do not divide evenly. Query heads are cut, each with the KV heads that it reads:
+        so that some of these are on several devices where they are fewer, or do not divide. On a
+        device each KV head is of equally many queries: where a cut leaves parts of groups, some are
+        there more than once."""
+        size = tensor_parallel_size
+        if size == 1:
+            return self
+        num_heads = -(-self.num_heads // size)
+        group = max(self.num_heads // self.num_kv_heads, 1)
+        most_kv_heads = 0
+        for first in range(0, self.num_heads, num_heads):
+            read = [query // group for query in range(first, first + num_heads)]
+            each = gcd(*(len(list(same)) for _, same in groupby(read)))
+            most_kv_heads = max(most_kv_heads, num_heads // each)
+        return replace(
+            self,
+            num_heads=num_heads,
+            num_kv_heads=most_kv_heads,
+            intermediate_size=-(-self.intermediate_size // size),
+            vocab_size=-(-self.vocab_size // size),
+        )
 
     @property
     def qkv_columns(self) -> int:

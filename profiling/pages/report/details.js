@@ -107,6 +107,8 @@ class Tip {
     }
     if (span?.cpu !== null && span) facts.push(["on its core", this.seconds(span.cpu)]);
     if (span?.head) facts.push(["head and sampling", this.seconds(span.head)]);
+    if (span?.summed) facts.push(["all-reduce", this.seconds(span.summed)]);
+    if (span?.waited) facts.push(["waited for a rank", this.seconds(span.waited)]);
     const gap = row.starts[block] - row.gapStart(block);
     facts.push(["idle before", gap ? this.seconds(gap) : "nothing"]);
     const decodes = chunks.filter((chunk) => chunk.stop - chunk.start === 1), prefills = chunks.filter((chunk) => chunk.stop - chunk.start > 1);

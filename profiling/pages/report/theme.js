@@ -13,6 +13,8 @@ const CAUSE_COLOURS = {
   decode_count: ["#8a5a0b", "#a06c17"],
   stage_imbalance: ["#d455a2", "#dd62ad"],
   head_and_sampling: ["#8b1a62", "#a82c7b"],
+  all_reduce: ["#e39ac4", "#eab0d2"],
+  rank_wait: ["#5b1145", "#7a2260"],
   token_feedback: ["#00a087", "#00a78d"],
   planning: ["#00695a", "#00806d"],
   control: ["#6fcdb5", "#6fcdb5"],

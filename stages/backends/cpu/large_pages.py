@@ -32,14 +32,14 @@ class Shelf:
         self._left = torch.empty(0, dtype=torch.uint8)
 
     @torch.inference_mode(False)  # a tensor made in that mode could not be written to outside of it
-    def zeros(self, num_bytes: int) -> Tensor:
-        """uint8, at a multiple of 64 bytes."""
+    def take(self, num_bytes: int) -> Tensor:
+        """uint8, at a multiple of 64 bytes, not written to yet."""
         taken = -(-num_bytes // 64) * 64
         if len(self._left) < taken:
             self._left = empty((max(taken, _BLOCK) + 64,), torch.uint8)
             self._left = self._left[-self._left.data_ptr() % 64 :]
         own, self._left = self._left[:num_bytes], self._left[taken:]
-        return own.zero_()
+        return own
 
 
 _madvise = ctypes.CDLL(None).madvise

@@ -51,9 +51,10 @@ _FUNCTIONS = {
     "activate": (None, [c_void_p, c_int, c_int, c_int64, c_void_p, c_int]),
     "add_to": (None, [c_void_p, c_void_p, c_int, c_int64]),
     # weights.c
-    "packed_size": (c_int64, [c_int, c_int64, c_int64]),
+    "packed_size": (c_int64, [c_int, c_int64, c_int64, c_int]),
     "panel_outputs": (c_int64, []),
-    "pack_weight": (None, [c_int, c_void_p, c_int64, c_int64, c_void_p]),
+    "narrowest_exact": (c_int, [c_void_p, c_int, c_int64]),
+    "pack_weight": (c_float, [c_int, c_void_p, c_int, c_int64, c_int64, c_int, c_void_p]),
     # products.c
     "product_scratch": (c_int64, [c_int64, c_int64]),
     "product": (

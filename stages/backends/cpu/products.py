@@ -25,6 +25,9 @@ class PackedWeight:
     in bfloat16 and a library for AVX512-bf16.
     """
 
+    _sides = 1
+    """Kinds of outputs that lie in turn (weights.c)."""
+
     def __init__(
         self,
         weight: Tensor,
@@ -36,18 +39,17 @@ class PackedWeight:
         assert found is not None, "no kernels here"
         self._library = found
         self.out_features, self.in_features = weight.shape
-        self.dtype = narrowest_exact_dtype(weight)
+        self.dtype = narrowest_exact_dtype(weight, found)
+        self._storage = _PAIRS if rounds_x else KERNEL_TYPES[self.dtype]
         if rounds_x:
             assert weight.dtype == torch.bfloat16 and found.multiplies_pairs()
-            self.dtype = torch.bfloat16
-        self._storage = _PAIRS if rounds_x else KERNEL_TYPES[self.dtype]
-        weight = weight.to(self.dtype).contiguous()
-        self._norm = float(weight.float().norm(dim=1).max())
-        size = self._library.packed_size(self._storage, *weight.shape)
-        self._packed = _shelf.zeros(size)
-        self._library.pack_weight(
-            self._storage, weight.data_ptr(), *weight.shape, self._packed.data_ptr()
+        weight = weight.contiguous()
+        self._packed = _shelf.take(found.packed_size(self._storage, *weight.shape, self._sides))
+        self._norm = found.pack_weight(
+            *(self._storage, weight.data_ptr(), KERNEL_TYPES[weight.dtype]),
+            *(*weight.shape, self._sides, self._packed.data_ptr()),
         )
+        """Of no output are the weights longer."""
 
     @property
     def nbytes(self) -> int:
@@ -120,20 +122,26 @@ class PackedWeight:
 
 
 class GatedWeight(PackedWeight):
-    """Of gates and of what they are for: rows of both lie in turn, so that a product has them
-    together and what comes out is `activation(gate) * up` at once."""
+    """Of gates and of what they are for, [gates, then as many others, in]: rows of both lie in
+    turn, so that a product has them together and what comes out is `activation(gate) * up` at once.
+    """
 
-    def __init__(
-        self, weight: Tensor, rounds_x: bool = False, library: ctypes.CDLL | None = None
-    ) -> None:
-        """`weight` [gates, then as many others, in]."""
-        super().__init__(_in_turn(weight, library), rounds_x, library)
-        self.size = len(weight) // 2
+    _sides = 2
+
+    @property
+    def size(self) -> int:
+        """Of what comes out."""
+        return self.out_features // 2
 
     @staticmethod
     def padded(bias: Tensor, library: ctypes.CDLL | None = None) -> Tensor:
-        """`bias` [gates and others] in float32 as `gated` takes it."""
-        return _in_turn(bias.float(), library)
+        """`bias` [gates and others] in float32 as `gated` takes it: in turn, as in the weight."""
+        found = library or kernels()
+        assert found is not None, "no kernels here"
+        half = found.panel_outputs() // 2
+        sides = bias.float().unflatten(0, (2, -1))
+        sides = torch.cat((sides, sides.new_zeros(2, -sides.shape[1] % half)), 1)
+        return sides.unflatten(1, (-1, half)).transpose(0, 1).flatten()
 
     def gated(self, x_TD: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """Float32 [T, in] -> float32 [T, size], with the bits of a product, an activation and a
@@ -158,28 +166,17 @@ class GatedWeight(PackedWeight):
         return y_TN
 
 
-def _in_turn(gates_and_others: Tensor, library: ctypes.CDLL | None = None) -> Tensor:
-    """Half a panel's gates, half a panel's others, and so on; with zeros behind the last of each
-    up to half a panel."""
-    found = library or kernels()
-    assert found is not None, "no kernels here"
-    half = found.panel_outputs() // 2
-    sides = gates_and_others.unflatten(0, (2, -1))
-    missing = -sides.shape[1] % half
-    sides = torch.cat((sides, sides.new_zeros(2, missing, *sides.shape[2:])), 1)
-    return sides.unflatten(1, (-1, half)).transpose(0, 1).flatten(0, 2)
-
-
-def narrowest_exact_dtype(weight: Tensor) -> torch.dtype:
+def narrowest_exact_dtype(weight: Tensor, library: ctypes.CDLL | None = None) -> torch.dtype:
     """Of bfloat16, float16 and float32 the first that holds every number of `weight` as it is.
 
     bfloat16 comes first because it becomes float32 by a shift, so products are 2 to 8 % faster than
     with float16 (bench/linears.py).
     """
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(weight.to(dtype).to(weight.dtype), weight):
-            return dtype
-    return torch.float32
+    found = library or kernels()
+    assert found is not None, "no kernels here"
+    weight = weight.contiguous()
+    kind = found.narrowest_exact(weight.data_ptr(), KERNEL_TYPES[weight.dtype], weight.numel())
+    return next(dtype for dtype, number in KERNEL_TYPES.items() if number == kind)
 
 
 def _scratch_of(num_floats: int) -> int:

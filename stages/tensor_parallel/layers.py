@@ -1,0 +1,176 @@
+"""megatron-core's layers around a stage's own products: its cuts and its sums.
+
+The products themselves are the stage's own. Megatron's multiply a dense parameter by torch.matmul,
+whereas a backend packs its weights, has kernels of its own for gates and for what is added to a
+residual, and takes parts that do not come out even; so that is what `_forward_impl` does here,
+Megatron's own seam for it. Megatron's parameters therefore have no memory (they are "meta").
+
+Sums are float32, as all that layers add up. Importing this takes seconds of CPU time.
+
+Suffixes: T tokens, D hidden size, X any axes.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from pipeserve.stages.layers.ends import TokenEmbedding
+from pipeserve.stages.layers.leaf import Embedding
+from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.mlp import Experts, GatedMlp, Mlp
+from pipeserve.stages.layers.self_attention import SelfAttention
+from pipeserve.stages.tensor_parallel.head import VocabParallelHead
+from pipeserve.stages.tensor_parallel.shard import Shard
+
+_CONFIG: dict[str, Any] = {"use_cpu_initialization": True, "perform_initialization": False}
+
+
+def wrap(stage: nn.Module, shard: Shard, group: ProcessGroup) -> list[nn.Module]:
+    """Puts them around the products of a stage that was cut (`cut.py`); returns them."""
+    wrapped: list[nn.Module] = []
+
+    def put(around: type[nn.Module], own: nn.Module) -> nn.Module:
+        wrapped.append(around(own, shard, group))
+        return wrapped[-1]
+
+    for module in list(stage.modules()):
+        match module:
+            case SelfAttention():
+                module.qkv = put(ColumnParallel, module.qkv)
+                module.out = put(RowParallel, module.out)
+            case Mlp():
+                module.up = put(ColumnParallel, module.up)
+                module.down = put(RowParallel, module.down)
+            case GatedMlp():
+                module.gate_up = put(ColumnParallel, module.gate_up)
+                module.down = put(RowParallel, module.down)
+            case TokenEmbedding():
+                module.tokens = put(VocabParallel, module.tokens)
+    for layer in stage.layers:
+        if isinstance(layer.mlp, Experts):  # one sum for all that a token takes
+            for expert in layer.mlp.experts:
+                expert.down.sums_later()
+            layer.mlp = put(SummedExperts, layer.mlp)
+        if getattr(layer, "is_parallel", False):  # one sum for both halves
+            layer.attention.out.sums_later()
+            layer.mlp.down.adds_on_all()
+    if stage.head is not None:
+        stage.head = put(VocabParallelHead, stage.head)
+    return wrapped
+
+
+def regroup(wrapped: Iterable[nn.Module], group: ProcessGroup | None) -> None:
+    """The same ranks have met anew, or parted."""
+    for module in wrapped:
+        module.tp_group = group
+
+
+def _config(shard: Shard) -> ModelParallelConfig:
+    return ModelParallelConfig(tensor_model_parallel_size=shard.of, **_CONFIG)
+
+
+class ColumnParallel(ColumnParallelLinear):
+    """Some outputs of a product; nothing is exchanged."""
+
+    def __init__(self, own: Linear, shard: Shard, group: ProcessGroup) -> None:
+        outputs, inputs = own.shape
+        with torch.device("meta"):
+            super().__init__(
+                inputs,
+                outputs * shard.of,
+                config=_config(shard),
+                init_method=None,
+                bias=False,
+                tp_group=group,
+            )
+        self.own = own
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self.own(input)
+
+    def forward(self, x_X: Tensor) -> Tensor:
+        return super().forward(x_X)[0]
+
+
+class RowParallel(RowParallelLinear):
+    """A product of some inputs, and the sum over all ranks.
+
+    What it is added to goes into the first rank's part of that sum, as its bias does, for a kernel
+    may add as it writes.
+    """
+
+    def __init__(self, own: Linear, shard: Shard, group: ProcessGroup) -> None:
+        outputs, inputs = own.shape
+        with torch.device("meta"):
+            super().__init__(
+                inputs * shard.of,
+                outputs,
+                config=_config(shard),
+                init_method=None,
+                bias=False,
+                input_is_parallel=True,
+                skip_bias_add=True,
+                tp_group=group,
+            )
+        self.own = own
+        self.adds = shard.number == 0
+
+    def sums_later(self) -> None:
+        """What comes out is this rank's part of a sum that another makes, as of Megatron's own
+        experts."""
+        self.explicit_expert_comm = True
+
+    def adds_on_all(self) -> None:
+        """What it is added to is such a part."""
+        self.adds = True
+
+    def _forward_impl(
+        self, input: tuple[Tensor, Tensor | None], weight: Tensor, *_: Any, **__: Any
+    ) -> Tensor:
+        return self.own(*input).float()
+
+    def forward(self, x_X: Tensor, onto_X: Tensor | None = None) -> Tensor:
+        return super().forward((x_X, onto_X if self.adds else None))[0]
+
+
+class SummedExperts(nn.Module):
+    """Experts each of which gives this rank's part."""
+
+    def __init__(self, own: Experts, shard: Shard, group: ProcessGroup) -> None:
+        super().__init__()
+        self.own, self.tp_group = own, group
+        self.adds = shard.number == 0
+
+    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
+        part_TD = self.own(x_TD, onto_TD if self.adds else None)
+        return reduce_from_tensor_model_parallel_region(part_TD.contiguous(), group=self.tp_group)
+
+
+class VocabParallel(VocabParallelEmbedding):
+    """Some rows of a table; the rank that has a token's row tells the others."""
+
+    def __init__(self, own: Embedding, shard: Shard, group: ProcessGroup) -> None:
+        with torch.device("meta"):
+            super().__init__(
+                shard.padded(own.source[0].of),
+                own.shape[1],
+                init_method=None,
+                config=_config(shard),
+                tp_group=group,
+            )
+        self.own = own
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        if self.weight.is_meta:  # once the rows are read
+            self.weight = nn.Parameter(self.own.weight, requires_grad=False)
+        return self.own.scaled(super().forward(ids_T))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeserve.stages.checkpoint.sources import resolve
 
-_LIMIT_S = 400
+_LIMIT_S = 240
 _LITELLM = """
 import litellm, sys
 where = dict(model="openai/" + sys.argv[2], api_base=sys.argv[1] + "/v1", api_key="none")

@@ -87,7 +87,7 @@ def _commands(bin: Path, url: str, model: str, folder: Path) -> dict[str, list[l
 
 
 def _run(client: str, command: list[str], folder: Path) -> int:
-    environment = {**os.environ, "LLM_USER_PATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "LLM_USER_PATH": str(folder)}
     environment["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the web for prices
     environment.pop("PYTHONPATH", None)  # they have their own packages
     try:

@@ -244,8 +244,10 @@ class _Maker:
         )
 
     def _filled(self, stage: Stage) -> Stage:
-        """With weights."""
-        values = 0.02 * torch.randn(_PATTERN)
+        """With weights that are exact in the checkpoint's dtype, as its own are: what is kept in
+        float32, as the head is, may then be held in 16 bits."""
+        exact = getattr(torch, self._config.dtype)
+        values = (0.02 * torch.randn(_PATTERN)).to(exact).float()
         for leaf in stage.leaves():
             size = math.prod(leaf.shape)
             flat = values.to(leaf.dtype_in(self._dtype)).repeat(-(-size // _PATTERN))

@@ -120,9 +120,10 @@ def test_added_to_what_is_there(kernels):
     padded = PackedWeight.padded(bias)
     packed = PackedWeight(weight, library=kernels)
     residual = torch.randn(513, 100)
-    expected = residual + packed.product(x, padded)
+    kept = residual.clone()
     found = packed.product(x, padded, residual)
-    assert found is residual and torch.equal(found, expected)
+    assert torch.equal(found, residual + packed.product(x, padded))
+    assert torch.equal(residual, kept)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (66, 64), (130, 577), (1024, 64)])
@@ -170,15 +171,14 @@ def test_outputs_that_rounding_of_x_would_swap(kernels):
 
 
 def test_rows_may_be_cut_out_of_wider_ones(kernels):
-    """Of x and of y; what lies beside them is neither read nor written."""
+    """Of x and of what the product is added to; what lies beside them is not read."""
     weight, _, x = made("float32", (100, 577))
     packed = PackedWeight(weight, library=kernels)
-    expected = packed.product(x)
-    wide_x, wide_y = torch.full((513, 600), torch.nan), torch.zeros(513, 120)
-    wide_x[:, 10:587] = x
-    packed.product(wide_x[:, 10:587], add_to=wide_y[:, 5:105])
-    assert torch.equal(wide_y[:, 5:105], expected)
-    assert not wide_y[:, :5].any() and not wide_y[:, 105:].any()
+    residual = torch.randn(513, 100)
+    wide_x, wide_residual = torch.full((513, 600), torch.nan), torch.full((513, 120), torch.nan)
+    wide_x[:, 10:587], wide_residual[:, 5:105] = x, residual
+    found = packed.product(wide_x[:, 10:587], onto_TN=wide_residual[:, 5:105])
+    assert torch.equal(found, residual + packed.product(x))
 
 
 class WornShelf(Shelf):

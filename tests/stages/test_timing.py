@@ -1,10 +1,13 @@
 """What parts of a model take, on made-up weights: of every family, and of what they are made."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checkpoints import TINY, tiny
 
 from pipeserve.core.work import Work
+from pipeserve.stages.backends.backend import Backend
 from pipeserve.stages.config.families import read_config
 from pipeserve.stages.devices import make_backend
 from pipeserve.stages.stage import Stage
@@ -47,6 +50,23 @@ def test_a_rank_without_the_ends_does_not_time_them(tmp_path):
             config, make_backend(), WORKS, 0.0, has_embedding=False, has_head=False, **options
         )
     assert {(parts.embedding, parts.head) for parts in timed.parts} == {(0.0, 0.0)}
+
+
+def test_made_up_weights_are_as_exact_as_the_checkpoint_s(tmp_path):
+    """So the head, which is float32 in every run, is kept in 16 bits here where it is in a stage:
+    in 32 it took twice as long, and too few layers were put beside it."""
+    exact = []
+
+    class Looking(Backend):
+        def place_matrix(self, weight_OI: torch.Tensor) -> torch.Tensor:
+            exact.append(torch.equal(weight_OI.bfloat16().float(), weight_OI.float()))
+            return super().place_matrix(weight_OI)
+
+    config = replace(read_config(tiny("llama", tmp_path)), dtype="bfloat16")
+    options = {"dtype": torch.float32, "kv_dtype": torch.float32, "block_size": 16}
+    with torch.inference_mode():
+        time_parts(config, Looking(), WORKS, 0.0, has_embedding=True, has_head=True, **options)
+    assert exact and all(exact)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class KernelBackend(Backend):
         bias_O: Tensor | None = None,
         onto_XO: Tensor | None = None,
     ) -> Tensor:
-        return weight.product(_rows(x_XI), bias_O, None if onto_XO is None else onto_XO.clone())
+        return weight.product(_rows(x_XI), bias_O, onto_XO)
 
     def rms_norm(
         self, x_XD: Tensor, weight_D: Tensor, eps: float, onto_XD: Tensor | None = None

@@ -61,7 +61,7 @@ _FUNCTIONS = {
         None,
         [
             *(c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
-            *(c_void_p, c_void_p, c_int64, c_int, c_void_p),
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p),
         ],
     ),
     "gated_product": (

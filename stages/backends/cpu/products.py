@@ -66,19 +66,20 @@ class PackedWeight:
         return whole[: len(bias)]
 
     def product(
-        self, x_TD: Tensor, bias: Tensor | None = None, add_to: Tensor | None = None
+        self, x_TD: Tensor, bias: Tensor | None = None, onto_TN: Tensor | None = None
     ) -> Tensor:
-        """x W^T + bias: float32 [T, in] -> float32 [T, out].
+        """x W^T + bias, added to `onto_TN` of float32: float32 [T, in] -> float32 [T, out].
 
-        `bias`: as `padded` makes it. `add_to`: float32 [T, out]; the product is added to it, and it
-        is returned. A row's result does not depend on the rows beside it, bit for bit.
+        `bias`: as `padded` makes it. A row's result does not depend on the rows beside it, bit for
+        bit.
         """
         assert x_TD.dtype == torch.float32 and x_TD.shape[1] == self.in_features
         assert x_TD.stride(1) == 1
         num_rows = x_TD.shape[0]
-        y_TN = torch.empty(num_rows, self.out_features) if add_to is None else add_to
-        assert y_TN.dtype == torch.float32 and y_TN.stride(1) == 1
-        assert y_TN.shape == (num_rows, self.out_features)
+        y_TN = torch.empty(num_rows, self.out_features)
+        if onto_TN is not None:
+            assert onto_TN.dtype == torch.float32 and onto_TN.stride(1) == 1
+            assert onto_TN.shape == y_TN.shape
         self._library.product(
             self._storage,
             x_TD.data_ptr(),
@@ -88,9 +89,10 @@ class PackedWeight:
             self.out_features,
             self.in_features,
             None if bias is None else bias.data_ptr(),
+            None if onto_TN is None else onto_TN.data_ptr(),
+            0 if onto_TN is None else onto_TN.stride(0),
             y_TN.data_ptr(),
-            y_TN.stride(0),
-            add_to is not None,
+            self.out_features,
             _scratch_of(self._library.product_scratch(num_rows, self.in_features)),
         )
         return y_TN

@@ -89,7 +89,7 @@ INLINE void take_tile(const Call *call, const Queries *queries, int64_t head, co
         }
         const float slope = slopes ? slopes[head * group + row % group] : 0;
         finish_scores(scores, count, tile->first, seen, stop, call->scoring, slope);
-        const float factor = weigh(scores, count, s->bases + row, s->sums + row * LANES, false);
+        const float factor = weigh(scores, count, s->bases + row, s->sums + row * LANES);
         if (factor == 1) continue;
         for (int64_t h = 0; h < padded_size; h += LANES)
             store_floats(out + h, load_floats(out + h) * factor);
@@ -107,30 +107,37 @@ INLINE void take_paired_tile(const Call *call, const Queries *queries, int64_t h
     const int64_t group = call->num_heads / call->pool->num_kv_heads, pairs = pairs_of(size);
     const int64_t num_rows = queries->num_queries * group;
     const float *slopes = call->scoring->slopes;
-    float weights[ROWS * TILE / 2], factors[ROWS];
+    const bool is_plain = !slopes && call->scoring->softcap == 0;
+    _Alignas(64) float scores[ROWS * TILE], weights[ROWS * TILE / 2];
+    float factors[ROWS];
     for (int64_t row = 0; row < num_rows; row += ROWS) {
         const int64_t count = least(num_rows - row, ROWS);
-        if (queries->position + (row + count - 1) / group < tile->first) continue; /* none sees it */
+        const int64_t first_stop = queries->position + row / group + 1;
+        const int64_t last_stop = queries->position + (row + count - 1) / group + 1;
+        if (last_stop <= tile->first) continue; /* none sees it */
+        const bool all_see_all = first_stop >= tile->first + TILE &&
+                                 last_stop - call->scoring->window <= tile->first;
+        const int64_t to = least(tile->to, last_stop - tile->first);
         const float *q = s->q + row * pairs;
-        float *scores = s->scores + row * TILE, *out = s->out + row * padded_size;
+        float *out = s->out + row * padded_size;
 #define SCORE_PAIRS(M, N) score_pairs(M, q, pairs, tile, next, copied, scores, in_pool)
         FOR_ROWS(count, SCORE_PAIRS)
-        for (int64_t r = 0; r < count; r++) {
+        for (int64_t r = 0; r < count && !(is_plain && all_see_all); r++) {
             const int64_t stop = queries->position + (row + r) / group + 1;
             const int64_t seen = most(0, stop - call->scoring->window);
             const float slope = slopes ? slopes[head * group + (row + r) % group] : 0;
-            float *own = scores + r * TILE;
-            finish_scores(own, TILE, tile->first, seen, stop, call->scoring, slope);
-            factors[r] = weigh(own, TILE, s->bases + row + r, s->sums + (row + r) * LANES, true);
-            round_to_pairs(own, TILE, weights + r * TILE / 2);
+            finish_scores(scores + r * TILE, TILE, tile->first, seen, stop, call->scoring, slope);
         }
+        for (int64_t r = 0; r < count; r++)
+            factors[r] = weigh_pairs(scores + r * TILE, s->bases + row + r,
+                                     s->sums + (row + r) * LANES, weights + r * TILE / 2);
 #define ADD_PAIRS(M, N)                                                                            \
     int64_t column = 0;                                                                            \
     for (; column + N * LANES <= padded_size; column += N * LANES)                                 \
-        add_value_pairs(M, N, weights, factors, tile, next, copied, padded_size, column, out,      \
+        add_value_pairs(M, N, weights, factors, tile, to, next, copied, padded_size, column, out,  \
                         in_pool);                                                                  \
     for (; column < padded_size; column += LANES)                                                  \
-        add_value_pairs(M, 1, weights, factors, tile, next, copied, padded_size, column, out,      \
+        add_value_pairs(M, 1, weights, factors, tile, to, next, copied, padded_size, column, out,      \
                         in_pool)
         FOR_ROWS(count, ADD_PAIRS)
     }

@@ -30,9 +30,10 @@ INLINE Floats interleaved(Shorts a, Shorts b) {
 
 INLINE Shorts load_shorts(const void *from) { return *(const Shorts *)from; }
 
+typedef __bf16 Rounded __attribute__((vector_size(LANES * 2), aligned(2)));
+
 /* To bfloat16, in pairs: [pairs of size]. */
 INLINE void round_to_pairs(const float *from, int64_t size, float *to) {
-    typedef __bf16 Rounded __attribute__((vector_size(LANES * 2), aligned(2)));
     for (int64_t i = 0; i < size; i += LANES) {
         Floats x = read_some(from + i, size - i, FLOAT32);
         Rounded rounded = __builtin_convertvector(x, Rounded);
@@ -136,16 +137,31 @@ INLINE void score_pairs(int M, const float *q, int64_t pairs, const Tile *tile, 
         store_floats(scores + m * TILE + n * LANES, sums[m][n]);
 }
 
+/* As `weigh`, of a whole tile; the weights are rounded: [TILE / 2] pairs. */
+INLINE float weigh_pairs(const float *scores, float *base, float *sums, float *weights) {
+    const float factor = raise_base(scores, TILE, base);
+    const float zero = *base == -__builtin_inff() ? 0 : *base;
+    Floats total = load_floats(sums) * factor;
+    UNROLL for (int i = 0; i < TILE; i += LANES) {
+        Floats weight = rough_exponential(load_floats(scores + i) - zero);
+        *(Rounded *)(weights + i / 2) = __builtin_convertvector(weight, Rounded);
+        total += weight;
+    }
+    store_floats(sums, total);
+    return factor;
+}
+
 /* out [M, size] = out * factors [M] + weights [M, TILE / 2] * values, of N registers' dimensions
-   from `column` on. */
+   from `column` on. `to`: positions of the tile that any of these rows sees. */
 INLINE void add_value_pairs(int M, int N, const float *weights, const float *factors,
-                            const Tile *tile, const Tile *next, const PairedTile *copied,
-                            int64_t size, int64_t column, float *out, bool in_pool) {
+                            const Tile *tile, int64_t to, const Tile *next,
+                            const PairedTile *copied, int64_t size, int64_t column, float *out,
+                            bool in_pool) {
     Floats sums[ROWS][4];
     out += column;
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
         sums[m][n] = load_floats(out + m * size + n * LANES) * factors[m];
-    for (int64_t i = tile->from / 2; i * 2 < tile->to; i++) {
+    for (int64_t i = tile->from / 2; i * 2 < to; i++) {
         const int64_t unit = i * 2 / UNIT, place = i * 2 % UNIT * size * 2;
         Floats value[4];
         UNROLL for (int n = 0; n < N; n++) {

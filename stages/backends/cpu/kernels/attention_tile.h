@@ -165,29 +165,30 @@ static void finish_scores(float *scores, int64_t count, int64_t first, int64_t s
     }
 }
 
-/* A row's scores [count] become weights, e to the power of how far they are above a score that stands
-   for the largest so far. That one is let be until it is exceeded by SLACK: so it hardly ever changes,
-   and a weight is still at most e^SLACK. `sums`: of the weights so far, of each lane. Returns what
-   all that the row has so far is to be multiplied with. */
-INLINE float weigh(float *scores, int64_t count, float *base, float *sums, bool is_rough) {
+/* `base`: a score that stands for a row's largest so far. It is let be until one of `scores` exceeds it
+   by SLACK: so it hardly ever changes, and a weight is still at most e^SLACK. Returns what all that
+   the row has so far is to be multiplied with. */
+INLINE float raise_base(const float *scores, int64_t count, float *base) {
     const float limit = *base + SLACK;
     Floats highest = all_lanes(limit);
-    for (int64_t i = 0; i < count; i += LANES) {
-        Floats x = load_floats(scores + i);
-        highest = choose(x > highest, x, highest);
-    }
-    float factor = 1;
-    if (any_above(highest, all_lanes(limit))) {
-        const float largest = __builtin_reduce_max(highest);
-        factor = exponential(all_lanes(*base - largest))[0];
-        *base = largest;
-    }
+    for (int64_t i = 0; i < count; i += LANES)
+        highest = larger(load_floats(scores + i), highest);
+    if (!any_above(highest, all_lanes(limit))) return 1;
+    const float largest = __builtin_reduce_max(highest), factor =
+        exponential(all_lanes(*base - largest))[0];
+    *base = largest;
+    return factor;
+}
+
+/* A row's scores [count] become weights, e to the power of how far they are above `base`. `sums`: of
+   the weights so far, of each lane. Returns what `raise_base` does. */
+INLINE float weigh(float *scores, int64_t count, float *base, float *sums) {
+    const float factor = raise_base(scores, count, base);
     /* Nothing but NaN or -infinity so far: what is NaN stays so, the others weigh nothing. */
     const float zero = *base == -__builtin_inff() ? 0 : *base;
     Floats total = load_floats(sums) * factor;
     for (int64_t i = 0; i < count; i += LANES) {
-        Floats x = load_floats(scores + i) - zero;
-        Floats weight = is_rough ? rough_exponential(x) : exponential(x);
+        Floats weight = exponential(load_floats(scores + i) - zero);
         store_floats(scores + i, weight);
         total += weight;
     }

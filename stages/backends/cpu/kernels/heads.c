@@ -14,10 +14,15 @@ EXPORT void rotate_heads(float *rows, int64_t row_step, int64_t num_rows, int64_
     for (int64_t row = 0; row < num_rows; row++, cosines += turned, sines += turned) {
         for (int64_t head = 0; head < num_heads; head++) {
             float *left = rows + row * row_step + head * head_size, *right = left + half;
-            for (int64_t i = 0; i < half; i++) {
-                const float x = left[i], y = right[i];
-                left[i] = x * cosines[i] + y * sines[i];
-                right[i] = y * cosines[half + i] + x * sines[half + i];
+            for (int64_t i = 0; i < half; i += LANES) {
+                const int64_t count = half - i;
+#define SOME(from) read_some((from) + i, count, FLOAT32)
+                const Floats x = SOME(left), y = SOME(right);
+                const Floats first = x * SOME(cosines) + y * SOME(sines);
+                const Floats second = y * SOME(cosines + half) + x * SOME(sines + half);
+#undef SOME
+                write_some(left + i, first, count, FLOAT32);
+                write_some(right + i, second, count, FLOAT32);
             }
         }
     }

@@ -21,6 +21,15 @@ INLINE Floats choose(Ints is, Floats a, Floats b) {
     return (Floats)((is & (Ints)a) | (~is & (Ints)b));
 }
 
+/* The larger and the smaller of a and b in each lane, and b where either is NaN: one instruction. */
+#ifdef __AVX512F__
+INLINE Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+INLINE Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
+
 /* Whether any lane of a is above that of b. */
 INLINE int any_above(Floats a, Floats b) {
 #ifdef __AVX512F__
@@ -100,12 +109,12 @@ INLINE float sum_of(Floats x) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-/* e^x within 1e-7 of its size; exactly 1 for 0 and 0 below -86.6 (what is next is no normal
-   number); infinity above 88.7; NaN for NaN. 2^n times a polynomial over half of ln 2 to either
-   side; source of its coefficients: Cephes, expf. */
+/* e^x within 1e-7 of its size; exactly 1 for 0, 0 below -87 (what is next is no normal number), infinity
+   where it is no float, NaN for NaN. 2^n times a polynomial over half of ln 2 to either side; source
+   of its coefficients: Cephes, expf. */
 INLINE Floats exponential(Floats x) {
     const float rounding = 12582912.0f; /* 1.5 * 2^23: sums with it are whole numbers */
-    Floats bounded = choose(x > 88.7f, all_lanes(88.7f), x);
+    Floats bounded = larger(all_lanes(-87.5f), smaller(all_lanes(89.0f), x));
     Floats shifted = multiply_add_floats(bounded, all_lanes(1.44269504f), all_lanes(rounding));
     Floats n = shifted - rounding;
     Floats rest = multiply_add_floats(n, all_lanes(-0.693359375f), bounded);
@@ -116,28 +125,22 @@ INLINE Floats exponential(Floats x) {
     for (int i = 0; i < 5; i++) y = multiply_add_floats(y, rest, all_lanes(terms[i]));
     y = multiply_add_floats(y, rest * rest, rest) + 1.0f;
     Ints power = ((Ints)shifted - (Ints)all_lanes(rounding)) << 23; /* n in the exponent */
-    /* In two steps, because 2^128 is no float: n reaches 128. */
-    y *= 2.0f;
-    y *= (Floats)(power + (126 << 23));
-    y = choose(x < -86.6f, (Floats){0}, y);
-    return choose(x > 88.7f, all_lanes(__builtin_inff()), y);
+    /* In two steps, because 2^128 is no float: n reaches 128. With the lowest, -126, it is 0. */
+    return y * 2.0f * (Floats)(power + (126 << 23));
 }
 
-/* e^x within 4e-6 of its size, for x of at most 0: what is rounded to 16 bits next. A power of two
-   times a polynomial (least squares of Chebyshev) over half a power to either side. */
-INLINE Floats rough_exponential(Floats x) {
 #ifdef __AVX512F__
-    Floats y = x * 1.44269504f;
-    y = choose(y < -200.0f, all_lanes(-200.0f), y);
+/* e^x within 4e-6 of its size, for x of little more than 0 at most: what is rounded to 16 bits next. A
+   power of two times a polynomial (least squares of Chebyshev) over half a power to either side. */
+INLINE Floats rough_exponential(Floats x) {
+    Floats y = larger(all_lanes(-200.0f), x * 1.44269504f);
     Floats n = (Floats)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT);
     const float terms[] = {5.591689383e-02f, 2.402371846e-01f, 6.931219948e-01f, 1.0f};
     Floats rest = y - n, power = all_lanes(9.600395517e-03f);
     for (int i = 0; i < 4; i++) power = multiply_add_floats(power, rest, all_lanes(terms[i]));
     return (Floats)_mm512_scalef_ps((__m512)power, (__m512)n);
-#else
-    return exponential(x);
-#endif
 }
+#endif
 
 /* Within 3e-7 of its size; NaN for NaN. A rational function; source: Eigen, `ptanh_float`. */
 INLINE Floats hyperbolic_tangent(Floats x) {

@@ -12,28 +12,61 @@ static inline float number_at(const float *row, int64_t k, int64_t in) {
     return k < in ? row[k] : 0;
 }
 
-/* The part of a tile of pairs that fills whole registers; returns how many inputs that was. Rows are
-   rounded first, as they lie, and then turned: the rounding is then an instruction for each LANES
-   numbers. */
-static int64_t pack_pairs(int rows, const float *x, int64_t x_stride, int64_t in, float *to) {
+/* Four rows' four numbers of 32 bits, from [row][number] to [number][row]. */
+INLINE void turn_four(const float *from, int64_t from_step, float *to, int64_t to_step) {
+    typedef float Four __attribute__((vector_size(16), aligned(4)));
+    Four rows[4], mixed[4];
+    for (int i = 0; i < 4; i++) rows[i] = *(const Four *)(from + i * from_step);
+    for (int i = 0; i < 2; i++) {
+        mixed[i] = __builtin_shufflevector(rows[i], rows[i + 2], 0, 4, 1, 5);
+        mixed[i + 2] = __builtin_shufflevector(rows[i], rows[i + 2], 2, 6, 3, 7);
+    }
+    for (int i = 0; i < 4; i += 2) {
+        Four first = __builtin_shufflevector(mixed[i], mixed[i + 1], 0, 4, 1, 5);
+        Four second = __builtin_shufflevector(mixed[i], mixed[i + 1], 2, 6, 3, 7);
+        *(Four *)(to + i * to_step) = first;
+        *(Four *)(to + (i + 1) * to_step) = second;
+    }
+}
+
+/* [rows][count] to [count][rows], four numbers of four rows at a time, of which the last rows may have
+   been among those before them. `count`: a multiple of four. */
+INLINE void turn(int rows, const float *from, int64_t from_step, int64_t count, float *to) {
+    if (rows < 4) {
+        for (int64_t i = 0; i < count; i++)
+            for (int r = 0; r < rows; r++) to[i * rows + r] = from[r * from_step + i];
+        return;
+    }
+    for (int64_t i = 0; i < count; i += 4) {
+        for (int r = 0; r < rows; r += 4) {
+            const int64_t row = least(r, rows - 4);
+            turn_four(from + row * from_step + i, from_step, to + i * rows + row, rows);
+        }
+    }
+}
+
+/* The part of a tile that fills whole vectors; returns how many inputs that was. Rows of pairs are rounded
+   first, as they lie: an instruction for each LANES numbers. */
+static int64_t pack_vectors(
+    int storage, int rows, const float *x, int64_t x_stride, int64_t in, float *to
+) {
+    if (storage != PAIRS) {
+        turn(rows, x, x_stride, in / 4 * 4, to);
+        return in / 4 * 4;
+    }
 #ifdef __AVX512BF16__
     typedef __bf16 Rounded __attribute__((vector_size(LANES * 2), aligned(2)));
-    uint32_t pairs[TILE][LANES / 2];
+    float pairs[TILE][LANES / 2];
     int64_t k = 0;
     for (; k + LANES <= in; k += LANES) {
         for (int r = 0; r < rows; r++) {
             Floats numbers = load_floats(x + r * x_stride + k);
             *(Rounded *)pairs[r] = __builtin_convertvector(numbers, Rounded);
         }
-        for (int i = 0; i < LANES / 2; i++) {
-            for (int r = 0; r < rows; r++) {
-                __builtin_memcpy(to + (k / 2 + i) * rows + r, &pairs[r][i], 4);
-            }
-        }
+        turn(rows, pairs[0], LANES / 2, LANES / 2, to + k / 2 * rows);
     }
     return k;
 #else
-    (void)rows, (void)x, (void)x_stride, (void)in, (void)to;
     return 0;
 #endif
 }
@@ -42,8 +75,7 @@ static int64_t pack_pairs(int rows, const float *x, int64_t x_stride, int64_t in
 static void pack_tile(
     int storage, int rows, const float *x, int64_t x_stride, int64_t in, float *to
 ) {
-    const int64_t done = storage == PAIRS ? pack_pairs(rows, x, x_stride, in, to) : 0;
-    for (int64_t k = done; k < in; k += STEP) {
+    for (int64_t k = pack_vectors(storage, rows, x, x_stride, in, to); k < in; k += STEP) {
         for (int r = 0; r < rows; r++) {
             const float *row = x + r * x_stride;
             float first = row[k], second = number_at(row, k + 1, in);

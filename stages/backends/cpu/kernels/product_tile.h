@@ -32,7 +32,8 @@ struct Sums {
     const float *bias; /* of the first output, or none */
     float *y;
     int64_t y_stride;  /* floats from one row of y to the next */
-    int adds_to_y;     /* y holds something already that the product is added to */
+    const float *onto; /* what the product is added to, or none */
+    int64_t onto_stride;
 };
 
 /* Weights of LANES outputs and one input: number `input` of a step that begins at `from`. */
@@ -73,6 +74,13 @@ INLINE void multiply_tile(
     const int64_t step_size = step * PANEL * size_of(storage);
     const int lines = step_size < LINE ? 1 : step_size / LINE;
     Floats sums[TILE][2 * MAX_PANELS];
+    /* Where the sums of many rows go is no longer in a near cache. */
+    for (int r = 0; rows > FEW_ROWS && to->is_last && r < rows; r++) {
+        for (int c = 0; c < num_registers; c += LINE / 4 / LANES) {
+            __builtin_prefetch(to->y + r * to->y_stride + c * LANES, 1);
+            if (to->onto) __builtin_prefetch(to->onto + r * to->onto_stride + c * LANES);
+        }
+    }
     for (int r = 0; r < rows; r++) {
         for (int c = 0; c < num_registers; c++) {
             const float *at = to->partial + (r * num_registers + c) * LANES;
@@ -116,7 +124,7 @@ INLINE void multiply_tile(
             Floats sum = sums[r][c];
             float *y = to->y + r * to->y_stride + c * LANES;
             if (to->bias) sum += load_floats(to->bias + c * LANES);
-            if (to->adds_to_y) sum += load_floats(y);
+            if (to->onto) sum += load_floats(to->onto + r * to->onto_stride + c * LANES);
             store_floats(y, sum);
         }
     }

@@ -20,7 +20,7 @@
 
 /* How much is done at a time, so that what is used again is still in the second-level cache. The
    sizes change no result. */
-#define MAX_BLOCK_ROWS 240
+#define MAX_BLOCK_ROWS 96
 #define MAX_BLOCK_X (384 * 1024) /* bytes: rows by depth */
 #define MAX_DEPTH 2048
 #define GROUP 8                 /* panels */
@@ -44,8 +44,8 @@ struct Product {
     const float *bias;
     enum Ending ending;
     float *y;
-    int64_t y_stride, num_outputs;
-    int adds_to_y;
+    const float *onto;
+    int64_t y_stride, onto_stride, num_outputs;
     int activation; /* of GATED */
     float *zeros;   /* of HIGHEST, [rows, LANES]: NaN where an output is not finite, else 0 */
 };
@@ -55,10 +55,10 @@ struct Product {
 /* The last panel's outputs, where not all of them are there. */
 static void end_part_of_row(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
     for (int64_t c = panel * PANEL; c < least(p->num_outputs, (panel + 1) * PANEL); c++) {
-        float *y = p->y + row * p->y_stride + c;
         float sum = sums[c - panel * PANEL];
         if (p->bias) sum += p->bias[c];
-        *y = p->adds_to_y ? sum + *y : sum;
+        if (p->onto) sum += p->onto[row * p->onto_stride + c];
+        p->y[row * p->y_stride + c] = sum;
     }
 }
 
@@ -126,13 +126,14 @@ static void multiply_block(
                         .bias = p->bias ? p->bias + panel * PANEL : 0,
                         .y = p->y + (row + first) * p->y_stride + panel * PANEL,
                         .y_stride = p->y_stride,
-                        .adds_to_y = p->adds_to_y,
+                        .onto = p->onto ? p->onto + (row + first) * p->onto_stride + panel * PANEL : 0,
+                        .onto_stride = p->onto_stride,
                     };
                     if (goes_aside) {
                         to.bias = 0;
                         to.y = aside;
                         to.y_stride = panels * PANEL;
-                        to.adds_to_y = 0;
+                        to.onto = 0;
                     }
                     /* Tiles share the work of fetching the next panel. */
                     const int64_t chunk = depth * PANEL * number;
@@ -198,16 +199,17 @@ static struct Product product_of(
     };
 }
 
-/* y [rows, out] = x [rows, in] W^T + bias, or y + x W^T + bias.
+/* y [rows, out] = x [rows, in] W^T + bias, or that added to `onto` [rows, out].
 
-   `x_stride`, `y_stride`: floats from one row to the next. `bias`: none, or as many floats as whole
+   `x_stride` and the like: floats from one row to the next. `bias`: none, or as many floats as whole
    panels have outputs. `scratch`: `product_scratch` floats. */
 EXPORT void product(
     int storage, const float *x, int64_t x_stride, int64_t rows, const void *w, int64_t out,
-    int64_t in, const float *bias, float *y, int64_t y_stride, int adds_to_y, float *scratch
+    int64_t in, const float *bias, const float *onto, int64_t onto_stride, float *y,
+    int64_t y_stride, float *scratch
 ) {
     struct Product p = product_of(storage, w, out, in, bias, ROWS);
-    p.y = y, p.y_stride = y_stride, p.adds_to_y = adds_to_y;
+    p.y = y, p.y_stride = y_stride, p.onto = onto, p.onto_stride = onto_stride;
     multiply_rows(&p, x, x_stride, rows, in, scratch);
 }
 

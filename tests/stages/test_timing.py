@@ -53,8 +53,8 @@ def test_a_rank_without_the_ends_does_not_time_them(tmp_path):
 
 
 def test_made_up_weights_are_as_exact_as_the_checkpoint_s(tmp_path):
-    """So the head, which is float32 in every run, is kept in 16 bits here where it is in a stage: in
-    32 it took twice as long, and too few layers were put beside it."""
+    """So the head, which is float32 in every run, is kept in 16 bits here where it is in a stage:
+    in 32 it took twice as long, and too few layers were put beside it."""
     exact = []
 
     class Looking(Backend):

@@ -1,25 +1,35 @@
-"""Every family over 1 to 4 ranks a stage and 1 to 3 stages: tokens against transformers', draws
-against one rank's; and SmolLM2 with 3 ranks.
+"""Stages that several ranks share.
 
-    python bench/tensor_parallel.py
+    python bench/tensor_parallel.py tokens    every family, 1 to 4 ranks a stage, 1 to 3 stages
+    python bench/tensor_parallel.py smollm2   SmolLM2 with 3 ranks, as processes, against 1
+    python bench/tensor_parallel.py losses    of 3 ranks two are killed and one is stopped
 
-It is tests/driver/test_tensor_parallel.py, asked for all: texts that part at a gap of two logits
-under 1e-4 are told, and counted at the end. About a quarter of an hour of one core.
+`tokens` is tests/driver/test_tensor_parallel.py, asked for all: texts that part at a gap of two
+logits under 1e-4 are told, and counted at the end. A few minutes of two cores.
 """
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pipeserve
+from pipeserve import SamplingParams
+from pipeserve.core.nouns import Request
+
+if TYPE_CHECKING:
+    from pipeserve.driver.driver import Driver
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST = "tests/driver/test_tensor_parallel.py"
 PROMPT = "The capital of France is"
 
 
-def main() -> int:
+def tokens() -> int:
     begin_s = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-rP", "-q", "-p", "no:randomly", TEST],
@@ -33,7 +43,7 @@ def main() -> int:
     texts = sum(int(re.search(r"(\d+) texts part", line)[1]) for line in parted)
     print(*parted, done.stdout.splitlines()[-1], sep="\n")
     print(f"{texts} texts parted at a gap under 1e-4; {time.monotonic() - begin_s:.0f} s")
-    return done.returncode or smollm2()
+    return done.returncode
 
 
 def smollm2() -> int:
@@ -56,5 +66,48 @@ def smollm2() -> int:
     return int(said[0] != said[1])
 
 
+def losses() -> int:
+    """Seconds from each loss until it was named, and until the next token."""
+    import_s = _import_s()
+    with pipeserve.LLM("smollm2-135m", dtype="float32", tensor_parallel_size=3) as llm:
+        driver = llm.client
+        params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, seed=0)
+        prompt = tuple(range(100, 140))
+        driver.submit([Request(id=number, prompt=prompt, params=params) for number in range(4)])
+        for rank, number in ((1, signal.SIGKILL), (2, signal.SIGSTOP), (0, signal.SIGKILL)):
+            _wait_for_tokens(driver, 40)
+            begin_s = time.monotonic()
+            os.kill(_stage_pid(driver, rank), number)
+            while not driver.losses.trouble:
+                driver.outputs(0.05)
+            named_s, why = time.monotonic() - begin_s, driver.losses.trouble
+            _wait_for_tokens(driver, 1)
+            again_s = time.monotonic() - begin_s
+            print(
+                f"rank {rank}, {number.name}: named after {named_s:.2f} s, tokens again after "
+                f"{again_s:.2f} s (importing megatron-core takes {import_s:.1f} s); {why}"
+            )
+    return 0
+
+
+def _import_s() -> float:
+    """Of one process alone, beside torch."""
+    code = "import time, torch; t = time.time(); import megatron.core; print(time.time() - t)"
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return float(found.stdout.split()[-1])
+
+
+def _wait_for_tokens(driver: "Driver", number: int) -> None:
+    while number > 0:
+        number -= len(driver.outputs(0.05))
+
+
+def _stage_pid(driver: "Driver", rank: int) -> int:
+    keeper = driver.fleet.keepers[rank].pid
+    return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit({"tokens": tokens, "smollm2": smollm2, "losses": losses}[sys.argv[1]]())

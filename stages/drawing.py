@@ -29,23 +29,23 @@ class AnyHead(Protocol):
 def draw(head: AnyHead, hidden_RD: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     """One token for each row: what `sample` takes of `head`'s logits."""
     drawn: list[SampledToken] = [(None, None)] * len(rows)
-    likeliest = [i for i, row in enumerate(rows) if takes_likeliest(row)]
+    numbers = range(len(rows))
+    likeliest = [i for i in numbers if takes_likeliest(rows[i])]
+    of_highest = [i for i in numbers if takes_of_highest(rows[i])]
     if likeliest:
         found = head.likeliest(_rows(hidden_RD, likeliest))
         for i, highest, token in zip(likeliest, *(part.tolist() for part in found), strict=True):
             drawn[i] = (token if math.isfinite(highest) else None, None)
-    others = [i for i, row in enumerate(rows) if not takes_likeliest(row)]
-    among_few = [i for i in others if takes_of_highest(rows[i])]
-    if among_few:
-        most = max(rows[i].params.top_k for i in among_few)
-        few = head.highest(_rows(hidden_RD, among_few), most)
-        if few is not None:
-            others = [i for i in others if not takes_of_highest(rows[i])]
-            if head.decides:
-                for i, token in zip(
-                    among_few, sample_of(*few, [rows[i] for i in among_few]), strict=True
-                ):
-                    drawn[i] = (token, None)
+    if of_highest:
+        most = max(rows[i].params.top_k for i in of_highest)
+        few = head.highest(_rows(hidden_RD, of_highest), most)
+        if few is None:
+            of_highest = []
+        elif head.decides:
+            own = [rows[i] for i in of_highest]
+            for i, token in zip(of_highest, sample_of(*few, own), strict=True):
+                drawn[i] = (token, None)
+    others = sorted({*numbers} - {*likeliest, *of_highest})
     if others:
         logits_RV = head(_rows(hidden_RD, others))
         if head.decides:

@@ -33,7 +33,7 @@ MAY_SEE = {
     "stages.backends": {"errors", "stages.attention", "stages.config"},
     "stages.backends.cpu": {"machine", "stages.attention", "stages.backends"},
     "stages.layers": {"stages.attention", "stages.backends", "stages.config"},
-    "stages.tensor_parallel": {"stages.config", "stages.layers"},
+    "stages.tensor_parallel": {"errors", "stages.config", "stages.layers"},
     "stages.families": {
         "stages.attention",
         "stages.config",

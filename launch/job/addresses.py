@@ -18,7 +18,7 @@ def address_of(interface: str) -> str:
         return str(ipaddress.ip_address(interface))
     except ValueError:
         pass
-    names = [name for _, name in socket.if_nameindex()]
+    names = _interfaces()
     if interface not in names:
         raise ConfigError(f"--interface {interface}: there are {', '.join(names)} here")
     address = address_of_interface(interface)
@@ -30,8 +30,10 @@ def address_of(interface: str) -> str:
 def leaders_address(name: str) -> str:
     """Of this machine, which the others know by `name`: what that stands for, or, where a name
     stands for something else here, such as 127.0.1.1 or the outside of a NAT, the address that
-    this machine reaches others from. Raises ConfigError."""
-    for address in [*_addresses_of(name), *map(_source_towards, _ELSEWHERE)]:
+    this machine reaches others from; without a route to others, its only one. Raises
+    ConfigError."""
+    candidates = [*_addresses_of(name), *map(_source_towards, _ELSEWHERE), _only_address()]
+    for address in candidates:
         if address and not is_loopback(address) and _is_own(address):
             return address
     raise ConfigError(
@@ -74,3 +76,14 @@ def _source_towards(address: str) -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return ""
+
+
+def _only_address() -> str:
+    """Beside loopback's; empty where there are several."""
+    own = [address for address in map(address_of_interface, _interfaces()) if address]
+    others = [address for address in own if not is_loopback(address)]
+    return others[0] if len(others) == 1 else ""
+
+
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]

@@ -152,12 +152,12 @@ def tee(first: Recorder, second: Recorder) -> Recorder:
 def meta_of_driver(driver: "Driver") -> dict[str, Any]:
     """What `run.json` says of a run on real or emulated stages."""
     hosts = [stage.host for stage in driver.stages]
-    keepers = [driver.fleet.keepers[stage.ranks[0]] for stage in driver.plan.stages]
-    seen = list(dict.fromkeys(keeper.boot_id for keeper in keepers))
+    boots = [stage.boot_id for stage in driver.stages]
+    seen = list(dict.fromkeys(boots))
     limits = driver.limits
     kind, config = driver.setup.kind, driver.config
     meta = run_meta(kind, config, driver.shape, driver.plan, limits, driver.dtype, hosts)
-    return meta | {"machines": [seen.index(keeper.boot_id) for keeper in keepers]}
+    return meta | {"machines": [seen.index(boot_id) for boot_id in boots]}
 
 
 def run_meta(

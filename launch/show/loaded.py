@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 def loaded(driver: "Driver") -> str:
     """Of a driver that has started: model, source, architecture, parameters of its matrices, dtype,
-    what each stage holds of it, and how many threads compute it on which cores."""
+    what each stage holds of it, and how many threads compute it on which cores: where several ranks
+    share it, those of the first."""
     model, stages = driver.config.model, driver.stages
     layers = "+".join(str(stage.num_layers) for stage in stages)
     gigabytes = "+".join(f"{stage.weight_bytes / 1e9:.2f}" for stage in stages)
@@ -22,7 +23,9 @@ def loaded(driver: "Driver") -> str:
         f"{model} ({origin(model, driver.model_folder)}): {driver.model_config.architecture}, "
         f"{_count(driver.shape.num_parameters)} parameters in {driver.dtype}"
         f"{f' ({why})' if (why := driver.setup.dtype_why) else ''}; "
-        f"{len(stages)} stage{'s' * (len(stages) > 1)} of {layers} layers, {gigabytes} GB, "
+        f"{len(stages)} stage{'s' * (len(stages) > 1)} of {layers} layers"
+        f"{f' on {width} ranks each' if (width := driver.topology.width) > 1 else ''}, "
+        f"{gigabytes} GB, "
         f"{threads} thread{'s' * (threads != '1')} on CPU {cpus}"
     )
 

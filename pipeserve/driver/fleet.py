@@ -138,8 +138,9 @@ class Fleet:
 
     def _connect(self, stages: Sequence[control.StageReady]) -> None:
         """All have loaded: sends each the addresses at which its neighbours listen."""
+        machines = [self.keepers[rank].boot_id for rank in range(self.topology.num_ranks)]
         for rank, connection in self._members.stages.items():
-            links = links_of(rank, self.topology, stages)
+            links = links_of(rank, self.topology, stages, machines)
             connection.send(control.encode(links, self.epoch))
 
     def begin_loading(self) -> None:

@@ -6,6 +6,7 @@ driver starts itself do so while it reads the model's configuration.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,9 @@ from pipeserve.errors import PipeserveError
 _PATIENCE_S = 0.5
 """That keepers can wait for an answer. Most runs are known by then."""
 _LOOK_S = 0.05
+_LATECOMERS_S = 5.0
+"""Keepers of other machines are started at the same time, more or less: when a driver fails at
+once, they would find nobody, and could not tell that from a driver that comes later."""
 
 
 @contextmanager
@@ -41,9 +45,13 @@ def gathering(config: RunConfig) -> Iterator[Callable[[Topology, RunConfig], Fle
     try:
         yield lambda topology, config: fleet
         settle()
-    except BaseException as error:
+    except PipeserveError as error:
         settle()
-        fleet.close(str(error) if isinstance(error, PipeserveError) else "")
+        _tell(fleet, str(error))
+        raise
+    except BaseException:
+        settle()
+        fleet.close()
         raise
 
 
@@ -54,3 +62,12 @@ def _attend(fleet: Fleet, is_known: threading.Event) -> None:
         lost = [each for each in fleet.receive(_LOOK_S) if isinstance(each.message, Lost)]
         fleet.keep(lost)  # whoever waits for keepers next is told
         is_over = is_known.is_set() or bool(lost)
+
+
+def _tell(fleet: Fleet, failure: str) -> None:
+    """All who have joined, or do so within a moment; where the driver started them, it is for the
+    user alone."""
+    until_s = time.monotonic() + (_LATECOMERS_S if fleet.config.launcher == "external" else 0.0)
+    while len(fleet.keepers) < fleet.topology.num_ranks and time.monotonic() < until_s:
+        fleet.receive(_LOOK_S)
+    fleet.close(failure)

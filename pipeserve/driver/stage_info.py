@@ -17,6 +17,8 @@ class StageInfo:
     stage: int
     rank: int
     host: str
+    boot_id: str
+    """Of the machine: there may be two of one name."""
     pid: int
     cpus: tuple[int, ...]
     num_threads: int
@@ -41,6 +43,7 @@ def stage_infos(
                 stage=stage.stage,
                 rank=rank,
                 host=keepers[rank].host,
+                boot_id=keepers[rank].boot_id,
                 pid=started[rank].pid,
                 cpus=tuple(started[rank].cpus),
                 num_threads=started[rank].num_threads,

@@ -129,14 +129,31 @@ class StartProgress:
 
 
 def links_of(
-    rank: int, topology: Topology, stages: Sequence[control.StageReady]
+    rank: int,
+    topology: Topology,
+    stages: Sequence[control.StageReady],
+    machines: Sequence[str],
 ) -> control.Connect:
-    """Where a rank's stage is to send; `stages`, of each rank, say where they listen."""
+    """Where a rank's stage is to send, and what; `stages`, of each rank, say where they listen, and
+    `machines` where they are."""
     following, first = topology.next_of(rank), topology.first_of(rank)
+    stage = topology.stage_of(rank)
     return control.Connect(
         next_stage="" if following is None else stages[following].activations_at,
         first_stage="" if first is None else stages[first].tokens_at,
+        sends_part=_gets_parts(stage + 1, topology, machines),
+        gets_part=_gets_parts(stage, topology, machines),
     )
+
+
+def _gets_parts(stage: int, topology: Topology, machines: Sequence[str]) -> bool:
+    """Whether the stage before sends each of its ranks a part of the activations, which they put
+    together: that is less to carry from machine to machine. On one machine it is not less, and one
+    wait more."""
+    if topology.width == 1 or not 0 < stage < topology.num_stages:
+        return False
+    before, here = ({machines[rank] for rank in topology.ranks[at]} for at in (stage - 1, stage))
+    return len(here) == 1 and not here & before
 
 
 def no_answer(

@@ -19,6 +19,8 @@ from pipeserve.server.openai.errors import ApiError, bad
 Body = TypeVar("Body", bound=BaseModel)
 _MARK = b"\xef\xbb\xbf"  # that some editors write in front of UTF-8
 _BEHIND = b" " * 6  # up to which msgspec looks for the other half of a surrogate pair
+_MOST_FIELDS = 1000
+"""Those that nobody knows are passed over, one by one."""
 
 _decode = msgspec.json.Decoder().decode
 
@@ -44,7 +46,10 @@ def read_body(kind: type[Body], content_type: str, data: bytes) -> Body:
         told = f"Content-Type is {content_type!r}" if content_type else "there is no Content-Type"
         raise ApiError(415, f"{told}; send JSON, and 'Content-Type: application/json'")
     try:
-        return kind.model_validate(_decode(data.removeprefix(_MARK) + _BEHIND))
+        said = _decode(data.removeprefix(_MARK) + _BEHIND)
+        if isinstance(said, dict) and len(said) > _MOST_FIELDS:
+            raise bad(f"the body has {len(said)} fields, at most {_MOST_FIELDS} are read")
+        return kind.model_validate(said)
     except ValidationError as error:
         raise _in_words(error) from None
     except (ValueError, RecursionError) as error:  # msgspec's errors, too, are such

@@ -45,10 +45,10 @@ class Done(NamedTuple):
     cpu_s: float
     between_cpu_s: float
     num_bytes: int = 0
-    all_reduce_s: float = 0.0
-    rank_wait_s: float = 0.0
     sampled: control.Sampled | None = None
     """On the last stage."""
+    all_reduce_s: float = 0.0
+    rank_wait_s: float = 0.0
 
 
 class Compute(Protocol):
@@ -75,7 +75,8 @@ class Compute(Protocol):
 
     def meet(self, address: str) -> bool:
         """The other ranks that share the stage, in this epoch, before anything is computed in it.
-        Returns whether all have come."""
+        Returns whether all have come; raises ConnectionError where it is to be told that they have
+        not, and ConfigError where they do not go together."""
         ...
 
     def part(self) -> None:

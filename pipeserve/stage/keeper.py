@@ -12,9 +12,11 @@ import socket
 import subprocess
 import sys
 import time
+from math import inf
 
 import msgspec
 
+from pipeserve.addresses import split_address
 from pipeserve.cpus import cores_of
 from pipeserve.machine import boot_id, fingerprint, native_dtypes, num_cpus
 from pipeserve.stage.last_spans import LastSpans
@@ -23,9 +25,12 @@ from pipeserve.stage.vital_signs import VitalSigns, vital_signs
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Heartbeat, NotWanted, StartStage, Stop
+from pipeserve.wire.listener import is_loopback
 from pipeserve.wire.sources import Descriptor, Source, Sources
 
 _RETRY_S = 0.2
+_SAYS_AFTER_S = 10.0
+"""That it still looks for its driver: whoever waits shall know what for."""
 _STDIN = 0
 
 
@@ -48,6 +53,7 @@ class Keeper:
         self.world_size = world_size
         self.join_timeout_s = join_timeout_s
         self.deadline = time.monotonic() + join_timeout_s
+        self.says_at_s = time.monotonic() + _SAYS_AFTER_S
         self.secret = secret
         self.host = host
         self.sources = Sources(secret)
@@ -80,7 +86,8 @@ class Keeper:
                 for source in self.sources.ready(None if self.has_joined else _RETRY_S * 1000):
                     self._take(source)
                 if self.has_joined and self.driver.has_ended and self.exit_code is None:
-                    self.exit_code = 1  # the driver is gone
+                    self._say_that_it_is_gone()
+                    self.exit_code = 1
         finally:
             self._end_stage()
             self.sources.close()
@@ -101,8 +108,12 @@ class Keeper:
         elif self.driver.has_ended:  # displaced by strangers, or no driver: another time
             self.failure = self.driver.refusal
             self.driver = None
-        if self.exit_code is None and not self.has_joined and time.monotonic() > self.deadline:
-            self._give_up()
+        now = time.monotonic()
+        if self.exit_code is None and not self.has_joined:
+            if now > self.deadline:
+                self._give_up()
+            elif now > self.says_at_s:
+                self._say_that_it_looks(self.deadline - now)
 
     def _call(self) -> None:
         try:
@@ -111,6 +122,16 @@ class Keeper:
             self.failure = str(error)
         else:
             self.driver.watch_host()
+
+    def _say_that_it_looks(self, left_s: float) -> None:
+        """Once, by one on each machine."""
+        self.says_at_s = inf
+        if _local_place(self.rank, self.world_size)[0] == 0:
+            self._say(
+                f"no driver at {self.address} yet ({self.failure}); looking for it for "
+                f"{left_s:.0f} s more",
+                "note",
+            )
 
     def _give_up(self) -> None:
         self._say(
@@ -212,8 +233,18 @@ class Keeper:
     def _tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))
 
-    def _say(self, what: str) -> None:
-        print(f"error: keeper of rank {self.rank}: {what}", file=sys.stderr)
+    def _say_that_it_is_gone(self) -> None:
+        """Once on each machine. Where all of a run is on one, whoever ended it is there to see."""
+        is_first = _local_place(self.rank, self.world_size)[0] == 0
+        try:
+            is_alone = is_loopback(split_address(self.address)[0])
+        except OSError:  # nobody knows its name any more
+            is_alone = False
+        if is_first and not is_alone:
+            self._say(f"the driver at {self.address} is gone: it was killed, or cut off")
+
+    def _say(self, what: str, kind: str = "error") -> None:
+        print(f"{kind}: keeper of rank {self.rank}: {what}", file=sys.stderr, flush=True)
 
 
 def _local_place(rank: int, world_size: int) -> tuple[int, int]:

@@ -112,7 +112,12 @@ class StageLoop:
 
     def _take_memory(self, num_blocks: int, meet_at: str) -> None:
         """Once; and each time with who shares the stage, if somebody does."""
-        if meet_at and not self.compute.meet(meet_at):
+        try:
+            have_come = not meet_at or self.compute.meet(meet_at)
+        except ConnectionError as error:
+            have_come = False
+            self._give_up(error)
+        if not have_come:
             self._stand_still()
             return
         if not self.has_memory:
@@ -201,6 +206,8 @@ class StageLoop:
         self._start_epoch()
 
     def _connect(self, addresses: Connect) -> None:
+        links = self.compute.links
+        links.sends_part, links.gets_part = addresses.sends_part, addresses.gets_part
         try:
             self.neighbours.connect(addresses)
         except ConnectionError as error:

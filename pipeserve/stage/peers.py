@@ -3,8 +3,11 @@
 A stage of one rank meets nobody, and megatron-core is not imported.
 """
 
+import hashlib
+import math
 import os
 import socket
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -15,8 +18,13 @@ from pipeserve.wire.control import StartStage
 from pipeserve.wire.interfaces import interface_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.distributed import ProcessGroup
+
+    from pipeserve.stages.tensor_parallel.sums import Sums
+
+_OTHERS_FIRST_S = 3.0
+"""If one of them has died, that is told meanwhile, and this one is ended."""
 
 
 class Peers:
@@ -29,6 +37,7 @@ class Peers:
         self._group: ProcessGroup | None = None
         self._sharing: list[nn.Module] = []
         """What exchanges something by that group."""
+        self._sums: Sums | None = None
 
     def meets_at(self) -> str:
         """Where the first of them waits for the others next; empty of the others."""
@@ -39,22 +48,29 @@ class Peers:
             self._listener = socket.create_server((self._host, 0), family=family)
         return join_address(*self._listener.getsockname()[:2])
 
-    def meet(self, address: str, stage: Stage) -> bool:
-        """At that address, all of them; False where one does not come."""
+    def meet(self, address: str, stage: Stage) -> None:
+        """At that address, all of them. Raises ConnectionError where one does not come, and
+        ConfigError where one computes in another way, whose parts would not fit this one's."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what it could use and is not there
             from pipeserve.stages.tensor_parallel import group, layers
 
         self._choose_interface()
         listener, self._listener = self._listener, None
-        device = stage.backend.device
+        host, port = split_address(address)
+        ways = _ways_of(stage)
         try:
-            self._group = group.meet(self.shard, *split_address(address), device, listener)
-        except RuntimeError:
+            self._group = group.meet(self.shard, host, port, stage.backend.device, listener, ways)
+        except RuntimeError as error:
             group.part()
-            return False
+            time.sleep(_OTHERS_FIRST_S)
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(
+                f"the ranks that share its stage, at {address}: {reason}"
+            ) from None
         layers.regroup(self._sharing, self._group)
-        return True
+        if self._sums is not None:
+            self._sums.meet(self._group)
 
     def _choose_interface(self) -> None:
         """That by which this stage is reached, where the user chose none. gloo would take what the
@@ -68,8 +84,35 @@ class Peers:
         """From now on its layers exchange what they compute with those of the others."""
         if self._group is not None:
             from pipeserve.stages.tensor_parallel import layers
+            from pipeserve.stages.tensor_parallel.sums import Sums
 
-            self._sharing = layers.wrap(stage, self.shard, self._group)
+            sums = Sums(self._group)
+            self._sharing = layers.wrap(stage, self.shard, self._group, sums)
+            if stage.backend.device.type == "cpu":
+                self._sums = sums
+
+    def sums_of(self, num_tokens: int) -> tuple[float, float]:
+        """Seconds of the sums of a microbatch of so many, through whose layers this rank came last;
+        and those that it waited for others there. 0 where that is not known."""
+        return (0.0, 0.0) if self._sums is None else self._sums.of_microbatch(num_tokens)
+
+    def part_of(self, hidden_TD: "Tensor") -> "Tensor":
+        """What this one sends of it, where each sends a part."""
+        from pipeserve.stages.tensor_parallel import parts
+
+        return parts.part_of(hidden_TD, self.shard)
+
+    def size_of_part(self, shape: tuple[int, ...]) -> int:
+        """Numbers in it, of so many."""
+        from pipeserve.stages.tensor_parallel import parts
+
+        return parts.size_of_part(math.prod(shape), self.shard)
+
+    def joined(self, part: "Tensor", shape: tuple[int, ...]) -> "Tensor":
+        """The whole, of what each has got."""
+        from pipeserve.stages.tensor_parallel import parts
+
+        return parts.joined(part, shape, self.shard, self._group)
 
     def part(self) -> None:
         """From them: who waits for this one, waits no more."""
@@ -87,3 +130,9 @@ class Peers:
         from pipeserve.stages.tensor_parallel import group
 
         return group.is_of_peers(error)
+
+
+def _ways_of(stage: Stage) -> dict[str, str]:
+    """What has to be the same on all ranks that share it, by what it is called."""
+    digest = hashlib.sha256(repr(stage.config).encode()).hexdigest()[:12]
+    return {"computes by": type(stage.backend).__name__, "has a model of the digest": digest}

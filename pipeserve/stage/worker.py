@@ -120,7 +120,8 @@ class ModelCompute:
 
     def meet(self, address: str) -> bool:
         """As `Compute`."""
-        return self._peers.meet(address, self.model)
+        self._peers.meet(address, self.model)
+        return True
 
     def part(self) -> None:
         """As `Compute`."""
@@ -155,6 +156,7 @@ class ModelCompute:
         inputs = self._build_inputs(turn)
         given = inputs.token_ids_T if self._job.is_first else self._unpack(turn, inputs)
         hidden = self.model(given, inputs, self.kv)
+        in_sums = self._peers.sums_of(inputs.num_tokens)
         if self._job.is_last:
             sampled, stamps = self._answer(turn, hidden[inputs.logit_rows_R], feed_back)
             num_bytes = 0
@@ -162,10 +164,12 @@ class ModelCompute:
             hidden = hidden.to("cpu", self.dtype)  # where a GPU computes, this waits for it
             end_s = time.monotonic()
             sampled, stamps = None, Stamps(end_s, end_s, end_s, time.thread_time())
+            if self.links.sends_part:
+                hidden = self._peers.part_of(hidden)
             num_bytes = self.links.send(turn.step.index, hidden)
         self._last_cpu_s = stamps.end_cpu_s
         cpu_s = stamps.end_cpu_s - start_cpu_s
-        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled=sampled)
+        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled, *in_sums)
 
     def _build_inputs(self, turn: Turn) -> StageInputs:
         return build_inputs(
@@ -179,7 +183,11 @@ class ModelCompute:
 
     def _unpack(self, turn: Turn, inputs: StageInputs) -> torch.Tensor:
         shape = (inputs.num_tokens, self.config.hidden_size)
-        return links.unpack_tensor(turn.activations, turn.step.index, shape, self.dtype)
+        come = shape if not self.links.gets_part else (self._peers.size_of_part(shape),)
+        tensor = links.unpack_tensor(turn.activations, turn.step.index, come, self.dtype)
+        if self.links.gets_part:
+            tensor = self._peers.joined(self.model.backend.place(tensor), shape)
+        return tensor
 
     def _answer(
         self, turn: Turn, hidden_RD: torch.Tensor, feed_back: FeedBack

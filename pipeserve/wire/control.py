@@ -198,6 +198,10 @@ class Connect(_Message):
 
     next_stage: str
     first_stage: str
+    sends_part: bool = False
+    """Each of the ranks that share this stage sends its part of the activations alone."""
+    gets_part: bool = False
+    """It gets no more from the stage before, and the ranks of this one put them together."""
 
 
 class Registration(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -41,6 +41,9 @@ class ActivationLinks:
     """A stage's links with its neighbours. What it sends, and what a message is, are a subclass's
     and its `Compute`'s own."""
 
+    sends_part = gets_part = False
+    """As `Connect` has them."""
+
     def __init__(self) -> None:
         self._listener: Listener | None = None
         self._next_stage: Connection | None = None

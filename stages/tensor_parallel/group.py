@@ -10,6 +10,7 @@ which frees those that wait for it, who do the same.
 """
 
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
+from pipeserve.errors import ConfigError
 from pipeserve.stages.tensor_parallel.shard import Shard
 
 _TIMEOUT = timedelta(seconds=60)
@@ -24,10 +26,18 @@ _TIMEOUT = timedelta(seconds=60)
 
 
 def meet(
-    shard: Shard, host: str, port: int, device: torch.device, listener: socket.socket | None
+    shard: Shard,
+    host: str,
+    port: int,
+    device: torch.device,
+    listener: socket.socket | None,
+    ways: Mapping[str, str],
 ) -> ProcessGroup:
     """With the others, at that address, where the first rank listens by `listener`, which is closed
-    when they part. Raises RuntimeError where one does not come."""
+    when they part. `ways`: what has to be the same on all of them, by what it is called.
+
+    Raises RuntimeError where one does not come, and ConfigError where one has other ways.
+    """
     store = dist.TCPStore(
         host,
         port,
@@ -37,6 +47,7 @@ def meet(
         wait_for_workers=False,
         master_listen_fd=None if listener is None else listener.detach(),
     )
+    _compare(ways, shard, store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -47,6 +58,21 @@ def meet(
         tensor_model_parallel_size=shard.of, create_gloo_process_groups=False
     )
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def _compare(ways: Mapping[str, str], shard: Shard, store: dist.Store) -> None:
+    """With the first rank's: parts of other shapes would be added up to nonsense, or not at all."""
+    for name, own in ways.items():
+        if shard.number == 0:
+            store.set(name, own)
+            continue
+        first = store.get(name).decode()
+        if first != own:
+            raise ConfigError(
+                f"it {name} {own}, and the first rank of its stage {name} {first}; give all ranks "
+                "of a stage the same threads, kernels and model (--attention cpu does without "
+                "kernels)"
+            )
 
 
 def part() -> None:

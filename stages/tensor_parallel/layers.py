@@ -31,12 +31,14 @@ from pipeserve.stages.layers.mlp import Experts, GatedMlp, Mlp
 from pipeserve.stages.layers.self_attention import SelfAttention
 from pipeserve.stages.tensor_parallel.head import VocabParallelHead
 from pipeserve.stages.tensor_parallel.shard import Shard
+from pipeserve.stages.tensor_parallel.sums import Sums
 
 _CONFIG: dict[str, Any] = {"use_cpu_initialization": True, "perform_initialization": False}
 
 
-def wrap(stage: nn.Module, shard: Shard, group: ProcessGroup) -> list[nn.Module]:
-    """Puts them around the products of a stage that was cut (`cut.py`); returns them."""
+def wrap(stage: nn.Module, shard: Shard, group: ProcessGroup, sums: Sums) -> list[nn.Module]:
+    """Puts them around the products of a stage that was cut (`cut.py`); returns them. `sums` is
+    told of each sum over what layers computed."""
     wrapped: list[nn.Module] = []
 
     def put(around: type[nn.Module], own: nn.Module) -> nn.Module:
@@ -66,6 +68,9 @@ def wrap(stage: nn.Module, shard: Shard, group: ProcessGroup) -> list[nn.Module]
             layer.mlp.down.adds_on_all()
     if stage.head is not None:
         stage.head = put(VocabParallelHead, stage.head)
+    for each in wrapped:
+        if isinstance(each, RowParallel | SummedExperts):
+            each.sums = sums
     return wrapped
 
 
@@ -109,6 +114,8 @@ class RowParallel(RowParallelLinear):
     may add as it writes.
     """
 
+    sums: Sums
+
     def __init__(self, own: Linear, shard: Shard, group: ProcessGroup) -> None:
         outputs, inputs = own.shape
         with torch.device("meta"):
@@ -137,14 +144,21 @@ class RowParallel(RowParallelLinear):
     def _forward_impl(
         self, input: tuple[Tensor, Tensor | None], weight: Tensor, *_: Any, **__: Any
     ) -> Tensor:
-        return self.own(*input).float()
+        part = self.own(*input).float()
+        self.sums.begin()
+        return part
 
     def forward(self, x_X: Tensor, onto_X: Tensor | None = None) -> Tensor:
-        return super().forward((x_X, onto_X if self.adds else None))[0]
+        sum_X = super().forward((x_X, onto_X if self.adds else None))[0]
+        if not self.explicit_expert_comm:
+            self.sums.end()
+        return sum_X
 
 
 class SummedExperts(nn.Module):
     """Experts each of which gives this rank's part."""
+
+    sums: Sums
 
     def __init__(self, own: Experts, shard: Shard, group: ProcessGroup) -> None:
         super().__init__()
@@ -152,8 +166,11 @@ class SummedExperts(nn.Module):
         self.adds = shard.number == 0
 
     def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
-        part_TD = self.own(x_TD, onto_TD if self.adds else None)
-        return reduce_from_tensor_model_parallel_region(part_TD.contiguous(), group=self.tp_group)
+        part_TD = self.own(x_TD, onto_TD if self.adds else None).contiguous()
+        self.sums.begin()
+        sum_TD = reduce_from_tensor_model_parallel_region(part_TD, group=self.tp_group)
+        self.sums.end()
+        return sum_TD
 
 
 class VocabParallel(VocabParallelEmbedding):

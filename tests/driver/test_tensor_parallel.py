@@ -6,18 +6,23 @@ this file; the loss of a rank is in test_shared_stage_lost.py.
 """
 
 import os
+import signal
 import socket
+import statistics
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeserve import LLM, SamplingParams
 from pipeserve.configs import make_config
+from pipeserve.core.records import Span, ignore
 from pipeserve.core.topology import Topology, ranks_of
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError
+from pipeserve.profiling.recording.recording import Ring
 from pipeserve.stages.tensor_parallel.shard import Shard
 
 from checkpoints import (  # isort: skip
@@ -27,6 +32,7 @@ from forked_fleet import ForkedFleet  # isort: skip
 from local_fleet import local_llm  # isort: skip
 
 MAX_TOKENS = 8
+LATE_S = 0.05
 SMALL_GAP = 1e-4
 """Between two logits: sums that come in another order may swap them."""
 FAMILIES = list({kind.family: name for name, kind in reversed(TINY.items())}.values())
@@ -109,7 +115,7 @@ def model(tmp_path_factory):
 TINY_LAYERS = 4
 
 
-def run(folder, tp, pp, prompts, params, **more):
+def run(folder, tp, pp, prompts, params, fleet=ForkedFleet, record=ignore, **more):
     config = {
         "model": folder,
         "dtype": "float32",
@@ -120,8 +126,8 @@ def run(folder, tp, pp, prompts, params, **more):
         **LIMITS,
         **more,
     }
-    driver = Driver(checkpoint_setup(make_config({}, config)), fleet=ForkedFleet)
-    with LLM.on(driver) as llm:
+    setup = checkpoint_setup(make_config({}, config))
+    with LLM.on(Driver(setup, record=record, fleet=fleet)) as llm:
         return llm.generate(prompts, params)
 
 
@@ -165,8 +171,27 @@ def test_the_likeliest_token_and_the_highest_few_need_no_gathered_logits(model, 
     assert [one.token_ids for one in got] == [single[i].token_ids for i in few]
 
 
-def in_forks(number_of, work):
-    """What `work(number)` gives in so many processes at once; each gives a short text."""
+def test_activations_go_to_another_machine_once(model):
+    """And not once for each rank: each sends a third of them, filled up by at most two numbers."""
+
+    class Apart(ForkedFleet):
+        def machine_of(self, rank):
+            return f"machine {rank // 3}"
+
+    folder, prompts, _, single = model("llama")
+    told = []
+    got = run(folder, 3, 2, prompts, params(), Apart, told.append)
+    assert [one.token_ids for one in got] == [one.token_ids for one in single]
+    spans = [span for span in told if isinstance(span, Span) and span.stage == 0]
+    assert spans
+    for span in spans:
+        part = -(-span.num_tokens * 96 // 3)
+        assert span.num_bytes == part * 4 + 8  # and its index
+
+
+def in_forks(number_of, work, ends_after=None):
+    """What `work(number)` gives in so many processes at once; each gives a short text. With that of
+    number `ends_after`, all are ended."""
     read, pids = [], []
     for number in range(number_of):
         mine, theirs = os.pipe()
@@ -179,7 +204,13 @@ def in_forks(number_of, work):
         os.close(theirs)
         read.append(mine)
         pids.append(pid)
+    if ends_after is not None:
+        early = os.read(read[ends_after], 1000).decode()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
     said = [os.read(each, 1000).decode() for each in read]
+    if ends_after is not None:
+        said[ends_after] = early
     for each, pid in zip(read, pids, strict=True):
         os.close(each)
         os.waitpid(pid, 0)
@@ -201,7 +232,7 @@ def test_one_that_parts_frees_those_who_wait_and_they_meet_again():
         told = []
         for listener, port in zip(listeners, ports, strict=True):
             own = listener if number == 0 else None
-            met = group.meet(Shard(number, of), "127.0.0.1", port, cpu, own)
+            met = group.meet(Shard(number, of), "127.0.0.1", port, cpu, own, {})
             numbers = torch.full((1000,), float(number))
             dist.all_reduce(numbers, group=met)
             told.append(str(int(numbers[0])))
@@ -217,6 +248,25 @@ def test_one_that_parts_frees_those_who_wait_and_they_meet_again():
         return " ".join(told)
 
     assert in_forks(of, work) == ["3 freed 3 freed", "3 3", "3 freed 3 freed"]
+
+
+def test_ranks_that_compute_in_other_ways_do_not_come_together():
+    from pipeserve.stages.tensor_parallel import group
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+
+    def work(number):
+        own, ways = (None, listener)[number == 0], {"computes by": ("this", "that")[number]}
+        try:
+            group.meet(Shard(number, 2), "127.0.0.1", port, torch.device("cpu"), own, ways)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    _, said = in_forks(2, work, ends_after=1)
+    assert said.startswith("it computes by that, and the first rank of its stage computes by this;")
+    assert "\n" not in said
 
 
 def test_ranks_are_megatrons():
@@ -251,3 +301,31 @@ def test_heads_have_to_come_out_even(model, tp):
     config = make_config({}, {"model": folder, "tensor_parallel_size": tp})
     with pytest.raises(ConfigError, match=r"12 attention heads.*give one of 1, 2, 3, 4, 6, 12$"):
         checkpoint_setup(config)
+
+
+def test_what_the_sums_take_and_what_waits_for_a_rank_are_told(model, monkeypatch):
+    """The second rank of each stage is late with its part of each sum; the first tells of it."""
+    from pipeserve.stages.tensor_parallel.sums import Sums
+
+    folder, prompts, _, _ = model("llama")
+    began = Sums.begin
+
+    def begin(self):
+        time.sleep(LATE_S * dist.get_rank())
+        began(self)
+
+    monkeypatch.setattr(Sums, "begin", begin)
+    ring = Ring()
+    config = {"model": folder, "dtype": "float32", "tensor_parallel_size": 2, **LIMITS}
+    config |= {"pipeline_parallel_size": 2, "heartbeat_interval": 60.0, "restart": False}
+    setup = checkpoint_setup(make_config({}, config))
+    with LLM.on(Driver(setup, record=ring.record, fleet=ForkedFleet)) as llm:
+        llm.generate(prompts[:1], params()[:1])
+    spans = [span for span in ring if isinstance(span, Span)]
+    late_s = 2 * TINY_LAYERS // 2 * LATE_S
+    assert {span.stage for span in spans} == {0, 1}
+    assert statistics.median([span.rank_wait_s for span in spans]) > late_s / 2
+    assert statistics.median([span.all_reduce_s for span in spans]) < late_s / 2
+    for span in spans:
+        assert span.all_reduce_s > 0
+        assert span.all_reduce_s + span.rank_wait_s < span.head_s - span.start_s

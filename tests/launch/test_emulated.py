@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -567,6 +568,33 @@ def test_the_schedule_of_tensor_parallel_stages_is_the_simulator_s(shared):
     assert summed == [[span.all_reduce_s for span in spans] for spans in simulated.spans]
 
 
+def stage_process(keeper_pid):
+    """That a keeper has started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == keeper_pid:
+                return int(folder.name)
+    raise AssertionError("it has none")
+
+
+def test_a_rank_that_is_killed_is_started_again_with_its_stage():
+    """Who waited for it waits no more, on its stage and on the other one."""
+    ring = Ring()
+    setup = emulated_setup(config_of(2, tensor_parallel_size=2))
+    with Driver(setup, record=ring.record) as driver:
+        others = [stage_process(driver.fleet.keepers[rank].pid) for rank in (0, 1)]
+        victim = stage_process(driver.fleet.keepers[3].pid)
+        timer = Timer(0.5, os.kill, (victim, signal.SIGKILL))
+        timer.start()
+        items = [WorkItem(prompt=(7,) * 200, max_tokens=100)] * 4
+        served = run_items(driver, items, "", map(RequestId, count()))
+        timer.join()
+        assert [stage_process(driver.fleet.keepers[rank].pid) for rank in (0, 1)] == others
+    assert [len(one.token_times_s) for one in served] == [100] * 4
+    (fault, *_) = recording_of(ring, 2, {}).faults
+    assert fault.stage == 1 and fault.reason.startswith("rank 3 of stage 1 (pid")
+
+
 def test_the_plan_names_the_ranks_of_a_stage(shared):
     assert [line.partition(" on ")[0].strip() for line in shared[3][1:]] == [
         "stage 0: ranks 0, 1, 2, 3",
@@ -622,7 +650,7 @@ def test_a_recipe_without_a_profile(capsys, workload):
         (["generate", *RUN, "--prompt", "x"], "no tokens to give; use pipeserve bench"),
         (["bench", *RUN, "--workload", "TEXT"], "there is no tokenizer; give prompt_token_ids"),
         (["bench", *RUN, "--num-prompts", "3"], "the context holds 1024; use --scale"),
-        (["bench", *RUN, "--tensor-parallel-size", "5"], "give a size that divides"),
+        (["bench", *RUN, "--tensor-parallel-size", "5"], "give one of 1, 2, 4, 8, 16, 32"),
     ],
 )
 def test_what_cannot_be_emulated_is_one_line(capsys, tmp_path, arguments, message):

@@ -128,7 +128,9 @@ def test_several_machines_need_a_secret(monkeypatch):
 
 
 def test_the_leader_listens_where_others_reach_it(monkeypatch):
-    """pytorch#73656, pytorch#76367: the leader's own idea of its name is not the others'."""
+    """pytorch#73656, pytorch#76367: the leader's own idea of its name is not the others'. A network
+    of its own has no default route (dispy#98, chapel#14581); every machine may have the same
+    docker0 (mesh-llm#542), and then somebody has to say which it is."""
     monkeypatch.setenv(VARIABLE, "known")
     monkeypatch.setattr(socket, "getaddrinfo", _addresses({"leader": ["127.0.1.1", "10.9.9.9"]}))
     monkeypatch.setattr("pipeserve.launch.job.addresses._is_own", lambda one: one == "10.9.9.9")
@@ -136,6 +138,11 @@ def test_the_leader_listens_where_others_reach_it(monkeypatch):
     assert meet(leader).control == "10.9.9.9:21000"  # Debian's 127.0.1.1 is for itself
     assert meet(leader, interface="10.8.8.8").control == "10.8.8.8:21000"
     monkeypatch.setattr("pipeserve.launch.job.addresses._source_towards", lambda one: "")
+    interfaces = {"lo": "127.0.0.1", "eth0": "10.9.9.9"}
+    monkeypatch.setattr("pipeserve.launch.job.addresses._interfaces", lambda: list(interfaces))
+    monkeypatch.setattr("pipeserve.launch.job.addresses.address_of_interface", interfaces.get)
+    assert leaders_address("unknown") == "10.9.9.9"
+    interfaces["docker0"] = "172.17.0.1"
     with pytest.raises(ConfigError, match="give --interface"):
         leaders_address("unknown")
 

@@ -168,7 +168,7 @@ def test_every_simulated_recipe_runs(simulate, name):
         ([*SMALL, *SLO, "--place", "1x4"], "--place needs --slo-ttft, --slo-tpot and --rate"),
         ([*SMALL, *SLO, "--place", "1x4", "--rate", "1", *POOLS], "--place looks for pools"),
         ([*SMALL, "--fast-network"], "--fast-network is for --place"),
-        ([*SMALL, "-tp", "3"], "tensor_parallel_size is 3, and llama2-7b has 32 heads"),
+        ([*SMALL, "-tp", "3"], "tensor_parallel_size is 3, and llama2-7b has 32 attention heads"),
         ([*SMALL, "-pp", "33"], "more than the model's 32 layers"),
         (["simulate", "falcon-180b", "--device-profile", "a100-80gb-dgx"], "no room for KV"),
     ],

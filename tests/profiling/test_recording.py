@@ -573,6 +573,7 @@ def test_bench_records_its_runs_without_the_warm_up(driver, tmp_path):
     meta = recording.meta
     assert (meta["kind"], meta["policy"], meta["config"]["model"]) == ("real", "uniform", "m")
     assert meta["limits"]["num_blocks"] == 100 and meta["hosts"] == ["here", "here"]
+    assert meta["machines"] == [0, 0]
     assert [stage["has_head"] for stage in meta["plan"]["stages"]] == [False, True]
     assert {"started", "command", "device_profile", "dtype", "shape", "run"} <= meta.keys()
 

@@ -131,7 +131,7 @@ def test_layouts_use_all_gpus_as_the_profile_allows():
 
 
 def test_no_layout_says_why():
-    with pytest.raises(ConfigError, match=r"takes 97 GPUs; the last: .* has 232 heads"):
+    with pytest.raises(ConfigError, match=r"takes 97 GPUs; the last: .* has 232 attention heads"):
         layouts(97, FALCON, A100)
 
 

@@ -16,7 +16,7 @@ COMPLETIONS = "/v1/completions"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = byte_tokenizer(tmp_path_factory.mktemp("model"))
-    options = ServerOptions(max_body_bytes=10_000, allowed_origins=("https://a.example",))
+    options = ServerOptions(max_body_bytes=12_000, allowed_origins=("https://a.example",))
     with served(
         folder, options, keys=("secret-1", "secret-2", " schlüsselà "), names=("fake", "other")
     ) as it:
@@ -112,6 +112,7 @@ def test_a_browser_may_ask_first(server):
         (b'{"prompt": "a", "request_id": "\\ud800"}', 400),
         (b'{"prompt": "a", "request_id": "' + b"a" * 1000 + b'"}', 400),  # in each event
         (b'{"prompt": "a", "stop": "' + b"a" * 9_000 + b'", "n": 200}', 400),
+        (b'{"prompt": "a"' + b"".join(b', "%d": 1' % each for each in range(1000)) + b"}", 400),
         (b'{"messages": ' + b"[" * 4000 + b"]" * 4000 + b"}", 400),
     ],
 )

@@ -18,7 +18,10 @@ from pipeserve.errors import ConfigError
 from pipeserve.frontend.tokenizer import Tokenizer
 from pipeserve.stages.checkpoint.convert import convert
 from pipeserve.stages.checkpoint.sources import convert_gguf, resolve
+from pipeserve.stages.checkpoint.weights import load_weights
 from pipeserve.stages.config.families import read_config
+from pipeserve.stages.stage import Stage
+from pipeserve.stages.tensor_parallel.shard import Shard
 
 # What the converter of transformers takes for granted where GGUF does not say it.
 SIZES = {"vocab_size": 257, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
@@ -127,6 +130,14 @@ def test_a_gguf_file_is_a_model(model, tmp_path, monkeypatch, file_type, quantis
     write_gguf(file, model, "llama", file_type=file_type, quantised=quantised)
     folder = resolve(str(file))
     assert_same(folder, model, dtype, quantised)
+    for number in range(2):  # of two ranks that share a stage, each reads its part
+        ends = {"has_embedding": True, "has_head": True}
+        part = Stage(
+            read_config(folder), first_layer=0, stop_layer=4, shard=Shard(number, 2), **ends
+        )
+        read = []
+        load_weights(part, folder, dtype, lambda num_read, _, read=read: read.append(num_read))
+        assert read[-1] == part.num_parameters * dtype.itemsize
     assert Tokenizer(folder).encode("caf\u00e9 ab") == [*"caf\u00e9 ".encode(), 256]
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
 

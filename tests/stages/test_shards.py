@@ -1,5 +1,8 @@
 """What each rank of a shared stage has of it: heads, rows, columns, bytes."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from pipeserve.errors import ConfigError
 from pipeserve.stages.checkpoint.weights import load_weights
 from pipeserve.stages.config.families import read_config
 from pipeserve.stages.stage import Stage
-from pipeserve.stages.tensor_parallel.shard import Shard, heads_of
+from pipeserve.stages.tensor_parallel.shard import WHOLE, Shard, heads_of
 
 WIDE = {"hidden_size": 96, "num_attention_heads": 12, "vocab_size": 257}
 
@@ -47,16 +50,14 @@ def test_parts_are_all_of_it(size, of):
     assert min(map(len, parts)) == size // of
 
 
-def stage_of(folder, shard=None, layers=(0, 4)):
-    first, stop = layers
-    more = {} if shard is None else {"shard": shard}
+def stage_of(folder, shard=WHOLE):
     return Stage(
         read_config(folder),
-        first_layer=first,
-        stop_layer=stop,
-        has_embedding=first == 0,
-        has_head=stop == 4,
-        **more,
+        first_layer=0,
+        stop_layer=4,
+        has_embedding=True,
+        has_head=True,
+        shard=shard,
     )
 
 
@@ -152,3 +153,25 @@ def test_tensors_of_half_the_size(tmp_path):
     edit_config(folder, intermediate_size=80)
     with pytest.raises(ConfigError, match="cut for 2 tensor-parallel ranks"):
         load_weights(stage_of(folder), folder, torch.float32)
+
+
+def test_a_stage_that_one_rank_has_alone_imports_no_megatron(tmp_path):
+    folder = tiny("llama", tmp_path)
+    code = f"""
+import sys, torch
+from pipeserve.configs import make_config
+from pipeserve.driver.checkpoint import checkpoint_setup
+from pipeserve.driver.driver import Driver
+from local_fleet import LocalFleet
+with Driver(checkpoint_setup(make_config({{}}, {{"model": {folder!r}}})), fleet=LocalFleet): pass
+print([name for name in sys.modules if name.startswith(("megatron", "torch.distributed.tensor"))])
+"""
+    path = os.pathsep.join([str(Path(__file__).parent.parent / "support"), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

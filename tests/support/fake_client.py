@@ -148,8 +148,8 @@ class FakeDriver(FakeClient):
         self.engine = SimpleNamespace(limits=self.limits)
         self.stages = tuple(
             SimpleNamespace(
-                stage=stage, host="here", num_layers=2 - stage, weight_bytes=1000, kv_bytes=500,
-                baseline_bytes=2000, peak_bytes=None,
+                stage=stage, host="here", boot_id="of here", num_layers=2 - stage,
+                weight_bytes=1000, kv_bytes=500, baseline_bytes=2000, peak_bytes=None,
             )
             for stage in range(2)
         )  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import traceback
+from collections.abc import Callable
 
 import torch
 from local_fleet import LocalKeeper
@@ -24,14 +25,15 @@ _REST_S = 0.0005
 class ForkedKeepers:
     """The `SpawnedKeepers` of such a fleet."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine_of: Callable[[int], str]) -> None:
+        self._machine_of = machine_of
         self._pids: list[int] = []
 
     def start(self, own: OwnRanks, address: str, secret: bytes) -> None:
         for rank in own.ranks:
             pid = os.fork()
             if pid == 0:
-                _serve(rank, own.num_ranks, address, secret)
+                _serve(rank, own.num_ranks, address, secret, self._machine_of(rank))
             self._pids.append(pid)
 
     def start_again(self, rank: int) -> None: ...
@@ -47,15 +49,19 @@ class ForkedKeepers:
 
 
 class ForkedFleet(Fleet):
+    def machine_of(self, rank: int) -> str:
+        """As its keeper says."""
+        return boot_id()
+
     def __init__(self, topology: Topology, config: RunConfig) -> None:
-        super().__init__(topology, config, ForkedKeepers())
+        super().__init__(topology, config, ForkedKeepers(self.machine_of))
 
 
-def _serve(rank: int, num_ranks: int, address: str, secret: bytes) -> None:
+def _serve(rank: int, num_ranks: int, address: str, secret: bytes, machine: str) -> None:
     """Until it is killed, or left alone. Does not return to what the fork was made in."""
     parent = os.getppid()
     hello = control.KeeperHello(
-        rank, num_ranks, "here", "127.0.0.1", os.getpid(), boot_id(), native_dtypes()
+        rank, num_ranks, "here", "10.0.0.1", os.getpid(), machine, native_dtypes()
     )
     try:
         keeper = LocalKeeper(hello, address, secret, ModelCompute)

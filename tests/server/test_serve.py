@@ -149,7 +149,7 @@ def certificate(tmp_path_factory):
 def test_a_second_ctrl_c_does_not_wait(folder, certificate):
     """The first reaches all processes of the group, and what runs goes on. Over HTTPS."""
     own, key = certificate
-    body = {"prompt": [5], "n": 60, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"prompt": [5], "n": 120, "max_tokens": 240, "ignore_eos": True, "stream": True}
     context = ssl.create_default_context(cafile=own)
     with (
         serving(folder, "--ssl-certfile", own, "--ssl-keyfile", key) as server,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeserve.stages.checkpoint.sources import resolve
 
-_LIMIT_S = 400
+_LIMIT_S = 240
 _LITELLM = """
 import litellm, sys
 where = dict(model="openai/" + sys.argv[2], api_base=sys.argv[1] + "/v1", api_key="none")
@@ -68,10 +68,11 @@ def _commands(bin: Path, url: str, model: str, folder: Path) -> dict[str, list[l
         "litellm": [[bin / "python", "-c", _LITELLM, url, model]],
         "guidellm": [
             [
-                *(bin / "guidellm", "benchmark", "run", "--target", url),
-                *("--profile", "concurrent", "--rate", "2", "--max-requests", "8"),
-                *("--data", "prompt_tokens=64,output_tokens=8", "--processor", tokenizer),
-                *("--output-dir", folder, "--disable-console-interactive"),
+                *(bin / "guidellm", "run", "--backend", f"kind=openai_http,target={url}"),
+                *("--profile", "kind=concurrent,streams=2", "--constraint"),
+                *("kind=max_requests,count=8", "--tokenizer", f"kind=hf_auto,model={tokenizer}"),
+                *("--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=8"),
+                *("--output", f"kind=json,path={folder / 'guidellm.json'}", "--disable-progress"),
             ]
         ],
         "aiperf": [
@@ -86,7 +87,7 @@ def _commands(bin: Path, url: str, model: str, folder: Path) -> dict[str, list[l
 
 
 def _run(client: str, command: list[str], folder: Path) -> int:
-    environment = {**os.environ, "LLM_USER_PATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "LLM_USER_PATH": str(folder)}
     environment["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the web for prices
     environment.pop("PYTHONPATH", None)  # they have their own packages
     try:

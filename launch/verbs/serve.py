@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import uvloop
 
 from pipeserve.configs import RunConfig
 from pipeserve.errors import ConfigError
+from pipeserve.frontend.tokenizer import Tokenizer
 from pipeserve.launch.run.driver_process import MODULE
 from pipeserve.launch.run.phases import status
 from pipeserve.server.app import make_app
@@ -95,11 +97,19 @@ async def _serve(
         gc.collect()
         gc.freeze()  # what there is now stays: to walk through all of it would stop every stream
         gc.set_threshold(_OBJECTS)
+        threading.Thread(target=_load_chat, args=(service.tokenizer,), daemon=True).start()
         return await _listen(service, options, names, keys, sockets, signals)
     finally:
         if service is not None:
             service.close()
         await pipeline.close()
+
+
+def _load_chat(tokenizer: Tokenizer) -> None:
+    """What the first conversation would wait for, and all whose prompts are made ids behind it."""
+    with contextlib.suppress(ConfigError):  # it is told to who asks for a chat
+        tokenizer.load_chat()
+    gc.freeze()
 
 
 async def _listen(

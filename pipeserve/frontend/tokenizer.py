@@ -32,6 +32,11 @@ class Tokenizer:
         if self.exists:
             _ = self._loaded
 
+    def load_chat(self) -> None:
+        """Likewise what conversations take beside: it imports transformers, which takes seconds."""
+        if self.exists:
+            _ = self._full
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the special tokens that the model expects in front. ConfigError."""
         loaded = self._loaded

@@ -46,7 +46,7 @@ class CheckupCompute(ModelCompute):
         else:
             num_bytes = self.links.send(step.index, zeros_TD)
         cpu_s = time.thread_time() - start_cpu_s
-        return Done(start_s, end_s, end_s, end_s, cpu_s, 0.0, num_bytes, sampled)
+        return Done(start_s, end_s, end_s, end_s, cpu_s, 0.0, num_bytes, sampled=sampled)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pipeserve.wire.control import StartStage
 from pipeserve.wire.interfaces import interface_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
@@ -100,13 +101,18 @@ class Peers:
         """What this one sends of it, where each sends a part."""
         from pipeserve.stages.tensor_parallel import parts
 
+        if self.size_of_part(hidden_TD.shape, hidden_TD.dtype) is None:
+            return hidden_TD
         return parts.part_of(hidden_TD, self.shard)
 
-    def size_of_part(self, shape: tuple[int, ...]) -> int:
-        """Numbers in it, of so many."""
+    def size_of_part(self, shape: tuple[int, ...], dtype: "torch.dtype") -> int | None:
+        """Numbers in it; None where all of a tensor of that shape is sent, which is known to both
+        ends."""
         from pipeserve.stages.tensor_parallel import parts
 
-        return parts.size_of_part(math.prod(shape), self.shard)
+        num_numbers = math.prod(shape)
+        is_worth_it = num_numbers * dtype.itemsize >= parts.WORTH_BYTES
+        return parts.size_of_part(num_numbers, self.shard) if is_worth_it else None
 
     def joined(self, part: "Tensor", shape: tuple[int, ...]) -> "Tensor":
         """The whole, of what each has got."""

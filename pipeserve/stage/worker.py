@@ -183,9 +183,10 @@ class ModelCompute:
 
     def _unpack(self, turn: Turn, inputs: StageInputs) -> torch.Tensor:
         shape = (inputs.num_tokens, self.config.hidden_size)
-        come = shape if not self.links.gets_part else (self._peers.size_of_part(shape),)
+        size = self._peers.size_of_part(shape, self.dtype) if self.links.gets_part else None
+        come = shape if size is None else (size,)
         tensor = links.unpack_tensor(turn.activations, turn.step.index, come, self.dtype)
-        if self.links.gets_part:
+        if size is not None:
             tensor = self._peers.joined(self.model.backend.place(tensor), shape)
         return tensor
 

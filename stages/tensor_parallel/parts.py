@@ -10,6 +10,11 @@ from torch.distributed import ProcessGroup
 
 from pipeserve.stages.tensor_parallel.shard import Shard
 
+WORTH_BYTES = 1 << 20
+"""Of activations: less goes whole. Two ranks, 1 Gbit/s, two busy cores (bench/activation_parts.py,
+November 2026): 4 MiB take 71 ms whole and 46 in parts, 128 KiB take 3 and 12, for putting them
+together is one more wait for all ranks."""
+
 
 def part_of(whole: Tensor, shard: Shard) -> Tensor:
     """Numbers side by side, as many on each rank: the last is filled up with zeros."""

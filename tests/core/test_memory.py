@@ -10,6 +10,7 @@ from pipeserve.core.cost.memory import kv_blocks_beside_weights, weight_bytes
 from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.errors import ConfigError
 from pipeserve.launch.run.simulated import simulated_run
+from pipeserve.stages.tensor_parallel.shard import Shard, heads_of
 
 A100 = 80e9
 
@@ -81,6 +82,19 @@ def test_a_rank_keeps_the_kv_heads_that_its_query_heads_read(num_kv_heads, size,
     divided alone (PaddlePaddle/FastDeploy#3717)."""
     shard = made_up(num_kv_heads=num_kv_heads).shard(size)
     assert (shard.num_heads, shard.num_kv_heads) == (12 // size, most)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 4, 6, 12])
+def test_a_shard_is_the_most_that_any_real_rank_holds(num_kv_heads, size):
+    """As stages are cut."""
+    shape = made_up(num_kv_heads=num_kv_heads)
+    ranks, shard = [Shard(number, size) for number in range(size)], shape.shard(size)
+    heads = [heads_of(shape, rank) for rank in ranks]
+    assert max(len(each.queries) for each in heads) == shard.num_heads
+    assert max(len(each.kv) for each in heads) == shard.num_kv_heads
+    assert max(len(rank.part_of(80)) for rank in ranks) == shard.intermediate_size
+    assert max(len(rank.part_of_vocabulary(1001)) for rank in ranks) == shard.vocab_size
 
 
 def test_kv_heads_are_kept_twice_when_there_are_fewer_than_devices():

@@ -66,7 +66,7 @@ def test_one_call_where_one_was_asked_for():
 
 def test_a_long_text_that_looks_like_calls_takes_no_time():
     """Each letter is looked at a few times, not as often as there are ends."""
-    for text in ('<tool_call>"' + "</tool_call>" * 50_000, '<tool_call>"</tool_call>' * 20_000):
+    for text in ('<tool_call>"' + "</tool_call>" * 5_000, '<tool_call>"</tool_call>' * 2_000):
         calls = ToolCalls(ChatBody(messages=HI, tools=TOOLS), "hermes")
         parts = [*calls.push(text), *calls.flush()]
         assert "".join(part["content"] for part in parts) == text

@@ -84,7 +84,7 @@ class Device:
             tokens = [step.index] * sum(counts)
             feed_back(step.index, tokens, counts)
             sampled = control.Sampled(step.index, tokens, counts, [], [])
-        return Done(computing.start_s, end_s, end_s, self.now_s, SECONDS, 0.0, 0, sampled)
+        return Done(computing.start_s, end_s, end_s, self.now_s, SECONDS, 0.0, 0, sampled=sampled)
 
 
 class Stage:

@@ -146,6 +146,7 @@ class FakeDriver(FakeClient):
         self.plan = plan_pipeline(self.shape, 2, None, 512)
         self.dtype = "float32"
         self.engine = SimpleNamespace(limits=self.limits)
+        self.fleet = SimpleNamespace(keepers=[SimpleNamespace(boot_id="here")] * 2)
         self.stages = tuple(
             SimpleNamespace(
                 stage=stage, host="here", boot_id="of here", num_layers=2 - stage,

@@ -127,7 +127,7 @@ def test_token_ids_of_no_token_are_found_before_stages_start(
     folder = tiny_llama(tmp_path / "model")
     capsys.readouterr()
     monkeypatch.setattr(
-        "pipeserve.driver.fleet.Fleet.__init__", lambda *args: pytest.fail("stages were started")
+        "pipeserve.driver.fleet.Fleet.start", lambda *args: pytest.fail("stages were started")
     )
     assert cli.main(["generate", folder, "--prompt", "x", *flags]) == 2
     error = capsys.readouterr().err

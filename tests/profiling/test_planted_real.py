@@ -135,7 +135,8 @@ def test_a_late_link_between_three_stages_is_idle_time_of_all(small):
 
 def test_a_stage_that_hangs_and_is_killed_is_a_fault(small, small_stages):
     plant = WAITS["a stage hangs and is killed"]
-    with Stages(small, 2, **SMALL_LIMITS, restart=False, hang_timeout=5.0) as stages:
+    patient = {"hang_timeout": 5.0, "heartbeat_interval": 20.0}  # else it is found while it hangs
+    with Stages(small, 2, **SMALL_LIMITS, restart=False, **patient) as stages:
         recording = stages.record(plant.planted)
     (fault,) = recording.faults
     assert fault.stage == 1 and "SIGKILL" in fault.reason

@@ -17,13 +17,13 @@ _SLOTS = 8
 
 
 class SharedStarts:
-    """Seen from one of the ranks."""
+    """Seen from one of several ranks."""
 
     def __init__(self, job: StartStage) -> None:
         self._shard = job.shard
         self._first_slots = range(0, job.num_shards * _SLOTS, _SLOTS)
         """Of each rank."""
-        page = _shared_page(job) if job.num_shards > 1 else mmap.mmap(-1, mmap.PAGESIZE)
+        page = _shared_page(job)
         numbers_end, times_end, epochs_end = _places(job.num_shards)
         # Cast, and not packed: then a number is written at one stroke.
         self._numbers = memoryview(page)[:numbers_end].cast("q")

@@ -130,7 +130,7 @@ class EmulatedCompute:
         self._vocab_size = vocab_size
         self._free_s = 0.0
         """When the device was done with the microbatch that ended last."""
-        self._starts = SharedStarts(job)
+        self._starts = SharedStarts(job) if job.num_shards > 1 else None
         meets_at = "a page of memory" if job.num_shards > 1 and job.speaks else ""
         self.size = control.StageSized(0, 0, memory=(), meets_at=meets_at)
         self._last_cpu_s = time.thread_time()
@@ -153,19 +153,22 @@ class EmulatedCompute:
 
     def meet(self, address: str) -> bool:
         """Each found the page that they share when it was made."""
-        self._starts.begin_epoch()
+        if self._starts is not None:
+            self._starts.begin_epoch()
         return True
 
     def part(self) -> None:
         """As `Compute`: who waits for this one, waits no more."""
-        self._starts.end_epoch()
+        if self._starts is not None:
+            self._starts.end_epoch()
 
     def begin(self, turn: Turn) -> Computing:
         """The device begins it when it is there, on all ranks, and the one before is done."""
         given_s, between_cpu_s = time.monotonic(), time.thread_time() - self._last_cpu_s
         given_s = max(given_s, turn.input_s)
         step, stage, times = turn.step, self._job.stage, self._times
-        self._starts.give(step.index, given_s)
+        if self._starts is not None:
+            self._starts.give(step.index, given_s)
         seconds, summed_s = times.compute_s(step)[stage], times.all_reduce_s(step)
         head_s, hop_s, sampled = 0.0, 0.0, None
         if self._job.is_last:
@@ -180,7 +183,9 @@ class EmulatedCompute:
 
     def left_s(self, computing: Computing) -> float:
         """As if no other rank were slower, while that is not known."""
-        given_s = self._starts.latest_s(computing.index) or computing.given_s
+        given_s = computing.given_s
+        if self._starts is not None:
+            given_s = self._starts.latest_s(computing.index) or given_s
         end_s = max(given_s, self._free_s) + computing.seconds
         return max(end_s - time.monotonic() - _AHEAD_S, 0.0)
 
@@ -214,6 +219,8 @@ class EmulatedCompute:
 
     def _wait_for_ranks(self, computing: Computing) -> float | None:
         """Until the last rank of the stage was given it: when that was. None: it never will be."""
+        if self._starts is None:
+            return computing.given_s
         soonest_s = max(computing.given_s, self._free_s) + computing.seconds - _SPIN_S
         while (latest_s := self._starts.latest_s(computing.index)) is None:
             if self._starts.is_over:

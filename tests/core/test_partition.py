@@ -54,17 +54,6 @@ def test_known_splits(num_layers, num_stages, head_cost, expected):
     assert counts(split_layers(num_layers, num_stages, head_cost=head_cost)) == expected
 
 
-@pytest.mark.parametrize(
-    ("model", "num_stages", "expected"),
-    [("smollm2-135m", 2, [15, 15]), ("smollm2-135m", 3, [10, 10, 10]), ("opt-66b", 4, [16] * 4)],
-)
-def test_a_head_that_weighs_less_than_a_layer_takes_none_from_its_stage(
-    model, num_stages, expected
-):
-    """With prompts at hand the head of SmolLM2 takes a tenth to the whole of a layer's time."""
-    assert counts(plan_pipeline(load_shape(model), num_stages, None, 512)) == expected
-
-
 def test_the_window_is_one_microbatch_a_stage_unless_asked_for():
     shape = load_shape("falcon-180b")
     for counts in (None, [20, 20, 20, 20]):

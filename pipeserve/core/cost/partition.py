@@ -86,18 +86,12 @@ def end_parts(
 
 
 def _head_cost(shape: ModelShape, num_tokens: int) -> float:
-    """The head's work, in layers, in a microbatch whose every twelfth token samples.
-
-    While prompts are at hand, from none of a microbatch's tokens (prompts alone) to every sixth
-    (`usual_work`) do. A cut that suits these costs decodes alone, of which each samples, less than
-    the other way round costs prompts: SmolLM2 on two stages of one core has 15 and 15 layers by
-    this; 16 and 14 take 6 % longer for prompts alone, 4 % for 480 tokens of them and 32 decodes,
-    and 5 % less for decodes alone (docs/cpu-performance.md).
+    """The head's work, in layers, in a microbatch whose every sixth token samples (`usual_work`).
 
     Both are matrix products: about (rows + 8) x parameters, where 8 rows cost as much as reading
     the weights does (measured with bf16 on one core; bench/linears.py).
     """
-    head = (num_tokens / 12 + 8) * shape.num_head_parameters
+    head = (num_tokens / 6 + 8) * shape.num_head_parameters
     attention = (num_tokens + 8) * shape.num_attention_parameters
     rows = shape.experts_per_token * num_tokens + 8 * shape.experts_touched(num_tokens)
     return head / (attention + rows * shape.num_mlp_parameters)

@@ -36,19 +36,18 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         turned: bool = False,
-        allocate: Callable[..., Tensor] = torch.empty,
+        zeros: Callable[..., Tensor] = torch.zeros,
     ) -> None:
         """`turned`: in memory the keys of a block lie dimension by dimension, [L, K, B, H, P].
-        `allocate`: called as torch.empty is."""
+        `zeros`: called as torch.zeros is."""
         self.block_size = block_size
         self.heads_per_kv_head = config.num_heads // config.num_kv_heads
         shape = _shape(config, num_layers, num_blocks, block_size)
-        # Written once now, so that the memory is really there and not found missing while serving.
-        self.keys_LKBPH = allocate(shape, dtype=dtype, device=device).zero_()
+        self.keys_LKBPH = zeros(shape, dtype=dtype, device=device)
         if turned:
             turned_shape = (*shape[:3], config.head_dim, block_size)
             self.keys_LKBPH = self.keys_LKBPH.view(turned_shape).transpose(-1, -2)
-        self.values_LKBPH = allocate(shape, dtype=dtype, device=device).zero_()
+        self.values_LKBPH = zeros(shape, dtype=dtype, device=device)
         self._layers = tuple(zip(self.keys_LKBPH, self.values_LKBPH, strict=True))
 
     @staticmethod

@@ -56,8 +56,12 @@ class Backend:
         return tensor.to(self.device)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for what stays, such as a KV pool."""
+        """Memory for what stays, such as weights."""
         return torch.empty(shape, dtype=dtype, device=device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The same of a KV pool."""
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def place_matrix(self, weight_OI: Tensor) -> Tensor:
         """The weight of a product, in the layout that `linear` likes best."""
@@ -92,7 +96,7 @@ class Backend:
             dtype=dtype,
             device=self.device,
             turned=self.turns_keys,
-            allocate=self.allocate,
+            zeros=self.zeros,
         )
 
     def kv_block_bytes(

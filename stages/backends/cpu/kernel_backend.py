@@ -31,6 +31,9 @@ class KernelBackend(Backend):
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return large_pages.empty(shape, dtype)
 
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return large_pages.zeros(shape, dtype)
+
     def place_matrix(self, weight_OI: Tensor) -> PackedWeight:
         """Packed. A product of bfloat16 weights rounds x to bfloat16 too, where the CPU multiplies
         pairs of them."""

@@ -6,6 +6,8 @@ of 1 to 8 rows 5 to 10 % (one core of an AMD Zen 4, November 2026).
 """
 
 import ctypes
+import math
+import mmap
 
 import torch
 from torch import Tensor
@@ -17,11 +19,25 @@ _MADV_HUGEPAGE = 14  # linux/mman.h
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """As torch.empty; its memory is asked for in large pages, which come when it is written."""
-    tensor = torch.empty(shape, dtype=dtype)
+    return _asked_for(torch.empty(shape, dtype=dtype))
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As torch.zeros, in large pages that come when they are first used, and not now: a virtual
+    machine's host may take a second for each GB that it has not given it yet."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if not num_bytes:
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return _asked_for(torch.frombuffer(memory, dtype=dtype).view(shape))
+
+
+def _asked_for(tensor: Tensor) -> Tensor:
+    """In large pages. Where that cannot be, small ones will do."""
     first = -(-tensor.data_ptr() // _PAGE) * _PAGE
     stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
     if first < stop:
-        _madvise(first, stop - first, _MADV_HUGEPAGE)  # where that cannot be, small ones will do
+        _madvise(first, stop - first, _MADV_HUGEPAGE)
     return tensor
 
 

@@ -162,6 +162,9 @@ class EmulatedCompute:
         if self._starts is not None:
             self._starts.end_epoch()
 
+    def prepare(self) -> bool:
+        return False
+
     def begin(self, turn: Turn) -> Computing:
         """The device begins it when it is there, on all ranks, and the one before is done."""
         given_s, between_cpu_s = time.monotonic(), time.thread_time() - self._last_cpu_s

@@ -83,6 +83,11 @@ class Compute(Protocol):
         """From them: the epoch is over. Does nothing where it has not met them."""
         ...
 
+    def prepare(self) -> bool:
+        """While there is nothing to compute: a moment's worth of what is to be done some time.
+        Returns whether there was any."""
+        ...
+
     def begin(self, turn: Turn) -> Any:
         """Have it computed behind those that were begun before it, which are not waited for.
         Returns what `end` needs; that includes what it needs of the sequences."""

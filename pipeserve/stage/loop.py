@@ -90,7 +90,7 @@ class StageLoop:
 
     def go_round(self, may_wait: bool = True) -> None:
         """Once. Where it may wait, it does so while there is nothing else to do."""
-        self._receive(may_wait and self._has_nothing_to_do())
+        self._receive(may_wait and self._has_nothing_to_do() and not self.compute.prepare())
         while self._can_begin():
             self._begin()
         self._tell_span()  # not before the next microbatch has begun, if it can

@@ -134,6 +134,10 @@ class ModelCompute:
             self._next_report_s = now + _LOADING_REPORT_S
             self._tell(control.Loading(num_read, num_bytes))
 
+    def prepare(self) -> bool:
+        """As `Compute`."""
+        return self.model.backend.prepare()
+
     def begin(self, turn: Turn) -> Turn:
         """Nothing: this thread computes, and does so in `end`."""
         return turn

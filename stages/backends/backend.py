@@ -63,6 +63,11 @@ class Backend:
         """The same of a KV pool."""
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def prepare(self) -> bool:
+        """A moment's worth of what is to be done some time, while there is nothing to compute.
+        Returns whether there was any."""
+        return False
+
     def place_matrix(self, weight_OI: Tensor) -> Tensor:
         """The weight of a product, in the layout that `linear` likes best."""
         return self.place(weight_OI)

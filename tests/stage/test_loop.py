@@ -62,6 +62,7 @@ class Device:
         self.links = PostedLinks()
         self.now_s = self.free_s = 0.0
         self.given = []
+        self.num_to_prepare = 0
 
     def begin(self, turn):
         self.log.append(f"begin {turn.step.index}")
@@ -69,6 +70,13 @@ class Device:
         start_s = max(self.now_s, self.free_s)
         self.free_s = start_s + SECONDS
         return SimpleNamespace(turn=turn, start_s=start_s, end_s=self.free_s)
+
+    def prepare(self):
+        if not self.num_to_prepare:
+            return False
+        self.log.append("prepare")
+        self.num_to_prepare -= 1
+        return True
 
     def left_s(self, computing):
         return max(computing.end_s - self.now_s, 0.0)
@@ -191,6 +199,23 @@ def decode(index, request_id, stop, released=()):
 
 def events(stage, *kinds):
     return [line for line in stage.log if line.split()[0] in kinds]
+
+
+# ---- nothing to compute -------------------------------------------------------------------------
+
+
+def test_what_can_be_done_ahead_is_done_in_moments_and_nothing_waits_for_all_of_it(opened):
+    stage = opened(0, 2)
+    stage.device.num_to_prepare = 3
+    stage.loop.go_round()  # returns, though nothing has come
+    stage.loop.go_round()
+    stage.plan(prompt(0))
+    stage.loop.go_round()
+    assert events(stage, "prepare", "begin") == ["prepare", "prepare", "prepare", "begin 0"]
+    stage.device.num_to_prepare = 1
+    stage.plan(prompt(1), prompt(2))
+    stage.loop.go_round()
+    assert events(stage, "prepare", "begin")[-1] == "begin 1", "there was something to do"
 
 
 # ---- two halves ---------------------------------------------------------------------------------

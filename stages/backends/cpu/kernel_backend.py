@@ -23,6 +23,7 @@ class KernelBackend(Backend):
 
     def __init__(self) -> None:
         super().__init__("cpu", KernelAttention())
+        self._zeros = large_pages.Zeros()
 
     @property
     def name(self) -> str:
@@ -32,7 +33,10 @@ class KernelBackend(Backend):
         return large_pages.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return large_pages.zeros(shape, dtype)
+        return self._zeros.make(shape, dtype)
+
+    def prepare(self) -> bool:
+        return self._zeros.bring()
 
     def place_matrix(self, weight_OI: Tensor) -> PackedWeight:
         """Packed. A product of bfloat16 weights rounds x to bfloat16 too, where the CPU multiplies

@@ -8,13 +8,14 @@ of 1 to 8 rows 5 to 10 % (one core of an AMD Zen 4, November 2026).
 import ctypes
 import math
 import mmap
+from collections import deque
 
 import torch
 from torch import Tensor
 
 _PAGE = 2 << 20
 _BLOCK = 32 << 20
-_MADV_HUGEPAGE = 14  # linux/mman.h
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # linux/mman.h
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -22,23 +23,46 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _asked_for(torch.empty(shape, dtype=dtype))
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As torch.zeros, in large pages that come when they are first used, and not now: a virtual
-    machine's host may take a second for each GB that it has not given it yet."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if not num_bytes:
-        return torch.zeros(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return _asked_for(torch.frombuffer(memory, dtype=dtype).view(shape))
+class Zeros:
+    """Zeros in large pages, which come one by one while there is nothing else to do, or else when
+    they are first used; not at once: a virtual machine's host may take a second for each GB that it
+    has not given it yet."""
+
+    def __init__(self) -> None:
+        self._to_come: deque[int] = deque()
+        """Where pages lie."""
+
+    def make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """As torch.zeros. Raises OSError where the machine has no such memory."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if not num_bytes:
+            return torch.zeros(shape, dtype=dtype)
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        tensor = _asked_for(torch.frombuffer(memory, dtype=dtype).view(shape))
+        self._to_come.extend(_pages(tensor))
+        return tensor
+
+    def bring(self) -> bool:
+        """The next page, for tensors that are still there; returns whether there was one."""
+        if not self._to_come:
+            return False
+        if _madvise(self._to_come.popleft(), _PAGE, _MADV_POPULATE_WRITE):  # as before Linux 5.14
+            self._to_come.clear()
+        return True
 
 
 def _asked_for(tensor: Tensor) -> Tensor:
     """In large pages. Where that cannot be, small ones will do."""
-    first = -(-tensor.data_ptr() // _PAGE) * _PAGE
-    stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
-    if first < stop:
-        _madvise(first, stop - first, _MADV_HUGEPAGE)
+    pages = _pages(tensor)
+    if pages:
+        _madvise(pages.start, pages.stop - pages.start, _MADV_HUGEPAGE)
     return tensor
+
+
+def _pages(tensor: Tensor) -> range:
+    """Where large ones begin that lie in it."""
+    first = -(-tensor.data_ptr() // _PAGE) * _PAGE
+    return range(first, (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE, _PAGE)
 
 
 class Shelf:

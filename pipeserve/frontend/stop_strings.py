@@ -32,10 +32,10 @@ class StopStrings:
         held = self._held + text
         for place, char in enumerate(text, start=1 + len(self._held)):
             state = matcher.next(state, char)
-            num_matched = matcher.matched[state]
-            if num_matched and may_end:
-                self.found, self._held = held[place - num_matched : place], ""
-                return held[: place if self._include else place - num_matched]
+            matched = matcher.matched[state]
+            if matched and may_end:  # some of it may have been shown already
+                self.found, self._held = matched, ""
+                return held[: place if self._include else place - len(matched)]
         self._state = state
         num_safe = len(held) - (0 if self._include else matcher.depth[state])
         self._held = held[num_safe:]
@@ -56,7 +56,7 @@ class _Matcher:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.depth = [0]  # of each state: letters of its beginning
-        self.matched = [0]  # letters of the longest string that it ends with; 0: none
+        self.matched = [""]  # the longest string that it ends with
         self._fall = [0]  # the longest other state that it ends with
         self._next: list[dict[str, int]] = [{}]
         for string in strings:
@@ -77,11 +77,11 @@ class _Matcher:
             if char not in self._next[state]:
                 self._next[state][char] = len(self.depth)
                 self.depth.append(self.depth[state] + 1)
-                self.matched.append(0)
+                self.matched.append("")
                 self._fall.append(0)
                 self._next.append({})
             state = self._next[state][char]
-        self.matched[state] = len(string)
+        self.matched[state] = string
 
     def _link(self) -> None:
         """By rising depth, so that what a state falls back to is known before it is asked for."""

@@ -93,6 +93,12 @@ def _expected(pieces, params):
     return text[: end if params.include_stop_str_in_output else start], num_tokens, "stop"
 
 
+def test_a_stop_string_that_was_shown_in_part_is_found():
+    """Where it is kept in the text, nothing of it is held back."""
+    params = SamplingParams(stop=("aab",), include_stop_str_in_output=True)
+    assert _ended([b"a", b"ab", b"c"], params) == (["a", "ab"], 2, "stop")
+
+
 _texts = st.text(alphabet="ab\u00e9", min_size=1, max_size=14)
 
 

@@ -87,8 +87,8 @@ def _start(view: View, budget: int, most: int) -> Admitted:
     short = [r.num_slots - r.num_known for r in view.running.values() if r.num_slots < r.num_known]
     free = view.free_blocks + sum([positions // size for positions in short])
     for request in view.waiting.values():
-        if budget <= 0 or len(chunks) == seats:
-            break
+        if budget <= 0 or len(chunks) == seats or request.num_outstanding:
+            break  # one that was preempted and still runs out cannot start yet
         prefix = view.prefix(request.id)
         missing = -(-request.num_known // size) - prefix.num_blocks + prefix.num_idle
         if missing > free:

@@ -9,6 +9,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time, or what fails would be nobody's change. Others are looked for by
+#   ./test --hypothesis-profile=default tests/core
+settings.register_profile("the same", derandomize=True)
+settings.load_profile("the same")
 
 # In the background of a shell SIGINT is ignored, and by whatever is started there: tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

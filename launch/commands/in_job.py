@@ -22,9 +22,9 @@ def in_job(verb: Callable[..., int]) -> Callable[..., int]:
         if arguments.get("url") is not None:  # it runs no pipeline
             return verb(**arguments)
         run_config = run_config_of(arguments["model"], arguments["config"], arguments)
+        exit_on_signals()  # before the first keeper is there, or it would be nobody's
         with started(run_config, JobOptions(**given(JobOptions, arguments))) as job:
             if not job.leads:
-                exit_on_signals()
                 return job.wait(_grace_s(arguments))
             if job.place is not None:
                 _say_where(job)

@@ -55,7 +55,6 @@ def wait_until_ready(
 ) -> tuple[control.StageReady, ...]:
     """Of each rank, once all stages can take a step. Raises StageError, or ConfigError, when one is
     lost."""
-    on_progress(fleet.how_far())
     return _wait_for(Ready, fleet, on_progress).stages
 
 

@@ -27,5 +27,7 @@ def test_the_client_imports_nothing_that_takes_long(tmp_path):
     command = [sys.executable, "-c", CLIENT, *words, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"^([a-z ]+): \d+\.\d s$", done.stderr, re.MULTILINE) == PHASES
+    said = re.findall(r"^([a-z ]+): \d+\.\d s$", done.stderr, re.MULTILINE)
+    assert said == [phase for phase in PHASES if phase in said]  # one that took no time is not said
+    assert said[:3] == PHASES[:3]
     assert done.stdout.endswith("\n") and len(done.stdout) > 1

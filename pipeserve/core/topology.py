@@ -70,6 +70,11 @@ class Topology:
         """The rank of a stage that reports to the driver what the stage did, by its own clock."""
         return self.ranks[stage][0]
 
+    @property
+    def speakers(self) -> list[int]:
+        """That of each stage."""
+        return [ranks[0] for ranks in self.ranks]
+
     def speaks(self, rank: int) -> bool:
         """Whether it is the one of its stage that does."""
         return rank == self.speaker(self.stage_of(rank))

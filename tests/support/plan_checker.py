@@ -8,7 +8,7 @@ from model_stages import Story
 
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import Admission, BlockId, Chunk, Microbatch, Request, RequestId, Wait
-from pipeserve.core.request_state import MAX_ON_WAY
+from pipeserve.core.queues import MAX_ON_WAY
 from pipeserve.core.view import Draft, Policy, RequestView, View
 
 

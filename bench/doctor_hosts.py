@@ -10,18 +10,17 @@ by a process between the two (late_network.py). Another version is a copy of the
 number in it.
 """
 
-import argparse
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from hosts import Hosts, why_not
-from launchers import by_hand, secret_in, start, told
+import scenes
+from hosts import Hosts
+from launchers import by_hand, secret_in, start
 from services import wait_for
 
 ROOT = Path(__file__).parents[1]
@@ -163,31 +162,11 @@ def copied(folder: Path, file: str, old: str, new: str) -> Path:
     return copy
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("scenes", nargs="*", help=f"of {', '.join(SCENES)}; by default all")
-    parser.add_argument("--model", default="smollm2-135m")
-    arguments = parser.parse_args()
-    if reason := why_not():
-        print(f"not run: {reason}")
-        return 0
-    num_wrong = 0
-    for name in arguments.scenes or SCENES:
-        verb = ["pipeserve", "doctor", arguments.model, "-pp", "4"]
-        with tempfile.TemporaryDirectory() as place, Hosts("left", "right") as hosts:
-            folder = Path(place)
-            _, right = hosts
-            right.ahead_s = AHEAD_S
-            wrong = SCENES[name](hosts, verb, folder)
-            left_behind = {pid: words for host in hosts for pid, words in host.left_after(5).items()
-                           if "pipeserve" in words}  # fmt: skip
-            wrong += [f"left behind: {left_behind}"] if left_behind else []
-            print(f"{name:8} {'; '.join(wrong) or 'as it should'}", flush=True)
-            if wrong:
-                print(told(folder))
-        num_wrong += bool(wrong)
-    return min(num_wrong, 1)
+def play(name: str, hosts: Hosts, model: str, folder: Path) -> list[str]:
+    _, right = hosts
+    right.ahead_s = AHEAD_S
+    return SCENES[name](hosts, ["pipeserve", "doctor", model, "-pp", "4"], folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(scenes.main(__doc__, SCENES, play))

@@ -23,6 +23,7 @@ from itertools import count
 from math import log10
 from pathlib import Path
 
+from plain_svg import picture, text
 from report import plain_table, show
 
 from pipeserve.configs.device_profiles import load_profile
@@ -217,15 +218,9 @@ def svg(cells: Sequence[Cell]) -> str:
     for place, (running, colour) in enumerate(zip(RUNNING, COLOURS, strict=True)):
         x, y = LEFT + place * 130, TOP + HEIGHT + 60
         parts.append(f'<path d="M{x} {y} h24" stroke="{colour}" stroke-width="2.5"/>')
-        parts.append(_text(x + 30, y + 4, f"{running:,} running"))
+        parts.append(text(x + 30, y + 4, f"{running:,} running"))
     width, height = 3 * (WIDTH + 90), TOP + HEIGHT + 80
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12" fill="none">\n'
-        f'<rect width="{width}" height="{height}" fill="white"/>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+    return picture(width, height, parts)
 
 
 def _panel(
@@ -244,22 +239,18 @@ def _panel(
     def y_of(y: float) -> float:
         return TOP + HEIGHT * (high - max(low, min(high, y))) / (high - low)
 
-    parts = [_text(left, TOP - 16, title)]
+    parts = [text(left, TOP - 16, title)]
     for tick in ticks:
         parts.append(f'<path d="M{left} {y_of(tick):.1f} h{WIDTH}" stroke="#ddd"/>')
-        parts.append(_text(left - 6, y_of(tick) + 4, label(tick), "end"))
+        parts.append(text(left - 6, y_of(tick) + 4, label(tick), "end"))
     for num_stages in STAGES:
-        parts.append(_text(x_of(num_stages), TOP + HEIGHT + 18, f"{num_stages}", "middle"))
-    parts.append(_text(left + WIDTH / 2, TOP + HEIGHT + 36, "stages", "middle"))
+        parts.append(text(x_of(num_stages), TOP + HEIGHT + 18, f"{num_stages}", "middle"))
+    parts.append(text(left + WIDTH / 2, TOP + HEIGHT + 36, "stages", "middle"))
     for running, colour in zip(RUNNING, COLOURS, strict=True):
         line = [cell for cell in cells if cell.num_running == running]
         points = " ".join(f"{x_of(c.num_stages):.1f},{y_of(value(c)):.1f}" for c in line)
         parts.append(f'<polyline points="{points}" stroke="{colour}" stroke-width="2.5"/>')
     return "\n".join(parts)
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" fill="#333" text-anchor="{anchor}">{text}</text>'
 
 
 def main() -> None:

@@ -7,18 +7,17 @@ soon, with a line that says why.
 The hosts are network namespaces (hosts.py), two stages each, one command a host.
 """
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hosts import Host, Hosts, why_not
-from launchers import NUM_PROMPTS, by_hand, secret_in, start, tokens_in, told, verb_of
+import scenes
+from hosts import Host, Hosts
+from launchers import NUM_PROMPTS, by_hand, secret_in, start, tokens_in, verb_of
 from services import wait_for
 
 LIMIT_S = 240.0
@@ -141,24 +140,11 @@ def within(host: Host, *command: str) -> None:
     subprocess.run([*into, *command], check=True, capture_output=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("scenes", nargs="*", help=f"of {', '.join(SCENES)}; by default all")
-    parser.add_argument("--model", default="smollm2-135m")
-    arguments = parser.parse_args()
-    if reason := why_not():
-        print(f"not run: {reason}")
-        return 0
-    num_wrong = 0
-    for name in arguments.scenes or SCENES:
-        with tempfile.TemporaryDirectory() as folder, Hosts("left", "right") as (left, right):
-            wrong = SCENES[name](Job(left, right, Path(folder), arguments.model))
-            print(f"{name:20} {wrong or 'as it should'}", flush=True)
-            if wrong:
-                print(told(Path(folder)))
-        num_wrong += bool(wrong)
-    return min(num_wrong, 1)
+def play(name: str, hosts: Hosts, model: str, folder: Path) -> list[str]:
+    left, right = hosts
+    wrong = SCENES[name](Job(left, right, folder, model))
+    return [wrong] if wrong else []
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(scenes.main(__doc__, SCENES, play))

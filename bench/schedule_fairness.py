@@ -16,6 +16,7 @@ from itertools import product
 from math import ceil, floor, log10
 from pathlib import Path
 
+from plain_svg import picture, text
 from schedule_cases import SLOS, Case, case_of
 from schedule_goodput import ttft_by_length, ttft_limit_s
 from schedule_search import Cache, at_rate, is_of
@@ -61,15 +62,9 @@ def svg(panels: Sequence[tuple[str, Sequence[Line]]]) -> str:
     for place, (policy, order) in enumerate(product(COLOURS, ORDERS)):
         x, y = LEFT + place * 180, TOP + HEIGHT + 62
         parts.append(_stroke(f"M{x} {y - 4} h24", policy, order))
-        parts.append(_text(x + 30, y, f"{policy}, {order}"))
+        parts.append(text(x + 30, y, f"{policy}, {order}"))
     width, height = LEFT + len(panels) * (WIDTH + GAP), TOP + HEIGHT + 80
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12" fill="none">\n'
-        f'<rect width="{width}" height="{height}" fill="white"/>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+    return picture(width, height, parts)
 
 
 def _panel(place: int, title: str, lines: Sequence[Line]) -> str:
@@ -85,15 +80,15 @@ def _panel(place: int, title: str, lines: Sequence[Line]) -> str:
         down = (high_y - log10(y)) / (high_y - low_y)
         return f"{left + WIDTH * across:.1f},{TOP + HEIGHT * down:.1f}"
 
-    parts = [_text(left, TOP - 16, title)]
+    parts = [text(left, TOP - 16, title)]
     for power in range(low_y, high_y + 1):
         y = float(at(10**low_x, 10**power).split(",")[1])
         parts.append(f'<path d="M{left} {y} h{WIDTH}" stroke="#ddd"/>')
-        parts.append(_text(left - 6, y + 4, f"{10**power:g} s", "end"))
+        parts.append(text(left - 6, y + 4, f"{10**power:g} s", "end"))
     for length in (min(lengths), sorted(lengths)[len(lengths) // 2], max(lengths)):
         x = float(at(length, 1).split(",")[0])
-        parts.append(_text(x, TOP + HEIGHT + 18, f"{length:,}", "middle"))
-    parts.append(_text(left + WIDTH / 2, TOP + HEIGHT + 36, "tokens of the prompt", "middle"))
+        parts.append(text(x, TOP + HEIGHT + 18, f"{length:,}", "middle"))
+    parts.append(text(left + WIDTH / 2, TOP + HEIGHT + 36, "tokens of the prompt", "middle"))
     drawn = " L".join(at(*point) for point in limits)
     parts.append(f'<path d="M{drawn}" stroke="#888" stroke-dasharray="2 4"/>')
     for policy, order, points in lines:
@@ -104,10 +99,6 @@ def _panel(place: int, title: str, lines: Sequence[Line]) -> str:
 def _stroke(path: str, policy: str, order: str) -> str:
     dashes = "" if order == "fcfs" else ' stroke-dasharray="8 4"'
     return f'<path d="{path}" stroke="{COLOURS[policy]}" stroke-width="2"{dashes}/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" fill="#333" text-anchor="{anchor}">{text}</text>'
 
 
 def main() -> None:

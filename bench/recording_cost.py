@@ -36,6 +36,7 @@ from pipeserve.profiling.recording.summary import summarize
 from pipeserve.profiling.recording.writer import RecordingWriter
 from pipeserve.profiling.simulation.workloads import random_items
 from pipeserve.wire import control
+from pipeserve.wire.step_messages import Timing
 
 MODES = ("recorded", "ignored", "removed")
 
@@ -151,7 +152,7 @@ def stage_cost_s() -> float:
         clocks = [time.monotonic() for _ in range(6)]
         cpu = [time.thread_time() for _ in range(2)]
         span = Span(0, 99, 33, *clocks, cpu[0], cpu[1], 4096)
-        control.encode(control.Timing(span), 0)
+        control.encode(Timing(span), 0)
 
     def before() -> None:
         clocks = [time.monotonic() for _ in range(2)]

@@ -30,8 +30,9 @@ from pipeserve.core.nouns import Request, RequestId
 from pipeserve.driver.driver import Driver
 from pipeserve.launch.run.emulated import emulated_setup
 from pipeserve.sampling_params import SamplingParams
-from pipeserve.wire.control import KeeperHello, Sampled, encode
+from pipeserve.wire.control import KeeperHello, encode
 from pipeserve.wire.handshake import Connecting
+from pipeserve.wire.step_messages import Sampled
 
 CONFIG = {
     "model": "llama2-7b",

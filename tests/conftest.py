@@ -31,8 +31,15 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 NUM_TRIES = 3
-STAGES = ("pipeserve.launch.keeper", "pipeserve.launch.cli", "torch.distributed.run")
-"""In the command line of whatever runs stages as processes."""
+STAGES = (
+    "pipeserve",
+    "pipeserve.launch.cli",
+    "pipeserve.launch.keeper",
+    "pipeserve.launch.run.driver_process",
+    "pipeserve.stage.keeper_command",
+    "torch.distributed.run",
+)
+"""Programs that run stages as processes, or keepers of such."""
 
 running_test: list[pytest.Item] = []
 
@@ -52,7 +59,8 @@ def processes_are_marked(event, arguments):
     """A test that runs stages as processes says so, or the tiers would not know."""
     if event == "subprocess.Popen" and running_test:
         (item,) = running_test
-        starts_stages = any(name in str(arguments[1]) for name in STAGES)
+        command = " ".join(map(str, arguments[1])) + " "
+        starts_stages = any(f"-m {name} " in command for name in STAGES)
         if starts_stages and not any(map(item.get_closest_marker, ("processes", "timing"))):
             raise AssertionError(f"{item.nodeid} starts stages: mark it with `processes`")
 

@@ -9,7 +9,7 @@ import mmap
 import os
 from pathlib import Path
 
-from pipeserve.wire.control import StartStage
+from pipeserve.wire.stage_job import StartStage
 
 _FOLDER = Path("/dev/shm")
 _SLOTS = 8

@@ -29,8 +29,9 @@ from pipeserve.stage.compute import Done, FeedBack, Tell, Turn
 from pipeserve.stage.facts import facts_of
 from pipeserve.stage.serve import serve
 from pipeserve.wire import control
-from pipeserve.wire.control import StartStage
 from pipeserve.wire.links import ActivationLinks
+from pipeserve.wire.stage_job import StartStage
+from pipeserve.wire.step_messages import Sampled
 
 MODULE = "pipeserve.launch.emulated.stage"
 _HEADER = struct.Struct("<qd")
@@ -108,7 +109,7 @@ class Computing(NamedTuple):
     head_s: float
     hop_s: float
     """Of its activations to the next stage."""
-    sampled: control.Sampled | None
+    sampled: Sampled | None
     """What will come of it, on the last stage."""
 
 
@@ -176,7 +177,7 @@ class EmulatedCompute:
         head_s, hop_s, sampled = 0.0, 0.0, None
         if self._job.is_last:
             head_s = times.head_s(step)
-            sampled = control.Sampled(step.index, self._sample(turn), one_each(step.chunks), [], [])
+            sampled = Sampled(step.index, self._sample(turn), one_each(step.chunks), [], [])
         else:
             hop_s = times.hop_s(step)[stage]
         all_reduce_s = summed_s[stage] if summed_s else 0.0

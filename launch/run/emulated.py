@@ -16,7 +16,8 @@ from pipeserve.errors import ConfigError
 from pipeserve.launch.emulated.stage import MODULE, EmulatedWork
 from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.machine import MemoryLimit
-from pipeserve.wire.control import Examined, StageSized, encode_job
+from pipeserve.wire.control import Examined, StageSized
+from pipeserve.wire.stage_job import encode_job
 
 if TYPE_CHECKING:
     from pipeserve.driver.driver import Driver

@@ -29,7 +29,8 @@ from pipeserve.stages.checkpoint.sources import resolve
 from pipeserve.stages.config.attentions import check_attention
 from pipeserve.stages.config.families import read_config
 from pipeserve.stages.config.model_config import ModelConfig
-from pipeserve.wire.control import Examined, KeeperHello, ModelShare, StageSized, encode_job
+from pipeserve.wire.control import Examined, KeeperHello, StageSized
+from pipeserve.wire.stage_job import ModelShare, encode_job
 
 
 def checkpoint_setup(

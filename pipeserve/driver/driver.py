@@ -21,26 +21,19 @@ from pipeserve.core.records import Completed, Recorder, ignore
 from pipeserve.core.topology import Topology
 from pipeserve.core.view import Limits
 from pipeserve.core.work import Work
-from pipeserve.driver import layer_choice
 from pipeserve.driver.checks import check_request
 from pipeserve.driver.events import Lost, Ready, Received, Sized
+from pipeserve.driver.first_start import first_start, start_stages
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.losses import Losses
 from pipeserve.driver.reports import Reports
 from pipeserve.driver.setup import Setup
-from pipeserve.driver.stage_info import one_of_each_stage, stage_infos, with_memory
+from pipeserve.driver.stage_info import stage_infos, with_memory
 from pipeserve.driver.stage_watch import StageWatch
-from pipeserve.driver.starting import jobs_of
-from pipeserve.driver.waiting import (
-    gather_examined,
-    gather_memory,
-    wait_for_keepers,
-    wait_until_ready,
-    wait_until_sized,
-)
+from pipeserve.driver.waiting import gather_examined, gather_memory, wait_until_ready
 from pipeserve.errors import PipeserveError, StageError
 from pipeserve.wire import control
-from pipeserve.wire.step_messages import step_message, step_result
+from pipeserve.wire.step_messages import Sampled, step_message, step_result
 
 _LOOK_S = 0.1
 """Between two looks for what does not come."""
@@ -66,7 +59,6 @@ class Driver:
         and `on_plan` once, when it is known what will run where and nothing is loaded yet.
         `record` is called with every record of the run, from within `submit`, `outputs`, `settle`
         and `close`, and must not raise. `fleet` makes what stages are started and reached by."""
-        self._take(setup)
         self._may_plan = False
         """Something came since the engine last had no plan; nothing else can give it one."""
         self._progress_s = 0.0
@@ -77,22 +69,18 @@ class Driver:
         """To be ended with the next step, and why."""
         self._looked_s = 0.0
         """When the fleet was last asked for what came."""
-        self.topology = Topology.of(self.plan)
-        config = self.config
+        self.topology, config = Topology.of(setup.plan), setup.config
         self._watch = StageWatch(
             self.topology.num_stages, config.hang_timeout, config.heartbeat_interval
         )
         self.fleet = fleet(self.topology, config)
         try:
-            wait_for_keepers(self.fleet, on_progress)
-            self._suit_ranks()
-            self._start()
-            sizes = self._place_layers(wait_until_sized(self.fleet, on_progress), on_progress)
-            self.sizes = sizes
+            setup, self.sizes = first_start(setup, self.fleet, on_progress)
             """What each rank said that it would take."""
-            self._plan_within(self.setup.limits_for(sizes), record)
+            self._take(setup)
+            self._plan_within(setup.limits_for(self.sizes), record)
             on_plan(self)
-            self._fill(sizes)
+            self._fill(self.sizes)
             started = wait_until_ready(self.fleet, on_progress)
         except BaseException as error:
             self.fleet.close(str(error) if isinstance(error, PipeserveError) else "")
@@ -114,45 +102,9 @@ class Driver:
         self.losses = Losses(self.topology, self.config, engine, watch, journal)
         self._reports = Reports(self.topology, self.fleet, engine, watch, journal)
 
-    def _suit_ranks(self) -> None:
-        """Where ranks on other machines compute on other devices than was thought."""
-        keepers = [self.fleet.keepers[rank] for rank in range(self.topology.num_ranks)]
-        native = tuple(keeper.native_dtypes for keeper in keepers)
-        devices = tuple(keeper.device for keeper in keepers)
-        thought = self.setup.native_dtypes, self.setup.devices
-        if self.setup.for_ranks is not None and (native, devices) != thought:
-            self._take(self.setup.for_ranks(keepers))
-
-    def _place_layers(
-        self, sizes: tuple[control.StageSized, ...], on_progress: Callable[[str], None]
-    ) -> tuple[control.StageSized, ...]:
-        """Where that is left to us: by what the ranks say of themselves. Their processes stay;
-        returns what they say with those layers."""
-        choice = self.setup.choice
-        if choice is None or len(self.plan.stages) == 1:
-            return sizes
-        ranks = [self.topology.speaker(stage) for stage in range(self.topology.num_stages)]
-        found: list[control.Examined] = []
-        if choice.works:
-            on_progress("timing layers on each rank")
-            examined = gather_examined(self.fleet, choice.works, layer_choice.EXAMINE_S)
-            found = [examined[rank] for rank in ranks]
-        before = self.plan
-        self._take(layer_choice.place(self.setup, one_of_each_stage(self.plan, sizes), found))
-        if self.plan == before:
-            return sizes
-        self._start()
-        return wait_until_sized(self.fleet, on_progress)
-
-    def _start(self) -> None:
-        """All stages, in a fresh epoch."""
-        fleet = self.fleet
-        fleet.start(jobs_of(self.setup, self.topology, fleet.local_name))
-
     def _fill(self, sizes: Sequence[control.StageSized]) -> None:
         """All stages, which have said what memory they need."""
-        speakers = [self.topology.speaker(stage) for stage in range(self.topology.num_stages)]
-        meet_at = tuple(sizes[rank].meets_at for rank in speakers)
+        meet_at = tuple(sizes[rank].meets_at for rank in self.topology.speakers)
         self.fleet.broadcast(control.TakeMemory(self.limits.num_blocks, meet_at))
 
     # ---- what its client calls ------------------------------------------------------------------
@@ -221,14 +173,15 @@ class Driver:
         self._end_aborted()
         self._plan_all()
         outputs: list[Output] = []
-        if self.losses.trouble or self.engine.num_outstanding:
+        are_computing = self.engine.num_outstanding > 0
+        if self.losses.trouble or are_computing:
             timeout_s = min(timeout_s, _LOOK_S)
         self._looked_s = time.monotonic()
-        for received in self.fleet.receive(timeout_s):
+        for received in self.fleet.receive(timeout_s, for_result=are_computing):
             if received.epoch != self.fleet.epoch:
                 continue  # from before a loss: all of that is void
             match received.message:
-                case control.Sampled():
+                case Sampled():
                     outputs += self._complete(received)
                     self._plan_all()  # at once: of two results, the plan for the first is not late
                 case Lost():
@@ -305,7 +258,7 @@ class Driver:
         if self.losses.final is not None:
             return []
         self._reports.num_spans_due = 0
-        self._start()
+        start_stages(self.setup, self.fleet)
         if blamed is None:
             return []
         del self._requests[blamed.request_id]

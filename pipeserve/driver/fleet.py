@@ -27,6 +27,8 @@ from pipeserve.driver.watching import FleetWatch
 from pipeserve.machine import boot_id
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
+from pipeserve.wire.stage_job import StartStage
+from pipeserve.wire.step_messages import Sampled, Timing
 from pipeserve.wire.strangers import TurnedAway
 
 _STOP_S = 2.0
@@ -63,7 +65,7 @@ class Fleet:
         """Of the ranks whose keepers are there: what each said of itself."""
         self._start: StartProgress | None = None
         """Of this epoch; None before the first."""
-        self._jobs: Sequence[control.StartStage] = ()
+        self._jobs: Sequence[StartStage] = ()
         """Of each rank's stage, whenever its keeper is there to start it."""
         self._started_in: dict[int, int] = {}
         """The epoch in which a rank's keeper was told to start its stage: of that one it speaks."""
@@ -97,7 +99,7 @@ class Fleet:
 
     # ---- starting -------------------------------------------------------------------------------
 
-    def start(self, jobs: Sequence[control.StartStage]) -> None:
+    def start(self, jobs: Sequence[StartStage]) -> None:
         """Begin a fresh epoch: `Sized` says when all stages wait for `TakeMemory`, and then `Ready`
         when all can take a step. Those that are there keep their process and their weights; those
         that are not are started, once their keepers are there. Nothing that a stage says of an old
@@ -158,17 +160,21 @@ class Fleet:
         self._members.tell_stages(message, self.epoch)
         self._returned_s = -inf
 
-    def receive(self, timeout_s: float) -> list[Received]:
+    def receive(self, timeout_s: float, for_result: bool = False) -> list[Received]:
         """What stages said, and keepers of their clocks, and what happened to them, waiting at most
         `timeout_s` for the first of it. That one was lost comes behind all that was here before.
+
+        `for_result`: where nothing is there, it waits for the last stage, or for somebody's end.
+        What the others say, when they computed what, need not wake the driver each time.
         """
         came, self._unread = self._unread, []
         num_lost = len(self._lost)
         now = time.monotonic()
         if now - self._returned_s > _AT_ONCE_S:
             self.waiting_s = now
-        timeout_s = min(timeout_s, _CHECK_S if self._watch.is_waiting else self._watch.look_s)
-        for heard in self._port.heard(0 if came else timeout_s):
+        is_waiting = self._watch.is_waiting  # for somebody's last word, which is urgent
+        timeout_s = min(timeout_s, _CHECK_S if is_waiting else self._watch.look_s)
+        for heard in self._port.heard(0 if came else timeout_s, for_result and not is_waiting):
             self._note(heard, came)
         self._returned_s = time.monotonic()
         if self._returned_s >= self._next_check_s or self._watch.is_waiting:
@@ -214,13 +220,7 @@ class Fleet:
     ) -> None:
         epoch = self.epoch
         match message:
-            case (
-                control.Sampled()
-                | control.Timing()
-                | control.Memory()
-                | control.Examined()
-                | control.Heartbeat()
-            ):
+            case Sampled() | Timing() | control.Memory() | control.Examined() | control.Heartbeat():
                 came.append(Received(message, rank, at_s, epoch))
             case control.Loading():
                 self._start.loading.take(rank, message, at_s)

@@ -34,12 +34,15 @@ class Members:
 
     def keeper_joined(self, hello: control.KeeperHello, source: Connection) -> None:
         source.carries = "words of a keeper"
+        source.can_wait()
         self.hellos[hello.rank] = hello
         self.keepers[hello.rank] = source
         self._rank_of[source] = hello.rank
 
     def stage_came(self, rank: int, source: Connection) -> None:
         source.carries = "words of a stage"
+        if self.topology.stage_of(rank) < self.topology.num_stages - 1:  # else results come from it
+            source.can_wait()
         self.stages[rank] = source
         self._rank_of[source] = rank
 

@@ -75,9 +75,9 @@ class Port:
         """`heard` returns, too, when this can be read from."""
         Descriptor(descriptor, self._sources, "of somebody else")
 
-    def heard(self, timeout_s: float) -> Iterator[Heard]:
-        """All that has come, waiting at most so long for the first of it."""
-        for source in self._sources.ready(timeout_s * 1000):
+    def heard(self, timeout_s: float, for_urgent: bool = False) -> Iterator[Heard]:
+        """All that has come, waiting at most so long for the first of it, or for what is urgent."""
+        for source in self._sources.ready(timeout_s * 1000, for_urgent):
             payloads = source.receive()
             at_s = time.monotonic()
             for payload in payloads:

@@ -13,6 +13,7 @@ from pipeserve.driver.events import Received
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.wire import control
+from pipeserve.wire.step_messages import Timing
 
 _LOOK_EVERY_S = 0.05
 """For hangs, which last longer: looking after every message would cost the driver CPU time."""
@@ -34,7 +35,7 @@ class Reports:
         """One of them; others are ignored."""
         message = received.message
         match message:
-            case control.Timing(span):
+            case Timing(span):
                 self.num_spans_due -= 1
                 self._watch.computed(span, received.at_s)
                 self._journal.computed(span)

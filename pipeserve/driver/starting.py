@@ -11,18 +11,19 @@ from pipeserve.driver.events import Lost
 from pipeserve.driver.loading import LoadWatch
 from pipeserve.driver.setup import Setup
 from pipeserve.wire import control
+from pipeserve.wire.stage_job import StartStage
 
 ANSWER_S = 30.0
 """For what a stage does at once: connect to its neighbours, say how much memory it has used."""
 
 
-def jobs_of(setup: Setup, topology: Topology, local_name: str) -> list[control.StartStage]:
+def jobs_of(setup: Setup, topology: Topology, local_name: str) -> list[StartStage]:
     """What the keeper of each rank is to start. `local_name`: of where the driver listens."""
     jobs = []
     for rank in range(topology.num_ranks):
         stage = topology.stage_of(rank)
         jobs.append(
-            control.StartStage(
+            StartStage(
                 stage=stage,
                 num_stages=topology.num_stages,
                 module=setup.module,

@@ -30,7 +30,7 @@ _CALL_S = 60.0
 _END_S = 10.0
 _SWEEP_S = 1.0
 
-encode_job = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class DriverJob(msgspec.Struct, frozen=True):
@@ -161,7 +161,7 @@ class Pipeline:
         listener = Listener("127.0.0.1", self._sources, (client.PURPOSE,), once=True)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sources.fileno(), self._read)
-        job = encode_job(DriverJob(config, listener.address, self._sources.secret))
+        job = _encode(DriverJob(config, listener.address, self._sources.secret))
         with _endings_blocked():
             self._process = subprocess.Popen(program, stdin=subprocess.PIPE)
         self._process.stdin.write(job)

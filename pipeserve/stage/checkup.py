@@ -14,7 +14,7 @@ from pipeserve.core.nouns import one_each
 from pipeserve.stage.compute import Done, FeedBack, Turn
 from pipeserve.stage.serve import serve
 from pipeserve.stage.worker import ModelCompute
-from pipeserve.wire import control
+from pipeserve.wire.step_messages import Sampled
 
 MODULE = "pipeserve.stage.checkup"
 
@@ -42,7 +42,7 @@ class CheckupCompute(ModelCompute):
             counts = one_each(step.chunks)
             tokens = [0] * sum(counts)
             feed_back(step.index, tokens, counts)
-            sampled = control.Sampled(step.index, tokens, counts, [], [])
+            sampled = Sampled(step.index, tokens, counts, [], [])
         else:
             num_bytes = self.links.send(step.index, zeros_TD)
         cpu_s = time.thread_time() - start_cpu_s

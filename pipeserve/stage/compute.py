@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 from pipeserve.core.work import Work
 from pipeserve.stage.sequences import Sequence
 from pipeserve.wire import control
-from pipeserve.wire.control import Step
 from pipeserve.wire.links import ActivationLinks
+from pipeserve.wire.step_messages import Sampled, Step
 
 Tell = Callable[[control.ToDriver], None]
 FeedBack = Callable[[int, list[int], bytes], None]
@@ -45,7 +45,7 @@ class Done(NamedTuple):
     cpu_s: float
     between_cpu_s: float
     num_bytes: int = 0
-    sampled: control.Sampled | None = None
+    sampled: Sampled | None = None
     """On the last stage."""
     all_reduce_s: float = 0.0
     rank_wait_s: float = 0.0

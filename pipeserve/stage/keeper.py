@@ -24,9 +24,10 @@ from pipeserve.stage.placement import most_threads, place_of, stage_environment
 from pipeserve.stage.vital_signs import VitalSigns, vital_signs
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.control import Heartbeat, NotWanted, StartStage, Stop
+from pipeserve.wire.control import Heartbeat, NotWanted, Stop
 from pipeserve.wire.listener import is_loopback
 from pipeserve.wire.sources import Descriptor, Source, Sources
+from pipeserve.wire.stage_job import Launch, StartStage, encode_job
 
 _RETRY_S = 0.2
 _SAYS_AFTER_S = 10.0
@@ -193,8 +194,8 @@ class Keeper:
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
         job = msgspec.structs.replace(job, host=self.host or self.driver.own_host)
         self.last_spans = spans = LastSpans.make()
-        launched = control.Launch(job, self.rank, epoch, self.secret, spans.descriptor)
-        with _file_of(control.encode_job(launched)) as launch:
+        launched = Launch(job, self.rank, epoch, self.secret, spans.descriptor)
+        with _file_of(encode_job(launched)) as launch:
             self.stage = subprocess.Popen(
                 [
                     sys.executable,

@@ -24,18 +24,11 @@ from pipeserve.stage.neighbours import Neighbours
 from pipeserve.stage.sequences import Sequences
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.control import (
-    Connect,
-    Examine,
-    Heartbeat,
-    Renew,
-    ReportMemory,
-    StartStage,
-    Step,
-    TakeMemory,
-)
+from pipeserve.wire.control import Connect, Examine, Heartbeat, Renew, ReportMemory, TakeMemory
 from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.sources import Sources
+from pipeserve.wire.stage_job import StartStage
+from pipeserve.wire.step_messages import Sampled, Step, Timing
 
 
 class StageLoop:
@@ -105,7 +98,7 @@ class StageLoop:
     def tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))
 
-    def report(self, message: control.Sampled | control.Timing) -> None:
+    def report(self, message: Sampled | Timing) -> None:
         """What the stage did: of its ranks, one tells."""
         if self.job.speaks:
             self.tell(message)
@@ -139,7 +132,7 @@ class StageLoop:
 
     def _tell_span(self) -> None:
         if self.untold is not None:
-            self.report(control.Timing(self.untold))
+            self.report(Timing(self.untold))
             self.untold = None
 
     # ---- what arrives ---------------------------------------------------------------------------

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from pipeserve.wire import connecting
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.control import Connect, StartStage
+from pipeserve.wire.control import Connect
 from pipeserve.wire.links import ActivationLinks
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
+from pipeserve.wire.stage_job import StartStage
 
 _CONNECT_S = 10.0
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from pipeserve.addresses import join_address, split_address
 from pipeserve.stages.stage import Stage
 from pipeserve.stages.tensor_parallel.shard import Shard
-from pipeserve.wire.control import StartStage
 from pipeserve.wire.interfaces import interface_of
+from pipeserve.wire.stage_job import StartStage
 
 if TYPE_CHECKING:
     import torch

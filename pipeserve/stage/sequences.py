@@ -7,8 +7,7 @@ from itertools import chain, repeat
 from math import inf
 
 from pipeserve.sampling_params import DrawParams
-from pipeserve.wire.control import Registration, Step
-from pipeserve.wire.step_messages import unpack_params, unpack_tokens
+from pipeserve.wire.step_messages import Registration, Step, unpack_params, unpack_tokens
 
 
 @dataclass(slots=True)

@@ -14,8 +14,8 @@ from pipeserve.stage.last_spans import LastSpans
 from pipeserve.stage.loop import StageLoop
 from pipeserve.stage.memory import resident_bytes
 from pipeserve.wire import connecting, control
-from pipeserve.wire.control import StartStage
 from pipeserve.wire.sources import Sources
+from pipeserve.wire.stage_job import StartStage, decode_launch
 
 _LAST_WORD_S = 2.0
 
@@ -25,7 +25,7 @@ def serve(make: Callable[[StartStage, Tell], Compute]) -> None:
     gc.freeze()  # what is imported stays: no collection is to walk through it
     gc.enable()
     baseline = resident_bytes()
-    launch = control.decode_launch(sys.stdin.buffer.read())
+    launch = decode_launch(sys.stdin.buffer.read())
     job, rank, epoch, secret, spans = msgspec.structs.astuple(launch)
     sources = Sources(secret)
     try:

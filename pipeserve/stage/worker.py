@@ -1,6 +1,6 @@
 """The stage process that computes: the model's layers on this machine, inside the stage's loop.
 
-Started by its keeper, which says what it is to do on standard input (control.Launch).
+Started by its keeper, which says what it is to do on standard input (`Launch`, wire/stage_job.py).
 """
 
 import math
@@ -29,7 +29,8 @@ from pipeserve.stages.sampling import Logprobs, SampleRow, score
 from pipeserve.stages.stage import Stage
 from pipeserve.stages.timing import part_bytes, time_parts
 from pipeserve.wire import control, links
-from pipeserve.wire.control import StartStage, StepChunk
+from pipeserve.wire.stage_job import StartStage, decode_share
+from pipeserve.wire.step_messages import Sampled, StepChunk
 
 _SCORED_ROWS = 64  # whose logits over the whole vocabulary are held at a time
 _LOADING_REPORT_S = 0.25
@@ -54,7 +55,7 @@ class ModelCompute:
         self._job = job
         self._tell = tell
         self._next_report_s = 0.0
-        self._share = share = control.decode_share(job.work)
+        self._share = share = decode_share(job.work)
         self.block_size = share.block_size
         self.config = read_config(share.model_folder)
         if job.is_first:  # one for all
@@ -196,7 +197,7 @@ class ModelCompute:
 
     def _answer(
         self, turn: Turn, hidden_RD: torch.Tensor, feed_back: FeedBack
-    ) -> tuple[control.Sampled, Stamps]:
+    ) -> tuple[Sampled, Stamps]:
         """Sample, then score what prompt tokens there are to score."""
         head_s = time.monotonic()
         places, rows, owners, scored, failed = [], [], [], [], {}
@@ -236,7 +237,7 @@ class ModelCompute:
         if scored:
             end_s, end_cpu_s = time.monotonic(), time.thread_time()
         index = turn.step.index
-        sampled = control.Sampled(index, tokens, counts, logprobs, prompt_logprobs, failed)
+        sampled = Sampled(index, tokens, counts, logprobs, prompt_logprobs, failed)
         return sampled, Stamps(head_s, end_s, sent_s, end_cpu_s)
 
     def _score(

@@ -9,25 +9,22 @@ import msgspec
 from pipeserve.configs import RunConfig
 from pipeserve.core.nouns import Output, Request
 from pipeserve.core.view import Limits
+from pipeserve.wire.message import Message
 
 PURPOSE = "client"
 """Of the connection, as the handshake has it."""
 
 
-class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True):
-    """As in control.py: an array that begins with the message's name."""
-
-
 # ---- client -> driver ---------------------------------------------------------------------------
 
 
-class Submit(_Message):
+class Submit(Message):
     """Queue requests, all of them or none. Their ids are the client's own, and used once."""
 
     requests: list[Request]
 
 
-class Abort(_Message):
+class Abort(Message):
     """End a request. It gets no `Output` any more but what is on its way."""
 
     request_id: int
@@ -37,13 +34,13 @@ class Abort(_Message):
 # ---- driver -> client ---------------------------------------------------------------------------
 
 
-class Progress(_Message):
+class Progress(Message):
     """How far the stages are with starting, in words."""
 
     text: str
 
 
-class StageAt(_Message):
+class StageAt(Message):
     """Where a stage runs."""
 
     stage: int
@@ -54,7 +51,7 @@ class StageAt(_Message):
     """How often it was lost so far."""
 
 
-class Opened(_Message):
+class Opened(Message):
     """The pipeline is up. What a client has to know of it."""
 
     config: RunConfig
@@ -64,13 +61,13 @@ class Opened(_Message):
     eos_token_ids: tuple[int, ...]
 
 
-class Came(_Message):
+class Came(Message):
     """What became known, in order."""
 
     outputs: list[Output]
 
 
-class Refused(_Message):
+class Refused(Message):
     """None of the requests of one `Submit` was queued."""
 
     request_ids: list[int]
@@ -83,14 +80,14 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Of its tokens."""
 
 
-class Distribution(_Message):
+class Distribution(Message):
     """How many values came to lie in each bucket, and beyond the last; and what they sum to."""
 
     counts: list[int]
     sum: float
 
 
-class StageFigures(_Message):
+class StageFigures(Message):
     """What one stage did since the driver began."""
 
     seconds: dict[str, float]
@@ -107,7 +104,7 @@ class StageFigures(_Message):
     """By how much their predictions were off, whichever way."""
 
 
-class Status(_Message):
+class Status(Message):
     """How the pipeline does; told once a second at least, so that its silence means something."""
 
     stalled_s: float
@@ -122,7 +119,7 @@ class Status(_Message):
     """Of each stage; may be some seconds old, and is empty before the first ones are there."""
 
 
-class Ended(_Message):
+class Ended(Message):
     """The driver's last word."""
 
     reason: str

@@ -3,8 +3,8 @@
 Each keeper and each stage has a `Connection` to the driver of its own, on which a message costs one
 wake-up. Never a socket that drops what it cannot send: drops become hangs.
 
-A request is registered once, with prompt and outputs so far; after that a step names only its new
-positions and new blocks.
+What concerns the processes is here; what a keeper is to start is in stage_job.py, and microbatches
+and their results are in step_messages.py.
 
 Every message carries the epoch in which it was said. A pipeline that lost a stage begins a fresh
 one: what is said late of an old one finds nobody who listens. Who says something, the connection
@@ -13,57 +13,19 @@ knows: each belongs to one rank, whose `KeeperHello` or `StageHello` was first o
 Activations and sampled tokens do not pass here: see links.py.
 """
 
-from typing import Any
-
 import msgspec
 
 from pipeserve.core.records import Span
 from pipeserve.core.work import PartSeconds, Work
 from pipeserve.machine import MemoryLimit
-
-
-class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True):
-    """Base of all messages: a msgpack array whose first element is the message's name."""
-
+from pipeserve.wire.message import Message
+from pipeserve.wire.stage_job import StartStage
+from pipeserve.wire.step_messages import Sampled, Step, Timing
 
 # ---- driver -> keeper ---------------------------------------------------------------------------
 
 
-class StartStage(_Message):
-    """Start this rank's stage process."""
-
-    stage: int
-    num_stages: int
-    module: str
-    """The stage's program, run as `python -m`."""
-    work: bytes
-    """What that program is to compute, encoded: for `pipeserve.stage.worker` a `ModelShare`."""
-    control: str
-    """Where the driver listens: /NAME on its own machine. The keeper puts before it what it itself
-    reached the driver by."""
-    host: str
-    """Address on which this stage listens for its neighbours; the keeper puts its own here."""
-    traceback: bool
-    """Print the traceback of an unexpected error to stderr, too."""
-    shard: int = 0
-    num_shards: int = 1
-    """Of the ranks that share the stage, which one this is."""
-
-    @property
-    def speaks(self) -> bool:
-        """It is the one of them that tells the driver what the stage did (`Topology.speaker`)."""
-        return self.shard == 0
-
-    @property
-    def is_first(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.stage == self.num_stages - 1
-
-
-class Stop(_Message):
+class Stop(Message):
     """End the stage and yourself."""
 
     has_failed: bool = False
@@ -72,56 +34,23 @@ class Stop(_Message):
     """To be said, by one on each machine."""
 
 
-class NotWanted(_Message):
+class NotWanted(Message):
     """This keeper does not belong to the pipeline: end yourself."""
 
     why: str
 
 
-class Heartbeat(_Message):
+class Heartbeat(Message):
     """Ask for a sign of life. Of a keeper: `HeartbeatAnswer`, which says what its clock is, too; of
     a stage that has nothing to do: the same message."""
 
     sent_s: float
 
 
-# ---- in a StartStage -----------------------------------------------------------------------------
-
-
-class ModelShare(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What one stage holds of a checkpoint, and how."""
-
-    model_folder: str
-    first_layer: int
-    stop_layer: int
-    has_embedding: bool
-    has_head: bool
-    dtype: str
-    kv_dtype: str
-    device: str
-    attention: str
-    block_size: int
-    """Tokens in a block of its KV."""
-
-
-# ---- keeper -> stage ----------------------------------------------------------------------------
-
-
-class Launch(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """On a stage's standard input, and nowhere else: it holds the secret."""
-
-    job: StartStage
-    rank: int
-    epoch: int
-    secret: bytes
-    spans: int
-    """A descriptor, that of the `stage/last_spans.py` that it shares with its keeper."""
-
-
 # ---- keeper -> driver ---------------------------------------------------------------------------
 
 
-class KeeperHello(_Message):
+class KeeperHello(Message):
     rank: int
     world_size: int
     host: str
@@ -136,7 +65,7 @@ class KeeperHello(_Message):
     """What its stage computes on (`machine.fingerprint`): where that is the same, so are times."""
 
 
-class HeartbeatAnswer(_Message):
+class HeartbeatAnswer(Message):
     """A heartbeat. None is sent unasked: what a driver that rests does not read would pile up."""
 
     sent_s: float
@@ -150,13 +79,13 @@ class HeartbeatAnswer(_Message):
     state: str
 
 
-class LastSpans(_Message):
+class LastSpans(Message):
     """What the keeper's stage had computed last when it ended, whether or not it had told."""
 
     spans: tuple[Span, ...]
 
 
-class StageExited(_Message):
+class StageExited(Message):
     """The process of the keeper's stage has ended."""
 
     pid: int
@@ -167,7 +96,7 @@ class StageExited(_Message):
 # ---- driver -> stage ----------------------------------------------------------------------------
 
 
-class TakeMemory(_Message):
+class TakeMemory(Message):
     """Read the weights, and make a pool of so many KV blocks; a stage that has, says so at once."""
 
     num_blocks: int
@@ -175,7 +104,7 @@ class TakeMemory(_Message):
     """HOST:PORT where the ranks of each stage meet, that share it (`StageSized.meets_at`)."""
 
 
-class Renew(_Message):
+class Renew(Message):
     """Another stage was lost: drop all requests, plans and links, keep weights and memory, and go
     on in the epoch of this message, as if just started. The answer is `StageSized`."""
 
@@ -184,7 +113,7 @@ class Renew(_Message):
     layers were cut anew."""
 
 
-class Examine(_Message):
+class Examine(Message):
     """Ask for `Examined`, of a stage that has nothing else to do."""
 
     works: tuple[Work, ...]
@@ -193,7 +122,7 @@ class Examine(_Message):
     """About how long, in all."""
 
 
-class Connect(_Message):
+class Connect(Message):
     """Addresses of the links that this stage sends on. Empty: it has no such link."""
 
     next_stage: str
@@ -204,59 +133,20 @@ class Connect(_Message):
     """It gets no more from the stage before, and the ranks of this one put them together."""
 
 
-class Registration(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A request that starts, or starts again: everything a stage needs to know of it."""
-
-    request_id: int
-    token_ids: bytes
-    """Prompt and outputs so far: int32, native order."""
-    num_prompt_tokens: int
-    blocks: list[int]
-    params: dict[int, Any]
-    """`pack_params` of its options."""
-    stop_ids: list[int]
-    bad_word_ids: tuple[tuple[int, ...], ...]
-
-
-class StepChunk(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """`Chunk`, on the wire."""
-
-    request_id: int
-    start: int
-    stop: int
-    new_blocks: tuple[int, ...]
-    token_from: int | None
-    num_logits: int
-    num_scored: int
-
-    @property
-    def samples(self) -> bool:
-        return self.num_logits > self.num_scored
-
-
-class Step(_Message):
-    """One microbatch: the same bytes go to every stage."""
-
-    index: int
-    released: tuple[int, ...]
-    admitted: list[Registration]
-    chunks: list[StepChunk]
-
-
-class ReportMemory(_Message):
+class ReportMemory(Message):
     """Ask for `Memory`."""
 
 
 # ---- stage -> driver ----------------------------------------------------------------------------
 
 
-class StageHello(_Message):
+class StageHello(Message):
     """Whose connection this is: the first message on it."""
 
     rank: int
 
 
-class StageSized(_Message):
+class StageSized(Message):
     """What a stage will take, told before it takes it: it waits for `TakeMemory`."""
 
     weight_bytes: int
@@ -292,7 +182,7 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     """Free in /dev/shm; 0 where there is none."""
 
 
-class Examined(_Message):
+class Examined(Message):
     """What a stage found of itself."""
 
     facts: Facts
@@ -302,7 +192,7 @@ class Examined(_Message):
     """Of its core, while it timed that."""
 
 
-class Loading(_Message):
+class Loading(Message):
     """How far a stage is with its weights; a few times a second, and at their end."""
 
     num_read: int
@@ -311,7 +201,7 @@ class Loading(_Message):
     """All that there are to read."""
 
 
-class StageReady(_Message):
+class StageReady(Message):
     """Weights are loaded; the stage listens for its neighbours."""
 
     pid: int
@@ -330,45 +220,23 @@ class StageReady(_Message):
     """That compute."""
 
 
-class Connected(_Message):
+class Connected(Message):
     """The stage has reached its neighbours."""
 
 
-class Sampled(_Message):
-    """The last stage's answer to a step."""
-
-    index: int
-    tokens: list[int]
-    counts: bytes
-    """How many of them each chunk of the step sampled."""
-    logprobs: list[tuple[float, list[tuple[int, float]]] | None]
-    """Parallel to `tokens`, or empty: (of the sampled token, the most likely ones)."""
-    prompt_logprobs: list[tuple[float, list[tuple[int, float]]]]
-    """Likewise of each scored prompt token, chunk after chunk."""
-    failed: dict[int, str] = {}
-    """Why, for each chunk (by its place in the step) that has no result; its entries above mean
-    nothing."""
-
-
-class Timing(_Message):
-    """When a stage computed a microbatch; told behind its output."""
-
-    span: Span
-
-
-class Memory(_Message):
+class Memory(Message):
     """What a stage has used so far."""
 
     peak_bytes: int
 
 
-class Unreached(_Message):
+class Unreached(Message):
     """A neighbour could not be reached: nothing can be computed in this epoch."""
 
     reason: str
 
 
-class StageFailed(_Message):
+class StageFailed(Message):
     """The last word of a stage that cannot go on."""
 
     reason: str
@@ -401,12 +269,9 @@ decode_from_keeper = msgspec.msgpack.Decoder(tuple[int, FromKeeper]).decode
 decode_from_stage = msgspec.msgpack.Decoder(tuple[int, FromStage]).decode
 """Each gives the epoch and the message."""
 
-encode_job = msgspec.msgpack.Encoder().encode
-"""What is no message: a `Launch`, and the `work` in it."""
-decode_launch = msgspec.msgpack.Decoder(Launch).decode
-decode_share = msgspec.msgpack.Decoder(ModelShare).decode
+_encode = msgspec.msgpack.Encoder().encode
 
 
 def encode(message: ToKeeper | ToStage | ToDriver, epoch: int) -> bytes:
     """As it crosses the wire."""
-    return encode_job((epoch, message))
+    return _encode((epoch, message))

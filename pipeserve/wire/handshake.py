@@ -23,6 +23,7 @@ from collections.abc import Collection
 import msgspec
 
 from pipeserve import __version__
+from pipeserve.wire.message import Message
 
 PROTOCOL = 1
 MOST_BYTES = 1024
@@ -34,11 +35,7 @@ _WRONG_SECRET = (
 )
 
 
-class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=True):
-    """As in control.py: an array that begins with the message's name."""
-
-
-class _Hello(_Message):
+class _Hello(Message):
     protocol: int
     version: str
     """Of pipeserve: the messages that follow are read by the same schema, or not at all."""
@@ -46,15 +43,15 @@ class _Hello(_Message):
     nonce: bytes
 
 
-class _Challenge(_Message):
+class _Challenge(Message):
     nonce: bytes
 
 
-class _Proof(_Message):
+class _Proof(Message):
     digest: bytes
 
 
-class _Refusal(_Message):
+class _Refusal(Message):
     why: str
 
 
@@ -155,7 +152,7 @@ def _refused(why: str) -> Refused:
     return Refused(why, _encode(_Refusal(why)))
 
 
-def _read(message: bytes | bytearray) -> _Message:
+def _read(message: bytes | bytearray) -> Message:
     try:
         return _decode(message)
     except (msgspec.DecodeError, RecursionError):  # of a list in a list in a list

@@ -45,6 +45,9 @@ class Sources:
         self.secret = secret
         self.turned_away = TurnedAway()
         self._epoll = select.epoll()
+        self._urgent = select.epoll()
+        """The same descriptors; of those that can wait, only their end."""
+        self._urgent_events: dict[int, int] = {}
         self._by_descriptor: dict[int, Source] = {}
         self._unproved: dict[Stranger, float] = {}
         """Oldest first, and when the time of its handshake is over."""
@@ -56,30 +59,46 @@ class Sources:
 
     def add(self, source: Source, descriptor: int) -> None:
         self._epoll.register(descriptor, select.EPOLLIN)
+        self._urgent.register(descriptor, select.EPOLLIN)
+        self._urgent_events[descriptor] = select.EPOLLIN
         self._by_descriptor[descriptor] = source
 
+    def can_wait(self, descriptor: int) -> None:
+        """What comes from it is not urgent; that it has ended is."""
+        self._urgent_events[descriptor] = select.EPOLLRDHUP
+        self._urgent.modify(descriptor, select.EPOLLRDHUP)
+
     def remove(self, descriptor: int) -> None:
-        del self._by_descriptor[descriptor]
+        del self._by_descriptor[descriptor], self._urgent_events[descriptor]
         self._epoll.unregister(descriptor)
+        self._urgent.unregister(descriptor)
 
     def wait_for_room(self, descriptor: int, wanted: bool) -> None:
         """Whether it is ready, too, when the kernel takes more to send."""
-        events = select.EPOLLIN | select.EPOLLOUT if wanted else select.EPOLLIN
-        self._epoll.modify(descriptor, events)
+        room = select.EPOLLOUT if wanted else 0
+        self._epoll.modify(descriptor, select.EPOLLIN | room)
+        self._urgent.modify(descriptor, self._urgent_events[descriptor] | room)
 
-    def ready(self, timeout_ms: float | None) -> list[Source]:
-        """Those that something can be received from, waiting for the first; None: however long."""
+    def ready(self, timeout_ms: float | None, for_urgent: bool = False) -> list[Source]:
+        """Those that something can be received from, waiting for the first; None: however long.
+        `for_urgent`: where nothing is there, it waits for what is urgent alone."""
         if self._unproved:
-            return self._ready_or_late(timeout_ms)
-        timeout_s = None if timeout_ms is None else timeout_ms / 1000
-        return [self._by_descriptor[number] for number, _ in self._epoll.poll(timeout_s)]
+            return self._ready_or_late(timeout_ms, for_urgent)
+        return self._poll(None if timeout_ms is None else timeout_ms / 1000, for_urgent)
 
-    def _ready_or_late(self, timeout_ms: float | None) -> list[Source]:
+    def _poll(self, timeout_s: float | None, for_urgent: bool) -> list[Source]:
+        if for_urgent:
+            found = self._epoll.poll(0) or self._urgent.poll(timeout_s)
+        else:
+            found = self._epoll.poll(timeout_s)
+        return [self._by_descriptor[number] for number, _ in found]
+
+    def _ready_or_late(self, timeout_ms: float | None, for_urgent: bool) -> list[Source]:
         """The same, and hangs up on those who do not prove themselves in time; for that it returns,
         too."""
         left_s = max(next(iter(self._unproved.values())) - time.monotonic(), 0.0)
         timeout_s = left_s if timeout_ms is None else min(left_s, timeout_ms / 1000)
-        ready = [self._by_descriptor[number] for number, _ in self._epoll.poll(timeout_s)]
+        ready = self._poll(timeout_s, for_urgent)
         now = time.monotonic()
         late = [connection for connection, late_s in self._unproved.items() if late_s <= now]
         for connection in late:  # whatever it has just said: a byte now and then gains no time
@@ -109,6 +128,7 @@ class Sources:
         for source in set(self._by_descriptor.values()):
             source.close()
         self._epoll.close()
+        self._urgent.close()
         self.turned_away.sum_up()
 
 

@@ -1,4 +1,8 @@
-"""Microbatches and their results between the core's form and the messages' (control.py)."""
+"""A microbatch and its result on the wire, and what is made of the core's form for it.
+
+A request is registered once, with prompt and outputs so far; after that a step names only its new
+positions and new blocks.
+"""
 
 import array
 from collections.abc import Mapping, Sequence
@@ -6,9 +10,78 @@ from itertools import compress
 from operator import attrgetter, ne
 from typing import Any
 
+import msgspec
+
 from pipeserve.core.nouns import Microbatch, Request, RequestId, StepResult, TokenLogprobs
+from pipeserve.core.records import Span
 from pipeserve.sampling_params import DRAW_OPTIONS, DrawParams
-from pipeserve.wire.control import Registration, Sampled, Step, StepChunk
+from pipeserve.wire.message import Message
+
+# ---- the messages -------------------------------------------------------------------------------
+
+
+class Registration(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A request that starts, or starts again: everything a stage needs to know of it."""
+
+    request_id: int
+    token_ids: bytes
+    """Prompt and outputs so far: int32, native order."""
+    num_prompt_tokens: int
+    blocks: list[int]
+    params: dict[int, Any]
+    """`pack_params` of its options."""
+    stop_ids: list[int]
+    bad_word_ids: tuple[tuple[int, ...], ...]
+
+
+class StepChunk(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """`Chunk`, on the wire."""
+
+    request_id: int
+    start: int
+    stop: int
+    new_blocks: tuple[int, ...]
+    token_from: int | None
+    num_logits: int
+    num_scored: int
+
+    @property
+    def samples(self) -> bool:
+        return self.num_logits > self.num_scored
+
+
+class Step(Message):
+    """One microbatch: the same bytes go to every stage."""
+
+    index: int
+    released: tuple[int, ...]
+    admitted: list[Registration]
+    chunks: list[StepChunk]
+
+
+class Sampled(Message):
+    """The last stage's answer to a step."""
+
+    index: int
+    tokens: list[int]
+    counts: bytes
+    """How many of them each chunk of the step sampled."""
+    logprobs: list[tuple[float, list[tuple[int, float]]] | None]
+    """Parallel to `tokens`, or empty: (of the sampled token, the most likely ones)."""
+    prompt_logprobs: list[tuple[float, list[tuple[int, float]]]]
+    """Likewise of each scored prompt token, chunk after chunk."""
+    failed: dict[int, str] = msgspec.field(default_factory=dict)
+    """Why, for each chunk (by its place in the step) that has no result; its entries above mean
+    nothing."""
+
+
+class Timing(Message):
+    """When a stage computed a microbatch; told behind its output."""
+
+    span: Span
+
+
+# ---- to and from the core -----------------------------------------------------------------------
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:

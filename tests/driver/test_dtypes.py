@@ -15,7 +15,8 @@ from pipeserve.driver.driver import Driver
 from pipeserve.driver.dtypes import choose_dtype
 from pipeserve.launch.show.loaded import loaded
 from pipeserve.machine import native_dtypes
-from pipeserve.wire.control import KeeperHello, decode_share
+from pipeserve.wire.control import KeeperHello
+from pipeserve.wire.stage_job import decode_share
 
 ZEN3 = "fpu sse4_2 avx avx2 fma f16c"
 ZEN4 = f"{ZEN3} avx512f avx512bw avx512_vnni avx512_bf16"

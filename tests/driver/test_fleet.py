@@ -14,10 +14,12 @@ from pipeserve.errors import ConfigError, StageError
 from pipeserve.wire import control
 from pipeserve.wire.connecting import connect
 from pipeserve.wire.sources import Sources
+from pipeserve.wire.stage_job import StartStage
+from pipeserve.wire.step_messages import Registration, Sampled, Step
 
 from local_fleet import NoKeepers  # isort: skip
 
-JOB = control.StartStage(0, 1, "", b"", "", "", traceback=False)
+JOB = StartStage(0, 1, "", b"", "", "", traceback=False)
 
 
 class OneStage:
@@ -111,17 +113,17 @@ def test_who_sent_a_plan_waits_anew(stage):
 def test_both_send_more_than_the_kernel_takes(stage):
     """And neither takes anything until it has sent all of its own."""
     tokens, large = os.urandom(16 << 20), list(range(1, 4_000_000))
-    admitted = control.Registration(1, tokens, 1, [], {}, [], ())
-    stage.fleet.broadcast(control.Step(0, (), [admitted], []))
+    admitted = Registration(1, tokens, 1, [], {}, [], ())
+    stage.fleet.broadcast(Step(0, (), [admitted], []))
     stage.fleet.broadcast(control.ReportMemory())
-    stage.says(control.Sampled(0, large, b"", [], []))
+    stage.says(Sampled(0, large, b"", [], []))
     stage.says_something()
     here, there = [], []
     while len(here) < 2 or len(there) < 2:
         here += stage.fleet.receive(0.01)
         for source in stage.sources.ready(10):
             there += map(control.decode_for_stage, source.receive())
-    assert [type(received.message) for received in here] == [control.Sampled, control.Memory]
+    assert [type(received.message) for received in here] == [Sampled, control.Memory]
     assert here[0].message.tokens == large
     assert there[0][1].admitted[0].token_ids == tokens
     assert there[1] == (1, control.ReportMemory())
@@ -147,7 +149,7 @@ def test_a_stage_that_is_not_missing_is_turned_away(stage, capsys, rank, epoch):
 
 @pytest.mark.parametrize("is_user_error", [False, True])
 def test_the_last_word_of_a_stage_comes_behind_what_it_said_before(stage, is_user_error):
-    stage.says(control.Sampled(0, [5], b"\x01", [], []))
+    stage.says(Sampled(0, [5], b"\x01", [], []))
     stage.says(control.StageFailed("no layer 7", is_user_error))
     stage.hangs_up()
     stage.fleet.broadcast(control.ReportMemory())  # nobody is there
@@ -167,7 +169,7 @@ def test_what_others_said_before_a_loss_comes_before_it(monkeypatch):
         heard = last.receive()
         stage.listens()
     stage.says(control.StageFailed("no more", False))
-    last.send(control.encode(control.Sampled(0, [5], b"\x01", [], []), 1))
+    last.send(control.encode(Sampled(0, [5], b"\x01", [], []), 1))
     sampled, lost = stage.fleet.receive(1.0)
     assert (sampled.rank, sampled.message.tokens) == (1, [5])
     assert (lost.rank, lost.message.why) == (0, "stage 0: no more")
@@ -188,7 +190,7 @@ def test_a_stage_that_hangs_up_is_lost_if_no_keeper_says_why(stage):
 
 
 def test_what_is_said_of_an_old_epoch_is_dropped(stage):
-    stage.says(control.Sampled(0, [5], b"\x01", [], []), epoch=0)
+    stage.says(Sampled(0, [5], b"\x01", [], []), epoch=0)
     stage.says(control.StageFailed("too late", False), epoch=0)
     stage.says_something()
     assert stage.hears() == [control.Memory(7)]
@@ -199,7 +201,7 @@ def test_a_fresh_epoch_keeps_the_stages_that_are_there(stage):
     stage.fleet.start([JOB])
     (payload,) = stage.stage.receive()
     assert control.decode_for_stage(payload) == (2, control.Renew(JOB.work))
-    stage.says(control.Sampled(0, [5], b"\x01", [], []))
+    stage.says(Sampled(0, [5], b"\x01", [], []))
     stage.says(control.Memory(8), epoch=2)
     assert stage.hears() == [control.Memory(8)]
 

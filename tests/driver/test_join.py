@@ -37,6 +37,7 @@ from pipeserve.wire import control
 from pipeserve.wire.connecting import connect
 from pipeserve.wire.secret import VARIABLE
 from pipeserve.wire.sources import Sources
+from pipeserve.wire.stage_job import StartStage
 
 pytestmark = pytest.mark.processes
 
@@ -560,7 +561,7 @@ def test_a_killed_keeper_leaves_no_stage_at_whatever_moment(after_s):
         keepers((0, 1), address=config.control) as (keeper,),
     ):
         wait_for_keepers(fleet, print)
-        job = control.StartStage(
+        job = StartStage(
             0, 1, setup.module, setup.works[0], f"/{fleet.local_name}", "127.0.0.1", False
         )
         fleet.start([job])

@@ -17,7 +17,7 @@ from pipeserve.driver.fleet import Fleet
 from pipeserve.errors import StageError
 from pipeserve.machine import MemoryLimit
 from pipeserve.sampling_params import SamplingParams
-from pipeserve.wire import control
+from pipeserve.wire.step_messages import Sampled
 
 from checkpoints import random_prompts, tiny_llama  # isort: skip
 from local_fleet import Dies, LocalFleet  # isort: skip
@@ -38,9 +38,9 @@ class MortalFleet(LocalFleet):
     num_left = 0
     num_late = 0
 
-    def receive(self, timeout_s):
+    def receive(self, timeout_s, for_result=False):
         late, self._late = getattr(self, "_late", []), []
-        self.num_late += sum(isinstance(each.message, control.Sampled) for each in late)
+        self.num_late += sum(isinstance(each.message, Sampled) for each in late)
         came = super().receive(0.0 if late else timeout_s)
         if self.draw is None or not (self.num_left and came) or self.draw.random() > 0.5:
             return late + came
@@ -77,9 +77,9 @@ class DoomedFleet(LocalFleet):
 
     is_doomed = False
 
-    def receive(self, timeout_s):
+    def receive(self, timeout_s, for_result=False):
         came = super().receive(timeout_s)
-        if self.is_doomed and any(isinstance(each.message, control.Sampled) for each in came):
+        if self.is_doomed and any(isinstance(each.message, Sampled) for each in came):
             now = time.monotonic()
             for rank in (1, 2):
                 came.append(Received(Lost(f"stage {rank} died"), rank, now, self.epoch))

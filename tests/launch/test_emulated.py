@@ -49,21 +49,18 @@ from pipeserve.stage.compute import Turn
 from pipeserve.stage.last_spans import LastSpans
 from pipeserve.wire import connecting
 from pipeserve.wire.control import (
-    Launch,
     StageHello,
     StageReady,
     StageSized,
-    StartStage,
-    Step,
-    StepChunk,
     TakeMemory,
     decode_from_stage,
     decode_stage_hello,
     encode,
-    encode_job,
 )
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
+from pipeserve.wire.stage_job import Launch, StartStage, encode_job
+from pipeserve.wire.step_messages import Step, StepChunk
 
 pytestmark = pytest.mark.processes
 

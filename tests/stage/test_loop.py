@@ -11,11 +11,11 @@ from pipeserve.stage.compute import Done
 from pipeserve.stage.loop import StageLoop
 from pipeserve.wire import control
 from pipeserve.wire.connecting import connect
-from pipeserve.wire.control import Registration, StartStage, Step, StepChunk
 from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
-from pipeserve.wire.step_messages import pack_tokens
+from pipeserve.wire.stage_job import StartStage
+from pipeserve.wire.step_messages import Registration, Sampled, Step, StepChunk, Timing, pack_tokens
 
 EPOCH = 3
 SECONDS = 10.0
@@ -91,7 +91,7 @@ class Device:
             counts = one_each(step.chunks)
             tokens = [step.index] * sum(counts)
             feed_back(step.index, tokens, counts)
-            sampled = control.Sampled(step.index, tokens, counts, [], [])
+            sampled = Sampled(step.index, tokens, counts, [], [])
         return Done(computing.start_s, end_s, end_s, self.now_s, SECONDS, 0.0, 0, sampled=sampled)
 
 
@@ -161,7 +161,7 @@ class Stage:
 
     @property
     def spans(self):
-        return [message.span for message in self.told if isinstance(message, control.Timing)]
+        return [message.span for message in self.told if isinstance(message, Timing)]
 
     def close(self):
         self.loop.close()
@@ -326,7 +326,7 @@ def test_a_request_may_be_released_while_its_microbatch_is_computed(opened):
     assert events(stage, "begin", "end") == ["begin 0", "begin 1", "end 0"]
     stage.device.now_s = 2 * SECONDS
     stage.rounds(2)
-    sampled = [message for message in stage.told if isinstance(message, control.Sampled)]
+    sampled = [message for message in stage.told if isinstance(message, Sampled)]
     assert [(each.index, each.tokens) for each in sampled] == [(0, [0]), (1, [1])]
     assert len(stage.loop.sequences) == 1
 

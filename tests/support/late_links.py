@@ -16,9 +16,10 @@ import msgspec
 from pipeserve.driver.fleet import Fleet
 from pipeserve.wire.connecting import connect
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.control import StageReady, StartStage
+from pipeserve.wire.control import StageReady
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Source, Sources
+from pipeserve.wire.stage_job import StartStage
 
 _NEVER = float("inf")
 

@@ -27,8 +27,9 @@ from pipeserve.stage.worker import ModelCompute
 from pipeserve.wire import control
 from pipeserve.wire.connecting import connect
 from pipeserve.wire.sources import Sources
+from pipeserve.wire.stage_job import StartStage
 
-MakeCompute = Callable[[control.StartStage, Tell], Compute]
+MakeCompute = Callable[[StartStage, Tell], Compute]
 
 
 class Dies(Exception):
@@ -71,13 +72,13 @@ class LocalKeeper:
 
     def _obey(self, epoch: int, message: control.ToKeeper) -> None:
         match message:
-            case control.StartStage():
+            case StartStage():
                 self._start(message, epoch)
             case control.Heartbeat(sent_s):
                 now = time.monotonic()
                 self._tell(control.HeartbeatAnswer(sent_s, now, *VitalSigns()))
 
-    def _start(self, job: control.StartStage, epoch: int) -> None:
+    def _start(self, job: StartStage, epoch: int) -> None:
         """In place of the stage that there may be."""
         self._end_stage()
         self._epoch = epoch
@@ -156,11 +157,11 @@ class LocalFleet(Fleet):
     def workers(self) -> list[StageLoop]:
         return [keeper.stage for keeper in self._here.all if keeper.stage is not None]
 
-    def compute_of(self, job: control.StartStage, tell: Tell) -> Compute:
+    def compute_of(self, job: StartStage, tell: Tell) -> Compute:
         return ModelCompute(job, tell)
 
     @torch.inference_mode()
-    def receive(self, timeout_s: float) -> list[Received]:
+    def receive(self, timeout_s: float, for_result: bool = False) -> list[Received]:
         deadline = time.monotonic() + timeout_s
         while True:
             for keeper in self._here.all:

@@ -235,6 +235,34 @@ def test_who_is_gone_with_something_still_to_send_keeps_nobody_awake(ends):
     assert ours.ready(0) == []
 
 
+def test_of_one_that_can_wait_its_end_alone_is_urgent(ends):
+    here, ours, there, _ = ends
+    here.can_wait()
+    later = threading.Timer(0.1, there.send, [b"no hurry"])
+    later.start()
+    assert ours.ready(400, for_urgent=True) == []
+    later.join()
+    assert ours.ready(0, for_urgent=True) == [here], "what is there is taken all the same"
+    assert here.receive() == [b"no hurry"]
+    later = threading.Timer(0.1, there.close)
+    later.start()
+    assert ours.ready(20_000, for_urgent=True) == [here]
+    assert here.receive() == [] and here.has_ended
+    later.join()
+
+
+def test_what_is_left_to_send_to_one_that_can_wait_is_urgent(ends):
+    here, ours, there, theirs = ends
+    here.can_wait()
+    here.send(bytes(24 << 20))
+    later = threading.Timer(0.1, receive, [theirs, there, 1])
+    later.start()
+    assert ours.ready(20_000, for_urgent=True) == [here]
+    while later.is_alive():
+        for source in ours.ready(10):
+            source.receive()
+
+
 def test_a_name_of_another_machine_is_no_obstacle():
     ours, theirs = Sources(SECRET), Sources(SECRET)
     address = by_tcp(listening(ours))

@@ -11,7 +11,15 @@ from pipeserve.core.nouns import Admission, Chunk, Microbatch, Request, RequestI
 from pipeserve.sampling_params import DRAW_OPTIONS, DrawParams, SamplingParams
 from pipeserve.stage.sequences import Sequences
 from pipeserve.wire import control
-from pipeserve.wire.step_messages import pack_params, step_message, step_result, unpack_tokens
+from pipeserve.wire.stage_job import encode_job
+from pipeserve.wire.step_messages import (
+    Sampled,
+    StepChunk,
+    pack_params,
+    step_message,
+    step_result,
+    unpack_tokens,
+)
 
 
 def _request(request_id, prompt, **params):
@@ -38,8 +46,8 @@ def test_a_step_survives_the_wire():
         requests=[request],
     )
     assert (step.index, step.released) == (9, (1, 2))
-    assert step.chunks[0] == control.StepChunk(3, 0, 5, (8, 1), None, 5, 4)
-    assert step.chunks[1] == control.StepChunk(4, 17, 18, (), 8, 1, 0)
+    assert step.chunks[0] == StepChunk(3, 0, 5, (8, 1), None, 5, 4)
+    assert step.chunks[1] == StepChunk(4, 17, 18, (), 8, 1, 0)
     (registered,) = step.admitted
     assert list(unpack_tokens(registered.token_ids)) == [0, 1, 2, 3, 4]
     assert registered.num_prompt_tokens == 5
@@ -82,7 +90,7 @@ def test_options_cost_a_few_bytes():
     """Each request is registered once, with nothing of what is at its default."""
 
     def bytes_of(**params):
-        return len(control.encode_job(pack_params(SamplingParams(**params))))
+        return len(encode_job(pack_params(SamplingParams(**params))))
 
     assert bytes_of() == 1
     assert bytes_of(seed=2**63 - 1, max_tokens=9, stop=("x",), ignore_eos=True) == 11
@@ -100,7 +108,7 @@ def test_a_decode_costs_a_few_bytes_however_long_its_context():
 def test_logprobs_survive_the_wire():
     prompt = [(-0.25, []), (-0.75, [(1, -0.1)])]
     own = [(-0.5, [(5, -0.5), (9, -1.5)]), None]
-    sampled = control.Sampled(4, [5, 6], b"\2\0", own, prompt, {1: "why"})
+    sampled = Sampled(4, [5, 6], b"\2\0", own, prompt, {1: "why"})
     result = step_result(control.decode_from_stage(control.encode(sampled, 1))[1])
     assert (result.tokens, result.counts) == ((5, 6), b"\2\0")
     assert result.logprobs == (TokenLogprobs(-0.5, {5: -0.5, 9: -1.5}), None)

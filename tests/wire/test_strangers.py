@@ -18,10 +18,11 @@ from pipeserve.errors import ConfigError
 from pipeserve.wire import connecting, connection, handshake, sources
 from pipeserve.wire.connecting import connect, connected
 from pipeserve.wire.connection import Connection
-from pipeserve.wire.control import KeeperHello, Sampled, encode
+from pipeserve.wire.control import KeeperHello, encode
 from pipeserve.wire.handshake import Connecting
 from pipeserve.wire.listener import Listener, is_loopback, is_wildcard
 from pipeserve.wire.sources import Sources
+from pipeserve.wire.step_messages import Sampled
 from pipeserve.wire.strangers import TurnedAway
 
 SECRET = b"of this run"

@@ -104,13 +104,10 @@ class Peers:
         out."""
         if self._group is None:
             return tuple(timed)
-        from pipeserve.stages.tensor_parallel.sums import time_sum
-
         num_in_layer = 1 if stage.config.parallel_attention else 2
         found = []
         for parts, work in zip(timed, works, strict=True):
-            shape = work.num_tokens, stage.config.hidden_size
-            sum_s = time_sum(shape, stage.backend.device, self._group)
+            sum_s = self._time_sum((work.num_tokens, stage.config.hidden_size), stage)
             in_layer_s = sum_s * num_in_layer
             found.append(
                 parts._replace(
@@ -120,6 +117,16 @@ class Peers:
                 )
             )
         return tuple(found)
+
+    def _time_sum(self, shape: tuple[int, int], stage: Stage) -> float:
+        from pipeserve.stages.tensor_parallel.sums import time_sum
+
+        try:
+            return time_sum(shape, stage.backend.device, self._group)
+        except RuntimeError as error:
+            if self.are_lost(error):
+                time.sleep(_OTHERS_FIRST_S)
+            raise
 
     def part_of(self, hidden_TD: "Tensor") -> "Tensor":
         """What this one sends of it, where each sends a part."""

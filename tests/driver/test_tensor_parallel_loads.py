@@ -23,6 +23,8 @@ from pipeserve.driver.driver import Driver
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.processes]
 
 VOCAB, NUM_REQUESTS = 257, 24
+FEW = 20
+"""Blocks: as many as the longest request needs, and two."""
 WAYS = (
     {"temperature": 0},
     {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 2},
@@ -48,14 +50,20 @@ class Requests:
         for number in range(NUM_REQUESTS):
             own = [draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 2, 7, 20)))]
             params = SamplingParams(
-                max_tokens=draw.choice((1, 5, 12)),
+                max_tokens=draw.choice((1, 5, 20)),
                 seed=number,
                 ignore_eos=True,
                 **draw.choice(WAYS),
             )
-            prompt = tuple(draw.choice(beginnings) + own)
-            stop_ids, bad_words = frozenset(params.stop_token_ids), ((7, 9), (11,))
-            self.all.append(Request(number, prompt, params, stop_ids, bad_words[: number % 3]))
+            self.all.append(
+                Request(
+                    id=number,
+                    prompt=tuple(draw.choice(beginnings) + own),
+                    params=params,
+                    stop_ids=frozenset(params.stop_token_ids),
+                    bad_word_ids=((7, 9), (11,))[: number % 3],
+                )
+            )
             if draw.random() < 0.2:
                 self.aborted_after[number] = draw.randrange(3)
 
@@ -88,6 +96,7 @@ def setup_of(folder, tp, pp, **more):
         "max_num_batched_tokens": 19,
         "block_size": 4,
         "max_num_seqs": 8,
+        "policy": "sarathi_serve",
         "restart": False,
         **more,
     }
@@ -107,10 +116,10 @@ def test_tokens_are_those_of_one_rank(tmp_path, tp, pp, seed):
     load = Requests(seed)
     with Driver(setup_of(folder, 1, 1, num_gpu_blocks_override=400), fleet=LocalFleet) as driver:
         expected = load.run(driver, may_abort=False)
-    few = setup_of(folder, tp, pp, num_gpu_blocks_override=24)
+    few = setup_of(folder, tp, pp, num_gpu_blocks_override=FEW)
     with Driver(few, fleet=ForkedFleet) as driver:
         taken = load.run(driver, may_abort=True)
-        assert driver.engine.num_free_blocks == 24
+        assert driver.engine.num_free_blocks == FEW
         stats = driver.engine.stats
         assert stats.preemptions and stats.cached_prefix_tokens
     for number in range(NUM_REQUESTS):

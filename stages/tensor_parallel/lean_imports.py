@@ -1,20 +1,19 @@
-"""Packages that are imported without running their `__init__`, for the sake of a few files in them.
-
-What such a package brings in may be a hundred times what these files need. So it stays unopened:
-files in it are found and imported as ever, and whoever asks it for a name that only its `__init__`
-has, has that run then.
-"""
+"""Imports of a few files without all that would come with them."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
 
-def leave_unopened(*names: str) -> None:
-    """From now on; outer packages first. One that is imported already stays as it is."""
-    for name in names:
+def leave_unopened(*packages: str) -> None:
+    """From now on these do not run their `__init__`; outer ones first. Files in them are imported
+    as ever, and whoever asks one for a name that only its `__init__` has, has that run then. One
+    that is imported already stays as it is."""
+    for name in packages:
         if name not in sys.modules:
             spec = find_spec(name)
             if spec is None:
@@ -38,3 +37,16 @@ class _Unopened(ModuleType):
         self.__class__ = ModuleType
         self.__spec__.loader.exec_module(self)
         return getattr(self, name)
+
+
+@contextmanager
+def missing(*modules: str) -> Iterator[None]:
+    """Meanwhile these cannot be imported, as where they are not installed: for what can do without.
+    Those that are imported already stay."""
+    absent = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]

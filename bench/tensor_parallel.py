@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 TEST = "tests/driver/test_tensor_parallel.py"
 PROMPT = "The capital of France is"
+RANKS = 3
 
 
 def tokens() -> int:
@@ -67,9 +68,10 @@ def smollm2() -> int:
 
 
 def losses() -> int:
-    """Seconds from each loss until it was named, and until the next token."""
+    """Seconds from each loss until it was named, and until the next token; and what of the cores'
+    time the new processes had taken by then, which other work on the machine changes less."""
     import_s = _import_s()
-    with pipeserve.LLM("smollm2-135m", dtype="float32", tensor_parallel_size=3) as llm:
+    with pipeserve.LLM("smollm2-135m", dtype="float32", tensor_parallel_size=RANKS) as llm:
         driver = llm.client
         params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, seed=0)
         prompt = tuple(range(100, 140))
@@ -83,18 +85,23 @@ def losses() -> int:
             named_s, why = time.monotonic() - begin_s, driver.losses.trouble
             _wait_for_tokens(driver, 1)
             again_s = time.monotonic() - begin_s
+            cpu_s = [_cpu_s(_stage_pid(driver, each)) for each in range(RANKS)]
             print(
                 f"rank {rank}, {number.name}: named after {named_s:.2f} s, tokens again after "
-                f"{again_s:.2f} s (importing megatron-core takes {import_s:.1f} s); {why}"
+                f"{again_s:.2f} s, {', '.join(f'{each:.1f}' for each in cpu_s)} s of CPU of each "
+                f"rank (importing megatron-core takes {import_s:.1f} s); {why}"
             )
     return 0
 
 
 def _import_s() -> float:
-    """Of one process alone, beside torch."""
-    code = "import time, torch; t = time.time(); import megatron.core; print(time.time() - t)"
+    """As a rank does it, of one process alone, beside what every stage imports."""
+    code = (
+        "import time, pipeserve.stage.worker as _; t = time.process_time(); "
+        "import pipeserve.stages.tensor_parallel.layers; print(time.process_time() - t)"
+    )
     found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
     )
     return float(found.stdout.split()[-1])
 
@@ -107,6 +114,12 @@ def _wait_for_tokens(driver: "Driver", number: int) -> None:
 def _stage_pid(driver: "Driver", rank: int) -> int:
     keeper = driver.fleet.keepers[rank].pid
     return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text())
+
+
+def _cpu_s(pid: int) -> float:
+    """Of all its threads, since it began."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@ them.
 
     python bench/timeline_pictures.py [CAUSE ...]
 
-Each is the clearest of several runs on three stages: the part of it in which the cause takes most,
-drawn by report.html in a headless Chromium, with a legend of what can be seen there. Needs
-Chromium; better looking on a machine with a core for each stage.
+Each is the clearest of several runs on three stages, or on two of two ranks each: the part of it in
+which the cause takes most, drawn by report.html in a headless Chromium, with a legend of what can
+be seen there. Needs Chromium; better looking on a machine with a core for each rank.
 """
 
 import argparse
@@ -74,6 +74,16 @@ def groups(*sizes: int, num_tokens: int, apart_s: float = 0.05) -> list[Arrival]
     ]
 
 
+SUMMING = {
+    "hidden_size": 2048,
+    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 16,
+    "num_hidden_layers": 6,
+    "max_position_embeddings": 4096,
+}
+"""A model whose ranks have much to add up, and little to compute."""
 LONG = [Arrival(0.0, 900, 60)] * 4
 SHORT = [Arrival(0.0, 16, 60)] * 8
 PICTURES = (
@@ -126,6 +136,8 @@ PICTURES = (
     ),
     Picture("stage_imbalance", "uneven", PROMPTS, 0.3),
     Picture("head_and_sampling", "large", ROWS, 0.1),
+    Picture("all_reduce", "summing", PROMPTS, 0.3),
+    Picture("rank_wait", "shared", replace(PROMPTS, halted=(3, 0.12, 0.4)), 0.6),
     Picture("token_feedback", "small", replace(FEW, feedback_s=0.03), 0.16),
     Picture(
         "planning",
@@ -147,9 +159,18 @@ def stages_of(folder: Path) -> dict[str, Callable[[], Stages]]:
     wide = tiny_llama(folder / "wide", **{**WIDE, "num_hidden_layers": 9})
     few = {**SMALL, "num_hidden_layers": 6}
     large = tiny_llama(folder / "large", **few, vocab_size=LARGE_VOCABULARY)
+    summing = tiny_llama(folder / "summing", **SUMMING)
 
-    def start(model: str, layers: tuple[int, ...], limits: dict) -> Callable[[], Stages]:
-        return lambda: Stages(model, 3, **limits, pipeline_layers=layers)
+    def start(
+        model: str, layers: tuple[int, ...], limits: dict, ranks_per_stage: int = 1
+    ) -> Callable[[], Stages]:
+        return lambda: Stages(
+            model,
+            len(layers),
+            **limits,
+            pipeline_layers=layers,
+            tensor_parallel_size=ranks_per_stage,
+        )
 
     return {
         "small": start(small, (4, 4, 4), SMALL_LIMITS),
@@ -157,6 +178,8 @@ def stages_of(folder: Path) -> dict[str, Callable[[], Stages]]:
         "uneven": start(wide, (2, 5, 2), WIDE_LIMITS),
         "large": start(large, (2, 2, 2), SMALL_LIMITS),
         "killed": start(wide, (3, 3, 3), WIDE_LIMITS),
+        "summing": start(summing, (1, 5), WIDE_LIMITS, 2),
+        "shared": start(wide, (4, 5), WIDE_LIMITS, 2),
     }
 
 

@@ -11,10 +11,12 @@ The shipped ones stand in `configs/devices/`; `bench/fit_device.py` made them. O
       model: smollm2-135m          # what was measured; anything else is refused
       dtype: bfloat16
       threads: 1
+      tensor_parallel_size: 1      # ranks that share a stage
       layer: [[1, 0.0004], [128, 0.003], ...]      # [tokens, seconds] of one layer, no attention
       head: [[1, 0.002], [64, 0.009], ...]         # [rows, seconds] of norm, head and sampling
       embedding: [[1, 0.00001], ...]               # [tokens, seconds]
     attention: {prefill_overhead_s: ..., ...}      # core.kernels.Attention, of one layer
+    all_reduce: [{group: 2, nodes: 1, points: ...}]  # [bytes, seconds]; where ranks share a stage
     intra_node: {alpha_s: ..., bytes_per_s: ...}   # one hop
     inter_node: {alpha_s: ..., bytes_per_s: ...}
     host_s: 0.0003                 # of a microbatch on a stage, beside its own work

@@ -115,17 +115,26 @@ def _latency(
 
 
 def times_table(
-    works: Sequence[Work], work_s: Sequence[Sequence[float]], busy: Sequence[float]
+    works: Sequence[Work],
+    work_s: Sequence[Sequence[float]],
+    shared_s: Sequence[Sequence[tuple[float, float]]],
+    busy: Sequence[float],
 ) -> Table:
-    """What stages would take for a microbatch, and how long they would be idle."""
+    """What stages would take for a microbatch, and how long they would be idle. `shared_s`: in that
+    time, what the ranks of each stage add up, and wait for each other, where several share it."""
     table = Table(title="predicted, a microbatch")
     table.add_column("stage", justify="right")
-    for work in works:
+    for work, shared in zip(works, shared_s, strict=True):
         table.add_column(name_of(work), justify="right")
+        if shared:
+            table.add_column("of it sums", justify="right")
+            table.add_column("ranks wait", justify="right")
     table.add_column("idle", justify="right")
     for stage, share in enumerate(busy):
-        took = [f"{seconds[stage] * 1e3:,.1f} ms" for seconds in work_s]
-        table.add_row(str(stage), *took, f"{1 - share:.0%}")
+        took: list[float] = []
+        for seconds, shared in zip(work_s, shared_s, strict=True):
+            took += [seconds[stage], *(shared[stage] if shared else ())]
+        table.add_row(str(stage), *(f"{each * 1e3:,.1f} ms" for each in took), f"{1 - share:.0%}")
     return table
 
 

@@ -16,6 +16,7 @@ from pipeserve.configs import RunConfig
 from pipeserve.core.cost.device import DeviceProfile, Link, Residuals
 from pipeserve.core.nouns import RequestId
 from pipeserve.launch.verbs.bench import run_items
+from pipeserve.profiling.calibration.all_reduces import fit_all_reduce, without_sums
 from pipeserve.profiling.calibration.fit_tables import Fit, fit_tables
 from pipeserve.profiling.calibration.samples import Samples
 from pipeserve.profiling.recording.recording import Ring
@@ -74,7 +75,18 @@ def calibrate(
         for phase in phases:
             run_items(driver, phase, f"pass {number}", ids)
     driver.settle()
-    fit = fit_tables(samples.taken, driver.plan, driver.shape, dtype=driver.dtype, threads=1)
+    size, spans = driver.config.tensor_parallel_size, ring.spans()
+    fit = fit_tables(
+        without_sums(samples.taken, spans),
+        driver.plan,
+        driver.shape,
+        dtype=driver.dtype,
+        threads=1,
+        tensor_parallel_size=size,
+    )
+    all_reduce = ()
+    if size > 1:
+        all_reduce = (fit_all_reduce(spans, driver.plan, driver.shape, size),)
     control_s, link = _measure_messages(driver, ring, rng, ids)
     profile = DeviceProfile(
         name=device,
@@ -88,6 +100,7 @@ def calibrate(
         devices_per_node=driver.topology.num_ranks,
         attention=fit.attention,
         tables=fit.tables,
+        all_reduce=all_reduce,
         intra_node=link,
         inter_node=link,
         host_s=fit.host_s,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeserve.core.cost.partition import decodes
 from pipeserve.core.engine import Engine
-from pipeserve.core.nouns import RequestId
+from pipeserve.core.nouns import PipelinePlan, RequestId
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Ping, Span
 from pipeserve.core.work import PartSeconds, Work
@@ -67,6 +67,15 @@ class Forecast(NamedTuple):
     """Of each stage, the share of the time."""
 
 
+class Shared(NamedTuple):
+    """Of a microbatch on a stage that several ranks share."""
+
+    sums_s: float
+    """They add up what each has computed."""
+    wait_s: float
+    """The one that is first with its own waits for the one that is last."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Checkup:
     """What was found."""
@@ -77,6 +86,8 @@ class Checkup:
     """Of each rank."""
     work_s: list[list[float]]
     """For each of the works, what every stage would take."""
+    shared_s: list[list[Shared]]
+    """Likewise, in that time; nothing where each stage has a rank."""
     seams: list[Seam]
     feedback_s: float
     """Of sampled tokens, from the last stage to the first."""
@@ -111,6 +122,7 @@ def check_up(driver: "Driver", ring: Ring, lacks: list[str]) -> Checkup:
         works=works,
         examined=examined,
         work_s=[times.seconds(work) for work in works],
+        shared_s=[_shared(driver.plan, examined, number) for number in range(len(works))],
         seams=seams,
         feedback_s=feedback_s,
         control_s=control_s,
@@ -123,6 +135,18 @@ def check_up(driver: "Driver", ring: Ring, lacks: list[str]) -> Checkup:
 def _slowest(examined: Sequence[Examined], ranks: Sequence[int]) -> Sequence[PartSeconds]:
     """Of the ranks of a stage, what the one took for which the others wait."""
     return max([examined[rank].parts for rank in ranks], key=lambda parts: sum(parts[-1].layers))
+
+
+def _shared(plan: PipelinePlan, examined: Sequence[Examined], number: int) -> list[Shared]:
+    """Of every stage, for the work of that number."""
+    found = []
+    for stage in plan.stages:
+        if len(stage.ranks) > 1:
+            parts = [examined[rank].parts[number] for rank in stage.ranks]
+            layers_s = [sum(each.layers[stage.first_layer : stage.stop_layer]) for each in parts]
+            sums_s = stage.num_layers * parts[0].all_reduce
+            found.append(Shared(sums_s, max(layers_s) - min(layers_s)))
+    return found
 
 
 # ---- what lies between stages -------------------------------------------------------------------

@@ -57,7 +57,7 @@ def _print_found(console: Console, driver: Driver, found: Checkup) -> None:
             seams_table(driver, found.seams, found.clocks, found.feedback_s, usual.num_tokens)
         )
     _print_lines(console, clock_lines(found.clocks))
-    console.print(times_table(found.works, found.work_s, forecast.busy))
+    console.print(times_table(found.works, found.work_s, found.shared_s, forecast.busy))
     idle = 1 - sum(forecast.busy) / len(forecast.busy)
     line = (
         f"predicted: {forecast.output_tokens_per_s:,.0f} output tokens/s, stages idle {idle:.0%} "

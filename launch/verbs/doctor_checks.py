@@ -79,11 +79,6 @@ def notes(seats: Sequence[Seat], config: RunConfig, plan: PipelinePlan) -> Itera
                 f"a quota lets {limit:g} CPUs run on {host}, where {_counted(ranks, config)} are; "
                 "raise it (docker --cpus, systemd CPUQuota) or use fewer stages"
             )
-    if config.tensor_parallel_size > 1:
-        yield (
-            "what ranks of a stage take to add up their parts is not measured here: stages take "
-            "longer than predicted; of a run, pipeserve report says how much"
-        )
     for stage in plan.stages:
         hosts = dict.fromkeys(seats[rank].host for rank in stage.ranks)
         if len(hosts) > 1:

@@ -28,6 +28,8 @@ class PartSeconds(NamedTuple):
     """With sampling. Both are 0 on a rank that does not have it."""
     host: float = 0.0
     """What a microbatch costs a stage besides."""
+    all_reduce: float = 0.0
+    """Of the seconds of a layer, those in which the ranks of its stage add up what they have."""
 
 
 def work_of(microbatch: Microbatch) -> Work:

@@ -223,7 +223,14 @@ def _profile(config: RunConfig, dtype: str) -> DeviceProfile | None:
     if config.device_profile is None:
         return None
     profile = load_profile(config.device_profile)
-    check_profile(profile, model=config.model, device=device_name(), dtype=dtype, threads=1)
+    check_profile(
+        profile,
+        model=config.model,
+        device=device_name(),
+        dtype=dtype,
+        threads=1,
+        tensor_parallel_size=config.tensor_parallel_size,
+    )
     return profile
 
 

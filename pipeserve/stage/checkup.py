@@ -22,10 +22,6 @@ MODULE = "pipeserve.stage.checkup"
 class CheckupCompute(ModelCompute):
     """Computes nothing; else a `ModelCompute`."""
 
-    def meet(self, address: str) -> bool:
-        """Nobody: it exchanges nothing with who shares its stage."""
-        return True
-
     def take_memory(self, num_blocks: int) -> None:
         """Says what it would take."""
         self.weight_bytes = self.size.weight_bytes

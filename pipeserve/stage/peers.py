@@ -8,10 +8,11 @@ import math
 import os
 import socket
 import time
-import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeserve.addresses import join_address, split_address
+from pipeserve.core.work import PartSeconds, Work
 from pipeserve.stages.stage import Stage
 from pipeserve.stages.tensor_parallel.shard import Shard
 from pipeserve.wire.interfaces import interface_of
@@ -52,9 +53,7 @@ class Peers:
     def meet(self, address: str, stage: Stage) -> None:
         """At that address, all of them. Raises ConnectionError where one does not come, and
         ConfigError where one computes in another way, whose parts would not fit this one's."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it could use and is not there
-            from pipeserve.stages.tensor_parallel import group, layers
+        from pipeserve.stages.tensor_parallel import group, layers
 
         self._choose_interface()
         listener, self._listener = self._listener, None
@@ -96,6 +95,38 @@ class Peers:
         """Seconds of the sums of a microbatch of so many, through whose layers this rank came last;
         and those that it waited for others there. 0 where that is not known."""
         return (0.0, 0.0) if self._sums is None else self._sums.of_microbatch(num_tokens)
+
+    def with_sums(
+        self, timed: Sequence[PartSeconds], works: Sequence[Work], stage: Stage
+    ) -> tuple[PartSeconds, ...]:
+        """What each part of a model takes this rank for these microbatches, and the sums over all
+        ranks with it, where it has met them, who ask the same now. Waiting for each other is left
+        out."""
+        if self._group is None:
+            return tuple(timed)
+        num_in_layer = 1 if stage.config.parallel_attention else 2
+        found = []
+        for parts, work in zip(timed, works, strict=True):
+            sum_s = self._time_sum((work.num_tokens, stage.config.hidden_size), stage)
+            in_layer_s = sum_s * num_in_layer
+            found.append(
+                parts._replace(
+                    layers=tuple(layer_s + in_layer_s for layer_s in parts.layers),
+                    embedding=parts.embedding and parts.embedding + sum_s,
+                    all_reduce=in_layer_s,
+                )
+            )
+        return tuple(found)
+
+    def _time_sum(self, shape: tuple[int, int], stage: Stage) -> float:
+        from pipeserve.stages.tensor_parallel.sums import time_sum
+
+        try:
+            return time_sum(shape, stage.backend.device, self._group)
+        except RuntimeError as error:
+            if self.are_lost(error):
+                time.sleep(_OTHERS_FIRST_S)
+            raise
 
     def part_of(self, hidden_TD: "Tensor") -> "Tensor":
         """What this one sends of it, where each sends a part."""

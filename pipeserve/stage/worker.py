@@ -104,7 +104,8 @@ class ModelCompute:
             shard=self._peers.shard,
         )
         facts = facts_of(str(torch.__version__), self.model.backend.name, self.num_threads)
-        return control.Examined(facts, timed.parts, timed.cpu_share)
+        parts = self._peers.with_sums(timed.parts, works, self.model)
+        return control.Examined(facts, parts, timed.cpu_share)
 
     def take_memory(self, num_blocks: int) -> None:
         """As `Compute`. Tells how far the weights are."""

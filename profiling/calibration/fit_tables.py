@@ -47,10 +47,18 @@ class Fit:
 
 
 def fit_tables(
-    samples: Sequence[Sample], plan: PipelinePlan, shape: ModelShape, *, dtype: str, threads: int
+    samples: Sequence[Sample],
+    plan: PipelinePlan,
+    shape: ModelShape,
+    *,
+    dtype: str,
+    threads: int,
+    tensor_parallel_size: int = 1,
 ) -> Fit:
-    """Fits on half of the samples, drawn at random, and judges by the rest. Raises ConfigError for
-    too few of them."""
+    """Fits on half of the samples, drawn at random, and judges by the rest. Where several ranks
+    share a stage, samples are of one of them, without the sums (`all_reduces.py`). Raises
+    ConfigError for too few samples."""
+    shape = shape.shard(tensor_parallel_size)
     columns = _Columns(samples, shape)
     if len(samples) < 4 * len(columns.names):
         raise ConfigError(
@@ -64,7 +72,7 @@ def fit_tables(
     log_errors = np.log(seconds[held_out] / (design[held_out] @ found))
     centre = np.median(log_errors)
     return Fit(
-        tables=columns.tables(found, shape.name, dtype, threads),
+        tables=columns.tables(found, shape.name, dtype, threads, tensor_parallel_size),
         attention=columns.attention(found),
         host_s=float(columns.value(found, "host")),
         median_error=float(np.median(np.abs(np.expm1(-log_errors)))),
@@ -122,7 +130,9 @@ class _Columns:
     def value(self, found: np.ndarray, name: str) -> float:
         return float(found[self.names.index(name)])
 
-    def tables(self, found: np.ndarray, model: str, dtype: str, threads: int) -> Tables:
+    def tables(
+        self, found: np.ndarray, model: str, dtype: str, threads: int, tensor_parallel_size: int
+    ) -> Tables:
         def points(name: str, sizes: Sequence[int]) -> Points:
             return tuple((size, self.value(found, f"{name} {size}")) for size in sizes)
 
@@ -132,6 +142,7 @@ class _Columns:
             model=model,
             dtype=dtype,
             threads=threads,
+            tensor_parallel_size=tensor_parallel_size,
             layer=points("layer", self.tokens),
             head=points("head", self.rows),
             embedding=((1, per_token), (most, most * per_token)),

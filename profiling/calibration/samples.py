@@ -17,6 +17,8 @@ class Sample:
     stage: int
     work: Work
     seconds: float
+    index: int = 0
+    """Of the microbatch, by which its span is found."""
 
 
 class Samples:
@@ -33,4 +35,4 @@ class Samples:
 
     def observe(self, index: int, stage: int, seconds: float) -> None:
         if index in self._work:
-            self.taken.append(Sample(stage, self._work[index], seconds))
+            self.taken.append(Sample(stage, self._work[index], seconds, index))

@@ -98,7 +98,7 @@ class ProfiledTimes(StageTimes):
 
     def compute_s(self, microbatch: Microbatch) -> list[float]:
         """Of one execution on each stage; the same microbatch has the same times."""
-        (layer,), embedding, head, host = self._parts(self._work_of(microbatch))
+        (layer,), embedding, head, host, _ = self._parts(self._work_of(microbatch))
         by_kind = [
             layers * layer + has_head * head + has_embedding * embedding + host
             for layers, has_head, has_embedding in self._kinds
@@ -135,7 +135,8 @@ class ProfiledTimes(StageTimes):
     def _parts(self, work: Work) -> PartSeconds:
         layer, embedding = self._flat_of(work.num_tokens)
         layer += self._attention_s(work)
-        return PartSeconds((layer,), embedding, self._head_s(work.num_logits), self._profile.host_s)
+        head, all_reduce = self._head_s(work.num_logits), self._all_reduce_of(work.num_tokens)
+        return PartSeconds((layer,), embedding, head, self._profile.host_s, all_reduce)
 
     def hop_s(self, microbatch: Microbatch) -> tuple[float, ...]:
         """Of the activations over each of the P - 1 seams."""

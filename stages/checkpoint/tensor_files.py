@@ -18,6 +18,7 @@ from pipeserve.stages.layers.leaf import Rows
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CUT = {
     "model-rank-*-part-*.safetensors": "vLLM",
+    "rank[0-9]*.safetensors": "TensorRT-LLM",
     "*-TP-[0-9]*.safetensors": "its maker",
     "mp_rank_*": "Megatron-LM or DeepSpeed",
     "iter_*/mp_rank_*": "Megatron-LM",

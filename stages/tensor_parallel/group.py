@@ -15,10 +15,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from pipeserve.errors import ConfigError
+from pipeserve.stages.tensor_parallel.megatron import parallel_state
 from pipeserve.stages.tensor_parallel.shard import Shard
 
 _TIMEOUT = timedelta(seconds=60)

@@ -14,13 +14,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -30,6 +23,13 @@ from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.layers.mlp import Experts, GatedMlp, Mlp
 from pipeserve.stages.layers.self_attention import SelfAttention
 from pipeserve.stages.tensor_parallel.head import VocabParallelHead
+from pipeserve.stages.tensor_parallel.megatron import (
+    ColumnParallelLinear,
+    ModelParallelConfig,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    reduce_from_tensor_model_parallel_region,
+)
 from pipeserve.stages.tensor_parallel.shard import Shard
 from pipeserve.stages.tensor_parallel.sums import Sums
 

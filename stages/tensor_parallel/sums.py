@@ -11,6 +11,7 @@ not in it as long.
 Of CPUs alone: a GPU makes its sums later than this process asks for them.
 """
 
+import statistics
 import time
 from math import inf, log2
 
@@ -21,6 +22,7 @@ from torch.distributed import ProcessGroup
 _COMPARED_EVERY = 16
 """Microbatches of a size: an exchange is one more sum, beside dozens that each of them makes."""
 _CLASSES_AN_OCTAVE = 4
+_TIMED, _WARM_UPS = 10, 3
 
 
 class Sums:
@@ -60,6 +62,25 @@ class Sums:
 
     def _compare(self, took_s: list[float]) -> float:
         """The least that any rank took for each sum, all together."""
-        least_S = torch.tensor(took_s, dtype=torch.float64)
-        dist.all_reduce(least_S, dist.ReduceOp.MIN, group=self._group)
-        return float(least_S.sum())
+        return sum(_least(took_s, self._group))
+
+
+def time_sum(shape: tuple[int, ...], device: torch.device, group: ProcessGroup) -> float:
+    """Seconds of one over numbers of that shape, the usual one's of several; of all ranks the
+    same. They make it beside nothing else."""
+    numbers, took_s = torch.zeros(shape, device=device), []
+    for _ in range(_WARM_UPS + _TIMED):
+        begin_s = time.monotonic()
+        dist.all_reduce(numbers, group=group)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took_s.append(time.monotonic() - begin_s)
+    return statistics.median(_least(took_s[_WARM_UPS:], group))
+
+
+def _least(took_s: list[float], group: ProcessGroup) -> list[float]:
+    """That any rank took for each of so many sums."""
+    device = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
+    least_S = torch.tensor(took_s, dtype=torch.float64, device=device)
+    dist.all_reduce(least_S, dist.ReduceOp.MIN, group=group)
+    return least_S.tolist()

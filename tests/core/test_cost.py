@@ -434,7 +434,8 @@ def test_stages_may_report_in_any_order_and_some_never(cost):
 def test_a_profile_for_something_else(asked, message):
     with pytest.raises(ConfigError, match=message):
         check_profile(TABLES, **asked)
-    check_profile(TABLES, device="toy", model="small", dtype="float32", threads=1)
+    made_for = {"device": "toy", "model": "small", "dtype": "float32", "threads": 1}
+    check_profile(TABLES, **made_for, tensor_parallel_size=1)
 
 
 def test_a_table_of_another_model_is_refused_where_it_is_used():

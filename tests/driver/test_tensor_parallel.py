@@ -19,6 +19,7 @@ from pipeserve import LLM, SamplingParams
 from pipeserve.configs import make_config
 from pipeserve.core.records import Span, ignore
 from pipeserve.core.topology import Topology, ranks_of
+from pipeserve.core.work import Work
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.errors import ConfigError
@@ -306,6 +307,23 @@ def test_heads_have_to_come_out_even(model, tp):
     config = make_config({}, {"model": folder, "tensor_parallel_size": tp})
     with pytest.raises(ConfigError, match=r"12 attention heads.*give one of 1, 2, 3, 4, 6, 12$"):
         checkpoint_setup(config)
+
+
+def test_a_stage_that_is_asked_what_it_takes_counts_its_sums(model):
+    """As `pipeserve doctor` asks it; all of its ranks make them together, and say the same of them.
+    A layer has two, the embedding one."""
+    folder, *_ = model("llama")
+    config = {"model": folder, "tensor_parallel_size": 3, "heartbeat_interval": 60.0, **LIMITS}
+    setup = checkpoint_setup(make_config({}, config))
+    works = (Work(4, 4, (), 4, 40), Work(12, 1, ((0, 12),), 0, 0))
+    with Driver(setup, fleet=ForkedFleet) as driver:
+        examined = driver.examine(works, 0.01)
+    for number in range(len(works)):
+        parts = [each.parts[number] for each in examined]
+        assert len({each.all_reduce for each in parts}) == 1
+        for each in parts:
+            assert 0 < each.all_reduce < min(each.layers)
+            assert each.embedding > each.all_reduce / 2 > 0
 
 
 def test_what_the_sums_take_and_what_waits_for_a_rank_are_told(model, monkeypatch):

@@ -1,17 +1,20 @@
 """Calibration: what stages took, fitted back to the tables that it was made from."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 from made_up_profile import LINK, PLAN, SHAPE, TRUE
 
-from pipeserve.core.cost.device import DeviceProfile
+from pipeserve.core.cost.device import AllReduce, DeviceProfile
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.core.policies import get_policy
+from pipeserve.core.records import Span
 from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
+from pipeserve.profiling.calibration.all_reduces import fit_all_reduce, without_sums
 from pipeserve.profiling.calibration.fit_tables import fit_tables
 from pipeserve.profiling.calibration.samples import Sample, Samples
 from pipeserve.profiling.simulation.simulator import Arrival, SimulatedPipeline, Simulation
@@ -99,6 +102,50 @@ def test_nothing_comes_out_negative():
     ]
     numbers += [found.host_s, found.attention.decode_sequence_s, found.attention.prefill_overhead_s]
     assert min(numbers) >= 0
+
+
+def test_sums_of_ranks_that_share_a_stage_come_back_apart_from_the_rest():
+    """A rank of three, and of each microbatch what its stages took, sums and all."""
+    points = tuple((size * 1152, 1e-4 * size**0.8) for size in (1, 16, 300))
+    true = replace(
+        TRUE,
+        devices_per_node=6,
+        tables=replace(TRUE.tables, tensor_parallel_size=3),
+        all_reduce=(AllReduce(group=3, nodes=1, points=points),),
+    )
+    rng, cost = Random(0), PipelineCost(true, SHAPE, PLAN, 3)
+    samples, spans = [], []
+    for index in range(600):
+        work = draw_work(rng)
+        for stage, terms in enumerate(cost.terms(work)):
+            samples.append(Sample(stage, work, sum(terms), index))
+            times = dict.fromkeys(Span._fields, 0)
+            times |= {"stage": stage, "index": index, "num_tokens": work.num_tokens}
+            spans.append(Span(**times | {"all_reduce_s": terms.all_reduce}))
+    found = fit_tables(
+        without_sums(samples, spans),
+        PLAN,
+        SHAPE,
+        dtype="bfloat16",
+        threads=1,
+        tensor_parallel_size=3,
+    )
+    summed = fit_all_reduce(spans, PLAN, SHAPE, 3)
+    profile = replace(
+        true,
+        attention=found.attention,
+        tables=found.tables,
+        host_s=found.host_s,
+        all_reduce=(summed,),
+    )
+    again = PipelineCost(profile, SHAPE, PLAN, 3)
+    for _ in range(100):
+        work = draw_work(rng)
+        for one, other in zip(again.terms(work), cost.terms(work), strict=True):
+            assert one.all_reduce == pytest.approx(other.all_reduce, rel=0.15)
+            assert sum(one) == pytest.approx(sum(other), rel=0.05)
+    with pytest.raises(ConfigError, match="is for tensor_parallel_size 3, not 1"):
+        PipelineCost(profile, SHAPE, PLAN)
 
 
 def test_too_few_observations_are_refused():

@@ -136,7 +136,12 @@ def test_sums_of_parts_are_the_products(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model-rank-0-part-0.safetensors", "pytorch_model-00001-TP-000.safetensors"]
+    "name",
+    [
+        "model-rank-0-part-0.safetensors",
+        "pytorch_model-00001-TP-000.safetensors",
+        "rank0.safetensors",
+    ],
 )
 def test_a_checkpoint_that_was_cut_already(tmp_path, name):
     """sglang#36438: one part of each of a checkpoint that was cut for 8 ranks was read, without a
@@ -153,6 +158,24 @@ def test_tensors_of_half_the_size(tmp_path):
     edit_config(folder, intermediate_size=80)
     with pytest.raises(ConfigError, match="cut for 2 tensor-parallel ranks"):
         load_weights(stage_of(folder), folder, torch.float32)
+
+
+def test_a_rank_imports_of_megatron_what_it_uses():
+    """cosmos-predict2#125: one import of `parallel_state` takes minutes where files come over a
+    network, for all that comes with it. What is asked for later is there all the same."""
+    code = """
+import sys
+import pipeserve.stages.tensor_parallel.layers
+others = ("optimizer", "distributed", "inference", "transformer.attention", "extensions")
+print([name for name in sys.modules if name in {f"megatron.core.{each}" for each in others}])
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+from megatron.core import parallel_state, package_info
+from megatron.core.tensor_parallel import layers
+print(layers.get_tensor_model_parallel_world_size is not None, package_info.__package_name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["[]", "[]", "True megatron_core"]
+    assert not done.stderr  # megatron-core warns of what it could use, and is not there
 
 
 def test_a_stage_that_one_rank_has_alone_imports_no_megatron(tmp_path):

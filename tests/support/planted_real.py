@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -31,6 +32,7 @@ from pipeserve.core.records import Record
 from pipeserve.core.view import Draft, Policy, View
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
+from pipeserve.driver.fleet import Fleet
 from pipeserve.errors import StageError
 from pipeserve.launch.run.record import meta_of_driver
 from pipeserve.profiling.ledger.causes import CAUSES
@@ -67,20 +69,21 @@ class Scene:
     burnt: int | None = None
     """Stage whose core another process keeps busy."""
     halted: tuple[int, float, float] | None = None
-    """Stage, and for how many seconds of how many it gets no core at all."""
+    """Rank, and for how many seconds of how many it gets no core at all."""
     killed: tuple[int, int, float] | None = None
     """Stage, microbatches planned before, and for how many seconds it is stopped before it is
     killed."""
 
 
 class Stages:
-    """The stage processes (two or more) of one model and split. Closed at the end of the `with`."""
+    """The stage processes (two or more) of one model and split. Closed at the end of the `with`.
+    Where several ranks share a stage, nothing can be made late between stages."""
 
     def __init__(self, model: str, num_stages: int, **config: Any) -> None:
         self.num_stages = num_stages
         self._records: list[Record] = []
         self._ids = count()
-        self._links = LateLinks()
+        self._links: LateLinks | None = None
         self.config = make_config(
             {},
             {
@@ -92,11 +95,15 @@ class Stages:
                 **config,
             },
         )
+        fleet: type[Fleet] = Fleet
+        if self.config.tensor_parallel_size == 1:
+            self._links = LateLinks()
+            fleet = through(self._links)
         try:
             setup = checkpoint_setup(self.config)
-            self.driver = Driver(setup, record=self._records.append, fleet=through(self._links))
+            self.driver = Driver(setup, record=self._records.append, fleet=fleet)
         except BaseException:
-            self._links.close()
+            self._close_links()
             raise
         self._limits = self.driver.engine.limits
         self.record(Scene(arrivals=WARM_UP))
@@ -104,18 +111,20 @@ class Stages:
     def record(self, scene: Scene) -> Recording:
         """Runs it to its end, or to the end of the stage that is killed."""
         self._renew_engine(scene)
-        self._links.late_s(scene.link_s, scene.feedback_s, scene.plans_s)
+        if self._links is not None:
+            self._links.late_s(scene.link_s, scene.feedback_s, scene.plans_s)
         with ExitStack() as stack:
             if scene.burnt is not None:
                 stack.enter_context(busy_core(self.driver.stages[scene.burnt].cpus))
             if scene.halted is not None:
-                stage, *seconds = scene.halted
-                stack.enter_context(halting(self.driver.stages[stage].pid, *seconds))
+                rank, *seconds = scene.halted
+                stack.enter_context(halting(_stage_of(self.driver, rank), *seconds))
             self._records.clear()
             if scene.killed is not None:  # that it happened, the recording has to tell
                 stack.enter_context(suppress(StageError))
             self._run(scene)
-        self._links.late_s({}, 0.0, 0.0)
+        if self._links is not None:
+            self._links.late_s({}, 0.0, 0.0)
         meta = {**meta_of_driver(self.driver), "policy": scene.policy}
         return recording_of(self._records, self.num_stages, meta)
 
@@ -164,7 +173,11 @@ class Stages:
 
     def __exit__(self, *_: object) -> None:
         self.driver.close()
-        self._links.close()
+        self._close_links()
+
+    def _close_links(self) -> None:
+        if self._links is not None:
+            self._links.close()
 
 
 class Pausing:
@@ -194,6 +207,12 @@ def _killing(driver: Driver, stage: int, completed: int, stopped_s: float) -> It
     os.kill(pid, signal.SIGKILL)
     while True:
         yield
+
+
+def _stage_of(driver: Driver, rank: int) -> int:
+    """The process that its keeper has started."""
+    keeper = driver.fleet.keepers[rank].pid
+    return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text())
 
 
 @contextmanager

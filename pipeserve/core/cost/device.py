@@ -149,7 +149,7 @@ def check_profile(
     device: str | None = None,
     dtype: str | None = None,
     threads: int | None = None,
-    tensor_parallel_size: int = 1,
+    tensor_parallel_size: int | None = None,
 ) -> None:
     """Raises ConfigError when the profile was made for something else. None: not checked."""
     wanted: dict[str, tuple[object, object]] = {"device": (profile.name, device)}
@@ -159,7 +159,7 @@ def check_profile(
             "model": (tables.model, model),
             "dtype": (tables.dtype, dtype),
             "threads": (tables.threads, threads),
-            "tensor_parallel_size": (1, tensor_parallel_size),
+            "tensor_parallel_size": (tables.tensor_parallel_size, tensor_parallel_size),
         }
     for what, (made_for, asked) in wanted.items():
         if asked is not None and asked != made_for:

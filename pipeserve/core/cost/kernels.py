@@ -127,6 +127,8 @@ class Tables:
     model: str
     dtype: str
     threads: int
+    tensor_parallel_size: int = 1
+    """Ranks that shared a stage: all below is what one of them took."""
     layer: Points
     """Seconds of one layer, attention left out, at numbers of tokens."""
     head: Points

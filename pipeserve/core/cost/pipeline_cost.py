@@ -231,12 +231,11 @@ def _size_class(num_tokens: int) -> int:
 def all_reduce_s(
     profile: DeviceProfile, shape: ModelShape, tensor_parallel_size: int, num_tokens: int
 ) -> float:
-    """Of one layer: two of the activations, or one where attention and MLP are parallel."""
+    """Of one layer."""
     if tensor_parallel_size == 1:
         return 0.0
     num_bytes = num_tokens * shape.hidden_size * shape.bytes_per_value
-    seconds = profile.all_reduce_of(tensor_parallel_size).seconds(num_bytes)
-    return seconds if shape.parallel_attention else 2 * seconds
+    return shape.sums_per_layer * profile.all_reduce_of(tensor_parallel_size).seconds(num_bytes)
 
 
 def crossings(profile: DeviceProfile, num_stages: int, tensor_parallel_size: int) -> list[bool]:

@@ -119,6 +119,12 @@ class ModelShape:
         return self.num_layers * self.num_layer_parameters + tables * self.num_head_parameters
 
     @property
+    def sums_per_layer(self) -> int:
+        """Of activations, over the ranks of a stage: one for each half of a layer, or one for both
+        where they are parallel."""
+        return 1 if self.parallel_attention else 2
+
+    @property
     def kv_bytes_per_token_per_layer(self) -> int:
         """K and V of one position in one layer."""
         return 2 * self.num_kv_heads * self.head_dim * self.bytes_per_value

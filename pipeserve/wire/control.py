@@ -48,6 +48,8 @@ class StartStage(_Message):
     shard: int = 0
     num_shards: int = 1
     """Of the ranks that share the stage, which one this is."""
+    core_share: tuple[int, int] = (0, 1)
+    """Of the ranks that may use the same CPUs, which one this is, and how many they are."""
 
     @property
     def speaks(self) -> bool:
@@ -134,6 +136,8 @@ class KeeperHello(_Message):
     """What its CPU multiplies natively (`machine.native_dtypes`)."""
     device: str = ""
     """What its stage computes on (`machine.fingerprint`): where that is the same, so are times."""
+    cpus: tuple[int, ...] = ()
+    """That its launcher lets it use."""
 
 
 class HeartbeatAnswer(_Message):

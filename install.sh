@@ -8,7 +8,7 @@ python=${PYTHON:-python3}
 }
 extra=${1:-}
 stamp=.venv/installed-${extra:-base}
-built_from=(pyproject.toml setup.py stages/backends/cpu/kernels/*.[ch])
+built_from=(pyproject.toml setup.py stages/backends/cpu/kernel{_sources.py,s/*.[ch]})
 if [ ! -e "$stamp" ] || [ -n "$(find "${built_from[@]}" -newer "$stamp")" ]; then
     echo "installing into .venv (once; about two minutes)" >&2
     [ -e .venv/bin/python ] || "$python" -m venv .venv

@@ -8,6 +8,7 @@ there are none, and stages use PyTorch's products and attention.
 """
 
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -30,10 +31,13 @@ CPUS = {
 FLAGS = ("-O3", "-mprefer-vector-width=512", "-fvisibility=hidden", "-shared", "-fPIC", "-s")
 HAS_COMPILER = find_spec("ziglang") is not None
 
+# By its path: the package is not imported by what installs it.
+fingerprint = runpy.run_path(str(FOLDER.parent / "kernel_sources.py"))["fingerprint"]
+
 
 def compile_into(folder: Path) -> None:
     """Makes <name>.so of every library in `folder`."""
-    sources = sorted(map(str, FOLDER.glob("*.c")))
+    sources = [*sorted(map(str, FOLDER.glob("*.c"))), f'-DSOURCES="{fingerprint(FOLDER)}"']
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         caches = {"ZIG_LOCAL_CACHE_DIR": scratch, "ZIG_GLOBAL_CACHE_DIR": scratch}

@@ -64,6 +64,14 @@ def torchrun(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
     ]
 
 
+def elastic(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
+    """torchrun that numbers its machines itself: the first one need not be where they meet
+    (pytorch#137402)."""
+    place = ["--nnodes", "2", "--nproc-per-node", str(EACH), "--rdzv-backend", "c10d"]
+    place += ["--rdzv-endpoint", f"{hosts[-1].name}:29400", "--rdzv-id", "job"]
+    return [(host, [str(BESIDE / "torchrun"), *place, "-m", *verb]) for host in hosts]
+
+
 def by_hand(hosts: list[Host], verb: list[str], folder: Path) -> Commands:
     left, right = (
         [sys.executable, "-m", *verb, "--nnodes", "2", "--node-rank", str(rank)] for rank in (0, 1)
@@ -112,6 +120,7 @@ LAUNCHERS = {
     "hand": Launcher((), by_hand),
     "interface": Launcher((), by_interface),
     "torchrun": Launcher((str(BESIDE / "torchrun"),), torchrun),
+    "elastic": Launcher((str(BESIDE / "torchrun"),), elastic),
     "mpirun": Launcher(("mpirun", "sshd"), mpirun, ssh_between),
     "mpich": Launcher(("mpiexec.hydra", "sshd"), mpich, ssh_between),
     "deepspeed": Launcher((str(BESIDE / "deepspeed"), "pdsh", "sshd"), deepspeed, ssh_between),

@@ -45,7 +45,6 @@ def main() -> int:
     options = ServerOptions(tool_call_parser="hermes", max_body_bytes=1 << 20)
     listening._HEAD_S = listening._KEEP_ALIVE_S = gate._BODY_S = 1.0  # who waits is not waited for
     with served(folder, options, max_model_len=200) as server:
-        server.service.tokenizer.load_chat()  # as `serve` does
         beside = Beside(server.url)
         report = {
             "bodies": fuzz_bodies(server.url, arguments.cases, arguments.seed),

@@ -99,9 +99,13 @@ def num_cpus(root: Path = Path("/")) -> int:
     """How many CPUs threads of this process can keep busy all the time: those that they may run on,
     or the quota of its container, whichever is less; at least 1. A quota is rounded down: of 7.65
     CPUs, the eighth thread would have all of them stopped for a while (lilbee#660)."""
-    quota = min((group.cpu_limit() for group in groups_of("cpu", root)), default=math.inf)
-    num_cores = len(os.sched_getaffinity(0))
+    quota, num_cores = cpu_quota(root), len(os.sched_getaffinity(0))
     return num_cores if quota >= num_cores else max(int(quota), 1)
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """CPUs that the processes of this container may keep busy together; inf: no limit."""
+    return min((group.cpu_limit() for group in groups_of("cpu", root)), default=math.inf)
 
 
 class MemoryLimit(NamedTuple):

@@ -1,13 +1,15 @@
 """One process of a job that was launched, and what it is to do."""
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
 from pipeserve.configs import RunConfig, make_config
-from pipeserve.errors import ConfigError
+from pipeserve.driver.gathering import tell_failure
+from pipeserve.errors import ConfigError, PipeserveError
 from pipeserve.launch.job.addresses import address_of
 from pipeserve.launch.job.keepers import RankKeepers
 from pipeserve.launch.job.meeting import Meeting, find_meeting
@@ -18,6 +20,8 @@ from pipeserve.wire.secret import VARIABLE
 
 _LOOKS_FOR_S = 60.0
 """A keeper for its driver, at least: from a cold disk that takes a while until it listens."""
+_ENDS_IN_S = 1.0
+"""A keeper whose driver has told it to."""
 
 
 class Job:
@@ -79,12 +83,38 @@ def started(config: RunConfig, options: JobOptions) -> Iterator[Job]:
     more = ["--join-timeout", str(max(config.join_timeout, _LOOKS_FOR_S))]
     if options.interface is not None:
         more += ["--host", address_of(options.interface)]
+    _say_how_bound(place)
     with _known_secret(meeting):
         keepers = RankKeepers(own, meeting.control, meeting.secret, more, options.log_dir)
+        job = Job(_config_in(place, meeting, config), place, keepers)
         try:
-            yield Job(_config_in(place, meeting, config), place, keepers)
+            yield job
+        except Exception as error:
+            if job.leads and not keepers.have_ended(_ENDS_IN_S):
+                _tell_others(job, error)
+            raise
         finally:
             keepers.end()
+
+
+def _say_how_bound(place: Place) -> None:
+    """mpirun binds each process to one core where nothing else was said, and stages with it."""
+    own = os.sched_getaffinity(0)
+    with suppress(OSError):
+        of_launcher = os.sched_getaffinity(os.getppid())
+        if place.launcher == "MPI" and place.local_index == 0 and own < of_launcher:
+            print(
+                f"note: {place.launcher} has bound this process, and so its stages, to {len(own)} "
+                f"of {len(of_launcher)} CPUs; --bind-to none shares all of them out",
+                file=sys.stderr,
+            )
+
+
+def _tell_others(job: Job, error: Exception) -> None:
+    """The run has failed before it had a driver: the other machines would look for one for long."""
+    why = str(error) if isinstance(error, PipeserveError) else type(error).__name__
+    with suppress(PipeserveError):  # nobody can listen there, and that may be what was wrong
+        tell_failure(job.config, why)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -47,6 +48,13 @@ class RankKeepers:
         for thread in self._threads:
             thread.join(timeout_s)
         return max(self.exit_codes.values(), default=1)
+
+    def have_ended(self, timeout_s: float) -> bool:
+        """All of them, for good, or will have by then."""
+        until_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(until_s - time.monotonic(), 0.0))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def end(self) -> None:
         """All that still run, and their stages."""

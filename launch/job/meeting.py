@@ -11,7 +11,7 @@ from pipeserve.configs import RunConfig
 from pipeserve.errors import ConfigError
 from pipeserve.launch.job import mpi
 from pipeserve.launch.job.addresses import address_of, leaders_address, names_this_machine_alone
-from pipeserve.launch.job.place import Place
+from pipeserve.launch.job.place import VARIABLES_ALONE, Place
 from pipeserve.wire.secret import VARIABLE, control_secret
 
 MAKE_SECRET = "python3 -c 'import secrets; print(secrets.token_hex())'"
@@ -38,7 +38,8 @@ def find_meeting(place: Place, config: RunConfig, interface: str | None) -> Meet
     host, port = place.leader, place.port
     if config.control is not None:
         host, port = split_address(config.control)
-    if place.size == place.local_size or names_this_machine_alone(host):
+    is_here = place.size == place.local_size or names_this_machine_alone(host)
+    if is_here and not _is_known_elsewhere(place, secret):
         return Meeting(config.control or join_address(_HERE, port), secret or b"")
     if secret is None:
         raise ConfigError(
@@ -49,6 +50,13 @@ def find_meeting(place: Place, config: RunConfig, interface: str | None) -> Meet
     if place.index == 0 and config.control is None:
         host = address_of(interface) if interface else leaders_address(host)
     return Meeting(join_address(host, port), secret)
+
+
+def _is_known_elsewhere(place: Place, secret: bytes | None) -> bool:
+    """Kubeflow tells the leader of a PyTorchJob that it is localhost, and the others its name
+    (kubeflow/trainer#2331). Who runs all on one machine so has no secret."""
+    is_one_of_several = place.launcher == VARIABLES_ALONE and place.local_size < place.size
+    return is_one_of_several and place.index == 0 and secret is not None
 
 
 def _told_by_mpi(place: Place, secret: bytes | None, interface: str | None) -> Meeting:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 OWN_PORT = 29600
 """That keepers join at, where the launcher leaves no other trace of the job."""
+VARIABLES_ALONE = "RANK and WORLD_SIZE"
+"""What a launcher is called of which nothing else is known."""
 
 
 class Place(NamedTuple):
@@ -54,7 +56,7 @@ def _by_torch(environment: Mapping[str, str]) -> Place | None:
     only RANK and WORLD_SIZE are there, each process has a machine, as in Kubernetes' PyTorchJob."""
     if not {"RANK", "WORLD_SIZE"} <= environment.keys():
         return None
-    launcher = "RANK and WORLD_SIZE"
+    launcher = VARIABLES_ALONE
     if "TORCHELASTIC_RUN_ID" in environment:
         launcher = "torchrun"
     elif "CROSS_RANK" in environment:
@@ -140,11 +142,11 @@ def own_port(number: int) -> int:
 
 
 def first_host(hosts: str) -> str:
-    """Of a list as Slurm writes it: `node[07-12,15],gpu3`."""
-    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)", hosts)
+    """Of a list as Slurm writes it: `rack[0-3]node[07-12,15],gpu3`."""
+    first = re.match(r"([^,\[]|\[[^\]]*\])+", hosts)
     if first is None:
         raise ValueError(hosts)
-    return "".join(part or "" for part in first.groups())
+    return re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", first[0])
 
 
 def expand_counts(counts: str) -> list[int]:

@@ -5,10 +5,10 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import uvloop
 
 from pipeserve.configs import RunConfig
 from pipeserve.errors import ConfigError
-from pipeserve.frontend.tokenizer import Tokenizer
 from pipeserve.launch.run.driver_process import MODULE
 from pipeserve.launch.run.phases import status
 from pipeserve.server.app import make_app
@@ -42,12 +41,21 @@ def serve(run_config: RunConfig, options: ServerOptions) -> int:
     """Until a signal ends it. Returns the exit code; raises ConfigError and StageError."""
     keys = api_keys(options)
     _warn(options, keys)
+    _allow_open_files()
     check_certificate(options)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     with contextlib.ExitStack() as closing:
         sockets = [closing.enter_context(each) for each in bound_sockets(options)]
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(run_config, options, keys, sockets))
+
+
+def _allow_open_files() -> None:
+    """As many as the process may: each client is one, and where there is no room for one more, it
+    is hung up on. The usual limit, 1,024, is for programs that are older than poll(2)."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Signals:
@@ -97,19 +105,11 @@ async def _serve(
         gc.collect()
         gc.freeze()  # what there is now stays: to walk through all of it would stop every stream
         gc.set_threshold(_OBJECTS)
-        threading.Thread(target=_load_chat, args=(service.tokenizer,), daemon=True).start()
         return await _listen(service, options, names, keys, sockets, signals)
     finally:
         if service is not None:
             service.close()
         await pipeline.close()
-
-
-def _load_chat(tokenizer: Tokenizer) -> None:
-    """What the first conversation would wait for, and all whose prompts are made ids behind it."""
-    with contextlib.suppress(ConfigError):  # it is told to who asks for a chat
-        tokenizer.load_chat()
-    gc.freeze()
 
 
 async def _listen(

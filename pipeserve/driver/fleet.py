@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from math import inf
 
+import msgspec
+
 from pipeserve.configs import RunConfig
 from pipeserve.core.topology import Topology
 from pipeserve.driver.events import FleetEvent, Gone, Joined, Lost, Ready, Received, Sized
@@ -136,7 +138,9 @@ class Fleet:
         self._started_in.pop(rank, None)
         if rank in self.keepers:
             self._started_in[rank] = self.epoch
-            self._members.tell_keeper(rank, self._jobs[rank], self.epoch)
+            share = self._members.core_share(rank)
+            job = msgspec.structs.replace(self._jobs[rank], core_share=share)
+            self._members.tell_keeper(rank, job, self.epoch)
 
     def _connect(self, stages: Sequence[control.StageReady]) -> None:
         """All have loaded: sends each the addresses at which its neighbours listen."""

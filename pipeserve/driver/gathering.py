@@ -31,9 +31,7 @@ def gathering(config: RunConfig) -> Iterator[Callable[[Topology, RunConfig], Fle
 
     Raises ConfigError as `Fleet` does.
     """
-    fleet = Fleet(
-        Topology.in_order(config.pipeline_parallel_size, config.tensor_parallel_size), config
-    )
+    fleet = _fleet(config)
     is_known = threading.Event()
     attending = threading.Thread(target=_attend, args=(fleet, is_known))
     attending.start()
@@ -53,6 +51,18 @@ def gathering(config: RunConfig) -> Iterator[Callable[[Topology, RunConfig], Fle
         settle()
         fleet.close()
         raise
+
+
+def tell_failure(config: RunConfig, failure: str) -> None:
+    """In place of a driver that is not to come: all keepers that look for it hear why. Raises
+    ConfigError as `Fleet` does."""
+    _tell(_fleet(config), failure)
+
+
+def _fleet(config: RunConfig) -> Fleet:
+    return Fleet(
+        Topology.in_order(config.pipeline_parallel_size, config.tensor_parallel_size), config
+    )
 
 
 def _attend(fleet: Fleet, is_known: threading.Event) -> None:

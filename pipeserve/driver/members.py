@@ -13,6 +13,8 @@ class Members:
         self.topology = topology
         self.hellos: dict[int, control.KeeperHello] = {}
         """Of the ranks whose keepers have joined."""
+        self._last_hellos: dict[int, control.KeeperHello] = {}
+        """Likewise, and of those that are gone, which may come again."""
         self.keepers: dict[int, Connection] = {}
         self.stages: dict[int, Connection] = {}
         self._rank_of: dict[Source, int] = {}
@@ -30,12 +32,24 @@ class Members:
         name = self.topology.name(rank)
         return f"{name} on {self.hellos[rank].host}" if rank in self.hellos else name
 
+    def core_share(self, rank: int) -> tuple[int, int]:
+        """Its number among the ranks that may use CPUs that it may use, and how many they are. A
+        launcher may have bound each to some of its own, as mpirun and srun do."""
+        own = self._last_hellos[rank]
+        sharing = [
+            other
+            for other, hello in sorted(self._last_hellos.items())
+            if other == rank
+            or (hello.boot_id == own.boot_id and not set(own.cpus).isdisjoint(hello.cpus))
+        ]
+        return sharing.index(rank), len(sharing)
+
     # ---- they come and go -----------------------------------------------------------------------
 
     def keeper_joined(self, hello: control.KeeperHello, source: Connection) -> None:
         source.carries = "words of a keeper"
         source.can_wait()
-        self.hellos[hello.rank] = hello
+        self.hellos[hello.rank] = self._last_hellos[hello.rank] = hello
         self.keepers[hello.rank] = source
         self._rank_of[source] = hello.rank
 

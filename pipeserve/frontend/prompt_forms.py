@@ -162,14 +162,18 @@ def _plain_call(number: int, call: Any) -> dict[str, Any]:
     if not isinstance(function, Mapping):
         raise ConfigError(f"message {number} has a tool call without function; give its name")
     arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
+    given = arguments
+    if isinstance(given, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(given) or {}
         except (ValueError, RecursionError):
-            raise ConfigError(
-                f"message {number} has a tool call whose arguments are no JSON: {arguments[:60]!r}"
-            ) from None
-    return {**call, "function": {**function, "arguments": arguments or {}}}
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(
+            f"message {number} has a tool call whose arguments are no JSON object: "
+            f"{str(given)[:60]!r}"
+        )
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _text_of(part: Any, place: str) -> str:

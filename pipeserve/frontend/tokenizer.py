@@ -1,7 +1,7 @@
 """Text in, text out: the checkpoint's own tokenizer. `detokenizer.py` has text that grows.
 
 A folder without a tokenizer serves ids. transformers is imported only for what `tokenizers` cannot
-do alone (`plain_tokenizer.py`): chat templates, and tokenizers that are more than their file.
+do alone (`plain_tokenizer.py`): tokenizers that are more than their file.
 """
 
 import json
@@ -31,11 +31,6 @@ class Tokenizer:
         """Loads it now, where there is one. Raises ConfigError when it cannot be read."""
         if self.exists:
             _ = self._loaded
-
-    def load_chat(self) -> None:
-        """Likewise what conversations take beside: it imports transformers, which takes seconds."""
-        if self.exists:
-            _ = self._full
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the special tokens that the model expects in front. ConfigError."""
@@ -73,13 +68,13 @@ class Tokenizer:
 
     def chat_text(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The same, as text."""
-        template = options.get("chat_template") or self._full.chat_template
+        loaded = self._loaded
+        template = options.get("chat_template") or loaded.chat_template
         if not template:
             raise ConfigError(f"{self.folder} has no chat template; give a prompt, not messages")
-        loaded = self._full
         options = {"add_generation_prompt": True, **options}
         with _as_one_line("the model's chat template refuses these messages"):
-            # transformers runs the template in a sandbox, without a way to files or code.
+            # It runs in a sandbox, without a way to files or code.
             known = _as_known(messages, str(template))
             return loaded.apply_chat_template(known, tokenize=False, **options)
 
@@ -121,13 +116,13 @@ class Tokenizer:
         """What clients ask of a tokenizer: its special tokens and its chat template."""
         if not self.exists:
             return {}
-        loaded = self._full
+        loaded = self._loaded
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return {
-            "tokenizer_class": type(loaded).__name__,
+            "tokenizer_class": getattr(loaded, "transformers_class", type(loaded).__name__),
             "chat_template": loaded.chat_template,
             "model_max_length": loaded.model_max_length,
-            **{name: getattr(loaded, name, None) for name in names},
+            **{name: loaded.special_tokens_map.get(name) for name in names},
         }
 
     @property
@@ -198,7 +193,7 @@ class Tokenizer:
 
     @cached_property
     def _loaded(self) -> Any:
-        """For text: by `tokenizers` where that suffices."""
+        """By `tokenizers` where that suffices."""
         return load_plain(self.folder) or self._full
 
     @cached_property

@@ -5,7 +5,9 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+from pipeserve.errors import ConfigError
 from pipeserve.frontend.completion import Delta
+from pipeserve.frontend.prompt_forms import plain_messages
 from pipeserve.server.openai.bodies import ChatBody
 from pipeserve.server.openai.errors import bad
 from pipeserve.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
@@ -34,8 +36,7 @@ class Chat:
         last = body.messages[-1]
         if body.continue_final_message:
             self._role = last.get("role", self._role)
-        echoes = body.echo and last.get("role") == self._role
-        self._echoed = last["content"] if echoes and isinstance(last.get("content"), str) else ""
+        self._echoed = _last_content(body) if body.echo and last.get("role") == self._role else ""
         self._model = model
         self._id = f"chatcmpl-{body.request_id or request_id}"
         self._created = int(time.time())
@@ -158,6 +159,14 @@ class Chat:
             if calls.num_calls and delta.finish_reason == "stop":
                 last["finish_reason"] = "tool_calls"
         return chunks
+
+
+def _last_content(body: ChatBody) -> str:
+    """Of parts, too. Raises ApiError."""
+    try:
+        return plain_messages(body.messages)[-1]["content"] or ""
+    except ConfigError as error:
+        raise bad(str(error), "messages") from None
 
 
 def _chunk(sample: int, delta: dict[str, Any]) -> dict[str, Any]:

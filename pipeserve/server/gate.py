@@ -130,11 +130,9 @@ def failure_response() -> Response:
 
 
 def _plain(scope: Scope) -> Scope:
-    """A path with a slash at its end is the path without, and HEAD is GET, whose body the server
-    leaves out: balancers ask so, and clients join addresses as they like."""
-    path = scope["path"].rstrip("/") or "/"
+    """HEAD, by which balancers ask, is GET, whose body the server leaves out."""
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
-    return {**scope, "path": path, "method": method}
+    return {**scope, "method": method}
 
 
 def _check_encoding(headers: Headers) -> None:

@@ -69,8 +69,7 @@ class Counted:
 
     def _handler(self, scope: Scope) -> str:
         """The route's pattern: paths are the client's words, and without end."""
-        there = {**scope, "path": scope["path"].rstrip("/") or "/"}
         for route in self._routes:
-            if route.matches(there)[0] != Match.NONE:
+            if route.matches(scope)[0] != Match.NONE:
                 return getattr(route, "path", _NO_ROUTE)
         return _NO_ROUTE

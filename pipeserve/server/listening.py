@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import math
 import re
 import socket
 import ssl
@@ -27,8 +28,11 @@ _TOO_LARGE = (
 )
 _UNREAD_S = 60.0
 """For which a client may leave unread what was sent to it. Meanwhile what comes for it is kept."""
+_LEAST_READ = 1 << 14
+"""Bytes that one reads in that time who reads at all: a long answer to a slow client takes long."""
 _KEEP_ALIVE_S = 75
 _UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
+_SLASHES = re.compile(rb"/+")
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -73,6 +77,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._hurry = _stopped(self._hurry)
+        self.url = _plain_url(self.url)
         super().on_headers_complete()
         if self.scope["http_version"] == "1.0":
             self.cycle.send = _Unchunked(self.cycle)
@@ -83,7 +88,15 @@ class HttpProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(_UNREAD_S, self.transport.abort)
+        self._await_reading()
+
+    def _await_reading(self, before: float = math.inf) -> None:
+        """`before`: bytes that were unread when it was looked for last."""
+        unread = self.transport.get_write_buffer_size()
+        if unread > before - _LEAST_READ:
+            self.transport.abort()
+        else:
+            self._unread = self.loop.call_later(_UNREAD_S, self._await_reading, unread)
 
     def resume_writing(self) -> None:
         self._unread = _stopped(self._unread)
@@ -125,6 +138,15 @@ def _without_upgrade(data: bytes) -> bytes:
     Nobody has to take it up, but uvicorn would lose the body (uvicorn#2722)."""
     head, blank, rest = data.partition(b"\r\n\r\n")
     return _UPGRADE.sub(b"", head) + blank + rest
+
+
+def _plain_url(url: bytes) -> bytes:
+    """Without a slash at the end of its path, and without two in a row: clients join addresses as
+    they like. uvicorn would take `//v1` for the name of a host."""
+    path, mark, query = url.partition(b"?")
+    if path.startswith(b"/"):  # and not a whole address, as a proxy may send it
+        path = _SLASHES.sub(b"/", path).rstrip(b"/") or b"/"
+    return path + mark + query
 
 
 class HttpServer(uvicorn.Server):

@@ -18,7 +18,7 @@ import msgspec
 
 from pipeserve.addresses import split_address
 from pipeserve.cpus import cores_of
-from pipeserve.machine import boot_id, fingerprint, native_dtypes, num_cpus
+from pipeserve.machine import boot_id, cpu_quota, fingerprint, native_dtypes
 from pipeserve.stage.last_spans import LastSpans
 from pipeserve.stage.placement import most_threads, place_of, stage_environment
 from pipeserve.stage.vital_signs import VitalSigns, vital_signs
@@ -152,6 +152,7 @@ class Keeper:
             boot_id=boot_id(),
             native_dtypes=native_dtypes(),
             device=fingerprint(*_local_place(self.rank, self.world_size)),
+            cpus=tuple(sorted(os.sched_getaffinity(0))),
         )
 
     # ---- once it has joined ---------------------------------------------------------------------
@@ -187,9 +188,9 @@ class Keeper:
         up."""
         self._end_stage()
         self.epoch = epoch
-        local = _local_place(self.rank, self.world_size)
-        cores = cores_of(os.sched_getaffinity(0))
-        place = place_of(cores, num_cpus(), *local, most_threads(os.environ))
+        local_rank, num_local = _local_place(self.rank, self.world_size)
+        cores, quota = cores_of(os.sched_getaffinity(0)), cpu_quota() / num_local
+        place = place_of(cores, quota, *job.core_share, most_threads(os.environ))
         if job.control.startswith("/"):
             job = msgspec.structs.replace(job, control=f"{self.address}{job.control}")
         job = msgspec.structs.replace(job, host=self.host or self.driver.own_host)
@@ -204,7 +205,7 @@ class Keeper:
                 ],
                 stdin=launch,
                 pass_fds=[spans.descriptor],
-                env=stage_environment(os.environ, self.rank, local[0], place.num_threads),
+                env=stage_environment(os.environ, self.rank, local_rank, place.num_threads),
             )
         self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
         self.stage_ended = Descriptor(self.stage_pidfd, self.sources, "stage's end")

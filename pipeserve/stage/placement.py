@@ -34,12 +34,13 @@ class Place(NamedTuple):
 
 def place_of(
     cores: Sequence[Core],
-    num_cpus: int,
-    local_rank: int,
-    local_world_size: int,
+    quota: float,
+    number: int,
+    num_stages: int,
     most_threads: int | None = None,
 ) -> Place:
-    """What the stage of `local_rank` gets, of so many on this machine.
+    """What one of the stages gets that may use these cores; `number`: which of them. `quota`: its
+    share of the CPUs that its container may keep busy.
 
     Each stage has as many cores as the others, and none that another has; of each core one CPU,
     for two threads of one core are hardly faster than one, and wait for each other
@@ -47,22 +48,20 @@ def place_of(
     core. With fewer still there is nothing to pin: each stage may run anywhere, with one thread.
     Cores that are left over are for driver and server, which may run anywhere.
 
-    All stages together have no more threads than `num_cpus`, which a container's quota can make
-    fewer than there are cores, or one each: a thread over the quota makes the others stand still
-    at the end of each product (ollama#17916, 45 times slower). Nor has one more than
-    `most_threads`.
+    It has no more threads than `quota`, but one: a thread over it makes the others stand still at
+    the end of each product (ollama#17916, 45 times slower). Nor has it more than `most_threads`.
     """
     cpus = [core[0] for core in cores]
-    if len(cpus) < local_world_size:
+    if len(cpus) < num_stages:
         cpus = list(chain.from_iterable(cores))
-    share = len(cpus) // local_world_size
+    share = len(cpus) // num_stages
     if share == 0:
         return Place(cpus, 1)
-    own = cpus[local_rank * share : (local_rank + 1) * share]
-    if share > _MANY and share * local_world_size == len(cpus):
+    own = cpus[number * share : (number + 1) * share]
+    if share > _MANY and share * num_stages == len(cpus):
         own.pop()
-    num_threads = min(num_cpus // local_world_size, len(own), most_threads or len(own))
-    return Place(own, max(num_threads, 1))
+    num_threads = min(quota, len(own), most_threads or len(own))
+    return Place(own, max(int(num_threads), 1))
 
 
 def most_threads(environment: Mapping[str, str]) -> int | None:

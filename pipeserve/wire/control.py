@@ -63,6 +63,8 @@ class KeeperHello(Message):
     """What its CPU multiplies natively (`machine.native_dtypes`)."""
     device: str = ""
     """What its stage computes on (`machine.fingerprint`): where that is the same, so are times."""
+    cpus: tuple[int, ...] = ()
+    """That its launcher lets it use."""
 
 
 class HeartbeatAnswer(Message):

@@ -24,6 +24,8 @@ class StartStage(Message):
     shard: int = 0
     num_shards: int = 1
     """Of the ranks that share the stage, which one this is."""
+    core_share: tuple[int, int] = (0, 1)
+    """Of the ranks that may use the same CPUs, which one this is, and how many they are."""
 
     @property
     def speaks(self) -> bool:

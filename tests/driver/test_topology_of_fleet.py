@@ -220,6 +220,34 @@ def test_a_keeper_takes_the_place_of_one_that_has_just_hung_up(hand):
     assert hand.fleet.keepers[3].address == "10.9.9.9"
 
 
+def test_ranks_share_the_cores_that_they_may_all_use(hand):
+    """And each has its own, where its launcher has bound it, as mpirun and srun do by themselves:
+    a share of those was 1 in 4 (open-mpi#12900, optuna#155, covidestim#3, chapel#13719)."""
+    members = hand.fleet._members
+
+    def joins(rank, cpus, boot_id="here"):
+        source = SimpleNamespace(carries="", close=lambda: None)
+        hello = control.KeeperHello(rank, 6, "h", "", 0, boot_id, cpus=tuple(cpus))
+        members.keeper_joined(hello, source)
+
+    def shares():
+        return [members.core_share(rank) for rank in range(4)]
+
+    for rank in range(4):
+        joins(rank, range(8))
+    joins(4, range(8), "there")
+    assert shares() == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert members.core_share(4) == (0, 1)
+    members.keeper_is_gone(2)  # and comes again: the others keep what they have
+    assert shares() == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    for rank in range(4):
+        joins(rank, range(8 * rank, 8 * rank + 8))
+    assert shares() == [(0, 1)] * 4
+    for rank in range(4):
+        joins(rank, range(8) if rank % 2 else range(8, 16))
+    assert shares() == [(0, 2), (0, 2), (1, 2), (1, 2)]
+
+
 def test_who_waits_for_an_absent_keeper_is_not_late():
     keepers = {0: control.KeeperHello(0, 2, "here", "", 0, "")}
     config = RunConfig(model="any", load_timeout=60.0, join_timeout=300.0)

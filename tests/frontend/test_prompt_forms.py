@@ -229,7 +229,10 @@ def test_no_content_is_no_text(message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"function": {"name": "f", "arguments": "{x"}}, "arguments are no JSON: '{x'"),
+        ({"function": {"name": "f", "arguments": "{x"}}, "arguments are no JSON object: '{x'"),
+        # sglang#28035: JSON, but what a template asks for its items
+        ({"function": {"name": "f", "arguments": '"x"'}}, "arguments are no JSON object: '\"x\"'"),
+        ({"function": {"name": "f", "arguments": [1]}}, r"are no JSON object: '\[1\]'"),
         ({"id": "1"}, "a tool call without function"),
         ("f()", "a tool call without function"),
     ],

@@ -354,6 +354,10 @@ def test_tokenizers_alone_do_the_same(request, name):
     assert json.loads(plain.backend_tokenizer.to_str()) == json.loads(
         full.backend_tokenizer.to_str()
     )
+    assert plain.special_tokens_map == full.special_tokens_map
+    assert plain.chat_template == full.chat_template
+    assert plain.model_max_length == full.model_max_length
+    assert plain.transformers_class == type(full).__name__
 
 
 @pytest.mark.parametrize(
@@ -366,11 +370,25 @@ def test_tokenizers_alone_do_the_same(request, name):
         {"eos_token": "a"},  # a word, which transformers would make special
         {"extra_special_tokens": {"image": "<image>"}},
         {"added_tokens_decoder": {"900": {"content": "<new>"}}},
+        {"image_token": "<image>"},
+        {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]},
+        {"extra_special_tokens": 5},
+        {"chat_template": 5},
     ],
 )
 def test_what_takes_transformers(tmp_path, changes):
-    folder = byte_tokenizer(tmp_path)
+    folder = byte_tokenizer(tmp_path, chat_template=None)
     assert load_plain(folder) is not None
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     assert load_plain(folder) is None
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+def test_older_files_count_where_the_newer_one_lists_nothing(tmp_path, name):
+    folder = byte_tokenizer(tmp_path)
+    (folder / name).write_text("{}")
+    assert load_plain(folder) is None
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": {}}))
+    assert load_plain(folder) is not None

@@ -83,8 +83,12 @@ def test_no_job(environment):
 
 
 def test_slurms_lists():
-    """NVIDIA/enroot#93: `1(x2)` was read as a number."""
-    hosts = {"a": "a", "a,b": "a", "gpu[03-12,15],x": "gpu03", "n[7]": "n7", "n[1-2]-ib": "n1-ib"}
+    """NVIDIA/enroot#93: `1(x2)` was read as a number. Names: pytorch-lightning#14896 (cut at the
+    first comma), #5160 (no numbers), #1943 (a dash), oumi#2015 (a list in its middle)."""
+    hosts = {"a": "a", "a,b": "a", "gpu[03-12,15],x": "gpu03", "n[7]": "n7", "n[1-2]-ib": "n1-ib",
+             "linux[1,2]": "linux1", "jean-zay-ia810,x": "jean-zay-ia810",
+             "g100n[040-041]": "g100n040", "rack[2-3]n[05,07]": "rack2n05",
+             "[1-2]x": "1x"}  # fmt: skip
     assert {given: first_host(given) for given in hosts} == hosts
     assert expand_counts("2(x3),1") == [2, 2, 2, 1]
 
@@ -145,6 +149,18 @@ def test_the_leader_listens_where_others_reach_it(monkeypatch):
     interfaces["docker0"] = "172.17.0.1"
     with pytest.raises(ConfigError, match="give --interface"):
         leaders_address("unknown")
+
+
+def test_a_leader_that_is_localhost_to_itself_alone(monkeypatch):
+    """kubeflow/trainer#2331: it would wait where nobody else can come."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(meeting, "leaders_address", lambda name: "10.9.9.9")
+    pod = TORCH | {"RANK": "0", "MASTER_ADDR": "localhost", "LOCAL_RANK": "0"}
+    assert meet(find_place(pod)).control == "127.0.0.1:29600"  # processes of one machine
+    monkeypatch.setenv(VARIABLE, "known")
+    assert meet(find_place(pod)) == Meeting("10.9.9.9:29600", b"known")
+    here = find_place(pod | {"LOCAL_WORLD_SIZE": "8"})
+    assert meet(here) == Meeting("127.0.0.1:29600", b"known")
 
 
 def _addresses(known):
@@ -346,6 +362,22 @@ def test_a_machine_that_never_comes_is_named(job, started):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and out == ""
     assert f"no keeper of rank 1 (of machine 1 of 0 to 1) joined 127.0.0.1:{port} within 2 s" in err
+    assert nothing_is_left(port)
+
+
+@pytest.mark.processes
+def test_a_leader_that_fails_before_it_listens_tells_the_others(job, started):
+    """They would look for it for two minutes."""
+    words, _ = job
+    port = free_port()
+    leader, other = by_hand(words, port)
+    waiting = started(other)
+    wait_for(lambda: keepers_of(port))
+    failing = started([*leader, "--prompt", "and --prompts"])
+    assert failing.wait(timeout=60) == 2
+    _, err = waiting.communicate(timeout=10)
+    assert waiting.returncode == 1
+    assert f"the driver at 127.0.0.1:{port} has ended the run: give one of --prompt" in err
     assert nothing_is_left(port)
 
 

@@ -143,10 +143,32 @@ def test_a_balancer_asks_by_head(server, path):
     assert answer.status_code == 200 and not answer.content
 
 
-def test_a_slash_at_the_end_is_none(server):
-    """loom#25; and "/v1/models/" was a model without a name."""
-    assert httpx.get(f"{server.url}/v1/models/").json()["object"] == "list"
-    assert httpx.post(f"{server.url}{COMPLETIONS}/", json=SHORT).status_code == 200
+@pytest.mark.parametrize(
+    "path", ["/v1/models/", "/v1//models", "//v1/models", "//v1//models//", "/v1/models/?a=//b/"]
+)
+def test_slashes_too_many_are_none(server, path):
+    """loom#25, litellm#8350, litellm-vscode-chat#54; "/v1/models/" was a model without a name."""
+    assert httpx.get(server.url + path).json()["object"] == "list"
+    assert httpx.post(f"{server.url}/{COMPLETIONS}/", json=SHORT).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (b"GET http://elsewhere/v1/models HTTP/1.1", b"200"),  # by a proxy
+        (b"OPTIONS * HTTP/1.1", b"404"),
+        (b"CONNECT elsewhere:443 HTTP/1.1", b"400"),
+        (b"GET /v1/models/\xff\xfe HTTP/1.1", b"404"),
+        (b"GET /v1/models/%ff%fe HTTP/1.1", b"404"),
+        (b"GET /../../etc/passwd HTTP/1.1", b"404"),
+        (b"PRI * HTTP/2.0", b"400"),
+        (b"\x16\x03\x01\x02\x00\x01\x00", b"400"),  # TLS
+    ],
+)
+def test_lines_that_are_asked_by(server, line, status):
+    with connected(server) as it:
+        it.sendall(line + b"\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert rest_of(it).startswith(b"HTTP/1.1 " + status)
 
 
 def test_what_is_not_there_is_said_in_openais_shape(server):
@@ -199,6 +221,22 @@ def test_who_reads_slowly_gets_all_of_it(server):
         time.sleep(0.5)
         answer = rest_of(it)
     assert answer.count(b'"index":') == 600 and b"data: [DONE]" in answer
+
+
+def test_a_long_answer_may_take_a_slow_client_long(server, monkeypatch):
+    """NeMo-Gym#3364: it was cut off, after all of it had been computed."""
+    monkeypatch.setattr("pipeserve.server.listening._UNREAD_S", 0.1)
+    body = {"prompt": "a", "max_tokens": 500, "n": 64, "return_token_ids": True, "logprobs": 1}
+    with connected(server) as it:
+        it.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        it.sendall(request(body, CLOSE))
+        answer = bytearray()
+        while part := it.recv(1 << 15):
+            answer += part
+            time.sleep(0.02 * (len(answer) < 1_000_000))
+    head, _, content = bytes(answer).partition(b"\r\n\r\n")
+    assert f"content-length: {len(content)}\r\n".encode() in head.lower() + b"\r\n"
+    assert len(content) > 1_000_000 and len(json.loads(content)["choices"]) == 64
 
 
 def test_half_a_connection_is_none(server):

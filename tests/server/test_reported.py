@@ -197,3 +197,73 @@ def test_who_may_do_what_with_a_key(tmp_path):
         refused = httpx.post(it.url + CHAT, headers={"Origin": "https://page.example"})
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://page.example"
+
+
+PARTS = [{"type": "text", "text": "It is"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_beginning_in_parts_is_gone_on_with(tmp_path, stream):
+    """llama.cpp#14137 (it was dropped), llama.cpp#14353 (not gone on with)."""
+    with served(byte_tokenizer(tmp_path), reply=lambda prompt: bytes(prompt[-5:])) as it:
+        body = {"messages": [*HI, {"role": "assistant", "content": PARTS}], "max_tokens": 5}
+        body |= {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
+        if stream:
+            deltas = [each["choices"][0]["delta"] for each in events(it, CHAT, **body)]
+            text = "".join(delta.get("content", "") for delta in deltas)
+        else:
+            text = ask(it, CHAT, **body)[1]["choices"][0]["message"]["content"]
+    assert text == "It isIt is"
+
+
+CALLED = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "assistant"}],  # crush#3689
+        [{"role": "assistant", "content": None, "tool_calls": None, "refusal": None}],
+        [{"role": "assistant", "content": []}],
+        # llama.cpp#13471, extended_openai_conversation#456: content null, or not there
+        [{"role": "assistant", "content": None, "tool_calls": [CALLED]},
+         {"role": "tool", "tool_call_id": "call_1", "content": "ok"}],
+        # ninfer#110, hermes-agent#114713: a name; any-llm#1401: another field
+        [{"role": "assistant", "tool_calls": [{**CALLED, "index": 0}], "annotations": []},
+         {"role": "tool", "name": "look", "tool_call_id": "call_1", "content": PARTS,
+          "is_error": True}],
+        # vllm#10463, opencode#42613, vscode-copilot-chat#554
+        [{"role": "user", "content": [{**PARTS[0], "cache_control": {"type": "ephemeral"}}],
+          "id": 1947269257, "opts": {"visible": False}}],
+        [{"role": "assistant", "content": [{"type": "output_text", "text": "a"}]}],
+    ],
+)  # fmt: skip
+def test_messages_as_clients_send_them_back(calling, messages):
+    body = {"messages": [*HI, *messages, *HI], "tools": TOOLS, "max_tokens": 4}
+    status, answer = ask(calling, CHAT, **body)
+    assert status == 200, answer
+
+
+def test_alternatives_are_those_of_each_token(tmp_path):
+    """sglang#39260, sglang#5761, sglang#30188: streamed, all tokens of a chunk had the first's.
+    tenstorrent/vllm#343: logprobs without top_logprobs was 500."""
+    with served(byte_tokenizer(tmp_path), reply=lambda prompt: "a\u00e9\U0001f389".encode()) as it:
+        for top in ({}, {"top_logprobs": 2}):
+            body = {"messages": HI, "logprobs": True, "max_tokens": 7, **top}
+            whole = ask(it, CHAT, **body)[1]["choices"][0]["logprobs"]["content"]
+            choices = [event["choices"][0] for event in events(it, CHAT, **body)]
+            told = [each["logprobs"]["content"] for each in choices if each["logprobs"]]
+            assert [entry for content in told for entry in content] == whole and len(whole) == 7
+            assert all(len(entry["top_logprobs"]) == len(top) * 2 for entry in whole)
+            assert not top or len({json.dumps(each["top_logprobs"]) for each in whole}) > 1
+
+
+def test_usage_told_all_along_is_of_all_choices_so_far(server):
+    """vllm#9357 (of one choice, and not added up), vllm#9028 (wrong behind a long prompt)."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for path, body in ((CHAT, {"messages": HI}), (COMPLETIONS, {"prompt": "a" * 150})):
+        told = events(server, path, n=3, max_tokens=5, stream_options=options, **body)
+        counts = [event["usage"]["completion_tokens"] for event in told]
+        assert counts == sorted(counts) and counts[-1] == 15
+        (prompt,) = {event["usage"]["prompt_tokens"] for event in told}
+        assert prompt >= (150 if path == COMPLETIONS else 2)

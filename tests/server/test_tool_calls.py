@@ -37,6 +37,23 @@ TEXTS = {
         '<tool_call>{"name": "lo</tool_call>b',
         [{"a": 1}],
     ),
+    # vllm#43995, local-inference-lab/vllm#684, software-agent-sdk#2887: sent back, they end all
+    "arguments that are text": (
+        '<tool_call>{"name": "look", "arguments": "up"}</tool_call>',
+        '<tool_call>{"name": "look", "arguments": "up"}</tool_call>',
+        [],
+    ),
+    "an object written as text": (
+        '<tool_call>{"name": "look", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        "",
+        [{"a": 1}],
+    ),
+    "null": ('<tool_call>{"name": "look", "arguments": null}</tool_call>', "", [{}]),
+    "a list": (
+        '<tool_call>{"name": "look", "arguments": [1]}</tool_call>',
+        '<tool_call>{"name": "look", "arguments": [1]}</tool_call>',
+        [],
+    ),
     "no call": ("<tool_call>look(up)</tool_call>", "<tool_call>look(up)</tool_call>", []),
     "nearly a mark": ("1 <tool 2 <tool_call", "1 <tool 2 <tool_call", []),
     "an end alone": ("a</tool_call>b", "a</tool_call>b", []),

@@ -38,7 +38,7 @@ def cpus_of(text):
 
 
 def places(cores, ranks, quota=10**6, most=None):
-    return [place_of(cores, quota, rank, ranks, most) for rank in range(ranks)]
+    return [place_of(cores, quota / ranks, rank, ranks, most) for rank in range(ranks)]
 
 
 def single(number):

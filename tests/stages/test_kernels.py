@@ -1,6 +1,8 @@
 """The C kernels are there, found, and chosen by what the CPU and the environment allow."""
 
+import ctypes.util
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -74,20 +76,51 @@ def test_what_the_kernel_says_of_every_core_decides(monkeypatch, cpuinfo, best):
     assert (library.usable_libraries() or [None])[0] == best
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        # Acellera/moleculekit#39, score-p/scorep_binding_python#110: mounted "noexec"
-        OSError("avx2.so: failed to map segment from shared object"),
-        AttributeError("avx2.so: undefined symbol: attend"),  # left from another version
-    ],
-)
-def test_without_a_library_that_cannot_be_loaded(monkeypatch, capsys, error):
+def test_without_a_library_that_cannot_be_loaded(monkeypatch, capsys):
+    """Acellera/moleculekit#39, score-p/scorep_binding_python#110: mounted "noexec"."""
+    error = OSError("avx2.so: failed to map segment from shared object")
+
     def load(name):
         raise error
 
     monkeypatch.setattr(library, "load", load)
-    monkeypatch.setattr(library, "usable_libraries", lambda: ["avx2"])
+    monkeypatch.setattr(library, "usable_libraries", lambda: ["avx512", "avx2"])
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert library.kernels.__wrapped__() is None
     (line,) = capsys.readouterr().err.splitlines()
     assert str(error) in line and "install pipeserve again" in line
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the first stage of a machine has said it
+    assert library.kernels.__wrapped__() is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", ["content", "name", "more", "fewer"])
+def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path, capsys, change):
+    """Of a checkout that was updated and not installed again: it had ended stages by SIGSEGV."""
+    if not library.usable_libraries():
+        pytest.skip("no kernels")
+    folder = tmp_path / "kernels"
+    shutil.copytree(library._FOLDER, folder)
+    monkeypatch.setattr(library, "_FOLDER", folder)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    assert library.kernels.__wrapped__() is not None
+    match change:
+        case "content":
+            (folder / "heads.c").write_text((folder / "heads.c").read_text() + "\n")
+        case "name":
+            (folder / "heads.c").rename(folder / "legs.c")
+        case "more":
+            (folder / "legs.h").write_text("")
+        case "fewer":
+            (folder / "pool.h").unlink()
+    assert library.kernels.__wrapped__() is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "before its sources changed" in line and "install pipeserve again" in line
+
+
+def test_a_library_from_before_fingerprints_is_not_used(monkeypatch, tmp_path):
+    """It has not even the function that tells of its sources."""
+    monkeypatch.setattr(library, "_path", lambda name: Path(ctypes.util.find_library("c")))
+    with pytest.raises(OSError, match="before its sources changed"):
+        library.load.__wrapped__("c")

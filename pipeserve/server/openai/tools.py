@@ -149,18 +149,20 @@ class ToolCalls:
 
 
 def _call_of(written: str) -> dict[str, str] | None:
-    """Name and arguments; None where it is no call."""
+    """Name and arguments, an object as text; None where it is no call: whoever sent it back as one
+    would be refused."""
     try:
         call = json.loads(written, parse_constant=_refuse)
-        name, arguments = call["name"], call.get("arguments", {})
-        if not isinstance(name, str) or not is_text(name):
+        name, arguments = call["name"], call.get("arguments") or {}
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments, parse_constant=_refuse)
+        if not isinstance(arguments, dict) or not isinstance(name, str) or not is_text(name):
             return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
+    told = json.dumps(arguments, ensure_ascii=False)
     # Half a surrogate pair, which JSON can write and no answer can say, is replaced.
-    return {"name": name, "arguments": arguments.encode("utf-8", "replace").decode()}
+    return {"name": name, "arguments": told.encode("utf-8", "replace").decode()}
 
 
 def _refuse(constant: str) -> None:

@@ -8,7 +8,7 @@ from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.backends.backend import Backend, HeadNorms, Rotation
 from pipeserve.stages.backends.cpu import elementwise, large_pages
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, write
-from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, usable_libraries
+from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, kernels, name_of
 from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight
 
 
@@ -27,7 +27,7 @@ class KernelBackend(Backend):
 
     @property
     def name(self) -> str:
-        return f"C kernels ({usable_libraries()[0]})"
+        return f"C kernels ({name_of(kernels())})"
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return large_pages.empty(shape, dtype)

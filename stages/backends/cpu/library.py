@@ -8,17 +8,20 @@ then do without.
 import ctypes
 import os
 import sys
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 from pipeserve.machine import cpu_instructions
+from pipeserve.stages.backends.cpu.kernel_sources import fingerprint
 
 SWITCH = "PIPESERVE_KERNELS"
 """Environment variable: the name of the one library that may be used, or "none"."""
 _REMEDY = (
-    "products and attention will be slower; install pipeserve again, where files may be executed"
+    "products and attention will be slower; install pipeserve again (in a checkout: ./quickstart, "
+    "or python setup.py build_kernels --inplace), where files may be executed"
 )
+_FOLDER = Path(__file__).parent / "kernels"
 _NEEDS = {
     "avx512_bf16": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"),
     "avx512": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
@@ -26,6 +29,8 @@ _NEEDS = {
 }
 """Libraries, the best first, by the instructions that they need."""
 _FUNCTIONS = {
+    # sources.c
+    "sources": (c_char_p, []),
     # measure.c
     "read_all": (c_float, [c_void_p, c_int64]),
     "multiply_add": (c_int64, [c_int64]),
@@ -87,16 +92,26 @@ _FUNCTIONS = {
 def kernels() -> ctypes.CDLL | None:
     """The library that this process uses, or None; found out at the first call.
 
-    Its functions let other Python threads run. One that cannot be loaded is passed over, with a
-    line: it may lie on a file system that nothing is executed from, or be left from another version
-    of its sources.
+    Its functions let other Python threads run. One that cannot be loaded is passed over: it may lie
+    on a file system that nothing is executed from, or be left from before its sources changed. The
+    first one of a machine says so.
     """
+    passed_over = []
+    found = None
     for name in usable_libraries():
         try:
-            return load(name)
-        except (OSError, AttributeError) as error:
-            print(f"warning: C kernels are not used: {error}; {_REMEDY}", file=sys.stderr)
-    return None
+            found = load(name)
+            break
+        except OSError as error:
+            passed_over.append(str(error))
+    if passed_over and os.environ.get("LOCAL_RANK", "0") == "0":
+        what = "C kernels are not used" if found is None else "the best C kernels are not used"
+        print(f"warning: {what}: {passed_over[0]}; {_REMEDY}", file=sys.stderr)
+    return found
+
+
+def name_of(library: ctypes.CDLL) -> str:
+    return Path(library._name).stem
 
 
 def has_pairs_of_bfloat16() -> bool:
@@ -118,13 +133,20 @@ def usable_libraries() -> list[str]:
 
 @cache
 def load(name: str) -> ctypes.CDLL:
-    """One library by name, whose functions check their arguments' types."""
+    """One library by name, whose functions check their arguments' types. Raises OSError, also for
+    one of other sources than lie beside it: what that does with what it is given, nobody knows."""
     library = ctypes.CDLL(str(_path(name)))
-    for function_name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, function_name)
-        function.restype, function.argtypes = result, arguments
+    try:
+        for function_name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, function_name)
+            function.restype, function.argtypes = result, arguments
+        is_of_these = library.sources().decode() == fingerprint(_FOLDER)
+    except AttributeError:  # it has no such function
+        is_of_these = False
+    if not is_of_these:
+        raise OSError(f"{_path(name)} was compiled before its sources changed")
     return library
 
 
 def _path(name: str) -> Path:
-    return Path(__file__).parent / "kernels" / f"{name}.so"
+    return _FOLDER / f"{name}.so"

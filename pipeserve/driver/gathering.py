@@ -34,13 +34,14 @@ def gathering(config: RunConfig) -> Iterator[Callable[[Topology, RunConfig], Fle
     fleet = _fleet(config)
     is_known = threading.Event()
     attending = threading.Thread(target=_attend, args=(fleet, is_known))
-    attending.start()
 
     def settle() -> None:
         is_known.set()
-        attending.join()
+        if attending.is_alive():  # not where a signal came as it was started
+            attending.join()
 
     try:
+        attending.start()
         yield lambda topology, config: fleet
         settle()
     except PipeserveError as error:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ import msgspec
 import pytest
 from local_fleet import NoKeepers
 
+from pipeserve.addresses import split_address
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import RequestId
 from pipeserve.core.records import Fault
@@ -323,6 +325,26 @@ def joined_early(config):
             time.sleep(0.02)
         assert len(fleet.keepers) == 2
         yield make
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_signal_as_the_fleet_begins_to_gather_leaves_nothing(monkeypatch, has_begun):
+    """Such as comes while a thread is being started; one that nobody ends would keep the process
+    for ever."""
+    start, threads = threading.Thread.start, set(threading.enumerate())
+
+    def interrupted(thread):
+        if has_begun:
+            start(thread)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    config = external(pipeline_parallel_size=1)
+    with pytest.raises(SystemExit), gathering(config):
+        raise AssertionError("it goes on")
+    assert set(threading.enumerate()) <= threads
+    with socket.create_server(split_address(config.control)):  # nobody else listens there
+        pass
 
 
 def test_keepers_join_while_the_model_is_fetched():

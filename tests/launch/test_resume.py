@@ -124,7 +124,7 @@ def test_the_last_line_cut_anywhere(runs):
 @settings(
     max_examples=40,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_the_file_cut_anywhere(runs, data):

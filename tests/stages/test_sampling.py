@@ -427,7 +427,9 @@ def ruled_rows(draw):
 
 
 @settings(
-    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=1000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(one=ruled_rows(), seed=st.integers(0, 2**32))
 def test_rules_change_the_logits_as_their_definitions_say(one, seed):

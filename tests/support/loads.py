@@ -19,13 +19,13 @@ from pipeserve.core.view import Limits
 from pipeserve.sampling_params import SamplingParams
 
 COSTS = (
-    *("none", "none", "right", "tiled", "gpu"),
+    *("none", "rough", "right", "tiled", "gpu"),
     *("learning", "dear", "cheap", "one slow stage", "garbage"),
 )
-"""What the policy predicts with. `right` and `tiled` are the truth, which goes by whole tiles in
-the second; `gpu` and `learning` start from the true profile, `dear` and `cheap` from one 30 % off;
-with `one slow stage` the truth has one that the profile knows nothing of; `garbage` is told
-nonsense by its stages."""
+"""What the policy predicts with. `rough` is what a run without a profile has; `right` and `tiled`
+are the truth, which goes by whole tiles in the second; `gpu` and `learning` start from the true
+profile, `dear` and `cheap` from one 30 % off; with `one slow stage` the truth has one that the
+profile knows nothing of; `garbage` is told nonsense by its stages."""
 CLOCKS = ("runs", "runs", "runs", "runs", "far on", "coarse", "stands still")
 
 

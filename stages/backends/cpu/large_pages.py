@@ -9,6 +9,8 @@ import ctypes
 import math
 import mmap
 from collections import deque
+from collections.abc import Iterator
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -29,8 +31,9 @@ class Zeros:
     has not given it yet."""
 
     def __init__(self) -> None:
-        self._to_come: deque[int] = deque()
-        """Where pages lie."""
+        self._to_come: deque[tuple[ref[mmap.mmap], Iterator[int]]] = deque()
+        """The memory of each tensor, and where pages of it lie that have not come. Once a tensor is
+        gone, something else may lie there."""
 
     def make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As torch.zeros. Raises OSError where the machine has no such memory."""
@@ -39,16 +42,21 @@ class Zeros:
             return torch.zeros(shape, dtype=dtype)
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         tensor = _asked_for(torch.frombuffer(memory, dtype=dtype).view(shape))
-        self._to_come.extend(_pages(tensor))
+        self._to_come.append((ref(memory), iter(_pages(tensor))))
         return tensor
 
     def bring(self) -> bool:
-        """The next page, for tensors that are still there; returns whether there was one."""
-        if not self._to_come:
-            return False
-        if _madvise(self._to_come.popleft(), _PAGE, _MADV_POPULATE_WRITE):  # as before Linux 5.14
-            self._to_come.clear()
-        return True
+        """The next page, of tensors that are still there; returns whether there was one."""
+        while self._to_come:
+            memory, pages = self._to_come[0]
+            page = next(pages, None) if memory() else None
+            if page is None:
+                self._to_come.popleft()
+                continue
+            if _madvise(page, _PAGE, _MADV_POPULATE_WRITE):  # as before Linux 5.14
+                self._to_come.clear()
+            return True
+        return False
 
 
 def _asked_for(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from pipeserve.core.nouns import Microbatch
 from pipeserve.core.work import Work, work_of
 
 NUM_STAGES = len(PLAN.stages)
+GPUS = load_profile("a100-80gb-dgx"), load_shape("falcon-180b"), split_layers(80, 2), 4
 
 
 @cache
@@ -116,11 +117,10 @@ def test_without_a_profile_all_of_it_is_learnt(times, seed):
 def test_without_a_profile_steps_of_tiles_are_found_where_there_are_any():
     """On a device that computes whole tiles, one token behind a tile costs as much as the next
     tile; on one that does not, it costs a token."""
-    shape, plan = load_shape("falcon-180b"), split_layers(80, 2)
-    gpu = PipelineCost(load_profile("a100-80gb-dgx"), shape, plan, 4)
+    gpu = PipelineCost(*GPUS)
     steps = {}
     for name, true in {"tiles": gpu, "none": truth()}.items():
-        cost = PipelineCost(ROUGH, shape, plan, 4) if true is gpu else truth(ROUGH)
+        cost = PipelineCost(ROUGH, *GPUS[1:]) if true is gpu else truth(ROUGH)
         run(cost, true, load(300))
         at = [max(cost.seconds(Work(n, 1, ((0, n),), 0, 0))) for n in (256, 257, 384)]
         steps[name] = (at[1] - at[0]) / (at[2] - at[0])
@@ -168,7 +168,7 @@ def test_what_was_not_seen_for_long_is_not_forgotten():
     """A prefix costs twice what the profile has; then there are decodes alone for long."""
     cost = truth()
     run(cost, truth(WRONG["prefixes"]), load(150))
-    alone = [microbatch(150 + n, decodes=(100 + n % 50,) * 16) for n in range(1000)]
+    alone = [microbatch(150 + n, decodes=(100 + n % 50,) * 16) for n in range(500)]
     run(cost, truth(WRONG["prefixes"]), alone)
     off = run(cost, truth(WRONG["prefixes"]), later(2000, 10))
     assert max(off) < 0.06
@@ -285,13 +285,13 @@ def test_what_cannot_be_used_changes_nothing():
 def test_nonsense_is_survived_and_what_is_right_is_learnt_after_it(nonsense, profile):
     """A stage whose clock jumps."""
     cost = truth(profile)
-    for index in range(1000):
+    for index in range(400):
         expected = cost.predict(microbatch(index, decodes=[5] * (1 + index % 40))).seconds
         assert all(0 < seconds < inf for seconds in expected)
         for stage in range(NUM_STAGES):
             cost.observe(index, stage, nonsense[(index + stage) % len(nonsense)])
-    run(cost, truth(), later(1000, 300), (2.0, 0.5))
-    assert median(run(cost, truth(), later(1300, 50, 2), (2.0, 0.5))) < 0.03
+    run(cost, truth(), later(400, 300), (2.0, 0.5))
+    assert median(run(cost, truth(), later(700, 50, 2), (2.0, 0.5))) < 0.03
 
 
 def test_stages_may_report_in_any_order_and_some_never():
@@ -356,14 +356,13 @@ def work(num_decodes: int, context: int, prefills) -> Work:
 
 def costs(kind: str) -> PipelineCost:
     if kind == "tiles":
-        shape = load_shape("falcon-180b")
-        return PipelineCost(load_profile("a100-80gb-dgx"), shape, split_layers(80, 2), 4)
+        return PipelineCost(*GPUS)
     return truth(ROUGH if kind == "none" else TRUE)
 
 
 @pytest.mark.parametrize("kind", ["tiles", "tables", "none"])
 @given(observed=OBSERVED, less=COUNTS, more=COUNTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_more_work_never_costs_less_whatever_was_observed(kind, observed, less, more):
     cost = costs(kind)
     for index, ((num_decodes, context, prefills), factor) in enumerate(observed):

@@ -7,7 +7,6 @@ numbers are from, and how far off they are.
 
 from itertools import pairwise
 from math import isfinite
-from operator import mul
 from typing import NamedTuple
 
 from pipeserve.core.cost.device import DeviceProfile, check_profile

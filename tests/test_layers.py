@@ -141,6 +141,7 @@ PURE = {
     "heapq",
     "itertools",
     "math",
+    "operator",
     "types",
     "typing",
 }

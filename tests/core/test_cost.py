@@ -1,18 +1,17 @@
-"""The cost model: its formulae at points computed by hand, its parts, and what it learns."""
+"""The cost model: its formulae at points computed by hand, and its parts."""
 
 import random
 from dataclasses import replace
-from math import exp, inf, sqrt
+from math import exp, sqrt
 
 import pytest
+from microbatches import microbatch
 
 from pipeserve.core.cost.device import AllReduce, DeviceProfile, Link, Residuals, check_profile
 from pipeserve.core.cost.kernels import AttentionCost, Elementwise, Gemm, Kernels, Tables, products
 from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.cost.shape import ModelShape
-from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.core.work import Work, work_of
 from pipeserve.errors import ConfigError
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
@@ -74,16 +73,6 @@ TABLES = replace(
         embedding=((1, 1e-4),),
     ),
 )
-
-
-def microbatch(index=0, prefills=(), decodes=()) -> Microbatch:
-    """`prefills` as (start, tokens), `decodes` as positions in the KV cache."""
-    spans = [(start, start + tokens) for start, tokens in prefills]
-    spans += [(start, start + 1) for start in decodes]
-    chunks = [
-        Chunk(RequestId(n), start, stop, (), None, 1) for n, (start, stop) in enumerate(spans)
-    ]
-    return Microbatch(index, tuple(chunks))
 
 
 # ---- formulae -----------------------------------------------------------------------------------
@@ -285,137 +274,6 @@ def test_hops_know_where_a_node_ends():
     cost = PipelineCost(PROFILE, SHAPE, split_layers(4, 4), 2)
     assert cost.hop_seconds(1000) == pytest.approx([inside, between, inside])
     assert PipelineCost(PROFILE, SHAPE, split_layers(4, 1)).hop_seconds(1000) == ()
-
-
-# ---- learning -----------------------------------------------------------------------------------
-
-
-def observed(cost, factors, indices, decodes=(50,) * 8):
-    """Runs microbatches that take `factors` times the uncorrected prediction."""
-    true = PipelineCost(PROFILE, SHAPE, split_layers(4, 2)).predict(microbatch(decodes=decodes))
-    for index in indices:
-        cost.predict(microbatch(index, decodes=decodes))
-        for stage, factor in enumerate(factors):
-            cost.observe(index, stage, factor * true.seconds[stage])
-    predicted = cost.predict(microbatch(10**6, decodes=decodes)).seconds
-    return [p / t for p, t in zip(predicted, true.seconds, strict=True)]
-
-
-@pytest.fixture
-def cost():
-    return PipelineCost(PROFILE, SHAPE, split_layers(4, 2))
-
-
-def test_it_learns_a_constant_factor_of_each_stage(cost):
-    assert observed(cost, (2.0, 0.5), range(300)) == pytest.approx([2.0, 0.5], rel=0.02)
-
-
-def test_what_all_sizes_share_holds_for_a_size_never_seen(cost):
-    big = Work(400, 1, ((0, 400),), 0, 0)
-    before = cost.seconds(big)
-    observed(cost, (2.0, 2.0), range(300))
-    assert [b / a for a, b in zip(before, cost.seconds(big), strict=True)] == pytest.approx(
-        [2.0, 2.0], rel=0.05
-    )
-
-
-def test_it_learns_sizes_apart(cost):
-    few, many = (50,) * 8, (50,) * 100
-    for round_ in range(0, 400, 2):
-        low = observed(cost, (1.2, 1.2), [round_], few)
-        high = observed(cost, (0.9, 0.9), [round_ + 1], many)
-    assert low == pytest.approx([1.2, 1.2], rel=0.03)
-    assert high == pytest.approx([0.9, 0.9], rel=0.03)
-
-
-def test_a_size_in_use_does_not_change_what_is_known_of_another(cost):
-    few, many = (50,) * 8, (50,) * 100
-    for index in range(0, 400, 2):
-        observed(cost, (1.2, 1.2), [index], few)
-        observed(cost, (0.9, 0.9), [index + 1], many)
-    observed(cost, (1.2, 1.2), range(400, 600), few)
-    assert observed(cost, (0.9, 0.9), [600], many) == pytest.approx([0.9, 0.9], rel=0.03)
-
-
-def test_the_first_observation_of_a_size_keeps_what_was_known(cost):
-    observed(cost, (2.0, 2.0), range(300))
-    assert observed(cost, (2.0, 2.0), [300], (50,) * 100) == pytest.approx([2.0, 2.0], rel=0.02)
-
-
-def test_an_outlier_hardly_moves_it(cost):
-    before = observed(cost, (1.1, 1.1), range(200))
-    after = observed(cost, (100.0, 1.1), [200])
-    assert after == pytest.approx(before, rel=0.01)
-
-
-def test_a_lasting_change_is_believed(cost):
-    observed(cost, (1.0, 1.0), range(500))
-    assert observed(cost, (3.0, 1.0), range(500, 800))[0] == pytest.approx(3.0, rel=0.1)
-
-
-@pytest.mark.parametrize("times", [1e-4, 1.0, 1e4])
-def test_without_a_profile_the_first_microbatch_says_how_long_they_take(times):
-    cost = PipelineCost(ROUGH, SHAPE, split_layers(4, 2))
-    first = cost.predict(microbatch(0, decodes=(50,) * 8)).seconds
-    for stage, factor in enumerate((times, 3 * times)):
-        cost.observe(0, stage, factor * first[stage])
-    known = cost.predict(microbatch(1, decodes=(50,) * 8)).seconds
-    assert known == pytest.approx([times * first[0], 3 * times * first[1]], rel=1e-3)
-
-
-def test_without_a_profile_a_slow_first_microbatch_is_soon_made_up_for():
-    """It may have loaded what the others find there."""
-    cost = PipelineCost(ROUGH, SHAPE, split_layers(4, 1))
-    (usual,) = cost.predict(microbatch(0, decodes=[50])).seconds
-    for index in range(30):
-        cost.predict(microbatch(index, decodes=[50]))
-        cost.observe(index, 0, (1.0 if index else 20.0) * usual)
-    assert cost.predict(microbatch(30, decodes=[50])).seconds[0] == pytest.approx(usual, rel=0.05)
-
-
-def test_what_cannot_be_used_changes_nothing(cost):
-    cost.predict(microbatch(7, decodes=[5]))
-    before = cost.predict(microbatch(8, decodes=[5]))
-    for index, stage, seconds in (
-        (99, 0, 1.0),  # never predicted
-        (7, 2, 1.0),  # no such stage
-        (7, -1, 1.0),
-        (7, 0, 0.0),
-        (7, 0, -1.0),
-        (7, 0, float("nan")),
-        (7, 0, float("inf")),
-    ):
-        cost.observe(index, stage, seconds)
-        assert cost.predict(microbatch(9, decodes=[5])) == before
-    cost.observe(7, 0, 1.0)
-    once = cost.predict(microbatch(10, decodes=[5]))
-    assert once.seconds[0] > before.seconds[0]
-    cost.observe(7, 0, 1.0)  # a second time
-    assert cost.predict(microbatch(11, decodes=[5])) == once
-
-
-@pytest.mark.parametrize("nonsense", [(1.7e308,), (1e300,), (5e-324,), (1.7e308, 5e-324)], ids=str)
-def test_nonsense_is_survived_and_what_is_right_is_learnt_after_it(cost, nonsense):
-    """A stage whose clock jumps."""
-    for index in range(2000):
-        expected = cost.predict(microbatch(index, decodes=[5] * (1 + index % 40))).seconds
-        assert all(0 < seconds < inf for seconds in expected)
-        for stage in range(2):
-            cost.observe(index, stage, nonsense[(index + stage) % len(nonsense)])
-    observed(cost, (2.0, 0.5), range(2000, 4000))
-    assert observed(cost, (2.0, 0.5), [4000]) == pytest.approx([2.0, 0.5], rel=0.02)
-
-
-def test_stages_may_report_in_any_order_and_some_never(cost):
-    for index in range(5000):
-        cost.predict(microbatch(index, decodes=[5]))
-        if index % 2:
-            cost.observe(index - 1, 1, 1e-3)
-    before = cost.predict(microbatch(5000, decodes=[5]))
-    cost.observe(3900, 0, 1.0)  # an answer this late is not waited for
-    assert cost.predict(microbatch(5001, decodes=[5])) == before
-    cost.observe(4999, 0, 1.0)
-    assert cost.predict(microbatch(5002, decodes=[5])) != before
 
 
 # ---- profiles for something else ----------------------------------------------------------------

@@ -6,32 +6,21 @@ numbers are from, and how far off they are.
 """
 
 from itertools import pairwise
-from math import exp, isfinite, log, sqrt
+from math import isfinite
 from typing import NamedTuple
 
 from pipeserve.core.cost.device import DeviceProfile, check_profile
-from pipeserve.core.cost.kernels import TILE
 from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.cost.shape import ModelShape
+from pipeserve.core.cost.stage_terms import StageTerms
+from pipeserve.core.cost.token_curve import TokenCurve
 from pipeserve.core.nouns import Microbatch, PipelinePlan, StageCost
 from pipeserve.core.work import Work, work_of
 
 _REMEMBERED = 1024
 """Predictions kept until they are observed: more than are ever outstanding."""
-
-_FURTHEST = 1e6
-"""Times as long as predicted, or as short: what is further off says nothing of the stage, and is
-taken as that far."""
-_WEIGHT = 0.1
-"""Of the latest observation."""
-_USUAL, _UNKNOWN = 0.2, 20.0
-"""Scales of the errors before anything was observed: of a profile, and of a guess."""
-_BOUND = 2.0
-"""Scales of the errors; what lies further out is moved there."""
-_RHO = 2.52
-"""Makes the mean of the biweight function 1 for normal errors."""
-_LEAST_SCALE = 0.01
-"""Or a change after a long calm would never be believed."""
+_STEPPED, _GUESSED = (0.0, 1.0), (0.5, 0.5)
+"""How much of what tokens cost rises evenly, and how much by steps: a profile has the steps."""
 
 
 class Terms(NamedTuple):
@@ -66,100 +55,136 @@ class PipelineCost:
         self._shard = shape.shard(tensor_parallel_size)
         self._size = tensor_parallel_size
         self._plan = plan
-        self._stages = tuple(
-            (float(stage.num_layers), float(stage.has_head), float(stage.has_embedding))
-            for stage in plan.stages
-        )
+        self._stages = plan.stages
+        self._with_head = [s.stage for s in plan.stages if s.has_head]
+        self._with_embedding = [s.stage for s in plan.stages if s.has_embedding]
         self._crossings = crossings(profile, len(plan.stages), tensor_parallel_size)
         self._flat: dict[int, tuple[float, float, float]] = {}
         self._heads: dict[int, float] = {0: 0.0}
-        self._predicted: dict[int, tuple[int, list[float]]] = {}  # size class, uncorrected seconds
-        self._kinds = tuple(dict.fromkeys(self._stages))
-        self._kind_of = tuple(map(self._kinds.index, self._stages))
-        scale, self._weight = (_UNKNOWN, 1.0) if profile is ROUGH else (_USUAL, _WEIGHT)
-        self._by_stage = [Correction(0.0, scale, self._weight) for _ in plan.stages]
-        self._factors = [1.0] * len(plan.stages)  # what these levels come to
-        self._by_size: dict[int, Correction] = {}
-        self._typical = 0.0  # level of sizes in use: what one that was never seen starts from
-        self._flat_of(1)  # a missing all-reduce is found here, not in a run
+        self._predicted: dict[int, _Predicted] = {}
+        self._tokens = TokenCurve(self._linear_s)  # a missing all-reduce is found here
+        self._learnt = [self._first(float(stage.num_layers)) for stage in plan.stages]
+        self._rates = [learnt.rates for learnt in self._learnt]
 
     def predict(self, microbatch: Microbatch) -> StageCost:
         """Seconds on each stage, corrected by what was observed so far."""
         work = work_of(microbatch)
-        raw = self._raw(work)
-        self._predicted[microbatch.index] = _size_class(work.num_tokens), raw
+        parts = self._parts(work)
+        waits = [True] * len(self._stages)
+        self._predicted[microbatch.index] = _Predicted(work.num_tokens, parts, waits)
         if len(self._predicted) > _REMEMBERED:
             del self._predicted[next(iter(self._predicted))]
-        return StageCost(self._corrected(work.num_tokens, raw))
+        return StageCost(self._seconds(work.num_tokens, parts))
 
     def seconds(self, work: Work) -> tuple[float, ...]:
         """As `predict`, of work that no microbatch holds yet; not remembered."""
-        return self._corrected(work.num_tokens, self._raw(work))
+        return self._seconds(work.num_tokens, self._parts(work))
 
     def observe(self, index: int, stage: int, seconds: float) -> None:
         """Corrects later predictions. What was never predicted, is observed twice or came too late
         is ignored; so is a time that is not positive and finite.
 
-        A prediction is off by a factor of the stage (a slow device) times one of the microbatch's
-        tiles (the kernels that the library picks for that size), on all stages alike. Each is the
-        level of what the other leaves over: backfitting (Hastie and Tibshirani, "Generalized
-        Additive Models", 1986), one observation at a time. A number of tiles that was never seen
-        gets the usual one's.
+        A stage's terms explain what they can, and the number of tokens, which is the same on all
+        stages, what they leave over: backfitting (Hastie and Tibshirani, "Generalized Additive
+        Models", 1986), one observation at a time.
         """
-        size_class, raw = self._predicted.get(index, (0, []))
-        if not (0 <= stage < len(raw) and raw[stage] > 0 and seconds > 0 and isfinite(seconds)):
+        found = self._predicted.get(index)
+        if found is None or not (0 <= stage < len(found.waits) and found.waits[stage]):
             return
-        times = seconds / raw[stage]
-        ratio, raw[stage] = log(min(max(times, 1 / _FURTHEST), _FURTHEST)), 0.0
-        if not any(raw):  # the last stage to report
+        if not (seconds > 0 and isfinite(seconds)):
+            return
+        found.waits[stage] = False
+        if not any(found.waits):
             del self._predicted[index]
-        by_stage = self._by_stage[stage]
-        by_size = self._by_size.get(size_class)
-        if by_size is None:
-            by_size = self._by_size[size_class] = Correction(self._typical, _USUAL, self._weight)
-        by_stage.update(ratio - by_size.level)
-        self._factors[stage] = exp(by_stage.level)
-        by_size.update(ratio - by_stage.level)
-        self._typical += _WEIGHT * (by_size.level - self._typical)
+        terms, learnt = self._terms_of(stage, found), self._learnt[stage]
+        _, of_even, of_steps, *_ = learnt.rates
+        share = (of_even * terms[1] + of_steps * terms[2]) / seconds
+        left = learnt.update(terms, seconds)
+        self._rates[stage] = learnt.rates
+        if left:
+            self._tokens.learn(found.num_tokens, share * left)
 
     def terms(self, work: Work) -> tuple[Terms, ...]:
         """What `seconds` is the sum of, stage by stage."""
         linear, all_reduce, embedding = self._flat_of(work.num_tokens)
-        prefill, decode = self._attention(work)
-        head, host = self._head_of(work.num_logits), self.profile.host_s
-        factors = self._corrected(work.num_tokens, [1.0] * len(self._stages))
-        return tuple(
-            Terms(
-                factor * layers * linear,
-                factor * layers * prefill,
-                factor * layers * decode,
-                factor * layers * all_reduce,
-                factor * has_head * head,
-                factor * has_embedding * embedding,
-                factor * host,
+        alone = linear / (linear + all_reduce or 1.0)
+        own, prefix, context, head, _ = self._parts(work)
+        even, stepped = self._tokens.of(work.num_tokens)
+        found = []
+        for stage, rates in zip(self._stages, self._rates, strict=True):
+            weights, of_even, of_steps, of_own, of_prefix, of_context, of_ends = rates
+            host = weights * self.profile.host_s / (self._weights_s(stage.num_layers) or 1.0)
+            flat = weights - host + of_even * even + of_steps * stepped
+            found.append(
+                Terms(
+                    alone * flat,
+                    of_own * own + of_prefix * prefix,
+                    of_context * context,
+                    (1 - alone) * flat,
+                    stage.has_head * of_ends * head,
+                    stage.has_embedding * of_ends * embedding,
+                    host,
+                )
             )
-            for factor, (layers, has_head, has_embedding) in zip(factors, self._stages, strict=True)
-        )
+        return tuple(found)
 
     def hop_seconds(self, num_tokens: int) -> tuple[float, ...]:
         """Activations of a microbatch over each of the P - 1 seams."""
         return hop_seconds(self.profile, self._shard, self._crossings, num_tokens)
 
-    def _raw(self, work: Work) -> list[float]:
-        linear, all_reduce, embedding = self._flat_of(work.num_tokens)
-        layer = linear + all_reduce + sum(self._attention(work))
-        head, host = self._head_of(work.num_logits), self.profile.host_s
-        by_kind = [
-            layers * layer + has_head * head + has_embedding * embedding + host
-            for layers, has_head, has_embedding in self._kinds
-        ]
-        return [by_kind[kind] for kind in self._kind_of]
+    def _parts(self, work: Work) -> "_Parts":
+        """What the profile has for it beside what depends on the number of tokens alone."""
+        attention, shard = self.profile.attention, self._shard
+        own = prefix = 0.0
+        for start, tokens in work.prefills:
+            alone = attention.prefill_s(shard, 0, tokens)
+            own += alone
+            if start:
+                prefix += attention.prefill_s(shard, start, tokens) - alone
+        context = attention.decode_s(shard, work.num_decodes, work.context)
+        embedding = self._flat_of(work.num_tokens)[2]
+        return _Parts(own, prefix, context, self._head_of(work.num_logits), embedding)
 
-    def _corrected(self, num_tokens: int, raw: list[float]) -> tuple[float, ...]:
-        by_size = self._by_size.get(_size_class(num_tokens))
-        factor = exp(by_size.level if by_size else self._typical)
-        pairs = zip(raw, self._factors, strict=True)
-        return tuple([seconds * (factor * of_stage) for seconds, of_stage in pairs])
+    def _seconds(self, num_tokens: int, parts: "_Parts") -> tuple[float, ...]:
+        """Of each stage; asked many times for each microbatch that is planned."""
+        own, prefix, context, head, embedding = parts
+        even, stepped = self._tokens.of(num_tokens)
+        rates = self._rates
+        seconds = [
+            weights + a * even + b * stepped + c * own + d * prefix + e * context
+            for weights, a, b, c, d, e, _ in rates
+        ]
+        for stage in self._with_head:
+            seconds[stage] += rates[stage][-1] * head
+        for stage in self._with_embedding:
+            seconds[stage] += rates[stage][-1] * embedding
+        return tuple(seconds)
+
+    def _terms_of(self, stage: int, found: "_Predicted") -> tuple[float, ...]:
+        """What the stage's rates are multiplied with."""
+        own, prefix, context, head, embedding = found.parts
+        even, stepped = self._tokens.of(found.num_tokens)
+        plan = self._stages[stage]
+        ends = plan.has_head * head + plan.has_embedding * embedding
+        return (1.0, even, stepped, own, prefix, context, ends)
+
+    def _first(self, num_layers: float) -> StageTerms:
+        """The rates of a stage before anything was observed: what is always the same (the weights
+        are read, the host works), tokens as if they cost evenly, tokens by steps, chunks, their
+        prefixes, the contexts of decodes; and once, not in each layer, head and embedding."""
+        is_guess = self.profile is ROUGH
+        even, steps = [num_layers * share for share in (_GUESSED if is_guess else _STEPPED)]
+        weights_s = self._weights_s(num_layers)
+        others = (num_layers, num_layers, num_layers, 1.0)
+        sizes = (weights_s, num_layers, num_layers, *others)
+        return StageTerms((weights_s, even, steps, *others), sizes, is_guess)
+
+    def _weights_s(self, num_layers: float) -> float:
+        return num_layers * self._tokens.weights_s + self.profile.host_s
+
+    def _linear_s(self, num_tokens: int) -> float:
+        linear, all_reduce, _ = self._flat_of(num_tokens)
+        return linear + all_reduce
 
     def _flat_of(self, num_tokens: int) -> tuple[float, float, float]:
         """What follows from the number of tokens alone: linear and all-reduce seconds of a layer,
@@ -181,51 +206,25 @@ class PipelineCost:
             self._heads[num_logits] = found
         return found
 
-    def _attention(self, work: Work) -> tuple[float, float]:
-        """Seconds of a layer's attention: prefills, decodes."""
-        attention, shard = self.profile.attention, self._shard
-        prefill = sum([attention.prefill_s(shard, *chunk) for chunk in work.prefills])
-        return prefill, attention.decode_s(shard, work.num_decodes, work.context)
+
+class _Parts(NamedTuple):
+    """Seconds of a microbatch by the profile: in a layer, but for the last two."""
+
+    own: float
+    """Chunks, as if nothing were before them."""
+    prefix: float
+    """What they read before them."""
+    context: float
+    """Decodes."""
+    head: float
+    embedding: float
 
 
-class Correction:
-    """The level of a noisy series, whatever a few outliers say.
-
-    Exponential smoothing with cleaned observations: what lies further from the level than two of
-    the errors' own scale is moved there. Source: Gelper, Fried and Croux, "Robust forecasting with
-    exponential and Holt-Winters smoothing", Journal of Forecasting 29 (2010).
-    """
-
-    __slots__ = ("_weight", "level", "scale")
-
-    def __init__(self, level: float = 0.0, scale: float = _USUAL, weight: float = _WEIGHT) -> None:
-        """`scale`: of log(observed / predicted) before anything was observed; `weight`: of the
-        first observation. At 1 the level is the mean of the first ones, whatever it was before."""
-        self.level, self.scale, self._weight = level, scale, weight
-
-    def update(self, value: float) -> None:
-        """Runs for every microbatch on every stage, hence spelt out."""
-        error = value - self.level
-        share = error / (_BOUND * self.scale)
-        inside = 1 - share * share
-        rho = _RHO * (1 - inside * inside * inside) if inside > 0 else _RHO
-        scale = self.scale * sqrt(1 - _WEIGHT + _WEIGHT * rho)
-        self.scale = scale = scale if scale > _LEAST_SCALE else _LEAST_SCALE
-        bound = _BOUND * scale
-        if error > bound:
-            error = bound
-        elif error < -bound:
-            error = -bound
-        self.level += self._weight * error
-        if self._weight > _WEIGHT:
-            self._weight = max(_WEIGHT, self._weight / (1 + self._weight))
-
-
-def _size_class(num_tokens: int) -> int:
-    """Tiles of rows, up to 64; below one tile, octaves."""
-    if num_tokens <= TILE // 2:
-        return -num_tokens.bit_length()
-    return min(-(-num_tokens // TILE), 64)
+class _Predicted(NamedTuple):
+    num_tokens: int
+    parts: _Parts
+    waits: list[bool]
+    """For each stage, whether it has not been observed."""
 
 
 def all_reduce_s(

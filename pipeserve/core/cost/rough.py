@@ -1,8 +1,8 @@
 """What to predict with where no device was measured: a profile of none in particular.
 
 Only its proportions say anything: a stage reads its weights once and multiplies them with every
-token, a decode reads its context, a chunk its prefix. How long that takes on each stage, and at
-each number of tokens, `PipelineCost` learns from what stages observe, from the first microbatch on.
+token, a decode reads its context, a chunk its prefix. How long each of these takes on each stage
+`PipelineCost` learns from what stages observe, from the first microbatch on.
 """
 
 from pipeserve.core.cost.device import DeviceProfile, Link

@@ -34,20 +34,16 @@ class Watched:
         self._files: dict[str, int] = {}
 
     def signs(self) -> VitalSigns:
-        """Of this moment; all zero where the process has ended, or may not be looked at."""
+        """Of this moment. Zero is what may not be read here; all of it, where it has ended."""
         try:
             state, *fields = self._read("stat").rpartition(b") ")[2].split()
-            io = self._read("io")
-            times = self._of_threads(int(fields[_NUM_THREADS]))
         except OSError:
             return VitalSigns()
-        counts = dict(line.split(b": ") for line in io.splitlines())
-        num_moved = sum(int(counts[name]) for name in (b"rchar", b"wchar", b"read_bytes"))
         ran_ns = stood_ns = 0
-        for each in times:
-            ran, stood, _ = each.split()
+        for times in self._of_threads(int(fields[_NUM_THREADS])):
+            ran, stood, _ = times.split()
             ran_ns, stood_ns = ran_ns + int(ran), stood_ns + int(stood)
-        return VitalSigns(num_moved, 1e-9 * ran_ns, 1e-9 * stood_ns, state.decode())
+        return VitalSigns(self._num_moved(), 1e-9 * ran_ns, 1e-9 * stood_ns, state.decode())
 
     def close(self) -> None:
         for file in self._files.values():
@@ -61,6 +57,13 @@ class Watched:
             file = self._files[name] = os.open(f"{self._folder}/{name}", os.O_RDONLY)
         return os.pread(file, _MOST_BYTES, 0)
 
+    def _num_moved(self) -> int:
+        try:
+            counts = dict(line.split(b": ") for line in self._read("io").splitlines())
+        except OSError:
+            return 0
+        return sum(int(counts[name]) for name in (b"rchar", b"wchar", b"read_bytes"))
+
     def _of_threads(self, number: int) -> list[bytes]:
         """What `schedstat` has of each; nothing of those that have ended, or where this kernel does
         not say."""
@@ -68,7 +71,7 @@ class Watched:
         with contextlib.suppress(OSError):
             if number == 1:
                 return [self._read("schedstat")]
-        for thread in os.listdir(f"{self._folder}/task"):
-            with contextlib.suppress(OSError):
-                found.append(Path(f"{self._folder}/task/{thread}/schedstat").read_bytes())
+            for thread in os.listdir(f"{self._folder}/task"):
+                with contextlib.suppress(OSError):
+                    found.append(Path(f"{self._folder}/task/{thread}/schedstat").read_bytes())
         return found

@@ -66,3 +66,18 @@ def test_all_its_threads_count():
     with running(f"{two}\nimport time; time.sleep(60)") as pid:
         ran_s, stood_s, _ = after(pid, 0.5)
         assert ran_s + stood_s > 0.2
+
+
+def test_one_file_that_may_not_be_read_takes_nothing_from_the_others(monkeypatch):
+    """As in some containers (nginx/agent#383, netdata#779): or a stage that is stopped there would
+    not be found, and one that is slow be taken for dead (hermes-agent#110352)."""
+    really = os.open
+
+    def refuses(path, flags):
+        if path.endswith("/io"):
+            raise PermissionError
+        return really(path, flags)
+
+    monkeypatch.setattr(os, "open", refuses)
+    signs = Watched(os.getpid()).signs()
+    assert signs.num_moved == 0 and signs.ran_s > 0 and signs.state == "R"

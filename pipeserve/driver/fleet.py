@@ -208,13 +208,13 @@ class Fleet:
     def _note(self, heard: Heard, came: list[Received]) -> None:
         """Deal with what concerns processes; put the rest, and what happened, into `came`."""
         message, epoch, source, at_s = heard
-        rank = self._members.rank_of(source)
+        rank = self._members.rank_of.get(source)
         if rank is None:  # it says who it is
             if isinstance(message, control.KeeperHello):
                 self._welcome(message, source, at_s, came)
             else:
                 self._take_in(message, source, epoch)
-        elif self._members.is_keeper(source, rank):
+        elif source is self._members.keepers.get(rank):
             self._note_keeper(message, rank, at_s, epoch, came)
         elif epoch == self.epoch:
             self._note_stage(message, rank, at_s, came)

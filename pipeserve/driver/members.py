@@ -17,15 +17,8 @@ class Members:
         """Likewise, and of those that are gone, which may come again."""
         self.keepers: dict[int, Connection] = {}
         self.stages: dict[int, Connection] = {}
-        self._rank_of: dict[Source, int] = {}
-
-    def rank_of(self, source: Source) -> int | None:
-        """None: it has not said yet who it is."""
-        return self._rank_of.get(source)
-
-    def is_keeper(self, source: Source, rank: int) -> bool:
-        """Of that rank; else it is its stage."""
-        return source is self.keepers.get(rank)
+        self.rank_of: dict[Source, int] = {}
+        """Of keepers and stages that have said who they are."""
 
     def place_of(self, rank: int) -> str:
         """Who and where, for people."""
@@ -51,14 +44,14 @@ class Members:
         source.can_wait()
         self.hellos[hello.rank] = self._last_hellos[hello.rank] = hello
         self.keepers[hello.rank] = source
-        self._rank_of[source] = hello.rank
+        self.rank_of[source] = hello.rank
 
     def stage_came(self, rank: int, source: Connection) -> None:
         source.carries = "words of a stage"
         if self.topology.stage_of(rank) < self.topology.num_stages - 1:  # else results come from it
             source.can_wait()
         self.stages[rank] = source
-        self._rank_of[source] = rank
+        self.rank_of[source] = rank
 
     def stage_is_gone(self, rank: int) -> None:
         if rank in self.stages:
@@ -74,7 +67,7 @@ class Members:
 
     def _let_go(self, connection: Connection) -> None:
         connection.close()
-        del self._rank_of[connection]
+        del self.rank_of[connection]
 
     # ---- what they are told ---------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from pipeserve.cpus import cores_of
 from pipeserve.machine import boot_id, cpu_quota, fingerprint, native_dtypes
 from pipeserve.stage.last_spans import LastSpans
 from pipeserve.stage.placement import most_threads, place_of, stage_environment
-from pipeserve.stage.vital_signs import VitalSigns, vital_signs
+from pipeserve.stage.vital_signs import VitalSigns, Watched
 from pipeserve.wire import connecting, control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Heartbeat, NotWanted, Stop
@@ -68,6 +68,7 @@ class Keeper:
         self.stage: subprocess.Popen | None = None
         self.stage_ended: Descriptor | None = None
         self.stage_pidfd = -1
+        self.watched: Watched | None = None
         self.last_spans: LastSpans | None = None
         """Of the stage that there is."""
 
@@ -209,12 +210,11 @@ class Keeper:
             )
         self.stage_pidfd = os.pidfd_open(self.stage.pid)  # readable once the stage has ended
         self.stage_ended = Descriptor(self.stage_pidfd, self.sources, "stage's end")
+        self.watched = Watched(self.stage.pid)
 
     def _signs(self) -> VitalSigns:
         """Of the stage."""
-        if self.stage is None or self.stage_ended is None:
-            return VitalSigns()
-        return vital_signs(self.stage.pid)
+        return VitalSigns() if self.watched is None else self.watched.signs()
 
     def _report_exit(self) -> None:
         self._end_stage()
@@ -229,6 +229,8 @@ class Keeper:
         self.stage_ended.close()
         os.close(self.stage_pidfd)
         self.stage_ended = None
+        self.watched.close()
+        self.watched = None
         self._tell(control.LastSpans(tuple(self.last_spans.take())))
         self.last_spans.close()
 

@@ -47,6 +47,8 @@ class StageLoop:
         """`baseline`: bytes of this process's memory, before all that the stage takes. `keep`:
         called with each span at once, before it is told."""
         self.job = job
+        # Asked for several times for each microbatch.
+        self._is_first, self._is_last, self._speaks = job.is_first, job.is_last, job.speaks
         self.epoch = epoch
         self.sources = sources
         self.driver = driver
@@ -86,7 +88,9 @@ class StageLoop:
         self._receive(may_wait and self._has_nothing_to_do() and not self.compute.prepare())
         while self._can_begin():
             self._begin()
-        self._tell_span()  # not before the next microbatch has begun, if it can
+        if self.untold is not None:  # not before the next microbatch has begun, if it can
+            self.report(Timing(self.untold))
+            self.untold = None
         if self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
             self._end()
 
@@ -100,7 +104,7 @@ class StageLoop:
 
     def report(self, message: Sampled | Timing) -> None:
         """What the stage did: of its ranks, one tells."""
-        if self.job.speaks:
+        if self._speaks:
             self.tell(message)
 
     def _take_memory(self, num_blocks: int, meet_at: str) -> None:
@@ -130,16 +134,11 @@ class StageLoop:
             )
         )
 
-    def _tell_span(self) -> None:
-        if self.untold is not None:
-            self.report(Timing(self.untold))
-            self.untold = None
-
     # ---- what arrives ---------------------------------------------------------------------------
 
     def _has_nothing_to_do(self) -> bool:
         """Until something comes. Sleeps first while the device needs nothing."""
-        if self.untold is not None or self._is_full():
+        if self.untold is not None:
             return False
         if self.begun:
             time.sleep(self.compute.left_s(self.begun[0][1]))
@@ -163,7 +162,7 @@ class StageLoop:
                 case "tokens":
                     for message in messages:
                         self.sequences.take_tokens(*unpack_sampled(message), seen_s)
-        if self.neighbours.is_connecting:
+        if self.neighbours.opening:
             self._look_at_neighbours()
         if self.driver.has_ended:
             sys.exit(1)  # as its keeper would have it
@@ -215,7 +214,7 @@ class StageLoop:
         except ConnectionError as error:
             self._give_up(error)
         else:
-            if not self.neighbours.is_connecting:
+            if not self.neighbours.opening:
                 self.tell(control.Connected())
 
     def _give_up(self, error: ConnectionError) -> None:
@@ -234,7 +233,7 @@ class StageLoop:
         if not self.plans or self._is_full() or self.stands_still:
             return False
         step = self.plans[0][0]
-        if self.job.is_first:
+        if self._is_first:
             return self.sequences.has_tokens_for(step)
         return self.compute.links.ready(step.index)
 
@@ -242,11 +241,11 @@ class StageLoop:
         """The next microbatch."""
         step, plan_s = self.plans.popleft()
         sequences = self.sequences.apply(step)
-        if self.job.is_first:
+        if self._is_first:
             activations, input_s = None, max([sequence.token_s for sequence in sequences])
         else:
             activations, input_s = self.compute.links.take(step.index)
-        if self.job.is_first or self.job.is_last:
+        if self._is_first or self._is_last:
             self.sequences.await_tokens(step, sequences)
         turn = Turn(step, sequences, activations, plan_s, input_s)
         self.begun.append((turn, self.compute.begin(turn)))
@@ -277,7 +276,7 @@ class StageLoop:
 
     def _feed_back(self, index: int, tokens: list[int], counts: bytes) -> None:
         """What the last stage sampled, to the first before anything else, for it may be waiting."""
-        if tokens and not self.job.is_first:
+        if tokens and not self._is_first:
             send_tokens(self.neighbours.first_stage, index, tokens, counts)
 
     def _span(self, turn: Turn, done: Done) -> Span:

@@ -43,7 +43,8 @@ class Neighbours:
         """Listens for the stage before, or on the first one for the last one's tokens."""
         self._links = links
         self._sources = sources
-        self._opening: list[Opening] = []
+        self.opening: list[Opening] = []
+        """Those that have not answered yet, as far as `look` has seen."""
         self._tokens: Listener | None = None
         self.first_stage: Connection | None = None
         """Where the last stage sends its tokens; None on others."""
@@ -57,9 +58,9 @@ class Neighbours:
     def close(self) -> None:
         """All links: one of those at their other ends is gone."""
         self._links.close()
-        for opening in self._opening:
+        for opening in self.opening:
             opening.connection.close()
-        self._opening = []
+        self.opening = []
         if self._tokens is not None:
             self._tokens.hang_up()
         if self.first_stage is not None:
@@ -74,17 +75,12 @@ class Neighbours:
         ):
             if address:
                 opening = Opening(reach(address, self._sources), address, reach, until_s)
-                self._opening.append(opening)
-
-    @property
-    def is_connecting(self) -> bool:
-        """Until all of them have answered, as far as `look` has seen."""
-        return bool(self._opening)
+                self.opening.append(opening)
 
     def look(self) -> None:
         """Who has answered. One that hung up may have been displaced by strangers: it is called
         again."""
-        self._opening = [again for opening in self._opening if (again := opening.goes_on())]
+        self.opening = [again for opening in self.opening if (again := opening.goes_on())]
 
     def _reach_first_stage(self, address: str, sources: Sources) -> Connection:
         self.first_stage = connecting.connect(address, sources, "tokens")

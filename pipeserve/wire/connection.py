@@ -15,17 +15,21 @@ raise: `has_ended` says so, and its keeper tells the driver why.
 
 import contextlib
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Collection
 from typing import Protocol
 
 from pipeserve.wire import handshake
-from pipeserve.wire.framing import RECEIVE_BYTES, Incoming, NotOurs, framed, prefix_of
 from pipeserve.wire.handshake import Connecting, Listening, Refused
 from pipeserve.wire.pump import Pump
 from pipeserve.wire.sources import Sources
 
+_PREFIX = struct.Struct("<4sI")
+_OURS = b"ppsv"
+"""Ahead of every message: whoever else finds the port does not say it."""
+_RECEIVE_BYTES = 1 << 16
 _SEND_BYTES = 4 << 20
 _MOST_BYTES = {
     "client": 1 << 30,
@@ -90,12 +94,15 @@ class Connection:
         self._socket = connected
         self._peer = _name_of_peer(connected)
         self.sources = sources
-        self._incoming = Incoming(handshake.MOST_BYTES)
+        self._incoming = bytearray()
+        self._large: tuple[bytearray, int] | None = None
+        """A message that is received where it is to lie, and how much of it is there."""
         self._outgoing: deque[memoryview] = deque()
         self._held_back: list[memoryview] = []
         """Until the handshake is done."""
         self._waits_for_room = False
         self._pump: Pump | None = None
+        self._most_bytes = handshake.MOST_BYTES
         sources.add(self, connected.fileno())
         sources.begins(self)
         self._handshake: Connecting | Listening | None = None  # once it is done
@@ -132,9 +139,9 @@ class Connection:
         if self.has_ended:
             return
         if self._handshake is not None:
-            self._held_back.append(framed(message))
+            self._held_back.append(_framed(message))
             return
-        self._outgoing.append(framed(message))
+        self._outgoing.append(_framed(message))
         self._flush()
 
     def send_large(self, *parts: memoryview) -> None:
@@ -145,11 +152,11 @@ class Connection:
         if self._pump is None:
             self._pump = Pump(self._socket)
         num_bytes = sum(part.nbytes for part in parts)
-        self._pump.send([prefix_of(num_bytes), *parts])
+        self._pump.send([memoryview(_PREFIX.pack(_OURS, num_bytes)), *parts])
 
     def _put_out(self, message: bytes) -> None:
         """Ahead of what is held back."""
-        self._outgoing.append(framed(message))
+        self._outgoing.append(_framed(message))
         self._flush()
 
     def _flush(self) -> None:
@@ -178,25 +185,22 @@ class Connection:
             return []
         if self._outgoing:
             self._flush()
-        most_bytes = RECEIVE_BYTES if self._handshake is None else handshake.MOST_BYTES
+        most_bytes = _RECEIVE_BYTES if self._handshake is None else handshake.MOST_BYTES
         messages: list[bytearray] = []
         try:
             while True:
-                room = self._incoming.room
-                if room is not None:
-                    num_bytes = self._socket.recv_into(room)
-                    if not num_bytes:
+                if self._large is not None:
+                    if not self._receive_large(messages):
                         break
-                    if whole := self._incoming.filled(num_bytes):
-                        messages.append(whole)
                     continue
                 data = self._socket.recv(most_bytes)
                 if not data:
                     break
-                self._take(data, messages)
+                self._incoming += data
+                messages += self._whole()
                 if self._handshake is not None:
                     return messages  # a stranger never keeps us here
-                if len(data) < most_bytes and self._incoming.room is None:
+                if len(data) < most_bytes and self._large is None:
                     return messages
         except BlockingIOError:
             return messages
@@ -205,18 +209,44 @@ class Connection:
         self._hung_up()
         return messages
 
-    def _take(self, data: bytes, messages: list[bytearray]) -> None:
-        """The messages that are whole with it; those of a handshake are for us."""
-        try:
-            for message in self._incoming.take(data):
-                if self._handshake is None:
-                    messages.append(message)
-                else:
-                    self._shake_hands(message)
-                if self.has_ended:
-                    break
-        except NotOurs as error:
-            self.turn_away(str(error))
+    def _receive_large(self, messages: list[bytearray]) -> bool:
+        """Some of it; False: the peer is gone."""
+        message, start = self._large
+        num_bytes = self._socket.recv_into(memoryview(message)[start:])
+        if start + num_bytes < len(message):
+            self._large = message, start + num_bytes
+        else:
+            self._large = None
+            messages.append(message)
+        return num_bytes > 0
+
+    def _whole(self) -> list[bytearray]:
+        """Take the messages that are whole out of what has come."""
+        incoming, messages, start = self._incoming, [], 0
+        while len(incoming) - start >= _PREFIX.size and not self.has_ended:
+            ours, num_bytes = _PREFIX.unpack_from(incoming, start)
+            if ours != _OURS:
+                self.turn_away("it speaks something else")
+                break
+            if num_bytes > self._most_bytes:
+                self.turn_away(f"its message is of over {self._most_bytes:,} bytes")
+                break
+            first = start + _PREFIX.size
+            here = len(incoming) - first
+            if here < num_bytes:
+                if num_bytes > _RECEIVE_BYTES:
+                    message = bytearray(num_bytes)
+                    message[:here] = memoryview(incoming)[first:]
+                    self._large, start = (message, here), len(incoming)
+                break
+            start = first + num_bytes
+            message = incoming[first:start]
+            if self._handshake is None:
+                messages.append(message)
+            else:
+                self._shake_hands(message)
+        del incoming[:start]
+        return messages
 
     # ---- the handshake --------------------------------------------------------------------------
 
@@ -239,7 +269,7 @@ class Connection:
             self._put_out(answer)
         if shaking.is_done:
             self._handshake = None
-            self._incoming.most_bytes = _MOST_BYTES.get(shaking.purpose, handshake.MOST_BYTES)
+            self._most_bytes = _MOST_BYTES.get(shaking.purpose, handshake.MOST_BYTES)
             self.sources.is_over(self)
             self._outgoing.extend(self._held_back)
             self._held_back.clear()
@@ -285,8 +315,12 @@ class Connection:
         self._socket.shutdown(socket.SHUT_WR)
         while True:
             self._socket.settimeout(max(until_s - time.monotonic(), 1e-3))
-            if not self._socket.recv(RECEIVE_BYTES):
+            if not self._socket.recv(_RECEIVE_BYTES):
                 return
+
+
+def _framed(message: bytes) -> memoryview:
+    return memoryview(_PREFIX.pack(_OURS, len(message)) + message)
 
 
 def _name_of_peer(connected: socket.socket) -> str:

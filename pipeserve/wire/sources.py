@@ -82,28 +82,29 @@ class Sources:
     def ready(self, timeout_ms: float | None, for_urgent: bool = False) -> list[Source]:
         """Those that something can be received from, waiting for the first; None: however long.
         `for_urgent`: where nothing is there, it waits for what is urgent alone."""
+        timeout_s = None if timeout_ms is None else timeout_ms / 1000
         if self._unproved:
-            return self._ready_or_late(timeout_ms, for_urgent)
-        return self._poll(None if timeout_ms is None else timeout_ms / 1000, for_urgent)
-
-    def _poll(self, timeout_s: float | None, for_urgent: bool) -> list[Source]:
+            timeout_s = self._no_longer_than_they_have(timeout_s)
         if for_urgent:
             found = self._epoll.poll(0) or self._urgent.poll(timeout_s)
         else:
             found = self._epoll.poll(timeout_s)
-        return [self._by_descriptor[number] for number, _ in found]
+        ready = [self._by_descriptor[number] for number, _ in found]
+        if self._unproved:
+            self._turn_away_who_is_late()
+        return ready
 
-    def _ready_or_late(self, timeout_ms: float | None, for_urgent: bool) -> list[Source]:
-        """The same, and hangs up on those who do not prove themselves in time; for that it returns,
-        too."""
+    def _no_longer_than_they_have(self, timeout_s: float | None) -> float:
+        """To prove themselves."""
         left_s = max(next(iter(self._unproved.values())) - time.monotonic(), 0.0)
-        timeout_s = left_s if timeout_ms is None else min(left_s, timeout_ms / 1000)
-        ready = self._poll(timeout_s, for_urgent)
+        return left_s if timeout_s is None else min(left_s, timeout_s)
+
+    def _turn_away_who_is_late(self) -> None:
+        """Whatever it has just said: a byte now and then gains no time."""
         now = time.monotonic()
         late = [connection for connection, late_s in self._unproved.items() if late_s <= now]
-        for connection in late:  # whatever it has just said: a byte now and then gains no time
+        for connection in late:
             connection.turn_away(f"nothing that begins a conversation in {PROVE_S:g} s")
-        return ready
 
     def begins(self, connection: Stranger) -> None:
         """Its handshake does. The oldest stranger goes when there are too many."""

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import contextmanager
 
-from pipeserve.stage.vital_signs import VitalSigns, vital_signs
+from pipeserve.stage.vital_signs import VitalSigns, Watched
 
 
 @contextmanager
@@ -25,20 +25,23 @@ def running(code, cores=None):
 
 def after(pid, seconds):
     """What changes in that time."""
-    before = vital_signs(pid)
+    watched = Watched(pid)
+    before = watched.signs()
     time.sleep(seconds)
-    now = vital_signs(pid)
+    now = watched.signs()
+    watched.close()
     return now.ran_s - before.ran_s, now.stood_s - before.stood_s, now.state
 
 
 def test_one_that_sleeps_and_one_that_is_stopped_use_nothing():
     with running("import time; time.sleep(60)") as pid:
-        assert vital_signs(pid).num_moved > 0
+        assert Watched(pid).signs().num_moved > 0
         ran_s, stood_s, state = after(pid, 0.3)
         assert ran_s < 0.01 and stood_s < 0.1 and state == "S"
     with running("while True: pass") as pid:
         os.kill(pid, signal.SIGSTOP)
-        while vital_signs(pid).state != "T":
+        watched = Watched(pid)
+        while watched.signs().state != "T":
             time.sleep(0.01)
         assert after(pid, 0.3) == (0.0, 0.0, "T")
 
@@ -52,6 +55,29 @@ def test_two_that_share_a_core_run_and_stand_in_line():
 
 
 def test_one_that_has_ended_gives_no_sign():
-    with running("pass") as pid:
-        pass
-    assert vital_signs(pid) == VitalSigns()
+    with running("import time; time.sleep(60)") as pid:
+        watched = Watched(pid)
+        assert watched.signs() != VitalSigns()
+    assert watched.signs() == Watched(pid).signs() == VitalSigns()
+
+
+def test_all_its_threads_count():
+    two = "from threading import Thread\nThread(target=lambda: [0 for _ in iter(int, 1)]).start()"
+    with running(f"{two}\nimport time; time.sleep(60)") as pid:
+        ran_s, stood_s, _ = after(pid, 0.5)
+        assert ran_s + stood_s > 0.2
+
+
+def test_one_file_that_may_not_be_read_takes_nothing_from_the_others(monkeypatch):
+    """As in some containers (nginx/agent#383, netdata#779): or a stage that is stopped there would
+    not be found, and one that is slow be taken for dead (hermes-agent#110352)."""
+    really = os.open
+
+    def refuses(path, flags):
+        if path.endswith("/io"):
+            raise PermissionError
+        return really(path, flags)
+
+    monkeypatch.setattr(os, "open", refuses)
+    signs = Watched(os.getpid()).signs()
+    assert signs.num_moved == 0 and signs.ran_s > 0 and signs.state == "R"

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from pipeserve.stages.tensor_parallel.sums import Sums
 
+_LOOK_UPS = "timeout:1 attempts:1"
+"""Of names, which torch does for its log alone: where nobody answers, all ranks would wait for 10 s
+(pytorch#159007)."""
 _OTHERS_FIRST_S = 3.0
 """If one of them has died, that is told meanwhile, and this one is ended."""
 
@@ -56,6 +59,7 @@ class Peers:
         from pipeserve.stages.tensor_parallel import group, layers
 
         self._choose_interface()
+        os.environ.setdefault("RES_OPTIONS", _LOOK_UPS)
         listener, self._listener = self._listener, None
         host, port = split_address(address)
         ways = _ways_of(stage)

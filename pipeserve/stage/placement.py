@@ -80,10 +80,13 @@ def stage_environment(
 
     Huge pages for large allocations (glibc 2.35 and newer; others ignore it): gathering KV touches
     many pages; one pair of runs of the mix in docs/bench.md took 25.4 s with and 27.0 s without.
+    What torch's C++ warns of, such as hosts whose names it would log and does not find, is not for
+    whoever runs a model (DeepEP#172).
     """
     changed = {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "GOMP_SPINCOUNT": _SPINS,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         **environment,
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),

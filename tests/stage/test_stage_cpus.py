@@ -167,6 +167,7 @@ def test_openmp_moves_no_thread_of_a_stage():
     assert stage_environment(users, 3, 1, 2) == {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "GOMP_SPINCOUNT": "7",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "HOME": "/root",
         "RANK": "3",
         "LOCAL_RANK": "1",

@@ -158,7 +158,7 @@ def test_slashes_too_many_are_none(server, path):
         (b"GET http://elsewhere/v1/models HTTP/1.1", b"200"),  # by a proxy
         (b"OPTIONS * HTTP/1.1", b"404"),
         (b"CONNECT elsewhere:443 HTTP/1.1", b"400"),
-        (b"GET /v1/models/\xff\xfe HTTP/1.1", b"404"),
+        (b"GET /v1/models/\xff\xfe HTTP/1.1", b"400"),
         (b"GET /v1/models/%ff%fe HTTP/1.1", b"404"),
         (b"GET /../../etc/passwd HTTP/1.1", b"404"),
         (b"PRI * HTTP/2.0", b"400"),
@@ -233,10 +233,10 @@ def test_a_long_answer_may_take_a_slow_client_long(server, monkeypatch):
         answer = bytearray()
         while part := it.recv(1 << 15):
             answer += part
-            time.sleep(0.02 * (len(answer) < 1_000_000))
+            time.sleep(0.02 * (len(answer) < 800_000))
     head, _, content = bytes(answer).partition(b"\r\n\r\n")
     assert f"content-length: {len(content)}\r\n".encode() in head.lower() + b"\r\n"
-    assert len(content) > 1_000_000 and len(json.loads(content)["choices"]) == 64
+    assert len(content) > 800_000 and len(json.loads(content)["choices"]) == 64
 
 
 def test_half_a_connection_is_none(server):

@@ -161,7 +161,7 @@ async def stream(
             return "hung up"
         async for line in response.content:
             data = line.removeprefix(b"data: ").strip()
-            if not data:
+            if not data or data.startswith(b":"):  # a sign of life
                 continue
             if data == b"[DONE]":
                 ended = True

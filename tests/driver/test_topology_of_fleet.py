@@ -18,6 +18,7 @@ from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.events import Gone, Joined, Lost, Ready, Received, Sized
 from pipeserve.driver.fleet import Fleet
+from pipeserve.driver.members import Members
 from pipeserve.driver.starting import StartProgress, jobs_of
 from pipeserve.driver.waiting import wait_for_keepers
 from pipeserve.stage.vital_signs import VitalSigns
@@ -220,15 +221,21 @@ def test_a_keeper_takes_the_place_of_one_that_has_just_hung_up(hand):
     assert hand.fleet.keepers[3].address == "10.9.9.9"
 
 
-def test_ranks_share_the_cores_that_they_may_all_use(hand):
+class Quiet:
+    """A keeper's connection, on which nothing is said."""
+
+    def close(self):
+        pass
+
+
+def test_ranks_share_the_cores_that_they_may_all_use():
     """And each has its own, where its launcher has bound it, as mpirun and srun do by themselves:
     a share of those was 1 in 4 (open-mpi#12900, optuna#155, covidestim#3, chapel#13719)."""
-    members = hand.fleet._members
+    members = Members(TWO_A_STAGE)
 
     def joins(rank, cpus, boot_id="here"):
-        source = SimpleNamespace(carries="", close=lambda: None)
         hello = control.KeeperHello(rank, 6, "h", "", 0, boot_id, cpus=tuple(cpus))
-        members.keeper_joined(hello, source)
+        members.keeper_joined(hello, Quiet())
 
     def shares():
         return [members.core_share(rank) for rank in range(4)]

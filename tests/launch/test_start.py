@@ -1,6 +1,5 @@
 """From a command to the first token: what the client has to import, and what it says meanwhile."""
 
-import json
 import re
 import subprocess
 import sys
@@ -23,11 +22,7 @@ sys.exit(main(sys.argv[1:]))
 def test_the_client_imports_nothing_that_takes_long(tmp_path):
     folder = tiny_llama(tmp_path / "model", vocab_size=300)
     byte_tokenizer(tmp_path / "model")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(
-        '{"prompt": "The sea"}\n{"messages": [{"role": "user", "content": "Where?"}]}\n'
-    )
-    words = ["generate", folder, "-pp", "2", "--prompts", str(prompts)]
+    words = ["generate", folder, "-pp", "2", "--prompt", "The sea", "--chat"]
     options = ["--max-tokens", "4", "--temperature", "0", "--ignore-eos"]
     command = [sys.executable, "-c", CLIENT, *words, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -35,4 +30,4 @@ def test_the_client_imports_nothing_that_takes_long(tmp_path):
     said = re.findall(r"^([a-z ]+): \d+\.\d s$", done.stderr, re.MULTILINE)
     assert said == [phase for phase in PHASES if phase in said]  # one that took no time is not said
     assert said[:3] == PHASES[:3]
-    assert [len(json.loads(line)["token_ids"]) for line in done.stdout.splitlines()] == [4, 4]
+    assert done.stdout.endswith("\n") and len(done.stdout) > 1

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import ssl
 import subprocess
@@ -20,6 +21,7 @@ from http_answers import ask, events, until
 pytestmark = pytest.mark.processes
 
 COMPLETIONS = "/v1/completions"
+_FILES = 500
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,24 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def _allow_few_files() -> None:
+    """Fewer than it may have where it asks for them."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, most))
+
+
 @contextmanager
 def serving(folder, *arguments):
     """In a process group of its own, as a terminal's programs are."""
     command = [sys.executable, "-m", "pipeserve.launch.cli", "serve", folder, "-pp", "2"]
     command += ["--dtype", "float32", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_allow_few_files,
+    )
     lines = []
     try:
         for line in process.stderr:
@@ -104,6 +118,8 @@ def test_it_answers_drains_and_ends(folder):
     expected = greedy_tokens(folder, prompts, 12)
     with serving(folder) as server:
         assert httpx.get(f"{server.url}/ready").json()["stages"][1]["stage"] == 1
+        # ROCm/ATOM#1381, langserve#714, uvicorn#1030: clients beyond the soft limit were hung up on
+        assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)[0] > _FILES
         body = {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         _, answer = ask(server, COMPLETIONS, prompt=prompts, **body)
         assert [choice["token_ids"] for choice in answer["choices"]] == expected

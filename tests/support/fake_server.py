@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import uvloop
 from fake_client import FakeClient
 
 from pipeserve.errors import CapacityError, ConfigError, StageError
@@ -136,7 +137,11 @@ def served(
         service.close()
         await pipeline.close()
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    def run() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as `serve`
+            runner.run(main())
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     assert started.wait(30)
     try:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -407,12 +407,12 @@ def setup_of(tmp_path, monkeypatch, what, **flags):
 
 
 def children():
-    own = f" {os.getpid()} "
-    return [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/stat")
-        if own in path.read_text().rpartition(")")[2][:20]
-    ]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            _, parent, *_ = path.read_text().rpartition(")")[2].split()
+            found += [int(path.parent.name)] * (int(parent) == os.getpid())
+    return found
 
 
 @pytest.mark.parametrize(("what", "where"), HANGS.values(), ids=HANGS)

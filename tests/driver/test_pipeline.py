@@ -102,7 +102,7 @@ def test_tokens_do_not_depend_on_cached_prefixes(start, model):
 def _is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

@@ -101,6 +101,23 @@ def test_kernels_keep_what_is_not_finite_from_earlier_rows(each_library, side, b
     assert not got[60:90].isfinite().all(-1).any()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_kernels_keep_what_is_not_finite_from_rows_whose_window_is_past_it(
+    each_library, side, bad, dtype
+):
+    """Beside rows that see it, in a tile that all of them see the end of; and as decodes."""
+    options = {"heads": (4, 2, 64), "scoring": Scoring(0.1, window=100), "turned": True}
+    expected = Case([(0, 200)], **options, dtype=dtype).run("kernels")
+    for cuts in ([0, 200], [0, *range(105, 121), 200]):
+        case = Case([(0, 200)], **options, dtype=dtype)
+        getattr(case, side)[0][10] = bad
+        got = parts_of(case, cuts)
+        assert torch.equal(got[:10], expected[:10]) and torch.equal(got[110:], expected[110:])
+        assert not got[10:110].isfinite().all(-1).any()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("turned", [True, False])
 def test_kernels_round_what_they_write_as_torch_does(each_library, dtype, turned):
@@ -140,14 +157,15 @@ def test_kernels_pass_a_query_that_is_no_number_on(each_library, dtype):
     assert torch.equal(got, expected)
 
 
-def test_kernels_read_nothing_that_was_not_written(each_library, monkeypatch):
+@pytest.mark.parametrize("heads", [(4, 2, 48), (5, 1, 7)])
+def test_kernels_read_nothing_that_was_not_written(each_library, monkeypatch, heads):
     """tensorflow#61510, vllm's and others' NaN that come and go; pytorch#127055: windows that leave
     whole tiles unseen."""
     real = torch.empty
     for dtype in TOLERANCE:
         case = Case(
             [(0, 200), (299, 300)],
-            heads=(4, 2, 48),
+            heads=heads,
             scoring=Scoring(0.1, window=70),
             turned=True,
             dtype=dtype,

@@ -282,8 +282,9 @@ def run(
     pipeline = SimulatedPipeline(engine, times)
     simulation = Simulation(pipeline, poisson_arrivals(cell.lengths, cell.rate, seed))
     for at_s, factor in fault.changes:
-        simulation.run_until(at_s)
-        times.factors[1] = factor
+        if at_s < minutes * MINUTE_S:
+            simulation.run_until(at_s)
+            times.factors[1] = factor
     simulation.run_until(minutes * MINUTE_S)
     return _by_minute(simulation, predicted, cell.limits.max_tbt_s, minutes)
 
@@ -370,9 +371,8 @@ def main() -> None:
             found = np.array([each.result() for each in futures])  # seed, minute, figure
             kept[f"{cell}: {fault}: {without}"] = found.tolist()
             name = f"{fault}; without {without}" if without else fault
-            print(cell, name, flush=True)
-            figures = [_cells(found[:, :, place], place) for place in range(4)]
-            rows.append([cell, name, *figures])
+            rows.append([cell, name, *[_cells(found[:, :, place], place) for place in range(4)]])
+            print(*rows[-1], sep=" | ", flush=True)
     if given.json:
         given.json.write_text(json.dumps(kept))
     header = ["cell", "starts from", "output tokens/s", "late, %", "off, median %", "off, P90 %"]

@@ -66,7 +66,7 @@ class StageTerms:
     def update(self, terms: Sequence[float], seconds: float) -> float:
         """Takes an observation of a microbatch of these terms. By what share of the prediction it
         was off, as far as this stage's rates leave it over."""
-        predicted = sum(map(mul, terms, self.rates))
+        predicted: float = sum(map(mul, terms, self.rates))
         if not predicted:
             return 0.0  # there is nothing on this stage to be learnt
         ratio = min(max(seconds / predicted, 1 / _FURTHEST), _FURTHEST)
@@ -77,7 +77,7 @@ class StageTerms:
         unit = self._level / predicted
         shares = [unit * term for term in terms]
         moved = [sum(map(mul, row, shares)) for row in self._spread]
-        total = sum(map(mul, moved, shares)) + self._variance
+        total: float = sum(map(mul, moved, shares)) + self._variance
         error, off = ratio - 1, max(ratio, 1 / ratio) - 1
         distance = off * off / total
         # What an error and what is left of it have in common is the noise.

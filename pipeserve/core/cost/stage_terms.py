@@ -17,7 +17,7 @@ _APART_IN_A_GUESS = 1.0
 """Where it was not."""
 _LEVEL = 0.1
 """How far the stage's level follows what the terms leave over of the latest observation."""
-_DRIFT = 0.001
+_DRIFT = 0.01
 """Of each rate's own variance, as a share of the noise's, from one observation to the next."""
 _NOISE, _LEAST_NOISE, _MOST_NOISE = 0.1, 0.01, 0.3
 """Standard deviation of an observation, as a share: at first, at least (what never varied would let

@@ -42,6 +42,7 @@ from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.cost.shape import ModelShape
+from pipeserve.core.cost.stage_terms import StageTerms
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch, PipelinePlan
 from pipeserve.core.policies import get_policy
@@ -227,8 +228,20 @@ FAULTS = {
     "right, a neighbour: 1.5 times every other 10 s": Fault(
         changes=tuple((60.0 + 10 * turn, (1.5, 1.0)[turn % 2]) for turn in range(12))
     ),
+    "right, a stage 30 % slower by and by from 60 s on": Fault(
+        changes=tuple((60.0 + 2 * step, 1 + 0.01 * step) for step in range(31))
+    ),
     "no profile, a stage 1.5 times slower from 60 s on": Fault(None, ((60.0, 1.5),)),
 }
+
+
+class WithoutEven(StageTerms):
+    """Tokens cost what the profile's steps have them cost."""
+
+    __slots__ = ()
+
+    def __init__(self, rates: Sequence[float], sizes: Sequence[float], is_guess: bool) -> None:
+        super().__init__(rates, (sizes[0], 0.0, *sizes[2:]), is_guess)
 
 
 WITHOUT = {
@@ -242,7 +255,7 @@ WITHOUT = {
     "a drift of terms": {"stage_terms._DRIFT": 0.0},
     "ignoring hiccups": {"stage_terms._BOUND": 1e9},
     "believing a change": {"stage_terms._IN_A_ROW": 1 << 60},
-    "tokens that cost evenly": {"pipeline_cost._GUESSED": (0.0, 1.0)},
+    "tokens that cost evenly": {"pipeline_cost.StageTerms": WithoutEven},
     "what rates have in common": {"stage_terms._TOGETHER": 0.0},
 }
 """What is taken out, one at a time, and what stands for it."""
@@ -282,8 +295,9 @@ def run(
     pipeline = SimulatedPipeline(engine, times)
     simulation = Simulation(pipeline, poisson_arrivals(cell.lengths, cell.rate, seed))
     for at_s, factor in fault.changes:
-        simulation.run_until(at_s)
-        times.factors[1] = factor
+        if at_s < minutes * MINUTE_S:
+            simulation.run_until(at_s)
+            times.factors[1] = factor
     simulation.run_until(minutes * MINUTE_S)
     return _by_minute(simulation, predicted, cell.limits.max_tbt_s, minutes)
 
@@ -370,9 +384,8 @@ def main() -> None:
             found = np.array([each.result() for each in futures])  # seed, minute, figure
             kept[f"{cell}: {fault}: {without}"] = found.tolist()
             name = f"{fault}; without {without}" if without else fault
-            print(cell, name, flush=True)
-            figures = [_cells(found[:, :, place], place) for place in range(4)]
-            rows.append([cell, name, *figures])
+            rows.append([cell, name, *[_cells(found[:, :, place], place) for place in range(4)]])
+            print(*rows[-1], sep=" | ", flush=True)
     if given.json:
         given.json.write_text(json.dumps(kept))
     header = ["cell", "starts from", "output tokens/s", "late, %", "off, median %", "off, P90 %"]

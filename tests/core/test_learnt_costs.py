@@ -138,6 +138,29 @@ def test_a_stage_that_becomes_slow_is_known_after_a_few_microbatches():
     assert max(off[5:]) < 0.06
 
 
+def test_a_stage_that_becomes_slow_by_and_by_is_followed():
+    """So slowly that no observation is far off: as it gets warmer."""
+    cost, off = truth(), []
+    run(cost, truth(), load(100), noise=0.03)
+    for step, each in enumerate(later(100, 150)):
+        off += run(cost, truth(), [each], (1.0, 1 + 0.002 * step), 0.03, seed=step)
+    assert median(off) < 0.03 and max(off) < 0.1
+
+
+def test_a_term_that_changes_late_is_learnt():
+    """After hundreds of microbatches, and so little that none is far off."""
+    true = truth(with_attention(decode_bytes_per_s=0.8, decode_sequence_s=1.25))
+    cost = truth()
+    run(cost, truth(), load(300), noise=0.05)
+    run(cost, true, later(300, 300), noise=0.05)
+    off = run(cost, true, later(600, 100, 2), noise=0.05)
+    fixed = [
+        p / t for p, t in zip(truth_of(load(1)[0]), true.seconds(work_of(load(1)[0])), strict=True)
+    ]
+    assert min(fixed) < 0.97
+    assert median(off) < 0.03
+
+
 def test_a_neighbour_that_comes_and_goes_is_followed():
     """It takes a third of a stage's core for 40 microbatches, and is away for 40."""
     cost, off = truth(), []

@@ -19,8 +19,6 @@ from pipeserve.core.work import Work, work_of
 
 _REMEMBERED = 1024
 """Predictions kept until they are observed: more than are ever outstanding."""
-_STEPPED, _GUESSED = (0.0, 1.0), (0.5, 0.5)
-"""How much of what tokens cost rises evenly, and how much by steps: a profile has the steps."""
 
 
 class Terms(NamedTuple):
@@ -170,14 +168,13 @@ class PipelineCost:
 
     def _first(self, num_layers: float) -> StageTerms:
         """The rates of a stage before anything was observed: what is always the same (the weights
-        are read, the host works), tokens as if they cost evenly, tokens by steps, chunks, their
-        prefixes, the contexts of decodes; and once, not in each layer, head and embedding."""
-        is_guess = self.profile is ROUGH
-        even, steps = [num_layers * share for share in (_GUESSED if is_guess else _STEPPED)]
+        are read, the host works), tokens as if they cost evenly (a profile has the steps), tokens
+        by steps, chunks, their prefixes, the contexts of decodes; and once, not in each layer, head
+        and embedding."""
         weights_s = self._weights_s(num_layers)
-        others = (num_layers, num_layers, num_layers, 1.0)
-        sizes = (weights_s, num_layers, num_layers, *others)
-        return StageTerms((weights_s, even, steps, *others), sizes, is_guess)
+        others = (num_layers, num_layers, num_layers, num_layers, 1.0)
+        rates, sizes = (weights_s, 0.0, *others), (weights_s, num_layers, *others)
+        return StageTerms(rates, sizes, is_guess=self.profile is ROUGH)
 
     def _weights_s(self, num_layers: float) -> float:
         return num_layers * self._tokens.weights_s + self.profile.host_s

@@ -34,7 +34,6 @@ from pipeserve.core.request_state import Queues, RequestState, check_fits
 from pipeserve.core.view import (
     CostModel,
     Draft,
-    Flow,
     Limits,
     Outstanding,
     Policy,
@@ -105,7 +104,6 @@ class Engine:
         self._cost = cost
         self._order = Order(limits.order)
         self._forecast = Forecast(len(plan.stages))
-        self._flow = Flow()
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
         self._states: dict[RequestId, RequestState] = {}
         self._queues = Queues(policy.traits)
@@ -352,7 +350,6 @@ class Engine:
 
     def _end(self, state: RequestState) -> None:
         state.finished = True
-        self._flow.ended += state.was_admitted
         self._queues.drop(state)
         self._queues.let_go(state)
         self._give_up_kv(state)
@@ -394,7 +391,6 @@ class Engine:
             last=self._last,
             prefix=self._prefix,
             freed_by=self._freed_by,
-            flow=self._flow,
             cost=self._cost,
             forecast=self._forecast,
         )
@@ -414,7 +410,6 @@ class Engine:
     def _apply(self, draft: Draft, now: float) -> Microbatch:
         """Makes the microbatch. Prefixes are shared before any block of this draft is published:
         its own prompts are not there yet when its chunks run."""
-        self._flow.fade()
         num_tokens = sum(draft.chunks.values())
         if num_tokens > self.limits.max_num_batched_tokens:
             raise self._wrong(
@@ -443,8 +438,6 @@ class Engine:
         summary = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
         self._in_flight.append(_InFlight(microbatch, states, summary))
         self._last, self._why = summary, draft.why
-        self._flow.prefill_tokens += summary.num_prefill_tokens
-        self._flow.decodes += num_decodes
         return microbatch
 
     def _admit(self, request_id: RequestId, draft: Draft, now: float) -> Admission:
@@ -460,7 +453,6 @@ class Engine:
         state = self._states[request_id]
         blocks = [] if state.num_imported else self._pool.match(state.matchable_keys)
         first_time = not state.was_admitted
-        self._flow.admitted += first_time
         state.start(blocks, now)
         if first_time and state.reads_cache:
             self.stats.prefix_queries += state.num_known

@@ -7,7 +7,7 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
   long that a turn of them is over the limit between tokens; and none makes a decode late that is in
   it or in flight.
 - **Decodes** go first, spread over the microbatches of a turn by what they cost, context length
-  counted; all that are ready go where one would be late otherwise.
+  counted; where one would be late otherwise, all that are ready go.
 - **Prompts** fill the rest, in order (`core/order.py`; shortest first where the run says nothing):
   each microbatch takes an even share of those at hand, so that none goes without while another has
   plenty, in whole tiles. Chunks of one prompt follow one another at once.
@@ -62,10 +62,8 @@ class Uniform:
         price = Price(view)
         num_planned = view.last.index + 1 if view.last is not None else 0
         if num_planned >= self._looked_again_at:
-            self._knee, self._looked_again_at = (
-                _knee(view, price, self._knee),
-                max(8, 2 * num_planned),
-            )
+            self._knee = _knee(view, price, self._knee)
+            self._looked_again_at = max(8, 2 * num_planned)
         longest: float = view.limits.max_num_batched_tokens
         if price.is_time:
             longest = min(TOLERANCE * price.on_bottleneck(0, 0, self._knee), _longest(view))
@@ -90,10 +88,9 @@ class Uniform:
 
 
 def _longest(view: View) -> float:
-    """How long a microbatch may take, that a turn of them is within the limit between tokens.
-
-    A turn takes as long as one microbatch for each that may be outstanding, and at least one for
-    each stage, which every microbatch has to cross."""
+    """How long a microbatch may take so that a turn is within the limit between tokens. A turn is
+    one for each that may be outstanding, and at least one for each stage, which each has to cross.
+    """
     if view.limits.max_tbt_s is None:
         return inf
     return MARGIN * view.limits.max_tbt_s / max(view.window, view.forecast.num_stages)
@@ -101,20 +98,18 @@ def _longest(view: View) -> float:
 
 def _knee(view: View, price: Price, last: int) -> int:
     """Prefill tokens from which on larger microbatches hardly raise throughput, of those within the
-    limit between tokens. It is looked for ever less often, and stays the last one where that is
-    nearly as good: a cost model that learns would move it back and forth, and the length of turns
-    with it. One tile is never enough: the decodes beside it would begin another."""
+    limit between tokens. It is looked for ever less often, and stays the `last` one where that is
+    nearly as good: a cost that is learnt would move it, and the length of turns, back and forth.
+    One tile is never enough: the decodes beside it would begin another."""
     most = view.limits.max_num_batched_tokens
     tiles = [count << power for power in range(7) for count in (2, 3)]
     sizes = [size * TILE for size in tiles if size * TILE < most] + [most]
-    costs = [_of_tiles(price, size) for size in sizes]
-    allowed = max(costs[0], _longest(view))
-    rates = [size / cost for size, cost in zip(sizes, costs, strict=True) if cost <= allowed]
-    enough = KNEE * max(rates)
+    seconds = {size: _of_tiles(price, size) for size in sizes}
+    allowed = max(seconds[sizes[0]], _longest(view))
+    rates = {size: size / took for size, took in seconds.items() if took <= allowed}
+    enough = KNEE * max(rates.values())
     return next(
-        size
-        for size, rate in zip(sizes, rates, strict=False)
-        if rate >= (KNEE * enough if size == last else enough)
+        size for size, rate in rates.items() if rate >= (KNEE * enough if size == last else enough)
     )
 
 
@@ -135,18 +130,17 @@ def _due_s(
     if max_tbt_s is None or not price.is_time:
         return inf
     mean = view.decoding_context // max(1, view.num_decoding)
-    last_s = min([_last_token_s(view, decode) for decode in decodes], default=inf)
+    last_s = [_last_token_s(view, decode) for decode in decodes]
     if left:
-        left_s = price.on_bottleneck(len(left), len(left) * mean)
-        last_s = min(last_s, _last_token_s(view, left[0]) - left_s)
+        behind_s = price.on_bottleneck(len(left), len(left) * mean)
+        last_s.append(_last_token_s(view, left[0]) - behind_s)
     here = {decode.token_from for decode in decodes}
     for other in view.outstanding:
-        num_decodes = other.num_decodes
-        if num_decodes and other.index not in here:
-            turn_s = price.on_bottleneck(num_decodes, num_decodes * mean)
-            last_s = min(last_s, view.forecast.known_s(other.index) - turn_s)
-            break  # those behind it have more time
-    return last_s + MARGIN * max_tbt_s
+        if other.num_decodes and other.index not in here:
+            behind_s = price.on_bottleneck(other.num_decodes, other.num_decodes * mean)
+            last_s.append(view.forecast.known_s(other.index) - behind_s)
+            break  # those after it have more time
+    return min(last_s, default=inf) + MARGIN * max_tbt_s
 
 
 def _last_token_s(view: View, decode: RequestView) -> float:
@@ -180,8 +174,7 @@ def _num_going(
 def _ready(view: View) -> list[RequestView]:
     """A decode whose token is still on its way is taken only when the window is full and the token
     comes with the oldest microbatch: then it is there about when stage 0 gets to it. Any earlier,
-    stage 0 would stand still before it, and a prompt that arrives meanwhile would queue behind.
-    """
+    stage 0 would stand still before it, and a prompt that comes meanwhile would queue behind."""
     is_full = len(view.outstanding) >= view.window
     oldest = view.outstanding[0].index if is_full else None
     decodes: list[RequestView] = []
@@ -205,10 +198,9 @@ def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
 
 
 def _tokens_per_position(view: View, price: Price) -> float:
-    """What attention to one position of context costs, in tokens: as a share of what a token costs
-    in the linear layers when there are many. It is a mean over all decodes, for the slope of a
-    learnt cost may be 0 or less; and never below 0, or a share of a turn might be no decode at
-    all."""
+    """What attention to one position of context costs, in tokens: as a share of what one of many
+    costs in the linear layers. It is a mean over all decodes, for the slope of a learnt cost may be
+    0 or less; and never below 0, or a share of a turn might be no decode at all."""
     if not price.is_time or not view.decoding_context:
         return 0.0
     num_decodes, context = view.num_decoding // view.window + 1, view.decoding_context
@@ -244,8 +236,7 @@ def _filled(view: View, price: Price, num_prefill: int) -> float:
 
 def _room_in_kv(view: View, flying: int) -> int:
     """Prefill tokens of a microbatch, when all that KV has room for is spread over `TURNS` turns:
-    free blocks but one for each running request, and what has its blocks and is not computed yet.
-    """
+    free blocks but one for each running request, and what has its blocks and is not computed."""
     begun = sum([request.num_unplanned for request in view.prefills.values()])
     free = max(0, view.free_blocks - len(view.running)) * view.limits.block_size
     return max(MIN_PIECE, (begun + free + flying) // (view.window * TURNS))

@@ -3,9 +3,9 @@
     python bench/schedule_ablation.py --traces DIR --cache FILE.jsonl [--page docs/schedules.md]
                                       [--only WORD] [--workloads NAME ...]
 
-Three cells of `schedules.py` at one load each (`CELLS`), seeds 1 to 3. Each figure is how much more
-than with everything in, as a mean over the seeds; behind it the least and the most, which is what a
-seed moves it by. What lies on both sides of nothing is worth nothing.
+Three cells of `schedules.py` at one load each (`CELLS`), seeds 1 to 3, short trials. Each figure is
+how much more than with everything in, as a mean over the seeds; behind it the least and the most,
+which is what a seed moves it by. What lies on both sides of nothing is worth nothing.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import reduce
 from itertools import product
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,45 +26,49 @@ from schedule_goodput import Tried, good_shares
 from schedule_search import SEEDS, at_rate, ceiling_of, lengths_of
 
 from pipeserve.core.policies import uniform
+from pipeserve.core.policies.mix import Mix, Price
 from pipeserve.core.policies.uniform import Uniform
+from pipeserve.core.view import View
 
-CELLS = (
-    ("TP1xPP8", "arxiv", 0.5, True),
-    ("TP4xPP2", "azure-conv", 0.9, True),
-    ("TP1xPP8", "sharegpt", 0.8, False),
+Cell = tuple[str, str, float, int | None]
+CELLS: tuple[Cell, ...] = (
+    ("TP1xPP8", "arxiv", 0.5, None),
+    ("TP4xPP2", "azure-conv", 0.9, None),
+    ("TP1xPP8", "sharegpt", 0.9, 20_000),
 )
-"""Layout, trace, load as a share of the ceiling, and whether short trials do: in lulls, where what
-stages compute is the bound, and where KV is, which takes long to fill. All within 1 s between
-tokens, under the order that `uniform` has by default."""
+"""Layout, trace, load as a share of the ceiling, and blocks of KV where they are fewer than the
+device has: in lulls, where what stages compute is the bound, and where KV is (a quarter of it: all
+of it takes long to fill). All within 1 s between tokens, under the order that `uniform` has by
+default."""
 
-Cell = tuple[str, str, float, bool]
+
+def _as_they_come(view: View, price: Price, num_prefill: int) -> float:
+    """In place of `_filled`."""
+    num_decodes, context = view.num_decoding // view.window, view.decoding_context // view.window
+    return price.on_bottleneck(num_decodes, context, num_prefill)
 
 
-def _as_they_come(budget: Any, num_prefill: int) -> float:
-    """In place of `_Budget._filled`."""
-    seconds: float = budget._price.on_bottleneck(budget._num_decodes, budget._context, num_prefill)
-    return seconds
+def _only_where_none_runs(view: View, mix: Mix, start: int, left: int, *_: float) -> int:
+    """In place of `_least`."""
+    return 0 if view.outstanding or mix.num_tokens else min(left, uniform.MIN_PIECE)
 
 
 ALL_IN = "everything in"
 WITHOUT: Mapping[str, Mapping[str, Any]] = {
     ALL_IN: {},
-    "a margin below the limit": {"MARGIN": 1.0},
-    "a knee: as large as the limits allow": {"_knee": lambda view, price: 2 * UNIFORM_TOKENS},
-    "filling whole tiles": {"_Budget._filled": _as_they_come},
-    "a least piece": {"MIN_PIECE": 1},
-    "what KV sustains": {"_Budget._sustained": lambda budget: float("inf")},
-    "waiting for outputs to be typical": {"ENOUGH_ENDED": 0},
-    "free KV spread over turns": {"TURNS": 1e-9},
-    "a least piece that KV restricts to": {"MIN_THROTTLED": 1},
-    "a longest turn": {"LONGEST_TURN": 1e9},
-    "decodes that wait in a lull": {"_waits_for_more": lambda *_: False},
-    "a price of that wait": {"SAVED_PER_DELAY": 0.0},
-    "a longest turn in a lull": {"LONGEST_LULL": 1.0},
-    "decodes evened out with a limit": {"SPLIT_BELOW": 0.0},
-    "evening out only where it saves": {"SPLIT_BELOW": 1.0},
-    "decodes by context, not by number": {"_tokens_per_position": lambda view, price: 0.0},
-    "a due time: only the limit of a microbatch": {"_due_s": lambda *_: float("inf")},
+    "time: a knee": {"_knee": lambda view, price: 2 * UNIFORM_TOKENS},
+    "time: a margin below the limit": {"MARGIN": 1.0},
+    "time: a due time, only the longest microbatch": {"_due_s": lambda *_: inf},
+    "decodes: going together": {"APART": 1.0},
+    "decodes: spread, with a limit too": {"APART": 0.0},
+    "decodes: waiting in a lull": {"_wait_for_more": lambda *_: False},
+    "decodes: spread by context, not by number": {"_tokens_per_position": lambda view, price: 0.0},
+    "prompts: an even share": {"_budget": lambda view, price, longest: ("longest", longest)},
+    "prompts: whole tiles": {"_filled": _as_they_come},
+    "prompts: a tolerance": {"TOLERANCE": 1.0},
+    "prompts: a least piece": {"MIN_PIECE": 1},
+    "prompts: a piece where none fits": {"_least": _only_where_none_runs},
+    "kv: free blocks spread over turns": {"TURNS": 1e-9},
 }
 """What is taken out, and what stands for it in `uniform` then."""
 
@@ -84,11 +89,13 @@ def trial(row: str, cell: Cell, seed: int, traces: Path | None) -> list[float]:
         owner = reduce(getattr, owners, uniform)
         assert hasattr(owner, last), name
         setattr(owner, last, value)
-    layout, workload, load, is_quick = cell
-    knobs = (("max_num_batched_tokens", UNIFORM_TOKENS),)
-    case = Case(layout, workload, "uniform", knobs, SLOS["strict"], Uniform.traits.order)
+    layout, workload, load, num_blocks = cell
+    knobs = [("max_num_batched_tokens", UNIFORM_TOKENS)]
+    if num_blocks is not None:
+        knobs.append(("num_gpu_blocks_override", num_blocks))
+    case = Case(layout, workload, "uniform", tuple(knobs), SLOS["strict"], Uniform.traits.order)
     top = ceiling_of(setup_of(case), lengths_of(workload, traces), SLOS["strict"])
-    tried = at_rate(case, traces, load * top.rate, is_quick, seed)
+    tried = at_rate(case, traces, load * top.rate, quick=True, seed=seed)
     return [figure(tried) for figure in FIGURES.values()]
 
 
@@ -97,7 +104,7 @@ def table(found: Mapping[tuple[str, Cell], Sequence[Sequence[float]]]) -> str:
     rows = []
     for (name, cell), seeds in found.items():
         base = found[ALL_IN, cell]
-        row = [name, "{}, {}, {:g}".format(*cell)]
+        row = [name, "{}, {}, {:g}".format(*cell[:3])]
         for place in range(len(FIGURES)):
             values = [seed[place] for seed in seeds]
             if seeds is not base:

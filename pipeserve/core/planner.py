@@ -58,7 +58,7 @@ class Planner:
         self._policy, self._limits = policy, limits
         self._requests = requests
         self._states, self._queues = requests.states, requests.queues
-        self._pool, self._flow = requests.pool, requests.flow
+        self._pool = requests.pool
         self._window, self._forecast, self._cost = window, forecast, cost
         self._next_index = 0
 
@@ -105,7 +105,6 @@ class Planner:
             last=self.last,
             prefix=self._prefix,
             freed_by=self._freed_by,
-            flow=self._flow,
             cost=self._cost,
             forecast=self._forecast,
         )
@@ -133,7 +132,6 @@ class Planner:
     def _apply(self, draft: Draft, now: float) -> InFlight:
         """Makes the microbatch. Prefixes are shared before any block of this draft is published:
         its own prompts are not there yet when its chunks run."""
-        self._flow.fade()
         num_tokens = sum(draft.chunks.values())
         if num_tokens > self._limits.max_num_batched_tokens:
             raise self._wrong(
@@ -158,8 +156,6 @@ class Planner:
             self._forecast.planned(microbatch.index, cost.seconds, ready_s)
         self.last = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
         self.why = draft.why
-        self._flow.prefill_tokens += self.last.num_prefill_tokens
-        self._flow.decodes += num_decodes
         return InFlight(microbatch, states, token_from, self.last)
 
     def _admit(self, request_id: RequestId, draft: Draft, now: float) -> Admission:
@@ -175,7 +171,6 @@ class Planner:
         state, stats = self._states[request_id], self._requests.stats
         blocks = [] if state.num_imported else self._pool.match(state.matchable_keys)
         first_time = not state.was_admitted
-        self._flow.admitted += first_time
         state.start(blocks, now)
         if first_time and state.reads_cache:
             stats.prefix_queries += state.num_known

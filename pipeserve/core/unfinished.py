@@ -7,7 +7,7 @@ from pipeserve.core.nouns import Request, RequestId
 from pipeserve.core.order import Order
 from pipeserve.core.queues import Queues
 from pipeserve.core.request_state import RequestState, check_fits
-from pipeserve.core.view import Flow, Limits, Traits
+from pipeserve.core.view import Limits, Traits
 
 
 @dataclass(slots=True)
@@ -30,7 +30,6 @@ class Unfinished:
 
     def __init__(self, limits: Limits, traits: Traits) -> None:
         self.stats = Stats()
-        self.flow = Flow()
         self.states: dict[RequestId, RequestState] = {}
         self.queues = Queues(traits)
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
@@ -64,7 +63,6 @@ class Unfinished:
     def end(self, state: RequestState) -> None:
         """Whatever it was doing. What is outstanding of it runs out."""
         state.finished = True
-        self.flow.ended += state.was_admitted
         self.queues.drop(state)
         self.queues.let_go(state)
         self._give_up_kv(state)

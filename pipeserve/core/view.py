@@ -15,8 +15,6 @@ from pipeserve.core.order import ORDERS
 from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 
-_FADING = 1 - 1 / 4096
-
 
 class PolicyError(RuntimeError):
     """A policy drafted what may not be: a bug in the policy, not a mistake of the user."""
@@ -151,25 +149,6 @@ class Outstanding(NamedTuple):
     """None where the engine was given no cost model."""
 
 
-@dataclass(slots=True)
-class Flow:
-    """What the engine has planned and ended so far; what is older counts less."""
-
-    prefill_tokens: float = 0.0
-    decodes: float = 0.0
-    admitted: float = 0.0
-    """Requests, each once, however often it starts again after a preemption or a fault."""
-    ended: float = 0.0
-    """Of these. It can be the larger: an admission fades while its request runs."""
-
-    def fade(self) -> None:
-        """Called at every microbatch: after 4096 of them, what was counted weighs a third (1/e)."""
-        self.prefill_tokens *= _FADING
-        self.decodes *= _FADING
-        self.admitted *= _FADING
-        self.ended *= _FADING
-
-
 @dataclass(frozen=True, slots=True)
 class View:
     """The engine's state during one `compose`. The mappings are read-only and ordered."""
@@ -201,7 +180,6 @@ class View:
     """What is there already of a waiting request."""
     freed_by: Callable[[Collection[RequestId]], int]
     """Blocks that come free when all of these running requests are preempted."""
-    flow: Flow
     cost: "CostModel | None"
     forecast: Forecast
     """Of the outstanding microbatches; knows nothing without a cost model."""

@@ -412,45 +412,6 @@ def test_a_policy_sees_the_cost_of_what_is_outstanding():
     assert outstanding.cost == StageCost((1.5,))
 
 
-@pytest.mark.parametrize("loses", ["preempted", "lost"])
-def test_what_starts_again_is_counted_once(loses):
-    """Ten thousand microbatches after their admission three requests start again, and end."""
-    count, fading = 10_000, 1 - 1 / 4096
-    begin = Draft(chunks={0: 3, 1: 3, 2: 3}, admit={0: 3, 1: 3, 2: 3})
-    decode = Draft(chunks={0: 1})
-    again = Draft(chunks={0: 3 + 1 + count, 1: 4, 2: 4}, admit={0: 3 + 1 + count, 1: 4, 2: 4})
-    give_up = [Draft(preempt=(2, 1, 0))] * (loses == "preempted")
-    policy = Scripted(begin, *[decode] * count, *give_up, again)
-    limits = {"num_blocks": 10_000, "max_num_batched_tokens": 20_000, "max_model_len": 20_000}
-    limits["enable_prefix_caching"] = False
-    engine = make_engine(policy=policy, **limits)
-    for request_id in range(3):
-        add(engine, request_id, max_tokens=count + 2 if request_id == 0 else 2)
-    for _ in range(1 + count):
-        complete(engine, plan(engine))
-    flow = policy.views[-1].flow
-    assert flow.admitted == pytest.approx(3 * fading**count)
-    if loses == "lost":
-        engine.lost(0.0)
-    complete(engine, plan(engine))
-    assert not engine.has_work
-    assert flow.admitted == pytest.approx(3 * fading ** (count + 1))
-    assert flow.ended == 3
-
-
-def test_a_request_that_ends_while_it_is_preempted_has_ended():
-    policy = Scripted(Draft(chunks={0: 3}, admit={0: 3}), Draft(preempt=(0,)), Draft())
-    engine = make_engine(num_stages=2, policy=policy)
-    add(engine, max_tokens=1)
-    add(engine, 1)
-    first = plan(engine)
-    assert engine.plan(0.0) == Wait("token")
-    complete(engine, first)
-    engine.finish(RequestId(1), "abort", 0.0)  # it never ran
-    flow = policy.views[0].flow
-    assert (flow.admitted, flow.ended) == (1, 1)
-
-
 def test_nothing_is_foretold_of_what_is_not_outstanding():
     engine = make_engine(policy="sarathi_serve", cost=FakeCost())
     add(engine, max_tokens=2)

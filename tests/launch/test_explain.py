@@ -19,7 +19,7 @@ from pipeserve.profiling.recording.reader import read_recording
 RUN = ["llama2-7b", "--device-profile", "a100-80gb-dgx", "-pp", "2", "--max-model-len", "1024"]
 LINE = re.compile(
     r"microbatch (\d+): (?:(\d+) decodes?)?(?:, )?(?:(\d+) prefill tokens? of (\d+) prompts?)?"
-    r", predicted ([\d.]+) ms; budget [\d.]+ ms \((?:share|kv|kv at length|longest)\), "
+    r", predicted ([\d.]+) ms; budget [\d.]+ ms \((?:share|kv|longest)\), "
     r"through in [\d.]+ s(, due in [\d.]+ s)?"
 )
 

@@ -7,7 +7,7 @@ index, so what a slot holds when a stage gets to a microbatch is settled by then
 import random
 from collections import deque
 from dataclasses import replace
-from math import ceil, inf, isclose, nan
+from math import ceil, inf, nan
 
 from linear_times import LinearCost, LinearTimes
 from loads import Finish, Load, make_load, policy_of
@@ -34,7 +34,7 @@ from pipeserve.core.nouns import (
     one_each,
 )
 from pipeserve.core.policies import get_policy
-from pipeserve.core.view import CostModel, Draft, Flow, Policy, View
+from pipeserve.core.view import CostModel, Draft, Policy, View
 from pipeserve.core.work import Work, work_of
 from pipeserve.errors import CapacityError
 from pipeserve.profiling.simulation.simulator import SimulatedPipeline
@@ -143,8 +143,6 @@ class CheckedEngine(Engine):
         self._rng = random.Random(load.seed)
         self._num_fruitless = 0
         """Microbatches since a token became known or all was lost."""
-        self._flow_recount = Flow()
-        self._admitted: set[RequestId] = set()
         self._shift_s = {"far on": 3e9, "coarse": 1e16}.get(load.clock, 0.0)
 
     def clock(self, now: float) -> float:
@@ -161,12 +159,8 @@ class CheckedEngine(Engine):
         ended = super().finish(request_id, reason, self.clock(now))
         assert (ended is None) == (request_id in self.reasons)
         if ended is not None:
-            self._ended(request_id, reason)
+            self.reasons[request_id] = reason
         return ended
-
-    def _ended(self, request_id: RequestId, reason: str) -> None:
-        self.reasons[request_id] = reason
-        self._flow_recount.ended += request_id in self._admitted
 
     def plan(self, now: float) -> Microbatch | Wait:
         self.checker.asked()
@@ -179,7 +173,7 @@ class CheckedEngine(Engine):
         self.checker.planned(planned)
         stories = self.checker.stories
         self.stage.run(planned, [stories[chunk.request_id].states for chunk in planned.chunks])
-        self.recount_flow(planned)
+        self.check_counts(planned)
         self._num_fruitless += 1
         if planned.index % 8 == 0:
             self.check_progress()
@@ -223,7 +217,7 @@ class CheckedEngine(Engine):
                 assert request_id not in self.scores, "told twice"
                 self.scores[request_id] = output.prompt_logprobs
             if output.finish_reason is not None:
-                self._ended(request_id, output.finish_reason)
+                self.reasons[request_id] = output.finish_reason
         if outputs:
             self._num_fruitless = 0
         return outputs
@@ -242,19 +236,13 @@ class CheckedEngine(Engine):
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def recount_flow(self, planned: Microbatch) -> None:
-        """What went through, of which what is older counts less."""
-        plans, flow = self.checker.plans, self._flow_recount
+    def check_counts(self, planned: Microbatch) -> None:
+        """What is said of the microbatch that was planned last."""
+        plans = self.checker.plans
         prefill = [c for c in planned.chunks if c.start < plans[c.request_id].num_prefill]
         num_prefill_tokens = sum([chunk.num_tokens for chunk in prefill])
         num_decodes = len(planned.chunks) - len(prefill)
         assert self.last[:3] == (planned.index, num_decodes, num_prefill_tokens)
-        first_time = {a.request_id for a in planned.admitted} - self._admitted
-        self._admitted |= first_time
-        flow.fade()
-        flow.prefill_tokens += num_prefill_tokens
-        flow.decodes += num_decodes
-        flow.admitted += len(first_time)
         assert (self.last_known_s is None) == (not self.has_cost)
 
     def check_view(self, view: View) -> None:
@@ -273,9 +261,6 @@ class CheckedEngine(Engine):
         assert view.prefill_backlog == waiting + begun
         assert not view.running.keys() & view.waiting.keys()
         assert not (view.running.keys() | view.waiting.keys()) & self.reasons.keys()
-        for name in ("prefill_tokens", "decodes", "admitted", "ended"):
-            counted, recount = getattr(view.flow, name), getattr(self._flow_recount, name)
-            assert counted >= 0 and isclose(counted, recount, abs_tol=1e-9), name
 
     def check_end(self) -> None:
         assert not self.has_work

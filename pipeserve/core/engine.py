@@ -161,6 +161,7 @@ class Engine:
     def plan(self, now: float) -> Microbatch | Wait:
         """The next microbatch, or why there is none. Raises PolicyError when a draft is wrong."""
         if not self._requests.states:
+            self._made_room = None  # what comes next has waited for somebody to ask
             return Wait("no_requests")
         if len(self._in_flight) >= self.window + self.policy.traits.plans_ahead:
             self._is_full, self._made_room = True, None

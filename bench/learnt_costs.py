@@ -1,9 +1,8 @@
 """How fast costs are learnt that were wrong at the start, or change: tokens/s, late tokens and the
-error of predictions, minute by minute. Makes a table of docs/cost-model.md.
+error of predictions, minute by minute. For docs/cost-model.md.
 
     python bench/learnt_costs.py [--cells A100,CPU] [--only WORD,WORD] [--ablation]
-                                 [--seeds 1 2] [--minutes 3] [--page docs/cost-model.md]
-                                 [--json FILE]
+                                 [--seeds 1 2] [--minutes 3] [--json FILE]
     python bench/learnt_costs.py --recordings FOLDER ...
 
 `uniform` serves a Poisson load on simulated stages, with a limit between tokens, and predicts from
@@ -30,7 +29,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from report import plain_table, show
+from report import plain_table
 from schedule_cases import Case, setup_of
 from schedule_search import ceiling_of, lengths_of
 
@@ -363,7 +362,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--recordings", type=Path, nargs="*", help="of real runs: errors alone")
-    parser.add_argument("--page", type=Path)
     parser.add_argument("--json", type=Path, help="the figures of each seed")
     given = parser.parse_args()
     for folder in given.recordings or ():
@@ -389,7 +387,7 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(kept))
     header = ["cell", "starts from", "output tokens/s", "late, %", "off, median %", "off, P90 %"]
-    show(plain_table(header, rows), "learnt costs", given.page)
+    print(plain_table(header, rows))
 
 
 def _cells(values: np.ndarray, place: int) -> str:

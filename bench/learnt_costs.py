@@ -1,7 +1,7 @@
 """How fast costs are learnt that were wrong at the start, or change: tokens/s, late tokens and the
 error of predictions, minute by minute. For docs/cost-model.md.
 
-    python bench/learnt_costs.py [--cells A100,CPU] [--only WORD,WORD] [--ablation]
+    python bench/learnt_costs.py [--cells A100,CPU] [--only WORD,WORD]
                                  [--seeds 1 2] [--minutes 3] [--json FILE]
     python bench/learnt_costs.py --recordings FOLDER ...
 
@@ -20,8 +20,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import reduce
-from importlib import import_module
 from itertools import pairwise, product
 from pathlib import Path
 from random import Random
@@ -41,7 +39,6 @@ from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.cost.shape import ModelShape
-from pipeserve.core.cost.stage_terms import StageTerms
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch, PipelinePlan
 from pipeserve.core.policies import get_policy
@@ -234,46 +231,12 @@ FAULTS = {
 }
 
 
-class WithoutEven(StageTerms):
-    """Tokens cost what the profile's steps have them cost."""
-
-    __slots__ = ()
-
-    def __init__(self, rates: Sequence[float], sizes: Sequence[float], is_guess: bool) -> None:
-        super().__init__(rates, (sizes[0], 0.0, *sizes[2:]), is_guess)
-
-
-WITHOUT = {
-    "": {},
-    "terms: a level for each stage": {
-        "stage_terms._APART": 0.0,
-        "stage_terms._APART_IN_A_GUESS": 0.0,
-    },
-    "sizes": {"token_curve._WEIGHT": 0.0},
-    "a level that follows": {"stage_terms._LEVEL": 0.0},
-    "a drift of terms": {"stage_terms._DRIFT": 0.0},
-    "ignoring hiccups": {"stage_terms._BOUND": 1e9},
-    "believing a change": {"stage_terms._IN_A_ROW": 1 << 60},
-    "tokens that cost evenly": {"pipeline_cost.StageTerms": WithoutEven},
-    "what rates have in common": {"stage_terms._TOGETHER": 0.0},
-}
-"""What is taken out, one at a time, and what stands for it."""
-
-
 # ---- a run --------------------------------------------------------------------------------------
 
 
-def run(
-    cell_name: str, fault_name: str, without: str, seed: int, minutes: int
-) -> list[list[float]]:
-    """For each minute: output tokens/s, late share, median and P90 of errors. In a process of its
-    own: it changes the cost model."""
+def run(cell_name: str, fault_name: str, seed: int, minutes: int) -> list[list[float]]:
+    """For each minute: output tokens/s, late share, median and P90 of errors."""
     os.nice(5)
-    for name, value in WITHOUT[without].items():
-        module, *owners, last = name.split(".")
-        owner = reduce(getattr, owners, import_module(f"pipeserve.core.cost.{module}"))
-        assert hasattr(owner, last), name
-        setattr(owner, last, value)
     cell, fault = CELLS[cell_name](), FAULTS[fault_name]
     num_stages = len(cell.plan.stages)
     truth = ProfiledTimes(cell.profile, cell.shape, cell.plan, cell.size, seed)
@@ -357,7 +320,6 @@ def main() -> None:
     )
     parser.add_argument("--cells", default="", help="those that have one of these words")
     parser.add_argument("--only", default="", help="faults that have one of these words")
-    parser.add_argument("--ablation", action="store_true", help="with each rule taken out")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--minutes", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
@@ -373,16 +335,15 @@ def main() -> None:
     cells = [name for name in CELLS if any(word in name for word in words)]
     faults = [name for name in FAULTS if any(w in name for w in given.only.split(","))]
     rows, kept = [], {}
-    with ProcessPoolExecutor(given.processes, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(given.processes) as pool:
         tried = {
             what: [pool.submit(run, *what, seed, given.minutes) for seed in given.seeds]
-            for what in product(cells, faults, WITHOUT if given.ablation else [""])
+            for what in product(cells, faults)
         }
-        for (cell, fault, without), futures in tried.items():
+        for (cell, fault), futures in tried.items():
             found = np.array([each.result() for each in futures])  # seed, minute, figure
-            kept[f"{cell}: {fault}: {without}"] = found.tolist()
-            name = f"{fault}; without {without}" if without else fault
-            rows.append([cell, name, *[_cells(found[:, :, place], place) for place in range(4)]])
+            kept[f"{cell}: {fault}"] = found.tolist()
+            rows.append([cell, fault, *[_cells(found[:, :, place], place) for place in range(4)]])
             print(*rows[-1], sep=" | ", flush=True)
     if given.json:
         given.json.write_text(json.dumps(kept))

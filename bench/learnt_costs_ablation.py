@@ -51,7 +51,7 @@ class Scene(NamedTuple):
     """Share of observations that took twenty times as long."""
     jitter: float = 0.0
     alone: int = 0
-    """So many microbatches at first are decodes alone, and then there are prompts alone."""
+    """So many microbatches at first are decodes alone, all much alike; then prompts alone."""
     dearer_from: int = 1 << 60
     """Attention of decodes takes four times as long from this microbatch on."""
 
@@ -103,8 +103,9 @@ def load(device: str, alone: int, seed: int) -> list[Microbatch]:
     rng, (most, longest, largest) = Random(seed), LARGEST[device]
     made = []
     for index in range(600):
-        num_decodes = 0 if 0 < alone <= index else rng.randint(1, most)
-        starts = [rng.randrange(20, longest) for _ in range(num_decodes)]
+        starts = [rng.randrange(20, longest) for _ in range(rng.randint(1, most))]
+        if alone:
+            starts = [900 + index] * (rng.randint(8, 12) if index < alone else 0)
         spans = [(start, start + 1) for start in starts]
         if not spans or (not alone and rng.random() < 0.7):
             start = rng.choice((0, rng.randrange(longest // 2)))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-from learnt_costs import CPU
+from learnt_cost_cases import CPU
 from report import plain_table
 
 from pipeserve.configs.device_profiles import load_profile

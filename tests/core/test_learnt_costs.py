@@ -3,6 +3,7 @@ it does not fall for; and that more work never costs less, whatever it was told.
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from math import inf
 from random import Random
 from statistics import median
@@ -359,6 +360,21 @@ def test_prefixes_and_prompts_have_a_price_before_any_was_seen(profile):
     assert alone[0] < alone[1] < alone[2] / 2 < alone[3] / 4
     behind = max(cost.seconds(Work(512, 1, ((4096, 512),), 0, 0)))
     assert behind > 1.2 * alone[2]
+
+
+def test_no_number_of_tokens_costs_less_than_a_smaller_one():
+    """Though it takes less: every second number of tiles is 20 % faster than thought, the others
+    as much slower."""
+    cost, true = PipelineCost(*GPUS), PipelineCost(*GPUS)
+    for index in range(600):
+        tiles = 1 + index % 16
+        each = microbatch(index, [(0, 128 * tiles - 1)], [50])
+        cost.predict(each)
+        for stage, seconds in enumerate(true.seconds(work_of(each))):
+            cost.observe(index, stage, seconds * (0.8 if tiles % 2 else 1.2))
+    prices = [cost.seconds(Work(n, 1, ((0, n - 1),), 1, 50)) for n in range(2, 2049, 2)]
+    for less, more in pairwise(prices):
+        assert all(a <= b * (1 + 1e-9) for a, b in zip(less, more, strict=True))
 
 
 COUNTS = st.tuples(

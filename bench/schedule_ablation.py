@@ -28,7 +28,7 @@ from schedule_search import SEEDS, at_rate, ceiling_of, lengths_of
 from pipeserve.core.policies import uniform
 from pipeserve.core.policies.mix import Mix, Price
 from pipeserve.core.policies.uniform import Uniform
-from pipeserve.core.view import View
+from pipeserve.core.view import RequestView, View
 
 Cell = tuple[str, str, float, int | None]
 CELLS: tuple[Cell, ...] = (
@@ -53,15 +53,19 @@ def _only_where_none_runs(view: View, mix: Mix, start: int, left: int, *_: float
     return 0 if view.outstanding or mix.num_tokens else min(left, uniform.MIN_PIECE)
 
 
+def _share_alone(view: View, price: Price, ready: Sequence[RequestView], *_: float) -> int:
+    """In place of `_num_going`."""
+    return uniform._share(view, price, ready)
+
+
 ALL_IN = "everything in"
 WITHOUT: Mapping[str, Mapping[str, Any]] = {
     ALL_IN: {},
-    "time: a knee": {"_knee": lambda view, price: 2 * UNIFORM_TOKENS},
+    "time: a knee": {"_knee": lambda *_: 2 * UNIFORM_TOKENS},
     "time: a margin below the limit": {"MARGIN": 1.0},
     "time: a due time, only the longest microbatch": {"_due_s": lambda *_: inf},
-    "decodes: going together": {"APART": 1.0},
-    "decodes: spread, with a limit too": {"APART": 0.0},
-    "decodes: waiting in a lull": {"_wait_for_more": lambda *_: False},
+    "decodes: spread over a turn": {"_num_going": lambda view, price, ready, *_: len(ready)},
+    "decodes: all go where one would be late": {"_num_going": _share_alone},
     "decodes: spread by context, not by number": {"_tokens_per_position": lambda view, price: 0.0},
     "prompts: an even share": {"_budget": lambda view, price, longest: ("longest", longest)},
     "prompts: whole tiles": {"_filled": _as_they_come},

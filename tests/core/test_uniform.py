@@ -152,6 +152,14 @@ def test_without_a_limit_the_knee_is_where_reading_weights_is_made_up_for(times)
     assert 512 <= largest < 640
 
 
+def test_with_a_limit_no_turn_is_longer_than_what_it_allows_makes_worth_while():
+    """512 tokens are the largest that the limit allows, and give less than 2 % more than 256."""
+    truth = LinearTimes(2, base=0.01, per_token=1e-3)
+    run = Run(truth, [Arrival(0.0, 2048, 2)] * 20, max_num_batched_tokens=4096, max_tbt_s=1.2)
+    largest = max(prefill_tokens(work) for _, work, _ in run.planned)
+    assert 256 <= largest < 320
+
+
 def test_prompts_without_decodes_do_not_make_those_in_flight_late():
     """A group of decodes is in flight when a long prompt comes: as long as they are, stage after
     stage, chunks that are planned before its tokens are back are in its next turn's way."""

@@ -15,6 +15,8 @@ from pipeserve.frontend.client import Client
 from pipeserve.launch.run.emulated import emulated_setup
 from pipeserve.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.processes
+
 CONFIG = {
     "model": "llama2-7b",
     "device": "emulated",

@@ -50,6 +50,7 @@ def test_a_profile_of_real_stages_simulates_their_model(checkpoint, tmp_path, ca
     assert "for dtype float32, not bfloat16" in error(capsys, other)
 
 
+@pytest.mark.processes
 def test_a_profile_of_another_machine_is_refused_on_real_stages(checkpoint, capsys):
     bench = ["bench", checkpoint, "--device-profile", "a100-80gb-dgx"]
     assert f"not {device_name()}" in error(capsys, bench)

@@ -159,6 +159,7 @@ def test_a_run_that_is_well_and_one_that_does_not_fit(tmp_path, monkeypatch, cap
     assert port in failed[1] and "; " in failed[1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

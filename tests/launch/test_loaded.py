@@ -113,6 +113,7 @@ def test_what_resolving_says_reaches_who_waits(tmp_path, monkeypatch):
     assert said == ["fetching org/tiny: 1.00 of 2.00 GB"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

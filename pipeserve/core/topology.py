@@ -97,7 +97,7 @@ class Topology:
 
     def __str__(self) -> str:
         each = f" of {self.width} ranks each" if self.width > 1 else ""
-        return f"{self.num_stages} stages{each}"
+        return f"{self.num_stages} stage{'s' * (self.num_stages > 1)}{each}"
 
     def _place_of(self, rank: int) -> tuple[int, int]:
         """Its stage, and its shard there."""

@@ -61,7 +61,7 @@ class Requests:
                     prompt=tuple(draw.choice(beginnings) + own),
                     params=params,
                     stop_ids=frozenset(params.stop_token_ids),
-                    bad_word_ids=((7, 9), (11,))[: number % 3],
+                    bad_word_ids=((7, 9), (11,)) if number % 6 == 1 else (),
                 )
             )
             if draw.random() < 0.2:

@@ -7,7 +7,8 @@ from pipeserve.stages.backends.cpu import elementwise, library, products
 from pipeserve.stages.backends.cpu.large_pages import Shelf
 from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, narrowest_exact_dtype
 
-SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030)]  # [out, in]
+SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030), (40, 2100)]
+"""[out, in]; many rows of the last are added up in several parts of it."""
 ROWS = [*range(1, 14), 25, 64, 241]
 STORED = {
     "float32": lambda weight: weight,
@@ -126,7 +127,7 @@ def test_added_to_what_is_there(kernels):
     assert torch.equal(residual, kept)
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (66, 64), (130, 577), (1024, 64)])
+@pytest.mark.parametrize("shape", [(2, 3), (66, 64), (130, 577), (1024, 64), (40, 2100)])
 @pytest.mark.parametrize("dtype", STORED)
 def test_gated_in_one_product(kernels, dtype, shape, monkeypatch):
     """The bits of a product, an activation and a multiplication one after the other."""
@@ -156,6 +157,16 @@ def test_the_likeliest_output_without_the_others(kernels, dtype, shape):
     for bad in (torch.nan, torch.inf, 3e38):
         x[1, 0] = bad
         assert packed.likeliest(x[:3]) is None or packed.product(x[:3]).isfinite().all()
+
+
+def test_the_likeliest_of_outputs_that_are_all_negative(kernels):
+    """What fills up the last panel is 0, and no output."""
+    torch.manual_seed(0)
+    packed = PackedWeight(-torch.rand(100, 64).bfloat16(), library=kernels)
+    x = torch.rand(40, 64)
+    highest, outputs = packed.likeliest(x)
+    expected = packed.product(x).max(-1)
+    assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
 
 
 def test_outputs_that_rounding_of_x_would_swap(kernels):

@@ -170,15 +170,17 @@ def test_the_likeliest_of_outputs_that_are_all_negative(kernels):
 
 
 def test_outputs_that_rounding_of_x_would_swap(kernels):
-    """By pairs alone the second would be the highest: 1.0039 is 1 in bfloat16."""
-    weight = torch.zeros(70, 64)
-    weight[5, :2], weight[40, :2] = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    x = torch.zeros(1, 64)
-    x[0, :2] = torch.tensor([1 + 2.0**-8 - 2.0**-12, 1 + 2.0**-9])
-    packed = PackedWeight(weight, library=kernels)
-    x = torch.cat((x, x.flip(1).roll(2, 1)))
-    highest, outputs = packed.likeliest(x)
-    assert outputs.tolist() == [5, 40] and torch.equal(highest, x.max(-1).values)
+    """By pairs alone the other would be the highest: in bfloat16 the one number of x becomes 1, and
+    the one that is little larger 1.0078."""
+    low, high = 1 + 2.0**-8 - 2.0**-12, 1 + 2.0**-8 + 2.0**-12
+    weight, x = torch.zeros(70, 64), torch.zeros(2, 64)
+    for row, (first, other) in enumerate(((5, 40), (40, 5))):
+        weight[first, 2 * row], weight[other, 2 * row + 1] = 1, 1 - 2.0**-8
+        x[row, 2 * row], x[row, 2 * row + 1] = low, high
+    rounded = x.bfloat16().float() @ weight.T
+    assert rounded.argmax(-1).tolist() == [40, 5]
+    highest, outputs = PackedWeight(weight, library=kernels).likeliest(x)
+    assert outputs.tolist() == [5, 40] and highest.tolist() == [low, low]
 
 
 def test_rows_may_be_cut_out_of_wider_ones(kernels):

@@ -124,6 +124,8 @@ def test_kernels_round_what_they_write_as_torch_does(each_library, dtype, turned
     case = Case([(0, 50), (20, 21)], heads=(4, 2, 24), dtype=dtype, turned=turned)
     case.k, case.v = ([torch.randn(x.shape) * 1e3 for x in side] for side in (case.k, case.v))
     case.k[0][3, 1, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-42])
+    half_ways = [1 + odd * 2.0**-bits for bits in (8, 11) for odd in (1, 3)]  # bfloat16, float16
+    case.k[0][4, 1, :4] = torch.tensor(half_ways)
     case.run("kernels")
     for side, new in zip(case.kv.layer(1), (case.k, case.v), strict=True):
         written = side.flatten(1, 2)[:, case.inputs.slots_T].transpose(0, 1)

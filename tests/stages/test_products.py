@@ -7,7 +7,8 @@ from pipeserve.stages.backends.cpu import elementwise, library, products
 from pipeserve.stages.backends.cpu.large_pages import Shelf
 from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, narrowest_exact_dtype
 
-SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030)]  # [out, in]
+SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030), (40, 2100)]
+"""[out, in]; many rows of the last are added up in several parts of it."""
 ROWS = [*range(1, 14), 25, 64, 241]
 STORED = {
     "float32": lambda weight: weight,
@@ -126,7 +127,7 @@ def test_added_to_what_is_there(kernels):
     assert torch.equal(residual, kept)
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (66, 64), (130, 577), (1024, 64)])
+@pytest.mark.parametrize("shape", [(2, 3), (66, 64), (130, 577), (1024, 64), (40, 2100)])
 @pytest.mark.parametrize("dtype", STORED)
 def test_gated_in_one_product(kernels, dtype, shape, monkeypatch):
     """The bits of a product, an activation and a multiplication one after the other."""
@@ -158,16 +159,28 @@ def test_the_likeliest_output_without_the_others(kernels, dtype, shape):
         assert packed.likeliest(x[:3]) is None or packed.product(x[:3]).isfinite().all()
 
 
-def test_outputs_that_rounding_of_x_would_swap(kernels):
-    """By pairs alone the second would be the highest: 1.0039 is 1 in bfloat16."""
-    weight = torch.zeros(70, 64)
-    weight[5, :2], weight[40, :2] = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    x = torch.zeros(1, 64)
-    x[0, :2] = torch.tensor([1 + 2.0**-8 - 2.0**-12, 1 + 2.0**-9])
-    packed = PackedWeight(weight, library=kernels)
-    x = torch.cat((x, x.flip(1).roll(2, 1)))
+def test_the_likeliest_of_outputs_that_are_all_negative(kernels):
+    """What fills up the last panel is 0, and no output."""
+    torch.manual_seed(0)
+    packed = PackedWeight(-torch.rand(100, 64).bfloat16(), library=kernels)
+    x = torch.rand(40, 64)
     highest, outputs = packed.likeliest(x)
-    assert outputs.tolist() == [5, 40] and torch.equal(highest, x.max(-1).values)
+    expected = packed.product(x).max(-1)
+    assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
+
+
+def test_outputs_that_rounding_of_x_would_swap(kernels):
+    """By pairs alone the other would be the highest: in bfloat16 the one number of x becomes 1, and
+    the one that is little larger 1.0078."""
+    low, high = 1 + 2.0**-8 - 2.0**-12, 1 + 2.0**-8 + 2.0**-12
+    weight, x = torch.zeros(70, 64), torch.zeros(2, 64)
+    for row, (first, other) in enumerate(((5, 40), (40, 5))):
+        weight[first, 2 * row], weight[other, 2 * row + 1] = 1, 1 - 2.0**-8
+        x[row, 2 * row], x[row, 2 * row + 1] = low, high
+    rounded = x.bfloat16().float() @ weight.T
+    assert rounded.argmax(-1).tolist() == [40, 5]
+    highest, outputs = PackedWeight(weight, library=kernels).likeliest(x)
+    assert outputs.tolist() == [5, 40] and highest.tolist() == [low, low]
 
 
 def test_rows_may_be_cut_out_of_wider_ones(kernels):

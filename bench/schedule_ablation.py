@@ -50,6 +50,8 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     ALL_IN: {},
     "a margin below the limit": {"MARGIN": 1.0},
     "a knee: as large as the limits allow": {"_knee": lambda view, price: 2 * UNIFORM_TOKENS},
+    "prompts spread over more than a turn": {"SPREAD": 1},
+    "a least size to spread to": {"ENOUGH": 0.0},
     "filling whole tiles": {"_Budget._filled": _as_they_come},
     "a least piece": {"MIN_PIECE": 1},
     "what KV sustains": {"_Budget._sustained": lambda budget: float("inf")},

@@ -3,10 +3,10 @@
 A token's time between tokens (TBT) is the time of all microbatches of one turn through the
 pipeline, so what is budgeted is time. Without a cost model, a token counts as a unit of it.
 
-- **How long** a microbatch may take (`_Budget`): its even share of the prompts at hand, so that
-  none goes without while another has plenty; never longer than P times of it fit into the limit
-  between tokens or, without a limit, than where larger ones hardly raise throughput; nor longer
-  than KV sustains, for slow turns keep more requests alive.
+- **How long** a microbatch may take (`_Budget`): its even share of the prompts that can run, spread
+  over some turns, so that none goes without while another has plenty; never longer than P times of
+  it fit into the limit between tokens or, without a limit, than where larger ones hardly raise
+  throughput; nor longer than KV sustains, for slow turns keep more requests alive.
 - **Decodes** go first, spread over the microbatches of a turn by what they cost, context length
   counted. With a limit between tokens all that are ready go at once, unless there are so many more
   than a share that they are evened out, and none is late for it.
@@ -23,7 +23,7 @@ It plans one microbatch ahead. How it came about, and what it gives: docs/schedu
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 
 from pipeserve.core.cost.kernels import TILE
@@ -40,6 +40,12 @@ what the forecast cannot know."""
 KNEE = 0.98
 """A microbatch needs no more prefill tokens than it takes to reach this share of the most that any
 size gives a second: larger ones only make turns longer."""
+SPREAD = 4
+"""Prompts are spread over so many turns. Prefilled at once they leave microbatches of few decodes
+behind them, and while one stage has a large microbatch, the next has a small one and then waits."""
+ENOUGH = 0.85
+"""They are spread only so far that a microbatch has as many tokens as it takes to reach this share
+of the most that any size gives a second: smaller ones mostly read weights."""
 TOLERANCE = 1.08
 """A microbatch may cost so many times its budget: matrix products work in whole tiles, so a chunk
 may fill the tile that it has begun."""
@@ -89,14 +95,15 @@ class Uniform:
     )
 
     def __init__(self) -> None:
-        self._knee = self._looked_again_at = 0
+        self._least = self._knee = self._looked_again_at = 0
 
     def compose(self, view: View, now: float) -> Draft:
         price = Price(view)
         num_planned = view.last.index + 1 if view.last is not None else 0
         if num_planned >= self._looked_again_at:
-            self._knee, self._looked_again_at = _knee(view, price), max(8, 2 * num_planned)
-        budget = _Budget(view, price, self._knee)
+            self._least, self._knee = _least(view, price), _knee(view, price)
+            self._looked_again_at = max(8, 2 * num_planned)
+        budget = _Budget(view, price, self._least, self._knee)
         room = make_room(view, _decodes_in_turn(view, price, budget, now))
         if room.preempted:
             return Draft(chunks=room.decodes, preempt=room.preempted)
@@ -128,8 +135,8 @@ class _Budget:
 
     A turn is the time until the same requests decode again: `in_turn` microbatches."""
 
-    def __init__(self, view: View, price: Price, knee: int) -> None:
-        self._view, self._price, self._knee = view, price, knee
+    def __init__(self, view: View, price: Price, least: int, knee: int) -> None:
+        self._view, self._price, self._least, self._knee = view, price, least, knee
         # What a mean microbatch of the turn holds.
         self._num_decodes = view.num_decoding // view.window
         self._context = view.decoding_context // view.window
@@ -143,14 +150,24 @@ class _Budget:
         """The name of what bounds the next microbatch, and how long it may take."""
         view = self._view
         flying = sum([outstanding.num_prefill_tokens for outstanding in view.outstanding])
-        total = view.prefill_backlog + flying
-        pieces = max(1, min(view.window, total // MIN_PIECE))
-        bounds: dict[str, float] = {"share": -(-total // pieces), "kv": self._throttled(flying)}
+        bounds: dict[str, float] = {
+            "share": self._share(self._at_hand() + flying),
+            "kv": self._throttled(flying),
+        }
         if view.num_decoding:
             bounds["kv at length"] = self._sustained()
         bound = min(bounds, key=bounds.__getitem__)
         even, longest = self._filled(int(bounds[bound])), self.longest
         return (bound, even) if even <= longest else ("longest", longest)
+
+    def _share(self, total: int) -> int:
+        """Prefill tokens of a microbatch, when `total` of them are spread out evenly: over a turn, or
+        over `SPREAD` of them where a mean microbatch has enough tokens for that with its decodes.
+        """
+        window = self._view.window
+        least = max(self._least - self._num_decodes, self._least // 4)
+        pieces = max(1, min(window, total // MIN_PIECE), min(window * SPREAD, total // least))
+        return -(-total // pieces)
 
     def of_full(self) -> float:
         """How long a microbatch takes under load, when there are always prompts to fill it with."""
@@ -178,6 +195,16 @@ class _Budget:
     def of_piece(self, mix: Mix) -> float:
         """How long the decodes take with the smallest chunk that is worth it."""
         return self._price.on_bottleneck(mix.num_decodes, mix.context, MIN_PIECE)
+
+    def _at_hand(self) -> int:
+        """Tokens of the prompts that have begun, and of those that there is a seat for: that may
+        run beside the others (`max_num_seqs`)."""
+        view = self._view
+        seats = max(0, view.limits.max_num_seqs - len(view.running))
+        if seats >= len(view.waiting):
+            return view.prefill_backlog
+        prompts = chain(view.prefills.values(), islice(view.waiting.values(), seats))
+        return sum([request.num_unplanned for request in prompts])
 
     def _throttled(self, flying: int) -> int:
         """Prefill tokens of a microbatch, when what KV has room for is spread over `TURNS`
@@ -216,14 +243,25 @@ class _Budget:
         return TOLERANCE * (whole if whole * num_tokens <= even * tiles else even)
 
 
+def _least(view: View, price: Price) -> int:
+    """Tokens from which on a microbatch is large enough."""
+    return _reaching(view, price, ENOUGH, TILE // 4)
+
+
 def _knee(view: View, price: Price) -> int:
-    """Prefill tokens from which on larger microbatches hardly raise throughput. It is looked for
-    ever less often: a cost model that learns would move it back and forth, and the length of turns
-    with it. One tile is never enough: the decodes beside it would begin another."""
+    """Prefill tokens from which on larger microbatches hardly raise throughput. One tile is never
+    enough: the decodes beside it would begin another."""
+    return _reaching(view, price, KNEE, 2 * TILE)
+
+
+def _reaching(view: View, price: Price, share: float, first: int) -> int:
+    """The least of `first`, twice it, and so on, that reaches this share of the most prefill tokens
+    that any of them gives a second. It is looked for ever less often: a cost model that learns
+    would move it back and forth, and the length of turns with it."""
     most = view.limits.max_num_batched_tokens
-    sizes = [size for size in (2 * TILE << power for power in range(7)) if size < most] + [most]
+    sizes = [first << power for power in range(10) if first << power < most] + [most]
     rates = [size / _of_tiles(price, size) for size in sizes]
-    enough = KNEE * max(rates)
+    enough = share * max(rates)
     return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
 
 

@@ -161,13 +161,16 @@ class _Budget:
         return (bound, even) if even <= longest else ("longest", longest)
 
     def _share(self, total: int) -> int:
-        """Prefill tokens of a microbatch, when `total` of them are spread out evenly: over a turn, or
-        over `SPREAD` of them where a mean microbatch has enough tokens for that with its decodes.
-        """
+        """Prefill tokens of a microbatch, when `total` of them are spread out evenly: over a turn
+        or, where no limit between tokens says how long that may be, over `SPREAD` of them, if a
+        mean microbatch has enough tokens for that with its decodes."""
         window = self._view.window
-        least = max(self._least - self._num_decodes, self._least // 4)
-        pieces = max(1, min(window, total // MIN_PIECE), min(window * SPREAD, total // least))
-        return -(-total // pieces)
+        pieces = min(window, total // MIN_PIECE)
+        if self._view.limits.max_tbt_s is None:
+            # A decode reads its context and has a row in the head: about two tokens of a prompt.
+            least = max(self._least - 2 * self._num_decodes, self._least // 4)
+            pieces = max(pieces, min(window * SPREAD, total // least))
+        return -(-total // max(1, pieces))
 
     def of_full(self) -> float:
         """How long a microbatch takes under load, when there are always prompts to fill it with."""
@@ -245,7 +248,7 @@ class _Budget:
 
 def _least(view: View, price: Price) -> int:
     """Tokens from which on a microbatch is large enough."""
-    return _reaching(view, price, ENOUGH, TILE // 4)
+    return _reaching(view, price, ENOUGH, MIN_PIECE)
 
 
 def _knee(view: View, price: Price) -> int:

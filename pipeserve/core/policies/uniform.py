@@ -168,7 +168,7 @@ class _Budget:
         pieces = min(window, total // MIN_PIECE)
         if self._view.limits.max_tbt_s is None:
             # A decode reads its context and has a row in the head: about two tokens of a prompt.
-            least = max(self._least - 2 * self._num_decodes, self._least // 4)
+            least = max(self._least - 2 * self._num_decodes, self._least // 4, 1)
             pieces = max(pieces, min(window * SPREAD, total // least))
         return -(-total // max(1, pieces))
 

@@ -68,6 +68,8 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "decodes: all go where one would be late": {"_num_going": _share_alone},
     "decodes: spread by context, not by number": {"_tokens_per_position": lambda view, price: 0.0},
     "prompts: an even share": {"_budget": lambda view, price, longest: ("longest", longest)},
+    "prompts: spread over more than a turn": {"SPREAD": 1},
+    "prompts: a least size to spread to": {"ENOUGH": 0.0},
     "prompts: whole tiles": {"_filled": _as_they_come},
     "prompts: a tolerance": {"TOLERANCE": 1.0},
     "prompts: a least piece": {"MIN_PIECE": 1},

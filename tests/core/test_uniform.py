@@ -126,13 +126,13 @@ def test_without_a_profile_the_limit_between_tokens_is_learnt(faster):
     arrivals = poisson(1.0 * faster, 80, (1, 1500), (1, 100))
 
     def p95(cost):
-        run = Run(times, arrivals, cost, max_tbt_s=0.6 / faster)
+        run = Run(times, arrivals, cost, max_tbt_s=0.5 / faster)
         later = [each for each in run.served if each.arrival_s > 3.0 / faster]
         gaps = sorted(b - a for each in later for a, b in pairwise(each.token_times_s))
         return gaps[int(0.95 * len(gaps))]
 
     rough = PipelineCost(ROUGH, shape, split_layers(shape.num_layers, 4))
-    assert 0.3 / faster < p95(rough) <= 0.6 / faster < p95(None)
+    assert 0.3 / faster < p95(rough) <= 0.5 / faster < p95(None)
 
 
 class Curved(LinearTimes):
@@ -228,16 +228,29 @@ def test_long_contexts_that_came_together_part_again():
 # ---- evenness -----------------------------------------------------------------------------------
 
 
+def finish(engine, microbatch, now):
+    counts = one_each(microbatch.chunks)
+    engine.complete(StepResult(microbatch.index, (7,) * sum(counts), counts), now)
+
+
+def run_out(engine):
+    flying = []
+    while engine.has_work:
+        planned = engine.plan(1.0)
+        if isinstance(planned, Microbatch):
+            flying.append(planned)
+        else:
+            finish(engine, flying.pop(0), 1.0)
+
+
 def steady(engine, num_microbatches) -> list[Microbatch]:
     """Keeps the window full; the microbatches that were planned."""
     planned, flying, now = [], [], 0.0
     while len(planned) < num_microbatches:
         microbatch = engine.plan(now)
         if isinstance(microbatch, Wait):
-            oldest = flying.pop(0)
             now += 1.0
-            counts = one_each(oldest.chunks)
-            engine.complete(StepResult(oldest.index, (7,) * sum(counts), counts), now)
+            finish(engine, flying.pop(0), now)
         else:
             planned.append(microbatch)
             flying.append(microbatch)
@@ -262,13 +275,35 @@ def test_decodes_are_shared_out_by_what_their_context_costs():
     assert all(sum(pair) == 64 for pair in pairwise(counts))
 
 
-def test_prefill_is_shared_out_over_the_microbatches_of_a_turn():
+def test_prefill_is_shared_out_over_microbatches():
     """None of them as large as it may be."""
     times = LinearTimes(4, base=0.01, per_token=1e-4)
     run = Run(times, [Arrival(0.0, 100, 1) for _ in range(10)])
     sizes = [work.num_tokens for _, work, _ in run.planned]
-    assert sum(sizes) == 1000 and len(sizes) == 4
+    assert sum(sizes) == 1000 and len(sizes) >= 4
     assert max(sizes) < 0.6 * LIMITS.max_num_batched_tokens
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "arrivals", "seats"),
+    [
+        (2, poisson(1e6, 120, (1, 700), (1, 120)), 32),
+        (4, poisson(1e6, 240, (1, 700), (1, 120)), 64),
+        # vllm#57433, vllm#50410: when each prompt ends makes groups of decodes of 7, 13, 2 and 10.
+        (4, poisson(1e6, 300, (16, 64), (50, 150)), 128),
+    ],
+)
+def test_where_requests_wait_for_a_seat_all_stages_are_busy(num_stages, arrivals, seats):
+    """While some wait, stages that are alike stand idle for less than a tenth of the time. It was
+    14 to 22 % with all that can start prefilled at once: one stage has the prompt, the next none.
+    """
+    times = LinearTimes(num_stages, base=0.003, per_token=6e-4)
+    run = Run(times, arrivals, cost=None, max_num_seqs=seats)
+    last = max(microbatch.index for microbatch, _, _ in run.planned if microbatch.admitted)
+    flights = [flight for flight in run.pipeline.flights if flight.index < last]
+    for stage in range(num_stages):
+        busy_s = sum(flight.ends_s[stage] - flight.starts_s[stage] for flight in flights)
+        assert busy_s > 0.9 * (flights[-1].ends_s[stage] - flights[0].starts_s[stage])
 
 
 def test_near_a_full_pool_full_and_empty_phases_do_not_alternate(monkeypatch):
@@ -375,9 +410,7 @@ def test_cached_blocks_that_count_as_free_are_not_counted_twice():
     limits = replace(LIMITS, num_blocks=10, enable_prefix_caching=True)
     engine = Engine(split_layers(1, 1), get_policy("uniform"), limits)
     engine.add(replace(request_of(0, Arrival(0.0, 65, 1)), prompt=(1,) * 65), 0.0)
-    steady(engine, 2)  # in two pieces: it is a large part of the pool
-    engine.complete(StepResult(0, (), b"\0"), 1.0)
-    engine.complete(StepResult(1, (7,), b"\1"), 1.0)
+    run_out(engine)
     engine.add(replace(request_of(1, Arrival(1.0, 60, 4)), prompt=(2,) * 60), 1.0)
     first = engine.plan(1.0)
     engine.add(replace(request_of(2, Arrival(2.0, 128, 1)), prompt=(1,) * 128), 2.0)
@@ -396,9 +429,13 @@ def test_a_wait_for_blocks_says_so():
     engine = Engine(split_layers(2, 2), get_policy("uniform"), replace(LIMITS, num_blocks=10))
     for number in range(2):
         engine.add(request_of(number, Arrival(0.0, 96, 4)), 0.0)
-    while isinstance(planned := engine.plan(0.0), Microbatch):
-        assert {chunk.request_id for chunk in planned.chunks} == {0}
-    assert planned == Wait("kv")
+    planned: list[Microbatch] = []
+    while (next_one := engine.plan(0.0)) != Wait("kv"):
+        if isinstance(next_one, Microbatch):
+            planned.append(next_one)
+            assert {chunk.request_id for chunk in next_one.chunks} == {0}
+        else:
+            finish(engine, planned.pop(0), 1.0)
 
 
 # ---- costs that a learning model may come to ----------------------------------------------------

@@ -9,8 +9,9 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
 - **Decodes** go first, spread over the microbatches of a turn by what they cost, context length
   counted; where one would be late otherwise, all that are ready go.
 - **Prompts** fill the rest, in order (`core/order.py`; shortest first where the run says nothing):
-  each microbatch takes an even share of those at hand, so that none goes without while another has
-  plenty, in whole tiles. Chunks of one prompt follow one another at once.
+  each microbatch takes an even share of those that can run, so that none goes without while another
+  has plenty, in whole tiles; where no limit between tokens is set, these last for some turns.
+  Chunks of one prompt follow one another at once.
 - **KV**: what is free is handed out over several turns, so that a pool that fills up slows prompts
   down little by little. Decodes take blocks as they need them; an admission leaves a free block for
   each running request.
@@ -20,7 +21,7 @@ It plans one microbatch ahead. How it came about, and what it gives: docs/schedu
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 
 from pipeserve.core.cost.kernels import TILE
@@ -37,6 +38,12 @@ what the forecast cannot know."""
 KNEE = 0.98
 """A microbatch needs no more prefill tokens than it takes to reach this share of the most that any
 size gives a second: larger ones only make turns longer."""
+SPREAD = 4
+"""Prompts are spread over so many turns. Prefilled at once they leave microbatches of few decodes
+behind them, and while one stage has a large microbatch, the next has a small one and then waits."""
+ENOUGH = 0.85
+"""They are spread only so far that a microbatch has as many tokens as it takes to reach this share
+of the most that any size gives a second: smaller ones mostly read weights."""
 TOLERANCE = 1.08
 """A microbatch may cost so many times its budget, which is made for a mean number of decodes: else
 one with a few more would not fill its last tile, that costs the same full or not."""
@@ -56,13 +63,13 @@ class Uniform:
     )
 
     def __init__(self) -> None:
-        self._knee = self._looked_again_at = 0
+        self._enough = self._knee = self._looked_again_at = 0
 
     def compose(self, view: View, now: float) -> Draft:
         price = Price(view)
         num_planned = view.last.index + 1 if view.last is not None else 0
         if num_planned >= self._looked_again_at:
-            self._knee = _knee(view, price, self._knee)
+            self._enough, self._knee = _enough(view, price), _knee(view, price, self._knee)
             self._looked_again_at = max(8, 2 * num_planned)
         longest: float = view.limits.max_num_batched_tokens
         if price.is_time:
@@ -73,7 +80,7 @@ class Uniform:
             return Draft(chunks=room.decodes, preempt=room.preempted)
         decodes, left = ready[: len(room.decodes)], ready[len(room.decodes) :]
         mix = Mix(price, view, decodes, now)
-        bound, limit = _budget(view, price, longest)
+        bound, limit = _budget(view, price, self._enough, longest)
         due_s = _due_s(view, price, decodes, left)
         prompts = _add_prompts(view, mix, room.free_blocks, limit, longest, due_s)
         return Draft(
@@ -111,6 +118,15 @@ def _knee(view: View, price: Price, last: int) -> int:
     return next(
         size for size, rate in rates.items() if rate >= (KNEE * enough if size == last else enough)
     )
+
+
+def _enough(view: View, price: Price) -> int:
+    """Tokens from which on a microbatch does not mostly read weights."""
+    most = view.limits.max_num_batched_tokens
+    sizes = [MIN_PIECE << power for power in range(10) if MIN_PIECE << power < most] + [most]
+    rates = [size / _of_tiles(price, size) for size in sizes]
+    enough = ENOUGH * max(rates)
+    return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
 
 
 def _of_tiles(price: Price, num_tokens: int) -> float:
@@ -212,26 +228,50 @@ def _tokens_per_position(view: View, price: Price) -> float:
 # ---- prompts: how much of them, and which -------------------------------------------------------
 
 
-def _budget(view: View, price: Price, longest: float) -> tuple[str, float]:
-    """What bounds the next microbatch, and how long it may take: its even share of the prompts at
-    hand, as far as KV goes, beside a mean share of decodes and in whole tiles."""
+def _budget(view: View, price: Price, enough: int, longest: float) -> tuple[str, float]:
+    """What bounds the next microbatch, and how long it may take: its even share of the prompts that
+    can run, as far as KV goes, beside a mean share of decodes and in whole tiles."""
     flying = sum([outstanding.num_prefill_tokens for outstanding in view.outstanding])
-    at_hand = view.prefill_backlog + flying
-    pieces = max(1, min(view.window, at_hand // MIN_PIECE))
-    bounds = {"share": -(-at_hand // pieces), "kv": _room_in_kv(view, flying)}
+    share = _even_share(view, _at_hand(view) + flying, enough)
+    bounds = {"share": share, "kv": _room_in_kv(view, flying)}
     bound = min(bounds, key=bounds.__getitem__)
     seconds = _filled(view, price, bounds[bound])
     return (bound, seconds) if seconds <= longest else ("longest", longest)
 
 
+def _at_hand(view: View) -> int:
+    """Tokens of the prompts that have begun, and of those that there is a seat for: that may run
+    beside the others (`max_num_seqs`)."""
+    seats = max(0, view.limits.max_num_seqs - len(view.running))
+    if seats >= len(view.waiting):
+        return view.prefill_backlog
+    prompts = chain(view.prefills.values(), islice(view.waiting.values(), seats))
+    return sum([request.num_unplanned for request in prompts])
+
+
+def _even_share(view: View, total: int, enough: int) -> int:
+    """Prefill tokens of a microbatch, when `total` of them are spread out evenly: over a turn or,
+    where no limit between tokens says how long that may be, over `SPREAD` of them, if a mean
+    microbatch has enough tokens for that with its decodes."""
+    pieces = min(view.window, total // MIN_PIECE)
+    if view.limits.max_tbt_s is None:
+        # A decode reads its context and has a row in the head: about two tokens of a prompt.
+        least = max(enough - 2 * (view.num_decoding // view.window), enough // 4, 1)
+        pieces = max(pieces, min(view.window * SPREAD, total // least))
+    return -(-total // max(1, pieces))
+
+
 def _filled(view: View, price: Price, num_prefill: int) -> float:
-    """How long so many prefill tokens take beside a mean share of decodes, filled up to whole
-    tiles: matrix products take no longer for these."""
+    """How long so many prefill tokens take beside a mean share of decodes; or as many as make whole
+    tiles, where each costs less then."""
     num_decodes, context = view.num_decoding // view.window, view.decoding_context // view.window
+    num_tokens = num_decodes + num_prefill
     if not price.is_time:
-        return num_decodes + num_prefill
-    num_tokens = -(-(num_decodes + num_prefill) // TILE) * TILE
-    return TOLERANCE * price.on_bottleneck(num_decodes, context, num_tokens - num_decodes)
+        return num_tokens
+    even = price.on_bottleneck(num_decodes, context, num_prefill)
+    tiles = -(-num_tokens // TILE) * TILE
+    whole = price.on_bottleneck(num_decodes, context, tiles - num_decodes)
+    return TOLERANCE * (whole if whole * num_tokens <= even * tiles else even)
 
 
 def _room_in_kv(view: View, flying: int) -> int:

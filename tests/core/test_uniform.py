@@ -328,8 +328,8 @@ def test_a_pool_that_is_mostly_free_holds_no_prompt_back():
     engine = Engine(split_layers(2, 2), get_policy("uniform"), LIMITS)
     for number in range(60):
         engine.add(request_of(number, Arrival(0.0, 512, 2000)), 0.0)
-    sizes = [microbatch.num_tokens for microbatch in steady(engine, 60)]
-    assert min(sizes[:-2]) == LIMITS.max_num_batched_tokens
+    sizes = [microbatch.num_tokens for microbatch in steady(engine, 40)]
+    assert set(sizes) == {LIMITS.max_num_batched_tokens}  # the last ones are spread out
 
 
 def test_decodes_that_came_together_are_evened_out_and_none_is_late():

@@ -139,7 +139,7 @@ def test_slow_links_cost_latency_and_not_throughput(seed):
 def test_prompts_alone(num_stages):
     """Full microbatches, as many as there are (vllm#41682). A third of the run is not enough for a
     window to settle."""
-    case = Case(num_stages, num_outputs=1, num_requests=4000)
+    case = Case(num_stages, num_outputs=1, num_requests=4000, num_running=2000)
     late_s = 0.06  # a microbatch takes 0.05
     at_once, late, fixed = (
         Run(each).finish()

@@ -252,12 +252,13 @@ def _at_hand(view: View) -> int:
 def _even_share(view: View, total: int, enough: int) -> int:
     """Prefill tokens of a microbatch, when `total` of them are spread out evenly: over a turn or,
     where no limit between tokens says how long that may be, over `SPREAD` of them, if a mean
-    microbatch has enough tokens for that with its decodes."""
+    microbatch has enough tokens for that with its decodes. (Turns of a microbatch for each stage:
+    where there are more, for slow ways between stages, smaller ones would not fill these.)"""
     pieces = min(view.window, total // MIN_PIECE)
     if view.limits.max_tbt_s is None:
         # A decode reads its context and has a row in the head: about two tokens of a prompt.
         least = max(enough - 2 * (view.num_decoding // view.window), enough // 4, 1)
-        pieces = max(pieces, min(view.window * SPREAD, total // least))
+        pieces = max(pieces, min(view.forecast.num_stages * SPREAD, total // least))
     return -(-total // max(1, pieces))
 
 

@@ -224,6 +224,9 @@ def test_a_keeper_takes_the_place_of_one_that_has_just_hung_up(hand):
 class Quiet:
     """A keeper's connection, on which nothing is said."""
 
+    def can_wait(self):
+        pass
+
     def close(self):
         pass
 

@@ -182,7 +182,7 @@ def test_what_comes_before_it_is_clean(start, length, monkeypatch):
     )
     driver.submit([failing])
     with monkeypatch.context() as deaf:
-        deaf.setattr(driver.fleet, "receive", lambda timeout_s: [])
+        deaf.setattr(driver.fleet, "receive", lambda timeout_s, for_result=False: [])
         driver.step(0.0)
     driver.abort(failing.id)
     cached = driver.engine.stats.cached_prefix_tokens

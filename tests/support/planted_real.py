@@ -338,8 +338,8 @@ WORK = {
     ),
     "a group has long contexts": Plant(
         "context_length",
-        groups(1, 80, 80),
-        groups(80, 80, 1),
+        groups(1, 160, 160),
+        groups(160, 160, 1),
     ),
 }
 """Microbatches that compute more, or are too few: as good as the core is one's own."""

@@ -76,6 +76,13 @@ class RunConfig:
         "PyTorch, for products too.",
         choices=("auto", "reference", "cpu"),
     )
+    head_stages: str = _option(
+        "auto",
+        "Which stages have the vocabulary head: the last, or both ends of the pipeline, which then "
+        "take turns with it, so that neither waits for the other; auto is both on CPUs, where a "
+        "stage has one rank.",
+        choices=("auto", "last", "both"),
+    )
     max_model_len: int | None = _option(
         None, "Longest prompt + output, in tokens; by default the model's own.", least=2
     )
@@ -190,6 +197,12 @@ class RunConfig:
         if self.num_gpu_blocks_override is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError(
                 "kv_cache_memory_bytes and num_gpu_blocks_override both size the KV pool; give one"
+            )
+        if self.head_stages == "both" and (
+            self.tensor_parallel_size > 1 or self.device == "emulated"
+        ):
+            raise ConfigError(
+                "head_stages is both: that goes with stages of one rank that compute; use last"
             )
         self._check_layers()
         self._check_control()

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice, repeat
 
 from pipeserve.core.forecast import Forecast
+from pipeserve.core.head_share import HeadShare
 from pipeserve.core.nouns import (
     Microbatch,
     Output,
@@ -65,7 +66,16 @@ class Engine:
         self._cost = cost
         self._window = Window(plan)
         self._forecast = Forecast(len(plan.stages))
-        self._planner = Planner(policy, limits, self._requests, self._window, self._forecast, cost)
+        self._head_share = HeadShare(len(plan.stages)) if plan.shares_head else None
+        self._planner = Planner(
+            policy,
+            limits,
+            self._requests,
+            self._window,
+            self._forecast,
+            cost,
+            self._head_share,
+        )
         self._in_flight: deque[InFlight] = deque()
         self._is_full = False
         """The last try at a plan found the window full."""
@@ -177,11 +187,12 @@ class Engine:
             summary.num_decodes + summary.num_prefill_tokens,
             made_room if follows is None else follows,
             summary.num_prefill_tokens > 0 and self._requests.queues.prefill_backlog > 0,
+            planned.microbatch.head_at_first,
         )
         return planned.microbatch
 
     def complete(self, result: StepResult, now: float) -> list[Output]:
-        """Takes what the last stage sampled for the oldest outstanding microbatch. A request whose
+        """Takes what was sampled for the oldest outstanding microbatch. A request whose
         chunk failed ends with the finish reason "error".
 
         Raises ValueError for any other index, or for a wrong number of tokens.
@@ -228,12 +239,23 @@ class Engine:
         return outputs
 
     def observe(self, index: int, stage: int, ready_s: float, start_s: float, end_s: float) -> None:
-        """When a stage computed a microbatch, by its own clock, for cost model and window; late or
-        never is fine. `ready_s`: when all that it needed was there; where it did not wait for that,
-        no later than the end of the one before."""
+        """When a stage computed a microbatch, by its own clock, for what learns from that (cost
+        model, window, the ends' heads); late or never is fine. `ready_s`: when all that it needed
+        was there; where it did not wait for that, no later than the end of the one before."""
         self._window.took(index, stage, ready_s, start_s, end_s)
         if self._cost is not None:
             self._cost.observe(index, stage, end_s - start_s)
+        if self._head_share is not None:
+            self._head_share.took(index, stage, end_s - start_s)
+
+    def observe_head(self, index: int, start_s: float, end_s: float) -> None:
+        """Likewise, of a microbatch's head at the first stage."""
+        seconds = end_s - start_s
+        self._window.headed(start_s, end_s)
+        if self._cost is not None:
+            self._cost.observe_head(index, seconds)
+        if self._head_share is not None:
+            self._head_share.headed(index, seconds)
 
     def lost(self, now: float) -> None:
         """A fault: all outstanding is void, and the stages forgot every request and all KV.
@@ -243,6 +265,8 @@ class Engine:
         self._in_flight.clear()
         self._forecast.forget()
         self._window.forget()
+        if self._head_share is not None:
+            self._head_share.forget()
         self._is_full, self._made_room = False, None
         self._requests.lost()
 

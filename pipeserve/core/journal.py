@@ -13,6 +13,7 @@ from pipeserve.core.records import (
     Completed,
     Ended,
     Fault,
+    Headed,
     Ping,
     Planned,
     Recorder,
@@ -88,8 +89,8 @@ class Journal:
             if output.finish_reason is not None:
                 self._end(output, completed.done_s)
 
-    def computed(self, span: Span) -> None:
-        self._record(span)
+    def computed(self, did: Span | Headed) -> None:
+        self._record(did)
 
     def pinged(self, ping: Ping) -> None:
         self._record(ping)

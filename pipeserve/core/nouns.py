@@ -1,8 +1,8 @@
 """The nouns that every part of pipeserve meets at. Frozen, pure, no torch.
 
 A `Request` is what the user asked. The engine cuts it into `Chunk`s, packs chunks into
-`Microbatch`es, each of which crosses every stage once, in index order; the last stage answers each
-with a `StepResult`. `PipelinePlan` says which stage holds which layers.
+`Microbatch`es, each of which crosses every stage once, in index order; what it samples is a
+`StepResult`. `PipelinePlan` says which stage holds which layers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,6 +110,9 @@ class Microbatch:
     """Requests whose first chunk since admission is in this microbatch."""
     released: tuple[RequestId, ...] = ()
     """Requests (finished or preempted) that no later microbatch names, unless it admits them."""
+    head_at_first: bool = False
+    """Behind the last layer its hidden rows go back to the first stage, which has the head, too,
+    and samples in place of the last one (`head_share.py`)."""
 
     @property
     def num_tokens(self) -> int:
@@ -133,7 +136,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the last stage sampled for one microbatch."""
+    """What was sampled for one microbatch."""
 
     index: int
     tokens: tuple[int, ...]
@@ -210,6 +213,11 @@ class PipelinePlan:
     """Microbatches that may be outstanding, the one planned ahead not counted."""
     window_follows: bool = False
     """There may be more where the ways between stages are slow (`window.py`)."""
+
+    @property
+    def shares_head(self) -> bool:
+        """Both ends have the head, and each samples for some microbatches."""
+        return len(self.stages) > 1 and self.stages[0].has_head
 
 
 @dataclass(frozen=True, slots=True)

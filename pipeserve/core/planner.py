@@ -1,12 +1,13 @@
 """Makes the next microbatch: asks the policy for a draft, checks it, and gives each request of it
 positions and blocks."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 
 from pipeserve.core.forecast import Forecast
+from pipeserve.core.head_share import HeadShare
 from pipeserve.core.nouns import Admission, BlockId, Chunk, Microbatch, RequestId, Wait
 from pipeserve.core.request_state import RequestState
 from pipeserve.core.unfinished import Unfinished
@@ -50,7 +51,9 @@ class Planner:
         window: Window,
         forecast: Forecast,
         cost: CostModel | None,
+        head_share: HeadShare | None = None,
     ) -> None:
+        """`head_share`: where both ends have the head."""
         self.last: Outstanding | None = None
         """The microbatch planned last; None before the first."""
         self.why: Why | None = None
@@ -60,6 +63,7 @@ class Planner:
         self._states, self._queues = requests.states, requests.queues
         self._pool = requests.pool
         self._window, self._forecast, self._cost = window, forecast, cost
+        self._head_share = head_share
         self._next_index = 0
 
     @property
@@ -146,7 +150,9 @@ class Planner:
         num_decodes = sum([not state.prefilling for state in states])
         chunks = tuple(map(self._chunk, states, draft.chunks.values(), repeat(draft.admit)))
         released = self._requests.take_released()
-        microbatch = Microbatch(self._next_index, chunks, admitted, released)
+        microbatch = Microbatch(
+            self._next_index, chunks, admitted, released, self._is_head_at_first(chunks)
+        )
         self._next_index += 1
         sources = [chunk.token_from for chunk in chunks if chunk.token_from is not None]
         token_from, cost = max(sources, default=None), None
@@ -157,6 +163,13 @@ class Planner:
         self.last = Outstanding(microbatch.index, num_decodes, num_tokens - num_decodes, cost)
         self.why = draft.why
         return InFlight(microbatch, states, token_from, self.last)
+
+    def _is_head_at_first(self, chunks: Sequence[Chunk]) -> bool:
+        """Prompt tokens are scored on the last stage alone, by rows that would be many to send."""
+        if self._head_share is None or any(chunk.num_scored for chunk in chunks):
+            return False
+        samples = any(chunk.num_logits for chunk in chunks)
+        return samples and self._head_share.at_first(self._next_index)
 
     def _admit(self, request_id: RequestId, draft: Draft, now: float) -> Admission:
         view = self._queues.waiting.get(request_id)

@@ -62,7 +62,7 @@ class Planned(NamedTuple):
 
 
 class Completed(NamedTuple):
-    """The driver took up what the last stage sampled."""
+    """The driver took up what was sampled."""
 
     index: int  # type: ignore[assignment]  # as a field it hides tuple.index
     waiting_s: float
@@ -97,7 +97,8 @@ class Span(NamedTuple):
     it needed none but the plan's own."""
     start_s: float
     head_s: float
-    """The layers were done: head and sampling follow, on the last stage; elsewhere `end_s`."""
+    """The layers were done: head and sampling follow, on the last stage, unless the first one does
+    that (`Headed`); elsewhere `end_s`."""
     end_s: float
     sent_s: float
     """The output was about to be handed to the link: no one has it earlier. On the last stage, the
@@ -114,6 +115,22 @@ class Span(NamedTuple):
     that tells, its waiting left out."""
     rank_wait_s: float = 0.0
     """Likewise: that rank waited for a slower one of its stage."""
+
+
+class Headed(NamedTuple):
+    """The first stage applied the head of a microbatch that had left the last one, and sampled
+    (`Microbatch.head_at_first`). Times of that stage's machine, as those of `Span`."""
+
+    stage: int
+    index: int  # type: ignore[assignment]  # as a field it hides tuple.index
+    input_s: float
+    """The hidden rows were there."""
+    start_s: float
+    end_s: float
+    sent_s: float
+    """The tokens were about to be handed to the last stage and the driver."""
+    cpu_s: float
+    between_cpu_s: float
 
 
 class Ping(NamedTuple):
@@ -135,7 +152,7 @@ class Fault(NamedTuple):
     reason: str
 
 
-Record = Arrived | Ended | Planned | Completed | Span | Ping | Fault
+Record = Arrived | Ended | Planned | Completed | Span | Headed | Ping | Fault
 Recorder = Callable[[Record], None]
 
 

@@ -84,11 +84,13 @@ class Topology:
         stage, shard = self._place_of(rank)
         return self.ranks[stage + 1][shard] if stage + 1 < self.num_stages else None
 
-    def first_of(self, rank: int) -> int | None:
-        """The rank of the first stage that it sends sampled tokens to; None but on the last of
-        several stages."""
+    def other_end_of(self, rank: int) -> int | None:
+        """At the other end of the pipeline, the rank that it sends to what it samples; None between
+        the ends."""
         stage, shard = self._place_of(rank)
-        return self.ranks[0][shard] if 0 < stage == self.num_stages - 1 else None
+        if self.num_stages == 1 or 0 < stage < self.num_stages - 1:
+            return None
+        return self.ranks[self.num_stages - 1 - stage][shard]
 
     def name(self, rank: int) -> str:
         """What a user knows it as."""

@@ -236,3 +236,7 @@ class CostModel(Protocol):
     def observe(self, index: int, stage: int, seconds: float) -> None:
         """A stage's own compute time; an index that it never predicted, or forgot, is fine."""
         ...
+
+    def observe_head(self, index: int, seconds: float) -> None:
+        """Likewise, of a head that the first stage applied (`Microbatch.head_at_first`)."""
+        ...

@@ -54,10 +54,11 @@ class _Took(NamedTuple):
 class _Microbatch:
     """What is known of one, until all stages have told of it."""
 
-    __slots__ = ("follows", "num_tokens", "stages")
+    __slots__ = ("follows", "head_at_first", "num_tokens", "stages")
 
-    def __init__(self, num_tokens: int, follows: int | None) -> None:
+    def __init__(self, num_tokens: int, follows: int | None, head_at_first: bool) -> None:
         self.num_tokens, self.follows = num_tokens, follows
+        self.head_at_first = head_at_first
         self.stages: dict[int, _Took] = {}
 
 
@@ -77,18 +78,28 @@ class Window:
         self._microbatches: dict[int, _Microbatch] = {}
         self._tokens_s: dict[int, float] = {}
         """When the last stage was done with one, by its clock."""
+        self._heads: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
+        """On the first stage: the end of each, and its seconds."""
         self._settles, self._grows_at = 2 * self.size + KEPT, 0
         """The first microbatch that says what has come of the latest change, and the first after
         which there may be more outstanding again."""
         self._before = 0, inf
         """What it was before it last grew, and the delay round the ring that this may lead to."""
 
-    def planned(self, index: int, num_tokens: int, follows: int | None, left_over: bool) -> None:
+    def planned(
+        self,
+        index: int,
+        num_tokens: int,
+        follows: int | None,
+        left_over: bool,
+        head_at_first: bool = False,
+    ) -> None:
         """`follows`: the microbatch of which it needs the tokens, or whose completion made room for
-        it; None where it waited for neither. `left_over`: it has prompts, and there are more."""
+        it; None where it waited for neither. `left_over`: it has prompts, and there are more.
+        `head_at_first`: its tokens are made where they are needed, so they tell of no way."""
         if self._most > self.least:
             self._left_over += _WEIGHT * (left_over - self._left_over)
-            self._microbatches[index] = _Microbatch(num_tokens, follows)
+            self._microbatches[index] = _Microbatch(num_tokens, follows, head_at_first)
             if len(self._microbatches) > _REMEMBERED:
                 del self._microbatches[next(iter(self._microbatches))]
 
@@ -105,25 +116,43 @@ class Window:
             if index >= self._settles:
                 self._adapt(index)
 
+    def headed(self, start_s: float, end_s: float) -> None:
+        """The first stage tells of a head that it applied between two microbatches: it was not
+        waiting then."""
+        self._heads.append((end_s, end_s - start_s))
+
     def forget(self) -> None:
         """All that is outstanding is void, and stages have other links."""
         self._microbatches.clear()
         self._tokens_s.clear()
+        self._heads.clear()
         self._ways = [_Way() for _ in self._ways]
 
     def _learn(self, index: int, microbatch: _Microbatch) -> None:
         took = [microbatch.stages[stage] for stage in range(len(self._ways))]
         sent_s = self._tokens_s.get(microbatch.follows) if microbatch.follows is not None else None
+        heads_s = self._heads_before(took[0].start_s)
         for stage, (way, each) in enumerate(zip(self._ways, took, strict=True)):
             way.came(sent_s, each)
             sent_s = each.end_s
-            seconds = each.end_s - each.start_s
+            seconds = each.end_s - each.start_s + heads_s * (stage == 0)
             mean_s = self._compute_s[stage]
             self._compute_s[stage] += (seconds - mean_s) * (_WEIGHT if mean_s else 1.0)
-        self._tokens_s[index] = took[-1].end_s
+        if not microbatch.head_at_first:
+            self._tokens_s[index] = took[-1].end_s
         if len(self._tokens_s) > 2 * self._most:
             del self._tokens_s[next(iter(self._tokens_s))]
         self._sizes.add(microbatch.num_tokens, sum([each.end_s - each.start_s for each in took]))
+
+    def _heads_before(self, start_s: float) -> float:
+        """The seconds of those that the first stage applied since its microbatch before, which is
+        until when it was not waiting."""
+        seconds = 0.0
+        while self._heads and self._heads[0][0] <= start_s:
+            end_s, head_s = self._heads.popleft()
+            self._ways[0].busy_until(end_s)
+            seconds += head_s
+        return seconds
 
     @property
     def _delay_s(self) -> float:
@@ -180,6 +209,10 @@ class _Way:
         self._end_s = -inf  # of the microbatch before, on the stage that it leads to
         self._delays_s: deque[float] = deque(maxlen=KEPT)
         self._num_unseen = 0
+
+    def busy_until(self, end_s: float) -> None:
+        """With something else than a microbatch."""
+        self._end_s = max(self._end_s, end_s)
 
     def came(self, sent_s: float | None, took: _Took) -> None:
         """A microbatch, with what was sent at `sent_s`; None where it waited for something else."""

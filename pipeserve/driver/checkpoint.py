@@ -97,6 +97,7 @@ def _setup(
         enable_prefix_caching=config.enable_prefix_caching,
         parts=None if choice is None else choice.parts,
         ranks_per_stage=width,
+        shares_head=_shares_head(config),
     )
 
     def limits_for(sizes: Sequence[StageSized]) -> Limits:
@@ -150,6 +151,7 @@ def _choice(
     operations and bytes."""
     config, model_config = found.config, found.model_config
     num_stages, width = config.pipeline_parallel_size, config.tensor_parallel_size
+    shares_head = _shares_head(config)
     max_model_len = _max_model_len(config, model_config)
     work = usual_of(config, max_model_len)
     run = (dtype, _kv_dtype(config, dtype), device, config.attention, str(config.block_size))
@@ -161,22 +163,21 @@ def _choice(
     def of_times(examined: Sequence[Examined]) -> tuple[str, tuple[StageParts, ...]]:
         times = [each.parts[0] for each in examined]
         keep(measured, devices[::width], times, config.model)
-        return "by times measured now", parts_of_times(times)
+        return "by times measured now", parts_of_times(times, shares_head)
 
     def with_layers(counts: tuple[int, ...]) -> Setup:
         listed = replace(config, pipeline_layers=counts)
         return _setup(replace(found, config=listed), native, devices, hosts)
 
     if kept is not None:
-        by, parts = f"by times measured on {kept.measured}", parts_of_times(kept.parts)
+        by, parts = f"by times measured on {kept.measured}", parts_of_times(kept.parts, shares_head)
     elif profile is not None:
-        by, parts = (
-            "by the device profile",
-            parts_by_profile(profile, shape, num_stages, work, width),
-        )
+        by = "by the device profile"
+        parts = parts_by_profile(profile, shape, num_stages, work, width, shares_head)
     else:
         num_tokens = most_tokens(config, max_model_len)
-        by, parts = "by operations and bytes", parts_by_operations(shape, num_stages, num_tokens)
+        by = "by operations and bytes"
+        parts = parts_by_operations(shape, num_stages, num_tokens, shares_head)
     return LayerChoice(
         by=by,
         parts=parts,
@@ -199,6 +200,16 @@ def _check_runs_here(config: RunConfig) -> None:
 def _device_of(config: RunConfig) -> str:
     """Of every stage: "cpu" or "cuda"."""
     return "cpu" if config.device == "auto" else config.device
+
+
+def _shares_head(config: RunConfig) -> bool:
+    """Whether both ends of the pipeline have the head: that takes its weights twice, which a GPU
+    may not have room for. Ranks that share a stage would each send rows to one of the other end,
+    which is not done."""
+    is_alone = config.pipeline_parallel_size == 1 or config.tensor_parallel_size > 1
+    if config.head_stages == "auto":
+        return not is_alone and _device_of(config) == "cpu"
+    return config.head_stages == "both" and config.pipeline_parallel_size > 1
 
 
 def _kv_dtype(config: RunConfig, dtype: str) -> str:

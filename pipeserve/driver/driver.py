@@ -10,7 +10,7 @@ A driver is the client (`frontend/client.py`) of whoever is in its process: `sub
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pipeserve.configs import RunConfig
 from pipeserve.core.engine import Engine
@@ -67,6 +67,8 @@ class Driver:
         self._requests: dict[RequestId, Request] = {}
         self._aborted: deque[tuple[RequestId, str]] = deque()
         """To be ended with the next step, and why."""
+        self._early: dict[int, Received] = {}
+        """Results that wait for those of earlier microbatches."""
         self._looked_s = 0.0
         """When the fleet was last asked for what came."""
         self.topology, config = Topology.of(setup.plan), setup.config
@@ -182,8 +184,9 @@ class Driver:
                 continue  # from before a loss: all of that is void
             match received.message:
                 case Sampled():
-                    outputs += self._complete(received)
-                    self._plan_all()  # at once: of two results, the plan for the first is not late
+                    for result in self._in_order(received):
+                        outputs += self._complete(result)
+                        self._plan_all()  # at once: the plan for the first of two is not late
                 case Lost():
                     outputs += self._lose(received)
                 case Sized(sizes):
@@ -226,9 +229,21 @@ class Driver:
         self.fleet.broadcast(message)
         if self.engine.num_outstanding == 1:
             self._progress_s = sent_s
-        self._reports.num_spans_due += len(self.plan.stages)
+        self._reports.num_spans_due += len(self.plan.stages) + microbatch.head_at_first
         self._watch.planned(microbatch, sent_s)
         self.journal.planned(microbatch, start_s, sent_s)
+
+    def _in_order(self, received: Received) -> Iterator[Received]:
+        """It, and those that have waited for it. Where both ends of the pipeline sample, a result
+        of one may be here before an earlier one of the other."""
+        self._early[received.message.index] = received
+        outstanding = self.engine.outstanding
+        if received.message.index not in outstanding[1:]:
+            yield self._early.pop(received.message.index)
+        for index in outstanding[1:]:
+            if index not in self._early or self.engine.outstanding[0] != index:
+                return
+            yield self._early.pop(index)
 
     def _complete(self, received: Received) -> list[Output]:
         result = step_result(received.message)
@@ -258,6 +273,7 @@ class Driver:
         if self.losses.final is not None:
             return []
         self._reports.num_spans_due = 0
+        self._early.clear()
         start_stages(self.setup, self.fleet)
         if blamed is None:
             return []

@@ -30,7 +30,7 @@ from pipeserve.machine import boot_id
 from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.stage_job import StartStage
-from pipeserve.wire.step_messages import Sampled, Timing
+from pipeserve.wire.step_messages import HeadTiming, Sampled, Timing
 from pipeserve.wire.strangers import TurnedAway
 
 _STOP_S = 2.0
@@ -168,7 +168,7 @@ class Fleet:
         """What stages said, and keepers of their clocks, and what happened to them, waiting at most
         `timeout_s` for the first of it. That one was lost comes behind all that was here before.
 
-        `for_result`: where nothing is there, it waits for the last stage, or for somebody's end.
+        `for_result`: where nothing is there, it waits for who samples, or for somebody's end.
         What the others say, when they computed what, need not wake the driver each time.
         """
         came, self._unread = self._unread, []
@@ -224,7 +224,14 @@ class Fleet:
     ) -> None:
         epoch = self.epoch
         match message:
-            case Sampled() | Timing() | control.Memory() | control.Examined() | control.Heartbeat():
+            case (
+                Sampled()
+                | Timing()
+                | HeadTiming()
+                | control.Memory()
+                | control.Examined()
+                | control.Heartbeat()
+            ):
                 came.append(Received(message, rank, at_s, epoch))
             case control.Loading():
                 self._start.loading.take(rank, message, at_s)
@@ -298,7 +305,7 @@ class Fleet:
         if not is_ours or self._start is None:
             source.turn_away(f"the stage of rank {hello.rank} is not missing")
             return
-        self._members.stage_came(hello.rank, source)
+        self._members.stage_came(hello.rank, source, self._jobs[hello.rank].samples)
         if epoch != self.epoch:  # another one was lost meanwhile
             renew = control.Renew(self._jobs[hello.rank].work)
             source.send(control.encode(renew, self.epoch))

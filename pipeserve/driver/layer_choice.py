@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeserve.core.cost.cut import Room, StageParts, best_cut, stage_seconds
-from pipeserve.core.cost.partition import plan_of, split_by_time
+from pipeserve.core.cost.partition import head_shares, plan_of, split_by_time
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.core.work import PartSeconds
 from pipeserve.driver.setup import OtherCut, Setup
@@ -37,14 +37,15 @@ def counts_of(plan: PipelinePlan) -> tuple[int, ...]:
     return tuple(stage.num_layers for stage in plan.stages)
 
 
-def parts_of_times(times: Sequence[PartSeconds]) -> tuple[StageParts, ...]:
-    """Of each stage, from what a rank of it takes."""
-    last = len(times) - 1
+def parts_of_times(
+    times: Sequence[PartSeconds], shares_head: bool = False
+) -> tuple[StageParts, ...]:
+    """Of each stage, from what a rank of it takes. `shares_head`: the first one has half of the
+    last one's heads, and takes as long for them."""
+    head_s, shares = times[-1].head, head_shares(len(times), shares_head)
     return tuple(
-        StageParts(
-            found.layers, found.host + found.embedding * (stage == 0) + found.head * (stage == last)
-        )
-        for stage, found in enumerate(times)
+        StageParts(found.layers, found.host + found.embedding * (stage == 0) + head_s * share)
+        for stage, (found, share) in enumerate(zip(times, shares, strict=True))
     )
 
 
@@ -53,6 +54,7 @@ class _Sizing:
 
     def __init__(self, setup: Setup, sizes: Sequence[StageSized]) -> None:
         self._choice, self._config, self._sizes = setup.choice, setup.config, sizes
+        self._have_head = [stage.has_head for stage in setup.plan.stages]
         held = zip(sizes, setup.plan.stages, strict=True)
         by_layer = [
             size.block_bytes // stage.num_layers for size, stage in held if stage.num_layers
@@ -94,14 +96,13 @@ class _Sizing:
         told = self._sizes[0]
         layers = tuple(weights + kv_bytes for weights in told.layer_bytes)
         embedding, head = told.end_bytes
-        last = len(parts) - 1
         return [
             replace(
                 part,
                 layer_bytes=layers,
-                other_bytes=embedding * (stage == 0) + head * (stage == last),
+                other_bytes=embedding * (stage == 0) + head * has_head,
             )
-            for stage, part in enumerate(parts)
+            for stage, (part, has_head) in enumerate(zip(parts, self._have_head, strict=True))
         ]
 
 

@@ -28,11 +28,12 @@ def lay_out(
     enable_prefix_caching: bool,
     parts: Sequence[StageParts] | None = None,
     ranks_per_stage: int = 1,
+    shares_head: bool = False,
 ) -> tuple[PipelinePlan, Callable[[int], Limits]]:
     """The cut, and the limits with so many KV blocks: how many, follows from the stages' memory.
 
     Layers that the user did not list go by `parts`, what each stage takes for a usual microbatch;
-    by default by operations and bytes.
+    by default by operations and bytes. `shares_head`: both ends of the pipeline have the head.
 
     Raises ConfigError for a cut that the model does not allow, and for limits that the policy
     cannot work within.
@@ -45,6 +46,7 @@ def lay_out(
         num_tokens,
         config.pipeline_window,
         parts,
+        shares_head,
     )
     plan = with_ranks(plan, ranks_per_stage)
 

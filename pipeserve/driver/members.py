@@ -46,9 +46,9 @@ class Members:
         self.keepers[hello.rank] = source
         self.rank_of[source] = hello.rank
 
-    def stage_came(self, rank: int, source: Connection) -> None:
+    def stage_came(self, rank: int, source: Connection, samples: bool) -> None:
         source.carries = "words of a stage"
-        if self.topology.stage_of(rank) < self.topology.num_stages - 1:  # else results come from it
+        if not samples:
             source.can_wait()
         self.stages[rank] = source
         self.rank_of[source] = rank

@@ -13,7 +13,7 @@ from pipeserve.driver.events import Received
 from pipeserve.driver.fleet import Fleet
 from pipeserve.driver.stage_watch import StageWatch
 from pipeserve.wire import control
-from pipeserve.wire.step_messages import Timing
+from pipeserve.wire.step_messages import HeadTiming, Timing
 
 _LOOK_EVERY_S = 0.05
 """For hangs, which last longer: looking after every message would cost the driver CPU time."""
@@ -41,6 +41,11 @@ class Reports:
                 self._journal.computed(span)
                 ready_s = max(span.plan_s, span.input_s)
                 self._engine.observe(span.index, span.stage, ready_s, span.start_s, span.end_s)
+            case HeadTiming(headed):
+                self.num_spans_due -= 1
+                self._watch.answered(headed.stage)
+                self._journal.computed(headed)
+                self._engine.observe_head(headed.index, headed.start_s, headed.end_s)
             case control.Heartbeat():
                 self._watch.answered(self._stage_of(received))
             case control.HeartbeatAnswer(sent_s, remote_s) if self._speaks(received):

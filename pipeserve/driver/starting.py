@@ -31,6 +31,7 @@ def jobs_of(setup: Setup, topology: Topology, local_name: str) -> list[StartStag
                 control=f"/{local_name}",
                 host="",
                 traceback=os.environ.get("PIPESERVE_TRACEBACK", "") not in ("", "0"),
+                shares_head=setup.plan.shares_head,
                 shard=topology.shard_of(rank),
                 num_shards=topology.width,
             )
@@ -137,11 +138,12 @@ def links_of(
 ) -> control.Connect:
     """Where a rank's stage is to send, and what; `stages`, of each rank, say where they listen, and
     `machines` where they are."""
-    following, first = topology.next_of(rank), topology.first_of(rank)
+    following, other_end = topology.next_of(rank), topology.other_end_of(rank)
     stage = topology.stage_of(rank)
     return control.Connect(
         next_stage="" if following is None else stages[following].activations_at,
-        first_stage="" if first is None else stages[first].tokens_at,
+        other_end="" if other_end is None else stages[other_end].tokens_at,
+        rows="" if other_end is None or rank < other_end else stages[other_end].rows_at,
         sends_part=_gets_parts(stage + 1, topology, machines),
         gets_part=_gets_parts(stage, topology, machines),
     )

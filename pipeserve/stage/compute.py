@@ -18,7 +18,8 @@ from pipeserve.wire.step_messages import Sampled, Step
 
 Tell = Callable[[control.ToDriver], None]
 FeedBack = Callable[[int, list[int], bytes], None]
-"""Sends the first stage the ids that microbatch `index` sampled, and how many are of each chunk."""
+"""Sends the other end of the pipeline the ids that microbatch `index` sampled, and how many are of
+each chunk."""
 
 
 class Turn(NamedTuple):
@@ -46,9 +47,11 @@ class Done(NamedTuple):
     between_cpu_s: float
     num_bytes: int = 0
     sampled: Sampled | None = None
-    """On the last stage."""
+    """On the stage that has applied the head."""
     all_reduce_s: float = 0.0
     rank_wait_s: float = 0.0
+    rows: Any = None
+    """On the last stage, where the first is to apply the head: to what."""
 
 
 class Compute(Protocol):
@@ -101,6 +104,12 @@ class Compute(Protocol):
 
     def end(self, computing: Any, feed_back: FeedBack) -> Done | None:
         """Wait until that microbatch is computed, and hand what came of it to the link with the
-        next stage; on the last stage, call `feed_back` as soon as its tokens are known. None: of
-        the ranks that share the stage, one is gone, and nothing more is computed in this epoch."""
+        next stage; on the last stage, call `feed_back` as soon as its tokens are known, unless the
+        first one is to apply the head. None: of the ranks that share the stage, one is gone, and
+        nothing more is computed in this epoch."""
+        ...
+
+    def apply_head(self, turn: Turn, feed_back: FeedBack) -> Done:
+        """On the first stage, where it has the head, to the rows that came in place of activations.
+        As the last stage does it in `end`."""
         ...

@@ -3,8 +3,10 @@ takes the end of what is computed. What computing is, a `Compute` says (`compute
 here, the same for every kind of stage, without torch.
 
 The next microbatch, strictly by index, needs its plan (control), its activations (from the previous
-stage) and, on the first stage, the tokens that are still on their way (from the last stage). All of
-them are polled together, so nothing can block the stage but its own computing. No thread of ours
+stage) and, on the first stage, the tokens that are still on their way (from the last stage). Where
+the first stage has the head, too, it applies that in between, to rows that the last one sends back:
+before anything else, for the next microbatch may be waiting for them. All of these are polled
+together, so nothing can block the stage but its own computing. No thread of ours
 runs beside it, but the one that sends on what the kernel does not take of a large activation.
 """
 
@@ -17,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from pipeserve.core.records import Span
+from pipeserve.core.records import Headed, Span
 from pipeserve.stage.compute import Compute, Done, Tell, Turn
 from pipeserve.stage.memory import peak_bytes
 from pipeserve.stage.neighbours import Neighbours
@@ -28,7 +30,7 @@ from pipeserve.wire.control import Connect, Examine, Heartbeat, Renew, ReportMem
 from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.sources import Sources
 from pipeserve.wire.stage_job import StartStage
-from pipeserve.wire.step_messages import Sampled, Step, Timing
+from pipeserve.wire.step_messages import HeadTiming, Sampled, Step, Timing
 
 
 class StageLoop:
@@ -49,6 +51,7 @@ class StageLoop:
         self.job = job
         # Asked for several times for each microbatch.
         self._is_first, self._is_last, self._speaks = job.is_first, job.is_last, job.speaks
+        self._embeds_or_shares = job.is_first or (job.is_last and job.shares_head)
         self.epoch = epoch
         self.sources = sources
         self.driver = driver
@@ -65,8 +68,10 @@ class StageLoop:
         """Not begun, each with the time when it was seen."""
         self.begun: deque[tuple[Turn, Any]] = deque()
         """Not ended, each with what the compute keeps of it."""
-        self.untold: Span | None = None
-        """Of the microbatch that ended last."""
+        self.unheaded: deque[Turn] = deque()
+        """On the first stage, those whose rows come back for the head."""
+        self.untold: Span | Headed | None = None
+        """Of what ended last."""
         self.stands_still = False
         """It has lost a rank that shares the stage, and computes nothing more in this epoch."""
         self.sequences = Sequences()
@@ -89,9 +94,12 @@ class StageLoop:
         while self._can_begin():
             self._begin()
         if self.untold is not None:  # not before the next microbatch has begun, if it can
-            self.report(Timing(self.untold))
+            is_span = isinstance(self.untold, Span)
+            self.report(Timing(self.untold) if is_span else HeadTiming(self.untold))
             self.untold = None
-        if self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
+        if self.unheaded and self.neighbours.rows.ready(self.unheaded[0].step.index):
+            self._apply_head()
+        elif self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
             self._end()
 
     def close(self) -> None:
@@ -102,7 +110,7 @@ class StageLoop:
     def tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))
 
-    def report(self, message: Sampled | Timing) -> None:
+    def report(self, message: Sampled | Timing | HeadTiming) -> None:
         """What the stage did: of its ranks, one tells."""
         if self._speaks:
             self.tell(message)
@@ -126,6 +134,7 @@ class StageLoop:
                 host=self.job.host,
                 activations_at=self.neighbours.activations_at,
                 tokens_at=self.neighbours.tokens_at,
+                rows_at=self.neighbours.rows_at,
                 baseline_bytes=self.baseline,
                 weight_bytes=self.compute.weight_bytes,
                 kv_bytes=self.compute.kv_bytes,
@@ -159,6 +168,8 @@ class StageLoop:
                         self._obey(*control.decode_for_stage(message), seen_s)
                 case "activations":
                     self.compute.links.came(messages, seen_s)
+                case "rows":
+                    self.neighbours.rows.came(messages, seen_s)
                 case "tokens":
                     for message in messages:
                         self.sequences.take_tokens(*unpack_sampled(message), seen_s)
@@ -233,9 +244,9 @@ class StageLoop:
         if not self.plans or self._is_full() or self.stands_still:
             return False
         step = self.plans[0][0]
-        if self._is_first:
-            return self.sequences.has_tokens_for(step)
-        return self.compute.links.ready(step.index)
+        if not (self._is_first or self.compute.links.ready(step.index)):
+            return False
+        return not self._embeds_or_shares or self.sequences.has_tokens_for(step)
 
     def _begin(self) -> None:
         """The next microbatch."""
@@ -248,6 +259,8 @@ class StageLoop:
         if self._is_first or self._is_last:
             self.sequences.await_tokens(step, sequences)
         turn = Turn(step, sequences, activations, plan_s, input_s)
+        if self._is_first and step.head_at_first:
+            self.unheaded.append(turn)
         self.begun.append((turn, self.compute.begin(turn)))
 
     def _end(self) -> None:
@@ -258,6 +271,31 @@ class StageLoop:
         if done is None:
             self._stand_still()
             return
+        if done.rows is not None:
+            self.neighbours.rows.send(turn.step.index, done.rows)
+        self._take_sampled(done)
+        span = self.untold = self._span(turn, done)
+        self.keep(span)
+
+    def _apply_head(self) -> None:
+        """To the rows that have come back first."""
+        turn = self.unheaded.popleft()
+        rows, input_s = self.neighbours.rows.take(turn.step.index)
+        done = self.compute.apply_head(turn._replace(activations=rows), self._feed_back)
+        self._take_sampled(done)
+        self.untold = Headed(
+            stage=self.job.stage,
+            index=turn.step.index,
+            input_s=input_s,
+            start_s=done.start_s,
+            end_s=done.end_s,
+            sent_s=done.sent_s,
+            cpu_s=done.cpu_s,
+            between_cpu_s=done.between_cpu_s,
+        )
+
+    def _take_sampled(self, done: Done) -> None:
+        """It is told, and kept for what samples next."""
         sampled = done.sampled
         if sampled is not None:
             self.report(sampled)
@@ -265,8 +303,6 @@ class StageLoop:
                 self.sequences.take_tokens(
                     sampled.index, sampled.tokens, sampled.counts, done.sent_s
                 )
-        self.untold = self._span(turn, done)
-        self.keep(self.untold)
 
     def _stand_still(self) -> None:
         """Until the driver says what comes next: it knows by now, or will soon, who is gone."""
@@ -275,9 +311,9 @@ class StageLoop:
         self.stands_still = True
 
     def _feed_back(self, index: int, tokens: list[int], counts: bytes) -> None:
-        """What the last stage sampled, to the first before anything else, for it may be waiting."""
-        if tokens and not self._is_first:
-            send_tokens(self.neighbours.first_stage, index, tokens, counts)
+        """What this stage sampled, to the other end before anything else, for it may be waiting."""
+        if tokens and self.neighbours.other_end is not None:
+            send_tokens(self.neighbours.other_end, index, tokens, counts)
 
     def _span(self, turn: Turn, done: Done) -> Span:
         return Span(

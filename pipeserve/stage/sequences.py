@@ -1,7 +1,6 @@
 """What a stage knows of the requests that it holds: the replay of the engine's decisions."""
 
 from array import array
-from collections import deque
 from dataclasses import dataclass
 from itertools import chain, repeat
 from math import inf
@@ -35,7 +34,8 @@ class Sequences:
 
     def __init__(self) -> None:
         self._by_id: dict[int, Sequence] = {}
-        self._awaiting: deque[tuple[int, list[Sequence]]] = deque()
+        self._awaiting: dict[int, list[Sequence]] = {}
+        """Of each microbatch whose tokens are not known here."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -54,7 +54,8 @@ class Sequences:
         return sequences
 
     def has_tokens_for(self, step: Step) -> bool:
-        """Whether every id that `step` embeds is known (first stage), before it is applied.
+        """Whether every id that `step` embeds is known, before it is applied (first stage; and last
+        one, which may have to know them to sample, where both do).
 
         Not only a chunk with `token_from` may have to wait: the driver may know a token, and plan
         on it, before the last stage's message with that token has got here.
@@ -69,20 +70,23 @@ class Sequences:
     def await_tokens(self, step: Step, sequences: list[Sequence]) -> None:
         """Note whose tokens microbatch `step` will bring, if it samples (first and last stage)."""
         if any(chunk.samples for chunk in step.chunks):
-            self._awaiting.append((step.index, sequences))
+            self._awaiting[step.index] = sequences
 
     def take_tokens(self, index: int, tokens: list[int], counts: bytes, now: float) -> None:
         """Append what microbatch `index` sampled, `counts` of it in each chunk (first and last
         stage).
 
         The sequences are those of the time when the microbatch ran, so a token of a request that
-        was released or admitted again since then changes nothing.
+        was released or admitted again since then changes nothing. Where both ends sample, what one
+        of them did may be here before what the other did for an earlier microbatch: none of its
+        requests is in both.
         """
-        expected, sequences = self._awaiting.popleft()
-        if index != expected or len(counts) != len(sequences) or len(tokens) != sum(counts):
+        sequences = self._awaiting.pop(index, None)
+        if sequences is None or len(counts) != len(sequences) or len(tokens) != sum(counts):
+            expected = "none" if sequences is None else f"those of {len(sequences)} chunks"
             raise RuntimeError(
-                f"token feedback out of step: expected those of {len(sequences)} chunks of "
-                f"microbatch {expected}, got {len(tokens)} of {len(counts)} chunks of {index}"
+                f"token feedback out of step: expected {expected} of microbatch {index}, got "
+                f"{len(tokens)} of {len(counts)} chunks"
             )
         owners = chain.from_iterable(map(repeat, sequences, counts))
         for sequence, token in zip(owners, tokens, strict=True):

@@ -163,19 +163,34 @@ class ModelCompute:
         given = inputs.token_ids_T if self._job.is_first else self._unpack(turn, inputs)
         hidden = self.model(given, inputs, self.kv)
         in_sums = self._peers.sums_of(inputs.num_tokens)
-        if self._job.is_last:
-            sampled, stamps = self._answer(turn, hidden[inputs.logit_rows_R], feed_back)
-            num_bytes = 0
-        else:
+        sampled, rows, num_bytes = None, None, 0
+        if not self._job.is_last:
             hidden = hidden.to("cpu", self.dtype)  # where a GPU computes, this waits for it
-            end_s = time.monotonic()
-            sampled, stamps = None, Stamps(end_s, end_s, end_s, time.thread_time())
+            stamps = _stamps_now()
             if self.links.sends_part:
                 hidden = self._peers.part_of(hidden)
             num_bytes = self.links.send(turn.step.index, hidden)
+        elif turn.step.head_at_first:
+            rows = hidden[inputs.logit_rows_R].cpu()
+            stamps, num_bytes = _stamps_now(), rows.nbytes
+        else:
+            sampled, stamps = self._answer(turn, hidden[inputs.logit_rows_R], feed_back)
         self._last_cpu_s = stamps.end_cpu_s
         cpu_s = stamps.end_cpu_s - start_cpu_s
-        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, num_bytes, sampled, *in_sums)
+        times = start_s, *stamps[:3], cpu_s, between_cpu_s
+        return Done(*times, num_bytes, sampled, *in_sums, rows)
+
+    def apply_head(self, turn: Turn, feed_back: FeedBack) -> Done:
+        """As `Compute`."""
+        start_s, start_cpu_s = time.monotonic(), time.thread_time()
+        num_rows = sum([chunk.num_logits for chunk in turn.step.chunks])
+        shape = (num_rows, self.config.hidden_size)
+        rows_RD = links.unpack_tensor(turn.activations, turn.step.index, shape, torch.float32)
+        rows_RD = self.model.backend.place(rows_RD)
+        sampled, stamps = self._answer(turn, rows_RD, feed_back)
+        cpu_s, between_cpu_s = stamps.end_cpu_s - start_cpu_s, start_cpu_s - self._last_cpu_s
+        self._last_cpu_s = stamps.end_cpu_s
+        return Done(start_s, *stamps[:3], cpu_s, between_cpu_s, 0, sampled)
 
     def _build_inputs(self, turn: Turn) -> StageInputs:
         return build_inputs(
@@ -271,6 +286,12 @@ class ModelCompute:
             f"the logits of token {position} are not finite: the model's numbers leave the range "
             f"of {dtype}; {remedy}"
         )
+
+
+def _stamps_now() -> Stamps:
+    """Of a microbatch without a head here."""
+    now = time.monotonic()
+    return Stamps(now, now, now, time.thread_time())
 
 
 def _sample_row(sequence: Sequence, position: int) -> SampleRow:

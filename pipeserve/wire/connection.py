@@ -37,6 +37,7 @@ _MOST_BYTES = {
     "stage": 1 << 30,
     "tokens": 1 << 24,
     "activations": (1 << 32) - 1,
+    "rows": (1 << 32) - 1,
 }
 """Of one message, by what the connection is for."""
 _WATCH = (

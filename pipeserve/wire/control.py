@@ -20,7 +20,7 @@ from pipeserve.core.work import PartSeconds, Work
 from pipeserve.machine import MemoryLimit
 from pipeserve.wire.message import Message
 from pipeserve.wire.stage_job import StartStage
-from pipeserve.wire.step_messages import Sampled, Step, Timing
+from pipeserve.wire.step_messages import HeadTiming, Sampled, Step, Timing
 
 # ---- driver -> keeper ---------------------------------------------------------------------------
 
@@ -128,7 +128,10 @@ class Connect(Message):
     """Addresses of the links that this stage sends on. Empty: it has no such link."""
 
     next_stage: str
-    first_stage: str
+    other_end: str
+    """Of the pipeline, for the tokens that this one samples."""
+    rows: str = ""
+    """For rows whose head the first stage is to apply."""
     sends_part: bool = False
     """Each of the ranks that share this stage sends its part of the activations alone."""
     gets_part: bool = False
@@ -211,7 +214,8 @@ class StageReady(Message):
     activations_at: str
     """Endpoint for the previous stage; empty on the first stage."""
     tokens_at: str
-    """Endpoint for the last stage's tokens; empty but on the first of several stages."""
+    """Endpoint for the tokens that the other end samples; empty but on the first of several stages,
+    and on the last where both sample."""
     baseline_bytes: int
     """Resident memory of the interpreter with torch, before the model."""
     weight_bytes: int
@@ -220,6 +224,8 @@ class StageReady(Message):
     """That it may run on."""
     num_threads: int
     """That compute."""
+    rows_at: str = ""
+    """Endpoint on the first stage for the last one's rows, whose head it is to apply."""
 
 
 class Connected(Message):
@@ -256,6 +262,7 @@ FromStage = (
     | Unreached
     | Sampled
     | Timing
+    | HeadTiming
     | Memory
     | Examined
     | Heartbeat

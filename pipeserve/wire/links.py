@@ -1,5 +1,5 @@
-"""The seams between stages, in microbatch order: activations one way, sampled tokens back, each
-over a `Connection` of its own.
+"""The seams between stages, in microbatch order: activations one way, sampled tokens back, and,
+where both ends have the head, rows for the first stage's; each over a `Connection` of its own.
 
 Activations are bare tensors: the tensor's own bytes, and behind them, where they do not upset its
 alignment, the 8-byte microbatch index. Shape and dtype follow from the microbatch that both ends
@@ -41,6 +41,8 @@ class ActivationLinks:
     """A stage's links with its neighbours. What it sends, and what a message is, are a subclass's
     and its `Compute`'s own."""
 
+    carries = "activations"
+    """As `Source` has it."""
     sends_part = gets_part = False
     """As `Connect` has them."""
 
@@ -51,14 +53,13 @@ class ActivationLinks:
         """In the order of microbatches, each with the time when it was seen."""
 
     def listen(self, host: str, sources: Sources) -> str:
-        """From the stage before, as a source that carries "activations"; returns its address. Who
-        comes second finds nobody listening."""
-        self._listener = Listener(host, sources, ("activations",), once=True)
+        """From the stage before; returns its address. Who comes second finds nobody listening."""
+        self._listener = Listener(host, sources, (self.carries,), once=True)
         return self._listener.address
 
     def connect(self, address: str, sources: Sources) -> Connection:
         """To the stage behind, that listens at `address`."""
-        self._next_stage = connecting.connect(address, sources, "activations")
+        self._next_stage = connecting.connect(address, sources, self.carries)
         return self._next_stage
 
     def close(self) -> None:
@@ -97,6 +98,12 @@ class TensorLinks(ActivationLinks):
         return flat.nbytes + _INDEX.size
 
 
+class RowLinks(TensorLinks):
+    """From the last stage to the first: hidden rows, float32, of which only the head is missing."""
+
+    carries = "rows"
+
+
 def unpack_tensor(
     message: bytearray, index: int, shape: tuple[int, ...], dtype: "torch.dtype"
 ) -> "torch.Tensor":
@@ -118,11 +125,11 @@ def unpack_tensor(
     return torch.frombuffer(message, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
-def send_tokens(first_stage: Connection, index: int, tokens: list[int], counts: bytes) -> None:
-    """The last stage's sampled ids of microbatch `index`, and how many of them are of each chunk,
-    to the first stage."""
+def send_tokens(other_end: Connection, index: int, tokens: list[int], counts: bytes) -> None:
+    """The sampled ids of microbatch `index`, and how many of them are of each chunk, from the end
+    of the pipeline that has sampled to the other one."""
     ids = array.array("i", tokens).tobytes()
-    first_stage.send(_TOKENS.pack(index, len(tokens)) + ids + counts)
+    other_end.send(_TOKENS.pack(index, len(tokens)) + ids + counts)
 
 
 def unpack_sampled(message: bytes | bytearray) -> tuple[int, list[int], bytes]:

@@ -24,6 +24,8 @@ class StartStage(Message):
     shard: int = 0
     num_shards: int = 1
     """Of the ranks that share the stage, which one this is."""
+    shares_head: bool = False
+    """Both ends of the pipeline have the head (`core/head_share.py`)."""
     core_share: tuple[int, int] = (0, 1)
     """Of the ranks that may use the same CPUs, which one this is, and how many they are."""
 
@@ -31,6 +33,11 @@ class StartStage(Message):
     def speaks(self) -> bool:
         """It is the one of them that tells the driver what the stage did (`Topology.speaker`)."""
         return self.shard == 0
+
+    @property
+    def samples(self) -> bool:
+        """Results come from it."""
+        return self.is_last or (self.is_first and self.shares_head)
 
     @property
     def is_first(self) -> bool:

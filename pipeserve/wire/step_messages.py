@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from pipeserve.core.nouns import Microbatch, Request, RequestId, StepResult, TokenLogprobs
-from pipeserve.core.records import Span
+from pipeserve.core.records import Headed, Span
 from pipeserve.sampling_params import DRAW_OPTIONS, DrawParams
 from pipeserve.wire.message import Message
 
@@ -57,10 +57,11 @@ class Step(Message):
     released: tuple[int, ...]
     admitted: list[Registration]
     chunks: list[StepChunk]
+    head_at_first: bool = False
 
 
 class Sampled(Message):
-    """The last stage's answer to a step."""
+    """The answer to a step, of the stage that has applied the head."""
 
     index: int
     tokens: list[int]
@@ -79,6 +80,12 @@ class Timing(Message):
     """When a stage computed a microbatch; told behind its output."""
 
     span: Span
+
+
+class HeadTiming(Message):
+    """Likewise, of a head at the first stage."""
+
+    headed: Headed
 
 
 # ---- to and from the core -----------------------------------------------------------------------
@@ -129,11 +136,11 @@ def step_message(microbatch: Microbatch, requests: Mapping[RequestId, Request]) 
             )
         )
     chunks = [StepChunk(*chunk) for chunk in microbatch.chunks]
-    return Step(microbatch.index, microbatch.released, admitted, chunks)
+    return Step(microbatch.index, microbatch.released, admitted, chunks, microbatch.head_at_first)
 
 
 def step_result(sampled: Sampled) -> StepResult:
-    """The core's form of what the last stage sent."""
+    """The core's form of what the stage with the head sent."""
     return StepResult(
         sampled.index,
         tuple(sampled.tokens),

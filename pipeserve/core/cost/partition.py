@@ -24,15 +24,21 @@ def plan_pipeline(
     num_tokens: int,
     window: int | None = None,
     parts: Sequence[StageParts] | None = None,
+    shares_head: bool = False,
 ) -> PipelinePlan:
     """The split that the user listed, or the one that evens out what stages take: `parts`, or else
     operations of microbatches of `num_tokens` tokens; `window` microbatches may be outstanding, by
-    default as many as there are stages, and more where the links are slow. Raises ConfigError for a
-    split that does not fit the model."""
+    default as many as there are stages, and more where the links are slow. `shares_head`: both ends
+    have it. Raises ConfigError for a split that does not fit the model."""
     if counts is not None:
         plan = split_explicitly(shape.num_layers, num_stages, counts)
     else:
-        plan = split_by_time(parts or parts_by_operations(shape, num_stages, num_tokens))
+        plan = split_by_time(
+            parts or parts_by_operations(shape, num_stages, num_tokens, shares_head)
+        )
+    if shares_head:
+        first, *others = plan.stages
+        plan = replace(plan, stages=(replace(first, has_head=True), *others))
     return replace(plan, window=window or plan.window, window_follows=window is None)
 
 
@@ -53,21 +59,28 @@ def decodes(num: int, max_model_len: int) -> Work:
 
 
 def parts_by_operations(
-    shape: ModelShape, num_stages: int, num_tokens: int
+    shape: ModelShape, num_stages: int, num_tokens: int, shares_head: bool = False
 ) -> tuple[StageParts, ...]:
     """In units of a layer: layers are equal, and so are stages."""
-    return end_parts(shape.num_layers * (1.0,), num_stages, 0.0, _head_cost(shape, num_tokens))
+    head = _head_cost(shape, num_tokens)
+    layers = shape.num_layers * (1.0,)
+    return end_parts(layers, num_stages, 0.0, head, shares_head=shares_head)
 
 
 def parts_by_profile(
-    profile: DeviceProfile, shape: ModelShape, num_stages: int, work: Work, size: int
+    profile: DeviceProfile,
+    shape: ModelShape,
+    num_stages: int,
+    work: Work,
+    size: int,
+    shares_head: bool = False,
 ) -> tuple[StageParts, ...]:
     """In seconds, of stages of `size` such devices each."""
     one_layer = split_explicitly(1, 1, [1])
     (terms,) = PipelineCost(profile, shape, one_layer, size).terms(work)
     layer_s = terms.linear + terms.attention_prefill + terms.attention_decode + terms.all_reduce
     layers = shape.num_layers * (layer_s,)
-    return end_parts(layers, num_stages, terms.embedding, terms.head, terms.host)
+    return end_parts(layers, num_stages, terms.embedding, terms.head, terms.host, shares_head)
 
 
 def end_parts(
@@ -76,13 +89,22 @@ def end_parts(
     embedding_s: float,
     head_s: float,
     host_s: float = 0.0,
+    shares_head: bool = False,
 ) -> tuple[StageParts, ...]:
-    """Of equal stages, the first of which embeds, and the last has the head."""
-    last = num_stages - 1
+    """Of equal stages, the first of which embeds, and the last has the head, or both ends half of
+    them."""
     return tuple(
-        StageParts(layer_s, host_s + embedding_s * (stage == 0) + head_s * (stage == last))
-        for stage in range(num_stages)
+        StageParts(layer_s, host_s + embedding_s * (stage == 0) + head_s * share)
+        for stage, share in enumerate(head_shares(num_stages, shares_head))
     )
+
+
+def head_shares(num_stages: int, is_shared: bool) -> list[float]:
+    """What share of the heads each stage has."""
+    shares = [0.0] * (num_stages - 1) + [1.0]
+    if is_shared and num_stages > 1:
+        shares[0] = shares[-1] = 0.5
+    return shares
 
 
 def _head_cost(shape: ModelShape, num_tokens: int) -> float:

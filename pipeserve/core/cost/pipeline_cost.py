@@ -68,7 +68,7 @@ class PipelineCost:
         """Seconds on each stage, corrected by what was observed so far."""
         work = work_of(microbatch)
         parts = self._parts(work)
-        waits = [True] * len(self._stages)
+        waits = [True] * (len(self._stages) + microbatch.head_at_first)
         self._predicted[microbatch.index] = _Predicted(work.num_tokens, parts, waits)
         if len(self._predicted) > _REMEMBERED:
             del self._predicted[next(iter(self._predicted))]
@@ -86,14 +86,9 @@ class PipelineCost:
         stages, what they leave over: backfitting (Hastie and Tibshirani, "Generalized Additive
         Models", 1986), one observation at a time.
         """
-        found = self._predicted.get(index)
-        if found is None or not (0 <= stage < len(found.waits) and found.waits[stage]):
+        found = self._awaited(index, stage, seconds)
+        if found is None:
             return
-        if not (seconds > 0 and isfinite(seconds)):
-            return
-        found.waits[stage] = False
-        if not any(found.waits):
-            del self._predicted[index]
         terms, learnt = self._terms_of(stage, found), self._learnt[stage]
         _, of_even, of_steps, *_ = learnt.rates
         share = (of_even * terms[1] + of_steps * terms[2]) / seconds
@@ -101,6 +96,25 @@ class PipelineCost:
         self._rates[stage] = learnt.rates
         if left:
             self._tokens.learn(found.num_tokens, share * left)
+
+    def observe_head(self, index: int, seconds: float) -> None:
+        """Likewise, of a head that the first stage applied."""
+        found = self._awaited(index, len(self._stages), seconds)
+        if found is not None:
+            self._learnt[0].update((*[0.0] * 6, found.parts.head), seconds)
+            self._rates[0] = self._learnt[0].rates
+
+    def _awaited(self, index: int, place: int, seconds: float) -> "_Predicted | None":
+        """What was predicted of it, if this observation was still to come."""
+        found = self._predicted.get(index)
+        if found is None or not (0 <= place < len(found.waits) and found.waits[place]):
+            return None
+        if not (seconds > 0 and isfinite(seconds)):
+            return None
+        found.waits[place] = False
+        if not any(found.waits):
+            del self._predicted[index]
+        return found
 
     def terms(self, work: Work) -> tuple[Terms, ...]:
         """What `seconds` is the sum of, stage by stage."""
@@ -119,7 +133,7 @@ class PipelineCost:
                     of_own * own + of_prefix * prefix,
                     of_context * context,
                     (1 - alone) * flat,
-                    stage.has_head * of_ends * head,
+                    stage.has_head * of_ends * head / len(self._with_head),
                     stage.has_embedding * of_ends * embedding,
                     host,
                 )
@@ -152,8 +166,8 @@ class PipelineCost:
             weights + a * even + b * stepped + c * own + d * prefix + e * context
             for weights, a, b, c, d, e, _ in rates
         ]
-        for stage in self._with_head:
-            seconds[stage] += rates[stage][-1] * head
+        for stage in self._with_head:  # where both ends have it, half of all
+            seconds[stage] += rates[stage][-1] * head / len(self._with_head)
         for stage in self._with_embedding:
             seconds[stage] += rates[stage][-1] * embedding
         return tuple(seconds)
@@ -163,7 +177,9 @@ class PipelineCost:
         own, prefix, context, head, embedding = found.parts
         even, stepped = self._tokens.of(found.num_tokens)
         plan = self._stages[stage]
-        ends = plan.has_head * head + plan.has_embedding * embedding
+        num_stages = len(self._stages)
+        has_head = plan.has_head and stage == num_stages - 1 and len(found.waits) == num_stages
+        ends = has_head * head + plan.has_embedding * embedding
         return (1.0, even, stepped, own, prefix, context, ends)
 
     def _first(self, num_layers: float) -> StageTerms:
@@ -221,7 +237,8 @@ class _Predicted(NamedTuple):
     num_tokens: int
     parts: _Parts
     waits: list[bool]
-    """For each stage, whether it has not been observed."""
+    """For each stage, whether it has not been observed; and for the head, where the first stage
+    has it apart."""
 
 
 def all_reduce_s(

@@ -14,7 +14,7 @@ from pipeserve.core.nouns import one_each
 from pipeserve.stage.compute import Done, FeedBack, Turn
 from pipeserve.stage.serve import serve
 from pipeserve.stage.worker import ModelCompute
-from pipeserve.wire.step_messages import Sampled
+from pipeserve.wire.step_messages import Sampled, Step
 
 MODULE = "pipeserve.stage.checkup"
 
@@ -30,19 +30,32 @@ class CheckupCompute(ModelCompute):
     def end(self, turn: Turn, feed_back: FeedBack) -> Done:
         """As `Compute`."""
         start_s, start_cpu_s = time.monotonic(), time.thread_time()
-        step, sampled, num_bytes = turn.step, None, 0
+        step, sampled, rows, num_bytes = turn.step, None, None, 0
         num_tokens = sum(chunk.stop - chunk.start for chunk in step.chunks)
         zeros_TD = torch.zeros(num_tokens, self.config.hidden_size, dtype=self.dtype)
         end_s = time.monotonic()
-        if self._job.is_last:
-            counts = one_each(step.chunks)
-            tokens = [0] * sum(counts)
-            feed_back(step.index, tokens, counts)
-            sampled = Sampled(step.index, tokens, counts, [], [])
-        else:
+        if not self._job.is_last:
             num_bytes = self.links.send(step.index, zeros_TD)
+        elif step.head_at_first:
+            num_rows = sum(chunk.num_logits for chunk in step.chunks)
+            rows = torch.zeros(num_rows, self.config.hidden_size)
+        else:
+            sampled = _sampled(step, feed_back)
         cpu_s = time.thread_time() - start_cpu_s
-        return Done(start_s, end_s, end_s, end_s, cpu_s, 0.0, num_bytes, sampled=sampled)
+        return Done(start_s, end_s, end_s, end_s, cpu_s, 0.0, num_bytes, sampled, rows=rows)
+
+    def apply_head(self, turn: Turn, feed_back: FeedBack) -> Done:
+        """As `Compute`."""
+        now, cpu_s = time.monotonic(), time.thread_time()
+        sampled = _sampled(turn.step, feed_back)
+        return Done(now, now, now, now, time.thread_time() - cpu_s, 0.0, sampled=sampled)
+
+
+def _sampled(step: Step, feed_back: FeedBack) -> Sampled:
+    counts = one_each(step.chunks)
+    tokens = [0] * sum(counts)
+    feed_back(step.index, tokens, counts)
+    return Sampled(step.index, tokens, counts, [], [])
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from pipeserve import LLM, SamplingParams
 from pipeserve.configs import RunConfig, make_config
+from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.records import Ping, Span
 from pipeserve.core.topology import Topology
 from pipeserve.driver import watching
@@ -129,7 +130,7 @@ def joined(hand):
 
 def started(hand):
     joined(hand)
-    setup = SimpleNamespace(module="any", works=WORKS)
+    setup = SimpleNamespace(module="any", works=WORKS, plan=split_layers(6, 3))
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     return hand.hears("keeper")[0]
 
@@ -159,7 +160,7 @@ def lost_rank_1(hand):
     hand.keeper_says(1, control.StageExited(7, -9))
     (event,) = hand.hear(Lost)
     assert event.rank == 1 and "SIGKILL" in event.message.why
-    setup = SimpleNamespace(module="any", works=WORKS)
+    setup = SimpleNamespace(module="any", works=WORKS, plan=split_layers(6, 3))
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
 
 
@@ -185,7 +186,7 @@ def test_one_that_starts_while_another_is_lost_is_let_be(hand):
     hand.next_of("keeper", 1)
     hand.keeper_says(2, control.StageExited(8, -9))
     hand.hear(Lost)
-    setup = SimpleNamespace(module="any", works=WORKS)
+    setup = SimpleNamespace(module="any", works=WORKS, plan=split_layers(6, 3))
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     assert hand.next_of("keeper", 2)[0] == hand.next_of("keeper", 3)[0] == 3
     hand.comes(1, epoch=2)
@@ -200,7 +201,7 @@ def test_a_keeper_that_was_gone_comes_back_from_another_address(hand, monkeypatc
     hand.who["keeper", 3].close()
     lost, gone = hand.hear(Lost, Gone)
     assert lost.rank == gone.rank == 3
-    setup = SimpleNamespace(module="any", works=WORKS)
+    setup = SimpleNamespace(module="any", works=WORKS, plan=split_layers(6, 3))
     hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
     hand.joins(3, address="10.9.9.9")
     (joined,) = hand.hear(Joined)

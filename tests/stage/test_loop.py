@@ -5,6 +5,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeserve.core.nouns import one_each
 from pipeserve.stage.compute import Done
@@ -15,7 +16,15 @@ from pipeserve.wire.links import send_tokens, unpack_sampled
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 from pipeserve.wire.stage_job import StartStage
-from pipeserve.wire.step_messages import Registration, Sampled, Step, StepChunk, Timing, pack_tokens
+from pipeserve.wire.step_messages import (
+    HeadTiming,
+    Registration,
+    Sampled,
+    Step,
+    StepChunk,
+    Timing,
+    pack_tokens,
+)
 
 EPOCH = 3
 SECONDS = 10.0
@@ -86,32 +95,47 @@ class Device:
         step, end_s = computing.turn.step, computing.end_s
         self.log.append(f"end {step.index}")
         self.now_s = max(self.now_s, end_s)
-        sampled = None
-        if self.is_last:
+        sampled = rows = None
+        if self.is_last and step.head_at_first:
+            rows = torch.zeros(1, 2)
+        elif self.is_last:
             counts = one_each(step.chunks)
             tokens = [step.index] * sum(counts)
             feed_back(step.index, tokens, counts)
             sampled = Sampled(step.index, tokens, counts, [], [])
-        return Done(computing.start_s, end_s, end_s, self.now_s, SECONDS, 0.0, 0, sampled=sampled)
+        times = computing.start_s, end_s, end_s, self.now_s, SECONDS, 0.0
+        return Done(*times, sampled=sampled, rows=rows)
+
+    def apply_head(self, turn, feed_back):
+        """Samples as `end`."""
+        index = turn.step.index
+        self.log.append(f"head {index} of {bytes(turn.activations)[:-8].decode()}")
+        counts = one_each(turn.step.chunks)
+        feed_back(index, [index], counts)
+        sampled = Sampled(index, [index], counts, [], [])
+        return Done(self.now_s, self.now_s, self.now_s, self.now_s, 0.0, 0.0, sampled=sampled)
 
 
 class Stage:
     """The loop of one stage in this process, and its driver's end of the connection."""
 
-    def __init__(self, stage, num_stages, most_begun=2):
+    def __init__(self, stage, num_stages, most_begun=2, shares_head=False):
         self.log = []
         self.device = Device(most_begun, stage == num_stages - 1, self.log)
         self.own, self.theirs = Sources(), Sources()
         self.told = []
         self.tokens = []
-        """As they came to the first stage."""
+        """As they came to the other end."""
+        self.rows = []
         listener = Listener("127.0.0.1", self.theirs, ("stage",))
         driver = connect(listener.address, self.own, "stage")
         while not driver.is_open:
             self._exchange()
             for source in self.own.ready(0):
                 source.receive()
-        job = StartStage(stage, num_stages, "", b"", "", "127.0.0.1", traceback=False)
+        job = StartStage(
+            stage, num_stages, "", b"", "", "127.0.0.1", traceback=False, shares_head=shares_head
+        )
         self.loop = StageLoop(job, EPOCH, self.own, driver, lambda *job: self.device, 0)
         self._listen_in(driver)
         self._exchange()
@@ -138,10 +162,14 @@ class Stage:
                 self.told += [control.decode_from_stage(message)[1] for message in messages]
             elif source.carries == "tokens":
                 self.tokens += map(unpack_sampled, messages)
+            elif source.carries == "rows":
+                self.rows += messages
 
-    def connect_to_first(self):
-        first = Listener("127.0.0.1", self.theirs, ("tokens",))
-        self.say(control.Connect("", first.address))
+    def connect_to_other_end(self):
+        listener = Listener("127.0.0.1", self.theirs, ("tokens", "rows"))
+        shares_rows = self.loop.job.shares_head and self.loop.job.is_last
+        rows = listener.address if shares_rows else ""
+        self.say(control.Connect("", listener.address, rows))
         while not any(isinstance(message, control.Connected) for message in self.told):
             self.rounds(1)
         self._listen_in(self.loop.neighbours.other_end)
@@ -186,10 +214,10 @@ def registration(request_id, num_tokens):
     return Registration(request_id, ids, num_tokens, [request_id], {}, [], ())
 
 
-def prompt(index, length=4):
+def prompt(index, length=4, head_at_first=False):
     """A step that admits request `index` and computes its prompt, and samples."""
     chunk = StepChunk(index, 0, length, (), None, 1, 0)
-    return Step(index, (), [registration(index, length)], [chunk])
+    return Step(index, (), [registration(index, length)], [chunk], head_at_first)
 
 
 def decode(index, request_id, stop, released=()):
@@ -350,7 +378,7 @@ def test_spans_are_the_device_s_and_do_not_overlap(opened):
 def test_tokens_go_to_the_first_stage_before_anything_else(opened):
     """Then to the driver; and times are told when the device has its next microbatch."""
     stage = opened(1, 2)
-    stage.connect_to_first()
+    stage.connect_to_other_end()
     stage.plan(*map(prompt, range(3)))
     stage.device.links.there = dict.fromkeys(range(3), 0.5)
     stage.rounds(5)
@@ -417,3 +445,53 @@ def test_a_stage_that_has_begun_two_ends_with_its_driver(opened):
         stage.rounds(2)
     assert ended.value.code == 1
     assert stage.device.given[-1].step.index == 1
+
+
+# ---- where both ends have the head --------------------------------------------------------------
+
+
+def rounds_until(stage, line):
+    for _ in range(1000):
+        stage.rounds()
+        if line in stage.log:
+            return
+    raise AssertionError(f"{line} did not come; {stage.log}")
+
+
+def test_rows_that_come_back_go_first_and_the_other_end_hears_of_their_tokens(opened):
+    stage = opened(0, 2, most_begun=1, shares_head=True)
+    stage.connect_to_other_end()
+    stage.plan(prompt(0, head_at_first=True), prompt(1))
+    stage.rounds(4)
+    assert events(stage, "begin", "end", "head") == ["begin 0", "end 0", "begin 1", "end 1"]
+    rows = connect(stage.loop.neighbours.rows_at, stage.theirs, "rows")
+    while not rows.is_open:
+        stage.rounds()
+    stage.plan(prompt(2))
+    rows.send_large(memoryview(b"rows"), memoryview(bytes(8)))
+    rounds_until(stage, "head 0 of rows")
+    stage.rounds(4)
+    place = stage.log.index("head 0 of rows")
+    assert stage.log[place + 1 : place + 4] == ["tokens", "Sampled", "HeadTiming"]
+    assert stage.tokens == [(0, [0], b"\1")]
+    headed = [message.headed for message in stage.told if isinstance(message, HeadTiming)]
+    assert [each.index for each in headed] == [0]
+    stage.plan(decode(3, 0, stop=5))
+    rounds_until(stage, "end 3")
+    assert list(stage.device.given[-1].sequences[0].token_ids) == [7, 7, 7, 7, 0]
+
+
+def test_the_last_stage_sends_rows_back_and_waits_for_what_it_samples_by(opened):
+    """Rules go by all tokens of a request, whichever end has sampled them."""
+    stage = opened(1, 2, most_begun=1, shares_head=True)
+    stage.connect_to_other_end()
+    stage.plan(prompt(0, head_at_first=True), decode(1, 0, stop=5))
+    stage.device.links.there = {0: 0.5, 1: 0.5}
+    stage.rounds(4)
+    assert events(stage, "begin", "end", "tokens") == ["begin 0", "end 0"]
+    while not stage.rows:
+        stage.rounds()
+    first_stage = connect(stage.loop.neighbours.tokens_at, stage.theirs, "tokens")
+    send_tokens(first_stage, 0, [11], b"\1")
+    rounds_until(stage, "end 1")
+    assert list(stage.device.given[1].sequences[0].token_ids)[:5] == [7, 7, 7, 7, 11]

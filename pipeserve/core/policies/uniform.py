@@ -11,7 +11,7 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
 - **Prompts** fill the rest, in order (`core/order.py`; shortest first where the run says nothing):
   each microbatch takes an even share of those that can run, so that none goes without while another
   has plenty, in whole tiles; where no limit between tokens is set, these last for some turns.
-  Chunks of one prompt follow one another at once.
+  Those of one precedence advance side by side; chunks of one that is alone follow at once.
 - **KV**: what is free is handed out over several turns, so that a pool that fills up slows prompts
   down little by little. Decodes take blocks as they need them; an admission leaves a free block for
   each running request.
@@ -346,12 +346,18 @@ def _least(
 
 
 def _in_order(view: View, may_start: Callable[[], bool]) -> Iterator[RequestView]:
-    """Prompts that go on and, as long as `may_start` says so, that start: the first in order first,
-    and of the same precedence those that go on."""
+    """Prompts that go on and, as long as `may_start` says so, that start: the first in order first.
+    Of the same precedence those that go on come before those that start, and these before those
+    with a chunk in flight: so as many advance side by side as microbatches are outstanding, and a
+    short prompt does not wait for all of a long one."""
+
+    def place(begun: RequestView) -> tuple[float, bool]:
+        return begun.precedence, begun.num_outstanding > 0
+
     waiting = _startable(view)
     new = next(waiting, None)
-    for begun in view.prefills.values():
-        while new is not None and new.precedence < begun.precedence and may_start():
+    for begun in sorted(view.prefills.values(), key=place):
+        while new is not None and (new.precedence, False) < place(begun) and may_start():
             yield new
             new = next(waiting, None)
         yield begun

@@ -106,19 +106,13 @@ def _one_after_the_other(view: View, may_start: Callable[[], bool]) -> Iterator[
         yield new
 
 
-def _share_alone(view: View, price: Price, ready: Sequence[RequestView], *_: float) -> int:
-    """In place of `_num_going`."""
-    return uniform._share(view, price, ready)
-
-
 ALL_IN = "everything in"
 WITHOUT: Mapping[str, Mapping[str, Any]] = {
     ALL_IN: {},
     "time: a knee": {"_knee": lambda *_: 2 * UNIFORM_TOKENS},
     "time: a margin below the limit": {"MARGIN": 1.0},
     "time: a due time, only the longest microbatch": {"_due_s": lambda *_: inf},
-    "decodes: spread over a turn": {"_num_going": lambda view, price, ready, *_: len(ready)},
-    "decodes: all go where one would be late": {"_num_going": _share_alone},
+    "decodes: spread over a turn": {"_share": lambda view, price, ready: len(ready)},
     "decodes: spread by context, not by number": {"_tokens_per_position": lambda view, price: 0.0},
     "prompts: an even share": {"_budget": lambda *given: ("longest", given[-1])},
     "prompts: spread over more than a turn": {"SPREAD": 1},

@@ -48,7 +48,8 @@ MINUTE_S = 60.0
 
 
 def run(cell_name: str, fault_name: str, seed: int, minutes: int) -> list[list[float]]:
-    """For each minute: output tokens/s, late share, median and P90 of errors."""
+    """For each minute: output tokens/s, those with the prompts', late share, median and P90 of
+    errors."""
     os.nice(5)
     cell, fault = CELLS[cell_name](), FAULTS[fault_name]
     num_stages = len(cell.plan.stages)
@@ -80,22 +81,29 @@ def run(cell_name: str, fault_name: str, seed: int, minutes: int) -> list[list[f
 def _by_minute(
     simulation: Simulation, predicted: Sequence[Sequence[float]], slo_s: float, minutes: int
 ) -> list[list[float]]:
-    tokens = [[0, 0, 0] for _ in range(minutes)]  # all, gaps, late ones
+    tokens = [[0, 0, 0, 0] for _ in range(minutes)]  # of outputs, and of prompts; gaps, late ones
     for served in simulation.served:
         for at_s in served.token_times_s:
             tokens[int(at_s // MINUTE_S)][0] += 1
+        for first_s in served.token_times_s[:1]:
+            tokens[int(first_s // MINUTE_S)][1] += served.num_prompt_tokens
         for before_s, at_s in pairwise(served.token_times_s):
             minute = tokens[int(at_s // MINUTE_S)]
-            minute[1] += 1
-            minute[2] += at_s - before_s > slo_s
+            minute[2] += 1
+            minute[3] += at_s - before_s > slo_s
     errors: list[list[float]] = [[] for _ in range(minutes)]
     for seconds, flight in zip(predicted, simulation.pipeline.flights, strict=False):
         for p, start, end in zip(seconds, flight.starts_s, flight.ends_s, strict=True):
             if end < minutes * MINUTE_S:
                 errors[int(flight.planned_s // MINUTE_S)].append(abs(p / (end - start) - 1))
     return [
-        [count / MINUTE_S, late / max(gaps, 1), *np.quantile(off, (0.5, 0.9)).tolist()]
-        for (count, gaps, late), off in zip(tokens, errors, strict=True)
+        [
+            outputs / MINUTE_S,
+            (outputs + prompts) / MINUTE_S,
+            late / max(gaps, 1),
+            *np.quantile(off, (0.5, 0.9)).tolist(),
+        ]
+        for (outputs, prompts, gaps, late), off in zip(tokens, errors, strict=True)
     ]
 
 
@@ -156,17 +164,18 @@ def main() -> None:
         for (cell, fault), futures in tried.items():
             found = np.array([each.result() for each in futures])  # seed, minute, figure
             kept[f"{cell}: {fault}"] = found.tolist()
-            rows.append([cell, fault, *[_cells(found[:, :, place], place) for place in range(4)]])
+            rows.append([cell, fault, *[_cells(found[:, :, place], place) for place in range(5)]])
             print(*rows[-1], sep=" | ", flush=True)
     if given.json:
         given.json.write_text(json.dumps(kept))
-    header = ["cell", "starts from", "output tokens/s", "late, %", "off, median %", "off, P90 %"]
+    header = ["cell", "starts from", "output tokens/s", "with prompts'", "late, %", "off, median %",
+              "off, P90 %"]  # fmt: skip
     print(plain_table(header, rows))
 
 
 def _cells(values: np.ndarray, place: int) -> str:
     """Means over seeds, minute by minute."""
-    if place == 0:
+    if place < 2:
         return ", ".join(f"{each:.0f}" for each in values.mean(axis=0))
     return ", ".join(f"{100 * fmean(each):.1f}" for each in values.T)
 

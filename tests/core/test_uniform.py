@@ -395,6 +395,20 @@ def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one():
     assert short.token_times_s[0] < 1.3 < 3.0 < long.token_times_s[0]
 
 
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_prompts_that_came_one_after_the_other_advance_side_by_side(num_stages):
+    """In order of arrival, too, a short prompt does not wait for all of the long one before it,
+    which is not held up for longer than the short one takes; one that is alone goes on at once."""
+    times = LinearTimes(num_stages, base=0.01, per_token=1e-4)
+    limits = {"order": "fcfs", "max_model_len": 32_000}
+    alone = Run(times, [Arrival(0.0, 30_000, 2)], **limits).served[0].token_times_s[0]
+    run = Run(times, [Arrival(0.0, 30_000, 2), Arrival(1.0, 100, 2)], **limits)
+    long, short = run.served
+    assert short.token_times_s[0] < 1.6 < 3.0 < long.token_times_s[0]
+    assert alone <= 30_000 / 512 * 0.0625 + num_stages * 0.0625
+    assert long.token_times_s[0] < alone + 0.15
+
+
 def test_nothing_new_passes_a_prompt_that_waits_for_kv():
     limits = replace(LIMITS, num_blocks=70, block_size=16, order="fcfs")
     engine = Engine(split_layers(1, 1), get_policy("uniform"), limits)

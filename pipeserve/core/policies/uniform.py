@@ -7,11 +7,11 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
   long that a turn of them is over the limit between tokens; and none makes a decode late that is in
   it or in flight.
 - **Decodes** go first, spread over the microbatches of a turn by what they cost, context length
-  counted; where one would be late otherwise, all that are ready go.
+  counted.
 - **Prompts** fill the rest, in order (`core/order.py`; shortest first where the run says nothing):
   each microbatch takes an even share of those that can run, so that none goes without while another
   has plenty, in whole tiles; where no limit between tokens is set, these last for some turns.
-  Chunks of one prompt follow one another at once.
+  Those of one precedence advance side by side; chunks of one that is alone follow at once.
 - **KV**: what is free is handed out over several turns, so that a pool that fills up slows prompts
   down little by little. Decodes take blocks as they need them; an admission leaves a free block for
   each running request.
@@ -75,7 +75,7 @@ class Uniform:
         if price.is_time:
             longest = min(TOLERANCE * price.on_bottleneck(0, 0, self._knee), _longest(view))
         ready = _ready(view)
-        room = make_room(view, ready[: _num_going(view, price, ready, longest, now)])
+        room = make_room(view, ready[: _share(view, price, ready)])
         if room.preempted:
             return Draft(chunks=room.decodes, preempt=room.preempted)
         decodes, left = ready[: len(room.decodes)], ready[len(room.decodes) :]
@@ -167,24 +167,6 @@ def _last_token_s(view: View, decode: RequestView) -> float:
 
 
 # ---- decodes: which of them go now --------------------------------------------------------------
-
-
-def _num_going(
-    view: View, price: Price, ready: Sequence[RequestView], longest: float, now: float
-) -> int:
-    """How many of the ready decodes go: an even share of a turn. Where the one after these would be
-    late if it went with the next microbatch, all of them, as long as they take no longer than a
-    microbatch may."""
-    share, max_tbt_s = _share(view, price, ready), view.limits.max_tbt_s
-    if max_tbt_s is None or not price.is_time or share == len(ready):
-        return share
-    all_s, share_s = (
-        price.of(len(some), sum([each.num_planned + 1 for each in some]))
-        for some in (ready, ready[:share])
-    )
-    next_s = view.forecast.through_s(share_s, now) + max(share_s)
-    due_s = _last_token_s(view, ready[share]) + MARGIN * max_tbt_s
-    return len(ready) if next_s > due_s and max(all_s) <= longest else share
 
 
 def _ready(view: View) -> list[RequestView]:
@@ -346,12 +328,18 @@ def _least(
 
 
 def _in_order(view: View, may_start: Callable[[], bool]) -> Iterator[RequestView]:
-    """Prompts that go on and, as long as `may_start` says so, that start: the first in order first,
-    and of the same precedence those that go on."""
+    """Prompts that go on and, as long as `may_start` says so, that start: the first in order first.
+    Of the same precedence those that go on come before those that start, and these before those
+    with a chunk in flight: so as many advance side by side as microbatches are outstanding, and a
+    short prompt does not wait for all of a long one."""
+
+    def place(begun: RequestView) -> tuple[float, bool]:
+        return begun.precedence, begun.num_outstanding > 0
+
     waiting = _startable(view)
     new = next(waiting, None)
-    for begun in view.prefills.values():
-        while new is not None and new.precedence < begun.precedence and may_start():
+    for begun in sorted(view.prefills.values(), key=place):
+        while new is not None and (new.precedence, False) < place(begun) and may_start():
             yield new
             new = next(waiting, None)
         yield begun

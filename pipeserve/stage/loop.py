@@ -85,12 +85,13 @@ class StageLoop:
 
     def go_round(self, may_wait: bool = True) -> None:
         """Once. Where it may wait, it does so while there is nothing else to do."""
+        if self.untold is not None and self.begun:  # the device has its next one
+            self._tell_span(self.untold)
         self._receive(may_wait and self._has_nothing_to_do() and not self.compute.prepare())
         while self._can_begin():
             self._begin()
         if self.untold is not None:  # not before the next microbatch has begun, if it can
-            self.report(Timing(self.untold))
-            self.untold = None
+            self._tell_span(self.untold)
         if self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
             self._end()
 
@@ -106,6 +107,10 @@ class StageLoop:
         """What the stage did: of its ranks, one tells."""
         if self._speaks:
             self.tell(message)
+
+    def _tell_span(self, span: Span) -> None:
+        self.report(Timing(span))
+        self.untold = None
 
     def _take_memory(self, num_blocks: int, meet_at: str) -> None:
         """Once; and each time with who shares the stage, if somebody does."""

@@ -390,6 +390,7 @@ def test_a_stage_that_begins_an_epoch_has_nothing_in_hand(opened):
     stage.rounds()
     assert not (stage.loop.begun or stage.loop.plans or len(stage.loop.sequences))
     assert stage.told[-1] == stage.device.size
+    stage.told.clear()
     stage.say(control.TakeMemory(9), EPOCH + 1)
     stage.say(prompt(4), EPOCH)  # of the old one
     stage.rounds()

@@ -81,7 +81,8 @@ class Span(NamedTuple):
     What came while the stage computed, or waited for the end of that, is seen when it looks, and
     stamped as at the end of that microbatch: it was not waited for. So is what comes between that
     end and the look, which makes it as much too early; who needs it causal takes the sender's
-    `sent_s` where that is later.
+    `sent_s` where that is later. A device that has its next microbatch by then waits for nothing:
+    there it is stamped as at the look, which is before that one's end.
 
     Of a microbatch that a device computes, start and end are the device's: it may have been begun
     while the one before was computed, and its end is taken some time after it.

@@ -190,8 +190,8 @@ class StageWatch:
         return None
 
     def _owed(self) -> "Iterator[tuple[int, _Due, _Times]]":
-        """What is next on each stage, and what it is judged by. A head waits for the microbatch that
-        the first stage is at."""
+        """What is next on each stage, and what it is judged by. A head waits for the microbatch
+        that the first stage is at."""
         for stage, (dues, times) in enumerate(zip(self._due, self._times, strict=True)):
             if dues:
                 yield stage, dues[0], times

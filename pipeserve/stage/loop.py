@@ -90,13 +90,13 @@ class StageLoop:
 
     def go_round(self, may_wait: bool = True) -> None:
         """Once. Where it may wait, it does so while there is nothing else to do."""
+        if self.untold is not None and self.begun:  # the device has its next one
+            self._tell_times(self.untold)
         self._receive(may_wait and self._has_nothing_to_do() and not self.compute.prepare())
         while self._can_begin():
             self._begin()
         if self.untold is not None:  # not before the next microbatch has begun, if it can
-            is_span = isinstance(self.untold, Span)
-            self.report(Timing(self.untold) if is_span else HeadTiming(self.untold))
-            self.untold = None
+            self._tell_times(self.untold)
         if self.unheaded and self.neighbours.rows.ready(self.unheaded[0].step.index):
             self._apply_head()
         elif self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
@@ -114,6 +114,10 @@ class StageLoop:
         """What the stage did: of its ranks, one tells."""
         if self._speaks:
             self.tell(message)
+
+    def _tell_times(self, did: Span | Headed) -> None:
+        self.report(Timing(did) if isinstance(did, Span) else HeadTiming(did))
+        self.untold = None
 
     def _take_memory(self, num_blocks: int, meet_at: str) -> None:
         """Once; and each time with who shares the stage, if somebody does."""

@@ -165,9 +165,10 @@ class Connection:
         outgoing = self._outgoing
         try:
             while outgoing:
-                rest = outgoing[0][self._socket.send(outgoing[0]) :]
-                if rest:
-                    outgoing[0] = rest
+                message = outgoing[0]
+                num_sent = self._socket.send(message)
+                if num_sent < len(message):
+                    outgoing[0] = message[num_sent:]
                 else:
                     outgoing.popleft()
         except BlockingIOError:

@@ -72,7 +72,8 @@ class ActivationLinks:
 
     def came(self, messages: Iterable[bytearray], seen_s: float) -> None:
         """What the source that `listen` added has brought."""
-        self._inbox.extend([(message, seen_s) for message in messages])
+        for message in messages:
+            self._inbox.append((message, seen_s))
 
     def ready(self, index: int) -> bool:
         """Whether what microbatch `index` needs is there; or on its way, where the device itself

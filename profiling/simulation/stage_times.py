@@ -98,7 +98,7 @@ class ProfiledTimes(StageTimes):
 
     def compute_s(self, microbatch: Microbatch) -> list[float]:
         """Of one execution on each stage; the same microbatch has the same times."""
-        (layer,), embedding, head, host, _ = self._parts(self._work_of(microbatch))
+        layer, embedding, head, host = self._parts(self._work_of(microbatch))
         by_kind = [
             layers * layer + has_head * head + has_embedding * embedding + host
             for layers, has_head, has_embedding in self._kinds
@@ -129,14 +129,15 @@ class ProfiledTimes(StageTimes):
     def parts(self, work: Work, stage: int) -> PartSeconds:
         """On that stage's device, jitter left out; of one layer, for all are alike."""
         factor = self._slowdown[stage]
-        (layer,), *others = self._parts(work)
+        layer, *others = self._parts(work)
+        others.append(self._all_reduce_of(work.num_tokens))
         return PartSeconds((factor * layer,), *(factor * seconds for seconds in others))
 
-    def _parts(self, work: Work) -> PartSeconds:
+    def _parts(self, work: Work) -> tuple[float, float, float, float]:
+        """Of a layer, the embedding, the head, and the host."""
         layer, embedding = self._flat_of(work.num_tokens)
         layer += self._attention_s(work)
-        head, all_reduce = self._head_s(work.num_logits), self._all_reduce_of(work.num_tokens)
-        return PartSeconds((layer,), embedding, head, self._profile.host_s, all_reduce)
+        return layer, embedding, self._head_s(work.num_logits), self._profile.host_s
 
     def hop_s(self, microbatch: Microbatch) -> tuple[float, ...]:
         """Of the activations over each of the P - 1 seams."""

@@ -275,7 +275,7 @@ def test_the_device_takes_one_microbatch_after_the_other(no_waiting):
     assert [one.end_s - now for one in done] == pytest.approx([130.0, 160.0, 230.0])
     for one in done:
         assert one.end_s - one.head_s == pytest.approx(4.0)
-        assert (one.cpu_s, one.all_reduce_s, one.rank_wait_s) == (30.0, 7.0, 0.0)
+        assert (one.cpu_s, one.all_reduce_s, one.rank_wait_s) == (30.0, 0.0, 0.0)
 
 
 def test_ranks_of_a_stage_begin_when_the_last_of_them_can(no_waiting):
@@ -288,6 +288,7 @@ def test_ranks_of_a_stage_begin_when_the_last_of_them_can(no_waiting):
     done = [ranks[n % 3].end(one, lambda *sampled: None) for n, one in enumerate(begun)]
     assert [one.end_s - now for one in done] == pytest.approx([132.0] * 3 + [162.0] * 3)
     assert [one.rank_wait_s for one in done] == pytest.approx([2.0, 1.0, 0.0] + [0.0] * 3)
+    assert {one.all_reduce_s for one in done} == {7.0}
     assert [one.start_s - now for one in done] == pytest.approx([100, 101, 102] + [132] * 3)
     assert not list(Path("/dev/shm").glob(f"pipeserve-{name.partition('/')[2]}*"))
 
@@ -436,7 +437,7 @@ from pipeserve.stage.serve import serve
 
 class Broken(EmulatedCompute):
     def end(self, computing, feed_back):
-        if self._job.stage == 1 and computing.index == 2:
+        if self._stage == 1 and computing.index == 2:
             raise RuntimeError("the device is gone")
         return super().end(computing, feed_back)
 

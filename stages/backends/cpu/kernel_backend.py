@@ -33,7 +33,8 @@ class KernelBackend(Backend):
         return large_pages.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._zeros.make(shape, dtype)
+        """[L, K, B, ...], of which the lowest blocks of each layer and head are used first."""
+        return self._zeros.make(shape, dtype, num_parts=shape[0] * shape[1])
 
     def prepare(self) -> bool:
         return self._zeros.bring()

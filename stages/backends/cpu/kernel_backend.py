@@ -9,7 +9,7 @@ from pipeserve.stages.backends.backend import Backend, HeadNorms, Rotation
 from pipeserve.stages.backends.cpu import elementwise, large_pages
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, write
 from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, kernels, name_of
-from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight
+from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, VocabularyWeight
 
 
 class KernelBackend(Backend):
@@ -43,6 +43,9 @@ class KernelBackend(Backend):
         """Packed. A product of bfloat16 weights rounds x to bfloat16 too, where the CPU multiplies
         pairs of them."""
         return PackedWeight(weight_OI, rounds_x=_is_paired(weight_OI))
+
+    def place_vocabulary(self, weight_OI: Tensor) -> VocabularyWeight:
+        return VocabularyWeight(weight_OI, rounds_x=_is_paired(weight_OI))
 
     def place_gated_matrix(self, weight_OI: Tensor) -> GatedWeight:
         return GatedWeight(weight_OI, rounds_x=_is_paired(weight_OI))

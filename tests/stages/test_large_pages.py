@@ -60,9 +60,9 @@ def _is_there(number):
 
 @brings
 def test_what_is_used_first_comes_first():
-    """Blocks are handed out from the lowest on, and each has a place in every layer and head, for its
-    keys and its values. Memory that came from front to back was there for the first layers when the
-    first requests came, and not for the last."""
+    """Blocks are handed out from the lowest on, and each has a place in every layer and head, for
+    its keys and its values. Memory that came from front to back was there for the first layers when
+    the first requests came, and not for the last."""
     zeros, num_parts = Zeros(), 6
     sides = [zeros.make((3, 2, 5 << 20), torch.bfloat16, num_parts) for _ in range(2)]
     for _ in range(2 * num_parts):

@@ -33,8 +33,8 @@ class KernelBackend(Backend):
         return large_pages.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[L, K, B, ...], of which the lowest blocks of each layer and head are used first."""
-        return self._zeros.make(shape, dtype, num_parts=shape[0] * shape[1])
+        """[L, B, ...], of which the lowest blocks of each layer are used first."""
+        return self._zeros.make(shape, dtype, num_parts=shape[0])
 
     def prepare(self) -> bool:
         return self._zeros.bring()

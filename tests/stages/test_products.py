@@ -210,6 +210,22 @@ def test_the_likeliest_where_8_bits_hardly_tell(kernels, scale, spread):
     assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
 
 
+def test_outputs_that_8_bits_of_x_would_swap(kernels):
+    """Weights are exact in them, once mixed. Of x 0.6 and 1.4 become 1, for the sake of -127."""
+    hadamard = torch.ones(1, 1)
+    for _ in range(6):
+        hadamard = torch.cat(
+            (torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1))
+        )
+    weight, x = torch.zeros(70, 64), torch.zeros(1, 64)
+    weight[5, :2], weight[60, 2] = 1, 1
+    x[0, 0] = x[0, 1] = 0.6
+    x[0, 2], x[0, 9] = 1.4, -127
+    packed = VocabularyWeight(weight @ hadamard / 8, library=kernels)
+    highest, outputs = packed.likeliest(x @ hadamard / 8)
+    assert outputs.tolist() == [60] and highest.item() == pytest.approx(1.4, abs=1e-4)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
 def test_weights_of_a_vocabulary_that_are_not_finite(kernels, bad):
     weight = torch.randn(70, 64)

@@ -24,7 +24,7 @@ TARGET, PLATFORM_TAG = "x86_64-linux-gnu.2.17", "manylinux_2_17_x86_64"
 CPUS = {
     "avx2": "x86_64_v3",
     "avx512": "x86_64_v4",
-    "avx512_bf16": "x86_64_v4+avx512bf16",
+    "avx512_bf16": "x86_64_v4+avx512bf16+avx512vnni",
 }
 """Libraries, by what zig calls the CPU that each is for."""
 # Left to itself, clang uses half a register of AVX512, for the sake of CPUs before 2019.

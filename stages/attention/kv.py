@@ -23,7 +23,9 @@ class KVCache:
     Heads come before blocks, so that gathering a request's blocks gives each head one contiguous
     [positions, H] matrix, which is what matrix products want.
 
-    `turned`: in memory a block's keys are [H, P], which the C kernels multiply where they are.
+    `turned`: in memory each head's keys of a block are [H, P], which the C kernels multiply where
+    they are, and all heads of a block lie side by side: the longer what is read lies in one piece,
+    the less is fetched from memory for nothing (attention of 16 decodes takes 5 to 20 % less).
     """
 
     def __init__(
@@ -38,16 +40,20 @@ class KVCache:
         turned: bool = False,
         zeros: Callable[..., Tensor] = torch.zeros,
     ) -> None:
-        """`turned`: in memory the keys of a block lie dimension by dimension, [L, K, B, H, P].
-        `zeros`: called as torch.zeros is."""
+        """`turned`: in memory keys are [L, B, K, H, P], values [L, B, K, P, H]. `zeros`: called as
+        torch.zeros is, for the memory of either."""
         self.block_size = block_size
         self.heads_per_kv_head = config.num_heads // config.num_kv_heads
         shape = _shape(config, num_layers, num_blocks, block_size)
-        self.keys_LKBPH = zeros(shape, dtype=dtype, device=device)
         if turned:
-            turned_shape = (*shape[:3], config.head_dim, block_size)
-            self.keys_LKBPH = self.keys_LKBPH.view(turned_shape).transpose(-1, -2)
-        self.values_LKBPH = zeros(shape, dtype=dtype, device=device)
+            order = (num_layers, num_blocks, config.num_kv_heads)
+            keys_LBKHP = zeros((*order, config.head_dim, block_size), dtype=dtype, device=device)
+            values_LBKPH = zeros((*order, block_size, config.head_dim), dtype=dtype, device=device)
+            self.keys_LKBPH = keys_LBKHP.transpose(1, 2).transpose(-1, -2)
+            self.values_LKBPH = values_LBKPH.transpose(1, 2)
+        else:
+            self.keys_LKBPH = zeros(shape, dtype=dtype, device=device)
+            self.values_LKBPH = zeros(shape, dtype=dtype, device=device)
         self._layers = tuple(zip(self.keys_LKBPH, self.values_LKBPH, strict=True))
 
     @staticmethod

@@ -76,6 +76,10 @@ class Backend:
         """That of a product, as `linear` likes it best."""
         return self.place(bias_O)
 
+    def place_vocabulary(self, weight_OI: Tensor) -> Tensor:
+        """The same of `likeliest`."""
+        return self.place_matrix(weight_OI)
+
     def place_gated_matrix(self, weight_OI: Tensor) -> Tensor:
         """The same of `gated`: gates first, then as many rows that they are for."""
         return self.place_matrix(weight_OI)

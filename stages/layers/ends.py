@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.layers.leaf import Embedding, Leaf, whole
-from pipeserve.stages.layers.linear import Linear
+from pipeserve.stages.layers.linear import Linear, Vocabulary
 from pipeserve.stages.layers.part import Part
 
 _HEAD = "lm_head"
@@ -50,10 +50,10 @@ def token_table(config: ModelConfig, size: int, table: str, scale: float = 1.0) 
     return Embedding(config.vocab_size, size, source, scale)
 
 
-def vocabulary(config: ModelConfig, size: int, table: str) -> Linear:
+def vocabulary(config: ModelConfig, size: int, table: str) -> Vocabulary:
     """[R, size] -> logits. `table`: what the checkpoint calls the embedding."""
     instead = table if config.tie_word_embeddings else ""
-    return Linear(size, config.vocab_size, [whole(_HEAD, config.vocab_size, instead)])
+    return Vocabulary(size, config.vocab_size, [whole(_HEAD, config.vocab_size, instead)])
 
 
 class Head(Part):
@@ -68,7 +68,7 @@ class Head(Part):
     def __init__(
         self,
         norm: nn.Module | None,
-        vocabulary: Linear,
+        vocabulary: Vocabulary,
         *,
         projection: Linear | None = None,
         softcap: float | None = None,

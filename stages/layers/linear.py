@@ -31,6 +31,13 @@ class Linear(Leaf):
         return self.backend.linear(x, self.weight, self.bias, onto)
 
 
+class Vocabulary(Linear):
+    """Of hidden states to logits, of which often the highest alone is asked for."""
+
+    def _placed(self, weight: Tensor) -> Tensor:
+        return self.backend.place_vocabulary(weight)
+
+
 class GatedLinear(Linear):
     """activation(gate) * up, both in one product: the weight has the gate's rows first."""
 

@@ -63,8 +63,9 @@ AVX512 = "avx512f avx512bw avx512cd avx512dq avx512vl"
         (f"{FLAGS} avx512f avx512bw avx512dq", "avx2"),
         (f"{FLAGS} {AVX512}", "avx512"),
         (f"{FLAGS} avx512_bf16", "avx2"),
-        (f"{FLAGS} {AVX512} avx512_bf16", "avx512_bf16"),
-        (f"{FLAGS} {AVX512} avx512_bf16\n{FLAGS}", "avx2"),  # cores of two kinds
+        (f"{FLAGS} {AVX512} avx512_bf16", "avx512"),
+        (f"{FLAGS} {AVX512} avx512_bf16 avx512_vnni", "avx512_bf16"),
+        (f"{FLAGS} {AVX512} avx512_bf16 avx512_vnni\n{FLAGS}", "avx2"),  # cores of two kinds
         ("Features : fp asimd bf16", None),
     ],
 )

@@ -48,6 +48,31 @@ def test_it_comes_page_by_page_while_there_is_time():
     assert pool[5].eq(7).all() and pool[6].eq(0).all()
 
 
+def _is_there(number):
+    """Whether the page of a tensor's one number has come."""
+    address, answer = (
+        number.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE,
+        ctypes.create_string_buffer(1),
+    )
+    ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(1), answer)
+    return bool(answer.raw[0] & 1)
+
+
+@brings
+def test_what_is_used_first_comes_first():
+    """Blocks are handed out from the lowest on, and each has a place in every layer and head, for
+    its keys and its values. Memory that came from front to back was there for the first layers when
+    the first requests came, and not for the last."""
+    zeros, num_parts = Zeros(), 6
+    sides = [zeros.make((3, 2, 5 << 20), torch.bfloat16, num_parts) for _ in range(2)]
+    for _ in range(2 * num_parts):
+        zeros.bring()
+    parts = [part for side in sides for part in side.flatten(0, 1)]
+    has_front, has_rest = ([_is_there(part[at:]) for part in parts] for at in (0, 3 << 20))
+    assert sum(has_front) >= len(parts) - 2  # a side begins between two large pages
+    assert not any(has_rest)
+
+
 @brings
 def test_memory_that_is_gone_is_not_brought():
     """That of a pool in which layers were timed before the stage's own is made: something else may

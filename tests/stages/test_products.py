@@ -5,7 +5,12 @@ import torch
 
 from pipeserve.stages.backends.cpu import elementwise, library, products
 from pipeserve.stages.backends.cpu.large_pages import Shelf
-from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, narrowest_exact_dtype
+from pipeserve.stages.backends.cpu.products import (
+    GatedWeight,
+    PackedWeight,
+    VocabularyWeight,
+    narrowest_exact_dtype,
+)
 
 SHAPES = [(1, 1), (7, 3), (33, 65), (64, 64), (100, 577), (129, 1030), (40, 2100)]
 """[out, in]; many rows of the last are added up in several parts of it."""
@@ -142,13 +147,17 @@ def test_gated_in_one_product(kernels, dtype, shape, monkeypatch):
         assert torch.equal(gated.gated(x[:rows], padded, "gelu"), expected[:rows]), rows
 
 
+both_kinds = pytest.mark.parametrize("kind", [PackedWeight, VocabularyWeight])
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, (5000, 64)])
 @pytest.mark.parametrize("dtype", STORED)
-def test_the_likeliest_output_without_the_others(kernels, dtype, shape):
+@both_kinds
+def test_the_likeliest_output_without_the_others(kernels, kind, dtype, shape):
     """The first of equals, as pytorch#10370, #22853 and #41998 wished."""
     weight, _, x = made(dtype, shape)
     weight[shape[0] // 2 :] = weight[: -(-shape[0] // 2)].clone()  # all twice: the first counts
-    packed = PackedWeight(weight, library=kernels)
+    packed = kind(weight, library=kernels)
     x[3] = 0
     for rows in (1, 2, 3, 16, 241):
         highest, outputs = packed.likeliest(x[:rows])
@@ -159,17 +168,19 @@ def test_the_likeliest_output_without_the_others(kernels, dtype, shape):
         assert packed.likeliest(x[:3]) is None or packed.product(x[:3]).isfinite().all()
 
 
-def test_the_likeliest_of_outputs_that_are_all_negative(kernels):
+@both_kinds
+def test_the_likeliest_of_outputs_that_are_all_negative(kernels, kind):
     """What fills up the last panel is 0, and no output."""
     torch.manual_seed(0)
-    packed = PackedWeight(-torch.rand(100, 64).bfloat16(), library=kernels)
+    packed = kind(-torch.rand(100, 64).bfloat16(), library=kernels)
     x = torch.rand(40, 64)
     highest, outputs = packed.likeliest(x)
     expected = packed.product(x).max(-1)
     assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
 
 
-def test_outputs_that_rounding_of_x_would_swap(kernels):
+@both_kinds
+def test_outputs_that_rounding_of_x_would_swap(kernels, kind):
     """By pairs alone the other would be the highest: in bfloat16 the one number of x becomes 1, and
     the one that is little larger 1.0078."""
     low, high = 1 + 2.0**-8 - 2.0**-12, 1 + 2.0**-8 + 2.0**-12
@@ -179,8 +190,50 @@ def test_outputs_that_rounding_of_x_would_swap(kernels):
         x[row, 2 * row], x[row, 2 * row + 1] = low, high
     rounded = x.bfloat16().float() @ weight.T
     assert rounded.argmax(-1).tolist() == [40, 5]
-    highest, outputs = PackedWeight(weight, library=kernels).likeliest(x)
+    highest, outputs = kind(weight, library=kernels).likeliest(x)
     assert outputs.tolist() == [5, 40] and highest.tolist() == [low, low]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1, 1e12])
+@pytest.mark.parametrize("spread", [1e-6, 1e-3, 1])
+def test_the_likeliest_where_8_bits_hardly_tell(kernels, scale, spread):
+    """Outputs and inputs of very different sizes (bitsandbytes' LLM.int8: few features outweigh all
+    others), and outputs that are all but alike."""
+    torch.manual_seed(0)
+    weight = torch.randn(1, 200) + spread * torch.randn(300, 200)
+    weight[::7] *= 1e-3
+    x = torch.randn(20, 200) * scale
+    x[:, [3, 150]] *= 100
+    packed = VocabularyWeight(weight, library=kernels)
+    highest, outputs = packed.likeliest(x)
+    expected = packed.product(x).max(-1)
+    assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
+
+
+def test_outputs_that_8_bits_of_x_would_swap(kernels):
+    """Weights are exact in them, once mixed. Of x 0.6 and 1.4 become 1, for the sake of -127."""
+    hadamard = torch.ones(1, 1)
+    for _ in range(6):
+        hadamard = torch.cat(
+            (torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1))
+        )
+    weight, x = torch.zeros(70, 64), torch.zeros(1, 64)
+    weight[5, :2], weight[60, 2] = 1, 1
+    x[0, 0] = x[0, 1] = 0.6
+    x[0, 2], x[0, 9] = 1.4, -127
+    packed = VocabularyWeight(weight @ hadamard / 8, library=kernels)
+    highest, outputs = packed.likeliest(x @ hadamard / 8)
+    assert outputs.tolist() == [60] and highest.item() == pytest.approx(1.4, abs=1e-4)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+def test_weights_of_a_vocabulary_that_are_not_finite(kernels, bad):
+    weight = torch.randn(70, 64)
+    weight[40, 5] = bad
+    packed, x = VocabularyWeight(weight, library=kernels), torch.randn(3, 64)
+    found, expected = packed.likeliest(x), packed.product(x).max(-1)
+    assert found is None or all(map(torch.equal, found, expected))
+    assert found is None or bad == 3e38
 
 
 def test_rows_may_be_cut_out_of_wider_ones(kernels):

@@ -32,9 +32,10 @@ class _Pool(ctypes.Structure):
     _fields_ = (
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("head_step", c_int64),
+        ("block_step", c_int64),
         ("key_position_step", c_int64),
         ("key_dimension_step", c_int64),
-        ("num_blocks", c_int64),
         ("block_size", c_int64),
         ("num_kv_heads", c_int32),
         ("head_size", c_int32),
@@ -61,7 +62,7 @@ class _Plan:
     tables: np.ndarray
     """int32: the block tables one after the other."""
     num_rows: int
-    """Of an item, at most."""
+    """That are worked on together, at most."""
     scratch: Tensor
 
 
@@ -86,8 +87,8 @@ class KernelAttention:
                 queries.append((row + start, count, position + start, table))
             row += query_len
             table += len(blocks)
-        num_rows = most * kv.heads_per_kv_head
-        head_size = kv.keys_LKBPH.shape[-1]
+        _, num_kv_heads, _, _, head_size = kv.keys_LKBPH.shape
+        num_rows = max(most, num_kv_heads) * kv.heads_per_kv_head
         return _Plan(
             num_tokens=inputs.num_tokens,
             queries_I4=np.array(queries, np.int32),
@@ -108,7 +109,6 @@ class KernelAttention:
             scoring.window or _ALL,
             None if slopes_N is None else slopes_N.data_ptr(),
         )
-        num_kv_heads = len(pool[0])
         kernels().attend(
             ctypes.byref(_pool(pool)),
             ctypes.byref(c_scoring),
@@ -119,7 +119,7 @@ class KernelAttention:
             plan.queries_I4.ctypes.data,
             plan.tables.ctypes.data,
             0,
-            len(plan.queries_I4) * num_kv_heads,
+            len(plan.queries_I4),
             plan.num_rows,
             plan.scratch.data_ptr(),
         )
@@ -149,12 +149,11 @@ def _with_whole_rows(x_TAH: Tensor) -> Tensor:
 
 def _pool(pool: PoolLayer) -> _Pool:
     keys_KBPH, values_KBPH = pool
-    num_kv_heads, num_blocks, block_size, head_size = keys_KBPH.shape
+    num_kv_heads, _, block_size, head_size = keys_KBPH.shape
     return _Pool(
         keys_KBPH.data_ptr(),
         values_KBPH.data_ptr(),
-        *keys_KBPH.stride()[2:],
-        num_blocks,
+        *keys_KBPH.stride(),
         block_size,
         num_kv_heads,
         head_size,

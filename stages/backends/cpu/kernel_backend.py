@@ -9,7 +9,7 @@ from pipeserve.stages.backends.backend import Backend, HeadNorms, Rotation
 from pipeserve.stages.backends.cpu import elementwise, large_pages
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, write
 from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, kernels, name_of
-from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight
+from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, VocabularyWeight
 
 
 class KernelBackend(Backend):
@@ -33,7 +33,8 @@ class KernelBackend(Backend):
         return large_pages.empty(shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._zeros.make(shape, dtype)
+        """[L, B, ...], of which the lowest blocks of each layer are used first."""
+        return self._zeros.make(shape, dtype, num_parts=shape[0])
 
     def prepare(self) -> bool:
         return self._zeros.bring()
@@ -42,6 +43,9 @@ class KernelBackend(Backend):
         """Packed. A product of bfloat16 weights rounds x to bfloat16 too, where the CPU multiplies
         pairs of them."""
         return PackedWeight(weight_OI, rounds_x=_is_paired(weight_OI))
+
+    def place_vocabulary(self, weight_OI: Tensor) -> VocabularyWeight:
+        return VocabularyWeight(weight_OI, rounds_x=_is_paired(weight_OI))
 
     def place_gated_matrix(self, weight_OI: Tensor) -> GatedWeight:
         return GatedWeight(weight_OI, rounds_x=_is_paired(weight_OI))

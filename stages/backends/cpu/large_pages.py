@@ -8,8 +8,6 @@ of 1 to 8 rows 5 to 10 % (one core of an AMD Zen 4, November 2026).
 import ctypes
 import math
 import mmap
-from collections import deque
-from collections.abc import Iterator
 from weakref import ref
 
 import torch
@@ -27,31 +25,35 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 class Zeros:
     """Zeros in large pages, which come one by one while there is nothing else to do, or else when
-    they are first used; not at once: a virtual machine's host may take a second for each GB that it
-    has not given it yet."""
+    they are first used; not all at once: a virtual machine's host may take seconds for each GB that
+    it has not given it yet."""
 
     def __init__(self) -> None:
-        self._to_come: deque[tuple[ref[mmap.mmap], Iterator[int]]] = deque()
-        """The memory of each tensor, and where pages of it lie that have not come. Once a tensor is
-        gone, something else may lie there."""
+        self._to_come: list[tuple[int, int, ref[mmap.mmap]]] = []
+        """Pages that have not come, the next one last: how far from the front of a part each lies,
+        where, and in which memory. Once that is gone, something else may lie there."""
 
-    def make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """As torch.zeros. Raises OSError where the machine has no such memory."""
+    def make(self, shape: tuple[int, ...], dtype: torch.dtype, num_parts: int = 1) -> Tensor:
+        """As torch.zeros, of equal parts that are each used from the front: what lies there comes
+        first. Raises OSError where the machine has no such memory."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if not num_bytes:
             return torch.zeros(shape, dtype=dtype)
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         tensor = _asked_for(torch.frombuffer(memory, dtype=dtype).view(shape))
-        self._to_come.append((ref(memory), iter(_pages(tensor))))
+        part, begin = num_bytes // num_parts, tensor.data_ptr()
+        for page in _pages(tensor):
+            # What a page that begins in one part has of the next is that one's front.
+            into = (page - begin) % part
+            self._to_come.append((into if into + _PAGE <= part else 0, page, ref(memory)))
+        self._to_come.sort(key=lambda page: page[:2], reverse=True)
         return tensor
 
     def bring(self) -> bool:
         """The next page, of tensors that are still there; returns whether there was one."""
         while self._to_come:
-            memory, pages = self._to_come[0]
-            page = next(pages, None) if memory() else None
-            if page is None:
-                self._to_come.popleft()
+            _, page, memory = self._to_come.pop()
+            if not memory():
                 continue
             if _madvise(page, _PAGE, _MADV_POPULATE_WRITE):  # as before Linux 5.14
                 self._to_come.clear()

@@ -22,9 +22,10 @@ _REMEDY = (
     "or python setup.py build_kernels --inplace), where files may be executed"
 )
 _FOLDER = Path(__file__).parent / "kernels"
+_AVX512 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _NEEDS = {
-    "avx512_bf16": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"),
-    "avx512": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+    "avx512_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni"),
+    "avx512": _AVX512,
     "avx2": ("avx2", "fma", "f16c"),
 }
 """Libraries, the best first, by the instructions that they need."""
@@ -60,6 +61,8 @@ _FUNCTIONS = {
     "panel_outputs": (c_int64, []),
     "narrowest_exact": (c_int, [c_void_p, c_int, c_int64]),
     "pack_weight": (c_float, [c_int, c_void_p, c_int, c_int64, c_int64, c_int, c_void_p]),
+    "coarse_size": (c_int64, [c_int64, c_int64]),
+    "coarsen_weight": (c_int, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p]),
     # products.c
     "product_scratch": (c_int64, [c_int64, c_int64]),
     "product": (
@@ -80,8 +83,8 @@ _FUNCTIONS = {
     "likeliest": (
         None,
         [
-            *(c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64),
-            *(c_float, c_void_p, c_void_p, c_void_p),
+            *(c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+            *(c_int64, c_int64, c_float, c_void_p, c_void_p, c_void_p),
         ],
     ),
 }

@@ -15,8 +15,8 @@ static bool lies_in_units(const Pool *pool) {
    in numbers. Blocks of keys begin where those of values do. */
 static int64_t place_of(const Pool *pool, int64_t head, const int32_t *table, int64_t position) {
     const int64_t block = table[position / pool->block_size];
-    const int64_t position_in_pool = (head * pool->num_blocks + block) * pool->block_size;
-    return (position_in_pool + position % pool->block_size) * pool->head_size;
+    return head * pool->head_step + block * pool->block_step +
+           position % pool->block_size * pool->head_size;
 }
 
 static const char *value_at(const Pool *pool, int64_t head, const int32_t *table, int64_t position) {

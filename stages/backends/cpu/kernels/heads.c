@@ -51,8 +51,8 @@ INLINE void write_side(const float *rows, int64_t row_step, int64_t num_rows, co
     const int64_t size = pool->head_size;
     for (int64_t head = 0; head < pool->num_kv_heads; head++)
         for (int64_t row = 0; row < num_rows; row++) {
-            const int64_t block = head * pool->num_blocks + slots[row] / pool->block_size;
-            const int64_t place = block * pool->block_size * size +
+            const int64_t place = head * pool->head_step +
+                                  slots[row] / pool->block_size * pool->block_step +
                                   slots[row] % pool->block_size * position_step;
             scatter(rows + row * row_step + head * size, side + place * size_of(dtype),
                     dimension_step, size, dtype);

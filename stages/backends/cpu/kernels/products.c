@@ -15,7 +15,8 @@
    Every sum is added up input by input, in one chain, whatever the number of rows: so a row's
    result does not depend on the rows beside it, bit for bit. */
 
-#include "activations.h"
+#include "coarse.h"
+#include "product_endings.h"
 #include "product_rows.h"
 
 /* How much is done at a time, so that what is used again is still in the second-level cache. The
@@ -28,68 +29,6 @@
 /* Rows [begin, begin + size) of `total` cut into `count` parts of nearly one size: part `i`. */
 static inline int64_t part_begin(int64_t total, int64_t count, int64_t i) {
     return total / count * i + least(i, total % count);
-}
-
-/* What becomes of finished sums. */
-enum Ending {
-    ROWS,      /* y [rows, outputs] */
-    GATED,     /* y [rows, outputs / 2]: a panel is LANES gates and the LANES outputs that they are for */
-    HIGHEST,   /* no y: the highest of each row and panel */
-};
-
-struct Product {
-    int storage;
-    int64_t in, out; /* as packed: whole steps and panels */
-    const char *w;
-    const float *bias;
-    enum Ending ending;
-    float *y;
-    const float *onto;
-    int64_t y_stride, onto_stride, num_outputs;
-    int activation; /* of GATED */
-    float *zeros;   /* of HIGHEST, [rows, LANES]: NaN where an output is not finite, else 0 */
-};
-
-/* ---- endings of sums that go to a place aside first, of one row and panel ---- */
-
-/* The last panel's outputs, where not all of them are there. */
-static void end_part_of_row(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
-    for (int64_t c = panel * PANEL; c < least(p->num_outputs, (panel + 1) * PANEL); c++) {
-        float sum = sums[c - panel * PANEL];
-        if (p->bias) sum += p->bias[c];
-        if (p->onto) sum += p->onto[row * p->onto_stride + c];
-        p->y[row * p->y_stride + c] = sum;
-    }
-}
-
-static void end_gated(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
-    Floats gates = load_floats(sums), own = load_floats(sums + LANES);
-    if (p->bias) {
-        gates += load_floats(p->bias + panel * PANEL);
-        own += load_floats(p->bias + panel * PANEL + LANES);
-    }
-    const int64_t first = panel * LANES;
-    float *y = p->y + row * p->y_stride + first;
-    write_some(y, activated(gates, p->activation) * own, p->num_outputs / 2 - first, FLOAT32);
-}
-
-static void end_highest(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
-    Floats first = load_floats(sums), second = load_floats(sums + LANES);
-    const Floats last = lane_numbers() + (float)LANES;
-    const float count = p->num_outputs - panel * PANEL;
-    float *zeros = p->zeros + row * LANES;
-    store_floats(zeros, load_floats(zeros) + first * 0.0f + second * 0.0f);
-    if (count < PANEL) { /* behind them the sums of no output, which are 0 */
-        first = choose(lane_numbers() < count, first, all_lanes(-__builtin_inff()));
-        second = choose(last < count, second, all_lanes(-__builtin_inff()));
-    }
-    p->y[row * p->y_stride + panel] = __builtin_reduce_max(choose(second > first, second, first));
-}
-
-static void end_row(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
-    if (p->ending == ROWS) end_part_of_row(p, row, panel, sums);
-    else if (p->ending == GATED) end_gated(p, row, panel, sums);
-    else end_highest(p, row, panel, sums);
 }
 
 /* Rows [row, row + rows), packed in `x`, by the whole weight. */
@@ -227,7 +166,11 @@ EXPORT void gated_product(
 
 /* Floats that `likeliest` needs to work in. */
 EXPORT int64_t likeliest_scratch(int64_t rows, int64_t out, int64_t in) {
-    return product_scratch(rows, in) + rows * (quotient_up(out, PANEL) + LANES);
+    int64_t floats = product_scratch(rows, in) + rows * (quotient_up(out, PANEL) + 1 + LANES);
+#ifdef __AVX512VNNI__
+    floats += coarse_scratch(rows, in);
+#endif
+    return floats;
 }
 
 /* How far a row's products by pairs may be from those in float32: what x loses by rounding, times the
@@ -245,39 +188,74 @@ static float pairs_error(const float *x, int64_t in, float norm) {
     return (__builtin_sqrt(lost) + sums * __builtin_sqrt(whole)) * norm;
 }
 
+/* The same as `bound_outputs`, by a product in pairs (`storage` BFLOAT16, `by_pairs`) or of `storage`.
+   `norm`: of W's outputs the largest. */
+static void bound_by_product(
+    int storage, int by_pairs, const float *x, int64_t x_stride, int64_t rows, const void *w,
+    int64_t out, int64_t in, float norm, float *above, float *below, float *scratch
+) {
+    struct Product p = product_of(by_pairs ? PAIRS : storage, w, out, in, 0, HIGHEST);
+    const int64_t panels = p.out / PANEL;
+    p.y = above, p.y_stride = panels;
+    p.zeros = scratch + product_scratch(rows, in);
+    memset(p.zeros, 0, rows * LANES * sizeof *p.zeros);
+    multiply_rows(&p, x, x_stride, rows, in, scratch);
+    for (int64_t row = 0; row < rows; row++, above += panels) {
+        const float error = by_pairs ? pairs_error(x + row * x_stride, in, norm) : 0;
+        float best = above[0];
+        for (int64_t i = 0; i < panels; i++) {
+            best = above[i] > best ? above[i] : best;
+            above[i] += error;
+        }
+        below[row] = best - error + sum_of(load_floats(p.zeros + row * LANES));
+    }
+}
+
+/* Of one packed row the outputs of panel `i`, as `product` makes them: whether the highest is above, or as
+   high and comes before. */
+static void take_highest(
+    int storage, const float *x, const char *w, int64_t out, int64_t depth, int64_t i,
+    float *highest, int64_t *output
+) {
+    float sums[PANEL];
+    struct Sums to = {.is_first = 1, .is_last = 1, .y = sums};
+    const int64_t panel_size = depth * PANEL * size_of(storage);
+    multiply(storage, 1, 1, x, w + i * panel_size, panel_size, depth, w + i * panel_size, 0, &to);
+    for (int64_t c = 0; c < least(PANEL, out - i * PANEL); c++) {
+        const int64_t n = i * PANEL + c;
+        if (sums[c] > *highest || (sums[c] == *highest && n < *output)) *highest = sums[c], *output = n;
+    }
+}
+
 /* Of each row the highest output of x W^T and the first output that has it: those of `product`, bit for
    bit, and no output is written. NaN in place of it where any output may not be finite.
 
-   Where it can be, the products are made in pairs (`storage` BFLOAT16, `by_pairs`): twice as fast, and
-   near enough to say in which few panels the highest output may be. These are then multiplied again,
-   as `product` does. `norm`: of W's outputs the largest. */
+   First bounds say how high a panel's outputs may be: by W's copy `coarse` (or NULL), else by pairs,
+   where it can be, each twice as fast as the next. The few panels that may have the highest are then
+   multiplied as `product` does, the one with the highest bound first: it leaves fewest to the others. */
 EXPORT void likeliest(
     int storage, int by_pairs, const float *x, int64_t x_stride, int64_t rows, const void *w,
-    int64_t out, int64_t in, float norm, float *highest, int64_t *outputs, float *scratch
+    const void *coarse, int64_t out, int64_t in, float norm, float *highest, int64_t *outputs,
+    float *scratch
 ) {
-    struct Product p = product_of(by_pairs ? PAIRS : storage, w, out, in, 0, HIGHEST);
-    const int64_t panels = p.out / PANEL, panel_size = p.in * PANEL * size_of(storage);
-    p.y = scratch + product_scratch(rows, in), p.y_stride = panels;
-    p.zeros = p.y + rows * panels;
-    memset(p.zeros, 0, rows * LANES * sizeof *p.zeros);
-    multiply_rows(&p, x, x_stride, rows, in, scratch);
-    for (int64_t row = 0; row < rows; row++, x += x_stride) {
-        const float *of_panels = p.y + row * panels;
-        float bound = -__builtin_inff(), best = bound;
-        for (int64_t i = 0; i < panels; i++) bound = of_panels[i] > bound ? of_panels[i] : bound;
-        if (by_pairs) bound -= 2 * pairs_error(x, in, norm);
-        pack_tile(storage, 1, x, x_stride, in, scratch);
+    const int64_t panels = quotient_up(out, PANEL), depth = quotient_up(in, STEP) * STEP;
+    float *above = scratch, *below = above + rows * panels, *rest = below + rows;
+#ifdef __AVX512VNNI__
+    if (coarse) bound_outputs(x, x_stride, rows, coarse, out, in, above, below, rest);
+    else
+#endif
+        bound_by_product(storage, by_pairs, x, x_stride, rows, w, out, in, norm, above, below, rest);
+    for (int64_t row = 0; row < rows; row++, x += x_stride, above += panels) {
+        highest[row] = below[row] == below[row] ? -__builtin_inff() : below[row];
         outputs[row] = 0;
+        if (below[row] != below[row]) continue;
+        pack_tile(storage, 1, x, x_stride, in, rest);
+        int64_t first = 0;
+        for (int64_t i = 1; i < panels; i++) first = above[i] > above[first] ? i : first;
+        take_highest(storage, rest, w, out, depth, first, highest + row, outputs + row);
         for (int64_t i = 0; i < panels; i++) {
-            if (!(of_panels[i] >= bound)) continue;
-            float sums[PANEL];
-            struct Sums to = {.is_first = 1, .is_last = 1, .y = sums};
-            const char *panel = (const char *)w + i * panel_size;
-            multiply(storage, 1, 1, scratch, panel, panel_size, p.in, panel, 0, &to);
-            for (int64_t c = 0; c < least(PANEL, out - i * PANEL); c++) {
-                if (sums[c] > best) best = sums[c], outputs[row] = i * PANEL + c;
-            }
+            if (i == first || above[i] < below[row] || above[i] < highest[row]) continue;
+            take_highest(storage, rest, w, out, depth, i, highest + row, outputs + row);
         }
-        highest[row] = best + sum_of(load_floats(p.zeros + row * LANES));
     }
 }

@@ -1,7 +1,7 @@
 /* Packs weights, once, at load: products.c says how they lie then. A weight is read from front to back
    twice at most: to find how narrow its numbers may be kept, and to pack them. */
 
-#include "product_tile.h"
+#include "coarse.h"
 
 #define PIECE 32     /* inputs of a panel that are turned at a time */
 #define STRETCH 4096 /* numbers between two looks whether something was lost */
@@ -120,4 +120,41 @@ EXPORT float pack_weight(
     CASE(PAIRS, BFLOAT16)
 #undef CASE
     return -1;
+}
+
+/* ---- the coarse copy ---------------------------------------------------------------------------*/
+
+/* Bytes of it; 0 where the CPU has no use for it. */
+EXPORT int64_t coarse_size(int64_t out, int64_t in) {
+#ifdef __AVX512VNNI__
+    return quotient_up(out, PANEL) * coarse_panel_size(in);
+#else
+    return 0;
+#endif
+}
+
+/* The coarse copy (coarse.h) of `from` [out, in], of type `dtype`. `mixed`: as many floats as whole MIXes
+   of inputs have, to work in. Returns whether all numbers are finite. */
+EXPORT int coarsen_weight(const void *from, int dtype, int64_t out, int64_t in, float *mixed, char *to) {
+    const int64_t depth = coarse_inputs(in), size = coarse_panel_size(in);
+    float lengths = 0;
+    memset(to, 0, quotient_up(out, PANEL) * size);
+    for (int64_t n = 0; n < out; n++) {
+        const char *row = (const char *)from + n * in * size_of(dtype);
+        char *panel = to + n / PANEL * size, *numbers = panel + n % PANEL * 4;
+        CoarseOutputs *outputs = (CoarseOutputs *)(panel + depth * PANEL);
+        memset(mixed, 0, depth * sizeof *mixed);
+        for (int64_t k = 0; k < in; k += LANES)
+            write_some(mixed + k, read_some(row + k * size_of(dtype), in - k, dtype), in - k, FLOAT32);
+        const Coarse own = coarsen(mixed, depth, 0, numbers, 4 * PANEL);
+        int32_t sum = 0;
+        for (int64_t k = 0; k < depth; k++) sum += (int8_t)numbers[k / 4 * 4 * PANEL + k % 4];
+        const int side = n % PANEL / LANES, lane = n % LANES;
+        outputs->scales[side][lane] = own.scale;
+        outputs->offsets[side][lane] = OFFSET * sum;
+        outputs->lengths[side][lane] = own.length;
+        outputs->losses[side][lane] = own.loss;
+        lengths += own.length * 0;
+    }
+    return lengths == 0;
 }

@@ -6,7 +6,16 @@ shows. Nothing else of the past is kept, however long the run is.
 
 from collections import deque
 
-from pipeserve.core.records import Arrived, Completed, Ended, Ping, Planned, Record, Span
+from pipeserve.core.records import (
+    Arrived,
+    Completed,
+    Ended,
+    Headed,
+    Ping,
+    Planned,
+    Record,
+    Span,
+)
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.ledger import Ledger, explain
 from pipeserve.profiling.recording.clocks import align
@@ -67,7 +76,7 @@ class RunningLedger:
     def advance(self, now: float) -> None:
         """Add up what was told since the last time."""
         if self._has_new_spans and any(type(record) is Span for record in self._recent):
-            recording = recording_of([*self._recent, *self._pings], len(self.seconds), {})
+            recording = recording_of([*self._known(), *self._pings], len(self.seconds), {})
             ledger = explain(align(recording).recording)
             for stage in range(len(self.seconds)):
                 self._add(stage, ledger)
@@ -76,6 +85,15 @@ class RunningLedger:
         if self._last_planned == self._last_completed and now - self._latest_s > _SETTLED_S:
             for stage in range(len(self.seconds)):
                 self._pass_time(stage, now, "no_requests")
+
+    def _known(self) -> list[Record]:
+        """The recent ones, but for heads behind the first stage's last span while more is to come:
+        what that stage waits for around them is not known yet, just as behind its last span."""
+        recent = list(self._recent)
+        if self._last_planned == self._last_completed:
+            return recent
+        last = max([p for p, r in enumerate(recent) if type(r) is Span and r.stage == 0], default=0)
+        return [*recent[:last], *(r for r in recent[last:] if type(r) is not Headed)]
 
     def _add(self, stage: int, ledger: Ledger) -> None:
         """What is new of it, up to its last end: what it waits for then is not known yet."""

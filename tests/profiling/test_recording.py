@@ -93,7 +93,7 @@ def test_every_record_comes_back_as_it_was(tmp_path):
     assert type(recording.planned[0].chunks[0]) is Chunk
     assert recording.notes == []
     meta = recording.meta
-    assert meta.pop("schema") == 2 and len(meta.pop("run")) == 16
+    assert meta.pop("schema") == 3 and len(meta.pop("run")) == 16
     assert meta == META
 
 

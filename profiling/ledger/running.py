@@ -5,6 +5,7 @@ shows. Nothing else of the past is kept, however long the run is.
 """
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 
 from pipeserve.core.records import (
     Arrived,
@@ -76,7 +77,10 @@ class RunningLedger:
     def advance(self, now: float) -> None:
         """Add up what was told since the last time."""
         if self._has_new_spans and any(type(record) is Span for record in self._recent):
-            recording = recording_of([*self._known(), *self._pings], len(self.seconds), {})
+            recent: Sequence[Record] = self._recent
+            if self._last_planned != self._last_completed:
+                recent = without_open_heads(recent)
+            recording = recording_of([*recent, *self._pings], len(self.seconds), {})
             ledger = explain(align(recording).recording)
             for stage in range(len(self.seconds)):
                 self._add(stage, ledger)
@@ -85,15 +89,6 @@ class RunningLedger:
         if self._last_planned == self._last_completed and now - self._latest_s > _SETTLED_S:
             for stage in range(len(self.seconds)):
                 self._pass_time(stage, now, "no_requests")
-
-    def _known(self) -> list[Record]:
-        """The recent ones, but for heads behind the first stage's last span while more is to come:
-        what that stage waits for around them is not known yet, just as behind its last span."""
-        recent = list(self._recent)
-        if self._last_planned == self._last_completed:
-            return recent
-        last = max([p for p, r in enumerate(recent) if type(r) is Span and r.stage == 0], default=0)
-        return [*recent[:last], *(r for r in recent[last:] if type(r) is not Headed)]
 
     def _add(self, stage: int, ledger: Ledger) -> None:
         """What is new of it, up to its last end: what it waits for then is not known yet."""
@@ -129,6 +124,15 @@ class RunningLedger:
             recent.popleft()
         while self._pings and self._pings[0].received_s < self._latest_s - _PINGS_S:
             self._pings.popleft()
+
+
+def without_open_heads(records: Iterable[Record]) -> list[Record]:
+    """Of a run that goes on: without heads behind the first stage's last span. What that stage
+    waits for around them is not known yet, just as behind its last span."""
+    kept = list(records)
+    spans = (p for p, record in enumerate(kept) if type(record) is Span and record.stage == 0)
+    last = max(spans, default=0)
+    return [*kept[:last], *(record for record in kept[last:] if type(record) is not Headed)]
 
 
 def _told_s(record: Record) -> float:

@@ -293,7 +293,7 @@ def test_a_newer_schema_is_read_by_the_names_of_its_fields(tmp_path):
     folder = written(tmp_path)
     for name, kind in (("driver.jsonl", "completed"), ("stage-0.jsonl", "span")):
         head, *lines = map(json.loads, (folder / name).read_text().splitlines())
-        head["schema"] = 3
+        head["schema"] = 4
         head["fields"][kind] = [*reversed(head["fields"][kind]), "new"]
         for line in lines:
             fields = line[1] if line[0] == kind else line

@@ -168,8 +168,11 @@ class Walk:
 
     def _heads_until(self, time_s: float, missing: str | None) -> None:
         """Those that the first stage began before; their microbatches have left the last one."""
-        while self.unwalked and self.unwalked[0].start_s < time_s:
-            head = self.unwalked.popleft()
+        while self.unwalked:
+            head = self.unwalked[0]
+            if not (head.start_s < time_s or head.end_s <= time_s):
+                return
+            self.unwalked.popleft()
             start = self._begun(head, self._rows_there(head))
             self._idle(head, start, missing)
             parts = head_parts(head) + [0.0] * (SIZE - NUM_PARTS)

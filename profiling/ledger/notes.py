@@ -1,6 +1,6 @@
 """What a reader of a recording has to know: what is missing, what was lost."""
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median_low
@@ -76,6 +76,6 @@ def _num_out_of_order(spans: Sequence[Span], heads: Sequence[Headed]) -> int:
     num_within = sum(
         place > 0 and head.start_s < by_index[place - 1].end_s - _TOLERANCE_S
         for head in heads
-        for place in (bisect_right(starts_s, head.start_s),)
+        for place in (bisect_left(starts_s, head.start_s),)
     )
     return num_overlapping + num_within + sum(d.end_s < d.start_s for d in (*by_index, *heads))

@@ -15,6 +15,7 @@ from pipeserve.core.records import (
     Completed,
     Ended,
     Fault,
+    Headed,
     Ping,
     Planned,
     Record,
@@ -54,6 +55,8 @@ def records():
     for index in range(NUM):
         yield planned(index)
         yield from (span(0, index), span(1, index))
+        if index % 2:
+            yield Headed(0, index, *[index + at for at in (0.6, 0.7, 0.8, 0.8)], nan, 1e-9)
         yield Completed(index, 0.1, 0.2, 0.3 + index, (0, 3))
     yield Ping(1, 0.5, 99.5, 0.75)
     yield Ended(7, 20.5, "length", 5)
@@ -76,7 +79,7 @@ def same(ours, theirs):
 def lists_of(recording):
     return [
         recording.arrived, recording.ended, recording.planned, recording.completed,
-        recording.pings, recording.faults, *recording.spans,
+        recording.headed, recording.pings, recording.faults, *recording.spans,
     ]  # fmt: skip
 
 
@@ -236,7 +239,7 @@ def test_a_damaged_line_in_the_middle(tmp_path, damage):
         "stage-0.jsonl: 1 damaged lines are left out",
     ]
     assert len(recording.spans[0]) == NUM - 1
-    assert sum(map(len, lists_of(recording)[:6])) == len(list(records())) - 2 * NUM - 1
+    assert sum(map(len, lists_of(recording)[:7])) == len(list(records())) - 2 * NUM - 1
 
 
 def test_files_of_two_runs(tmp_path):

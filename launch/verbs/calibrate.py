@@ -163,7 +163,7 @@ def _beside_compute_s(
         ring.clear()
         (record,) = run_items(driver, [item], f"probe {num_tokens}/{probe}", ids)
         driver.settle()
-        computed_s = sum(did.end_s - did.start_s for did in ring if type(did) in (Span, Headed))
+        computed_s = sum(did.end_s - did.start_s for did in ring if isinstance(did, Span | Headed))
         beside.append(_ttft_s(record) - computed_s)
     return statistics.median(beside)
 

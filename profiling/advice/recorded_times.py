@@ -20,7 +20,6 @@ from operator import mul
 
 import numpy as np
 
-from pipeserve.core.cost.partition import head_shares
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.records import Span
 from pipeserve.core.work import Work, work_of
@@ -76,7 +75,10 @@ class Fitted:
     @property
     def head_shares(self) -> list[float]:
         """What share of the heads each stage has."""
-        return head_shares(self.num_stages, self.shares_head)
+        shares = [0.0] * (self.num_stages - 1) + [1.0]
+        if self.shares_head:
+            shares[0] = shares[-1] = 0.5
+        return shares
 
     def layer_s(self, counts: Sequence[float]) -> float:
         """Of one layer."""

@@ -54,8 +54,9 @@ class RecordedRun:
 
     def busy_shares(self, start_s: float, stop_s: float) -> list[float]:
         """Of each stage, of that time, or of its end where the ring does not hold all of it."""
-        spans = list(chain.from_iterable(self.recording().spans))
-        return busy_shares(spans, self.num_stages, max(start_s, self.ring.whole_from_s), stop_s)
+        recording = self.recording()
+        computed = list(chain(*recording.spans, recording.headed))
+        return busy_shares(computed, self.num_stages, max(start_s, self.ring.whole_from_s), stop_s)
 
 
 def stage_shares(recording: Recording) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from pipeserve.core.records import (
     Completed,
     Ended,
     Fault,
+    Headed,
     Ping,
     Planned,
     Record,
@@ -22,6 +23,7 @@ from pipeserve.core.records import (
 )
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.ledger import Ledger, explain
+from pipeserve.profiling.ledger.running import without_open_heads
 from pipeserve.profiling.recording.clocks import align
 from pipeserve.profiling.recording.recording import recording_of
 from pipeserve.profiling.recording.summary import percentiles
@@ -175,7 +177,8 @@ class LiveFrame:
 
     def _ledger(self) -> Ledger | None:
         """Of what is remembered; None before anything was computed."""
-        recording = recording_of(self._recent, self._num_stages, {})
+        known = without_open_heads(self._recent) if self._flying else self._recent
+        recording = recording_of(known, self._num_stages, {})
         if not any(recording.spans):
             return None
         return explain(align(recording).recording)
@@ -222,7 +225,7 @@ def _at_s(record: Record) -> float:
             return record.sent_s
         case Completed():
             return record.done_s
-        case Span():
+        case Span() | Headed():
             return record.end_s
         case Ping():
             return record.received_s

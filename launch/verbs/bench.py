@@ -177,7 +177,7 @@ def _report(
     by_duration = sorted(runs, key=lambda run: run.summary.seconds)
     median = by_duration[(len(runs) - 1) // 2]
     recording, (start_s, stop_s) = records.recording(median.ring), median.window
-    spans = chain.from_iterable(recording.spans)
+    computed = chain(*recording.spans, recording.headed)
     from_s = max(start_s, median.ring.whole_from_s)
     stages = [
         {
@@ -192,7 +192,7 @@ def _report(
         for info, shares, cpu in zip(
             driver.stages,
             stage_shares(recording),
-            cpu_shares(spans, len(driver.stages), from_s, stop_s),
+            cpu_shares(computed, len(driver.stages), from_s, stop_s),
             strict=True,
         )
     ]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pipeserve.configs import RunConfig
 from pipeserve.core.cost.device import DeviceProfile, Link, Residuals
 from pipeserve.core.nouns import RequestId
+from pipeserve.core.records import Headed, Span
 from pipeserve.launch.verbs.bench import run_items
 from pipeserve.profiling.calibration.all_reduces import fit_all_reduce, without_sums
 from pipeserve.profiling.calibration.fit_tables import Fit, fit_tables
@@ -162,7 +163,7 @@ def _beside_compute_s(
         ring.clear()
         (record,) = run_items(driver, [item], f"probe {num_tokens}/{probe}", ids)
         driver.settle()
-        computed_s = sum(span.end_s - span.start_s for span in ring.spans())
+        computed_s = sum(did.end_s - did.start_s for did in ring if isinstance(did, Span | Headed))
         beside.append(_ttft_s(record) - computed_s)
     return statistics.median(beside)
 

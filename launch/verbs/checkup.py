@@ -192,10 +192,11 @@ def _seams(recording: Recording) -> tuple[list[Seam], float, float]:
         ]
         seams.append(_seam(hops))
     first, last = by_index[0], by_index[-1]
+    headed = {head.index for head in recording.headed}  # their tokens have no way back
     back = [
         first[index + 1].input_s - span.sent_s
         for index, span in last.items()
-        if index + 1 in first and first[index + 1].input_s > span.sent_s
+        if index not in headed and index + 1 in first and first[index + 1].input_s > span.sent_s
     ]
     plans = {planned.index: planned.sent_s for planned in recording.planned}
     control = [span.plan_s - plans[index] for index, span in first.items() if index in plans]

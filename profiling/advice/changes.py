@@ -58,7 +58,7 @@ def best_split(setting: Setting, fitted: Fitted) -> tuple[int, ...]:
 
 def stage_s(fitted: Fitted, stage: int, num_layers: int) -> float:
     """Seconds of a mean microbatch on a stage with so many layers."""
-    head = fitted.head_s(fitted.mean_logits) if stage == fitted.num_stages - 1 else 0.0
+    head = fitted.head_shares[stage] * fitted.head_s(fitted.mean_logits)
     return fitted.factors[stage] * num_layers * fitted.layer_s(fitted.mean_counts) + head
 
 

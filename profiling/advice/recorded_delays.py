@@ -13,7 +13,7 @@ from math import inf, isfinite
 import numpy as np
 
 from pipeserve.core.nouns import RequestId
-from pipeserve.core.records import Planned, Span
+from pipeserve.core.records import Headed, Planned, Span
 from pipeserve.profiling.calibration.fit_tables import solve_relative
 from pipeserve.profiling.recording.recording import Recording
 
@@ -42,19 +42,23 @@ def delays_of(recording: Recording) -> Delays:
     """Of a recording whose spans are on the driver's clock; 0 for what was never seen."""
     planned = {plan.index: plan for plan in recording.planned}
     spans = [{span.index: span for span in of_stage} for of_stage in recording.spans]
+    headed = {head.index: head for head in recording.headed}
+    sampled = {**spans[-1], **headed}
+    tokens_back = {k: span for k, span in spans[-1].items() if k not in headed}
     lengths = [span.end_s - span.start_s for of_stage in recording.spans for span in of_stage]
     tolerance_s = _WAITED * float(np.median(lengths)) if lengths else 0.0
     sources = sources_of(recording.planned)
-    control_s = _control_s(recording, planned, spans, tolerance_s)
-    feedback_s = _feedback_s(recording.spans[0], spans[-1], sources, tolerance_s)
+    control_s = _control_s(recording, planned, sampled, tolerance_s)
+    feedback_s = _feedback_s(recording, tokens_back, sources, tolerance_s)
     if feedback_s is None:
         feedback_s = control_s
     hops = _hops(recording.spans, spans, tolerance_s)
     plan_there_s = {index: plan.sent_s + control_s for index, plan in planned.items()}
-    last = spans[-1]
     inputs_there_s = [
         {
-            k: last[sources[k]].sent_s + feedback_s if sources.get(k) in last else -inf
+            k: source.sent_s + feedback_s * (source.index not in headed)
+            if (source := sampled.get(sources.get(k, -1))) is not None
+            else -inf
             for k in planned
         },
         *map(_arrivals_s, recording.spans, hops),
@@ -109,32 +113,32 @@ def _fit_hop(seen: Sequence[tuple[int, float]]) -> tuple[float, float]:
 def _control_s(
     recording: Recording,
     planned: Mapping[int, Planned],
-    spans: Sequence[Mapping[int, Span]],
+    sampled: Mapping[int, Span | Headed],
     tolerance_s: float,
 ) -> float:
     there = [
         span.plan_s - planned[span.index].sent_s
-        for span, free_s in _with_free_s(recording.spans[0])
+        for span, free_s in _with_free_s(recording.spans[0], recording.headed)
         if span.index in planned and span.plan_s > free_s + tolerance_s
     ]
     back = [
-        completed.received_s - spans[-1][completed.index].sent_s
+        completed.received_s - sampled[completed.index].sent_s
         for completed in recording.completed
-        if completed.index in spans[-1] and completed.received_s > completed.waiting_s
+        if completed.index in sampled and completed.received_s > completed.waiting_s
     ]
     seen = [max(seconds, 0.0) for seconds in map(_median, (there, back)) if seconds is not None]
     return sum(seen) / len(seen) if seen else 0.0
 
 
 def _feedback_s(
-    first: Sequence[Span],
+    recording: Recording,
     last: Mapping[int, Span],
     sources: Mapping[int, int],
     tolerance_s: float,
 ) -> float | None:
     seen = [
         span.input_s - last[sources[span.index]].sent_s
-        for span, free_s in _with_free_s(first)
+        for span, free_s in _with_free_s(recording.spans[0], recording.headed)
         if sources.get(span.index) in last and span.input_s > free_s + tolerance_s
     ]
     found = _median(seen)
@@ -184,13 +188,15 @@ def _own_s(
     return max((begin or 0.0) + (hand_on or 0.0), 0.0)
 
 
-def _with_free_s(of_stage: Sequence[Span]) -> Iterator[tuple[Span, float]]:
-    """Each span with when its stage was done with the one before."""
+def _with_free_s(
+    of_stage: Sequence[Span], heads: Sequence[Headed] = ()
+) -> Iterator[tuple[Span, float]]:
+    """Each span with when its stage was done with what it did before."""
     free_s = -inf
-    for span in of_stage:
-        if isfinite(span.start_s):
-            yield span, free_s
-        free_s = span.sent_s
+    for did in sorted([*of_stage, *heads], key=lambda did: did.start_s) if heads else of_stage:
+        if isinstance(did, Span) and isfinite(did.start_s):
+            yield did, free_s
+        free_s = did.sent_s
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -65,9 +65,20 @@ class Fitted:
     the first one waited for a slower one."""
     waited: tuple[float, ...]
 
+    shares_head: bool = False
+    """Both ends of the pipeline took turns with it."""
+
     @property
     def num_stages(self) -> int:
         return len(self.num_layers)
+
+    @property
+    def head_shares(self) -> list[float]:
+        """What share of the heads each stage has."""
+        shares = [0.0] * (self.num_stages - 1) + [1.0]
+        if self.shares_head:
+            shares[0] = shares[-1] = 0.5
+        return shares
 
     def layer_s(self, counts: Sequence[float]) -> float:
         """Of one layer."""
@@ -125,10 +136,12 @@ class RecordedTimes(StageTimes):
         self._last: tuple[Microbatch | None, list[float]] = None, []
 
     def compute_s(self, microbatch: Microbatch) -> list[float]:
-        """Of each stage, with what it does between microbatches; the head in the last one's."""
+        """Of each stage, with what it does between microbatches; the head in the last one's, unless
+        the first stage has it, which is apart."""
         *layers, head = self._seconds(microbatch)
         found = [seconds + own for seconds, own in zip(layers, self.own_s, strict=True)]
-        found[-1] += head
+        if not microbatch.head_at_first:
+            found[-1] += head
         return found
 
     def head_s(self, microbatch: Microbatch) -> float:
@@ -148,6 +161,7 @@ class RecordedTimes(StageTimes):
         fitted, tweak = self._fitted, self._tweak
         work = work_of(microbatch)
         row = self._row(work, microbatch.index)
+        head_at_first = microbatch.head_at_first
         counts = counts_of(work)
         if tweak.even:
             pairs = enumerate(zip(counts, fitted.mean_counts, strict=True))
@@ -164,7 +178,7 @@ class RecordedTimes(StageTimes):
         head = tweak.head * row[-1] * fitted.head_s(work.num_logits)
         for stage, speed in tweak.speed.items():
             stages[stage] /= speed
-            if stage == len(stages) - 1:
+            if stage == (0 if head_at_first else len(stages) - 1):
                 head /= speed
         return [*stages, head]
 
@@ -196,7 +210,8 @@ def fit(recording: Recording, num_layers: Sequence[int]) -> Fitted:
     spans = [[of_stage[index] for of_stage in by_stage] for index in indices]
     used = [works[index] for index in indices]
     seconds = np.array([[_layers_s(span) for span in row] for row in spans])
-    heads = np.array([row[-1].end_s - row[-1].head_s for row in spans])
+    apart_s = {head.index: head.end_s - head.start_s for head in recording.headed}
+    heads = np.array([apart_s.get(r[-1].index, r[-1].end_s - r[-1].head_s) for r in spans])
     together = np.array([[(span.all_reduce_s, span.rank_wait_s) for span in row] for row in spans])
     summed, waited = (together.sum(axis=0).T / seconds.sum(axis=0)).tolist()
     logits = np.array([work.num_logits for work in used], dtype=float)
@@ -221,6 +236,7 @@ def fit(recording: Recording, num_layers: Sequence[int]) -> Fitted:
         delays=delays_of(recording),
         summed=tuple(summed),
         waited=tuple(waited),
+        shares_head=bool(recording.headed),
     )
 
 

@@ -190,5 +190,6 @@ def figures(
 def recorded_figures(recording: Recording, load: RecordedLoad) -> Figures:
     """What was recorded of the load."""
     spans = [[(span.start_s, span.end_s) for span in of_stage] for of_stage in recording.spans]
+    spans[0] += [(head.start_s, head.end_s) for head in recording.headed]
     most_tokens = max([span.num_tokens for span in recording.spans[0]], default=0)
     return replace(figures(records_of(recording), spans, load), most_tokens=most_tokens)

@@ -20,5 +20,5 @@ def bounds_of(recording: Recording) -> tuple[float, float]:
     )
     stops = [completed.received_s for completed in recording.completed[-1:]]
     stops += [fault.at_s for fault in recording.faults[-1:]]
-    stops = stops or [spans[-1].end_s for spans in stages]
+    stops = stops or [did[-1].end_s for did in (*stages, recording.headed) if did]
     return start_s, max(*stops, start_s)

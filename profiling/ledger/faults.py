@@ -57,6 +57,7 @@ def _last_sign_s(
         for spans in recording.spans[max(stage - 1, 0) : stage + 1]
     ]
     own_s = ends_s[-1]
+    heads_s = [head.end_s for head in recording.headed if head.index < next_index and not stage]
     last = max(own_s, default=-1)
     owed = next((each for each in planned if each.index > last), None)
     given_s = fault.at_s
@@ -64,7 +65,7 @@ def _last_sign_s(
         given_s = ends_s[0].get(owed.index, fault.at_s) if stage else owed.sent_s
     elif last not in {each.index for each in recording.completed}:
         given_s = float("-inf")  # all that was waited for since was a result that never came
-    return min(max(own_s.get(last, given_s), given_s), fault.at_s)
+    return min(max(own_s.get(last, given_s), given_s, *heads_s), fault.at_s)
 
 
 def costs_of(
@@ -73,6 +74,7 @@ def costs_of(
     """Of each fault, by the run's own measurements of what steps take."""
     firsts = {outage.next_index: outage for outage in reversed(outages)}
     spans = [{span.index: span for span in spans} for spans in recording.spans]
+    heads = {head.index: head for head in recording.headed}
     tokens = dict.fromkeys(firsts, 0)
     again_s = {index: [0.0] * recording.num_stages for index in firsts}
     for planned, rest, since in _computed_again(recording, sorted(firsts)):
@@ -85,6 +87,9 @@ def costs_of(
             if span is not None:
                 share = 1.0 - min(less / whole, 1.0) if whole > 0 else 1.0
                 again_s[since][stage] += share * (span.end_s - span.start_s)
+        head = heads.get(planned.index)
+        if head is not None and not any(chunk.samples for chunk in rest.chunks):
+            again_s[since][0] += head.end_s - head.start_s
     costs = []
     for outage in outages:
         index = outage.next_index

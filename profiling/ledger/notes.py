@@ -1,10 +1,11 @@
 """What a reader of a recording has to know: what is missing, what was lost."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median_low
 
-from pipeserve.core.records import Span
+from pipeserve.core.records import Headed, Span
 from pipeserve.profiling.ledger.faults import FaultCost
 from pipeserve.profiling.ledger.ledger import Ledger
 from pipeserve.profiling.recording.recording import Recording
@@ -35,7 +36,8 @@ def _seen(recording: Recording, ledger: Ledger | None) -> Iterator[str]:
     for stage, spans in enumerate(recording.spans):
         if not spans and ledger is not None:
             yield f"stage {stage} has no spans: all its time counts as idle"
-        if num_odd := _num_out_of_order(spans):
+        heads = recording.headed if stage == 0 else ()
+        if num_odd := _num_out_of_order(spans, heads):
             yield (
                 f"stage {stage}: {num_odd:,} microbatches end before they start, or start before "
                 "the one before has ended: times in its file are damaged"
@@ -64,10 +66,16 @@ def _cost(cost: FaultCost) -> str:
     )
 
 
-def _num_out_of_order(spans: Sequence[Span]) -> int:
-    """A stage runs one microbatch at a time, in the order of indices."""
+def _num_out_of_order(spans: Sequence[Span], heads: Sequence[Headed]) -> int:
+    """A stage runs one microbatch at a time, in the order of indices, and heads in between."""
     by_index = sorted(spans, key=lambda span: span.index)
     num_overlapping = sum(
         later.start_s < span.end_s - _TOLERANCE_S for span, later in pairwise(by_index)
     )
-    return num_overlapping + sum(span.end_s < span.start_s for span in by_index)
+    starts_s = [span.start_s for span in by_index]
+    num_within = sum(
+        place > 0 and head.start_s < by_index[place - 1].end_s - _TOLERANCE_S
+        for head in heads
+        for place in (bisect_left(starts_s, head.start_s),)
+    )
+    return num_overlapping + num_within + sum(d.end_s < d.start_s for d in (*by_index, *heads))

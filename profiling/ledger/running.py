@@ -5,8 +5,18 @@ shows. Nothing else of the past is kept, however long the run is.
 """
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 
-from pipeserve.core.records import Arrived, Completed, Ended, Ping, Planned, Record, Span
+from pipeserve.core.records import (
+    Arrived,
+    Completed,
+    Ended,
+    Headed,
+    Ping,
+    Planned,
+    Record,
+    Span,
+)
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.ledger import Ledger, explain
 from pipeserve.profiling.recording.clocks import align
@@ -67,7 +77,10 @@ class RunningLedger:
     def advance(self, now: float) -> None:
         """Add up what was told since the last time."""
         if self._has_new_spans and any(type(record) is Span for record in self._recent):
-            recording = recording_of([*self._recent, *self._pings], len(self.seconds), {})
+            recent: Sequence[Record] = self._recent
+            if self._last_planned != self._last_completed:
+                recent = without_open_heads(recent)
+            recording = recording_of([*recent, *self._pings], len(self.seconds), {})
             ledger = explain(align(recording).recording)
             for stage in range(len(self.seconds)):
                 self._add(stage, ledger)
@@ -111,6 +124,15 @@ class RunningLedger:
             recent.popleft()
         while self._pings and self._pings[0].received_s < self._latest_s - _PINGS_S:
             self._pings.popleft()
+
+
+def without_open_heads(records: Iterable[Record]) -> list[Record]:
+    """Of a run that goes on: without heads behind the first stage's last span. What that stage
+    waits for around them is not known yet, just as behind its last span."""
+    kept = list(records)
+    spans = (p for p, record in enumerate(kept) if type(record) is Span and record.stage == 0)
+    last = max(spans, default=0)
+    return [*kept[:last], *(record for record in kept[last:] if type(record) is not Headed)]
 
 
 def _told_s(record: Record) -> float:

@@ -7,7 +7,8 @@ s, with the mean stage's theta:
 
     theta . x(k)            by count: prefill, decodes, their context, and the base that each has
     (theta_s - theta).x(k)  the stage is not the mean one: imbalance
-    end - head              vocabulary head and sampling, measured
+    end - head              vocabulary head and sampling, measured; by itself where the first
+                            stage has it between two microbatches (`Headed`)
     all-reduces, rank wait  of the ranks of a stage with each other, measured
     wall - thread CPU       the stage's core was taken: jitter, off layers and head alike
     the rest                jitter
@@ -23,7 +24,7 @@ from math import isnan
 
 import numpy as np
 
-from pipeserve.core.records import Planned, Span
+from pipeserve.core.records import Headed, Planned, Span
 from pipeserve.core.work import Work, work_of
 from pipeserve.profiling.recording.recording import Recording
 
@@ -112,6 +113,14 @@ def measured_parts(predicted: Sequence[float], span: Span) -> list[float]:
     parts[ALL_REDUCE], parts[RANK_WAIT] = span.all_reduce_s, span.rank_wait_s
     rest = span.end_s - span.start_s - head - sum(predicted)
     parts[JITTER] = rest - span.all_reduce_s - span.rank_wait_s
+    return parts
+
+
+def head_parts(head: Headed) -> list[float]:
+    """Of one at the first stage: sums to its time."""
+    seconds, parts = head.end_s - head.start_s, [0.0] * NUM_PARTS
+    own = 1.0 if isnan(head.cpu_s) or seconds <= 0 else min(max(head.cpu_s / seconds, 0.0), 1.0)
+    parts[HEAD], parts[JITTER] = own * seconds, (1.0 - own) * seconds
     return parts
 
 

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from pipeserve.core.nouns import Chunk
-from pipeserve.core.records import Completed, Planned, Span
+from pipeserve.core.records import Completed, Headed, Planned, Span
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.critical_path import Idle
 from pipeserve.profiling.ledger.ledger import Ledger
@@ -87,6 +87,7 @@ def microbatch_indices(recording: Recording) -> np.ndarray:
     found = {planned.index for planned in recording.planned}
     for spans in recording.spans:
         found.update([span.index for span in spans])
+    found.update([head.index for head in recording.headed])
     return np.array(sorted(found), np.int64)
 
 
@@ -97,16 +98,22 @@ def add_stage(
     idle: list[Idle],
     clock: PageClock,
     all_: np.ndarray,
+    heads: Sequence[Headed] = (),
 ) -> None:
-    """A stage's blocks, and what the gap before each is put down to; the last gap is the end."""
-    spans = sorted(spans, key=lambda span: span.start_s)
-    starts = clock.ticks([span.start_s for span in spans])
-    ends = clock.ticks([span.end_s for span in spans])
-    numbers = np.array([span.index for span in spans], np.int64)
-    _add_blocks(columns, name, starts, ends, np.searchsorted(all_, numbers), clock)
-    seconds_of = {interval.index: interval.seconds for interval in idle}
+    """A stage's blocks, and what the gap before each is put down to; the last gap is the end. A
+    head by itself is a block, too."""
+    blocks = sorted([*spans, *heads], key=lambda did: did.start_s)
+    starts = clock.ticks([did.start_s for did in blocks])
+    ends = clock.ticks([did.end_s for did in blocks])
+    numbers = [did.index for did in blocks]
+    are_heads = [type(did) is Headed for did in blocks]
+    places = np.searchsorted(all_, np.array(numbers, np.int64))
+    _add_blocks(columns, name, starts, ends, places, clock)
+    columns.add(f"{name}.head", np.array(are_heads, np.uint8))
+    seconds_of = {(interval.index, interval.before_head): interval.seconds for interval in idle}
     none = (0.0,) * len(CAUSES)
-    rows = [seconds_of.get(index, none) for index in (*numbers.tolist(), -1)]
+    keys = [*zip(numbers, are_heads, strict=True), (-1, False)]
+    rows = [seconds_of.get(key, none) for key in keys]
     _add_shares(columns, name, np.array(rows))
 
 

@@ -50,7 +50,8 @@ def page(recording: Recording, ledger: Ledger) -> str:
     columns = html_data.PackedColumns()
     num_blocks = recorded_kv_blocks(recording)
     for stage, (spans, idle) in enumerate(zip(recording.spans, ledger.idle, strict=True)):
-        html_data.add_stage(columns, f"stage{stage}", spans, idle, clock, indices)
+        heads = recording.headed if stage == 0 else ()
+        html_data.add_stage(columns, f"stage{stage}", spans, idle, clock, indices, heads)
     html_data.add_driver(columns, recording, clock, indices)
     html_data.add_microbatches(columns, recording, indices)
     html_data.add_queues(columns, recording, num_blocks, clock)

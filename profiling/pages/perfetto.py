@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from pipeserve.core.records import Completed, Planned, Span
+from pipeserve.core.records import Completed, Headed, Planned, Span
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.critical_path import Idle
 from pipeserve.profiling.ledger.ledger import Ledger
@@ -56,6 +56,8 @@ def events(recording: Recording, ledger: Ledger) -> Iterator[TraceEvent]:
             yield _microbatch(span, planned.get(span.index), start_s)
         for interval in idle:
             yield _idle(interval, start_s)
+    for head in recording.headed:
+        yield _head(head, start_s)
     yield from _arrows(recording, start_s)
     for fault in recording.faults:
         at = {"ts": _us(fault.at_s, start_s), "pid": _RUN, "tid": fault.stage + 2}
@@ -108,6 +110,14 @@ def _microbatch(span: Span, plan: Planned | None, start_s: float) -> TraceEvent:
     return {**_slice(name, "microbatch", *where), **colour}
 
 
+def _head(head: Headed, start_s: float) -> TraceEvent:
+    args: dict[str, Any] = {"microbatch": head.index}
+    if isfinite(head.cpu_s):
+        args["on its core ms"] = round(head.cpu_s * 1e3, 3)
+    where = (head.stage + 2, head.start_s, head.end_s, start_s, args)
+    return _slice(f"{head.index} head", "microbatch", *where)
+
+
 def _idle(interval: Idle, start_s: float) -> TraceEvent:
     """Named by the largest cause; the others are among its arguments, in ms."""
     seconds = interval.seconds
@@ -145,6 +155,8 @@ def _arrows(recording: Recording, start_s: float) -> Iterator[TraceEvent]:
     for stage, spans in enumerate(recording.spans):
         for span in spans:
             steps.setdefault(span.index, []).append((span.start_s, stage + 2))
+    for head in recording.headed:
+        steps.setdefault(head.index, []).append((head.start_s, head.stage + 2))
     for done in recording.completed:
         steps.setdefault(done.index, []).append((done.received_s, _DRIVER))
     for index, ways in steps.items():

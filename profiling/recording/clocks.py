@@ -12,11 +12,11 @@ The stages of one machine have one clock, which goes by the first of them.
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from pipeserve.core.records import Span
+from pipeserve.core.records import Headed, Span
 from pipeserve.profiling.recording.recording import Recording
 
 MAX_DRIFT = 500e-6
@@ -26,6 +26,11 @@ _DRIVER = -1
 _BINS = 400  # of a run: of the messages in one, those that bound the most are enough
 _ROUNDS = 20
 _TOLERANCE_S = 1e-9
+_TIMES = ("plan_s", "input_s", "start_s", "head_s", "end_s", "sent_s")
+"""By the stage's clock, of a span or a head."""
+
+
+_Did = TypeVar("_Did", Span, Headed)
 
 
 class Aligned(NamedTuple):
@@ -83,10 +88,13 @@ def align(recording: Recording) -> Aligned:
         _moved(own, lines[clocks[stage]]) if stage in clocks else own
         for stage, own in enumerate(recording.spans)
     ]
+    headed = recording.headed
+    if headed and 0 in clocks:
+        headed = _moved(headed, lines[clocks[0]])
     notes = [*recording.notes, _note(stages, residuals_s, violation_s)]
     by_clock = dict(zip(guesses, residuals_s, strict=True))
     return Aligned(
-        replace(recording, spans=spans, notes=notes),
+        replace(recording, spans=spans, headed=headed, notes=notes),
         tuple(by_clock.get(clocks.get(s, _DRIVER), 0.0) for s in range(recording.num_stages)),
     )
 
@@ -122,14 +130,14 @@ def _note(stages: list[int], residuals_s: list[float], violation_s: float) -> st
     return f"the clocks of stages {names} are aligned to the driver's {within}"
 
 
-def _moved(spans: list[Span], line: _Line) -> list[Span]:
-    names = ("plan_s", "input_s", "start_s", "head_s", "end_s", "sent_s")
-    times_s = np.array([[getattr(span, name) for name in names] for span in spans])
+def _moved(dids: list[_Did], line: _Line) -> list[_Did]:
+    names = [name for name in _TIMES if hasattr(dids[0], name)]
+    times_s = np.array([[getattr(did, name) for name in names] for did in dids])
     known = np.isfinite(times_s)
     times_s[known] -= line.offset_s(times_s[known])
     return [
-        span._replace(**dict(zip(names, row, strict=True)))
-        for span, row in zip(spans, times_s.tolist(), strict=True)
+        did._replace(**dict(zip(names, row, strict=True)))
+        for did, row in zip(dids, times_s.tolist(), strict=True)
     ]
 
 
@@ -138,7 +146,9 @@ def _moved(spans: list[Span], line: _Line) -> list[Span]:
 
 def _messages(recording: Recording, stages: list[int]) -> Iterator[_Messages]:
     """All between two machines that is in the recording. A plan or an input is there by the start
-    that needs it; when it came is stamped early where it came while the stage computed."""
+    that needs it; when it came is stamped early where it came while the stage computed.
+
+    Where both ends have the head, the tokens of a microbatch come from the one that applied it."""
     starts_s = [{span.index: span.start_s for span in spans} for spans in recording.spans]
     for stage in stages:
         pings = [ping for ping in recording.pings if ping.stage == stage]
@@ -152,13 +162,21 @@ def _messages(recording: Recording, stages: list[int]) -> Iterator[_Messages]:
     for stage in range(last):
         if stage in stages or stage + 1 in stages:
             yield _matched(stage, stage + 1, sent[stage], starts_s[stage + 1])
-    if last in stages:
-        received_s = {completed.index: completed.received_s for completed in recording.completed}
-        yield _matched(last, _DRIVER, sent[last], received_s)
+    received_s = {completed.index: completed.received_s for completed in recording.completed}
+    heads = {head.index: head for head in recording.headed}
+    ends = {last: {index: at_s for index, at_s in sent[last].items() if index not in heads}}
+    if heads:
+        ends[0] = {index: head.sent_s for index, head in heads.items()}
+    sources = [(p.index, c.token_from) for p in recording.planned for c in p.chunks]
+    for end, sent_s in ends.items():
+        if end in stages:
+            yield _matched(end, _DRIVER, sent_s, received_s)
+        if last and (last in stages or 0 in stages):
+            fed = {i: sent_s[source] for i, source in sources if source in sent_s}
+            yield _matched(end, last - end, fed, starts_s[last - end])
     if last and (last in stages or 0 in stages):
-        sources = [(p.index, c.token_from) for p in recording.planned for c in p.chunks]
-        fed = {i: sent[last][source] for i, source in sources if source in sent[last]}
-        yield _matched(last, 0, fed, starts_s[0])
+        rows = {index: sent[last][index] for index in heads if index in sent[last]}
+        yield _matched(last, 0, rows, {index: head.start_s for index, head in heads.items()})
 
 
 def _matched(

@@ -5,9 +5,19 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Record, Span
+from pipeserve.core.records import (
+    Arrived,
+    Completed,
+    Ended,
+    Fault,
+    Headed,
+    Ping,
+    Planned,
+    Record,
+    Span,
+)
 
-_KINDS = (Arrived, Ended, Planned, Completed, Span, Ping, Fault)
+_KINDS = (Arrived, Ended, Planned, Completed, Span, Ping, Fault, Headed)
 _PLACES = {kind: place for place, kind in enumerate(_KINDS)}
 _DECODERS = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
 _HEAD = struct.Struct("=BI")

@@ -4,19 +4,17 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from math import inf, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from pipeserve.core.records import Span
+from pipeserve.core.records import Headed, Span
 from pipeserve.errors import ConfigError
 from pipeserve.profiling.recording.recording import Recording, no_collection
 from pipeserve.profiling.recording.writer import KINDS, SCHEMA, files_of
 
-_new_span = partial(tuple.__new__, Span)
 _NULL_IS = {"input_s": -inf, "cpu_s": nan, "between_cpu_s": nan}
 
 
@@ -125,7 +123,7 @@ def _take_file(recording: Recording, file: _File) -> None:
         kind = _StoredSpan if b"null" in file.body else Span
         decoder = _decoder_of(kind, file.fields.get("span", []))
         spans, num_bad = _decode_lines(file.body, decoder)
-        recording.spans[stage] = spans if kind is Span else list(map(_span, spans))
+        recording.spans[stage] = spans if kind is Span else [_without_null(Span, s) for s in spans]
     else:
         recording.notes.append(f"{file.name} is of no stage of this run, and left out")
         return
@@ -140,10 +138,12 @@ def _take_driver(recording: Recording, file: _File) -> int:
         "ended": recording.ended,
         "planned": recording.planned,
         "completed": recording.completed,
+        "headed": recording.headed,
         "ping": recording.pings,
         "fault": recording.faults,
     }
-    decoders = {name: _decoder_of(kind, file.fields.get(name, [])) for name, kind in KINDS.items()}
+    kinds = {**KINDS, "headed": _StoredHeaded}
+    decoders = {name: _decoder_of(kind, file.fields.get(name, [])) for name, kind in kinds.items()}
     lines, num_bad = _decode_lines(file.body, msgspec.json.Decoder(tuple[str, msgspec.Raw]))
     for name, raw in lines:
         if name not in KINDS:
@@ -153,7 +153,9 @@ def _take_driver(recording: Recording, file: _File) -> int:
             takers[name].append(decoders[name].decode(raw))
         except (msgspec.DecodeError, UnicodeDecodeError):
             num_bad += 1
-    return num_bad
+    heads = [_without_null(Headed, head) for head in recording.headed]
+    recording.headed = [head for head in heads if head.stage == 0]
+    return num_bad + len(heads) - len(recording.headed)
 
 
 def _decode_lines(body: bytes, decoder: "_Decoder") -> tuple[list[Any], int]:
@@ -201,21 +203,24 @@ def _decoder_of(kind: type, fields: list[str]) -> _Decoder:
     return _ByName(kind, list(fields))
 
 
-_StoredSpan = NamedTuple(
-    "_StoredSpan",
-    [
-        (name, hint | None if name in _NULL_IS else hint)
-        for name, hint in Span.__annotations__.items()
-    ],
-)
-_StoredSpan._field_defaults.update(Span._field_defaults)
+def _nullable(kind: Any) -> Any:
+    """The same record, as JSON has it."""
+    hints = kind.__annotations__.items()
+    fields = [(name, hint | None if name in _NULL_IS else hint) for name, hint in hints]
+    stored = NamedTuple(f"_Stored{kind.__name__}", fields)  # type: ignore[misc]
+    stored._field_defaults.update(kind._field_defaults)
+    return stored
 
 
-def _span(stored: tuple) -> Span:
+_StoredSpan, _StoredHeaded = _nullable(Span), _nullable(Headed)
+
+
+def _without_null(kind: type, stored: tuple) -> Any:
+    """The record itself."""
     if None in stored:
-        pairs = zip(Span._fields, stored, strict=True)
-        stored = [_NULL_IS[name] if value is None else value for name, value in pairs]
-    return _new_span(stored)
+        pairs = zip(kind._fields, stored, strict=True)
+        stored = tuple([_NULL_IS[name] if value is None else value for name, value in pairs])
+    return tuple.__new__(kind, stored)
 
 
 def _note_missing(recording: Recording, names: set[str]) -> None:

@@ -11,7 +11,17 @@ from typing import Any
 
 import msgspec
 
-from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Record, Span
+from pipeserve.core.records import (
+    Arrived,
+    Completed,
+    Ended,
+    Fault,
+    Headed,
+    Ping,
+    Planned,
+    Record,
+    Span,
+)
 from pipeserve.profiling.recording.packed import pack, unpack
 
 _PAGE_BYTES = 1 << 16
@@ -29,6 +39,8 @@ class Recording:
     completed: list[Completed] = field(default_factory=list)
     spans: list[list[Span]] = field(default_factory=list)
     """Of each stage."""
+    headed: list[Headed] = field(default_factory=list)
+    """In the order in which the first stage applied them, between two of its spans."""
     pings: list[Ping] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -47,6 +59,7 @@ def recording_of(records: Iterable[Record], num_stages: int, meta: dict[str, Any
         Ended: recording.ended.append,
         Planned: recording.planned.append,
         Completed: recording.completed.append,
+        Headed: recording.headed.append,
         Ping: recording.pings.append,
         Fault: recording.faults.append,
     }
@@ -79,7 +92,7 @@ class _Page(msgspec.Struct, gc=False):
     """Bytes once the page is full."""
     num_records: int = 0
     latest_s: float = -inf
-    """The latest end of a span."""
+    """The latest end of a span, or of a head."""
 
     def __iter__(self) -> Iterator[Record]:
         return unpack(bytes(self.data))  # a copy: the page may grow meanwhile
@@ -112,7 +125,7 @@ class Ring:
         self._pages: deque[_Page] = deque()
         self._full_bytes = 0
         self.whole_from_s = -inf
-        """The end of the latest span that was dropped: what came later is all there."""
+        """The end of the latest span or head that was dropped: what came later is all there."""
         self._begin_page()
 
     def _begin_page(self) -> None:
@@ -124,7 +137,7 @@ class Ring:
         page = self._page
         pack(record, page.data)
         page.num_records += 1
-        if type(record) is Span and record.end_s > page.latest_s:
+        if type(record) in (Span, Headed) and record.end_s > page.latest_s:
             page.latest_s = record.end_s
         if len(page.data) >= self._page_bytes:
             self._turn_page()

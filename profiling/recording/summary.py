@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipeserve.core.records import Span
+from pipeserve.core.records import Headed, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,38 +88,38 @@ def percentiles(values: Sequence[float]) -> Percentiles:
 
 
 def busy_shares(
-    spans: Sequence[Span], num_stages: int, start_s: float, stop_s: float
+    computed: Sequence[Span | Headed], num_stages: int, start_s: float, stop_s: float
 ) -> list[float]:
     """For each stage, the share of the time `[start_s, stop_s)` in which it computed: 0 to 1.
 
-    Overlapping spans count once, and what lies outside the window not at all.
+    Overlapping ones count once, and what lies outside the window not at all.
     """
     return [
-        _union_s([span for span in spans if span.stage == stage], start_s, stop_s)
+        _union_s([did for did in computed if did.stage == stage], start_s, stop_s)
         / (stop_s - start_s)
         for stage in range(num_stages)
     ]
 
 
 def cpu_shares(
-    spans: Iterable[Span], num_stages: int, start_s: float, stop_s: float
+    computed: Iterable[Span | Headed], num_stages: int, start_s: float, stop_s: float
 ) -> list[float]:
     """As `busy_shares`, of the thread CPU time; well below it where others took the stage's core.
 
-    A span that the window cuts counts by the share of it that lies inside.
+    What the window cuts counts by the share of it that lies inside.
     """
     totals = [0.0] * num_stages
-    for span in spans:
-        inside = min(span.end_s, stop_s) - max(span.start_s, start_s)
+    for did in computed:
+        inside = min(did.end_s, stop_s) - max(did.start_s, start_s)
         if inside > 0:
-            totals[span.stage] += span.cpu_s * inside / (span.end_s - span.start_s)
+            totals[did.stage] += did.cpu_s * inside / (did.end_s - did.start_s)
     return [total / (stop_s - start_s) for total in totals]
 
 
-def _union_s(spans: list[Span], start_s: float, stop_s: float) -> float:
+def _union_s(computed: list[Span | Headed], start_s: float, stop_s: float) -> float:
     total, covered_to = 0.0, start_s
-    for span in sorted(spans, key=lambda span: span.start_s):
-        first, last = max(span.start_s, covered_to), min(span.end_s, stop_s)
+    for did in sorted(computed, key=lambda did: did.start_s):
+        first, last = max(did.start_s, covered_to), min(did.end_s, stop_s)
         if last > first:
             total += last - first
             covered_to = last

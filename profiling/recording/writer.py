@@ -23,12 +23,23 @@ from typing import Any, BinaryIO
 import msgspec
 
 from pipeserve.core.nouns import Chunk
-from pipeserve.core.records import Arrived, Completed, Ended, Fault, Ping, Planned, Record, Span
+from pipeserve.core.records import (
+    Arrived,
+    Completed,
+    Ended,
+    Fault,
+    Headed,
+    Ping,
+    Planned,
+    Record,
+    Span,
+)
 from pipeserve.errors import ConfigError
 
-SCHEMA = 2
+SCHEMA = 3
 KINDS: Mapping[str, type] = {
-    kind.__name__.lower(): kind for kind in (Arrived, Ended, Planned, Completed, Ping, Fault)
+    kind.__name__.lower(): kind
+    for kind in (Arrived, Ended, Planned, Completed, Headed, Ping, Fault)
 }
 """Name -> record, of those in driver.jsonl."""
 _NAMES = {kind: name for name, kind in KINDS.items()}

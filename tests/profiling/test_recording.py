@@ -15,6 +15,7 @@ from pipeserve.core.records import (
     Completed,
     Ended,
     Fault,
+    Headed,
     Ping,
     Planned,
     Record,
@@ -54,6 +55,8 @@ def records():
     for index in range(NUM):
         yield planned(index)
         yield from (span(0, index), span(1, index))
+        if index % 2:
+            yield Headed(0, index, *[index + at for at in (0.6, 0.7, 0.8, 0.8)], nan, 1e-9)
         yield Completed(index, 0.1, 0.2, 0.3 + index, (0, 3))
     yield Ping(1, 0.5, 99.5, 0.75)
     yield Ended(7, 20.5, "length", 5)
@@ -76,7 +79,7 @@ def same(ours, theirs):
 def lists_of(recording):
     return [
         recording.arrived, recording.ended, recording.planned, recording.completed,
-        recording.pings, recording.faults, *recording.spans,
+        recording.headed, recording.pings, recording.faults, *recording.spans,
     ]  # fmt: skip
 
 
@@ -93,7 +96,7 @@ def test_every_record_comes_back_as_it_was(tmp_path):
     assert type(recording.planned[0].chunks[0]) is Chunk
     assert recording.notes == []
     meta = recording.meta
-    assert meta.pop("schema") == 2 and len(meta.pop("run")) == 16
+    assert meta.pop("schema") == 3 and len(meta.pop("run")) == 16
     assert meta == META
 
 
@@ -236,7 +239,7 @@ def test_a_damaged_line_in_the_middle(tmp_path, damage):
         "stage-0.jsonl: 1 damaged lines are left out",
     ]
     assert len(recording.spans[0]) == NUM - 1
-    assert sum(map(len, lists_of(recording)[:6])) == len(list(records())) - 2 * NUM - 1
+    assert sum(map(len, lists_of(recording)[:7])) == len(list(records())) - 2 * NUM - 1
 
 
 def test_files_of_two_runs(tmp_path):
@@ -293,7 +296,7 @@ def test_a_newer_schema_is_read_by_the_names_of_its_fields(tmp_path):
     folder = written(tmp_path)
     for name, kind in (("driver.jsonl", "completed"), ("stage-0.jsonl", "span")):
         head, *lines = map(json.loads, (folder / name).read_text().splitlines())
-        head["schema"] = 3
+        head["schema"] = 4
         head["fields"][kind] = [*reversed(head["fields"][kind]), "new"]
         for line in lines:
             fields = line[1] if line[0] == kind else line

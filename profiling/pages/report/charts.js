@@ -86,7 +86,7 @@ function drawMicrobatchTimes(report, theme) {
   pen.textBaseline = "middle";
   stages.forEach((row, stage) => {
     const counts = Array.from({ length: bins }, () => [0, 0, 0, 0]);
-    for (let i = 0; i < row.count; i++) counts[Math.min(bins - 1, Math.floor(at(row.ends[i] - row.starts[i]) * bins))][row.kind[i]] += 1;
+    for (let i = 0; i < row.count; i++) if (!row.isHead[i]) counts[Math.min(bins - 1, Math.floor(at(row.ends[i] - row.starts[i]) * bins))][row.kind[i]] += 1;
     const most = Math.max(...counts.map(sum), 1), base = 6 + (stage + 1) * each - 4;
     counts.forEach((kinds, b) => {
       let y = base;

@@ -47,6 +47,7 @@ class Row {
     const gaps = column(`${name}.gap`), lengths = column(`${name}.length`);
     this.count = lengths.length;
     this.place = column(`${name}.place`);
+    this.isHead = this.isDriver ? new Uint8Array(this.count) : column(`${name}.head`);
     this.starts = new Float64Array(this.count + 1); // the last one: the end of the run
     this.ends = new Float64Array(this.count);
     this.kind = new Uint8Array(this.count);
@@ -129,13 +130,14 @@ class Row {
     return after.map((value, c) => value - before[c]);
   }
 
-  // The block of a microbatch, or -1; on the driver's row its plan (kind 0) or completion (kind 1).
+  // The block of a microbatch, or -1; on the driver's row its plan (kind 0) or completion (kind 1),
+  // on a stage's its layers (0) or its head, where that is a block by itself (1).
   find(place, kind = 0) {
     if (this.blockOf === undefined) {
       let most = 0;
       for (let i = 0; i < this.count; i++) most = Math.max(most, this.place[i]);
       this.blockOf = new Int32Array(2 * (most + 1)).fill(-1);
-      for (let i = 0; i < this.count; i++) this.blockOf[2 * this.place[i] + (this.isDriver ? this.kind[i] : 0)] = i;
+      for (let i = 0; i < this.count; i++) this.blockOf[2 * this.place[i] + (this.isDriver ? this.kind[i] : this.isHead[i])] = i;
     }
     return this.blockOf[2 * place + kind] ?? -1;
   }

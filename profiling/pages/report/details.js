@@ -72,7 +72,7 @@ class Tip {
   ofGap({ line, gap, stage }) {
     const { row } = line;
     const length = row.starts[gap] - row.gapStart(gap);
-    const next = gap < row.count ? `before microbatch ${this.report.microbatches.index[row.place[gap]]}` : "after its last microbatch";
+    const next = gap < row.count ? `before ${row.isHead[gap] ? "the head of " : ""}microbatch ${this.report.microbatches.index[row.place[gap]]}` : "after its last microbatch";
     return element("div", {}, heading(`Stage ${stage} idle for ${this.seconds(length)}`, next), ...this.causesOf(row, gap));
   }
 
@@ -90,11 +90,18 @@ class Tip {
     const { microbatches } = this.report;
     const { row } = line;
     const kind = microbatches.kind[place];
+    if (row.isHead[block]) return [this.ofHead(row, block, microbatches.index[place], stage)];
     const known = element("div", {}, heading(`Microbatch ${microbatches.index[place]} on stage ${stage}`, `${KIND_NAMES[kind]}, ${grouped(microbatches.tokens[place])} tokens`));
     return [known, async () => {
       const details = await this.report.details.of(place);
       return element("div", {}, factList(this.measured(details, stage, row, block)), chunkList(details.chunks));
     }];
+  }
+
+  ofHead(row, block, index, stage) {
+    const gap = row.starts[block] - row.gapStart(block);
+    const facts = [["took", this.seconds(row.ends[block] - row.starts[block])], ["idle before", gap ? this.seconds(gap) : "nothing"]];
+    return element("div", {}, heading(`Head of microbatch ${index} on stage ${stage}`, "with the sampling; its layers were done on all stages"), factList(facts));
   }
 
   measured({ plan, spans, chunks }, stage, row, block) {

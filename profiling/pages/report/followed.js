@@ -15,6 +15,7 @@ function drawFollowed(timeline, place, strong) {
   }
   const stops = [{ line: rows[0], i: report.driver.find(place, 0) }];
   for (const line of rows.slice(1)) stops.push({ line, i: line.row.find(place) });
+  if (rows.length > 1) stops.push({ line: rows[1], i: rows[1].row.find(place, 1) });
   stops.push({ line: rows[0], i: report.driver.find(place, 1) });
   const there = stops.filter(({ i }) => i >= 0);
   pen.lineJoin = "round";

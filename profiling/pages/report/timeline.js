@@ -159,18 +159,29 @@ class Timeline {
     const colour = (line.stage < 0 ? theme.driver : theme.stage)[row.kind[i]];
     pen.fillStyle = colour;
     pen.fillRect(left, top, width, height);
+    if (row.isHead[i]) this.drawHeadMark(left, top, width, height);
     const from = Math.max(left, axis.left), room = Math.min(left + width, axis.left + axis.width) - from;
     if (room < 40) return;
-    const place = row.place[i], name = `${line.stage < 0 ? `${DRIVER_NAMES[row.kind[i]]} ` : ""}${this.report.microbatches.index[place]}`;
+    const place = row.place[i], name = `${line.stage < 0 ? `${DRIVER_NAMES[row.kind[i]]} ` : row.isHead[i] ? "head " : ""}${this.report.microbatches.index[place]}`;
     if (pen.measureText(name).width + 10 > room) return;
     pen.fillStyle = inkOn(colour);
-    const two = line.stage >= 0 && height >= 30 && room > 84;
+    const two = line.stage >= 0 && !row.isHead[i] && height >= 30 && room > 84;
     pen.fillText(name, from + 6, top + height / 2 - (two ? 7 : 0));
     if (two) {
       pen.globalAlpha = 0.75;
       pen.fillText(`${grouped(this.report.microbatches.tokens[place])} tokens`, from + 6, top + height / 2 + 8);
       pen.globalAlpha = 1;
     }
+  }
+
+  // A head by itself has its microbatch's colour, and a paler band at either edge.
+  drawHeadMark(left, top, width, height) {
+    const { pen, theme } = this, band = Math.max(Math.round(height / 8), 2);
+    pen.fillStyle = theme.paper;
+    pen.globalAlpha = 0.55;
+    pen.fillRect(left, top, width, band);
+    pen.fillRect(left, top + height - band, width, band);
+    pen.globalAlpha = 1;
   }
 
   drawGap(line, i) {

@@ -305,7 +305,8 @@ class Fleet:
         if not is_ours or self._start is None:
             source.turn_away(f"the stage of rank {hello.rank} is not missing")
             return
-        self._members.stage_came(hello.rank, source, self._jobs[hello.rank].samples)
+        samples = not self._jobs or self._jobs[hello.rank].samples
+        self._members.stage_came(hello.rank, source, samples)
         if epoch != self.epoch:  # another one was lost meanwhile
             renew = control.Renew(self._jobs[hello.rank].work)
             source.send(control.encode(renew, self.epoch))

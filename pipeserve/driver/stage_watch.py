@@ -1,7 +1,8 @@
 """Which stage owes what, and for how long: so one that hangs is found, though nothing ends.
 
 A stage owes the microbatch that is next there, from when all that it needs was there as far as the
-driver has heard. How long it may take is learnt: about as long as such ones took on that stage
+driver has heard; the first one also the heads of those that have left the last one, where it has
+them. How long it may take is learnt: about as long as such ones took on that stage
 before, by the driver's own clock, and a margin. What its keeper says of its process (`at_work.py`)
 tells a slow one from a dead one: time in which it stood in line for a core does not count, and one
 that computes, or moves bytes, gets a wider margin than one that sleeps or is stopped. A stage that
@@ -9,6 +10,7 @@ owes nothing is asked for a sign of life.
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,6 +72,11 @@ class StageWatch:
         self._at_work = [AtWork() for _ in range(num_stages)]
         self._silence = Silence(heartbeat_s)
         """Of stages, since they were asked for a sign of life."""
+        self._at_first: set[int] = set()
+        """Microbatches whose heads the first stage is to apply."""
+        self._heads: deque[_Due] = deque()
+        """Those of them that it owes."""
+        self._head_times = _Times()
         self._completed = -1
         self._completed_s = 0.0
         self._looked_s = 0.0
@@ -80,6 +87,8 @@ class StageWatch:
         """Stages with nothing to do."""
         for due in self._due:
             due.clear()
+        self._at_first.clear()
+        self._heads.clear()
         self._silence.clear()
 
     # ---- what is heard --------------------------------------------------------------------------
@@ -91,9 +100,15 @@ class StageWatch:
             if chunk.token_from is not None and chunk.token_from > source:
                 source = chunk.token_from
         self._due[0].append(_Due(microbatch.index, work, now, source))
+        if microbatch.head_at_first:
+            self._at_first.add(microbatch.index)
 
     def completed(self, index: int, at_s: float) -> None:
         self._completed, self._completed_s = index, at_s
+        self._at_first.discard(index)
+        if self._heads and self._heads[0].index == index:
+            done = self._heads.popleft()
+            self._head_times.take(done.work, at_s - done.since_s)
 
     def computed(self, span: Span, at_s: float) -> None:
         """It may be heard before what the stage ahead of it says of the same microbatch."""
@@ -101,6 +116,8 @@ class StageWatch:
         self.done[stage] = index
         self._at_work[stage].computed(span)
         self._silence.broken(stage)
+        if stage == 0 and self._heads:
+            self._heads[0].since_s = at_s
         due = self._due[stage]
         if not due or due[0].index != index:
             return
@@ -117,6 +134,8 @@ class StageWatch:
             stage += 1
         if stage < len(self._due):
             self._due[stage].append(due)
+        elif due.index in self._at_first:  # else its result is here already
+            self._heads.append(due)
 
     def answered(self, stage: int) -> None:
         """It is alive."""
@@ -157,10 +176,9 @@ class StageWatch:
         for stage, silent_s in self._silence.too_long(now):
             if not self._due[stage]:
                 return Overdue(stage, None, silent_s, 0.0)
-        for stage, times in enumerate(self._times):
-            due = self._due[stage][0] if self._due[stage] else None
-            since_s = None if due is None else self._ready_s(due)
-            if due is None or since_s is None:
+        for stage, due, times in self._owed():
+            since_s = self._ready_s(due)
+            if since_s is None:
                 continue
             at_work = self._at_work[stage]
             usual_s = times.usual_s(due.work)
@@ -171,6 +189,15 @@ class StageWatch:
                 return Overdue(stage, due.index, now - since_s, usual_s)
         return None
 
+    def _owed(self) -> "Iterator[tuple[int, _Due, _Times]]":
+        """What is next on each stage, and what it is judged by. A head waits for the microbatch that
+        the first stage is at."""
+        for stage, (dues, times) in enumerate(zip(self._due, self._times, strict=True)):
+            if dues:
+                yield stage, dues[0], times
+        if self._heads and self.at(0) is None:
+            yield 0, self._heads[0], self._head_times
+
     def _ready_s(self, due: _Due) -> float | None:
         """When its stage had all of it; None: its tokens are on their way."""
         if due.token_from > self._completed:
@@ -180,9 +207,9 @@ class StageWatch:
         return due.since_s
 
     def _shift(self, gap_s: float) -> None:
-        for due in self._due:
-            if due:
-                due[0].since_s += gap_s
+        for dues in (*self._due, self._heads):
+            if dues:
+                dues[0].since_s += gap_s
         self._completed_s += gap_s
 
 

@@ -18,7 +18,7 @@ def test_one_rank_a_stage_is_the_stage():
         assert topology.speaks(number)
         assert topology.name(number) == f"stage {number}"
     assert [topology.next_of(rank) for rank in range(3)] == [1, 2, None]
-    assert [topology.first_of(rank) for rank in range(3)] == [None, None, 0]
+    assert [topology.other_end_of(rank) for rank in range(3)] == [2, None, 0]
     assert str(topology) == "3 stages"
 
 
@@ -29,7 +29,7 @@ def test_shards_send_to_their_own_shard_of_the_next_stage():
     assert [topology.shard_of(rank) for rank in range(6)] == [0, 1, 1, 0, 0, 1]
     assert topology.peers_of(2) == topology.peers_of(4) == (4, 2)
     assert [topology.next_of(rank) for rank in range(6)] == [4, 2, 5, None, 3, None]
-    assert [topology.first_of(rank) for rank in range(6)] == [None, None, None, 0, None, 1]
+    assert [topology.other_end_of(rank) for rank in range(6)] == [3, 5, None, 0, None, 1]
 
 
 def test_one_rank_speaks_for_a_stage():
@@ -42,7 +42,7 @@ def test_one_rank_speaks_for_a_stage():
 
 def test_a_stage_alone_sends_to_nobody():
     topology = Topology(((0, 1),))
-    assert topology.next_of(1) is topology.first_of(1) is None
+    assert topology.next_of(1) is topology.other_end_of(1) is None
 
 
 def test_it_is_as_the_plan_has_it():

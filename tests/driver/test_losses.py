@@ -17,7 +17,7 @@ from pipeserve.driver.fleet import Fleet
 from pipeserve.errors import StageError
 from pipeserve.machine import MemoryLimit
 from pipeserve.sampling_params import SamplingParams
-from pipeserve.wire.step_messages import Sampled
+from pipeserve.wire.step_messages import Sampled, Timing
 
 from checkpoints import random_prompts, tiny_llama  # isort: skip
 from local_fleet import Dies, LocalFleet  # isort: skip
@@ -40,7 +40,7 @@ class MortalFleet(LocalFleet):
 
     def receive(self, timeout_s, for_result=False):
         late, self._late = getattr(self, "_late", []), []
-        self.num_late += sum(isinstance(each.message, Sampled) for each in late)
+        self.num_late += sum(isinstance(each.message, Sampled | Timing) for each in late)
         came = super().receive(0.0 if late else timeout_s)
         if self.draw is None or not (self.num_left and came) or self.draw.random() > 0.5:
             return late + came
@@ -157,7 +157,7 @@ def test_every_request_gets_its_tokens_whenever_stages_are_lost(
     monkeypatch.setattr(recovery, "MOST_KILLS", 99)  # nobody is to blame here
     told = []
     with start(folder, MortalFleet, told) as driver:
-        driver.fleet.draw, driver.fleet.num_left = random.Random(seed), 12
+        driver.fleet.draw, driver.fleet.num_left = random.Random(seed), 24
         add_all(driver, folder)
         assert take_all(driver) == expected
         num_epochs, num_late = driver.fleet.epoch, driver.fleet.num_late

@@ -43,6 +43,9 @@ class Cost:
     def observe(self, index, stage, seconds):
         self.observed.append((stage, index, seconds))
 
+    def observe_head(self, index, seconds):
+        self.observed.append(("head", index, seconds))
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -84,11 +84,12 @@ def alone(llm, prompts, params):
 def lose_what_is_outstanding(driver):
     """As after a fault, but that the stages live: their answers are thrown away, and the engine is
     told that all KV is gone."""
-    outstanding = list(driver.engine.outstanding)
+    outstanding = set(driver.engine.outstanding) - set(driver._early)
     while outstanding:
         for received in driver.fleet.receive(1.0):
             if isinstance(message := received.message, Sampled):
-                assert message.index == outstanding.pop(0)
+                outstanding.remove(message.index)
+    driver._early.clear()
     driver.engine.lost(time.monotonic())
     driver._may_plan = True
 

@@ -144,7 +144,7 @@ class Stage:
         self.say(control.Connect("", first.address))
         while not any(isinstance(message, control.Connected) for message in self.told):
             self.rounds(1)
-        self._listen_in(self.loop.neighbours.first_stage)
+        self._listen_in(self.loop.neighbours.other_end)
         self.log.clear()
 
     def say(self, message, epoch=EPOCH):

@@ -101,7 +101,7 @@ def end_parts(
 
 def head_shares(num_stages: int, is_shared: bool) -> list[float]:
     """What share of the heads each stage has."""
-    shares = [0.0] * (num_stages - 1) + [1.0]
+    shares = [float(stage == num_stages - 1) for stage in range(num_stages)]
     if is_shared and num_stages > 1:
         shares[0] = shares[-1] = 0.5
     return shares

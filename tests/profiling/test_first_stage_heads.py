@@ -10,10 +10,8 @@ from made_up_profile import SHAPE, TRUE
 
 from pipeserve.configs import RunConfig
 from pipeserve.configs.device_profiles import save_profile
-from pipeserve.core import engine as engine_module
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
-from pipeserve.core.head_share import HeadShare
 from pipeserve.core.policies import get_policy
 from pipeserve.core.records import Completed, Headed, Span
 from pipeserve.launch.run.simulated import simulated_run
@@ -70,17 +68,6 @@ def head_of(flight):
     return flight.head and (flight.head.input_s, flight.head.start_s, flight.head.end_s)
 
 
-@pytest.fixture
-def turns(monkeypatch):
-    """The two ends take turns, the first one first."""
-
-    class Turns(HeadShare):
-        def at_first(self, index):
-            return index % 2 == 0
-
-    monkeypatch.setattr(engine_module, "HeadShare", Turns)
-
-
 def test_a_lone_head_goes_back():
     """The rows take as long as tokens would; the next token is at the first stage at once."""
     times = Times(3, head=0.5, control=0.125, feedback=0.25)
@@ -92,7 +79,7 @@ def test_a_lone_head_goes_back():
     assert simulation.served[0].token_times_s[0] == 14.0
 
 
-def test_it_goes_before_what_could_begin_no_earlier_and_behind_what_could(turns):
+def test_it_goes_before_what_could_begin_no_earlier_and_behind_what_could():
     """Of two requests on two stages the first one's rows are back at 2, when the second one's
     prompt has left the first stage; the second one's head is at the last stage, from 3 on. The
     third request comes while the first one's head is applied."""
@@ -114,7 +101,7 @@ def test_a_microbatch_that_comes_before_the_rows_puts_the_head_off():
     assert simulation.served[0].token_times_s[0] == 3.5
 
 
-def test_a_result_that_is_early_waits_for_the_one_before(turns):
+def test_a_result_that_is_early_waits_for_the_one_before():
     """The second one's head, at the last stage, is done long before the first one's."""
     times = Times(2, head=1.0, feedback=5.0)
     simulation, records = run(times, [Arrival(0.0, 64, 1)] * 2)

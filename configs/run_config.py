@@ -80,7 +80,7 @@ class RunConfig:
         "auto",
         "Which stages have the vocabulary head: the last, or both ends of the pipeline, which then "
         "take turns with it, so that neither waits for the other; auto is both on CPUs, where a "
-        "stage has one rank.",
+        "stage has one rank, and last in a simulation.",
         choices=("auto", "last", "both"),
     )
     max_model_len: int | None = _option(

@@ -97,6 +97,7 @@ def simulated_run(config: RunConfig, shape: ModelShape | None = None) -> Simulat
         enable_prefix_caching=False,  # lengths have no content that could be shared
         parts=_stage_parts(config, shape, profile, max_model_len),
         ranks_per_stage=size,
+        shares_head=_shares_head(config),
     )
     limits = limits_with(_num_blocks(config, shape, profile, plan))
     times = ProfiledTimes(profile, shape, plan, size, config.seed, config.stage_slowdown)
@@ -112,11 +113,17 @@ def _stage_parts(
     num_stages, size = config.pipeline_parallel_size, config.tensor_parallel_size
     work = usual_of(config, max_model_len)
     if config.pipeline_layers != AUTO:
-        return parts_by_profile(profile, shape, num_stages, work, size)
+        return parts_by_profile(profile, shape, num_stages, work, size, _shares_head(config))
     even = split_layers(shape.num_layers, num_stages)
     times = ProfiledTimes(profile, shape, even, size, config.seed, config.stage_slowdown)
     found = [times.parts(work, stage) for stage in range(num_stages)]
-    return parts_of_times([each._replace(layers=each.layers * shape.num_layers) for each in found])
+    whole = [each._replace(layers=each.layers * shape.num_layers) for each in found]
+    return parts_of_times(whole, _shares_head(config))
+
+
+def _shares_head(config: RunConfig) -> bool:
+    """Only where it is asked for: what the devices are is not known."""
+    return config.head_stages == "both" and config.pipeline_parallel_size > 1
 
 
 def check_made_for(profile: DeviceProfile, shape: ModelShape, config: RunConfig) -> None:

@@ -255,7 +255,7 @@ class Engine:
         if self._cost is not None:
             self._cost.observe_head(index, seconds)
         if self._head_share is not None:
-            self._head_share.headed(index, seconds)
+            self._head_share.headed(seconds)
 
     def lost(self, now: float) -> None:
         """A fault: all outstanding is void, and the stages forgot every request and all KV.

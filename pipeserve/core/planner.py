@@ -169,7 +169,7 @@ class Planner:
         if self._head_share is None or any(chunk.num_scored for chunk in chunks):
             return False
         samples = any(chunk.num_logits for chunk in chunks)
-        return samples and self._head_share.at_first(self._next_index)
+        return samples and self._head_share.at_first()
 
     def _admit(self, request_id: RequestId, draft: Draft, now: float) -> Admission:
         view = self._queues.waiting.get(request_id)

@@ -250,4 +250,7 @@ def busy_in(pipeline: SimulatedPipeline, start_s: float, stop_s: float) -> tuple
     starts = np.array([flight.starts_s for flight in pipeline.flights]).reshape(shape)
     ends = np.array([flight.ends_s for flight in pipeline.flights]).reshape(shape)
     inside = np.minimum(ends, stop_s) - np.maximum(starts, start_s)
-    return tuple(float(s) for s in np.maximum(inside, 0).sum(axis=0) / (stop_s - start_s))
+    busy = np.maximum(inside, 0).sum(axis=0)
+    for head in (flight.head for flight in pipeline.flights if flight.head is not None):
+        busy[0] += max(0.0, min(head.end_s, stop_s) - max(head.start_s, start_s))
+    return tuple(float(s) for s in busy / (stop_s - start_s))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeserve.core.cost.kernels import Points, interpolate
+from pipeserve.core.cost.partition import head_shares
 from pipeserve.core.nouns import Microbatch, PipelinePlan
 from pipeserve.core.work import PartSeconds, Work, work_of
 from pipeserve.profiling.simulation.stage_times import StageTimes
@@ -48,20 +49,33 @@ class MeasuredTimes(StageTimes):
             ]
             tokens = [work.num_tokens for work in works]
             rows = [work.num_logits for work in works]
-            heads = [stage.has_head * one.head for one in found]
             self._layers.append(tuple(zip(tokens, seconds, strict=True)))
-            self._heads.append(tuple(zip(rows, heads, strict=True)))
+            self._heads.append(tuple(zip(rows, [one.head for one in found], strict=True)))
+        self._head_shares = head_shares(len(plan.stages), plan.shares_head)
 
     def compute_s(self, microbatch: Microbatch) -> list[float]:
-        return self.seconds(work_of(microbatch))
+        seconds = self._layers_s(work_of(microbatch))
+        if not microbatch.head_at_first:
+            seconds[-1] += self.head_s(microbatch)
+        return seconds
+
+    def head_s(self, microbatch: Microbatch) -> float:
+        return self._head_s(work_of(microbatch), 0 if microbatch.head_at_first else -1)
 
     def seconds(self, work: Work) -> list[float]:
-        """Of each stage."""
-        layers = [interpolate(points, work.num_tokens) for points in self._layers]
+        """Of each stage; where two take turns with the head, half of it of either."""
         return [
-            seconds + (interpolate(points, work.num_logits) if work.num_logits else 0.0)
-            for seconds, points in zip(layers, self._heads, strict=True)
+            seconds + (share * self._head_s(work, stage) if share else 0.0)
+            for stage, (seconds, share) in enumerate(
+                zip(self._layers_s(work), self._head_shares, strict=True)
+            )
         ]
+
+    def _layers_s(self, work: Work) -> list[float]:
+        return [interpolate(points, work.num_tokens) for points in self._layers]
+
+    def _head_s(self, work: Work, stage: int) -> float:
+        return interpolate(self._heads[stage], work.num_logits) if work.num_logits else 0.0
 
     def hop_s(self, microbatch: Microbatch) -> list[float]:
         num_bytes = microbatch.num_tokens * self._bytes_per_token

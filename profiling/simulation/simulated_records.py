@@ -6,18 +6,39 @@ computed is seen at the end of that microbatch, and so it is told here.
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
 from math import inf, nan
 from typing import NamedTuple
 
 from pipeserve.core.engine import Engine
 from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request
-from pipeserve.core.records import Completed, Recorder, Span
+from pipeserve.core.records import Completed, Headed, Recorder, Span
 from pipeserve.profiling.simulation.stage_times import StageTimes
 
 
-class Flight(NamedTuple):
-    """One microbatch's way through the pipeline."""
+class Head(NamedTuple):
+    """Of a microbatch, as the first stage applies it."""
+
+    input_s: float
+    """The rows have come back."""
+    seconds: float
+    start_s: float
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.seconds
+
+    def begun(self, free_s: float) -> "Head":
+        """When the stage is free and the rows are there."""
+        return self._replace(start_s=max(self.input_s, free_s))
+
+
+@dataclass(slots=True)
+class Flight:
+    """One microbatch's way through the pipeline. It is known when it is planned; but where the
+    first stage has the head, its end may be put off (`first_stage_heads.py`)."""
 
     index: int
     num_tokens: int
@@ -33,6 +54,8 @@ class Flight(NamedTuple):
     """When the driver has its tokens."""
     counts: bytes
     """How many of them each chunk sampled."""
+    head: Head | None = None
+    """Where the first stage applies it; else it is in the last one's time."""
 
 
 class Silent:
@@ -50,6 +73,9 @@ class Silent:
     def flew(self, microbatch: Microbatch, flight: Flight) -> None:
         """The way that it takes is known."""
 
+    def headed(self, flight: Flight) -> None:
+        """And so is when the first stage applies its head."""
+
     def completed(self, flight: Flight, outputs: Iterable[Output], now: float) -> None:
         """The driver took up what the last stage sampled."""
 
@@ -65,6 +91,7 @@ class Teller:
         self._times = times
         num_stages = len(engine.pipeline.stages)
         self._spans: deque[list[Span]] = deque()  # of the outstanding microbatches
+        self._headed: dict[int, Headed] = {}  # likewise
         self._busy = [deque([(-inf, -inf)]) for _ in range(num_stages)]  # start, end
         self._idle_since_s = 0.0  # the driver's last deed
 
@@ -83,7 +110,9 @@ class Teller:
         self._idle_since_s = sent_s
 
     def flew(self, microbatch: Microbatch, flight: Flight) -> None:
-        head_s = flight.ends_s[-1] - self._times.head_s(microbatch)
+        head_s = flight.ends_s[-1]
+        if flight.head is None:
+            head_s -= self._times.head_s(microbatch)
         all_reduce_s = self._times.all_reduce_s(microbatch)
         ways = zip(flight.inputs_s, flight.starts_s, flight.ends_s, strict=True)
         spans = []
@@ -99,21 +128,31 @@ class Teller:
             busy.append((start_s, end_s))
         self._spans.append(spans)
 
+    def headed(self, flight: Flight) -> None:
+        head, busy = flight.head, self._busy[0]
+        assert head is not None
+        input_s = _seen(busy, head.input_s)
+        times = (input_s, head.start_s, head.end_s, head.end_s, nan, nan)
+        self._headed[flight.index] = Headed(0, flight.index, *times)
+        busy.append((head.start_s, head.end_s))
+
     def completed(self, flight: Flight, outputs: Iterable[Output], now: float) -> None:
         for span in self._spans.popleft():
             self._journal.computed(span)
             busy = self._busy[span.stage]
             while busy[0][0] < span.start_s:
                 busy.popleft()
+        if flight.head is not None:
+            self._journal.computed(self._headed.pop(flight.index))
         completed = Completed(flight.index, self._idle_since_s, now, now, tuple(flight.counts))
         self._journal.completed(completed, outputs)
 
     def lost(self, stage: int, now: float) -> None:
-        for spans in self._spans:
-            for span in spans:
-                if span.end_s <= now:
-                    self._journal.computed(span)
+        for did in chain(*self._spans, self._headed.values()):
+            if did.end_s <= now:
+                self._journal.computed(did)
         self._spans.clear()
+        self._headed.clear()
         for busy in self._busy:
             busy.clear()
             busy.append((-inf, -inf))

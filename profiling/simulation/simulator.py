@@ -2,8 +2,9 @@
 servers with links between them.
 
 A stage's time of a microbatch is known when it is planned, and stages and links serve in order, so
-a microbatch's whole way through the pipeline follows at once from when each server is free. What is
-left to wait for are arrivals and completions; there is no other event.
+a microbatch's whole way through the pipeline follows at once from when each server is free (but for
+a head that goes back to the first stage: `first_stage_heads.py`). What is left to wait for are
+arrivals and completions; there is no other event.
 
 Times are seconds of virtual time. Pure: no clock, nothing random, nothing is read or written.
 """
@@ -20,6 +21,7 @@ from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, StepResult, Wait, one_each
 from pipeserve.core.records import Recorder, ignore
 from pipeserve.profiling.recording.summary import RequestRecord
+from pipeserve.profiling.simulation.first_stage_heads import FirstStageHeads
 from pipeserve.profiling.simulation.simulated_records import Flight, Silent, Teller
 from pipeserve.profiling.simulation.stage_times import StageTimes
 from pipeserve.sampling_params import SamplingParams
@@ -74,6 +76,7 @@ class SimulatedPipeline:
         self._stage_free = [0.0] * num_stages
         self._link_free = [0.0] * (num_stages - 1)
         self._latency_s = times.latency_s or [0.0] * (num_stages - 1)
+        self._heads = FirstStageHeads(times.control_s, self._tell.headed)
         self._driver_free_s = -inf
         self._wanted_s = inf  # since when the driver has something to do beside completions
         self._outstanding: deque[Flight] = deque()
@@ -128,6 +131,9 @@ class SimulatedPipeline:
     def _complete(self, flight: Flight, now: float) -> list[Output]:
         for stage, (start, end) in enumerate(zip(flight.starts_s, flight.ends_s, strict=True)):
             self.engine.observe(flight.index, stage, start, start, end)
+        if flight.head is not None:
+            self._stage_free[0] = self._heads.before(now, self._stage_free[0])
+            self.engine.observe_head(flight.index, flight.head.start_s, flight.head.end_s)
         result = StepResult(flight.index, (0,) * sum(flight.counts), flight.counts)
         outputs = self.engine.complete(result, now)
         self._tell.completed(flight, outputs, now)
@@ -139,6 +145,7 @@ class SimulatedPipeline:
         hop_s = self._times.hop_s(microbatch)
         inputs, starts, ends = [self._tokens_there(microbatch)], [], []
         there = max(sent_s + self._times.control_s, inputs[0])
+        self._stage_free[0] = self._heads.before(there, self._stage_free[0])
         for stage, seconds in enumerate(compute_s):
             start = max(there, self._stage_free[stage])
             end = self._stage_free[stage] = start + seconds
@@ -160,10 +167,14 @@ class SimulatedPipeline:
             end + self._times.control_s,
             counts,
         )
+        if microbatch.head_at_first:
+            self._heads.add(flight, end + self._feedback_s, self._times.head_s(microbatch))
+        self._heads.come_after(self._stage_free[0])
         self.started += [(a.request_id, starts[0]) for a in microbatch.admitted]
         if self._is_feedback_slow:
             sampling = [c.request_id for c in compress(microbatch.chunks, counts)]
-            self._fed_s |= dict.fromkeys(sampling, end + self._feedback_s)
+            fed_s = -inf if microbatch.head_at_first else end + self._feedback_s
+            self._fed_s |= dict.fromkeys(sampling, fed_s)
         self._outstanding.append(flight)
         self.flights.append(flight)
         self._tell.flew(microbatch, flight)
@@ -171,16 +182,20 @@ class SimulatedPipeline:
     def _tokens_there(self, microbatch: Microbatch) -> float:
         """When stage 0 has those tokens that do not come with the plan; -inf without any that may
         be late."""
-        if self._is_feedback_slow:
-            return self._all_tokens_there(microbatch)
+        there = self._fed(microbatch) if self._is_feedback_slow else -inf
         sources = [c.token_from for c in microbatch.chunks if c.token_from is not None]
-        if not sources:
-            return -inf
-        oldest = self._outstanding[0].index
-        source = self._outstanding[max(sources) - oldest]
-        return source.ends_s[-1] + self._feedback_s
+        if sources:
+            oldest = self._outstanding[0].index
+            for source in set(sources):
+                there = max(there, self._sampled(self._outstanding[source - oldest]))
+        return there
 
-    def _all_tokens_there(self, microbatch: Microbatch) -> float:
+    def _sampled(self, flight: Flight) -> float:
+        """When stage 0 has its tokens."""
+        return flight.ends_s[-1] + self._feedback_s if flight.head is None else flight.head.end_s
+
+    def _fed(self, microbatch: Microbatch) -> float:
+        """Of those that the last stage has sampled, whether they are known to the plan or not."""
         for request_id in microbatch.released:
             self._fed_s.pop(request_id, None)
         for admission in microbatch.admitted:
@@ -188,6 +203,8 @@ class SimulatedPipeline:
         return max([self._fed_s.get(chunk.request_id, -inf) for chunk in microbatch.chunks])
 
     def _lose(self, fault: _Fault) -> None:
+        self._heads.before(fault.at_s, self._stage_free[0])
+        self._heads.forget()
         self.engine.lost(fault.at_s)
         self._tell.lost(fault.stage, fault.at_s)
         if self._outstanding:

@@ -28,7 +28,8 @@ class StageTimes(Protocol):
     control_s: float
     """From the driver to a stage, or from the last stage to the driver."""
     feedback_s: float | None = None
-    """From the last stage to stage 0, of the sampled tokens; None: as `control_s`."""
+    """From the last stage to stage 0, of the sampled tokens, or of the rows whose head that is to
+    apply; None: as `control_s`."""
     planning_s: float = 0.0
     """Of one plan. The driver makes one at a time and does nothing else meanwhile."""
 
@@ -37,11 +38,13 @@ class StageTimes(Protocol):
     meanwhile. Empty: none."""
 
     def compute_s(self, microbatch: Microbatch) -> Sequence[float]:
-        """Seconds of each stage's own compute, in stage order."""
+        """Seconds of each stage's own compute, in stage order; the head in the last one's, unless
+        the first one has it, which is apart."""
         ...
 
     def head_s(self, microbatch: Microbatch) -> float:
-        """What of the last stage's seconds are the vocabulary head and the sampling."""
+        """The vocabulary head and the sampling: what of the last stage's seconds they are, or what
+        the first one takes for them."""
         return 0.0
 
     def all_reduce_s(self, microbatch: Microbatch) -> Sequence[float]:
@@ -76,7 +79,9 @@ class ProfiledTimes(StageTimes):
         self._shard = shape.shard(tensor_parallel_size)
         self._size = tensor_parallel_size
         self._seed = seed
-        stages = [(s.num_layers, s.has_head, s.has_embedding) for s in plan.stages]
+        last = plan.stages[-1]
+        stages = [(s.num_layers, s is last and s.has_head, s.has_embedding) for s in plan.stages]
+        self._shares_head = plan.shares_head
         self._slowdown = tuple(slowdown or (1.0,) * len(stages))
         self._num_layers = [stage.num_layers for stage in plan.stages]
         self._kinds = list(dict.fromkeys(stages))
@@ -99,6 +104,8 @@ class ProfiledTimes(StageTimes):
     def compute_s(self, microbatch: Microbatch) -> list[float]:
         """Of one execution on each stage; the same microbatch has the same times."""
         layer, embedding, head, host = self._parts(self._work_of(microbatch))
+        if self._shares_head and microbatch.head_at_first:
+            head = 0.0
         by_kind = [
             layers * layer + has_head * head + has_embedding * embedding + host
             for layers, has_head, has_embedding in self._kinds
@@ -110,10 +117,13 @@ class ProfiledTimes(StageTimes):
         ]
 
     def head_s(self, microbatch: Microbatch) -> float:
-        """Of the last stage's, jitter and all."""
-        jitter = self._jitters[((microbatch.index + 1) * len(self._kind_of) - 1) % _JITTERS]
+        """Jitter and all."""
+        num_stages, stage = len(self._kind_of), len(self._kind_of) - 1
+        if self._shares_head and microbatch.head_at_first:
+            stage = 0
+        jitter = self._jitters[(microbatch.index * num_stages + stage) % _JITTERS]
         head_s = self._head_s(self._work_of(microbatch).num_logits)
-        return head_s * self._slowdown[-1] * jitter
+        return head_s * self._slowdown[stage] * jitter
 
     def all_reduce_s(self, microbatch: Microbatch) -> Sequence[float]:
         """Of each stage's, jitter and all."""

@@ -291,7 +291,10 @@ def test_links_go_from_shard_to_shard_and_then_it_is_ready(hand):
     hand.fleet.broadcast(control.TakeMemory(7))
     assert hand.hears("stage") == ([(1, control.TakeMemory(7))] * 4, [])
     for rank in (2, 0, 1, 3):
-        hand.says(rank, control.StageReady(100 + rank, "", f"a{rank}", f"t{rank}" * (rank < 2), 0, 0, 0, [], 1))
+        hand.says(
+            rank,
+            control.StageReady(100 + rank, "", f"a{rank}", f"t{rank}" * (rank < 2), 0, 0, 0, [], 1),
+        )
     links, events = hand.hears("stage")
     assert [message for _, message in links] == [
         control.Connect("a2", ""),

@@ -19,6 +19,7 @@ are computed, and while there are decodes alone.
 import argparse
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from math import inf, isnan
 from pathlib import Path
@@ -26,7 +27,7 @@ from pathlib import Path
 from commands import pipeserve
 from report import plain_table
 
-from pipeserve.core.records import Completed, Planned, Span
+from pipeserve.core.records import Completed, Headed, Planned, Span
 from pipeserve.launch.verbs.report import read_run
 from pipeserve.profiling.advice.recorded_delays import Delays, delays_of, sources_of
 from pipeserve.profiling.ledger.causes import CAUSES
@@ -53,6 +54,8 @@ class LeftAlone:
         self.planned: dict[int, Planned] = {}
         self.completed: dict[int, Completed] = {}
         self.spans: list[dict[int, Span]] = [{} for _ in recording.spans]
+        self.to_head = deque(sorted(recording.headed, key=lambda headed: headed.start_s))
+        self.headed: dict[int, Headed] = {}
         self.free_s = [-inf] * recording.num_stages
         """When each stage is done with the microbatch before."""
 
@@ -65,6 +68,7 @@ class LeftAlone:
             k = planned.index
             if not all(k in spans for spans in recorded) or k not in results:
                 continue
+            self._apply_heads(recorded[0][k].start_s)
             sent_s = max(sent_s, self._woken_s(planned)) + self.delays.planning_s
             self.planned[k] = planned._replace(
                 woken_s=sent_s - self.delays.planning_s,
@@ -79,16 +83,38 @@ class LeftAlone:
                 if stage < len(self.delays.hops):
                     first_s, each_s = self.delays.hops[stage]
                     input_s = span.end_s + first_s + each_s * span.num_tokens
-            known_s = self.spans[-1][k].sent_s + self.delays.control_s
-            self.completed[k] = results[k]._replace(
-                waiting_s=self.spans[-1][k].start_s, received_s=known_s, done_s=known_s
-            )
+            self.completed[k] = self._completed(results[k], self.spans[-1][k])
+        self._apply_heads(inf)
         found = Recording(recording.meta, notes=recording.notes)
         found.arrived, found.ended = recording.arrived, recording.ended
         found.planned = list(self.planned.values())
         found.completed = list(self.completed.values())
         found.spans = [list(spans.values()) for spans in self.spans]
+        found.headed = list(self.headed.values())
         return found
+
+    def _apply_heads(self, until_s: float) -> None:
+        """Those that the first stage began by then as it was: between the same microbatches."""
+        while self.to_head and self.to_head[0].start_s < until_s:
+            headed = self.to_head.popleft()
+            rows_of = self.spans[-1].get(headed.index)
+            if rows_of is None:
+                continue
+            input_s = rows_of.sent_s + self.delays.feedback_s
+            start_s = max(self.free_s[0], input_s) + _known(headed.between_cpu_s)
+            wall_s = headed.end_s - headed.start_s
+            end_s = self.free_s[0] = start_s + min(_known(headed.cpu_s, wall_s), wall_s)
+            self.headed[headed.index] = headed._replace(
+                input_s=input_s, start_s=start_s, end_s=end_s, sent_s=end_s
+            )
+            self.completed[headed.index] = self._completed(
+                self.completed[headed.index], self.headed[headed.index]
+            )
+
+    def _completed(self, as_it_was: Completed, by: Span | Headed) -> Completed:
+        """The result, of the stage that has sampled."""
+        known_s = by.sent_s + self.delays.control_s
+        return as_it_was._replace(waiting_s=by.start_s, received_s=known_s, done_s=known_s)
 
     def _woken_s(self, planned: Planned) -> float:
         """By a completion; by an arrival, as it was; or right behind the plan before."""
@@ -98,14 +124,16 @@ class LeftAlone:
 
     def _tokens_s(self, index: int) -> float:
         """When stage 0 has the tokens that it embeds."""
-        source = self.spans[-1].get(self.sources.get(index, -1))
+        number = self.sources.get(index, -1)
+        if number in self.headed:
+            return self.headed[number].sent_s
+        source = self.spans[-1].get(number)
         return -inf if source is None else source.sent_s + self.delays.feedback_s
 
     def _span(self, span: Span, plan_s: float, input_s: float) -> Span:
-        between_s = 0.0 if isnan(span.between_cpu_s) else span.between_cpu_s
-        start_s = max(self.free_s[span.stage], plan_s, input_s) + between_s
+        start_s = max(self.free_s[span.stage], plan_s, input_s) + _known(span.between_cpu_s)
         wall_s = span.end_s - span.start_s
-        own_s = wall_s if isnan(span.cpu_s) else min(span.cpu_s, wall_s)
+        own_s = min(_known(span.cpu_s, wall_s), wall_s)
         share = own_s / wall_s if wall_s else 1.0
         end_s = self.free_s[span.stage] = start_s + own_s
         return span._replace(
@@ -116,6 +144,10 @@ class LeftAlone:
             end_s=end_s,
             sent_s=end_s,
         )
+
+
+def _known(seconds: float, otherwise: float = 0.0) -> float:
+    return otherwise if isnan(seconds) else seconds
 
 
 # ---- what is idle -------------------------------------------------------------------------------

@@ -64,6 +64,8 @@ class Uniform:
 
     def __init__(self) -> None:
         self._enough = self._knee = self._looked_again_at = 0
+        self._total = self._share = 0
+        """Tokens of the prompts at hand when last asked, and the even share of them."""
 
     def compose(self, view: View, now: float) -> Draft:
         price = Price(view)
@@ -80,7 +82,7 @@ class Uniform:
             return Draft(chunks=room.decodes, preempt=room.preempted)
         decodes, left = ready[: len(room.decodes)], ready[len(room.decodes) :]
         mix = Mix(price, view, decodes, now)
-        bound, limit = _budget(view, price, self._enough, longest)
+        bound, limit = self._budget(view, price, longest)
         due_s = _due_s(view, price, decodes, left)
         prompts = _add_prompts(view, mix, room.free_blocks, limit, longest, due_s)
         return Draft(
@@ -89,6 +91,23 @@ class Uniform:
             wait="kv" if prompts.out_of_blocks else "token",
             why=Why(bound, limit, due_s),
         )
+
+    def _budget(self, view: View, price: Price, longest: float) -> tuple[str, float]:
+        """What bounds the next microbatch, and how long it may take: its even share of the prompts
+        that can run, as far as KV goes, beside a mean share of decodes and in whole tiles.
+
+        The share stays what it is until more prompts come: shares of what is left alone would
+        shrink, and the last prompts drag on beside decodes that each of their chunks holds up."""
+        flying = sum([outstanding.num_prefill_tokens for outstanding in view.outstanding])
+        total = _at_hand(view) + flying
+        share = _even_share(view, total, self._enough)
+        if total <= self._total and view.limits.max_tbt_s is None:
+            share = max(share, self._share)
+        self._total, self._share = total, share
+        bounds = {"share": share, "kv": _room_in_kv(view, flying)}
+        bound = min(bounds, key=bounds.__getitem__)
+        seconds = _filled(view, price, bounds[bound])
+        return (bound, seconds) if seconds <= longest else ("longest", longest)
 
 
 # ---- time: how long a microbatch may take -------------------------------------------------------
@@ -208,17 +227,6 @@ def _tokens_per_position(view: View, price: Price) -> float:
 
 
 # ---- prompts: how much of them, and which -------------------------------------------------------
-
-
-def _budget(view: View, price: Price, enough: int, longest: float) -> tuple[str, float]:
-    """What bounds the next microbatch, and how long it may take: its even share of the prompts that
-    can run, as far as KV goes, beside a mean share of decodes and in whole tiles."""
-    flying = sum([outstanding.num_prefill_tokens for outstanding in view.outstanding])
-    share = _even_share(view, _at_hand(view) + flying, enough)
-    bounds = {"share": share, "kv": _room_in_kv(view, flying)}
-    bound = min(bounds, key=bounds.__getitem__)
-    seconds = _filled(view, price, bounds[bound])
-    return (bound, seconds) if seconds <= longest else ("longest", longest)
 
 
 def _at_hand(view: View) -> int:

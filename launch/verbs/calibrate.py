@@ -47,10 +47,11 @@ _FAST = 1e11
 
 
 def measured_run(config: RunConfig, num_layers: int) -> RunConfig:
-    """The run that is measured: the one wanted, but under a policy that asks for no cost and,
-    unless the user listed layers, with stages that differ by layers. What a stage costs beside its
+    """The run that is measured: the one wanted, but under a policy that asks for no cost, with the
+    head on the last stage alone and, unless the user listed layers, with stages that differ by
+    layers. What a stage costs beside its
     layers shows only then. The first stage has about twice as many as each other."""
-    config = replace(config, policy="sarathi_serve")
+    config = replace(config, policy="sarathi_serve", head_stages="last")
     num_stages = config.pipeline_parallel_size
     if num_stages == 1 or num_stages > num_layers or config.pipeline_layers is not None:
         return config

@@ -257,7 +257,7 @@ class Driver:
         self._progress_s = received.at_s
         completed = Completed(
             result.index,
-            self.fleet.waiting_s,
+            min(self.fleet.waiting_s, received.at_s),  # one that was held back came before that
             received.at_s,
             time.monotonic(),
             tuple(result.counts),

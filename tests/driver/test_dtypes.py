@@ -126,6 +126,7 @@ def test_one_type_for_the_whole_pipeline(folder, monkeypatch, thought, joined):
         pipeline_parallel_size=2,
         num_gpu_blocks_override=8,
         attention="cpu",  # whose weights are held as they are
+        head_stages="last",  # and each of them once
     )
     with Driver(checkpoint_setup(config), fleet=LocalFleet) as driver:
         expected = "bfloat16" if joined == BF16 else "float32"

@@ -207,7 +207,7 @@ def test_a_request_that_a_stage_dies_of_ends_alone(folder):
 
 def test_a_run_that_ends_by_a_loss_hands_on_what_came_before(folder, expected):
     told = []
-    with start(folder, DoomedFleet, told, restart=False) as driver:
+    with start(folder, DoomedFleet, told, restart=False, head_stages="last") as driver:
         add_all(driver, folder)
         first = None
         driver.fleet.is_doomed = True

@@ -32,7 +32,7 @@ class Cost:
 
     def __init__(self, num_stages):
         self.num_stages = num_stages
-        self.observed = []
+        self.observed, self.heads = [], []
 
     def seconds(self, work):
         return (0.25,) * self.num_stages
@@ -44,7 +44,7 @@ class Cost:
         self.observed.append((stage, index, seconds))
 
     def observe_head(self, index, seconds):
-        self.observed.append(("head", index, seconds))
+        self.heads.append((index, seconds))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,9 @@ class Run:
         self.recording = recording_of(self.told, num_stages, {})
         self.planned = {entry.index: entry for entry in self.recording.planned}
         self.completed = {entry.index: entry for entry in self.recording.completed}
-        self.last = {entry.index: entry for entry in self.recording.spans[-1]}
+        self.headed = {entry.index: entry for entry in self.recording.headed}
+        self.sampled = {entry.index: entry for entry in self.recording.spans[-1]} | self.headed
+        """Of each microbatch, what told of its head."""
 
     def is_scored(self, index):
         return any(chunk.num_scored for chunk in self.planned[index].chunks)
@@ -127,6 +129,8 @@ def test_a_microbatch_goes_through_a_stage_in_order(run):
             assert span.start_s < span.head_s
             if span.stage < run.recording.num_stages - 1:
                 assert span.head_s == span.end_s <= span.sent_s
+            elif span.index in run.headed:
+                assert span.head_s == span.end_s <= span.sent_s
             elif run.is_scored(span.index):
                 assert span.head_s < span.sent_s < span.end_s
             else:
@@ -150,7 +154,7 @@ def test_no_one_has_what_was_not_sent(run):
                 ends = [before.end_s for before in own[:index]]
                 assert span.input_s >= upstream.sent_s or span.input_s in ends
         done = run.completed[index]
-        assert run.last[index].sent_s <= done.received_s <= done.done_s
+        assert run.sampled[index].sent_s <= done.received_s <= done.done_s
         assert done.waiting_s <= done.received_s
 
 
@@ -160,7 +164,7 @@ def test_the_first_stage_sees_tokens_when_they_were_sampled(run):
     for index, planned in run.planned.items():
         span = first[index]
         sources = [
-            (run.last[source].sent_s, source)
+            (run.sampled[source].sent_s, source)
             for chunk in planned.chunks
             if (source := sampled_by(run, chunk, index)) is not None
         ]
@@ -190,8 +194,11 @@ def test_composition_and_bytes(run):
         for span in spans:
             num_tokens = sum(chunk.num_tokens for chunk in run.planned[span.index].chunks)
             assert span.num_tokens == num_tokens
-            is_last = spans is run.recording.spans[-1]
-            assert span.num_bytes == (0 if is_last else 8 + 4 * HIDDEN * num_tokens)
+            num_bytes = 8 + 4 * HIDDEN * num_tokens
+            if spans is run.recording.spans[-1]:
+                rows = sum(chunk.num_logits for chunk in run.planned[span.index].chunks)
+                num_bytes = 4 * HIDDEN * rows * (span.index in run.headed)
+            assert span.num_bytes == num_bytes
 
 
 def test_chunks_are_the_positions_of_every_request(run):
@@ -256,6 +263,17 @@ def test_what_a_plan_waited_for(run):
 def test_the_cost_model_learns_what_is_recorded(run):
     spans = [span for spans in run.recording.spans for span in spans]
     assert sorted(run.cost.observed) == [(s.stage, s.index, s.end_s - s.start_s) for s in spans]
+    heads = run.recording.headed
+    assert run.cost.heads == [(head.index, head.end_s - head.start_s) for head in heads]
+    assert 0 < len(heads) < len(run.planned)
+
+
+def test_the_first_stage_heads_what_has_left_the_last_one(run):
+    first, last = run.recording.spans[0], run.recording.spans[-1]
+    for head in run.recording.headed:
+        assert last[head.index].sent_s <= head.start_s < head.end_s <= head.sent_s
+        assert not run.is_scored(head.index)
+        assert all(s.end_s <= head.start_s or head.end_s <= s.start_s for s in first)
 
 
 def test_a_keeper_of_another_machine_is_pinged(run):

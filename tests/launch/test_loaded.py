@@ -27,7 +27,9 @@ def test_how_far_the_stages_are_and_what_they_loaded(tmp_path):
     folder = tiny_llama(tmp_path / "model")
     size = 4 * sum(tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
     said = []
-    config = run_config(folder, pipeline_parallel_size=3, pipeline_layers=(3, 0, 1))
+    config = run_config(
+        folder, pipeline_parallel_size=3, pipeline_layers=(3, 0, 1), head_stages="last"
+    )
     with Driver(checkpoint_setup(config), on_progress=said.append) as driver:
         line = loaded(driver)
         threads = "+".join(str(stage.num_threads) for stage in driver.stages)

@@ -151,8 +151,15 @@ PLANTS = {
     "two groups have two long contexts each": (
         "context_length",
         lambda n: (
-            Scene(times=times(n, **CONTEXT), arrivals=in_groups(), limits=BIG),
-            Scene(times=times(n, **CONTEXT), arrivals=in_groups(4000), limits=BIG),
+            Scene(
+                times=times(n, **CONTEXT), arrivals=in_groups(), policy="sarathi_serve", limits=BIG
+            ),
+            Scene(
+                times=times(n, **CONTEXT),
+                arrivals=in_groups(4000),
+                policy="sarathi_serve",
+                limits=BIG,
+            ),
         ),
     ),
     "KV for two requests of sixteen, no preemption": (

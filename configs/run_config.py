@@ -79,8 +79,8 @@ class RunConfig:
     head_stages: str = _option(
         "auto",
         "Which stages have the vocabulary head: the last, or both ends of the pipeline, which then "
-        "take turns with it, so that neither waits for the other; auto is both on CPUs, where a "
-        "stage has one rank, and last in a simulation.",
+        "take turns with it, so that neither waits for the other; auto is both on two CPU stages "
+        "of one rank, and else last.",
         choices=("auto", "last", "both"),
     )
     max_model_len: int | None = _option(

@@ -203,13 +203,12 @@ def _device_of(config: RunConfig) -> str:
 
 
 def _shares_head(config: RunConfig) -> bool:
-    """Whether both ends of the pipeline have the head: that takes its weights twice, which a GPU
-    may not have room for. Ranks that share a stage would each send rows to one of the other end,
-    which is not done."""
-    is_alone = config.pipeline_parallel_size == 1 or config.tensor_parallel_size > 1
-    if config.head_stages == "auto":
-        return not is_alone and _device_of(config) == "cpu"
-    return config.head_stages == "both" and config.pipeline_parallel_size > 1
+    """Whether both ends of the pipeline have the head. By itself on two CPU stages: more of them can
+    be evened out by layers, and on a GPU the second copy would take the place of KV."""
+    if config.head_stages != "auto":
+        return config.head_stages == "both" and config.pipeline_parallel_size > 1
+    is_of_two = config.pipeline_parallel_size == 2 and config.tensor_parallel_size == 1
+    return is_of_two and _device_of(config) == "cpu"
 
 
 def _kv_dtype(config: RunConfig, dtype: str) -> str:

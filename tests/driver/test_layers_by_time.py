@@ -50,6 +50,7 @@ def folder(tmp_path, monkeypatch):
 
 def opened(folder, *, layers=None, num_stages=3, **options):
     wanted = {"model": folder, "dtype": "float32", "pipeline_parallel_size": num_stages}
+    wanted["head_stages"] = "both"
     config = make_config({}, {**wanted, "pipeline_layers": layers, **options})
     return Driver(checkpoint_setup(config), fleet=LocalFleet)
 

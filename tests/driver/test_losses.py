@@ -101,6 +101,7 @@ def start(folder, fleet, told, **options):
         "num_gpu_blocks_override": 24,
         "max_num_seqs": 4,
         "max_restarts": 99,
+        "head_stages": "both",
         **options,
     }
     return Driver(checkpoint_setup(make_config({}, wanted)), record=told.append, fleet=fleet)

@@ -84,6 +84,7 @@ class Run:
         config = make_config({}, {"model": folder, "dtype": "float32", "max_num_seqs": 4,
                                   "max_num_batched_tokens": 24,
                                   "pipeline_parallel_size": num_stages,
+                                  "head_stages": "both",
                                   "pipeline_window": num_stages})  # fmt: skip
         with Driver(checkpoint_setup(config, cost=self.cost), record=self.told.append) as driver:
             keepers = driver.fleet.keepers

@@ -198,7 +198,7 @@ class Engine:
         Raises ValueError for any other index, or for a wrong number of tokens.
         """
         flight = self._oldest(result)
-        self._forecast.completed(result.index, now)
+        self._forecast.completed(result.index, now, flight.microbatch.head_at_first)
         if self._is_full:
             self._is_full, self._made_room = False, result.index
         sampled = zip(result.tokens, result.logprobs or repeat(None))  # noqa: B905  (without end)

@@ -39,9 +39,12 @@ class Forecast:
             now = free_s[stage] = max(free_s[stage], now) + stage_s
         self._through_s[index] = now
 
-    def completed(self, index: int, now: float) -> None:
-        """What is behind it in the pipeline comes as much earlier or later as it did itself."""
+    def completed(self, index: int, now: float, is_of_first: bool = False) -> None:
+        """What is behind it in the pipeline comes as much earlier or later as it did itself; but
+        not where its head was at the first stage (`is_of_first`), for it had waited there, too."""
         expected_s = self._through_s.pop(index, now)
+        if is_of_first:
+            return
         late_s = now - expected_s
         self._free_s = [free_s + late_s for free_s in self._free_s]
         for other in self._through_s:

@@ -30,8 +30,9 @@ class HeadShare:
         """For which the first stage was busier of late than the last one."""
         self._head_s = 0.0
         """Of the latest head at the first stage; 0 before that is known."""
-        self._first_s: dict[int, float] = {}
-        """What the first stage took, where that of the last one is not known yet."""
+        self._one_s: dict[int, float] = {}
+        """What the first stage took more than the last one, of microbatches that only one of them
+        has told of."""
 
     def at_first(self) -> bool:
         """Whether the first stage shall have the head of the next microbatch that samples."""
@@ -41,10 +42,13 @@ class HeadShare:
 
     def took(self, index: int, stage: int, seconds: float) -> None:
         """What a stage took for a microbatch; on the last one with its head, where it has that."""
-        if stage == 0:
-            self._first_s[index] = seconds
-        elif stage == self._last and index in self._first_s:
-            self._ahead_s = _KEPT * self._ahead_s + self._first_s.pop(index) - seconds
+        if 0 < stage < self._last:
+            return
+        more_s = seconds if stage == 0 else -seconds
+        if index in self._one_s:
+            self._ahead_s = _KEPT * self._ahead_s + self._one_s.pop(index) + more_s
+        else:
+            self._one_s[index] = more_s
 
     def headed(self, seconds: float) -> None:
         """What the first stage took for a head."""
@@ -53,4 +57,4 @@ class HeadShare:
 
     def forget(self) -> None:
         """What was outstanding is void."""
-        self._first_s.clear()
+        self._one_s.clear()

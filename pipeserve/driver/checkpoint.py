@@ -97,7 +97,7 @@ def _setup(
         enable_prefix_caching=config.enable_prefix_caching,
         parts=None if choice is None else choice.parts,
         ranks_per_stage=width,
-        shares_head=_shares_head(config),
+        shares_head=_shares_head(config, native),
     )
 
     def limits_for(sizes: Sequence[StageSized]) -> Limits:
@@ -151,7 +151,7 @@ def _choice(
     operations and bytes."""
     config, model_config = found.config, found.model_config
     num_stages, width = config.pipeline_parallel_size, config.tensor_parallel_size
-    shares_head = _shares_head(config)
+    shares_head = _shares_head(config, native)
     max_model_len = _max_model_len(config, model_config)
     work = usual_of(config, max_model_len)
     run = (dtype, _kv_dtype(config, dtype), device, config.attention, str(config.block_size))
@@ -202,13 +202,14 @@ def _device_of(config: RunConfig) -> str:
     return "cpu" if config.device == "auto" else config.device
 
 
-def _shares_head(config: RunConfig) -> bool:
-    """Whether both ends of the pipeline have the head. By itself on two CPU stages: more of them can
-    be evened out by layers, and on a GPU the second copy would take the place of KV."""
+def _shares_head(config: RunConfig, native: Sequence[tuple[str, ...]]) -> bool:
+    """Whether both ends of the pipeline have the head. By itself on two CPU stages that compute
+    alike, or the last bits of a logit would depend on whose turn it was: more of them can be evened
+    out by layers, and on a GPU the second copy would take the place of KV."""
     if config.head_stages != "auto":
         return config.head_stages == "both" and config.pipeline_parallel_size > 1
     is_of_two = config.pipeline_parallel_size == 2 and config.tensor_parallel_size == 1
-    return is_of_two and _device_of(config) == "cpu"
+    return is_of_two and _device_of(config) == "cpu" and len(set(native)) == 1
 
 
 def _kv_dtype(config: RunConfig, dtype: str) -> str:

@@ -55,8 +55,9 @@ class Losses:
         if self.final is not None:
             return None
         _say(f"warning: {self.trouble}; it is started again")
-        index = self._watch.at(stage) if lost.by_work else None
-        blamed = None if index is None else self.suspects.lost_at(index, lost.why, now)
+        blamed = None
+        for index in self._watch.at_all(stage) if lost.by_work else ():
+            blamed = blamed or self.suspects.lost_at(index, lost.why, now)
         if blamed is not None:
             self._journal.finished(blamed, now)
         self._engine.lost(now)

@@ -72,8 +72,8 @@ class StageWatch:
         self._at_work = [AtWork() for _ in range(num_stages)]
         self._silence = Silence(heartbeat_s)
         """Of stages, since they were asked for a sign of life."""
-        self._at_first: set[int] = set()
-        """Microbatches whose heads the first stage is to apply."""
+        self._at_first: dict[int, int] = {}
+        """Microbatches whose heads the first stage is to apply, and how many rows each has."""
         self._heads: deque[_Due] = deque()
         """Those of them that it owes."""
         self._head_times = _Times()
@@ -101,14 +101,17 @@ class StageWatch:
                 source = chunk.token_from
         self._due[0].append(_Due(microbatch.index, work, now, source))
         if microbatch.head_at_first:
-            self._at_first.add(microbatch.index)
+            self._at_first[microbatch.index] = sum([c.num_logits for c in microbatch.chunks])
 
     def completed(self, index: int, at_s: float) -> None:
         self._completed, self._completed_s = index, at_s
-        self._at_first.discard(index)
+        self._at_first.pop(index, None)
         if self._heads and self._heads[0].index == index:
             done = self._heads.popleft()
             self._head_times.take(done.work, at_s - done.since_s)
+            for dues in (self._due[0], self._heads):
+                if dues:  # it has waited for that head
+                    dues[0].since_s = max(dues[0].since_s, at_s)
 
     def computed(self, span: Span, at_s: float) -> None:
         """It may be heard before what the stage ahead of it says of the same microbatch."""
@@ -135,6 +138,7 @@ class StageWatch:
         if stage < len(self._due):
             self._due[stage].append(due)
         elif due.index in self._at_first:  # else its result is here already
+            due.work = self._at_first[due.index]
             self._heads.append(due)
 
     def answered(self, stage: int) -> None:
@@ -154,15 +158,20 @@ class StageWatch:
         due = self._due[stage]
         return due[0].index if due and self._ready_s(due[0]) is not None else None
 
+    def at_all(self, stage: int) -> list[int]:
+        """The microbatches that it may be at: a head goes first, if its rows are there."""
+        found = [self.at(stage), self._heads[0].index if stage == 0 and self._heads else None]
+        return [index for index in found if index is not None]
+
     def whereabouts(self, stage: int) -> str:
         """The same, in words, and what it did last."""
-        done, at = self.done[stage], self.at(stage)
+        done, at = self.done[stage], " or ".join(map(str, self.at_all(stage)))
         last = "it had computed nothing" if done < 0 else f"its last microbatch was {done}"
-        return f"{last} and it was idle" if at is None else f"{last}, and it was at {at}"
+        return f"{last}, and it was at {at}" if at else f"{last} and it was idle"
 
     def wants_to_ask(self, now: float) -> bool:
         """Those that owe nothing are to be asked for a sign of life, now."""
-        if any(self._due) or not self._silence.is_time_to_ask(now):
+        if any(self._due) or self._heads or not self._silence.is_time_to_ask(now):
             return False
         self._silence.asked(range(len(self._due)), now)
         return True
@@ -174,14 +183,14 @@ class StageWatch:
             self._shift(gap_s)
         self._looked_s = now
         for stage, silent_s in self._silence.too_long(now):
-            if not self._due[stage]:
+            if not (self._due[stage] or (stage == 0 and self._heads)):
                 return Overdue(stage, None, silent_s, 0.0)
         for stage, due, times in self._owed():
             since_s = self._ready_s(due)
             if since_s is None:
                 continue
             at_work = self._at_work[stage]
-            usual_s = times.usual_s(due.work)
+            usual_s = self._usual_s(stage, due, times)
             late_s = now - since_s - at_work.stood_s(since_s)
             share = _WORKING if at_work.is_working else _SLEEPING
             margin_s = max(self._margin_s, share * usual_s)
@@ -197,6 +206,14 @@ class StageWatch:
                 yield stage, dues[0], times
         if self._heads and self.at(0) is None:
             yield 0, self._heads[0], self._head_times
+
+    def _usual_s(self, stage: int, due: _Due, times: "_Times") -> float:
+        """What it takes, with the heads that go before it on the first stage; 0 where one of these
+        is not known yet."""
+        usual_s = [times.usual_s(due.work)]
+        if stage == 0 and times is not self._head_times:
+            usual_s += [self._head_times.usual_s(head.work) for head in self._heads]
+        return sum(usual_s) if all(usual_s) else 0.0
 
     def _ready_s(self, due: _Due) -> float | None:
         """When its stage had all of it; None: its tokens are on their way."""

@@ -66,3 +66,16 @@ def test_what_is_void_is_not_waited_for():
         if turns[-1]:
             share.headed(1.0)
     assert sum(turns) == pytest.approx(len(turns) / 2, abs=1)
+
+
+def test_what_is_told_in_another_order_counts_alike_and_nothing_piles_up():
+    def turns(order):
+        share = HeadShare(2)
+        share.headed(2.0)
+        for index in range(50):
+            for stage in order:
+                share.took(index, stage, (9.0, 3.0)[stage])
+        assert not share._one_s
+        return [share.at_first() for _ in range(4)]
+
+    assert turns((0, 1)) == turns((1, 0)) == [False] * 4

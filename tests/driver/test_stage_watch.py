@@ -239,3 +239,61 @@ def test_another_process_begins_anew():
     process.stood_s = process.ran_s = 0.0
     process.tell()
     assert process.lives(60.0).late_s < 2.5
+
+
+# ---- heads at the first stage -------------------------------------------------------------------
+
+
+def owes_a_head(run, rows=1):
+    """A microbatch that has left the last stage."""
+    run.index += 1
+    chunks = tuple(Chunk(RequestId(n), 0, 1, (), None, 1, 0) for n in range(rows))
+    run.watch.planned(Microbatch(run.index, chunks, (), (), head_at_first=True), run.now)
+    for stage in range(STAGES):
+        run.passes(0.01)
+        run.computed(stage)
+
+
+def heads_take(run, seconds, rows=1):
+    owes_a_head(run, rows)
+    assert run.passes(seconds) is None
+    run.watch.completed(run.index, run.now)
+
+
+def test_a_head_that_is_not_done_is_named_though_the_stage_owes_nothing_else():
+    run = Run()
+    heads_take(run, 0.5)
+    owes_a_head(run)
+    assert not run.watch.wants_to_ask(run.now), "it cannot answer within a head"
+    assert run.watch.at_all(0) == [run.index] and f"at {run.index}" in run.watch.whereabouts(0)
+    found = run.passes(0.5 + MARGIN_S + 1.0)
+    assert (found.stage, found.index) == (0, run.index)
+
+
+def test_the_first_head_of_all_has_as_long_as_the_first_microbatch():
+    run = Run()
+    owes_a_head(run)
+    assert run.passes(50.0) is None
+    assert run.passes(15.0).index == run.index
+
+
+def test_heads_that_go_first_are_no_fault_of_the_microbatch_behind_them():
+    run = Run()
+    for _ in range(3):
+        run.crosses(0.01)
+    heads_take(run, 2.0)
+    owes_a_head(run)
+    head = run.index
+    run.plan()  # is there, and waits for the head
+    assert run.passes(2.0) is None
+    run.watch.completed(head, run.now)
+    assert run.passes(1.0) is None
+    found = run.passes(1.5)
+    assert (found.stage, found.index) == (0, run.index)
+
+
+def test_many_rows_are_not_judged_by_few():
+    run = Run()
+    heads_take(run, 0.1, rows=1)
+    owes_a_head(run, rows=64)
+    assert run.passes(3.0) is None, "64 rows may take 64 times as long"

@@ -101,6 +101,13 @@ class Run:
         self.sampled = {entry.index: entry for entry in self.recording.spans[-1]} | self.headed
         """Of each microbatch, what told of its head."""
 
+    def before_s(self, span):
+        """When the stage was done with what it did before that."""
+        ends = [each.end_s for each in self.recording.spans[span.stage][: span.index]]
+        if span.stage == 0:
+            ends += [head.end_s for head in self.recording.headed if head.end_s <= span.start_s]
+        return max(ends, default=-inf)
+
     def is_scored(self, index):
         return any(chunk.num_scored for chunk in self.planned[index].chunks)
 
@@ -144,7 +151,7 @@ def test_no_one_has_what_was_not_sent(run):
         assert planned.woken_s <= planned.start_s <= planned.sent_s
         for stage, own in enumerate(spans):
             span = own[index]
-            before_s = own[index - 1].end_s if index else -inf
+            before_s = run.before_s(span)
             assert span.plan_s >= planned.sent_s or span.plan_s <= before_s
             assert span.start_s >= planned.sent_s
             if stage:
@@ -170,7 +177,7 @@ def test_the_first_stage_sees_tokens_when_they_were_sampled(run):
         if not sources:
             assert span.input_s == -inf
             continue
-        before_s = first[index - 1].end_s
+        before_s = run.before_s(span)
         assert span.input_s >= max(sources)[0] or span.input_s <= before_s
         assert isfinite(span.input_s)
         waited += span.input_s > before_s

@@ -89,8 +89,8 @@ def test_who_goes_on_for_a_while_between_two_losses_is_no_suspect():
 class Watch:
     """Of stages that are always at microbatch 0."""
 
-    def at(self, stage):
-        return 0
+    def at_all(self, stage):
+        return [0]
 
     def whereabouts(self, stage):
         return "it was at 0"

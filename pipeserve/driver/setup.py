@@ -57,7 +57,7 @@ class Setup:
     config: RunConfig
     shape: ModelShape
     dtype: str
-    """Of weights, products, KV and what links carry."""
+    """Of weights, products and KV. Links carry float32, as layers add up in."""
     plan: PipelinePlan
     limits_for: "Callable[[Sequence[StageSized]], Limits]"
     """Within which the engine plans, by what each rank says that it takes. Raises ConfigError when

@@ -32,7 +32,7 @@ class CheckupCompute(ModelCompute):
         start_s, start_cpu_s = time.monotonic(), time.thread_time()
         step, sampled, rows, num_bytes = turn.step, None, None, 0
         num_tokens = sum(chunk.stop - chunk.start for chunk in step.chunks)
-        zeros_TD = torch.zeros(num_tokens, self.config.hidden_size, dtype=self.dtype)
+        zeros_TD = torch.zeros(num_tokens, self.config.hidden_size)
         end_s = time.monotonic()
         if not self._job.is_last:
             num_bytes = self.links.send(step.index, zeros_TD)

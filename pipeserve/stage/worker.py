@@ -169,7 +169,7 @@ class ModelCompute:
         in_sums = self._peers.sums_of(inputs.num_tokens)
         sampled, rows, num_bytes = None, None, 0
         if not self._job.is_last:
-            hidden = hidden.to("cpu", self.dtype)  # where a GPU computes, this waits for it
+            hidden = hidden.cpu()  # where a GPU computes, this waits for it
             stamps = _stamps_now()
             if self.links.sends_part:
                 hidden = self._peers.part_of(hidden)
@@ -208,9 +208,9 @@ class ModelCompute:
 
     def _unpack(self, turn: Turn, inputs: StageInputs) -> torch.Tensor:
         shape = (inputs.num_tokens, self.config.hidden_size)
-        size = self._peers.size_of_part(shape, self.dtype) if self.links.gets_part else None
+        size = self._peers.size_of_part(shape, torch.float32) if self.links.gets_part else None
         come = shape if size is None else (size,)
-        tensor = links.unpack_tensor(turn.activations, turn.step.index, come, self.dtype)
+        tensor = links.unpack_tensor(turn.activations, turn.step.index, come, torch.float32)
         if size is not None:
             tensor = self._peers.joined(self.model.backend.place(tensor), shape)
         return tensor

@@ -13,8 +13,10 @@ from pipeserve.configs import RunConfig
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.dtypes import choose_dtype
+from pipeserve.frontend.llm import LLM
 from pipeserve.launch.show.loaded import loaded
 from pipeserve.machine import native_dtypes
+from pipeserve.sampling_params import SamplingParams
 from pipeserve.wire.control import KeeperHello
 from pipeserve.wire.stage_job import decode_share
 
@@ -140,3 +142,23 @@ def test_one_type_for_the_whole_pipeline(folder, monkeypatch, thought, joined):
             tensor.numel() * (4 if expected == "float32" or name.endswith(wide) else 2)
             for name, tensor in tensors
         )
+
+
+def test_in_16_bits_too_no_logit_depends_on_where_layers_are_cut(folder):
+    """What goes over a link is not rounded: a text parted by that alone."""
+    seen = []
+
+    def answer_of(**options):
+        config = RunConfig(model=folder, dtype="bfloat16", num_gpu_blocks_override=8, **options)
+        prompt, params = list(range(3, 20)), SamplingParams(temperature=0, max_tokens=2, logprobs=5)
+        with LLM.on(Driver(checkpoint_setup(config), fleet=LocalFleet)) as llm:
+            (found,) = llm.generate([prompt], params)
+        return found.token_ids, found.logprobs
+
+    for options in (
+        {"pipeline_parallel_size": 1},
+        {"pipeline_parallel_size": 2},
+        {"pipeline_parallel_size": 2, "pipeline_layers": (3, 1), "head_stages": "last"},
+    ):
+        seen.append(answer_of(**options))
+    assert seen[0] == seen[1] == seen[2]

@@ -1,7 +1,7 @@
 """Logits that are not finite end their request, and only theirs.
 
-The checkpoint's activations leave float16's range where a prompt has one certain token, as weights
-made for bfloat16 do (vllm#14126, transformers#39686). Stages are real, in this process.
+The checkpoint's values leave float16's range where a prompt has one certain token, as weights made
+for bfloat16 do (vllm#14126, transformers#39686). Stages are real, in this process.
 """
 
 import re
@@ -30,7 +30,7 @@ IDS = map(RequestId, count())
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One row of an MLP's first half sees the bad token alone, and makes 200,000 of it."""
+    """One number of a value sees the bad token alone, and is 240,000 of it."""
     path = tmp_path_factory.mktemp("overflows")
     tiny_llama(path)
     tensors = load_file(path / "model.safetensors")
@@ -38,13 +38,11 @@ def folder(tmp_path_factory):
     embedding[:, 0] = 0.0
     embedding[BAD] = 0.01 * embedding[BAD]
     embedding[BAD, 0] = 1.0
-    tensors["model.layers.0.input_layernorm.weight"][0] = 0.0
-    tensors["model.layers.0.post_attention_layernorm.weight"][0] = 1.0
-    tensors["model.layers.0.self_attn.o_proj.weight"][:] *= 0.01
-    tensors["model.layers.0.self_attn.o_proj.weight"][0] = 0.0
-    for part in ("gate", "up"):
-        tensors[f"model.layers.0.mlp.{part}_proj.weight"][0] = 0.0
-        tensors[f"model.layers.0.mlp.{part}_proj.weight"][0, 0] = 30000.0
+    for part in ("q", "k", "v"):
+        tensors[f"model.layers.0.self_attn.{part}_proj.weight"][:, 0] = 0.0
+    value = tensors["model.layers.0.self_attn.v_proj.weight"]
+    value[0] = 0.0
+    value[0, 0] = 30000.0
     save_file(tensors, path / "model.safetensors")
     return str(path)
 

@@ -110,7 +110,7 @@ def _setup(
         dtype=dtype,
         plan=plan,
         limits_for=limits_for,
-        cost=found.cost or _cost(config, profile, shape, plan),
+        cost=found.cost or PipelineCost(profile or ROUGH, shape, plan, config.tensor_parallel_size),
         module="pipeserve.stage.worker",
         works=_works(config, device, str(found.folder), plan, dtype),
         model_folder=found.folder,
@@ -123,18 +123,6 @@ def _setup(
         choice=choice,
         for_ranks=partial(_setup_for, found),
     )
-
-
-def _cost(
-    config: RunConfig, profile: DeviceProfile | None, shape: ModelShape, plan: PipelinePlan
-) -> PipelineCost | None:
-    """What `uniform` predicts with. Without a profile it counts tokens, but where a limit between
-    tokens is to be kept: that takes times, which are learnt then."""
-    if profile is None and config.slo_tbt is not None:
-        profile = ROUGH
-    if profile is None:
-        return None
-    return PipelineCost(profile, shape, plan, config.tensor_parallel_size)
 
 
 def _choice(

@@ -247,7 +247,7 @@ def test_uniform_spreads_waiting_prompts_over_the_microbatches():
 
 def test_uniform_uses_full_budgets_when_enough_waits():
     engine = make_engine("uniform", 4, num_blocks=2000)
-    for number in range(40):
+    for number in range(60):
         add(engine, number, 300)
     assert [plan(engine).num_tokens for _ in range(4)] == [512, 512, 512, 512]
 

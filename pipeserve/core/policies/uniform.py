@@ -38,7 +38,7 @@ what the forecast cannot know."""
 KNEE = 0.98
 """A microbatch needs no more prefill tokens than it takes to reach this share of the most that any
 size gives a second: larger ones only make turns longer."""
-SPREAD = 4
+SPREAD = 8
 """Prompts are spread over so many turns. Prefilled at once they leave microbatches of few decodes
 behind them, and while one stage has a large microbatch, the next has a small one and then waits."""
 ENOUGH = 0.85
@@ -204,13 +204,15 @@ def _ready(view: View) -> list[RequestView]:
 
 def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
     """How many of `decodes`, from the first, make up one microbatch's even share of the work of all
-    decodes in a turn."""
+    decodes in a turn. One that does not divide is rounded up, or one of them would miss its turn;
+    what contexts differ by from group to group is not worth another."""
     per_position = _tokens_per_position(view, price)
     share = (view.num_decoding + per_position * view.decoding_context) / view.window
     for place, decode in enumerate(decodes):
-        if share <= 0:
+        cost = 1 + per_position * decode.num_planned
+        if share < cost / (2 * view.window) and place:
             return place
-        share -= 1 + per_position * decode.num_planned
+        share -= cost
     return len(decodes)
 
 

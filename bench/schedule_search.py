@@ -58,10 +58,13 @@ def ceiling_of(setup: SimulatedRun, lengths: Lengths, slo_s: float, mixed: bool 
     )
 
 
-def search(case: Case, traces: Path | None, quick: bool) -> dict[str, Any]:
+def search(
+    case: Case, traces: Path | None, quick: bool, near: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The highest rate by each rule (`RULES`), within each limit between tokens that the case is
     for, from one set of trials: bisected in steps of 5 % of the ceiling. (Of the requests that a
-    seed draws for a window, the ceiling is itself up to 3 % off: finer steps would say nothing.)"""
+    seed draws for a window, the ceiling is itself up to 3 % off: finer steps would say nothing.)
+    `near`: an earlier search of the case, whose result and its neighbours are tried first."""
     os.nice(5)
     setup, lengths = setup_of(case), lengths_of(case.workload, traces)
     kept: dict[int, Tried] = {}
@@ -76,12 +79,15 @@ def search(case: Case, traces: Path | None, quick: bool) -> dict[str, Any]:
 
     def highest(rule: str, slo_s: float) -> float:
         low, high = 0, steps  # at 0 nothing is late, and the ceiling no schedule reaches
+        first = round(near[rule][str(slo_s)] * steps / top) if near else steps
+        guesses = [first, first + 1, first - 1]
         while high - low > 1:
-            middle = (low + high + 1) // 2
-            if is_within(middle, rule, slo_s):
-                low = middle
-            else:
-                high = middle
+            guess = guesses.pop(0) if guesses else (low + high + 1) // 2
+            if low < guess < high:
+                if is_within(guess, rule, slo_s):
+                    low = guess
+                else:
+                    high = guess
         return top * low / steps
 
     found = {rule: {str(slo_s): highest(rule, slo_s) for slo_s in slos} for rule in RULES}
@@ -125,10 +131,40 @@ def is_of(
     )
 
 
-def search_all(wanted: Sequence[Case], cache: Cache, processes: int, **how: Any) -> None:
+def nearly_best(wanted: Sequence[Case], near: Cache) -> list[Case]:
+    """Of the settings of each policy in each cell those within a step of its best in `near`, by
+    either rule and for any limit between tokens."""
+    found = {case.key: near.found[case.key] for case in wanted if case.key in near.found}
+    step = 1.06  # of a rate: a step is 5 % of the ceiling
+
+    def is_nearly_best(case: Case) -> bool:
+        entry = found.get(case.key)
+        if entry is None:
+            return False
+        rivals = [found[other.key] for other in wanted
+                  if other.key in found and cell_of(other) == cell_of(case)]  # fmt: skip
+        return any(
+            rate > 0 and step * rate >= max(rival[rule].get(slo, 0.0) for rival in rivals)
+            for rule in RULES
+            for slo, rate in entry[rule].items()
+        )
+
+    return [case for case in wanted if is_nearly_best(case)]
+
+
+def cell_of(case: Case) -> tuple[Any, ...]:
+    return case.layout, case.workload, case.policy, case.order, case.slo_s
+
+
+def search_all(
+    wanted: Sequence[Case], cache: Cache, processes: int, near: Cache | None = None, **how: Any
+) -> None:
     todo = [case for case in wanted if case.key not in cache.found]
+    found = near.found if near is not None else {}
     with ProcessPoolExecutor(processes, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(search, case, **how): case for case in todo}
+        futures = {
+            pool.submit(search, case, near=found.get(case.key), **how): case for case in todo
+        }
         for number, future in enumerate(as_completed(futures)):
             entry = future.result()
             cache.add(entry)

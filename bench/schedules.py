@@ -5,7 +5,8 @@ under each order, beside the ceiling that none can pass. Makes the tables of doc
 
 `--traces`: a folder with the published traces; without it the built-in distributions are used,
 which are fitted to them. Every search is kept in the cache, so that a run that was ended goes on;
-`--print` makes the tables of what is there.
+`--print` makes the tables of what is there. A full run takes hours; most of it is settings that are
+far from the best in short trials, too: sweep with `--quick` first, and go on with `--near`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from report import plain_table, show
 from schedule_cases import LAYOUTS, PUBLISHED, SLOS, TRACES, Case, case_of, cases, setup_of
 from schedule_goodput import RULES, Tried, good_shares
 from schedule_loads import at_equal_load, at_ninety, wrong_table
-from schedule_search import Cache, ceiling_of, is_of, lengths_of, search_all
+from schedule_search import Cache, ceiling_of, is_of, lengths_of, nearly_best, search_all
 
 from pipeserve.core.order import ORDERS
 from pipeserve.profiling.search.ceiling import Ceiling
@@ -120,6 +121,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="shorter trials")
+    parser.add_argument(
+        "--near", type=Path, help="cache of a run with --quick: only what was nearly the best there"
+    )
     parser.add_argument("--print", action="store_true", help="only the tables of what is there")
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
     parser.add_argument("--workloads", nargs="*", default=list(TRACES))
@@ -134,8 +138,11 @@ def main() -> None:
     if given.policies:
         wanted = [case for case in wanted if case.policy in given.policies]
     how = {"traces": given.traces, "quick": given.quick}
+    near = Cache(given.near) if given.near is not None else None
+    if near is not None:
+        wanted = nearly_best(wanted, near)
     if not (given.print or given.loads):
-        search_all(wanted, cache, given.processes, **how)
+        search_all(wanted, cache, given.processes, near, **how)
     if given.loads:
         with ProcessPoolExecutor(given.processes) as pool:
             show(at_equal_load(cache, pool, how), "equal load", given.page)

@@ -32,9 +32,11 @@ from pipeserve.stages.stage import Stage
 BLOCK_SIZE = 16
 PARTS = {
     "linear": "products",
+    "some_outputs": "products",
     "prepare_attention": "attention",
     "attend": "attention",
     "place_heads": "rotary, KV write",
+    "turn_heads": "rotary, KV write",
     "rms_norm": "norms",
     "layer_norm": "norms",
     "gated": "products",  # and its activation
@@ -145,8 +147,8 @@ def parts_of(stage: Stage, kv: object, timed: Timed, inputs: StageInputs) -> dic
     x_TD = torch.randn(inputs.num_tokens, stage.config.hidden_size)
     timed.seconds.clear()
     start_s = time.thread_time()
-    hidden_TD = stage(x_TD, inputs, kv)
-    timed.head.likeliest(hidden_TD[inputs.logit_rows_R])
+    hidden_RD = stage(x_TD, inputs, kv)
+    timed.head.likeliest(hidden_RD)
     whole_s = time.thread_time() - start_s
     found = {part: timed.seconds[part] for part in dict.fromkeys(PARTS.values())}
     return {"all": whole_s, **found, "rest": whole_s - sum(found.values())}

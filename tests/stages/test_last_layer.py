@@ -1,5 +1,5 @@
-"""The layer before a head: keys and values of every row, all else of the rows alone whose logits are
-wanted, which are those of a layer that goes on with all."""
+"""The layer before a head: keys and values of every row, all else of the rows alone whose logits
+are wanted, which are those of a layer that goes on with all."""
 
 import random
 from itertools import pairwise

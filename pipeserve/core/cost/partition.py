@@ -108,7 +108,8 @@ def head_shares(num_stages: int, is_shared: bool) -> list[float]:
 
 
 def _head_cost(shape: ModelShape, num_tokens: int) -> float:
-    """The head's work, in layers, in a microbatch whose every sixth token samples (`usual_work`)."""
+    """The head's work, in layers, in a microbatch of which every sixth token samples, as in
+    `usual_work`."""
     head = (num_tokens / 6 + 8) * shape.num_head_parameters
     return head / _layer_work(shape, num_tokens)
 

@@ -21,7 +21,8 @@ from pipeserve.stages.stage import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BACKENDS = [CpuBackend, Backend] + [KernelBackend] * (kernels() is not None)
+BACKENDS = [CpuBackend] + [KernelBackend] * (kernels() is not None)
+"""`Backend` itself: test_other_device.py."""
 LENGTHS = (37, 20, 5)
 
 
@@ -51,7 +52,9 @@ def equal_pools(one, other):
 @pytest.mark.parametrize("make", BACKENDS)
 def test_rows_are_those_of_a_layer_that_goes_on_with_all(tmp_path, make, name):
     """And so is what lies in the pool. Bit for bit by the kernels; PyTorch computes a decode and a
-    row of a chunk in another order."""
+    row of a chunk in another order. Chunks of which no row goes on stand among others (tt-xla#5830:
+    such a row got the last one's place) and alone (sglang#38780, Megatron-LM#1877: experts of no
+    token; gloo#179: sums of no number, in test_tensor_parallel.py)."""
     folder = tiny(name, tmp_path)
     prompts = random_prompts(folder, LENGTHS, seed=1)
     own, whole = (Stages(folder, (4,), backend=make()) for _ in range(2))
@@ -125,23 +128,32 @@ SCARCE = {"block_size": 4, "num_gpu_blocks_override": 26, "policy": "sarathi_ser
 
 @pytest.mark.skipif(kernels() is None, reason="rows depend on their batch without them")
 @pytest.mark.parametrize("options", [{}, {"head_stages": "both"}, SCARCE])
-def test_texts_are_the_same_whether_their_prompts_are_scored(tmp_path, options):
-    """A prompt that is scored has all of its rows go on: tokens and the log-probabilities they were
-    drawn by are the same numbers in float32; in chunks, beside decodes, behind a prefix, with the
-    head at either end, and when requests are preempted."""
+def test_texts_are_the_same_whether_prompts_are_scored(tmp_path, options):
+    """A prompt that is scored has all of its rows go on, beside others of which few do (elsewhere
+    one then got the rows of another, sglang#32103, or of none, vllm-rbln#1030, or none could be
+    asked for, vllm#49622). Tokens and log-probabilities are the same numbers in float32: in chunks,
+    beside decodes, behind a prefix, with the head at either end, and when requests are preempted.
+    """
     folder = tiny("llama", tmp_path)
     prompts = random_prompts(folder, (40, 23, 31, 6))
     prompts.append(prompts[0] + prompts[3])
-    found = []
-    for scored in (None, 0):
+    texts, scores = [], []
+    for scored in ((None,) * 5, (0,) * 5, (None, 0, None, 0, 0)):
+        params = [
+            SamplingParams(
+                temperature=0, max_tokens=9, logprobs=1, prompt_logprobs=each, ignore_eos=True
+            )
+            for each in scored
+        ]
         with local_llm(
             folder, (1, 3), max_num_batched_tokens=16, max_model_len=96, **options
         ) as llm:
-            params = SamplingParams(
-                temperature=0, max_tokens=9, logprobs=1, prompt_logprobs=scored, ignore_eos=True
-            )
             outputs = [*llm.generate(prompts, params), *llm.generate(prompts, params)]
             stats = llm.client.engine.stats
         assert (stats.preemptions > 0) == (options is SCARCE)
-        found.append([(each.token_ids, each.logprobs) for each in outputs])
-    assert found[0] == found[1]
+        texts.append([(each.token_ids, each.logprobs) for each in outputs])
+        scores.append([each.prompt_logprobs for each in outputs])
+    assert texts[0] == texts[1] == texts[2]
+    own = [place for place in range(10) if scored[place % 5] == 0]
+    assert [scores[1][place] for place in own] == [scores[2][place] for place in own]
+    assert all(len(scores[1][place]) == len(prompts[place % 5]) for place in own)

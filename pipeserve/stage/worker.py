@@ -73,6 +73,7 @@ class ModelCompute:
             stop_layer=share.stop_layer,
             has_embedding=share.has_embedding,
             has_head=share.has_head,
+            gives_rows=job.is_last,
             backend=make_backend(share.device, share.attention, local_rank),
             shard=self._peers.shard,
         )
@@ -177,10 +178,10 @@ class ModelCompute:
                 hidden = self._peers.part_of(hidden)
             num_bytes = self.links.send(turn.step.index, hidden)
         elif turn.step.head_at_first:
-            rows = hidden[inputs.logit_rows_R].cpu()
+            rows = hidden.cpu()
             stamps, num_bytes = _stamps_now(), rows.nbytes
         else:
-            sampled, stamps = self._answer(turn, hidden[inputs.logit_rows_R], feed_back)
+            sampled, stamps = self._answer(turn, hidden, feed_back)
         self._last_cpu_s = stamps.end_cpu_s
         cpu_s = stamps.end_cpu_s - start_cpu_s
         times = start_s, *stamps[:3], cpu_s, between_cpu_s

@@ -31,6 +31,10 @@ class Linear(Leaf):
         `onto`."""
         return self.backend.linear(x, self.weight, self.bias, onto)
 
+    def some(self, x: Tensor, outputs: range) -> Tensor:
+        """Those outputs alone: [..., len(outputs)], perhaps a part of more."""
+        return self.backend.some_outputs(x, self.weight, self.bias, outputs)
+
 
 class Vocabulary(Linear):
     """Of hidden states to logits, of which often the highest alone is asked for."""

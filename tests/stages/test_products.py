@@ -55,6 +55,21 @@ def test_near_float64_and_a_row_does_not_depend_on_its_batch(kernels, dtype, sha
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", STORED)
+def test_some_outputs_are_those_of_the_whole(kernels, dtype, shape):
+    """Wherever they begin and end in a panel."""
+    weight, bias, x = made(dtype, shape)
+    padded, size = PackedWeight.padded(bias, kernels), shape[0]
+    for pairs in {False, dtype == "bfloat16" and bool(kernels.multiplies_pairs())}:
+        packed = PackedWeight(weight, rounds_x=pairs, library=kernels)
+        for num_rows in (0, 1, 25):
+            whole = packed.product(x[:num_rows], padded)
+            for start, stop in [(0, size), (0, size // 2), (size // 2, size), (size // 3, size)]:
+                some = packed.product(x[:num_rows], padded, outputs=range(start, stop))
+                assert torch.equal(some, whole[:, start:stop]), (num_rows, start, stop)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_pairs_of_bfloat16_with_sums_in_float32(shape):
     if "avx512_bf16" not in library.usable_libraries():
         pytest.skip("needs AVX512-bf16")

@@ -38,9 +38,30 @@ def test_parts_of_every_family_are_timed(tmp_path, name):
     for parts in timed.parts:
         assert len(parts.layers) == config.num_layers
         assert min(*parts.layers, parts.embedding, parts.head) > 0
-        for kind in set(layer_kinds(config)):  # one number for layers that are alike
-            same = {s for s, k in zip(parts.layers, layer_kinds(config), strict=True) if k == kind}
-            assert len(same) == 1
+        # One number for layers that are alike; the last one has its own.
+        *before, _ = zip(parts.layers, layer_kinds(config), strict=True)
+        for kind in {kind for _, kind in before}:
+            assert len({seconds for seconds, own in before if own == kind}) == 1
+
+
+def test_the_last_layer_is_timed_as_it_is_before_a_head(tmp_path):
+    """Decodes go on in it, and prompts end."""
+    rows = []
+
+    class Looking(Backend):
+        def attend(self, q_TNH, *others):
+            rows.append(len(q_TNH))
+            return super().attend(q_TNH, *others)
+
+    config = read_config(tiny("llama", tmp_path))
+    options = {"dtype": torch.float32, "kv_dtype": torch.float32, "block_size": 16}
+    for has_head in (False, True):
+        rows.clear()
+        with torch.inference_mode():
+            time_parts(
+                config, Looking(), WORKS, 0.0, has_embedding=False, has_head=has_head, **options
+            )
+        assert set(rows) == ({3, 21, 4} if has_head else {3, 21})
 
 
 def test_a_rank_without_the_ends_does_not_time_them(tmp_path):

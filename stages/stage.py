@@ -141,8 +141,8 @@ class Stage(nn.Module):
         return sum(leaf.num_parameters for leaf in self.leaves())
 
     def bytes_in(self, dtype: torch.dtype) -> int:
-        """What the weights take, or will, in a run of `dtype`."""
-        return sum(leaf.num_parameters * leaf.dtype_in(dtype).itemsize for leaf in self.leaves())
+        """What the weights take in a run of `dtype`, or more; known before they are read."""
+        return sum(leaf.bytes_in(dtype) for leaf in self.leaves())
 
     @property
     def num_bytes(self) -> int:

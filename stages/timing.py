@@ -56,12 +56,15 @@ class PartBytes(NamedTuple):
     head: int
 
 
-def part_bytes(config: ModelConfig, dtype: torch.dtype, shard: Shard = WHOLE) -> PartBytes:
+def part_bytes(
+    config: ModelConfig, backend: Backend, dtype: torch.dtype, shard: Shard = WHOLE
+) -> PartBytes:
     """In a run of `dtype`, of a rank that has that part of each."""
 
     def num_bytes(first: int, stop: int, **which: bool) -> int:
         ends = {"has_embedding": False, "has_head": False, **which}
-        stage = Stage(config, first_layer=first, stop_layer=stop, shard=shard, **ends)
+        where = {"backend": backend, "shard": shard}
+        stage = Stage(config, first_layer=first, stop_layer=stop, **where, **ends)
         return stage.bytes_in(dtype)
 
     kinds = layer_kinds(config)

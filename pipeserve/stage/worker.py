@@ -77,7 +77,9 @@ class ModelCompute:
             backend=make_backend(share.device, share.attention, local_rank),
             shard=self._peers.shard,
         )
-        layer_bytes, *end_bytes = part_bytes(self.config, self.dtype, self._peers.shard)
+        layer_bytes, *end_bytes = part_bytes(
+            self.config, self.model.backend, self.dtype, self._peers.shard
+        )
         self.size = control.StageSized(
             weight_bytes=self.model.bytes_in(self.dtype),
             block_bytes=self.model.kv_block_bytes(block_size=share.block_size, dtype=self.kv_dtype),

@@ -80,6 +80,10 @@ class Backend:
         """The same of `likeliest`."""
         return self.place_matrix(weight_OI)
 
+    def bytes_beside_vocabulary(self, num_rows: int, num_columns: int) -> int:
+        """What `place_vocabulary` keeps besides the weight itself."""
+        return 0
+
     def place_gated_matrix(self, weight_OI: Tensor) -> Tensor:
         """The same of `gated`: gates first, then as many rows that they are for."""
         return self.place_matrix(weight_OI)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pipeserve.stages.layers.leaf import Leaf, Rows
@@ -40,6 +41,9 @@ class Vocabulary(Linear):
 
     def _placed(self, weight: Tensor) -> Tensor:
         return self.backend.place_vocabulary(weight)
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        return super().bytes_in(dtype) + self.backend.bytes_beside_vocabulary(*self.shape)
 
 
 class GatedLinear(Linear):

@@ -49,6 +49,9 @@ class KernelBackend(Backend):
     def place_vocabulary(self, weight_OI: Tensor) -> VocabularyWeight:
         return VocabularyWeight(weight_OI, rounds_x=_is_paired(weight_OI))
 
+    def bytes_beside_vocabulary(self, num_rows: int, num_columns: int) -> int:
+        return VocabularyWeight.coarse_bytes(num_rows, num_columns)
+
     def place_gated_matrix(self, weight_OI: Tensor) -> GatedWeight:
         return GatedWeight(weight_OI, rounds_x=_is_paired(weight_OI))
 

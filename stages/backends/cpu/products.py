@@ -153,8 +153,8 @@ class VocabularyWeight(PackedWeight):
         library: ctypes.CDLL | None = None,
     ) -> None:
         super().__init__(weight, rounds_x, library)
-        size = self._library.coarse_size(*weight.shape)
-        if not size or self.in_features > _MOST_COARSE:
+        size = self.coarse_bytes(*weight.shape, self._library)
+        if not size:
             return
         weight = weight.contiguous()
         coarse = _shelf.take(size)
@@ -162,6 +162,15 @@ class VocabularyWeight(PackedWeight):
         where = (KERNEL_TYPES[weight.dtype], *weight.shape, scratch, coarse.data_ptr())
         if self._library.coarsen_weight(weight.data_ptr(), *where):
             self._coarse = coarse
+
+    @staticmethod
+    def coarse_bytes(
+        out_features: int, in_features: int, library: ctypes.CDLL | None = None
+    ) -> int:
+        """What that copy takes; 0: there is none."""
+        found = library or kernels()
+        assert found is not None, "no kernels here"
+        return 0 if in_features > _MOST_COARSE else found.coarse_size(out_features, in_features)
 
     @property
     def nbytes(self) -> int:

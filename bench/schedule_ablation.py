@@ -28,6 +28,7 @@ from schedule_goodput import Tried, good_shares
 from schedule_search import QUICK, SEEDS, at_rate, ceiling_of, lengths_of
 
 from pipeserve.core.cost.pipeline_cost import PipelineCost
+from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.engine import Engine
 from pipeserve.core.policies import get_policy, uniform
 from pipeserve.core.policies.mix import Mix, Price
@@ -54,13 +55,14 @@ def on_a100s(
 
 def on_cpus(rate: float, _: Path | None, seed: int, **changed: Any) -> Tried:
     """Two CPU stages, whose times have no steps and scatter; without a limit between tokens as
-    there by default, which is without a cost model."""
+    there by default, which is without a profile."""
     cell = cpu()
     limits = replace(cell.limits, **changed)
     where = (cell.profile, cell.shape, cell.plan, cell.size)
 
     def make() -> SimulatedPipeline:
-        cost = PipelineCost(*where) if limits.max_tbt_s is not None else None
+        prior = cell.profile if limits.max_tbt_s is not None else ROUGH
+        cost = PipelineCost(prior, *where[1:])
         engine = Engine(cell.plan, get_policy("uniform"), limits, cost)
         return SimulatedPipeline(engine, ProfiledTimes(*where, seed))
 
@@ -116,7 +118,10 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "decodes: spread by context, not by number": {"_tokens_per_position": lambda view, price: 0.0},
     "prompts: an even share": {"_budget": lambda *given: ("longest", given[-1])},
     "prompts: spread over more than a turn": {"SPREAD": 1},
+    "prompts: spread over eight turns, but over four": {"SPREAD": 4},
     "prompts: a least size to spread to": {"ENOUGH": 0.0},
+    "prompts: a least size beside decodes": {"MANY": 1},
+    "prompts: whole tiles only where they are steps": {"STEP": 1.0},
     "prompts: side by side": {"_in_order": _one_after_the_other},
     "prompts: whole tiles": {"_filled": _as_they_come},
     "prompts: a tolerance": {"TOLERANCE": 1.0},

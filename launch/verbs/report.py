@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.core.cost.pipeline_cost import PipelineCost
+from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.errors import ConfigError
@@ -128,10 +129,11 @@ def _advise(run: ReportedRun, console: Console) -> dict[str, Any] | None:
 
 
 def cost_maker(meta: Mapping[str, Any]) -> Callable[[PipelinePlan], PipelineCost] | None:
-    """Of what the run's policy predicted with, for any plan; None where it had no profile. Raises
+    """Of what the run's policy predicted with, for any plan: it learns anew, as it did there. Raises
     ConfigError where the profile cannot be read any more."""
-    if meta.get("device_profile") is None or "shape" not in meta:
+    if "shape" not in meta:
         return None
-    profile, shape = load_profile(meta["device_profile"]), ModelShape(**meta["shape"])
+    name, shape = meta.get("device_profile"), ModelShape(**meta["shape"])
+    profile = ROUGH if name is None else load_profile(name)
     size = meta["config"]["tensor_parallel_size"]
     return lambda plan: PipelineCost(profile, shape, plan, size)

@@ -15,6 +15,7 @@ from pipeserve.core.cost.pipeline_cost import PipelineCost
 from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan
+from pipeserve.core.policies import get_policy
 from pipeserve.core.view import CostModel, Limits
 from pipeserve.driver.dtypes import choose_dtype
 from pipeserve.driver.kept_times import Measured, find_kept, keep
@@ -40,7 +41,7 @@ def checkpoint_setup(
     check: Callable[[ModelConfig], None] = lambda model_config: None,
 ) -> Setup:
     """Finds the model, and says in words how far that is; `check` may raise for it. `cost` is what
-    the policy predicts with, by default that of the run's device profile.
+    the policy predicts with, by default that of the run's device profile; without one it is learnt.
 
     Raises ConfigError: no such model, one that does not fit the run, a profile of something else.
     """
@@ -110,7 +111,7 @@ def _setup(
         dtype=dtype,
         plan=plan,
         limits_for=limits_for,
-        cost=found.cost or PipelineCost(profile or ROUGH, shape, plan, config.tensor_parallel_size),
+        cost=found.cost or _cost(config, profile, shape, plan),
         module="pipeserve.stage.worker",
         works=_works(config, device, str(found.folder), plan, dtype),
         model_folder=found.folder,
@@ -123,6 +124,16 @@ def _setup(
         choice=choice,
         for_ranks=partial(_setup_for, found),
     )
+
+
+def _cost(
+    config: RunConfig, profile: DeviceProfile | None, shape: ModelShape, plan: PipelinePlan
+) -> PipelineCost | None:
+    """By the profile or, where there is none, as it is learnt. Predicting and learning take CPU time:
+    nobody does without a profile, for a policy that does not ask."""
+    if profile is None and not get_policy(config.policy).traits.reads_cost:
+        return None
+    return PipelineCost(profile or ROUGH, shape, plan, config.tensor_parallel_size)
 
 
 def _choice(

@@ -77,6 +77,20 @@ class Run:
         return uniform.MARGIN * self.limits.max_tbt_s / self.engine.pipeline.window
 
 
+class Scattered(LinearTimes):
+    """By a tenth, from run to run."""
+
+    def compute_s(self, microbatch):
+        rng = Random(microbatch.index)
+        return [seconds * rng.gauss(1.0, 0.1) for seconds in super().compute_s(microbatch)]
+
+
+def learning(num_stages) -> PipelineCost:
+    """Without a profile."""
+    shape = load_shape("smollm2-135m")
+    return PipelineCost(ROUGH, shape, split_layers(shape.num_layers, num_stages))
+
+
 def poisson(rate, count, prompts, outputs, seed=0) -> list[Arrival]:
     rng, now, arrivals = Random(seed), 0.0, []
     for _ in range(count):
@@ -121,7 +135,6 @@ def test_no_microbatch_takes_longer_than_its_part_of_the_limit(slow):
 def test_without_a_profile_the_limit_between_tokens_is_learnt(faster):
     """One stage is slow, and no step of a tile is where it is thought to be: of the times after the
     first turns, 95 in 100 are within the limit. (Those of token budgets are not.)"""
-    shape = load_shape("smollm2-135m")
     times = LinearTimes(4, 0.02 / faster, 4e-4 / faster, 4e-7 / faster, slow={2: 1.5})
     arrivals = poisson(1.0 * faster, 80, (1, 1500), (1, 100))
 
@@ -131,8 +144,7 @@ def test_without_a_profile_the_limit_between_tokens_is_learnt(faster):
         gaps = sorted(b - a for each in later for a, b in pairwise(each.token_times_s))
         return gaps[int(0.95 * len(gaps))]
 
-    rough = PipelineCost(ROUGH, shape, split_layers(shape.num_layers, 4))
-    assert 0.3 / faster < p95(rough) <= 0.5 / faster < p95(None)
+    assert 0.3 / faster < p95(learning(4)) <= 0.5 / faster < p95(None)
 
 
 class Curved(LinearTimes):
@@ -293,17 +305,52 @@ def test_prefill_is_shared_out_over_microbatches():
         (4, poisson(1e6, 300, (16, 64), (50, 150)), 128),
     ],
 )
-def test_where_requests_wait_for_a_seat_all_stages_are_busy(num_stages, arrivals, seats):
-    """While some wait, stages that are alike stand idle for less than a tenth of the time. It was
-    14 to 22 % with all that can start prefilled at once: one stage has the prompt, the next none.
+@pytest.mark.parametrize("cost", ["right", "learnt", None])
+def test_where_requests_wait_for_a_seat_all_stages_are_busy(num_stages, arrivals, seats, cost):
+    """While some wait, stages that are alike stand idle for less than an eighth of the time. It was
+    14 to 22 % with all that can start prefilled at once: one stage has the prompt, the next none;
+    and 11 to 25 % with whole tiles where there are no steps of them.
     """
     times = LinearTimes(num_stages, base=0.003, per_token=6e-4)
-    run = Run(times, arrivals, cost=None, max_num_seqs=seats)
+    cost = learning(num_stages) if cost == "learnt" else cost
+    run = Run(times, arrivals, cost=cost, max_num_seqs=seats)
     last = max(microbatch.index for microbatch, _, _ in run.planned if microbatch.admitted)
     flights = [flight for flight in run.pipeline.flights if flight.index < last]
     for stage in range(num_stages):
         busy_s = sum(flight.ends_s[stage] - flight.starts_s[stage] for flight in flights)
-        assert busy_s > 0.9 * (flights[-1].ends_s[stage] - flights[0].starts_s[stage])
+        assert busy_s > 0.875 * (flights[-1].ends_s[stage] - flights[0].starts_s[stage])
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_what_is_learnt_serves_as_much_as_what_is_known_or_counted(num_stages):
+    """Prompts of all lengths that wait for seats, and times that scatter: in whole tiles, and in
+    pieces that would be worth a microbatch without decodes, it was 9 and 19 % less than counted."""
+    times = Scattered(num_stages, base=0.003, per_token=1.2e-3 / num_stages, per_position=1e-7)
+    rng = Random(0)
+    lengths = [(min(2000, int(rng.lognormvariate(5, 1))), rng.randint(20, 200)) for _ in range(400)]
+    arrivals = [Arrival(0.0, prompt, output) for prompt, output in lengths]
+
+    def seconds(cost):
+        run = Run(times, arrivals, cost, max_num_seqs=16 * num_stages)
+        return max(served.token_times_s[-1] for served in run.served)
+
+    learnt_s = seconds(learning(num_stages))
+    assert learnt_s < seconds("right") / 0.97
+    assert learnt_s < seconds(None) / 0.97
+
+
+@pytest.mark.parametrize("length", [40, 128, 512, 1500])
+def test_a_lone_prompt_comes_as_soon_as_if_tokens_were_counted(length):
+    """On two stages that compute row by row, once the first have shown what things cost. One of 128
+    tokens was a whole tile, which is on one stage at a time: a quarter later."""
+    times = LinearTimes(2, base=0.004, per_token=6e-4)
+    arrivals = [Arrival(5.0 * number, length, 20) for number in range(4)]
+
+    def ttft_s(cost):
+        last = Run(times, arrivals, cost).served[-1]
+        return last.token_times_s[0] - last.arrival_s
+
+    assert ttft_s(learning(2)) < 1.05 * ttft_s(None)
 
 
 def test_near_a_full_pool_full_and_empty_phases_do_not_alternate(monkeypatch):

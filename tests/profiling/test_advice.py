@@ -14,7 +14,9 @@ import pytest
 from rich.console import Console
 
 from pipeserve.configs.device_profiles import load_profile, save_profile
-from pipeserve.core.cost.partition import split_explicitly
+from pipeserve.configs.model_shapes import load_shape
+from pipeserve.core.cost.partition import split_explicitly, split_layers
+from pipeserve.core.cost.rough import ROUGH
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.policies import get_policy
@@ -569,6 +571,14 @@ def test_a_replayed_policy_predicts_with_the_run_s_profile(tmp_path):
     assert found.idle == pytest.approx(recorded.idle, abs=0.02)
     without = replay(setting_of(recording.meta), fit(recording, setting.num_layers), load)
     assert found.tbt_p99_s < 0.4 < without.tbt_p99_s
+
+
+def test_a_replayed_policy_learns_what_the_run_learnt():
+    """Real stages without a profile."""
+    shape = asdict(load_shape("smollm2-135m"))
+    meta = {"device_profile": None, "shape": shape, "config": {"tensor_parallel_size": 1}}
+    cost = cost_maker(meta)(split_layers(30, 2))
+    assert cost.profile is ROUGH
 
 
 def test_a_profile_that_is_not_there_any_more_is_said(tmp_path):

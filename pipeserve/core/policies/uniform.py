@@ -43,7 +43,7 @@ SPREAD = 8
 behind them, and while one stage has a large microbatch, the next has a small one and then waits."""
 ENOUGH = 0.85
 """They are spread only so far that a microbatch has as many tokens as it takes to reach this share
-of the most that any size gives a second: smaller ones mostly read weights."""
+of the most that any size gives a second, or has decodes: smaller ones mostly read weights."""
 TOLERANCE = 1.08
 """A microbatch may cost so many times its budget, which is made for a mean number of decodes: else
 one with a few more would not fill its last tile, that costs the same full or not."""
@@ -52,6 +52,13 @@ TURNS = 8
 MIN_PIECE = TILE // 2
 """Smallest prefill chunk worth a microbatch: with fewer tokens than half a tile, reading the
 weights costs a stage more than the tokens do."""
+STEP = 0.25
+"""Without a limit between tokens, a tile is filled up where a token that does so costs less than
+this share of the others: where devices compute whole tiles. On others, larger pieces would leave
+turns uneven, and a lone short prompt on one stage at a time."""
+MANY = TILE // 8
+"""With so many decodes in a microbatch, weights are read for these in any case, and a chunk of as
+many tokens is worth while; with half as many, half of what `ENOUGH` asks for."""
 
 
 class Uniform:
@@ -243,20 +250,20 @@ def _at_hand(view: View) -> int:
 
 def _even_share(view: View, total: int, enough: int) -> int:
     """Prefill tokens of a microbatch, when `total` of them are spread out evenly: over a turn or,
-    where no limit between tokens says how long that may be, over `SPREAD` of them, if a mean
-    microbatch has enough tokens for that with its decodes. (Turns of a microbatch for each stage:
-    where there are more, for slow ways between stages, smaller ones would not fill these.)"""
+    where no limit between tokens says how long that may be, over `SPREAD` of them, if each has
+    enough tokens for that. (Turns of a microbatch for each stage: where there are more, for slow
+    ways between stages, smaller ones would not fill these.)"""
     pieces = min(view.window, total // MIN_PIECE)
     if view.limits.max_tbt_s is None:
-        # A decode reads its context and has a row in the head: about two tokens of a prompt.
-        least = max(enough - 2 * (view.num_decoding // view.window), enough // 4, 1)
+        num_decodes = view.num_decoding // view.window
+        least = max(enough - enough * num_decodes // MANY, MANY)
         pieces = max(pieces, min(view.forecast.num_stages * SPREAD, total // least))
     return -(-total // max(1, pieces))
 
 
 def _filled(view: View, price: Price, num_prefill: int) -> float:
     """How long so many prefill tokens take beside a mean share of decodes; or as many as make whole
-    tiles, where each costs less then."""
+    tiles, where each costs less then: without a limit between tokens, only as far as `STEP` says."""
     num_decodes, context = view.num_decoding // view.window, view.decoding_context // view.window
     num_tokens = num_decodes + num_prefill
     if not price.is_time:
@@ -264,7 +271,10 @@ def _filled(view: View, price: Price, num_prefill: int) -> float:
     even = price.on_bottleneck(num_decodes, context, num_prefill)
     tiles = -(-num_tokens // TILE) * TILE
     whole = price.on_bottleneck(num_decodes, context, tiles - num_decodes)
-    return TOLERANCE * (whole if whole * num_tokens <= even * tiles else even)
+    is_cheap = whole * num_tokens <= even * tiles
+    if view.limits.max_tbt_s is None:
+        is_cheap = (whole - even) * num_tokens <= STEP * even * (tiles - num_tokens)
+    return TOLERANCE * (whole if is_cheap else even)
 
 
 def _room_in_kv(view: View, flying: int) -> int:

@@ -115,10 +115,10 @@ INLINE void let_paired_keys_tell(const Tile *tile, int64_t size, const PairedTil
 
 /* Some rows' scores of a tile, and what comes of them. */
 typedef struct {
-    float scores[ROWS * TILE];
-    float bases[ROWS];                               /* that weights are taken against */
-    _Alignas(64) float weights[ROWS * TILE / 2];     /* in pairs */
-    float *sums;                                     /* [rows, LANES], of the weights so far */
+    _Alignas(64) float scores[ROWS * TILE];
+    _Alignas(64) float weights[ROWS * TILE / 2]; /* in pairs */
+    float bases[ROWS];                           /* that they are taken against */
+    float *sums;                                 /* [rows, LANES], of the weights so far */
     int64_t num_rows;
 } Weighed;
 
@@ -130,13 +130,13 @@ INLINE void weigh_pairs(Weighed *rows, int64_t i) {
     store_floats(rows->sums + row * LANES, load_floats(rows->sums + row * LANES) + weight);
 }
 
-/* sums [M, UNITS] += of pair `h` of dimensions, q [M, pairs] * keys. */
-INLINE void score_pair(int M, const float *q, int64_t pairs, int64_t h, const Tile *tile,
+/* sums [M, N] += of pair `h` of dimensions, q [M, pairs] * keys of N units. */
+INLINE void score_pair(int M, int N, const float *q, int64_t pairs, int64_t h, const Tile *tile,
                        const Tile *next, const PairedTile *copied, bool in_pool,
                        Floats sums[ROWS][UNITS]) {
     const int64_t step = tile->key_step * 2;
     Floats key[UNITS];
-    UNROLL for (int n = 0; n < UNITS; n++) {
+    UNROLL for (int n = 0; n < N; n++) {
         const char *row = tile->keys[n] + h * 2 * step;
         key[n] = in_pool ? interleaved(load_shorts(row), load_shorts(row + step))
                          : load_floats(copied->keys + (n * pairs + h) * UNIT);
@@ -144,28 +144,31 @@ INLINE void score_pair(int M, const float *q, int64_t pairs, int64_t h, const Ti
     }
     UNROLL for (int m = 0; m < M; m++) {
         Floats factor = all_lanes(q[m * pairs + h]);
-        UNROLL for (int n = 0; n < UNITS; n++)
+        UNROLL for (int n = 0; n < N; n++)
             sums[m][n] = add_pairs(sums[m][n], factor, key[n]);
     }
 }
 
-/* Scores of M rows. Meanwhile those of the rows before are weighed, a register at a time: products
-   leave idle what adds and scales, so that takes hardly any time of its own. */
-INLINE void score_pairs(int M, const float *q, int64_t pairs, const Tile *tile, const Tile *next,
-                        const PairedTile *copied, bool in_pool, Weighed *rows) {
+/* Scores of M rows, which see nothing behind the first N units. Meanwhile those of the rows before
+   are weighed, a register at a time: products leave idle what adds and scales, so that takes less
+   than half of what it takes alone. */
+INLINE void score_pairs(int M, int N, const float *q, int64_t pairs, const Tile *tile,
+                        const Tile *next, const PairedTile *copied, bool in_pool, Weighed *rows) {
     const int64_t num_before = rows->num_rows * UNITS;
     Floats sums[ROWS][UNITS];
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < UNITS; n++)
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
         sums[m][n] = (Floats){0};
     int64_t h = 0;
     for (; h < least(num_before, pairs); h++) {
-        score_pair(M, q, pairs, h, tile, next, copied, in_pool, sums);
+        score_pair(M, N, q, pairs, h, tile, next, copied, in_pool, sums);
         weigh_pairs(rows, h);
     }
-    for (; h < pairs; h++) score_pair(M, q, pairs, h, tile, next, copied, in_pool, sums);
+    for (; h < pairs; h++) score_pair(M, N, q, pairs, h, tile, next, copied, in_pool, sums);
     for (; h < num_before; h++) weigh_pairs(rows, h);
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < UNITS; n++)
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
         store_floats(rows->scores + m * TILE + n * LANES, sums[m][n]);
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = N; n < UNITS; n++)
+        store_floats(rows->scores + m * TILE + n * LANES, all_lanes(-__builtin_inff()));
 }
 
 /* out [M, size] += weights [M, TILE / 2] * values, of N registers' dimensions

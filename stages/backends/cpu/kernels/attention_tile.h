@@ -68,8 +68,8 @@ INLINE void score_rows(int M, int N, const float *q, int64_t size, const Tile *t
 /* out [M, out_step] += weights [M, TILE] * values, of N registers' dimensions from `column` on. `to`:
    positions of the tile that any of these rows sees. */
 INLINE void add_rows(int M, int N, const float *weights, const Tile *tile, int64_t to,
-                     const Tile *next, int64_t size, int64_t column, float *out, int64_t out_step, int dtype,
-                     bool asks) {
+                     const Tile *next, int64_t size, int64_t column, float *out, int64_t out_step,
+                     int dtype, bool asks) {
     const int64_t step = tile->value_step * size_of(dtype);
     Floats sums[ROWS][4];
     out += column;

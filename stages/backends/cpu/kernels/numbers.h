@@ -142,7 +142,8 @@ INLINE Floats power_of_two(Floats x, bool is_rough) {
     x = larger(all_lanes(-127), x);
     Floats shifted = x + rounding, rest = x - (shifted - rounding);
 #endif
-    const float terms[] = {9.671512645e-03f, 5.550733743e-02f, 2.402224209e-01f, 6.931469776e-01f, 1};
+    const float terms[] = {9.671512645e-03f, 5.550733743e-02f, 2.402224209e-01f, 6.931469776e-01f,
+                           1};
     const float rough_terms[] = {2.422109595e-01f, 6.932829272e-01f, 1};
     Floats y = all_lanes(is_rough ? 5.500893049e-02f : 1.326472712e-03f);
     UNROLL for (int i = 0; i < (is_rough ? 3 : 5); i++)

@@ -78,10 +78,13 @@ def main() -> None:
         inputs = build_inputs(spans, BLOCK_SIZE, ids)
         hidden = torch.randn(inputs.num_tokens, config.hidden_size).to(dtype)
         x = inputs.token_ids_T if first == 0 else hidden
-        vocabulary = stage.head.vocabulary if has_head else None
+        few = set()
+        if has_head:  # behind the last keys and values rows go on whose logits are wanted
+            last = stage.layers[-1]
+            few = {stage.head.vocabulary, *last.modules()} - {last.attention.qkv}
         rows = {
             module: torch.randn(
-                len(spans) if module is vocabulary else inputs.num_tokens, module.shape[1]
+                inputs.num_wanted if module in few else inputs.num_tokens, module.shape[1]
             ).to(dtype)
             for module in stage.modules()
             if isinstance(module, Linear)

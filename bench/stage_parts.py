@@ -32,9 +32,11 @@ from pipeserve.stages.stage import Stage
 BLOCK_SIZE = 16
 PARTS = {
     "linear": "products",
+    "some_outputs": "products",
     "prepare_attention": "attention",
     "attend": "attention",
     "place_heads": "rotary, KV write",
+    "turn_heads": "rotary, KV write",
     "rms_norm": "norms",
     "layer_norm": "norms",
     "gated": "products",  # and its activation
@@ -145,8 +147,8 @@ def parts_of(stage: Stage, kv: object, timed: Timed, inputs: StageInputs) -> dic
     x_TD = torch.randn(inputs.num_tokens, stage.config.hidden_size)
     timed.seconds.clear()
     start_s = time.thread_time()
-    hidden_TD = stage(x_TD, inputs, kv)
-    timed.head.likeliest(hidden_TD[inputs.logit_rows_R])
+    hidden_RD = stage(x_TD, inputs, kv)
+    timed.head.likeliest(hidden_RD)
     whole_s = time.thread_time() - start_s
     found = {part: timed.seconds[part] for part in dict.fromkeys(PARTS.values())}
     return {"all": whole_s, **found, "rest": whole_s - sum(found.values())}
@@ -167,21 +169,29 @@ def floors(
     multiply: float,
     read: float,
 ) -> dict[str, float]:
-    """Seconds of the products and the attention of a stage with `head`, and of the two."""
+    """Seconds of the products and the attention of a stage with `head`, and of the two. Before a
+    head, rows whose logits nobody wants end at the keys and values of the last layer."""
     config, products = stage.config, 0.0
     of_head = set() if head is None else set(head.modules())
+    of_last = set(stage.layers[-1].modules()) if stage.gives_rows else set()
     for leaf in {*stage.leaves(), *of_head}:
         if isinstance(leaf, Linear):
-            rows = len(inputs.logit_rows_R) if leaf in of_head else inputs.num_tokens
+            rows = inputs.num_wanted if leaf in of_head | of_last else inputs.num_tokens
             flops, num_bytes = 2 * rows * leaf.num_parameters, leaf.weight.nbytes
-            products += max(flops / multiply, num_bytes / read)
-    pairs = positions = 0
-    for query_len, context_len in zip(inputs.query_lens, inputs.context_lens, strict=True):
-        pairs += query_len * context_len - query_len * (query_len - 1) // 2
-        positions += context_len
-    heads = config.num_heads * config.head_dim
-    flops = 4 * pairs * heads * len(stage.layers)
-    size = kv.num_bytes / kv.keys_LKBPH[..., 0].numel() * len(stage.layers) * config.num_kv_heads
+            products += max(flops / multiply, num_bytes / read if rows else 0.0)
+    seen = [inputs] * len(stage.layers)
+    if stage.gives_rows:
+        seen[-1] = inputs.of_wanted()
+        kv_parameters = 2 * config.num_kv_heads * config.head_dim * config.hidden_size
+        num_ended = inputs.num_tokens - inputs.num_wanted
+        products += 2 * num_ended * kv_parameters / multiply
+    flops, positions = 0, 0
+    for each in seen:
+        for query_len, context_len in zip(each.query_lens, each.context_lens, strict=True):
+            pairs = query_len * context_len - query_len * (query_len - 1) // 2
+            flops += 4 * pairs * config.num_heads * config.head_dim
+            positions += context_len
+    size = kv.num_bytes / kv.keys_LKBPH[..., 0].numel() * config.num_kv_heads
     attention = max(flops / multiply, positions * size / read)
     return {"products": products, "attention": attention, "all": products + attention}
 

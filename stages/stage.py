@@ -8,6 +8,7 @@ size, R rows whose logits are wanted, V vocabulary.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,14 @@ class Stage(nn.Module):
         stop_layer: int,
         has_embedding: bool,
         has_head: bool,
+        gives_rows: bool | None = None,
         backend: Backend | None = None,
         shard: Shard = WHOLE,
     ) -> None:
-        """`shard`: its part, where several ranks share the stage; then nothing adds theirs up until
-        `tensor_parallel/layers.py` does."""
+        """`gives_rows`: whether what comes of its layers goes to a head, which asks for the rows
+        alone whose logits are wanted; by default where it has the head. `shard`: its part, where
+        several ranks share the stage; then nothing adds theirs up until `tensor_parallel/layers.py`
+        does."""
         super().__init__()
         parts, prefix = parts_of(config), find_family(config.architecture).layers
         self.config = config
@@ -56,6 +60,7 @@ class Stage(nn.Module):
             for number in range(first_layer, stop_layer)
         )
         self.head = parts.make_head(config) if has_head else None
+        self.gives_rows = has_head if gives_rows is None else gives_rows
         self.kv_config = config
         if shard.of > 1:
             cut(self, config, shard)
@@ -87,8 +92,10 @@ class Stage(nn.Module):
         )
 
     def forward(self, x: Tensor, inputs: StageInputs, kv: KVCache) -> Tensor:
-        """Token ids [T] (first stage) or hidden [T, D] -> hidden [T, D], or logits [R, V]; both
-        float32.
+        """Token ids [T] (first stage) or hidden [T, D] -> hidden [T, D], or [R, D] (`gives_rows`),
+        or logits [R, V]; all float32.
+
+        Of the last layer before a head only keys and values are computed for every row.
 
         Whatever the weights' dtype is, that of the products and of KV, what layers add up and norm
         stays in float32: half the error of transformers in bf16 (bench/accuracy.py), in the same
@@ -111,11 +118,22 @@ class Stage(nn.Module):
                 for rope, frequencies_h in self.frequencies.items()
             },
         )
+        num_rows = inputs.num_wanted if self.gives_rows else inputs.num_tokens
         for number, layer in enumerate(self.layers):
+            if number == len(self.layers) - 1 and num_rows < inputs.num_tokens:
+                shared = self._of_wanted(shared, kv)
             x_TD = layer(x_TD, shared, kv.layer(number))
-        if self.head is None:
-            return x_TD[: inputs.num_tokens]
-        return self.head(x_TD[inputs.logit_rows_R])
+        if not self.layers and self.gives_rows:
+            x_TD = x_TD[inputs.logit_rows_R]
+        return x_TD[:num_rows] if self.head is None else self.head(x_TD[:num_rows])
+
+    def _of_wanted(self, shared: LayerInputs, kv: KVCache) -> LayerInputs:
+        """In which the rows alone go on whose logits are wanted."""
+        return replace(
+            shared,
+            plan=self.backend.prepare_attention(shared.inputs.of_wanted(), kv, self.windows),
+            rows_R=self.backend.pad_rows(shared.inputs.logit_rows_R),
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -123,8 +141,8 @@ class Stage(nn.Module):
         return sum(leaf.num_parameters for leaf in self.leaves())
 
     def bytes_in(self, dtype: torch.dtype) -> int:
-        """What the weights take, or will, in a run of `dtype`."""
-        return sum(leaf.num_parameters * leaf.dtype_in(dtype).itemsize for leaf in self.leaves())
+        """What the weights take in a run of `dtype`, or more; known before they are read."""
+        return sum(leaf.bytes_in(dtype) for leaf in self.leaves())
 
     @property
     def num_bytes(self) -> int:

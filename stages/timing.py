@@ -1,5 +1,5 @@
 """What the parts of a model take on this device, before any of its weights is read: each kind of
-layer, the embedding, and the head with sampling, on made-up weights of their shapes.
+layer, the last one, the embedding, and the head with sampling, on made-up weights of their shapes.
 
 Parts are timed in turn, so that whatever else the machine does meets all of them alike; what counts
 is the mean, for a stage that shares its core gets no more of it when it serves.
@@ -56,12 +56,15 @@ class PartBytes(NamedTuple):
     head: int
 
 
-def part_bytes(config: ModelConfig, dtype: torch.dtype, shard: Shard = WHOLE) -> PartBytes:
+def part_bytes(
+    config: ModelConfig, backend: Backend, dtype: torch.dtype, shard: Shard = WHOLE
+) -> PartBytes:
     """In a run of `dtype`, of a rank that has that part of each."""
 
     def num_bytes(first: int, stop: int, **which: bool) -> int:
         ends = {"has_embedding": False, "has_head": False, **which}
-        stage = Stage(config, first_layer=first, stop_layer=stop, shard=shard, **ends)
+        where = {"backend": backend, "shard": shard}
+        stage = Stage(config, first_layer=first, stop_layer=stop, **where, **ends)
         return stage.bytes_in(dtype)
 
     kinds = layer_kinds(config)
@@ -108,7 +111,8 @@ def time_parts(
     has_head: bool,
     shard: Shard = WHOLE,
 ) -> Timed:
-    """For about so many seconds, or longer where one round takes longer."""
+    """For about so many seconds, or longer where one round takes longer. `has_head`: then the last
+    layer, too, is timed as it is before a head, where few rows go on."""
     make = _Maker(config, backend, works, dtype, kv_dtype, block_size, shard)
     kinds = layer_kinds(config)
     firsts = [kinds.index(kind) for kind in range(len({*kinds}))]
@@ -120,15 +124,15 @@ def time_parts(
         probes["embedding"] = make.embedding()
     if has_head:
         probes["head"] = make.head()
+        probes["last"] = make.last_layers(copies[kinds[-1]])
     took, cpu_share = _in_turn(probes, backend, seconds)
-    parts = [
-        PartSeconds(
-            tuple(one["several", kind] / copies[kind] for kind in kinds),
-            one.get("embedding", 0.0),
-            one.get("head", 0.0),
-        )
-        for one in took
-    ]
+    parts = []
+    for one in took:
+        layers = [one["several", kind] / copies[kind] for kind in kinds]
+        if has_head:
+            layers[-1] = one["last"] / copies[kinds[-1]]
+        ends = one.get("embedding", 0.0), one.get("head", 0.0)
+        parts.append(PartSeconds(tuple(layers), *ends))
     return Timed(tuple(parts), cpu_share)
 
 
@@ -195,6 +199,21 @@ class _Maker:
         return [
             partial(stage, torch.randn(each.num_tokens, self._config.hidden_size), each, self._kv)
             for each in self._inputs
+        ]
+
+    def last_layers(self, copies: int) -> list[Callable[[], object]]:
+        """Each microbatch through so many that stand before a head, each for itself."""
+        last = self._config.num_layers - 1
+        made = [self._make(last, last + 1, gives_rows=True) for _ in range(copies)]
+        stages = [self._filled(stage) for stage in made]
+
+        def through_each(hidden_TD: Tensor, inputs: StageInputs) -> None:
+            for stage in stages:
+                stage(hidden_TD, inputs, self._kv)
+
+        size = self._config.hidden_size
+        return [
+            partial(through_each, torch.randn(each.num_tokens, size), each) for each in self._inputs
         ]
 
     def embedding(self) -> list[Callable[[], object]]:

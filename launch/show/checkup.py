@@ -82,7 +82,7 @@ def seams_table(
     for name in ("hosts", "latency", "bandwidth", f"of {num_tokens} tokens"):
         table.add_column(name, justify="right")
     hosts = [driver.fleet.keepers[stage.ranks[0]].host for stage in driver.plan.stages]
-    num_bytes = num_tokens * driver.shape.hidden_size * driver.shape.bytes_per_value
+    num_bytes = num_tokens * driver.shape.link_bytes_per_token
     for number, seam in enumerate(seams):
         here, there = hosts[number], hosts[number + 1]
         table.add_row(

@@ -149,7 +149,7 @@ def _measure_messages(
     if not seams:
         return message_s, Link(alpha_s=message_s, bytes_per_s=_FAST)
     more_s = max(_beside_compute_s(driver, ring, large, rng, ids) - small_s, 0.0) / seams
-    more_bytes = (large - 1) * driver.shape.hidden_size * driver.shape.bytes_per_value
+    more_bytes = (large - 1) * driver.shape.link_bytes_per_token
     rate = more_bytes / more_s if more_s > more_bytes / _FAST else _FAST
     return message_s, Link(alpha_s=message_s, bytes_per_s=rate)
 

@@ -114,7 +114,7 @@ def check_up(driver: "Driver", ring: Ring, lacks: list[str]) -> Checkup:
         works,
         [_slowest(examined, stage.ranks) for stage in driver.plan.stages],
         seams,
-        driver.shape.hidden_size * driver.shape.bytes_per_value,
+        driver.shape.link_bytes_per_token,
         feedback_s,
         control_s,
     )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pipeserve
 from pipeserve.core.work import PartSeconds, Work
+from pipeserve.errors import ConfigError
 from pipeserve.stages.checkpoint.sources import cache_root
 
 _NAME = "layer-times.json"
@@ -82,14 +83,14 @@ def keep(what: Measured, devices: Sequence[str], parts: Sequence[PartSeconds], n
             key = what.key(device, stage, len(devices))
             entries.pop(key, None)  # the latest stand at the end
             entries[key] = entry
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ConfigError):
         _write(dict(list(entries.items())[-_MOST:]))
 
 
 def _read() -> dict[str, Any]:
     try:
         entries = json.loads((cache_root() / _NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, ConfigError):
         return {}
     return entries if isinstance(entries, dict) else {}
 

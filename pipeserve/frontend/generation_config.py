@@ -7,6 +7,7 @@ are of the file in there. config.json says nothing of sampling, as in transforme
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def eos_token_ids(
 def _path(config: RunConfig, model_folder: Path) -> Path:
     if config.generation_config in ("auto", "vllm"):
         return model_folder / _FILE
-    path = Path(config.generation_config).expanduser() / _FILE
+    path = Path(os.path.expanduser(config.generation_config)) / _FILE
     if not path.is_file():
         raise ConfigError(
             f"generation_config is {config.generation_config!r}, and there is no {path}; give "

@@ -73,10 +73,13 @@ class ModelCompute:
             stop_layer=share.stop_layer,
             has_embedding=share.has_embedding,
             has_head=share.has_head,
+            gives_rows=job.is_last,
             backend=make_backend(share.device, share.attention, local_rank),
             shard=self._peers.shard,
         )
-        layer_bytes, *end_bytes = part_bytes(self.config, self.dtype, self._peers.shard)
+        layer_bytes, *end_bytes = part_bytes(
+            self.config, self.model.backend, self.dtype, self._peers.shard
+        )
         self.size = control.StageSized(
             weight_bytes=self.model.bytes_in(self.dtype),
             block_bytes=self.model.kv_block_bytes(block_size=share.block_size, dtype=self.kv_dtype),
@@ -175,10 +178,10 @@ class ModelCompute:
                 hidden = self._peers.part_of(hidden)
             num_bytes = self.links.send(turn.step.index, hidden)
         elif turn.step.head_at_first:
-            rows = hidden[inputs.logit_rows_R].cpu()
+            rows = hidden.cpu()
             stamps, num_bytes = _stamps_now(), rows.nbytes
         else:
-            sampled, stamps = self._answer(turn, hidden[inputs.logit_rows_R], feed_back)
+            sampled, stamps = self._answer(turn, hidden, feed_back)
         self._last_cpu_s = stamps.end_cpu_s
         cpu_s = stamps.end_cpu_s - start_cpu_s
         times = start_s, *stamps[:3], cpu_s, between_cpu_s

@@ -33,12 +33,34 @@ class StageInputs:
     """int64 block ids that hold each chunk's context, in order; the last may be partly filled."""
     begun_blocks: Tensor
     """int64 blocks that this microbatch begins and leaves partly filled."""
+    wanted_lens: tuple[int, ...]
+    """Of each chunk's tokens how many have their logits wanted: its last ones."""
     logit_rows_R: Tensor
     """int64 rows along T whose logits are wanted."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.positions_T)
+
+    @property
+    def num_wanted(self) -> int:
+        return len(self.logit_rows_R)
+
+    def of_wanted(self) -> "StageInputs":
+        """The microbatch as if each chunk began where its logits are wanted. It computes the same
+        for these rows, once the keys and values of all are written."""
+        chunks = [chunk for chunk, wanted in enumerate(self.wanted_lens) if wanted]
+        return StageInputs(
+            token_ids_T=None,
+            positions_T=self.positions_T[self.logit_rows_R],
+            slots_T=self.slots_T[self.logit_rows_R],
+            query_lens=tuple(self.wanted_lens[chunk] for chunk in chunks),
+            context_lens=tuple(self.context_lens[chunk] for chunk in chunks),
+            block_tables=tuple(self.block_tables[chunk] for chunk in chunks),
+            begun_blocks=self.begun_blocks,
+            wanted_lens=tuple(self.wanted_lens[chunk] for chunk in chunks),
+            logit_rows_R=torch.arange(self.num_wanted).to(self.logit_rows_R.device),
+        )
 
     def to(self, device: torch.device) -> "StageInputs":
         """With what layers read on `device`; block tables stay, for attention plans by them."""
@@ -63,7 +85,7 @@ def build_inputs(
     `token_ids`: all known ids of each chunk's request (first stage), or None. Does not modify its
     arguments and keeps none of their lists.
     """
-    starts, stops, tables, _ = zip(*spans, strict=True)
+    starts, stops, tables, wanted_lens = zip(*spans, strict=True)
     num_blocks = [-(-stop // block_size) for stop in stops]
     blocks = [table[:number] for table, number in zip(tables, num_blocks, strict=True)]
     lens_S, num_blocks_S = np.subtract(stops, starts), np.array(num_blocks)
@@ -88,6 +110,7 @@ def build_inputs(
         context_lens=stops,
         block_tables=torch.from_numpy(joined).split(num_blocks),
         begun_blocks=torch.tensor(begun, dtype=torch.int64),
+        wanted_lens=wanted_lens,
         logit_rows_R=torch.tensor(rows, dtype=torch.int64),
     )
 

@@ -5,8 +5,8 @@ in plain PyTorch on any device: what a GPU uses, and what tests hold other backe
 device with something better overrides single methods, and no module knows of it.
 
 `onto`, wherever it is, is what a result is added to: the residual of a layer, so that an operation
-may add as it writes. Nothing here modifies its arguments but a KV pool and, in `place_heads`, the
-heads.
+may add as it writes. Nothing here modifies its arguments but a KV pool and, in `place_heads` and
+`turn_heads`, the heads.
 
 Suffixes: T tokens, X any axes, D a normed axis, I and O features of a product, F intermediate size,
 N query heads, K kv heads, A all heads (queries, then keys, then values), H head size.
@@ -80,6 +80,10 @@ class Backend:
         """The same of `likeliest`."""
         return self.place_matrix(weight_OI)
 
+    def bytes_beside_vocabulary(self, num_rows: int, num_columns: int) -> int:
+        """What `place_vocabulary` keeps besides the weight itself."""
+        return 0
+
     def place_gated_matrix(self, weight_OI: Tensor) -> Tensor:
         """The same of `gated`: gates first, then as many rows that they are for."""
         return self.place_matrix(weight_OI)
@@ -133,6 +137,13 @@ class Backend:
         `place_matrix` made."""
         return _added(F.linear(x_XI.to(weight.dtype), weight, bias_O), onto_XO)
 
+    def some_outputs(
+        self, x_XI: Tensor, weight: Tensor, bias_O: Tensor | None, outputs: range
+    ) -> Tensor:
+        """Those of `linear`'s outputs alone: [X, len(outputs)], whose rows may lie apart."""
+        some = slice(outputs.start, outputs.stop)
+        return self.linear(x_XI, weight[some], None if bias_O is None else bias_O[some])
+
     def rms_norm(
         self, x_XD: Tensor, weight_D: Tensor, eps: float, onto_XD: Tensor | None = None
     ) -> Tensor:
@@ -180,19 +191,32 @@ class Backend:
         inputs: StageInputs,
     ) -> Tensor:
         """Norms and rotates queries and keys, writes keys and values into `pool`, and returns the
-        queries [T, N, H]. Rows of padding are not written. May overwrite `heads_TAH`."""
+        queries [T, N, H], of which there may be none. Rows of padding are not written. May
+        overwrite `heads_TAH`."""
         num_q = heads_TAH.shape[1] - 2 * num_kv_heads
         q_TNH, k_TKH, v_TKH = heads_TAH.split((num_q, num_kv_heads, num_kv_heads), 1)
         if norms is None and rotation is not None:  # in one go
             rotated_TXH = rotate(heads_TAH[:, : num_q + num_kv_heads], rotation)
             q_TNH, k_TKH = rotated_TXH.split((num_q, num_kv_heads), 1)
         elif norms is not None:
-            q_TNH, k_TKH = norms[0](q_TNH), norms[1](k_TKH)
-            if rotation is not None:
-                q_TNH, k_TKH = rotate(q_TNH, rotation), rotate(k_TKH, rotation)
+            q_TNH, k_TKH = (
+                self.turn_heads(heads, norm, rotation)
+                for heads, norm in zip((q_TNH, k_TKH), norms, strict=True)
+            )
         clear(pool, inputs.begun_blocks)
         write(k_TKH, v_TKH, pool, inputs.slots_T)
         return q_TNH
+
+    def turn_heads(
+        self,
+        heads_TXH: Tensor,
+        norm: Callable[[Tensor], Tensor] | None,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        """Normed and rotated, as `place_heads` does it. May overwrite `heads_TXH`."""
+        if norm is not None:
+            heads_TXH = norm(heads_TXH)
+        return heads_TXH if rotation is None else rotate(heads_TXH, rotation)
 
     def attend(self, q_TNH: Tensor, pool: PoolLayer, plan: object, scoring: Scoring) -> Tensor:
         """[T, N, H]; what comes of rows of padding is of no use. `plan`: `prepare_attention`'s."""

@@ -79,7 +79,7 @@ def resolve(model: str, on_progress: OnProgress = lambda text: None) -> Path:
 
 def origin(model: str, folder: Path) -> str:
     """In words, where `folder` came from, which is what `resolve(model)` returned."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path == folder:
         return "folder"
     if path.is_file():
@@ -90,8 +90,16 @@ def origin(model: str, folder: Path) -> str:
 
 
 def cache_root() -> Path:
-    """`$PIPESERVE_CACHE`, by default ~/.cache/pipeserve."""
-    return Path(os.environ.get("PIPESERVE_CACHE") or "~/.cache/pipeserve").expanduser()
+    """`$PIPESERVE_CACHE`, by default ~/.cache/pipeserve. Raises ConfigError for a user without a
+    home, as containers have them."""
+    given = os.environ.get("PIPESERVE_CACHE") or "~/.cache/pipeserve"
+    root = os.path.expanduser(given)
+    if root.startswith("~"):
+        raise ConfigError(
+            f"{given} is nowhere: user {os.getuid()} has no home folder; set PIPESERVE_CACHE to a "
+            "folder for what is fetched"
+        )
+    return Path(root)
 
 
 def _from_gguf(file: Path, on_progress: OnProgress) -> Path:

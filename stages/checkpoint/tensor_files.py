@@ -137,7 +137,7 @@ def read_header(descriptor: int, path: Path) -> dict[str, Entry]:
         header = json.loads(os.pread(descriptor, length, 8))
         header.pop("__metadata__", None)
         return {name: _entry(path, 8 + length, **fields) for name, fields in header.items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise ConfigError(
             f"{path} is not a safetensors file: its header makes no sense; fetch it again"
         ) from None
@@ -146,8 +146,11 @@ def read_header(descriptor: int, path: Path) -> dict[str, Entry]:
 def _entry(
     path: Path, data_start: int, *, dtype: str, shape: list[int], data_offsets: list[int]
 ) -> Entry:
-    """One line of the header. Raises ValueError where size and shape contradict each other."""
+    """One line of the header. Raises ValueError where size and shape contradict each other, and
+    for bytes that are none of a tensor's."""
     start, stop = data_offsets
+    if not 0 <= start <= stop or min(shape, default=0) < 0:
+        raise ValueError
     if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError
     return Entry(path, dtype, tuple(shape), data_start + start, stop - start)

@@ -44,8 +44,10 @@ class FalconLayer(nn.Module):
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
         normed_TD = self.attention_norm(x_TD)
         attended_TD = self.attention(normed_TD, shared, pool, onto_TD=x_TD)
-        if self.mlp_norm is not None:
-            normed_TD = self.mlp_norm(x_TD if self.is_parallel else attended_TD)
+        if self.mlp_norm is None:
+            normed_TD = shared.kept(normed_TD)
+        else:
+            normed_TD = self.mlp_norm(shared.kept(x_TD) if self.is_parallel else attended_TD)
         return self.mlp(normed_TD, onto_TD=attended_TD)
 
 

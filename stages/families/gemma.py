@@ -33,7 +33,7 @@ class GemmaLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
         attended_TD = self.attention(self.attention_norm(x_TD), shared, pool)
-        x_TD = self.attention_out_norm(attended_TD, onto_XD=x_TD)
+        x_TD = self.attention_out_norm(attended_TD, onto_XD=shared.kept(x_TD))
         return self.mlp_out_norm(self.mlp(self.mlp_norm(x_TD)), onto_XD=x_TD)
 
 

@@ -9,7 +9,8 @@ from torch import nn
 class Parts(NamedTuple):
     """Of one family; each is made of its ModelConfig.
 
-    A layer is called with (hidden [T, D], LayerInputs, PoolLayer) and returns hidden [T, D]; the
+    A layer is called with (hidden [T, D], LayerInputs, PoolLayer) and returns hidden [T, D], or of
+    the rows alone that `LayerInputs` has go on behind its keys and values; the
     embedding with (ids [T], positions [T]); the head with hidden [R, D], for logits [R, V].
     """
 

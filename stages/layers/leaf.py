@@ -84,6 +84,10 @@ class Leaf(Part):
         """What it is kept as in a run of `dtype`."""
         return torch.float32 if self.is_float32 else dtype
 
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        """What it takes in a run of `dtype`, or more: the backend may find that 16 bits do."""
+        return self.num_parameters * self.dtype_in(dtype).itemsize
+
     @property
     def num_bytes(self) -> int:
         """Of what is set."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pipeserve.stages.layers.leaf import Leaf, Rows
@@ -30,12 +31,19 @@ class Linear(Leaf):
         `onto`."""
         return self.backend.linear(x, self.weight, self.bias, onto)
 
+    def some(self, x: Tensor, outputs: range) -> Tensor:
+        """Those outputs alone: [..., len(outputs)], perhaps a part of more."""
+        return self.backend.some_outputs(x, self.weight, self.bias, outputs)
+
 
 class Vocabulary(Linear):
     """Of hidden states to logits, of which often the highest alone is asked for."""
 
     def _placed(self, weight: Tensor) -> Tensor:
         return self.backend.place_vocabulary(weight)
+
+    def bytes_in(self, dtype: torch.dtype) -> int:
+        return super().bytes_in(dtype) + self.backend.bytes_beside_vocabulary(*self.shape)
 
 
 class GatedLinear(Linear):

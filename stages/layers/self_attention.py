@@ -1,6 +1,7 @@
 """The attention half of a decoder layer: the two products, and what the backend does between them.
 
-Suffixes: T tokens, D hidden size, N query heads, A all heads (queries, keys, values), H head size.
+Suffixes: T tokens, R rows that go on, D hidden size, N query heads, A all heads (queries, keys,
+values), H head size, X any axes.
 """
 
 from collections.abc import Mapping
@@ -19,12 +20,19 @@ from pipeserve.stages.layers.part import Part
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """What depends on the microbatch and is the same for all layers."""
+    """What depends on the microbatch and is the same for all layers, but for the model's last one:
+    behind its keys and values nobody wants more than the rows that become logits."""
 
     inputs: StageInputs
     plan: object
-    """Of `Backend.prepare_attention`."""
+    """Of `Backend.prepare_attention`, for the rows that go on."""
     rotations: Mapping[RopeConfig, Rotation]
+    rows_R: Tensor | None = None
+    """Those that go on behind keys and values, perhaps with padding; None: all of them."""
+
+    def kept(self, x_TX: Tensor) -> Tensor:
+        """Of what all rows have, the part of those that go on."""
+        return x_TX if self.rows_R is None else x_TX[self.rows_R]
 
 
 class SelfAttention(Part):
@@ -45,7 +53,8 @@ class SelfAttention(Part):
         k_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
         self.scoring = scoring
         self.rope = rope
         self.qkv, self.out = qkv, out
@@ -58,12 +67,39 @@ class SelfAttention(Part):
         pool: PoolLayer,
         onto_TD: Tensor | None = None,
     ) -> Tensor:
-        """What comes out, added to `onto_TD`, if given. Writes K and V of the microbatch into
-        `pool`; does not modify `x_TD`."""
-        heads_TAH = self.qkv(x_TD).unflatten(-1, (-1, self.head_dim))
+        """What comes out for the rows that go on, added to `onto_TD`, if given. Writes K and V of
+        the whole microbatch into `pool`; does not modify `x_TD`."""
         rotation = None if self.rope is None else shared.rotations[self.rope]
-        q_TNH = self.backend.place_heads(
+        place_all = shared.rows_R is None
+        q_RNH = (self._place if place_all else self._place_apart)(x_TD, shared, rotation, pool)
+        out_RNH = self.backend.attend(q_RNH, pool, shared.plan, self.scoring)
+        onto_RD = None if onto_TD is None else shared.kept(onto_TD)
+        return self.out(out_RNH.flatten(1), onto_RD)
+
+    def _place(
+        self, x_TD: Tensor, shared: LayerInputs, rotation: Rotation | None, pool: PoolLayer
+    ) -> Tensor:
+        """Writes keys and values; returns the queries of all rows."""
+        heads_TAH = self._heads(self.qkv(x_TD))
+        return self.backend.place_heads(
             heads_TAH, self.num_kv_heads, self.norms, rotation, pool, shared.inputs
         )
-        out_TNH = self.backend.attend(q_TNH, pool, shared.plan, self.scoring)
-        return self.out(out_TNH.flatten(1), onto_TD)
+
+    def _place_apart(
+        self, x_TD: Tensor, shared: LayerInputs, rotation: Rotation | None, pool: PoolLayer
+    ) -> Tensor:
+        """The same, and the queries of some rows alone."""
+        num_q, num_kv = (n * self.head_dim for n in (self.num_heads, 2 * self.num_kv_heads))
+        kv_TAH = self._heads(self.qkv.some(x_TD, range(num_q, num_q + num_kv)))
+        self.backend.place_heads(
+            kv_TAH, self.num_kv_heads, self.norms, rotation, pool, shared.inputs
+        )
+        q_RNH = self._heads(self.qkv.some(shared.kept(x_TD), range(num_q)))
+        if rotation is not None:
+            cos_T1H, signed_sin_T1H = rotation
+            rotation = shared.kept(cos_T1H), shared.kept(signed_sin_T1H)
+        norm = None if self.norms is None else self.norms[0]
+        return self.backend.turn_heads(q_RNH, norm, rotation)
+
+    def _heads(self, x_TO: Tensor) -> Tensor:
+        return x_TO.unflatten(-1, (-1, self.head_dim))

@@ -48,7 +48,7 @@ def config_of_shard(config: ModelConfig, shard: Shard) -> ModelConfig:
 def _cut_attention(attention: SelfAttention, config: ModelConfig, shard: Shard) -> None:
     heads, scoring = heads_of(config, shard), attention.scoring
     own = heads.queries
-    attention.num_kv_heads = len(heads.kv)
+    attention.num_heads, attention.num_kv_heads = len(own), len(heads.kv)
     attention.qkv.keep_rows(_rows_of(heads, config))
     _keep_inputs(attention.out, _dimensions(own, config), shard)
     if scoring.slopes_N is not None:

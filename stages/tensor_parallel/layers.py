@@ -106,6 +106,10 @@ class ColumnParallel(ColumnParallelLinear):
     def forward(self, x_X: Tensor) -> Tensor:
         return super().forward(x_X)[0]
 
+    def some(self, x_X: Tensor, outputs: range) -> Tensor:
+        """As of `Linear`, of this rank's."""
+        return self.own.some(x_X, outputs)
+
 
 class RowParallel(RowParallelLinear):
     """A product of some inputs, and the sum over all ranks.

@@ -276,6 +276,13 @@ def test_hops_know_where_a_node_ends():
     assert PipelineCost(PROFILE, SHAPE, split_layers(4, 1)).hop_seconds(1000) == ()
 
 
+def test_our_own_stages_hand_on_float32_whatever_the_weights_are():
+    """1,000 tokens * 1,024 bytes: tables were measured on such stages, formulae elsewhere."""
+    assert SHAPE.bytes_per_value == 2
+    cost = PipelineCost(TABLES, SHAPE, split_layers(4, 2))
+    assert cost.hop_seconds(1000) == pytest.approx([1e-6 + 1024e3 / 1e9])
+
+
 # ---- profiles for something else ----------------------------------------------------------------
 
 

@@ -5,7 +5,15 @@ from itertools import combinations
 import pytest
 
 from pipeserve.configs.model_shapes import load_shape
-from pipeserve.core.cost.partition import plan_pipeline, split_explicitly, split_layers, usual_work
+from pipeserve.core.cost.partition import (
+    end_parts,
+    parts_by_operations,
+    plan_pipeline,
+    split_by_time,
+    split_explicitly,
+    split_layers,
+    usual_work,
+)
 from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 
@@ -52,6 +60,20 @@ def test_no_split_has_a_faster_slowest_stage(num_layers, num_stages, embedding, 
 )
 def test_known_splits(num_layers, num_stages, head_cost, expected):
     assert counts(split_layers(num_layers, num_stages, head_cost=head_cost)) == expected
+
+
+def test_the_last_layer_counts_as_what_goes_on_in_it():
+    """By hand, SmolLM2 of 576 over heads of 64, 512 tokens of which 85 sample: keys and values of
+    3 heads for 427 tokens, all of the layer for the others, and its weights are read. Less of the
+    layer leaves room for a further one beside a whole head."""
+    shape = load_shape("smollm2-135m")
+    keys_and_values = 2 * 3 * 64 * 576
+    layer = keys_and_values + 2 * 576 * 576 + 3 * 576 * 1536
+    *others, last = parts_by_operations(shape, 2, 512)[1].layer_s
+    assert set(others) == {1.0} and len(others) == 29
+    assert last == pytest.approx((93 * layer + 427 * keys_and_values) / (520 * layer))
+    assert counts(plan_pipeline(shape, 2, None, 512)) == [15, 15]
+    assert counts(split_by_time(end_parts((1.0,) * 30, 2, 0.0, 1.44))) == [16, 14]
 
 
 def test_the_window_is_one_microbatch_a_stage_unless_asked_for():

@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 import pipeserve.driver.checkpoint
 import pipeserve.driver.driver
 from pipeserve.configs import RunConfig
+from pipeserve.core.records import Span
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.dtypes import choose_dtype
 from pipeserve.frontend.llm import LLM
 from pipeserve.launch.show.loaded import loaded
 from pipeserve.machine import native_dtypes
+from pipeserve.profiling.recording.recording import Ring
 from pipeserve.sampling_params import SamplingParams
 from pipeserve.wire.control import KeeperHello
 from pipeserve.wire.stage_job import decode_share
@@ -151,8 +153,15 @@ def test_in_16_bits_too_no_logit_depends_on_where_layers_are_cut(folder):
     def answer_of(**options):
         config = RunConfig(model=folder, dtype="bfloat16", num_gpu_blocks_override=8, **options)
         prompt, params = list(range(3, 20)), SamplingParams(temperature=0, max_tokens=2, logprobs=5)
-        with LLM.on(Driver(checkpoint_setup(config), fleet=LocalFleet)) as llm:
+        ring = Ring()
+        driver = Driver(checkpoint_setup(config), record=ring.record, fleet=LocalFleet)
+        with LLM.on(driver) as llm:
             (found,) = llm.generate([prompt], params)
+        # And the predicted bytes of a link are those that were sent, with an index of 8.
+        for span in ring:
+            if isinstance(span, Span) and span.stage < len(driver.stages) - 1:
+                sent = span.num_bytes - 8
+                assert sent == span.num_tokens * driver.shape.link_bytes_per_token > 0
         return found.token_ids, found.logprobs
 
     for options in (

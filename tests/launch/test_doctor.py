@@ -5,7 +5,7 @@ import socket
 from dataclasses import replace
 from itertools import combinations
 from math import inf
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import msgspec
 import pytest
@@ -13,6 +13,7 @@ from checkpoints import tiny
 from local_fleet import LocalFleet
 
 from pipeserve.configs import make_config
+from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.partition import plan_of, with_ranks
 from pipeserve.driver import layer_choice
 from pipeserve.driver.checkpoint import checkpoint_setup
@@ -22,10 +23,12 @@ from pipeserve.launch import cli
 from pipeserve.launch.run.emulated import emulated_setup
 from pipeserve.launch.run.simulated import simulated_run
 from pipeserve.launch.run.unloaded import without_weights
+from pipeserve.launch.show.checkup import seams_table
 from pipeserve.launch.verbs.checkup import check_up
 from pipeserve.launch.verbs.doctor_checks import Seat, failures, notes, why_off
 from pipeserve.machine import boot_id
 from pipeserve.profiling.recording.recording import Ring
+from pipeserve.profiling.simulation.measured_times import Seam
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
 from pipeserve.stage.checkup import CheckupCompute
 from pipeserve.wire.control import Facts
@@ -243,3 +246,15 @@ def test_one_emulated_stage_is_slower_and_the_cut_is_the_best_there_is(slow):
     best = min(slowest((a, b - a, c - b, 32 - c)) for a, b, c in cuts)
     assert slowest(found) == pytest.approx(best)
     assert slowest(unaware) > 1.2 * best and found[slow] < unaware[slow]
+
+
+def test_activations_take_what_is_sent_of_them():
+    """1,000 tokens of 576 numbers, float32 where the weights are bfloat16, over 1 MB/s."""
+    shape = replace(load_shape("smollm2-135m"), bytes_per_value=2)
+    keepers = [SimpleNamespace(host="here", boot_id="this")] * 2
+    driver = SimpleNamespace(
+        shape=shape, plan=plan_of([15, 15]), fleet=SimpleNamespace(keepers=keepers)
+    )
+    seam = Seam(latency_s=0.0, bytes_per_s=1e6)
+    table = seams_table(driver, [seam], [(0.0, 0.0)] * 2, 0.0, 1000)
+    assert next(table.columns[-1].cells) == "2304.00 ms"

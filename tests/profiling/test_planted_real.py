@@ -107,6 +107,16 @@ def test_a_wait_is_found(small_stages, name):
     assert_waits(plant.cause, added(record(plant.before), record(plant.planted)))
 
 
+def test_the_last_stage_waits_for_tokens_of_the_first_one(small_stages):
+    """Of a lone request, which goes on when they are there."""
+    alone = replace(FEW, arrivals=FEW.arrivals[:1], to_last_s=0.05)
+    recording = small_stages.record(alone)
+    last = {span.index: span for span in recording.spans[1]}
+    following = [(head, last.get(head.index + 1)) for head in recording.headed]
+    waits_s = [span.start_s - head.sent_s for head, span in following if span is not None]
+    assert len(waits_s) > 2 and min(waits_s) >= alone.to_last_s
+
+
 def test_a_late_link_and_late_feedback_are_split_as_each_alone(small_stages):
     before = small_stages.record(FEW)
 

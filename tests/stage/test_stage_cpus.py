@@ -63,6 +63,15 @@ def test_nodes_whose_cores_are_numbered_in_turn(machine):
     assert [place.cpus for place in places(cores, 2)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
+def test_fewer_stages_than_nodes(machine):
+    """Or as many (vllm#35789: it would not start then); each on as few as hold its cores."""
+    nodes = [f"{first}-{first + 3}" for first in (0, 4, 8, 12)]
+    cores = cores_of(range(16), machine(map(str, range(16)), nodes))
+    for ranks, most in ((1, 4), (2, 2), (4, 1)):
+        got = [{cpu // 4 for cpu in place.cpus} for place in places(cores, ranks)]
+        assert [len(nodes) for nodes in got] == [most] * ranks
+
+
 def test_only_cores_that_this_process_may_use_count(machine):
     """Two instances on a node each (vllm#43240); vLLM gave KV transfer a core outside (#58033)."""
     second = cores_of(cpus_of("60-119,180-239"), machine(*TWO_SOCKETS))

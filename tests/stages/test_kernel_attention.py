@@ -5,11 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import TOLERANCE, Case
+from attention_cases import TOLERANCE, Case, config_of
 
 from pipeserve.stages.attention.inputs import build_inputs
 from pipeserve.stages.attention.scoring import Scoring, alibi_slopes
 from pipeserve.stages.backends.cpu import kernel_attention, library
+from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,6 +28,8 @@ SIZES = [
         (4, 1, 112),
         (2, 1, 512),
     ),  # vllm#302 1455 22193 31968 39065
+    # vllm#336, flash-attention#1542, FasterTransformer#89; groups of 6, 12: ik_llama.cpp#1521, #217
+    *((4, 1, 100), (8, 2, 72), (5, 5, 80), (12, 2, 64), (24, 2, 32)),
     *((1, 1, 16), (16, 1, 48), (10, 2, 80), (12, 4, 96), (14, 2, 128), (8, 1, 256), (71, 1, 64)),
 ]
 
@@ -176,3 +179,25 @@ def test_kernels_read_nothing_that_was_not_written(each_library, monkeypatch, he
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(torch.nan))
             assert torch.equal(case.run("kernels"), expected)
+
+
+def test_blocks_beyond_what_32_bits_count(each_library):
+    """Numbers of K, more than 2**31 of them, of which few are ever used (vllm#50427, aiter#4474,
+    vllm-xpu-kernels#445: offsets wrapped around, and other memory was read)."""
+    backend, num_blocks = KernelBackend(), (1 << 31) // (2 * 256 * 16) + 4
+    sizes = {"num_layers": 1, "num_blocks": num_blocks, "block_size": 16, "dtype": torch.float16}
+    try:
+        kv = backend.make_kv(config_of(2, 2, 256), **sizes)
+    except OSError:
+        pytest.skip("a machine of little memory")
+    assert kv.keys_LKBPH.numel() > 1 << 31
+    torch.manual_seed(0)
+    drawn = torch.randn(20, 6, 256)
+
+    def attended(table):
+        inputs = build_inputs([(0, 20, table, 1)], 16, None)
+        plan = backend.prepare_attention(inputs, kv, {None})
+        q = backend.place_heads(drawn.clone(), 2, None, None, kv.layer(0), inputs)
+        return backend.attend(q, kv.layer(0), plan, Scoring(0.1))
+
+    assert torch.equal(attended([1, 2]), attended([num_blocks - 1, num_blocks - 2]))

@@ -54,11 +54,10 @@ AVX512 = "avx512f avx512bw avx512cd avx512dq avx512vl"
     ("cpuinfo", "best"),
     [
         ("flags : fpu sse4_1 sse4_2 ssse3", None),  # dondai44423/donsetch#57: a VM without AVX
-        ("flags : fpu avx", None),
-        (
-            FLAGS,
-            "avx2",
-        ),  # OpenBLAS#1949, jvector#629: the CPU has more, the system does not save it
+        ("flags : fpu avx", None),  # llama.cpp#14691, odysseus#3050: no backend, or a crash
+        # The CPU has more, and the system, or what it runs in, does not save it: OpenBLAS#1949,
+        # jvector#629, jax#2906, whisper.cpp#3699, Halide#9017.
+        (FLAGS, "avx2"),
         (f"{FLAGS} avx512vl", "avx2"),  # eclipse-openj9#19408: avx512vl alone
         (f"{FLAGS} avx512f avx512bw avx512dq", "avx2"),
         (f"{FLAGS} {AVX512}", "avx512"),

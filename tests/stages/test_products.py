@@ -1,5 +1,7 @@
 """Products of the C kernels: near float64's, a row the same in every batch, 16 bits where exact."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -50,6 +52,21 @@ def test_near_float64_and_a_row_does_not_depend_on_its_batch(kernels, dtype, sha
     for rows in ROWS:
         assert torch.equal(packed.product(x[:rows], padded), whole[:rows]), rows
         assert torch.equal(packed.product(x[-rows:], padded), whole[-rows:]), rows
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", STORED)
+def test_some_outputs_are_those_of_the_whole(kernels, dtype, shape):
+    """Wherever they begin and end in a panel."""
+    weight, bias, x = made(dtype, shape)
+    padded, size = PackedWeight.padded(bias, kernels), shape[0]
+    for pairs in {False, dtype == "bfloat16" and bool(kernels.multiplies_pairs())}:
+        packed = PackedWeight(weight, rounds_x=pairs, library=kernels)
+        for num_rows in (0, 1, 25):
+            whole = packed.product(x[:num_rows], padded)
+            for start, stop in [(0, size), (0, size // 2), (size // 2, size), (size // 3, size)]:
+                some = packed.product(x[:num_rows], padded, outputs=range(start, stop))
+                assert torch.equal(some, whole[:, start:stop]), (num_rows, start, stop)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -166,6 +183,42 @@ def test_the_likeliest_output_without_the_others(kernels, kind, dtype, shape):
     for bad in (torch.nan, torch.inf, 3e38):
         x[1, 0] = bad
         assert packed.likeliest(x[:3]) is None or packed.product(x[:3]).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1_668, 50_257, 151_669])
+@both_kinds
+def test_the_last_of_a_vocabulary_of_any_size(kernels, kind, size):
+    """Of sizes that no panel divides (ik_llama.cpp#911, #230, marian-dev#107), all of it is looked
+    through (1bit-MONSTER#253: the first 1,000)."""
+    torch.manual_seed(0)
+    weight = torch.randn(size, 24).half()
+    weight[-1] = 4
+    packed = kind(weight, library=kernels)
+    x = torch.randn(3, 24)
+    x[1] = 1
+    highest, outputs = packed.likeliest(x)
+    expected = packed.product(x).max(-1)
+    assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
+    assert outputs[1] == size - 1 and highest[1] == 96
+
+
+def test_several_threads_compute_at_once(kernels):
+    """Each works in memory of its own (sglang#28992: threads shared what a kernel keeps of a shape,
+    and a server ended after hours)."""
+    torch.manual_seed(0)
+    weight, xs = torch.randn(300, 130), [torch.randn(rows, 130) for rows in (1, 7, 40, 130)]
+    packed = VocabularyWeight(weight, library=kernels)
+    alone = [(packed.product(x), *packed.likeliest(x)) for x in xs]
+
+    def differ(number):
+        seen = []
+        for place in (number + step for step in range(60)):
+            x, expected = xs[place % 4], alone[place % 4]
+            seen += map(torch.equal, (packed.product(x), *packed.likeliest(x)), expected)
+        return not all(seen)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(differ, range(4)))
 
 
 @both_kinds

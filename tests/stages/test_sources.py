@@ -297,6 +297,30 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_root() == Path.home() / ".cache" / "pipeserve"
 
 
+NOBODY = """
+import os
+from pipeserve.driver import kept_times
+from pipeserve.errors import ConfigError
+from pipeserve.stages.checkpoint.sources import resolve
+os.environ.pop("HOME", None), os.environ.pop("PIPESERVE_CACHE", None)
+os.setuid(54321)
+assert kept_times._read() == {}
+try:
+    resolve("smollm2-135m")
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone may become somebody else")
+def test_a_user_whom_the_machine_does_not_know_has_no_cache():
+    """As of containers that run under any number (vllm-fork#929, hindsight#3934: torch itself asked
+    for the user's name): a model in a folder runs, and what has to be fetched needs a place."""
+    done = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "user 54321 has no home folder; set PIPESERVE_CACHE" in done.stdout
+
+
 @pytest.mark.parametrize("model", [ALIAS, "file.gguf"])
 def test_two_at_once_make_it_once(index, tmp_path, monkeypatch, model):
     """flock holds between two open files as between two processes."""

@@ -8,6 +8,7 @@ from checkpoints import TINY, tiny
 
 from pipeserve.core.work import Work
 from pipeserve.stages.backends.backend import Backend
+from pipeserve.stages.checkpoint.weights import load_weights
 from pipeserve.stages.config.families import read_config
 from pipeserve.stages.devices import make_backend
 from pipeserve.stages.stage import Stage
@@ -37,9 +38,30 @@ def test_parts_of_every_family_are_timed(tmp_path, name):
     for parts in timed.parts:
         assert len(parts.layers) == config.num_layers
         assert min(*parts.layers, parts.embedding, parts.head) > 0
-        for kind in set(layer_kinds(config)):  # one number for layers that are alike
-            same = {s for s, k in zip(parts.layers, layer_kinds(config), strict=True) if k == kind}
-            assert len(same) == 1
+        # One number for layers that are alike; the last one has its own.
+        *before, _ = zip(parts.layers, layer_kinds(config), strict=True)
+        for kind in {kind for _, kind in before}:
+            assert len({seconds for seconds, own in before if own == kind}) == 1
+
+
+def test_the_last_layer_is_timed_as_it_is_before_a_head(tmp_path):
+    """Decodes go on in it, and prompts end."""
+    rows = []
+
+    class Looking(Backend):
+        def attend(self, q_TNH, *others):
+            rows.append(len(q_TNH))
+            return super().attend(q_TNH, *others)
+
+    config = read_config(tiny("llama", tmp_path))
+    options = {"dtype": torch.float32, "kv_dtype": torch.float32, "block_size": 16}
+    for has_head in (False, True):
+        rows.clear()
+        with torch.inference_mode():
+            time_parts(
+                config, Looking(), WORKS, 0.0, has_embedding=False, has_head=has_head, **options
+            )
+        assert set(rows) == ({3, 21, 4} if has_head else {3, 21})
 
 
 def test_a_rank_without_the_ends_does_not_time_them(tmp_path):
@@ -80,7 +102,8 @@ def test_layers_of_one_kind_are_those_that_compute_alike(tmp_path, name, kinds):
 @pytest.mark.parametrize("name", TINY)
 def test_weights_of_parts_are_those_of_the_stages_that_hold_them(tmp_path, name):
     config = read_config(tiny(name, tmp_path))
-    layers, embedding, head = part_bytes(config, torch.bfloat16)
+    backend = make_backend()
+    layers, embedding, head = part_bytes(config, backend, torch.bfloat16)
     first, last = (
         Stage(
             config,
@@ -88,7 +111,28 @@ def test_weights_of_parts_are_those_of_the_stages_that_hold_them(tmp_path, name)
             stop_layer=stop,
             has_embedding=start == 0,
             has_head=start != 0,
+            backend=backend,
         ).bytes_in(torch.bfloat16)
         for start, stop in ((0, 1), (1, config.num_layers))
     )
     assert (first, last) == (embedding + layers[0], sum(layers[1:]) + head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_read_take_no_more_than_was_said_before(tmp_path, dtype):
+    """By which KV gets what memory is left: the head's copy in 8 bits counts, beside float32 that
+    16 bits do not hold."""
+    sizes = {"vocab_size": 1024, "hidden_size": 96, "intermediate_size": 96}  # nothing is padded
+    folder = tiny("llama", tmp_path, **sizes)
+    config = read_config(folder)
+    stage = Stage(
+        config,
+        first_layer=0,
+        stop_layer=config.num_layers,
+        has_embedding=True,
+        has_head=True,
+        backend=make_backend(),
+    )
+    said = stage.bytes_in(dtype)
+    load_weights(stage, folder, dtype)
+    assert 0.9 * said < stage.num_bytes <= said

@@ -274,12 +274,34 @@ def test_a_truncated_header(single, size):
         b'{"a": 1}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "ours", "shape": [], "data_offsets": [8, 0]}}',
+        b"[" * 10_000,
     ],
 )
 def test_a_header_that_makes_no_sense(single, header):
+    """mlx#3363 and imp#1603 read what lies beside the tensors, or outside the file."""
     file = single / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     refused(single, "model.safetensors", "not a safetensors file")
+
+
+@pytest.mark.parametrize("more", range(1, 8))
+def test_tensors_may_lie_at_any_byte(single, more):
+    """Behind a header of any length (safetensors#231, llama.cpp#18282, ComfyUI#12236, and
+    vllm.cpp#2558: read as if they lay at multiples of their size)."""
+    before = load(single)
+    file = single / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length] + b" " * more
+    file.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+    after = load(single)
+    assert all(
+        torch.equal(leaf.weight, other.weight)
+        for leaf, other in zip(before.leaves(), after.leaves(), strict=True)
+    )
 
 
 def test_a_missing_tensor(single):

@@ -52,7 +52,7 @@ class Case:
         tables = [[free.pop() for _ in range(count)] for count in counts]
         self.spare_blocks = torch.tensor([0, *free])
         self.kv = KVCache(
-            _config(*heads),
+            config_of(*heads),
             num_layers=2,
             num_blocks=num_blocks,
             block_size=block_size,
@@ -127,7 +127,7 @@ def _attention(q_TNH, k_CKH, v_CKH, scoring):
     return torch.einsum("ntc,cnh->tnh", weights, v)
 
 
-def _config(num_heads, num_kv_heads, head_dim):
+def config_of(num_heads, num_kv_heads, head_dim):
     return ModelConfig(
         architecture="LlamaForCausalLM",
         num_layers=2,

@@ -22,6 +22,8 @@ from pipeserve.wire.sources import Source, Sources
 from pipeserve.wire.stage_job import StartStage
 
 _NEVER = float("inf")
+_LINKS = {"activations_at": "activations", "tokens_at": "tokens", "rows_at": "rows"}
+"""Where a stage says that it listens, and for what."""
 
 
 class LateLinks:
@@ -32,6 +34,8 @@ class LateLinks:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._num_stages = 0
+        self._links: list[tuple[int, str]] = []
+        """Between stages: who listens, and where it says so."""
 
     def before_start(self, jobs: Sequence[StartStage], fleet: Fleet) -> list[StartStage]:
         """The same jobs, for stages that reach the driver by way of here."""
@@ -42,10 +46,14 @@ class LateLinks:
 
     def between(self, ready: Sequence[StageReady]) -> list[StageReady]:
         """The same stages, which reach each other by way of here."""
-        seams = [f"activations@{stage.activations_at}" for stage in ready[1:]]
-        there = iter(self._ask(*seams, f"tokens@{ready[0].tokens_at}"))
-        others = [msgspec.structs.replace(s, activations_at=next(there)) for s in ready[1:]]
-        return [msgspec.structs.replace(ready[0], tokens_at=next(there)), *others]
+        self._links = [
+            (n, at) for n, stage in enumerate(ready) for at in _LINKS if getattr(stage, at)
+        ]
+        there = iter(self._ask(*[f"{_LINKS[at]}@{getattr(ready[n], at)}" for n, at in self._links]))
+        found = list(ready)
+        for number, at in self._links:
+            found[number] = msgspec.structs.replace(found[number], **{at: next(there)})
+        return found
 
     def late_s(
         self,
@@ -53,19 +61,23 @@ class LateLinks:
         feedback_s: float,
         plans_s: float,
         results_s: float = 0.0,
+        to_last_s: float = 0.0,
     ) -> None:
-        """From now on; what is under way comes at once."""
-        seams = [by_seam.get(seam, 0.0) for seam in range(self._num_stages - 1)]
+        """From now on; what is under way comes at once. The seam behind the last stage is that of
+        rows, to the first one. `feedback_s`: of tokens to the first stage; `to_last_s`: of those to
+        the last one, where both sample."""
         # Of a connection first the way from who listens to who connects, and then the other.
         ways = [*[plans_s, results_s] * self._num_stages]
-        for there_s in (*seams, feedback_s):
-            ways += [0.0, there_s]
+        for number, at in self._links:
+            seam_s = by_seam.get((number - 1) % self._num_stages, 0.0)
+            tokens_s = to_last_s if number else feedback_s
+            ways += [0.0, tokens_s if at == "tokens_at" else seam_s]
         self._ask(*map(str, ways))
 
     def all_late_s(self, late_s: float) -> None:
         """Every message of stages, each way, as between hosts that far from each other."""
-        seams = dict.fromkeys(range(self._num_stages - 1), late_s)
-        self.late_s(seams, late_s, late_s, late_s)
+        seams = dict.fromkeys(range(self._num_stages), late_s)
+        self.late_s(seams, late_s, late_s, late_s, late_s)
 
     def close(self) -> None:
         self._process.stdin.close()  # by which it ends

@@ -59,9 +59,12 @@ class Scene:
     limits: Mapping[str, int] = field(default_factory=dict)
     """What differs from those that the stages were started with; never more KV blocks."""
     link_s: Mapping[int, float] = field(default_factory=dict)
-    """Seam -> how late the activations are that cross it."""
+    """Seam -> how late the activations are that cross it; behind the last stage, rows to the
+    first, where both have the head."""
     feedback_s: float = 0.0
     """How late sampled tokens come to the first stage."""
+    to_last_s: float = 0.0
+    """How late those of the first one come to the last, where both have the head."""
     plans_s: float = 0.0
     """How late the driver's messages come to the stages."""
     pauses_s: Callable[[int], float] = no_pauses
@@ -112,7 +115,9 @@ class Stages:
         """Runs it to its end, or to the end of the stage that is killed."""
         self._renew_engine(scene)
         if self._links is not None:
-            self._links.late_s(scene.link_s, scene.feedback_s, scene.plans_s)
+            self._links.late_s(
+                scene.link_s, scene.feedback_s, scene.plans_s, to_last_s=scene.to_last_s
+            )
         with ExitStack() as stack:
             if scene.burnt is not None:
                 stack.enter_context(busy_core(self.driver.stages[scene.burnt].cpus))
@@ -267,6 +272,7 @@ MANY_STEPS = Scene(arrivals=(Arrival(0.0, 16, 120),) * 8)
 
 WAITS = {
     "a link is late": Plant("link", FEW, replace(FEW, link_s={0: 0.15})),
+    "rows are late": Plant("link", FEW, replace(FEW, link_s={1: 0.15})),
     "feedback is late": Plant("token_feedback", FEW, replace(FEW, feedback_s=0.15)),
     "the planner pauses": Plant(
         "planning", FEW, replace(FEW, pauses_s=lambda plan: 0.25 if plan % 2 else 0.0)

@@ -13,6 +13,7 @@ from pipeserve.core.cost.kernels import (
     interpolate,
     neighbours,
 )
+from pipeserve.core.cost.shape import ModelShape
 from pipeserve.errors import ConfigError
 
 
@@ -125,6 +126,13 @@ class DeviceProfile:
             return self.kernels
         assert self.tables is not None  # one of both is there
         return self.tables
+
+    def hop_bytes_per_token(self, shape: ModelShape) -> int:
+        """Of activations to the next stage. Tables are of our own stages; formulae of GPUs whose
+        runtimes hand on what they multiply."""
+        if self.tables is not None:
+            return shape.link_bytes_per_token
+        return shape.hidden_size * shape.bytes_per_value
 
     def all_reduce_of(self, group: int) -> AllReduce | RingAllReduce:
         """Of a tensor-parallel group, over as few nodes as hold it: as measured, or inside a node

@@ -42,7 +42,8 @@ def kv_blocks_beside_weights(
 
 
 def weight_bytes(shape: ModelShape, stage: StagePlan) -> int:
-    """Of one stage; of one of its ranks, where the shape is a shard."""
+    """Of one stage; of one of its ranks, where the shape is a shard. All of one type, as GPUs hold
+    them; what our own CPU stages hold, head in float32 and its copy, they say themselves."""
     tables = stage.has_embedding + stage.has_head
     if stage.has_embedding and stage.has_head and shape.tie_word_embeddings:
         tables = 1

@@ -61,9 +61,9 @@ def decodes(num: int, max_model_len: int) -> Work:
 def parts_by_operations(
     shape: ModelShape, num_stages: int, num_tokens: int, shares_head: bool = False
 ) -> tuple[StageParts, ...]:
-    """In units of a layer: layers are equal, and so are stages."""
+    """In units of a layer: layers are equal but for the last one, and so are stages."""
     head = _head_cost(shape, num_tokens)
-    layers = shape.num_layers * (1.0,)
+    layers = (shape.num_layers - 1) * (1.0,) + (_last_layer_cost(shape, num_tokens),)
     return end_parts(layers, num_stages, 0.0, head, shares_head=shares_head)
 
 
@@ -108,15 +108,26 @@ def head_shares(num_stages: int, is_shared: bool) -> list[float]:
 
 
 def _head_cost(shape: ModelShape, num_tokens: int) -> float:
-    """The head's work, in layers, in a microbatch whose every sixth token samples (`usual_work`).
-
-    Both are matrix products: about (rows + 8) x parameters, where 8 rows cost as much as reading
-    the weights does (measured with bf16 on one core; bench/linears.py).
-    """
+    """The head's work, in layers, in a microbatch of which every sixth token samples, as in
+    `usual_work`."""
     head = (num_tokens / 6 + 8) * shape.num_head_parameters
+    return head / _layer_work(shape, num_tokens)
+
+
+def _last_layer_cost(shape: ModelShape, num_tokens: int) -> float:
+    """The same of the layer before the head, where keys and values alone are made of all tokens."""
+    num_sampling = num_tokens // 6
+    keys_and_values = 2 * shape.num_kv_heads * shape.head_dim * shape.hidden_size
+    work = _layer_work(shape, num_sampling) + (num_tokens - num_sampling) * keys_and_values
+    return work / _layer_work(shape, num_tokens)
+
+
+def _layer_work(shape: ModelShape, num_tokens: int) -> float:
+    """Of matrix products, as the head is: about (rows + 8) x parameters, where 8 rows cost as much
+    as reading the weights does (measured with bf16 on one core; bench/linears.py)."""
     attention = (num_tokens + 8) * shape.num_attention_parameters
     rows = shape.experts_per_token * num_tokens + 8 * shape.experts_touched(num_tokens)
-    return head / (attention + rows * shape.num_mlp_parameters)
+    return attention + rows * shape.num_mlp_parameters
 
 
 def split_layers(

@@ -261,6 +261,6 @@ def hop_seconds(
     profile: DeviceProfile, shape: ModelShape, crossings: list[bool], num_tokens: int
 ) -> tuple[float, ...]:
     """Activations of `num_tokens` over each seam."""
-    num_bytes = num_tokens * shape.hidden_size * shape.bytes_per_value
+    num_bytes = num_tokens * profile.hop_bytes_per_token(shape)
     inside, between = profile.intra_node.seconds(num_bytes), profile.inter_node.seconds(num_bytes)
     return tuple([between if crosses else inside for crosses in crossings])

@@ -28,7 +28,7 @@ class ModelShape:
     """Attention and MLP read the same input and are summed: one all-reduce a layer, not two."""
     tie_word_embeddings: bool = False
     bytes_per_value: int = 2
-    """Of weights, activations and KV."""
+    """Of weights, products and KV."""
     num_experts: int = 1
     """MLPs of a layer, all of them on its stage."""
     experts_per_token: int = 1
@@ -123,6 +123,12 @@ class ModelShape:
         """Of activations, over the ranks of a stage: one for each half of a layer, or one for both
         where they are parallel."""
         return 1 if self.parallel_attention else 2
+
+    @property
+    def link_bytes_per_token(self) -> int:
+        """Of activations from one of our own stages to the next: float32, whatever the weights
+        are."""
+        return 4 * self.hidden_size
 
     @property
     def kv_bytes_per_token_per_layer(self) -> int:

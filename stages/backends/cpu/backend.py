@@ -50,6 +50,14 @@ class CpuBackend(Backend):
         product_XO = torch.ops.mkldnn._linear_pointwise(x_XI, weight, bias_O, "none", [], "")
         return product_XO if onto_XO is None else onto_XO + product_XO
 
+    def some_outputs(
+        self, x_XI: Tensor, weight: Tensor, bias_O: Tensor | None, outputs: range
+    ) -> Tensor:
+        """Of a packed weight all are computed: oneDNN does not tell where they lie."""
+        if not weight.is_mkldnn:
+            return super().some_outputs(x_XI, weight, bias_O, outputs)
+        return self.linear(x_XI, weight, bias_O)[..., outputs.start : outputs.stop]
+
 
 def _can_pack(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():

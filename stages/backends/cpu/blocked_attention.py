@@ -96,7 +96,7 @@ class BlockedAttention:
         num_tokens, num_heads, head_dim = q_TNH.shape
         num_kv_heads = len(pool[0])
         q_TNH = (q_TNH * scoring.scale).to(pool[0].dtype)
-        q_TKGH = q_TNH.view(num_tokens, num_kv_heads, -1, head_dim)
+        q_TKGH = q_TNH.unflatten(1, (num_kv_heads, -1))
         out_TKGH = torch.zeros_like(q_TKGH)
         view = plan[scoring.window]
         for decodes in view.decodes:

@@ -25,6 +25,8 @@ once, so many that copying keys for them costs little, few enough to stay in the
 cache."""
 _ALL = 1 << 60
 """The window of layers that have none."""
+_NO_BLOCKS = torch.empty(0, dtype=torch.int64)
+"""Those of no chunk at all."""
 
 
 class _Pool(ctypes.Structure):
@@ -93,7 +95,7 @@ class KernelAttention:
         return _Plan(
             num_tokens=inputs.num_tokens,
             queries_I4=np.array(queries, np.int32),
-            tables=torch.cat(inputs.block_tables).to(torch.int32).numpy(),
+            tables=torch.cat((*inputs.block_tables, _NO_BLOCKS)).to(torch.int32).numpy(),
             num_rows=num_rows,
             scratch=torch.empty(kernels().attention_scratch(num_rows, head_size)),
         )

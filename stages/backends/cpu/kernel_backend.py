@@ -1,5 +1,7 @@
 """The CPU's backend where there are C kernels for it (library.py)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,9 @@ class KernelBackend(Backend):
     def place_vocabulary(self, weight_OI: Tensor) -> VocabularyWeight:
         return VocabularyWeight(weight_OI, rounds_x=_is_paired(weight_OI))
 
+    def bytes_beside_vocabulary(self, num_rows: int, num_columns: int) -> int:
+        return VocabularyWeight.coarse_bytes(num_rows, num_columns)
+
     def place_gated_matrix(self, weight_OI: Tensor) -> GatedWeight:
         return GatedWeight(weight_OI, rounds_x=_is_paired(weight_OI))
 
@@ -65,6 +70,11 @@ class KernelBackend(Backend):
         onto_XO: Tensor | None = None,
     ) -> Tensor:
         return weight.product(_rows(x_XI), bias_O, onto_XO)
+
+    def some_outputs(
+        self, x_XI: Tensor, weight: PackedWeight, bias_O: Tensor | None, outputs: range
+    ) -> Tensor:
+        return weight.product(_rows(x_XI), bias_O, outputs=outputs)
 
     def rms_norm(
         self, x_XD: Tensor, weight_D: Tensor, eps: float, onto_XD: Tensor | None = None
@@ -104,10 +114,22 @@ class KernelBackend(Backend):
         if norms is not None:
             q_TNH.copy_(norms[0](q_TNH))
             k_TKH.copy_(norms[1](k_TKH))
-        if rotation is not None:
-            elementwise.rotate(heads_TAH[:, : num_q + num_kv_heads], *rotation)
+        self.turn_heads(heads_TAH[:, : num_q + num_kv_heads], None, rotation)
         write(k_TKH, v_TKH, pool, inputs.slots_T)
         return q_TNH
+
+    def turn_heads(
+        self,
+        heads_TXH: Tensor,
+        norm: Callable[[Tensor], Tensor] | None,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        """In place."""
+        if norm is not None:
+            heads_TXH.copy_(norm(heads_TXH))
+        if rotation is not None:
+            elementwise.rotate(heads_TXH, *rotation)
+        return heads_TXH
 
 
 def _is_paired(weight: Tensor) -> bool:

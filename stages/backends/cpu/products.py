@@ -49,6 +49,8 @@ class PackedWeight:
             assert weight.dtype == torch.bfloat16 and found.multiplies_pairs()
         weight = weight.contiguous()
         self._packed = _shelf.take(found.packed_size(self._storage, *weight.shape, self._sides))
+        self._panel = found.panel_outputs()
+        self._panel_bytes = found.packed_size(self._storage, 1, self.in_features, 1)
         self._norm = found.pack_weight(
             *(self._storage, weight.data_ptr(), KERNEL_TYPES[weight.dtype]),
             *(*weight.shape, self._sides, self._packed.data_ptr()),
@@ -72,17 +74,25 @@ class PackedWeight:
         return whole[: len(bias)]
 
     def product(
-        self, x_TD: Tensor, bias: Tensor | None = None, onto_TN: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        bias: Tensor | None = None,
+        onto_TN: Tensor | None = None,
+        outputs: range | None = None,
     ) -> Tensor:
         """x W^T + bias, added to `onto_TN` of float32: float32 [T, in] -> float32 [T, out].
 
-        `bias`: as `padded` makes it. A row's result does not depend on the rows beside it, bit for
-        bit.
+        `bias`: as `padded` makes it. `outputs`: these alone, as a part of whole panels that have
+        them. A row's result does not depend on the rows beside it, bit for bit, nor a number of it
+        on the outputs beside it.
         """
         assert x_TD.dtype == torch.float32 and x_TD.shape[1] == self.in_features
         assert x_TD.stride(1) == 1
-        num_rows = x_TD.shape[0]
-        y_TN = torch.empty(num_rows, self.out_features)
+        begin, stop = 0, self.out_features
+        if outputs is not None:
+            begin, stop = outputs.start // self._panel * self._panel, outputs.stop
+        num_rows, num_outputs = x_TD.shape[0], stop - begin
+        y_TN = torch.empty(num_rows, num_outputs)
         if onto_TN is not None:
             assert onto_TN.dtype == torch.float32 and onto_TN.stride(1) == 1
             assert onto_TN.shape == y_TN.shape
@@ -91,17 +101,17 @@ class PackedWeight:
             x_TD.data_ptr(),
             x_TD.stride(0),
             num_rows,
-            self._packed.data_ptr(),
-            self.out_features,
+            self._packed.data_ptr() + begin // self._panel * self._panel_bytes,
+            num_outputs,
             self.in_features,
-            None if bias is None else bias.data_ptr(),
+            None if bias is None else bias.data_ptr() + begin * bias.itemsize,
             None if onto_TN is None else onto_TN.data_ptr(),
             0 if onto_TN is None else onto_TN.stride(0),
             y_TN.data_ptr(),
-            self.out_features,
+            num_outputs,
             _scratch_of(self._library.product_scratch(num_rows, self.in_features)),
         )
-        return y_TN
+        return y_TN if outputs is None else y_TN[:, outputs.start - begin :]
 
     def likeliest(self, x_TD: Tensor) -> tuple[Tensor, Tensor] | None:
         """Of each row the highest number of `product(x_TD)` and the first output that has it, as
@@ -143,8 +153,8 @@ class VocabularyWeight(PackedWeight):
         library: ctypes.CDLL | None = None,
     ) -> None:
         super().__init__(weight, rounds_x, library)
-        size = self._library.coarse_size(*weight.shape)
-        if not size or self.in_features > _MOST_COARSE:
+        size = self.coarse_bytes(*weight.shape, self._library)
+        if not size:
             return
         weight = weight.contiguous()
         coarse = _shelf.take(size)
@@ -152,6 +162,15 @@ class VocabularyWeight(PackedWeight):
         where = (KERNEL_TYPES[weight.dtype], *weight.shape, scratch, coarse.data_ptr())
         if self._library.coarsen_weight(weight.data_ptr(), *where):
             self._coarse = coarse
+
+    @staticmethod
+    def coarse_bytes(
+        out_features: int, in_features: int, library: ctypes.CDLL | None = None
+    ) -> int:
+        """What that copy takes; 0: there is none."""
+        found = library or kernels()
+        assert found is not None, "no kernels here"
+        return 0 if in_features > _MOST_COARSE else found.coarse_size(out_features, in_features)
 
     @property
     def nbytes(self) -> int:

@@ -19,9 +19,10 @@ from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.backends.cpu.types import KERNEL_TYPES
 
-_ROWS = 96
+_ROWS = 384
 """Queries times heads that go over the keys together: a multiple of the 6 that are multiplied at
-once, few enough to stay in cache and to skip most of what causality hides."""
+once, so many that copying keys for them costs little, few enough to stay in the second-level
+cache."""
 _ALL = 1 << 60
 """The window of layers that have none."""
 _NO_BLOCKS = torch.empty(0, dtype=torch.int64)

@@ -14,52 +14,9 @@
    in order. So what a row becomes, bit for bit, is a matter of its own context alone: not of the
    batch, nor of how its prompt was cut into chunks. */
 
-#include "attention_pairs.h"
-
-typedef struct {
-    int32_t row;         /* of the first query */
-    int32_t num_queries; /* one after the other */
-    int32_t position;    /* of the first query, in its request */
-    int32_t table;       /* where its request's blocks begin in the block tables */
-} Queries;
+#include "attention_rows.h"
 
 /* ---- items -----------------------------------------------------------------------------------*/
-
-/* What an item works in. M rows: query by query, and of each head by head. */
-typedef struct {
-    float *q;      /* [M, head size], scaled */
-    float *scores; /* [M, TILE], then weights */
-    float *out;    /* [M, padded head size], not divided by the sums yet */
-    float *bases;  /* [M], scores that weights are taken against */
-    float *sums;   /* [M, LANES], of the weights so far */
-    float *keys;   /* a tile's, where they are copied */
-    float *values;
-} Scratch;
-
-/* Cuts `memory` up; returns how many floats that takes. */
-static int64_t divide(float *memory, int64_t num_rows, int64_t head_size, Scratch *scratch) {
-    const int64_t padded_size = round_up(head_size, LANES);
-    int64_t used = 0;
-#define TAKE(size) (used += round_up(size, 16), memory + used - round_up(size, 16))
-    scratch->q = TAKE(num_rows * head_size);
-    scratch->scores = TAKE(num_rows * TILE);
-    scratch->out = TAKE(num_rows * padded_size);
-    scratch->bases = TAKE(num_rows);
-    scratch->sums = TAKE(num_rows * LANES);
-    scratch->keys = TAKE(TILE * head_size);
-    scratch->values = TAKE(TILE * padded_size);
-    return used;
-}
-
-typedef struct {
-    const Pool *pool;
-    const Scoring *scoring;
-    const float *q; /* [rows, q_step], of which a row begins with [query heads, head size] */
-    float *out;     /* [rows, query heads, head size] */
-    int64_t q_step, num_heads;
-    const Queries *queries;
-    const int32_t *tables;
-} Call;
 
 static int64_t stop_of(const Queries *queries) { return queries->position + queries->num_queries; }
 
@@ -102,79 +59,7 @@ static void locate_at(Tile *tile, const Call *call, Place place) {
            place.head, call->tables + queries->table);
 }
 
-/* What rows [num_rows] make of one tile; asks memory for the keys of the `next`. */
-INLINE void take_tile(const Call *call, const Queries *queries, int64_t head, const Tile *tile,
-                      const Tile *next, const Scratch *s, int dtype, bool asks) {
-    const int64_t size = call->pool->head_size, padded_size = round_up(size, LANES);
-    const int64_t group = call->num_heads / call->pool->num_kv_heads;
-    const int64_t num_rows = queries->num_queries * group, end = tile->first + tile->to;
-    const float *slopes = call->scoring->slopes;
-    score_tile(num_rows, s->q, size, tile, s->scores, dtype, asks);
-    for (int64_t row = 0; row < num_rows; row++) {
-        const int64_t stop = queries->position + row / group + 1;
-        const int64_t seen = most(0, stop - call->scoring->window);
-        const int64_t count = round_up(tile->to, UNIT);
-        float *scores = s->scores + row * TILE, *out = s->out + row * padded_size;
-        if (stop <= tile->first || end <= seen) {
-            memset(scores, 0, count * sizeof *scores);
-            continue;
-        }
-        const float slope = slopes ? slopes[head * group + row % group] : 0;
-        finish_scores(scores, count, tile->first, seen, stop, call->scoring, slope);
-        const float factor = weigh(scores, count, s->bases + row, s->sums + row * LANES);
-        if (factor == 1) continue;
-        for (int64_t h = 0; h < padded_size; h += LANES)
-            store_floats(out + h, load_floats(out + h) * factor);
-    }
-    add_tile(num_rows, s->scores, tile, next, size, s->out, padded_size, dtype, asks);
-}
-
 #ifdef __AVX512BF16__
-/* The same of a pool in bfloat16. A few rows at a time take all steps, so that their scores stay in
-   the first-level cache. */
-INLINE void take_paired_tile(const Call *call, const Queries *queries, int64_t head,
-                             const Tile *tile, const Tile *next, const PairedTile *copied,
-                             const Scratch *s, bool in_pool) {
-    const int64_t size = call->pool->head_size, padded_size = round_up(size, LANES);
-    const int64_t group = call->num_heads / call->pool->num_kv_heads, pairs = pairs_of(size);
-    const int64_t num_rows = queries->num_queries * group;
-    const float *slopes = call->scoring->slopes;
-    const bool is_plain = !slopes && call->scoring->softcap == 0;
-    _Alignas(64) float scores[ROWS * TILE], weights[ROWS * TILE / 2];
-    float factors[ROWS];
-    for (int64_t row = 0; row < num_rows; row += ROWS) {
-        const int64_t count = least(num_rows - row, ROWS);
-        const int64_t first_stop = queries->position + row / group + 1;
-        const int64_t last_stop = queries->position + (row + count - 1) / group + 1;
-        if (last_stop <= tile->first) continue; /* none sees it */
-        const bool all_see_all = first_stop >= tile->first + TILE &&
-                                 last_stop - call->scoring->window <= tile->first;
-        const int64_t to = least(tile->to, last_stop - tile->first);
-        const float *q = s->q + row * pairs;
-        float *out = s->out + row * padded_size;
-#define SCORE_PAIRS(M, N) score_pairs(M, q, pairs, tile, next, copied, scores, in_pool)
-        FOR_ROWS(count, SCORE_PAIRS)
-        for (int64_t r = 0; r < count && !(is_plain && all_see_all); r++) {
-            const int64_t stop = queries->position + (row + r) / group + 1;
-            const int64_t seen = most(0, stop - call->scoring->window);
-            const float slope = slopes ? slopes[head * group + (row + r) % group] : 0;
-            finish_scores(scores + r * TILE, TILE, tile->first, seen, stop, call->scoring, slope);
-        }
-        for (int64_t r = 0; r < count; r++)
-            factors[r] = weigh_pairs(scores + r * TILE, s->bases + row + r,
-                                     s->sums + (row + r) * LANES, weights + r * TILE / 2);
-#define ADD_PAIRS(M, N)                                                                            \
-    int64_t column = 0;                                                                            \
-    for (; column + N * LANES <= padded_size; column += N * LANES)                                 \
-        add_value_pairs(M, N, weights, factors, tile, to, next, copied, padded_size, column, out,  \
-                        in_pool);                                                                  \
-    for (; column < padded_size; column += LANES)                                                  \
-        add_value_pairs(M, 1, weights, factors, tile, to, next, copied, padded_size, column, out,      \
-                        in_pool)
-        FOR_ROWS(count, ADD_PAIRS)
-    }
-}
-
 /* One query's few rows read a whole tile in the pool, others a copy. */
 static void take_any_paired_tile(const Call *call, const Queries *queries, int64_t head,
                                  const Tile *tile, const Tile *next, const Scratch *s,
@@ -224,32 +109,37 @@ static void take_any_tile(const Call *call, const Queries *queries, int64_t head
     if (!all_see_all && !is_single) let_keys_tell(TILE, pool->head_size, s->keys, s->values);
     take_tile(call, queries, head, tile, next, s, FLOAT32, false);
 }
+
 static void begin(const Call *call, const Queries *queries, int64_t head, const Scratch *s) {
     const int64_t size = call->pool->head_size, group = call->num_heads / call->pool->num_kv_heads;
     const int64_t num_rows = queries->num_queries * group;
-    for (int64_t row = 0; row < num_rows; row++) {
-        const float *from = call->q + (queries->row + row / group) * call->q_step +
-                            (head * group + row % group) * size;
-        for (int64_t h = 0; h < size; h++) s->q[row * size + h] = from[h] * call->scoring->scale;
+    const float scale = call->scoring->scale;
+    for (int64_t query = 0, row = 0; query < queries->num_queries; query++) {
+        const float *from = call->q + (queries->row + query) * call->q_step + head * group * size;
+        for (int64_t i = 0; i < group; i++, row++, from += size) {
 #ifdef __AVX512BF16__
-        /* In place: a row of pairs lies before the row that it is made of. */
-        if (call->pool->dtype == BFLOAT16)
-            round_to_pairs(s->q + row * size, size, s->q + row * pairs_of(size));
+            if (call->pool->dtype == BFLOAT16)
+                round_to_pairs(from, scale, size, s->q + row * pairs_of(size));
+            else
 #endif
-        s->bases[row] = -__builtin_inff();
-        store_floats(s->sums + row * LANES, (Floats){0});
+            for (int64_t h = 0; h < size; h++) s->q[row * size + h] = from[h] * scale;
+            s->bases[row] = -__builtin_inff();
+            store_floats(s->sums + row * LANES, (Floats){0});
+        }
     }
     memset(s->out, 0, num_rows * round_up(size, LANES) * sizeof *s->out);
 }
 
 static void finish(const Call *call, const Queries *queries, int64_t head, const Scratch *s) {
     const int64_t size = call->pool->head_size, group = call->num_heads / call->pool->num_kv_heads;
-    for (int64_t row = 0; row < queries->num_queries * group; row++) {
-        float *to = call->out + ((queries->row + row / group) * call->num_heads + head * group +
-                                 row % group) * size;
-        const float *from = s->out + row * round_up(size, LANES);
-        const float sum = sum_of(load_floats(s->sums + row * LANES));
-        for (int64_t h = 0; h < size; h++) to[h] = from[h] / sum;
+    const float *from = s->out, *sums = s->sums;
+    for (int64_t query = 0; query < queries->num_queries; query++) {
+        float *to = call->out + ((queries->row + query) * call->num_heads + head * group) * size;
+        for (int64_t i = 0; i < group; i++, to += size, from += round_up(size, LANES)) {
+            const float sum = sum_of(load_floats(sums));
+            for (int64_t h = 0; h < size; h++) to[h] = from[h] / sum;
+            sums += LANES;
+        }
     }
 }
 
@@ -276,7 +166,10 @@ static Scratch scratch_of(const Scratch *whole, const Call *call, Place place) {
 EXPORT void attend(const Pool *pool, const Scoring *scoring, const float *q, int64_t q_step,
                    float *out, int64_t num_heads, const Queries *queries, const int32_t *tables,
                    int64_t first, int64_t stop, int64_t num_rows, float *scratch_memory) {
-    const Call call = {pool, scoring, q, out, q_step, num_heads, queries, tables};
+    const float power = 1.44269504f; /* e is 2^power */
+    const Scoring in_powers = {scoring->scale * power, scoring->softcap * power, scoring->window,
+                               scoring->slopes};
+    const Call call = {pool, &in_powers, q, out, q_step, num_heads, queries, tables};
     Scratch scratch;
     divide(scratch_memory, num_rows, pool->head_size, &scratch);
     if (first == stop) return;

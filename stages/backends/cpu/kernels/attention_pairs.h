@@ -32,14 +32,15 @@ INLINE Shorts load_shorts(const void *from) { return *(const Shorts *)from; }
 
 typedef __bf16 Rounded __attribute__((vector_size(LANES * 2), aligned(2)));
 
-/* To bfloat16, in pairs: [pairs of size]. */
-INLINE void round_to_pairs(const float *from, int64_t size, float *to) {
-    for (int64_t i = 0; i < size; i += LANES) {
-        Floats x = read_some(from + i, size - i, FLOAT32);
-        Rounded rounded = __builtin_convertvector(x, Rounded);
-        const int64_t count = least(LANES, size - i + size % 2);
-        memcpy((char *)to + i * 2, &rounded, count * 2);
-    }
+/* Times `scale` to bfloat16, in pairs: [pairs of size]. */
+INLINE void round_to_pairs(const float *from, float scale, int64_t size, float *to) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES)
+        *(Rounded *)(to + i / 2) = __builtin_convertvector(load_floats(from + i) * scale, Rounded);
+    if (i == size) return;
+    Floats x = read_some(from + i, size - i, FLOAT32) * scale;
+    Rounded rounded = __builtin_convertvector(x, Rounded);
+    memcpy(to + i / 2, &rounded, pairs_of(size - i) * sizeof *to);
 }
 
 /* ---- the copy ----------------------------------------------------------------------------------*/
@@ -112,55 +113,74 @@ INLINE void let_paired_keys_tell(const Tile *tile, int64_t size, const PairedTil
 
 /* Below, `in_pool`: read there, in which the tile has whole units; and the next tile is asked for. */
 
-/* scores [M, TILE] = q [M, pairs] * keys. */
-INLINE void score_pairs(int M, const float *q, int64_t pairs, const Tile *tile, const Tile *next,
-                        const PairedTile *copied, float *scores, bool in_pool) {
+/* Some rows' scores of a tile, and what comes of them. */
+typedef struct {
+    _Alignas(64) float scores[ROWS * TILE];
+    _Alignas(64) float weights[ROWS * TILE / 2]; /* in pairs */
+    float bases[ROWS];                           /* that they are taken against */
+    float *sums;                                 /* [rows, LANES], of the weights so far */
+    int64_t num_rows;
+} Weighed;
+
+/* The register `i` of all rows' scores. */
+INLINE void weigh_pairs(Weighed *rows, int64_t i) {
+    const int64_t row = i / UNITS;
+    Floats weight = power_of_two(load_floats(rows->scores + i * LANES) - rows->bases[row], true);
+    *(Rounded *)(rows->weights + i * LANES / 2) = __builtin_convertvector(weight, Rounded);
+    store_floats(rows->sums + row * LANES, load_floats(rows->sums + row * LANES) + weight);
+}
+
+/* sums [M, N] += of pair `h` of dimensions, q [M, pairs] * keys of N units. */
+INLINE void score_pair(int M, int N, const float *q, int64_t pairs, int64_t h, const Tile *tile,
+                       const Tile *next, const PairedTile *copied, bool in_pool,
+                       Floats sums[ROWS][UNITS]) {
     const int64_t step = tile->key_step * 2;
+    Floats key[UNITS];
+    UNROLL for (int n = 0; n < N; n++) {
+        const char *row = tile->keys[n] + h * 2 * step;
+        key[n] = in_pool ? interleaved(load_shorts(row), load_shorts(row + step))
+                         : load_floats(copied->keys + (n * pairs + h) * UNIT);
+        if (in_pool) ask_for(next->keys[n] + h * 2 * step, 1);
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+        Floats factor = all_lanes(q[m * pairs + h]);
+        UNROLL for (int n = 0; n < N; n++)
+            sums[m][n] = add_pairs(sums[m][n], factor, key[n]);
+    }
+}
+
+/* Scores of M rows, which see nothing behind the first N units. Meanwhile those of the rows before
+   are weighed, a register at a time: products leave idle what adds and scales, so that takes less
+   than half of what it takes alone. */
+INLINE void score_pairs(int M, int N, const float *q, int64_t pairs, const Tile *tile,
+                        const Tile *next, const PairedTile *copied, bool in_pool, Weighed *rows) {
+    const int64_t num_before = rows->num_rows * UNITS;
     Floats sums[ROWS][UNITS];
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < UNITS; n++)
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
         sums[m][n] = (Floats){0};
-    for (int64_t h = 0; h < pairs; h++) {
-        Floats key[UNITS];
-        UNROLL for (int n = 0; n < UNITS; n++) {
-            const char *row = tile->keys[n] + h * 2 * step;
-            key[n] = in_pool ? interleaved(load_shorts(row), load_shorts(row + step))
-                             : load_floats(copied->keys + (n * pairs + h) * UNIT);
-            if (in_pool) ask_for(next->keys[n] + h * 2 * step, 1);
-        }
-        UNROLL for (int m = 0; m < M; m++) {
-            Floats factor = all_lanes(q[m * pairs + h]);
-            UNROLL for (int n = 0; n < UNITS; n++)
-                sums[m][n] = add_pairs(sums[m][n], factor, key[n]);
-        }
+    int64_t h = 0;
+    for (; h < least(num_before, pairs); h++) {
+        score_pair(M, N, q, pairs, h, tile, next, copied, in_pool, sums);
+        weigh_pairs(rows, h);
     }
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < UNITS; n++)
-        store_floats(scores + m * TILE + n * LANES, sums[m][n]);
+    for (; h < pairs; h++) score_pair(M, N, q, pairs, h, tile, next, copied, in_pool, sums);
+    for (; h < num_before; h++) weigh_pairs(rows, h);
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
+        store_floats(rows->scores + m * TILE + n * LANES, sums[m][n]);
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = N; n < UNITS; n++)
+        store_floats(rows->scores + m * TILE + n * LANES, all_lanes(-__builtin_inff()));
 }
 
-/* As `weigh`, of a whole tile; the weights are rounded: [TILE / 2] pairs. */
-INLINE float weigh_pairs(const float *scores, float *base, float *sums, float *weights) {
-    const float factor = raise_base(scores, TILE, base);
-    const float zero = *base == -__builtin_inff() ? 0 : *base;
-    Floats total = load_floats(sums) * factor;
-    UNROLL for (int i = 0; i < TILE; i += LANES) {
-        Floats weight = rough_exponential(load_floats(scores + i) - zero);
-        *(Rounded *)(weights + i / 2) = __builtin_convertvector(weight, Rounded);
-        total += weight;
-    }
-    store_floats(sums, total);
-    return factor;
-}
-
-/* out [M, size] = out * factors [M] + weights [M, TILE / 2] * values, of N registers' dimensions
+/* out [M, size] += weights [M, TILE / 2] * values, of N registers' dimensions
    from `column` on. `to`: positions of the tile that any of these rows sees. */
-INLINE void add_value_pairs(int M, int N, const float *weights, const float *factors,
-                            const Tile *tile, int64_t to, const Tile *next,
+INLINE void add_value_pairs(int M, int N, const float *weights, const Tile *tile, int64_t to,
+                            const Tile *next,
                             const PairedTile *copied, int64_t size, int64_t column, float *out,
                             bool in_pool) {
     Floats sums[ROWS][4];
     out += column;
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
-        sums[m][n] = load_floats(out + m * size + n * LANES) * factors[m];
+        sums[m][n] = load_floats(out + m * size + n * LANES);
     for (int64_t i = tile->from / 2; i * 2 < to; i++) {
         const int64_t unit = i * 2 / UNIT, place = i * 2 % UNIT * size * 2;
         Floats value[4];

@@ -2,16 +2,15 @@
 
 #pragma once
 #include "numbers.h"
-#include <stdbool.h>
 
 #define UNIT 16  /* positions that lie together, where blocks hold a multiple of it */
 #define UNITS 4  /* of a tile */
 #define TILE (UNIT * UNITS)
-#define SLACK 8.0f
+#define SLACK 12.0f
 #define ROWS 6   /* that are multiplied together: with as many columns, all sums fit in registers */
 
 typedef struct {
-    float scale;
+    float scale;         /* of scores, which count in powers of two: weights are 2^score */
     float softcap;       /* scores become softcap * tanh(score / softcap); 0: they stay */
     int64_t window;      /* positions that a query sees, its own included */
     const float *slopes; /* ALiBi, of each query head; or NULL */
@@ -34,8 +33,6 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ---- products --------------------------------------------------------------------------------*/
-
-#define UNROLL _Pragma("clang loop unroll(full)")
 
 /* What is read next is asked for while something else is multiplied. */
 INLINE void ask_for(const char *from, int64_t size) {
@@ -68,18 +65,19 @@ INLINE void score_rows(int M, int N, const float *q, int64_t size, const Tile *t
         store_floats(scores + m * TILE + unit * UNIT + n * LANES, sums[m][n]);
 }
 
-/* out [M, out_step] += weights [M, TILE] * values, of N registers' dimensions from `column` on. */
-INLINE void add_rows(int M, int N, const float *weights, const Tile *tile, const Tile *next,
-                     int64_t size, int64_t column, float *out, int64_t out_step, int dtype,
-                     bool asks) {
+/* out [M, out_step] += weights [M, TILE] * values, of N registers' dimensions from `column` on. `to`:
+   positions of the tile that any of these rows sees. */
+INLINE void add_rows(int M, int N, const float *weights, const Tile *tile, int64_t to,
+                     const Tile *next, int64_t size, int64_t column, float *out, int64_t out_step,
+                     int dtype, bool asks) {
     const int64_t step = tile->value_step * size_of(dtype);
     Floats sums[ROWS][4];
     out += column;
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
         sums[m][n] = load_floats(out + m * out_step + n * LANES);
-    for (int64_t unit = tile->from / UNIT; unit * UNIT < tile->to; unit++) {
+    for (int64_t unit = tile->from / UNIT; unit * UNIT < to; unit++) {
         const int64_t start = most(0, tile->from - unit * UNIT);
-        const int64_t stop = least(UNIT, tile->to - unit * UNIT);
+        const int64_t stop = least(UNIT, to - unit * UNIT);
         const char *values = tile->values[unit] + column * size_of(dtype);
         const char *next_keys = next->keys[unit];
         for (int64_t i = start; i < stop; i++) {
@@ -109,32 +107,6 @@ INLINE void add_rows(int M, int N, const float *weights, const Tile *tile, const
     default: { CALL(6, WIDE); break; }                                                             \
     }
 #define WIDE (NUM_REGISTERS / 8) /* registers of columns for ROWS rows; for up to 3 rows, 4 */
-
-INLINE void score_tile(int64_t num_rows, const float *q, int64_t size, const Tile *tile,
-                       float *scores, int dtype, bool asks) {
-    const int64_t stop = round_up(tile->to, UNIT) / UNIT;
-    for (int64_t row = 0; row < num_rows; row += ROWS, asks = false) {
-#define SCORE(M, N)                                                                                \
-    for (int64_t unit = 0; unit < stop; unit += N * LANES / UNIT)                                  \
-        score_rows(M, N, q + row * size, size, tile, unit, scores + row * TILE, dtype, asks)
-        FOR_ROWS(least(num_rows - row, ROWS), SCORE)
-    }
-}
-
-INLINE void add_tile(int64_t num_rows, const float *weights, const Tile *tile, const Tile *next,
-                     int64_t size, float *out, int64_t out_step, int dtype, bool asks) {
-    for (int64_t row = 0; row < num_rows; row += ROWS, asks = false) {
-#define ADD(M, N)                                                                                  \
-    int64_t column = 0;                                                                            \
-    for (; column + N * LANES <= out_step; column += N * LANES)                                    \
-        add_rows(M, N, weights + row * TILE, tile, next, size, column, out + row * out_step,       \
-                 out_step, dtype, asks && column == 0);                                            \
-    for (; column < out_step; column += LANES)                                                     \
-        add_rows(M, 1, weights + row * TILE, tile, next, size, column, out + row * out_step,       \
-                 out_step, dtype, asks && column == 0)
-        FOR_ROWS(least(num_rows - row, ROWS), ADD)
-    }
-}
 
 /* ---- weights ---------------------------------------------------------------------------------*/
 
@@ -166,7 +138,7 @@ static void finish_scores(float *scores, int64_t count, int64_t first, int64_t s
 }
 
 /* `base`: a score that stands for a row's largest so far. It is let be until one of `scores` exceeds it
-   by SLACK: so it hardly ever changes, and a weight is still at most e^SLACK. Returns what all that
+   by SLACK: so it hardly ever changes, and a weight is still at most 2^SLACK. Returns what all that
    the row has so far is to be multiplied with. */
 INLINE float raise_base(const float *scores, int64_t count, float *base) {
     const float limit = *base + SLACK;
@@ -175,23 +147,19 @@ INLINE float raise_base(const float *scores, int64_t count, float *base) {
         highest = larger(load_floats(scores + i), highest);
     if (!any_above(highest, all_lanes(limit))) return 1;
     const float largest = __builtin_reduce_max(highest), factor =
-        exponential(all_lanes(*base - largest))[0];
+        power_of_two(all_lanes(*base - largest), false)[0];
     *base = largest;
     return factor;
 }
 
-/* A row's scores [count] become weights, e to the power of how far they are above `base`. `sums`: of
-   the weights so far, of each lane. Returns what `raise_base` does. */
-INLINE float weigh(float *scores, int64_t count, float *base, float *sums) {
-    const float factor = raise_base(scores, count, base);
-    /* Nothing but NaN or -infinity so far: what is NaN stays so, the others weigh nothing. */
-    const float zero = *base == -__builtin_inff() ? 0 : *base;
-    Floats total = load_floats(sums) * factor;
+/* A row's scores [count] become weights: 2 to the power of how far they are above `base`. `sums`: of
+   the weights so far, of each lane. */
+INLINE void weigh(float *scores, int64_t count, float base, float *sums) {
+    Floats total = load_floats(sums);
     for (int64_t i = 0; i < count; i += LANES) {
-        Floats weight = exponential(load_floats(scores + i) - zero);
+        Floats weight = power_of_two(load_floats(scores + i) - base, false);
         store_floats(scores + i, weight);
         total += weight;
     }
     store_floats(sums, total);
-    return factor;
 }

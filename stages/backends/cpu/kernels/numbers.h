@@ -2,6 +2,7 @@
 
 #pragma once
 #include "common.h"
+#include <stdbool.h>
 #include <string.h>
 #include <immintrin.h>
 
@@ -15,6 +16,7 @@ typedef uint16_t Shorts __attribute__((vector_size(LANES * 2), aligned(2)));
 typedef __bf16 Pairs __attribute__((vector_size(LANES * 4), aligned(4)));
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("clang loop unroll(full)")
 
 /* a where the comparison `is` holds, else b. */
 INLINE Floats choose(Ints is, Floats a, Floats b) {
@@ -129,18 +131,29 @@ INLINE Floats exponential(Floats x) {
     return y * 2.0f * (Floats)(power + (126 << 23));
 }
 
+/* 2^x within 1e-7 of its size, or 1e-4 for what is rounded to 8 bits next; for x below 127, exactly 1 for
+   0, exactly 0 for -infinity, NaN for NaN. 2^n times a polynomial (least relative error) over half a
+   power to either side. */
+INLINE Floats power_of_two(Floats x, bool is_rough) {
 #ifdef __AVX512F__
-/* e^x within 4e-6 of its size, for x of little more than 0 at most: what is rounded to 16 bits next. A
-   power of two times a polynomial (least squares of Chebyshev) over half a power to either side. */
-INLINE Floats rough_exponential(Floats x) {
-    Floats y = larger(all_lanes(-200.0f), x * 1.44269504f);
-    Floats n = (Floats)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT);
-    const float terms[] = {5.591689383e-02f, 2.402371846e-01f, 6.931219948e-01f, 1.0f};
-    Floats rest = y - n, power = all_lanes(9.600395517e-03f);
-    for (int i = 0; i < 4; i++) power = multiply_add_floats(power, rest, all_lanes(terms[i]));
-    return (Floats)_mm512_scalef_ps((__m512)power, (__m512)n);
-}
+    Floats rest = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT); /* of infinity 0 */
+#else
+    const float rounding = 12582912.0f + 127; /* 1.5 * 2^23: sums with it are whole numbers */
+    x = larger(all_lanes(-127), x);
+    Floats shifted = x + rounding, rest = x - (shifted - rounding);
 #endif
+    const float terms[] = {9.671512645e-03f, 5.550733743e-02f, 2.402224209e-01f, 6.931469776e-01f,
+                           1};
+    const float rough_terms[] = {2.422109595e-01f, 6.932829272e-01f, 1};
+    Floats y = all_lanes(is_rough ? 5.500893049e-02f : 1.326472712e-03f);
+    UNROLL for (int i = 0; i < (is_rough ? 3 : 5); i++)
+        y = multiply_add_floats(y, rest, all_lanes(is_rough ? rough_terms[i] : terms[i]));
+#ifdef __AVX512F__
+    return (Floats)_mm512_scalef_ps((__m512)y, (__m512)(x - rest));
+#else
+    return y * (Floats)((Ints)shifted << 23); /* n + 127 is the exponent; of -127 that is 0 */
+#endif
+}
 
 /* Within 3e-7 of its size; NaN for NaN. A rational function; source: Eigen, `ptanh_float`. */
 INLINE Floats hyperbolic_tangent(Floats x) {

@@ -129,8 +129,8 @@ def _advise(run: ReportedRun, console: Console) -> dict[str, Any] | None:
 
 
 def cost_maker(meta: Mapping[str, Any]) -> Callable[[PipelinePlan], PipelineCost] | None:
-    """Of what the run's policy predicted with, for any plan: it learns anew, as it did there. Raises
-    ConfigError where the profile cannot be read any more."""
+    """Of what the run's policy predicted with, for any plan; it learns anew. Raises ConfigError
+    where the profile cannot be read any more."""
     if "shape" not in meta:
         return None
     name, shape = meta.get("device_profile"), ModelShape(**meta["shape"])

@@ -129,8 +129,8 @@ def _setup(
 def _cost(
     config: RunConfig, profile: DeviceProfile | None, shape: ModelShape, plan: PipelinePlan
 ) -> PipelineCost | None:
-    """By the profile or, where there is none, as it is learnt. Predicting and learning take CPU time:
-    nobody does without a profile, for a policy that does not ask."""
+    """By the profile or, where there is none, as it is learnt; but not for a policy that does not
+    ask, for learning takes CPU time."""
     if profile is None and not get_policy(config.policy).traits.reads_cost:
         return None
     return PipelineCost(profile or ROUGH, shape, plan, config.tensor_parallel_size)

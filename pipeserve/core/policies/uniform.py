@@ -263,7 +263,7 @@ def _even_share(view: View, total: int, enough: int) -> int:
 
 def _filled(view: View, price: Price, num_prefill: int) -> float:
     """How long so many prefill tokens take beside a mean share of decodes; or as many as make whole
-    tiles, where each costs less then: without a limit between tokens, only as far as `STEP` says."""
+    tiles, where each costs less then (without a limit between tokens: as far as `STEP` says)."""
     num_decodes, context = view.num_decoding // view.window, view.decoding_context // view.window
     num_tokens = num_decodes + num_prefill
     if not price.is_time:

@@ -59,7 +59,11 @@ def ceiling_of(setup: SimulatedRun, lengths: Lengths, slo_s: float, mixed: bool 
 
 
 def search(
-    case: Case, traces: Path | None, quick: bool, near: dict[str, Any] | None = None
+    case: Case,
+    traces: Path | None,
+    quick: bool,
+    near: dict[str, Any] | None = None,
+    seed: int = SEED,
 ) -> dict[str, Any]:
     """The highest rate by each rule (`RULES`), within each limit between tokens that the case is
     for, from one set of trials: bisected in steps of 5 % of the ceiling. (Of the requests that a
@@ -74,7 +78,7 @@ def search(
 
     def is_within(step: int, rule: str, slo_s: float) -> bool:
         if step not in kept:
-            kept[step] = at_rate(case, traces, top * step / steps, quick)
+            kept[step] = at_rate(case, traces, top * step / steps, quick, seed)
         return kept[step].within(rule, slo_s)
 
     def highest(rule: str, slo_s: float) -> float:

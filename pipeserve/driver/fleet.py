@@ -71,6 +71,8 @@ class Fleet:
         """Of each rank's stage, whenever its keeper is there to start it."""
         self._started_in: dict[int, int] = {}
         """The epoch in which a rank's keeper was told to start its stage: of that one it speaks."""
+        self._loaded: set[int] = set()
+        """Ranks whose stages have their weights, and keep them in a fresh epoch."""
         self._lost: set[int] = set()
         """Ranks whose loss in this epoch was reported."""
         self._unread: list[Received] = []
@@ -112,7 +114,8 @@ class Fleet:
         self._lost.clear()
         self._watch.start_again()
         now = time.monotonic()
-        self._start = StartProgress(self.topology, self.keepers, self.config, now)
+        staying = self._loaded.difference(dead)
+        self._start = StartProgress(self.topology, self.keepers, self.config, now, staying)
         for rank in dead:
             self._members.stage_is_gone(rank)
         for rank, stage in self._members.stages.items():
@@ -136,6 +139,7 @@ class Fleet:
     def _start_stage(self, rank: int) -> None:
         """In place of the one that there was."""
         self._started_in.pop(rank, None)
+        self._loaded.discard(rank)
         if rank in self.keepers:
             self._started_in[rank] = self.epoch
             share = self._members.core_share(rank)
@@ -239,6 +243,7 @@ class Fleet:
                 if self._start.sized(rank, message, at_s):
                     came.append(Received(Sized(self._start.sizes), 0, at_s, epoch))
             case control.StageReady():
+                self._loaded.add(rank)
                 if self._start.loaded(rank, message, at_s):
                     self._connect(self._start.stages)
             case control.Connected():
@@ -266,7 +271,7 @@ class Fleet:
                 self._watch.answered(rank)
                 if is_of_stage and self._start is not None:
                     self._watch.is_in_state(rank, message.state, at_s)
-                    self._start.loading.moved(rank, message.num_moved, at_s)
+                    self._start.signs(rank, message, at_s)
                 came.append(Received(message, rank, at_s, self.epoch))
             case control.LastSpans():  # of the stage before, where that was given up
                 came.append(Received(message, rank, at_s, self.epoch))

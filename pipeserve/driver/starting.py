@@ -3,13 +3,14 @@ neighbours. Sends nothing, and reads no clock.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipeserve.configs import RunConfig
 from pipeserve.core.topology import Topology
 from pipeserve.driver.events import Lost
 from pipeserve.driver.loading import LoadWatch
 from pipeserve.driver.setup import Setup
+from pipeserve.driver.stillness import Stillness
 from pipeserve.wire import control
 from pipeserve.wire.stage_job import StartStage
 
@@ -48,13 +49,16 @@ class StartProgress:
         keepers: Mapping[int, control.KeeperHello],
         config: RunConfig,
         now: float,
+        staying: Iterable[int] = (),
     ) -> None:
+        """`staying`: ranks whose stages keep their process, and the weights that they have."""
         self._topology = topology
         self._keepers = keepers
         """Of those that are there now."""
         self._load_timeout_s, self._join_timeout_s = config.load_timeout, config.join_timeout
         self._began_s = now
         self.loading = LoadWatch(topology.num_ranks, now)
+        self._stillness = Stillness(staying, topology)
         self._sized: dict[int, control.StageSized] = {}
         self._loaded: dict[int, control.StageReady] = {}
         self._loaded_s = now
@@ -71,6 +75,11 @@ class StartProgress:
         """Of each rank, once all have loaded."""
         return tuple(self._loaded[rank] for rank in range(self._topology.num_ranks))
 
+    def signs(self, rank: int, signs: control.HeartbeatAnswer, now: float) -> None:
+        """What a keeper says of its stage's process."""
+        self.loading.moved(rank, signs.num_moved, now)
+        self._stillness.take(rank, signs, now)
+
     def sized(self, rank: int, size: control.StageSized, now: float) -> bool:
         """Whether all stages have told what they take, with this one. Those that have, wait for the
         others; now they all begin to load."""
@@ -78,6 +87,7 @@ class StartProgress:
         are_all = len(self._sized) == self._topology.num_ranks
         if are_all:
             self.loading.begin(now)
+            self._stillness.begin()
         return are_all
 
     def loaded(self, rank: int, stage: control.StageReady, now: float) -> bool:
@@ -111,7 +121,7 @@ class StartProgress:
         if not (unsized or absent):  # else those that are there wait for the others
             loading = [rank for rank in ranks if rank not in self._loaded]
         if loading:
-            return self._stopped(loading, now)
+            return self._still(loading) or self._stopped(loading, now)
         missing = [rank for rank in ranks if rank not in self._connected]
         if missing and not absent and now - self._loaded_s > ANSWER_S:
             return missing[0], no_answer(
@@ -119,15 +129,35 @@ class StartProgress:
             )
         return None
 
+    def _still(self, loading: Sequence[int]) -> tuple[int, Lost] | None:
+        rank = self._stillness.longest(loading)
+        if rank is None:
+            return None
+        others = [other for other in loading if other != rank]
+        return rank, Lost(
+            f"{self._topology.name(rank)} on {self._keepers[rank].host} stands still, "
+            f"{self._how_far(rank)}: no rank of its stage has computed or moved a byte for "
+            f"{self._stillness.lasts_s(rank):.0f} s"
+            + (f"; nor has {_names(others, self._topology)} come so far" if others else "")
+        )
+
     def _stopped(self, loading: Sequence[int], now: float) -> tuple[int, Lost] | None:
         rank = self.loading.stopped(loading, self._load_timeout_s, now)
         if rank is None:
             return None
         return rank, Lost(
             f"{self._topology.name(rank)} on {self._keepers[rank].host} has stopped loading, "
-            f"{self.loading.how_far(rank)}: it has moved no byte for {self._load_timeout_s:g} s; "
+            f"{self._how_far(rank)}: it has moved no byte for {self._load_timeout_s:g} s; "
             "look at its disk, or raise --load-timeout"
         )
+
+    def _how_far(self, rank: int) -> str:
+        """In words. A stage that stays has nothing to load."""
+        if rank not in self._stillness:
+            return self.loading.how_far(rank)
+        if rank not in self._sized:
+            return "not yet out of the epoch before"
+        return "before it has met the ranks that share its stage"
 
 
 def links_of(
@@ -167,10 +197,13 @@ def no_answer(
     limit_s: float = ANSWER_S,
 ) -> Lost:
     """Of `ranks`, whose stages have not done `what` for so long."""
-    first, *others = [topology.name(rank) for rank in ranks]
-    names = ", ".join([first, *(name.removeprefix("stage ") for name in others)])
     hosts = ", ".join(sorted({keepers[rank].host for rank in ranks}))
     return Lost(
-        f"{names} (on {hosts}) has not {what} within {limit_s:g} s; is it stopped, or does a "
-        "firewall stand between the machines?"
+        f"{_names(ranks, topology)} (on {hosts}) has not {what} within {limit_s:g} s; is it "
+        "stopped, or does a firewall stand between the machines?"
     )
+
+
+def _names(ranks: Sequence[int], topology: Topology) -> str:
+    first, *others = [topology.name(rank) for rank in ranks]
+    return ", ".join([first, *(name.removeprefix("stage ") for name in others)])

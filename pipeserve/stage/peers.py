@@ -56,7 +56,7 @@ class Peers:
     def meet(self, address: str, stage: Stage) -> None:
         """At that address, all of them. Raises ConnectionError where one does not come, and
         ConfigError where one computes in another way, whose parts would not fit this one's."""
-        from pipeserve.stages.tensor_parallel import group, layers
+        from pipeserve.stages.tensor_parallel import group
 
         self._choose_interface()
         os.environ.setdefault("RES_OPTIONS", _LOOK_UPS)
@@ -64,7 +64,7 @@ class Peers:
         host, port = split_address(address)
         ways = _ways_of(stage)
         try:
-            self._group = group.meet(self.shard, host, port, stage.backend.device, listener, ways)
+            met = group.meet(self.shard, host, port, stage.backend.device, listener, ways)
         except RuntimeError as error:
             group.part()
             time.sleep(_OTHERS_FIRST_S)
@@ -72,9 +72,17 @@ class Peers:
             raise ConnectionError(
                 f"the ranks that share its stage, at {address}: {reason}"
             ) from None
-        layers.regroup(self._sharing, self._group)
+        self._exchange_by(met)
+
+    def _exchange_by(self, met: "ProcessGroup | None") -> None:
+        """All that exchanges something does so by that group, and holds no other: gloo ends its
+        connections when nobody holds a group any more, and not before (pytorch#96017)."""
+        from pipeserve.stages.tensor_parallel import layers
+
+        self._group = met
+        layers.regroup(self._sharing, met)
         if self._sums is not None:
-            self._sums.meet(self._group)
+            self._sums.meet(met)
 
     def _choose_interface(self) -> None:
         """That by which this stage is reached, where the user chose none. gloo would take what the
@@ -158,10 +166,9 @@ class Peers:
     def part(self) -> None:
         """From them: who waits for this one, waits no more."""
         if self._group is not None:
-            from pipeserve.stages.tensor_parallel import group, layers
+            from pipeserve.stages.tensor_parallel import group
 
-            self._group = None
-            layers.regroup(self._sharing, None)
+            self._exchange_by(None)
             group.part()
 
     def are_lost(self, error: RuntimeError) -> bool:

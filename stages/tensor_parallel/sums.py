@@ -31,8 +31,9 @@ class Sums:
     def __init__(self, group: ProcessGroup) -> None:
         self.meet(group)
 
-    def meet(self, group: ProcessGroup) -> None:
-        """What was compared before is forgotten: some may have come further than others."""
+    def meet(self, group: ProcessGroup | None) -> None:
+        """What was compared before is forgotten: some may have come further than others. None: they
+        have parted."""
         self._group = group
         self._took_s: list[float] = []
         self._least_s: dict[int, tuple[float, int]] = {}

@@ -1,6 +1,7 @@
 """Two ranks a stage: who joins, what each is told, and who speaks for its stage. Each rank computes
 its whole stage here; how they share it, test_tensor_parallel.py has."""
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,7 +15,7 @@ from pipeserve.configs import RunConfig, make_config
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.records import Ping, Span
 from pipeserve.core.topology import Topology
-from pipeserve.driver import watching
+from pipeserve.driver import stillness, watching
 from pipeserve.driver.checkpoint import checkpoint_setup
 from pipeserve.driver.driver import Driver
 from pipeserve.driver.events import Gone, Joined, Lost, Ready, Received, Sized
@@ -65,10 +66,10 @@ class ByHand:
         """What the fleet tells next: one of each kind."""
         events = []
         while len(events) < len(kinds):
-            events += [e for e in self._goes_on() if isinstance(e.message, kinds)]
+            events += [e for e in self.goes_on() if isinstance(e.message, kinds)]
         return events
 
-    def _goes_on(self):
+    def goes_on(self):
         """What the fleet tells; what it says is kept in `inbox`."""
         for source in self.sources.ready(0):
             messages = map(_DECODE[source.carries], source.receive())
@@ -79,7 +80,7 @@ class ByHand:
     def next_of(self, purpose, rank):
         """The next message to one of them."""
         while not (inbox := self.inbox.get(self.who[purpose, rank])):
-            self._goes_on()
+            self.goes_on()
         return inbox.pop(0)
 
     def _comes(self, purpose, rank):
@@ -179,6 +180,34 @@ def test_the_keepers_of_the_lost_stage_alone_start_it_and_the_others_begin_an_ep
         hand.says(rank, control.StageSized(10 + rank, 1, ()), epoch=2)
     (event,) = hand.hear(Sized)
     assert [size.weight_bytes for size in event.message.stages] == [10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("had_loaded", [False, True])
+def test_one_that_had_loaded_and_stands_still_in_the_fresh_epoch_is_lost(
+    hand, monkeypatch, had_loaded
+):
+    """While another may wait for its disk."""
+    monkeypatch.setattr(stillness, "LONGEST_S", 0.05)
+    monkeypatch.setattr(watching, "LAST_WORD_S", 0.1)
+    started(hand)
+    for rank in range(4):
+        hand.comes(rank)
+    hand.hear(Sized)
+    if had_loaded:
+        hand.says(2, control.StageReady(100, "", "", "", 0, 0, 0, [], 1))
+    hand.says(2, control.Memory(7))
+    hand.hear(control.Memory)
+    hand.keeper_says(1, control.StageExited(7, -9))
+    hand.hear(Lost)
+    setup = SimpleNamespace(module="any", works=WORKS, plan=split_layers(6, 3))
+    hand.fleet.start(jobs_of(setup, TWO_A_STAGE, "here"))
+    assert hand.next_of("stage", 2) == (2, control.Renew(WORKS[1]))
+    found = []
+    for _ in range(10):
+        hand.keeper_says(2, control.HeartbeatAnswer(0.0, 0.0, *VitalSigns(state="S")))
+        time.sleep(0.02)
+        found += [each.rank for each in hand.goes_on() if isinstance(each.message, Lost)]
+    assert found == [2] * had_loaded
 
 
 def test_one_that_starts_while_another_is_lost_is_let_be(hand):

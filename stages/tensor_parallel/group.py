@@ -50,6 +50,7 @@ def meet(
     _compare(ways, shard, store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        timeout=_TIMEOUT,  # else half an hour; sums are of another group
         store=store,
         rank=shard.number,
         world_size=shard.of,

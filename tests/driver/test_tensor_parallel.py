@@ -10,6 +10,7 @@ import signal
 import socket
 import statistics
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from local_fleet import local_llm  # isort: skip
 
 MAX_TOKENS = 8
 LATE_S = 0.05
+LONG_S = 30
 SMALL_GAP = 1e-4
 """Between two logits: sums that come in another order may swap them."""
 FAMILIES = list({kind.family: name for name, kind in reversed(TINY.items())}.values())
@@ -254,6 +256,26 @@ def test_one_that_parts_frees_those_who_wait_and_they_meet_again():
         return " ".join(told)
 
     assert in_forks(of, work) == ["3 freed 3 freed", "3 3", "3 freed 3 freed"]
+
+
+def test_one_that_is_left_alone_when_they_meet_does_not_wait_for_long(monkeypatch):
+    """Another has failed, and lives: gloo would wait for half an hour (marin#8534: one that did not
+    come held up the others for hours)."""
+    from pipeserve.stages.tensor_parallel import group
+
+    monkeypatch.setattr(group, "_TIMEOUT", timedelta(seconds=0.5))
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+
+    def work(number):
+        signal.alarm(LONG_S)
+        try:
+            group.meet(Shard(0, 2), "127.0.0.1", port, torch.device("cpu"), listener, {})
+        except RuntimeError:
+            return "alone"
+        return ""
+
+    assert in_forks(1, work) == ["alone"]
 
 
 def test_ranks_that_compute_in_other_ways_do_not_come_together():

@@ -71,8 +71,8 @@ class Fleet:
         """Of each rank's stage, whenever its keeper is there to start it."""
         self._started_in: dict[int, int] = {}
         """The epoch in which a rank's keeper was told to start its stage: of that one it speaks."""
-        self._loaded: set[int] = set()
-        """Ranks whose stages have their weights, and keep them in a fresh epoch."""
+        self._have_weights: set[int] = set()
+        """Ranks whose stages do, and keep them in a fresh epoch."""
         self._lost: set[int] = set()
         """Ranks whose loss in this epoch was reported."""
         self._unread: list[Received] = []
@@ -114,7 +114,7 @@ class Fleet:
         self._lost.clear()
         self._watch.start_again()
         now = time.monotonic()
-        staying = self._loaded.difference(dead)
+        staying = self._have_weights.difference(dead)
         self._start = StartProgress(self.topology, self.keepers, self.config, now, staying)
         for rank in dead:
             self._members.stage_is_gone(rank)
@@ -139,7 +139,7 @@ class Fleet:
     def _start_stage(self, rank: int) -> None:
         """In place of the one that there was."""
         self._started_in.pop(rank, None)
-        self._loaded.discard(rank)
+        self._have_weights.discard(rank)
         if rank in self.keepers:
             self._started_in[rank] = self.epoch
             share = self._members.core_share(rank)
@@ -243,7 +243,7 @@ class Fleet:
                 if self._start.sized(rank, message, at_s):
                     came.append(Received(Sized(self._start.sizes), 0, at_s, epoch))
             case control.StageReady():
-                self._loaded.add(rank)
+                self._have_weights.add(rank)
                 if self._start.loaded(rank, message, at_s):
                     self._connect(self._start.stages)
             case control.Connected():

@@ -25,6 +25,11 @@ class Members:
         name = self.topology.name(rank)
         return f"{name} on {self.hellos[rank].host}" if rank in self.hellos else name
 
+    def machine_of(self, rank: int) -> str:
+        """As its keeper says (`KeeperHello.boot_id`), or said: what it told before it was gone may
+        be taken up behind that."""
+        return self._last_hellos[rank].boot_id
+
     def core_share(self, rank: int) -> tuple[int, int]:
         """Its number among the ranks that may use CPUs that it may use, and how many they are. A
         launcher may have bound each to some of its own, as mpirun and srun do."""

@@ -66,7 +66,7 @@ class FleetWatch:
 
     def is_remote(self, rank: int) -> bool:
         """Its machine has another clock."""
-        return self._members.hellos[rank].boot_id != self._boot_id
+        return self._members.machine_of(rank) != self._boot_id
 
     def is_silent(self, rank: int, now: float) -> bool:
         """Its keeper should have answered a heartbeat by now, which takes it no time."""

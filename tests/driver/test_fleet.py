@@ -9,8 +9,9 @@ import pytest
 from pipeserve.configs import RunConfig
 from pipeserve.core.topology import Topology
 from pipeserve.driver import fleet
-from pipeserve.driver.events import Lost
+from pipeserve.driver.events import Gone, Lost
 from pipeserve.errors import ConfigError, StageError
+from pipeserve.stage.vital_signs import VitalSigns
 from pipeserve.wire import control
 from pipeserve.wire.connecting import connect
 from pipeserve.wire.sources import Sources
@@ -187,6 +188,19 @@ def test_a_stage_that_hangs_up_is_lost_if_no_keeper_says_why(stage):
     assert "stage 0 hung up, and its keeper on afar does not say why" in received.message.why
     stage.passes(0.5)
     assert not stage.fleet.receive(0.1)  # it is told once
+
+
+def test_what_a_keeper_said_before_it_was_gone_is_taken_up_behind_that(stage):
+    """It may have answered a heartbeat, whose machine's clock is asked for."""
+    stage.keeper_joins()
+    stage.keeper.send(control.encode(control.HeartbeatAnswer(0.0, 0.0, *VitalSigns()), 0))
+    stage.keeper.close()
+    came = []
+    while not any(isinstance(each.message, Gone) for each in came):
+        came += stage.fleet.receive(0.01)
+        stage.passes(0.5)
+    assert 0 not in stage.fleet.keepers
+    assert stage.fleet.is_remote(0)
 
 
 def test_what_is_said_of_an_old_epoch_is_dropped(stage):

@@ -117,11 +117,9 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "decodes: spread over a turn": {"_share": lambda view, price, ready: len(ready)},
     "decodes: spread by context, not by number": {"_tokens_per_position": lambda view, price: 0.0},
     "prompts: an even share": {"_budget": lambda *given: ("longest", given[-1])},
-    "prompts: spread over more than a turn": {"SPREAD": 1},
-    "prompts: spread over eight turns, but over four": {"SPREAD": 4},
-    "prompts: a least size to spread to": {"ENOUGH": 0.0},
-    "prompts: a least size beside decodes": {"MANY": 1},
-    "prompts: whole tiles only where they are steps": {"STEP": 1.0},
+    "prompts: pieces that all wait least for, but as few as can be": {
+        "_pieces": lambda *given: given[-1]
+    },
     "prompts: side by side": {"_in_order": _one_after_the_other},
     "prompts: whole tiles": {"_filled": _as_they_come},
     "prompts: a tolerance": {"TOLERANCE": 1.0},

@@ -10,8 +10,9 @@ pipeline, so what is budgeted is time. Without a cost model, a token counts as a
   counted.
 - **Prompts** fill the rest, in order (`core/order.py`; shortest first where the run says nothing):
   each microbatch takes an even share of those that can run, so that none goes without while another
-  has plenty, in whole tiles; where no limit between tokens is set, these last for some turns.
-  Those of one precedence advance side by side; chunks of one that is alone follow at once.
+  has plenty; where no limit between tokens is set, in pieces of which decodes and prompts together
+  wait least. Those of one precedence advance side by side; chunks of one that is alone follow at
+  once.
 - **KV**: what is free is handed out over several turns, so that a pool that fills up slows prompts
   down little by little. Decodes take blocks as they need them; an admission leaves a free block for
   each running request.
@@ -21,7 +22,7 @@ It plans one microbatch ahead. How it came about, and what it gives: docs/schedu
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from math import inf
 
 from pipeserve.core.cost.kernels import TILE
@@ -38,12 +39,6 @@ what the forecast cannot know."""
 KNEE = 0.98
 """A microbatch needs no more prefill tokens than it takes to reach this share of the most that any
 size gives a second: larger ones only make turns longer."""
-SPREAD = 8
-"""Prompts are spread over so many turns. Prefilled at once they leave microbatches of few decodes
-behind them, and while one stage has a large microbatch, the next has a small one and then waits."""
-ENOUGH = 0.85
-"""They are spread only so far that a microbatch has as many tokens as it takes to reach this share
-of the most that any size gives a second, or has decodes: smaller ones mostly read weights."""
 TOLERANCE = 1.08
 """A microbatch may cost so many times its budget, which is made for a mean number of decodes: else
 one with a few more would not fill its last tile, that costs the same full or not."""
@@ -52,13 +47,6 @@ TURNS = 8
 MIN_PIECE = TILE // 2
 """Smallest prefill chunk worth a microbatch: with fewer tokens than half a tile, reading the
 weights costs a stage more than the tokens do."""
-STEP = 0.25
-"""Without a limit between tokens, a tile is filled up where a token that does so costs less than
-this share of the others: where devices compute whole tiles. On others, larger pieces would leave
-turns uneven, and a lone short prompt on one stage at a time."""
-MANY = TILE // 8
-"""With so many decodes in a microbatch, weights are read for these in any case, and a chunk of as
-many tokens is worth while; with half as many, half of what `ENOUGH` asks for."""
 
 
 class Uniform:
@@ -70,15 +58,15 @@ class Uniform:
     )
 
     def __init__(self) -> None:
-        self._enough = self._knee = self._looked_again_at = 0
-        self._total = self._share = 0
-        """Tokens of the prompts at hand when last asked, and the even share of them."""
+        self._knee = self._looked_again_at = 0
+        self._share = 0
+        """Of the prompts at hand, when last asked; 0 if there were none."""
 
     def compose(self, view: View, now: float) -> Draft:
         price = Price(view)
         num_planned = view.last.index + 1 if view.last is not None else 0
         if num_planned >= self._looked_again_at:
-            self._enough, self._knee = _enough(view, price), _knee(view, price, self._knee)
+            self._knee = _knee(view, price, self._knee)
             self._looked_again_at = max(8, 2 * num_planned)
         longest: float = view.limits.max_num_batched_tokens
         if price.is_time:
@@ -101,16 +89,22 @@ class Uniform:
 
     def _budget(self, view: View, price: Price, longest: float) -> tuple[str, float]:
         """What bounds the next microbatch, and how long it may take: its even share of the prompts
-        that can run, as far as KV goes, beside a mean share of decodes and in whole tiles.
+        that can run, as far as KV goes, beside a mean share of decodes.
 
-        The share stays what it is until more prompts come: shares of what is left alone would
-        shrink, and the last prompts drag on beside decodes that each of their chunks holds up."""
+        Without a limit between tokens no share is smaller than those before it, until no prompt is
+        at hand: of what is left it would shrink, and the last prompts drag on beside decodes that
+        each of their chunks holds up."""
         flying = sum([outstanding.num_prefill_tokens for outstanding in view.outstanding])
-        total = _at_hand(view) + flying
-        share = _even_share(view, total, self._enough)
-        if total <= self._total and view.limits.max_tbt_s is None:
+        num_prompts, num_tokens = _at_hand(view)
+        total = num_tokens + flying
+        pieces = max(1, min(view.window, total // MIN_PIECE))
+        if view.limits.max_tbt_s is None and num_prompts:
+            most = self._knee if price.is_time else view.limits.max_num_batched_tokens
+            pieces = _pieces(view, price, num_prompts, total, max(pieces, -(-total // most)))
+        share = -(-total // pieces)
+        if view.limits.max_tbt_s is None:
             share = max(share, self._share)
-        self._total, self._share = total, share
+            self._share = share if num_prompts else 0
         bounds = {"share": share, "kv": _room_in_kv(view, flying)}
         bound = min(bounds, key=bounds.__getitem__)
         seconds = _filled(view, price, bounds[bound])
@@ -144,15 +138,6 @@ def _knee(view: View, price: Price, last: int) -> int:
     return next(
         size for size, rate in rates.items() if rate >= (KNEE * enough if size == last else enough)
     )
-
-
-def _enough(view: View, price: Price) -> int:
-    """Tokens from which on a microbatch does not mostly read weights."""
-    most = view.limits.max_num_batched_tokens
-    sizes = [MIN_PIECE << power for power in range(10) if MIN_PIECE << power < most] + [most]
-    rates = [size / _of_tiles(price, size) for size in sizes]
-    enough = ENOUGH * max(rates)
-    return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
 
 
 def _of_tiles(price: Price, num_tokens: int) -> float:
@@ -238,43 +223,54 @@ def _tokens_per_position(view: View, price: Price) -> float:
 # ---- prompts: how much of them, and which -------------------------------------------------------
 
 
-def _at_hand(view: View) -> int:
-    """Tokens of the prompts that have begun, and of those that there is a seat for: that may run
-    beside the others (`max_num_seqs`)."""
+def _at_hand(view: View) -> tuple[int, int]:
+    """Prompts that have begun, and those that there is a seat for (`max_num_seqs`): how many, and
+    their tokens."""
     seats = max(0, view.limits.max_num_seqs - len(view.running))
     if seats >= len(view.waiting):
-        return view.prefill_backlog
-    prompts = chain(view.prefills.values(), islice(view.waiting.values(), seats))
-    return sum([request.num_unplanned for request in prompts])
+        return len(view.prefills) + len(view.waiting), view.prefill_backlog
+    prompts = [*view.prefills.values(), *islice(view.waiting.values(), seats)]
+    return len(prompts), sum([request.num_unplanned for request in prompts])
 
 
-def _even_share(view: View, total: int, enough: int) -> int:
-    """Prefill tokens of a microbatch, when `total` of them are spread out evenly: over a turn or,
-    where no limit between tokens says how long that may be, over `SPREAD` of them, if each has
-    enough tokens for that. (Turns of a microbatch for each stage: where there are more, for slow
-    ways between stages, smaller ones would not fill these.)"""
-    pieces = min(view.window, total // MIN_PIECE)
-    if view.limits.max_tbt_s is None:
-        num_decodes = view.num_decoding // view.window
-        least = max(enough - enough * num_decodes // MANY, MANY)
-        pieces = max(pieces, min(view.forecast.num_stages * SPREAD, total // least))
-    return -(-total // max(1, pieces))
+def _pieces(view: View, price: Price, num_prompts: int, total: int, fewest: int) -> int:
+    """Into how many pieces `total` tokens of prompts are cut where no limit between tokens says how
+    long a turn may be: so that all wait as little as they can, together. Prompts wait for as many
+    microbatches as there are pieces and, since a piece is in the way of all on one stage after the
+    other, for one more at each seam between stages; decodes for what it adds to each of these.
+
+    As long as more prompts are at hand than requests decode, it is the fewest: those that come out
+    of the first pieces are held up by each of the others, and until then small ones serve hardly
+    anyone. (The costs that are learnt by then are too rough to tell how few are few enough.)"""
+    if num_prompts > view.num_decoding + 1:
+        return fewest
+    num_decodes, context = view.num_decoding // view.window, view.decoding_context // view.window
+    weights = 0 if price.is_time else MIN_PIECE
+    alone = weights + price.on_bottleneck(num_decodes, context)
+
+    def wait(pieces: int) -> float:
+        seconds = weights + price.on_bottleneck(num_decodes, context, -(-total // pieces))
+        together = num_prompts * seconds + view.num_decoding * (seconds - alone)
+        return (pieces + max(1, view.forecast.num_stages - 1)) * together
+
+    tried = (fewest * (step << power) // 2 for power in range(6) for step in (2, 3))
+    return min((pieces for pieces in tried if pieces <= total), key=wait)
 
 
 def _filled(view: View, price: Price, num_prefill: int) -> float:
-    """How long so many prefill tokens take beside a mean share of decodes; or as many as make whole
-    tiles, where each costs less then (without a limit between tokens: as far as `STEP` says)."""
+    """How long so many prefill tokens take beside a mean share of decodes; with a limit between
+    tokens, or as many as make whole tiles, where each costs less then."""
     num_decodes, context = view.num_decoding // view.window, view.decoding_context // view.window
     num_tokens = num_decodes + num_prefill
     if not price.is_time:
         return num_tokens
-    even = price.on_bottleneck(num_decodes, context, num_prefill)
-    tiles = -(-num_tokens // TILE) * TILE
-    whole = price.on_bottleneck(num_decodes, context, tiles - num_decodes)
-    is_cheap = whole * num_tokens <= even * tiles
-    if view.limits.max_tbt_s is None:
-        is_cheap = (whole - even) * num_tokens <= STEP * even * (tiles - num_tokens)
-    return TOLERANCE * (whole if is_cheap else even)
+    seconds = price.on_bottleneck(num_decodes, context, num_prefill)
+    if view.limits.max_tbt_s is not None:
+        tiles = -(-num_tokens // TILE) * TILE
+        whole = price.on_bottleneck(num_decodes, context, tiles - num_decodes)
+        if whole * num_tokens <= seconds * tiles:
+            seconds = whole
+    return TOLERANCE * seconds
 
 
 def _room_in_kv(view: View, flying: int) -> int:

@@ -2,6 +2,7 @@
 
     python bench/simulated_vs_real.py [--profile FILE] [--model smollm2-135m] [--stages 2]
                                       [--policies NAME,NAME,...] [--rate R] [--repeat N]
+                                      [--page docs/simulate.md]
 
 Without --profile the machine is calibrated first. Then each policy runs `pipeserve bench` and
 `pipeserve simulate` on one workload, ShareGPT's lengths divided by 8. Of several repeats the run of
@@ -13,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from commands import LIMITS, profile_of, result, stage_flags
-from report import plain_table
+from report import plain_table, show
 
 WORKLOAD = ["--workload", "sharegpt", "--scale", "8", "--num-prompts", "64"]
 POLICIES = "sarathi_serve,vllm,uniform"
@@ -40,6 +41,7 @@ def main() -> None:
     parser = stage_flags(__doc__.splitlines()[0], POLICIES)
     parser.add_argument("--rate", help="requests a second; by default all at once")
     parser.add_argument("--repeat", default="1")
+    parser.add_argument("--page", type=Path, help="put the table there")
     args = parser.parse_args()
     rate = ["--rate", args.rate] if args.rate else []
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +53,8 @@ def main() -> None:
             made_up = ["simulate", *run, "--device-profile", str(profile)]
             rows += compare(policy, real, result(Path(folder, "simulated.json"), *made_up))
             print(f"{policy}: runs of {real['run_seconds']} s", file=sys.stderr, flush=True)
-    print(plain_table(["policy", "figure", "real", "simulated", "off by"], rows))
+    table = plain_table(["policy", "figure", "real", "simulated", "off by"], rows)
+    show(table, "against real stages", args.page)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@
                                       [--page docs/simulate.md]
 
 Without --profile the machine is calibrated first. Then each policy runs `pipeserve bench` and
-`pipeserve simulate` on one workload, ShareGPT's lengths divided by 8. Of several repeats the run of
-median duration counts. Use an idle machine: a stage robbed of its core is slower than its profile.
+`pipeserve simulate` on one workload, ShareGPT's lengths divided by 8; the simulated stages have the
+layers that the real ones had, and like them take turns with the head where they are two. Of several
+repeats the run of median duration counts. Use an idle machine: a stage robbed of its core is slower
+than its profile.
 """
 
 import sys
@@ -49,8 +51,11 @@ def main() -> None:
         rows = []
         for policy in args.policies.split(","):
             run = [args.model, "-pp", args.stages, "--policy", policy, *WORKLOAD, *LIMITS, *rate]
+            run += ["--head-stages", "both" if args.stages == "2" else "last"]
             real = result(Path(folder, "real.json"), "bench", *run, "--repeat", args.repeat)
+            layers = ",".join(str(stage["layers"]) for stage in real["stages"])
             made_up = ["simulate", *run, "--device-profile", str(profile)]
+            made_up += ["--pipeline-layers", layers]
             rows += compare(policy, real, result(Path(folder, "simulated.json"), *made_up))
             print(f"{policy}: runs of {real['run_seconds']} s", file=sys.stderr, flush=True)
     table = plain_table(["policy", "figure", "real", "simulated", "off by"], rows)

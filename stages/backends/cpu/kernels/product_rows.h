@@ -5,10 +5,6 @@
 #pragma once
 #include "product_tile.h"
 
-/* Bytes from what is copied to what is fetched into the second-level cache: many rows come from the third,
-   and the core alone does not ask for enough of them at once. */
-#define ROWS_AHEAD 4096
-
 static inline uint32_t rounded_bfloat16(float x) {
     return bfloat16_bits(all_lanes(x))[0] & 0xffff;
 }
@@ -33,9 +29,6 @@ INLINE void pack_rows(
     for (int r = 0; r < rows; r++, x += x_stride) {
         char *line = (char *)to + r * LINE;
         for (int64_t k = 0; k < in; k += inputs, line += rows * LINE) {
-            for (int i = 0; i < inputs; i += LINE_FLOATS) {
-                __builtin_prefetch((const char *)(x + k + i) + ROWS_AHEAD, 0, 2);
-            }
             for (int i = 0; i < inputs; i += LANES) {
                 pack_lanes(storage, x, k + i, in, line + i * LINE / inputs);
             }

@@ -90,17 +90,17 @@ INLINE void multiply_tile(
     const int64_t step_size = step * PANEL * size_of(storage);
     const int lines = step_size < LINE ? 1 : step_size / LINE;
     Floats sums[TILE][2 * MAX_PANELS]; /* in registers, if every loop over them is unrolled */
+    const float *end = to->end, *onto = to->onto;
     UNROLL for (int r = 0; r < rows; r++) {
         UNROLL for (int c = 0; c < num_registers; c++) {
             const float *at = to->partial + (r * num_registers + c) * LANES;
             sums[r][c] = to->is_first ? (Floats){0} : load_floats(at);
         }
     }
-    for (int64_t line = 0; line * inputs_in_line(storage) < depth; line++) {
-        const int64_t left = depth - line * inputs_in_line(storage);
-        if (rows > FEW_ROWS && line < rows) {
-            if (to->end) fetch_row(to->end + line * to->end_stride, to->end_width);
-            if (to->onto) fetch_row(to->onto + line * to->onto_stride, PANEL);
+    for (int64_t left = depth; left > 0; left -= inputs_in_line(storage)) {
+        if (rows > FEW_ROWS) { /* also of the tile that comes next, where there is time for it */
+            if (end) fetch_row(end, to->end_width), end += to->end_stride;
+            if (onto) fetch_row(onto, PANEL), onto += to->onto_stride;
         }
         const float *own = x;
         for (int64_t k = 0; k < least(left, inputs_in_line(storage)); k += step) {

@@ -47,7 +47,7 @@ struct Sums {
 
 /* Weights of LANES outputs and one input: number `input` of a step that begins at `from`. */
 INLINE Floats
-load_weights(const char *from, int input, int reg, const int storage) {
+load_weights(const char *from, int input, int reg, const int storage, const int rows) {
     if (storage == FLOAT32) {
         return load_floats((const float *)from + input * PANEL + reg * LANES);
     }
@@ -55,7 +55,10 @@ load_weights(const char *from, int input, int reg, const int storage) {
         const _Float16 *at = (const _Float16 *)from + input * PANEL + reg * LANES;
         return __builtin_convertvector(*(const Halves *)at, Floats);
     }
-    Ints pairs = *(const Ints *)((const int32_t *)from + reg * LANES);
+    const Ints *at = (const Ints *)((const int32_t *)from + reg * LANES);
+    /* Read anew for each input: to keep it would take a register from the sums. */
+    if (rows == TILE) __asm__ volatile("" : "+r"(at));
+    const Ints pairs = *at;
     return (Floats)(input == 0 ? pairs << 16 : pairs & (int32_t)0xffff0000);
 }
 
@@ -113,7 +116,7 @@ INLINE void multiply_tile(
                 UNROLL for (int c = 0; c < num_registers; c++) {
                     const char *at = w + (c / 2) * panel_size;
                     weights[c] = storage == PAIRS ? load_floats((const float *)at + c % 2 * LANES)
-                                                : load_weights(at, input, c % 2, storage);
+                                                : load_weights(at, input, c % 2, storage, rows);
                 }
                 UNROLL for (int r = 0; r < rows; r++) {
                     Floats row = all_lanes(own[r * LINE_FLOATS]);

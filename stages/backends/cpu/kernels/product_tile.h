@@ -115,8 +115,9 @@ INLINE void multiply_tile(
                 Floats weights[2 * MAX_PANELS];
                 UNROLL for (int c = 0; c < num_registers; c++) {
                     const char *at = w + (c / 2) * panel_size;
-                    weights[c] = storage == PAIRS ? load_floats((const float *)at + c % 2 * LANES)
-                                                : load_weights(at, input, c % 2, storage, rows);
+                    weights[c] = storage == PAIRS
+                                     ? load_floats((const float *)at + c % 2 * LANES)
+                                     : load_weights(at, input, c % 2, storage, rows);
                 }
                 UNROLL for (int r = 0; r < rows; r++) {
                     Floats row = all_lanes(own[r * LINE_FLOATS]);

@@ -5,8 +5,8 @@
 
        panel 0: W[0..PANEL, 0], W[0..PANEL, 1], ...    panel 1: W[PANEL..2 PANEL, 0], ...
 
-   The rows of x are packed in the same way, in tiles of up to TILE rows. What is left at the end of
-   a panel or of the inputs is filled up with zeros.
+   The rows of x are packed, too, in tiles of up to TILE rows (product_rows.h). What is left at the end
+   of a panel or of the inputs is filled up with zeros.
 
    The innermost loop (product_tile.h) holds the sums of one tile and one panel in registers: for
    each input it loads PANEL weights and adds their products with one number of each row. Around it,
@@ -24,7 +24,7 @@
 #define MAX_BLOCK_TILES (96 / TILE)
 #define MAX_BLOCK_X (384 * 1024) /* bytes: rows by depth */
 #define MAX_DEPTH 2048
-#define GROUP 8                 /* panels */
+#define GROUP 8                  /* panels */
 
 /* [0, total) cut into `count` parts of nearly one size: where part `i` begins. */
 static inline int64_t part_begin(int64_t total, int64_t count, int64_t i) {
@@ -36,9 +36,10 @@ static inline int64_t packed_floats(int storage, int64_t in) {
     return quotient_up(in, inputs_in_line(storage)) * LINE_FLOATS;
 }
 
-/* Rows that are done together: some of the tiles that all rows are cut into. */
+/* Rows that are done together: some of the tiles that all rows are cut into. A tile takes time for its begin
+   and end, so there are as few as can be. */
 struct Block {
-    int64_t rows, tiles;         /* in all */
+    int64_t rows, tiles; /* in all */
     int64_t first_tile, end_tile;
 };
 

@@ -164,6 +164,26 @@ def test_gated_in_one_product(kernels, dtype, shape, monkeypatch):
         assert torch.equal(gated.gated(x[:rows], padded, "gelu"), expected[:rows]), rows
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (66, 64), (130, 577)])
+@pytest.mark.parametrize("activation", ["silu", "gelu_new", "gelu", "relu"])
+def test_gated_pairs_are_as_near_as_what_is_rounded_next(kernels, activation, shape, monkeypatch):
+    """Also where gates are far from 0; a row does not depend on its batch."""
+    if not kernels.multiplies_pairs():
+        pytest.skip("has no pairs")
+    monkeypatch.setattr(elementwise, "kernels", lambda: kernels)
+    weight, bias, x = made("bfloat16", shape)
+    x[5:10] *= torch.tensor([30.0, 100.0, 1e4, 1e18, 1e36])[:, None]
+    gate_up = PackedWeight(weight, rounds_x=True, library=kernels).product(x) + bias
+    gate, up = gate_up.chunk(2, -1)
+    expected = elementwise.activate(gate.contiguous(), activation) * up
+    gated = GatedWeight(weight, rounds_x=True, library=kernels)
+    padded = GatedWeight.padded(bias, kernels)
+    whole = gated.gated(x, padded, activation)
+    assert torch.allclose(whole, expected, rtol=2e-4, atol=1e-7)
+    for rows in (1, 2, 3, 16, 241):
+        assert torch.equal(gated.gated(x[:rows], padded, activation), whole[:rows]), rows
+
+
 both_kinds = pytest.mark.parametrize("kind", [PackedWeight, VocabularyWeight])
 
 

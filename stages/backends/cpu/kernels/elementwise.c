@@ -2,6 +2,7 @@
    type of what comes in and of what goes out. */
 
 #include "activations.h"
+#include "calls.h"
 
 /* ---- norms -----------------------------------------------------------------------------------*/
 

@@ -331,7 +331,7 @@ def numbers_in(packed, kernels):
     """What lies there, as rows of float32: [outputs and what fills the last panel, inputs and
     what fills the last step]."""
     panel = kernels.panel_outputs()
-    flat = packed._packed.view(packed.dtype).float()
+    flat = packed.packed.view(packed.dtype).float()
     if packed.dtype == torch.bfloat16:  # two inputs of an output side by side
         rows = flat.view(-1, (packed.in_features + 1) // 2, panel, 2).permute(0, 2, 1, 3)
     else:
@@ -400,6 +400,6 @@ def test_weights_made_in_inference_mode_and_outside_share_memory(kernels, monkey
     with torch.inference_mode():
         first = PackedWeight(weight, library=kernels)
     second = PackedWeight(weight, library=kernels)
-    assert 0 < second._packed.data_ptr() - first._packed.data_ptr() <= 2 * first.nbytes
-    assert first._packed.data_ptr() % 64 == second._packed.data_ptr() % 64 == 0
+    assert 0 < second.packed.data_ptr() - first.packed.data_ptr() <= 2 * first.nbytes
+    assert first.packed.data_ptr() % 64 == second.packed.data_ptr() % 64 == 0
     assert torch.equal(first.product(x), second.product(x))

@@ -108,11 +108,11 @@ def _weight_of(product: Product) -> object:
     if product.described is None:
         weight = product.weight
         described = _Weight(
-            weight._packed.data_ptr(),
+            weight.packed.data_ptr(),
             _address(product.bias),
             weight.out_features,
             weight.in_features,
-            weight._storage,
+            weight.storage,
         )
         product.described = ctypes.byref(described)
     return product.described

@@ -15,6 +15,7 @@
    batch, nor of how its prompt was cut into chunks. */
 
 #include "attention_rows.h"
+#include "calls.h"
 
 /* ---- items -----------------------------------------------------------------------------------*/
 

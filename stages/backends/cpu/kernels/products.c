@@ -15,6 +15,7 @@
    Every sum is added up input by input, in one chain, whatever the number of rows: so a row's
    result does not depend on the rows beside it, bit for bit. */
 
+#include "calls.h"
 #include "coarse.h"
 #include "product_endings.h"
 #include "product_rows.h"

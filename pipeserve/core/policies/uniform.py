@@ -131,24 +131,29 @@ def _knee(view: View, price: Price, last: int) -> int:
     """Prefill tokens from which on larger microbatches hardly raise throughput, of those within the
     limit between tokens. It is looked for ever less often, and stays the `last` one where that is
     nearly as good: a cost that is learnt would move it, and the length of turns, back and forth.
-    One tile is never enough: the decodes beside it would begin another."""
+    One tile is never enough: the decodes beside it would begin another. Without a limit, where less
+    is enough, a mean share of decodes counts with it: they share weights and tiles."""
     most = view.limits.max_num_batched_tokens
     tiles = [count << power for power in range(7) for count in (2, 3)]
     sizes = [size * TILE for size in tiles if size * TILE < most] + [most]
-    seconds = {size: _of_tiles(price, size) for size in sizes}
+    share, beside, context = KNEE, 0, 0
+    if view.limits.max_tbt_s is None:
+        share = ENOUGH
+        beside, context = view.num_decoding // view.window, view.decoding_context // view.window
+    seconds = {size: _of_tiles(price, size, beside, context) for size in sizes}
     allowed = max(seconds[sizes[0]], _longest(view))
-    rates = {size: size / took for size, took in seconds.items() if took <= allowed}
-    enough = (ENOUGH if view.limits.max_tbt_s is None else KNEE) * max(rates.values())
+    rates = {size: (size + beside) / took for size, took in seconds.items() if took <= allowed}
+    enough = share * max(rates.values())
     return next(
         size for size, rate in rates.items() if rate >= (KNEE * enough if size == last else enough)
     )
 
 
-def _of_tiles(price: Price, num_tokens: int) -> float:
-    """What so many prefill tokens cost in chunks of one tile each. (One long chunk would cost more,
-    for its positions read each other; but its prompt has to read them anyway.)"""
+def _of_tiles(price: Price, num_tokens: int, beside: int, context: int) -> float:
+    """What so many prefill tokens cost in chunks of one tile each, `beside` decodes. (One long chunk
+    would cost more, for its positions read each other; but its prompt has to read them anyway.)"""
     whole, rest = divmod(num_tokens, TILE)
-    return max(price.of(0, 0, ((0, TILE),) * whole + ((0, rest),) * (rest > 0)))
+    return max(price.of(beside, context, ((0, TILE),) * whole + ((0, rest),) * (rest > 0)))
 
 
 def _due_s(

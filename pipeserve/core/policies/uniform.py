@@ -150,7 +150,7 @@ def _knee(view: View, price: Price, last: int) -> int:
 
 
 def _of_tiles(price: Price, num_tokens: int, beside: int, context: int) -> float:
-    """What so many prefill tokens cost in chunks of one tile each, `beside` decodes. (One long chunk
+    """What so many prefill tokens, `beside` decodes, cost in chunks of a tile each. (One long chunk
     would cost more, for its positions read each other; but its prompt has to read them anyway.)"""
     whole, rest = divmod(num_tokens, TILE)
     return max(price.of(beside, context, ((0, TILE),) * whole + ((0, rest),) * (rest > 0)))

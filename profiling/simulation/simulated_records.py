@@ -18,7 +18,6 @@ from pipeserve.core.nouns import Microbatch, Output, Request
 from pipeserve.core.records import Completed, Headed, Recorder, Span
 from pipeserve.profiling.simulation.stage_times import StageTimes
 
-
 # What NamedTuple's own constructor does, without a Python call for every span.
 _new_span = partial(tuple.__new__, Span)
 

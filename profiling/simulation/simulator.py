@@ -145,15 +145,16 @@ class SimulatedPipeline:
         hop_s = self._times.hop_s(microbatch)
         inputs, starts, ends = [self._tokens_there(microbatch)], [], []
         there = max(sent_s + self._times.control_s, inputs[0])
-        self._stage_free[0] = self._heads.before(there, self._stage_free[0])
+        stage_free, link_free = self._stage_free, self._link_free
+        stage_free[0] = self._heads.before(there, stage_free[0])
         for stage, seconds in enumerate(compute_s):
-            start = max(there, self._stage_free[stage])
-            end = self._stage_free[stage] = start + seconds
+            start = max(there, stage_free[stage])
+            end = stage_free[stage] = start + seconds
             starts.append(start)
             ends.append(end)
             if stage < len(hop_s):
-                there = max(end, self._link_free[stage]) + hop_s[stage]
-                self._link_free[stage] = there - self._latency_s[stage]
+                there = max(end, link_free[stage]) + hop_s[stage]
+                link_free[stage] = there - self._latency_s[stage]
                 inputs.append(there)
         summary, counts = self.engine.last, one_each(microbatch.chunks)
         flight = Flight(

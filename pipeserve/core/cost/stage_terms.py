@@ -76,7 +76,7 @@ class StageTerms:
             return 0.0
         unit = self._level / predicted
         moved, total = self._told([unit * term for term in terms])
-        error, off = ratio - 1, max(ratio, 1 / ratio) - 1
+        error, off = ratio - 1, (ratio if ratio > 1 else 1 / ratio) - 1
         distance = off * off / total
         # What an error and what is left of it have in common is the noise.
         bounded = min(distance, _BOUND * _BOUND)

@@ -26,7 +26,7 @@ from pipeserve.launch.run.record import (
 from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
 from pipeserve.launch.show.explain import explaining
 from pipeserve.launch.show.tables import attainment_line, print_notes, run_table, stage_table
-from pipeserve.profiling.recording.recording import Ring, no_collection, recording_of
+from pipeserve.profiling.recording.recording import Ring, recording_of
 from pipeserve.profiling.recording.summary import percentiles, summarize
 from pipeserve.profiling.recording.writer import RecordingWriter
 from pipeserve.profiling.search.capacity import (
@@ -90,7 +90,6 @@ def simulate(
     arrivals = _arrivals(setup, workload)
     engine, ring, meta = setup.make_engine(), Ring(), setup.meta()
     with ExitStack() as stack:
-        stack.enter_context(no_collection())
         tell = ring.record
         if record is not None:
             writer = stack.enter_context(RecordingWriter(record, meta))
@@ -100,9 +99,9 @@ def simulate(
         pipeline = SimulatedPipeline(engine, setup.times, tell)
         simulation = Simulation(pipeline, arrivals)
         simulation.run_until()
-        records = [served.record() for served in simulation.served]
-        delays = [served.started_s - served.arrival_s for served in simulation.served]
-        stages = stage_shares(recording_of(ring, len(setup.plan.stages), meta))
+    records = [served.record() for served in simulation.served]
+    delays = [served.started_s - served.arrival_s for served in simulation.served]
+    stages = stage_shares(recording_of(ring, len(setup.plan.stages), meta))
     return {
         **asdict(summarize(records)),
         "queueing_s": asdict(percentiles(delays)),

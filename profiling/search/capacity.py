@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
-from pipeserve.profiling.recording.recording import no_collection
 from pipeserve.profiling.simulation.simulator import (
     Arrival,
     Served,
@@ -142,8 +141,7 @@ def run_window(
     mean_output = sum(output for _, output in lengths) / len(lengths)
     ramp_s = stop_s = min_requests / rate / 10
     while True:
-        with no_collection():
-            simulation.run_until(stop_s)
+        simulation.run_until(stop_s)
         lifetime_s = _lifetime_s(simulation.served, ramp_s / 2, mean_output)
         if lifetime_s is not None:
             ramp_s = ramp * lifetime_s

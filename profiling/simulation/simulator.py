@@ -20,6 +20,7 @@ from typing import NamedTuple
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, StepResult, Wait, one_each
 from pipeserve.core.records import Recorder, ignore
+from pipeserve.profiling.recording.recording import no_collection
 from pipeserve.profiling.recording.summary import RequestRecord
 from pipeserve.profiling.simulation.first_stage_heads import FirstStageHeads
 from pipeserve.profiling.simulation.simulated_records import Flight, Silent, Teller
@@ -271,6 +272,7 @@ class Simulation:
         self._arrivals = iter(arrivals)
         self._next = next(self._arrivals, None)
 
+    @no_collection()
     def run_until(self, stop_s: float = inf) -> None:
         """Runs on to `stop_s`, or until every request that will come has ended."""
         pipeline = self.pipeline

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=4)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as a stage on a core of its own, which the C kernels are for
     folder = str(resolve(args.model, lambda text: None))
     num_layers = read_config(folder).num_layers
     tokenizer = AutoTokenizer.from_pretrained(folder)

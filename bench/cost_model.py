@@ -1,6 +1,6 @@
 """How far off the cost model is: writes the tables and plots of docs/cost-model.md.
 
-    python bench/cost_model.py --data ../shared/data      # needs matplotlib: pip install .[bench]
+    python bench/cost_model.py --data DIR                 # needs matplotlib: pip install .[bench]
 
 `--data` as for `bench/fit_device.py`. Products are predicted by a fit that has not seen the model;
 whole iterations by the shipped profiles, whose fit saw neither those models nor any iteration.

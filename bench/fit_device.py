@@ -1,6 +1,6 @@
 """Makes the shipped device profiles from published measurements.
 
-    python bench/fit_device.py --data ../shared/data [--out configs/devices]
+    python bench/fit_device.py --data DIR [--out configs/devices]
 
 `--data` is a folder with vidur's CSV files (names and origins: docs/cost-model.md). Prints what was
 fitted and how far off it is on measurements that the fit did not see; those figures also go into

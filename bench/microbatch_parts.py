@@ -8,7 +8,8 @@ real ones (tests/support/local_fleet.py). Each part has the CPU time (its own) t
 in no part inside it, so that parts sum to the whole; what is left is "rest". The floor, of products
 and attention, is that of stage_parts.py, of the same microbatches, with rates measured in the same
 run. Others may use the machine meanwhile, though it makes caches cold; timing itself takes some
-0.5 us a call, of which a stage has about twelve a layer.
+0.5 us a call, of which a stage has about twelve a layer. Halves of layers, which a stage with C
+kernels has done in one call of C, are done part by part here.
 
 Two loads: decodes alone, 16 in each microbatch over some 300 positions; and 256 tokens of prompts
 with up to 16 decodes.
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests/support"))
 
 from local_fleet import LocalFleet
 from report import plain_table
-from stage_parts import PARTS, floors, multiply_rate, read_rate
+from stage_parts import PARTS, floors, multiply_rate, plain_halves, read_rate
 
 from pipeserve.configs import make_config
 from pipeserve.core.nouns import Request, RequestId, SamplingParams
@@ -157,8 +158,11 @@ class Watched:
         account.wrap(compute, "_build_inputs", "inputs")
         account.wrap(compute, "_unpack", "links")
         account.wrap(compute.links, "send", "links")
+        backend = compute.model.backend
+        for name, method in plain_halves(backend).items():
+            setattr(backend, name, method)
         for name, part in PARTS.items():
-            account.wrap(compute.model.backend, name, part)
+            account.wrap(backend, name, part)
         if compute.model.embedding is not None:
             account.wrap(compute.model.embedding, "forward", "embedding", whole=True)
         for name in ("forward", "likeliest"):

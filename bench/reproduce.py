@@ -10,9 +10,9 @@ are noisier, so write them elsewhere with `--output`.
 
 import argparse
 import platform
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,9 +24,9 @@ OUTPUT = HERE.parent / "docs" / "reproduction.md"
 HEAD = """\
 # What the papers report, on our simulator
 
-Written by `{command}` on {date}, in {minutes:.0f} minutes on one core (Python {python}, numpy
-{numpy}, pipeserve {pipeserve}), seed 0 where nothing else is said. Each section can be made
-alone by its own script in `bench/`.
+Written by `{command}` on {date}, in {minutes:.0f} minutes of one core's time (Python
+{python}, numpy {numpy}, pipeserve {pipeserve}), seed 0 where nothing else is said. Each section can
+be made alone by its own script in `bench/`.
 
 Everything here is simulated: the engine and the policies are those that serve, the stages are
 virtual servers whose times come from a device profile (docs/cost-model.md) with the fit's own
@@ -56,7 +56,9 @@ def run_part(script: str, arguments: Sequence[str]) -> str:
     return done.stdout.strip()
 
 
-def head(command: str, seconds: float) -> str:
+def head(command: str) -> str:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = spent.ru_utime + spent.ru_stime
     return HEAD.format(
         command=command,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -75,11 +77,10 @@ def main() -> None:
     args = parser.parse_args()
     flags = ["--traces DIR"] * bool(args.traces) + ["--quick"] * args.quick
     command = " ".join(["python bench/reproduce.py", *flags])
-    started = time.monotonic()
     sections: list[str] = []
     for script, arguments in parts(args.quick, args.traces):
         sections.append(run_part(script, arguments))
-        page = [head(command, time.monotonic() - started).strip(), *sections]
+        page = [head(command).strip(), *sections]
         args.output.write_text("\n\n".join(page) + "\n")  # so far: a later part may fail
 
 

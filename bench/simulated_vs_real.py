@@ -2,10 +2,13 @@
 
     python bench/simulated_vs_real.py [--profile FILE] [--model smollm2-135m] [--stages 2]
                                       [--policies NAME,NAME,...] [--rate R] [--repeat N]
+                                      [--page docs/simulate.md]
 
 Without --profile the machine is calibrated first. Then each policy runs `pipeserve bench` and
-`pipeserve simulate` on one workload, ShareGPT's lengths divided by 8. Of several repeats the run of
-median duration counts. Use an idle machine: a stage robbed of its core is slower than its profile.
+`pipeserve simulate` on one workload, ShareGPT's lengths divided by 8; the simulated stages have the
+layers that the real ones had, and like them take turns with the head where they are two. Of several
+repeats the run of median duration counts. Use an idle machine: a stage robbed of its core is slower
+than its profile.
 """
 
 import sys
@@ -13,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from commands import LIMITS, profile_of, result, stage_flags
-from report import plain_table
+from report import plain_table, show
 
 WORKLOAD = ["--workload", "sharegpt", "--scale", "8", "--num-prompts", "64"]
 POLICIES = "sarathi_serve,vllm,uniform"
@@ -40,6 +43,7 @@ def main() -> None:
     parser = stage_flags(__doc__.splitlines()[0], POLICIES)
     parser.add_argument("--rate", help="requests a second; by default all at once")
     parser.add_argument("--repeat", default="1")
+    parser.add_argument("--page", type=Path, help="put the table there")
     args = parser.parse_args()
     rate = ["--rate", args.rate] if args.rate else []
     with tempfile.TemporaryDirectory() as folder:
@@ -47,11 +51,15 @@ def main() -> None:
         rows = []
         for policy in args.policies.split(","):
             run = [args.model, "-pp", args.stages, "--policy", policy, *WORKLOAD, *LIMITS, *rate]
+            run += ["--head-stages", "both" if args.stages == "2" else "last"]
             real = result(Path(folder, "real.json"), "bench", *run, "--repeat", args.repeat)
+            layers = ",".join(str(stage["layers"]) for stage in real["stages"])
             made_up = ["simulate", *run, "--device-profile", str(profile)]
+            made_up += ["--pipeline-layers", layers]
             rows += compare(policy, real, result(Path(folder, "simulated.json"), *made_up))
             print(f"{policy}: runs of {real['run_seconds']} s", file=sys.stderr, flush=True)
-    print(plain_table(["policy", "figure", "real", "simulated", "off by"], rows))
+    table = plain_table(["policy", "figure", "real", "simulated", "off by"], rows)
+    show(table, "against real stages", args.page)
 
 
 if __name__ == "__main__":

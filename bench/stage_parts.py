@@ -3,11 +3,12 @@
     python bench/stage_parts.py MODEL_FOLDER [--dtype float32]
 
 One core, its own (CPU) time, the two backends in turn, the least of their turns. All
-rows are greedy. Parts are the
-methods of the stage's backend; "rest" is what is around them: views, embedding, allocations,
-Python. The floor of a part: its multiplications at the core's rate, or the bytes that it reads at
-the core's read rate, whichever is more; both rates measured in the same run. Of bfloat16 products
-the rate is that of the best such product that was measured (bench/linears.py): --pair-rate.
+rows are greedy. Parts are the methods of the stage's backend, which are called one by one for it;
+"rest" is what is around them: views, allocations, Python. "All" is the stage as it runs, where a
+backend does halves of layers in one. The floor of a part: its multiplications at the core's rate,
+or the bytes that it reads at the core's read rate, whichever is more; both rates measured in the
+same run. Of bfloat16 products the rate is that of the best such product that was measured
+(bench/linears.py): --pair-rate.
 """
 
 import argparse
@@ -15,6 +16,10 @@ import os
 import random
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
+from types import MethodType
 
 import torch
 
@@ -44,6 +49,7 @@ PARTS = {
     "activate": "activations",
     "pad_rows": "padding",
 }
+HALVES = ("attention_half", "mlp_half", "gated_mlp_half")
 CASES = {
     "16 decodes": (0, 0, 16),
     "32 decodes": (0, 0, 32),
@@ -54,14 +60,24 @@ CASES = {
 
 
 class Timed:
-    """A backend whose parts are timed."""
+    """A backend whose parts are timed while it is `apart`."""
 
     def __init__(self, backend: Backend) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.head: Head
-        for name, part in PARTS.items():
-            setattr(backend, name, self._timed(getattr(backend, name), part))
         self.backend = backend
+        self._methods = {
+            **{name: self._timed(getattr(backend, name), part) for name, part in PARTS.items()},
+            **plain_halves(backend),
+        }
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        for name, method in self._methods.items():
+            setattr(self.backend, name, method)
+        yield
+        for name in self._methods:
+            delattr(self.backend, name)
 
     def _timed(self, method, part):
         """What a part has another one do counts as that one alone."""
@@ -75,6 +91,11 @@ class Timed:
                 self.seconds[part] += time.thread_time() - start_s - others_s
 
         return timed
+
+
+def plain_halves(backend: Backend) -> dict[str, MethodType]:
+    """Methods that do halves of layers part by part."""
+    return {name: MethodType(getattr(Backend, name), backend) for name in HALVES}
 
 
 def main() -> None:
@@ -143,22 +164,29 @@ def inputs_of(chunk: int, prefix: int, decodes: int) -> StageInputs:
 
 
 def parts_of(stage: Stage, kv: object, timed: Timed, inputs: StageInputs) -> dict[str, float]:
-    """Seconds of one microbatch, by part."""
+    """Seconds of one microbatch, and of its parts one by one."""
     x_TD = torch.randn(inputs.num_tokens, stage.config.hidden_size)
+
+    def seconds() -> float:
+        start_s = time.thread_time()
+        timed.head.likeliest(stage(x_TD, inputs, kv))
+        return time.thread_time() - start_s
+
+    whole_s = seconds()
     timed.seconds.clear()
-    start_s = time.thread_time()
-    hidden_RD = stage(x_TD, inputs, kv)
-    timed.head.likeliest(hidden_RD)
-    whole_s = time.thread_time() - start_s
+    with timed.apart():
+        apart_s = seconds()
     found = {part: timed.seconds[part] for part in dict.fromkeys(PARTS.values())}
-    return {"all": whole_s, **found, "rest": whole_s - sum(found.values())}
+    rest_s = apart_s - sum(found.values())
+    return {"all": whole_s, "one by one": apart_s, **found, "rest": rest_s}
 
 
 def keep_least(best: dict[str, float], found: dict[str, float]) -> None:
-    """All parts of the turn that took the least in all."""
-    if not best or found["all"] < best["all"]:
-        best.clear()
+    """The least of the whole, and the parts of the turn in which they took the least together."""
+    whole_s = min(found["all"], best.get("all", inf))
+    if found["one by one"] < best.get("one by one", inf):
         best.update(found)
+    best["all"] = whole_s
 
 
 def floors(

@@ -32,7 +32,7 @@ def make_backend(device: str = "cpu", attention: str = "auto", local_rank: int =
 def best_num_threads(device: str, attention: str, most: int) -> int:
     """How many threads a stage computes with best that may have `most` of them.
 
-    The C kernels have one. They take a half to nine tenths of what PyTorch takes on one core
+    The C kernels have one. They take a third to nine tenths of what PyTorch takes on one core
     (docs/cpu-performance.md), and on cores that others use, too, threads that wait for each other
     lose more than that. So PyTorch is for stages of several cores.
     """

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from pipeserve.stages.config.model_config import ModelConfig
 
-PoolLayer = tuple[Tensor, Tensor]
-"""Keys and values of one layer, each [K, B, P, H]."""
+
+class PoolLayer(tuple[Tensor, Tensor]):
+    """Keys and values of one layer, each [K, B, P, H]."""
+
+    described: object = None
+    """As a backend's kernels are told of it: theirs, made once."""
 
 
 class KVCache:
@@ -54,7 +58,8 @@ class KVCache:
         else:
             self.keys_LKBPH = zeros(shape, dtype=dtype, device=device)
             self.values_LKBPH = zeros(shape, dtype=dtype, device=device)
-        self._layers = tuple(zip(self.keys_LKBPH, self.values_LKBPH, strict=True))
+        layers = zip(self.keys_LKBPH, self.values_LKBPH, strict=True)
+        self._layers = tuple(PoolLayer(sides) for sides in layers)
 
     @staticmethod
     def block_bytes(
@@ -63,8 +68,8 @@ class KVCache:
         """What each block adds to a pool."""
         return 2 * math.prod(_shape(config, num_layers, 1, block_size)) * dtype.itemsize
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(keys, values) of the stage's own layer number `layer`, each [K, B, P, H]."""
+    def layer(self, layer: int) -> PoolLayer:
+        """(keys, values) of the stage's own layer number `layer`."""
         return self._layers[layer]
 
     def rows_of(self, blocks: Tensor) -> Tensor:

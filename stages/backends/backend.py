@@ -13,6 +13,7 @@ N query heads, K kv heads, A all heads (queries, then keys, then values), H head
 """
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,33 @@ from pipeserve.stages.config.model_config import ModelConfig
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, signed sin) of each token, float32 [T, 1, H or what is rotated of it]."""
-HeadNorms = Sequence[Callable[[Tensor], Tensor]]
+
+
+class Norm(Protocol):
+    """Of the last axis: an RMSNorm, or with a bias a LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    described: object
+    """As a backend's kernels are told of it: theirs, made once; None after weights were set."""
+
+    def __call__(self, x_XD: Tensor) -> Tensor: ...
+
+
+class Product(Protocol):
+    """A linear layer; or what several ranks that share a stage have around theirs, whose `weight`
+    is no backend's."""
+
+    weight: Any
+    bias: Tensor | None
+    described: object
+    """As of a norm."""
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor: ...
+
+
+HeadNorms = Sequence[Norm]
 """Of the queries and of the keys, over each head."""
 
 
@@ -222,6 +249,52 @@ class Backend:
         """[T, N, H]; what comes of rows of padding is of no use. `plan`: `prepare_attention`'s."""
         return self.attention(q_TNH, pool, plan, scoring)
 
+    # ---- halves of a layer ----------------------------------------------------------------------
+
+    def attention_half(
+        self,
+        x_TD: Tensor,
+        norm: Norm | None,
+        qkv: Product,
+        num_kv_heads: int,
+        head_norms: HeadNorms | None,
+        rotation: Rotation | None,
+        pool: PoolLayer,
+        inputs: StageInputs,
+        plan: object,
+        scoring: Scoring,
+        out: Product,
+        onto_TD: Tensor | None,
+    ) -> Tensor:
+        """What `SelfAttention` is where all rows go on."""
+        heads_TAH = qkv(_normed(x_TD, norm)).unflatten(-1, (-1, pool[0].shape[-1]))
+        q_TNH = self.place_heads(heads_TAH, num_kv_heads, head_norms, rotation, pool, inputs)
+        return out(self.attend(q_TNH, pool, plan, scoring).flatten(1), onto_TD)
+
+    def mlp_half(
+        self,
+        x_TD: Tensor,
+        norm: Norm | None,
+        up: Product,
+        activation: str,
+        down: Product,
+        onto_TD: Tensor | None,
+    ) -> Tensor:
+        """What `Mlp` is."""
+        return down(self.activate(up(_normed(x_TD, norm)), activation), onto_TD)
+
+    def gated_mlp_half(
+        self,
+        x_TD: Tensor,
+        norm: Norm | None,
+        gate_up: Product,
+        activation: str,
+        down: Product,
+        onto_TD: Tensor | None,
+    ) -> Tensor:
+        """What `GatedMlp` is. `gate_up` has its activation in it."""
+        return down(gate_up(_normed(x_TD, norm)), onto_TD)
+
 
 def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:
     """In float32. Dimensions behind those of `rotation` stay as they are."""
@@ -236,3 +309,7 @@ def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:
 
 def _added(x: Tensor, onto: Tensor | None) -> Tensor:
     return x if onto is None else onto + x
+
+
+def _normed(x_XD: Tensor, norm: Norm | None) -> Tensor:
+    return x_XD if norm is None else norm(x_XD)

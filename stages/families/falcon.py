@@ -5,7 +5,7 @@ behind two norms (11B: one). 7B: one key and value head, side by side behind one
 key and value heads as query heads, ALiBi, biases, one after the other.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring, alibi_slopes
@@ -17,10 +17,11 @@ from pipeserve.stages.layers.leaf import Rows
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.layers.mlp import Mlp
 from pipeserve.stages.layers.norms import LayerNorm
+from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 
-class FalconLayer(nn.Module):
+class FalconLayer(Part):
     """Attention and MLP read the same x, or one after the other."""
 
     def __init__(self, config: FalconConfig, number: int, prefix: str) -> None:

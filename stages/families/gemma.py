@@ -6,7 +6,7 @@ of their own.
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
@@ -17,10 +17,11 @@ from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, voca
 from pipeserve.stages.layers.linear import GatedLinear, Linear
 from pipeserve.stages.layers.mlp import GatedMlp
 from pipeserve.stages.layers.norms import OffsetRMSNorm
+from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 
-class GemmaLayer(nn.Module):
+class GemmaLayer(Part):
     def __init__(self, config: GemmaConfig, number: int, prefix: str) -> None:
         super().__init__()
         norm = _norm(config, config.hidden_size, prefix)
@@ -32,9 +33,9 @@ class GemmaLayer(nn.Module):
         self.mlp_out_norm = norm("post_feedforward_layernorm")
 
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
-        attended_TD = self.attention(self.attention_norm(x_TD), shared, pool)
+        attended_TD = self.attention(x_TD, shared, pool, self.attention_norm)
         x_TD = self.attention_out_norm(attended_TD, onto_XD=shared.kept(x_TD))
-        return self.mlp_out_norm(self.mlp(self.mlp_norm(x_TD)), onto_XD=x_TD)
+        return self.mlp_out_norm(self.mlp(x_TD, self.mlp_norm), onto_XD=x_TD)
 
 
 def _norm(config: GemmaConfig, size: int, prefix: str) -> Callable[[str], OffsetRMSNorm]:

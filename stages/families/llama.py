@@ -3,7 +3,7 @@
 Pre-norm RMSNorm, rotary positions, grouped-query attention, gated MLP or experts.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
@@ -15,10 +15,11 @@ from pipeserve.stages.layers.leaf import Rows, whole
 from pipeserve.stages.layers.linear import GatedLinear, Linear
 from pipeserve.stages.layers.mlp import Experts, GatedMlp
 from pipeserve.stages.layers.norms import RMSNorm
+from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 
-class LlamaLayer(nn.Module):
+class LlamaLayer(Part):
     def __init__(self, config: LlamaConfig, number: int, prefix: str) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.norm_eps
@@ -32,8 +33,8 @@ class LlamaLayer(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
-        x_TD = self.attention(self.attention_norm(x_TD), shared, pool, onto_TD=x_TD)
-        return self.mlp(self.mlp_norm(x_TD), onto_TD=x_TD)
+        x_TD = self.attention(x_TD, shared, pool, self.attention_norm, x_TD)
+        return self.mlp(x_TD, self.mlp_norm, x_TD)
 
 
 def _attention(config: LlamaConfig, number: int, prefix: str) -> SelfAttention:

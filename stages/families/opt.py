@@ -4,7 +4,7 @@
 its hidden states.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
@@ -16,13 +16,14 @@ from pipeserve.stages.layers.leaf import Embedding
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.layers.mlp import Mlp
 from pipeserve.stages.layers.norms import LayerNorm
+from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 _DECODER = "model.decoder"
 _OFFSET = 2  # rows of the position table before position 0, left over from padding ids
 
 
-class OPTLayer(nn.Module):
+class OPTLayer(Part):
     def __init__(self, config: OPTConfig, number: int, prefix: str) -> None:
         super().__init__()
         size, width = config.hidden_size, config.intermediate_size
@@ -38,8 +39,8 @@ class OPTLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
         if self.is_pre_norm:
-            x_TD = self.attention(self.attention_norm(x_TD), shared, pool, onto_TD=x_TD)
-            return self.mlp(self.mlp_norm(x_TD), onto_TD=x_TD)
+            x_TD = self.attention(x_TD, shared, pool, self.attention_norm, x_TD)
+            return self.mlp(x_TD, self.mlp_norm, x_TD)
         x_TD = self.attention_norm(self.attention(x_TD, shared, pool, onto_TD=x_TD))
         return self.mlp_norm(self.mlp(x_TD, onto_TD=x_TD))
 

@@ -63,6 +63,8 @@ class Leaf(Part):
         self.has_bias = has_bias
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.described: object = None
+        """Both, as the backend's kernels are told of them; theirs, made once."""
 
     def keep_rows(self, kept: Sequence[range]) -> None:
         """Of the weight, joined, and its bias; the others are another rank's. Before it is set."""
@@ -97,6 +99,7 @@ class Leaf(Part):
         """Takes `weight`, of `shape`, and `bias` over, to the stage's device."""
         self.weight = self._placed(weight)
         self.bias = None if bias is None else self._placed_bias(bias)
+        self.described = None
 
     def _placed(self, weight: Tensor) -> Tensor:
         return self.backend.place(weight)

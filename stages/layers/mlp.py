@@ -1,6 +1,6 @@
 """The other half of a decoder layer: plain, gated, or experts of which each token takes a few.
 
-`onto`: what the result is added to, or nothing.
+`norm`: what is done to x first, or nothing. `onto`: what the result is added to, or nothing.
 
 Suffixes: T tokens, D hidden size, E experts, A experts that a token takes.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeserve.stages.backends.backend import Norm
 from pipeserve.stages.layers.linear import GatedLinear, Linear
 from pipeserve.stages.layers.part import Part
 
@@ -20,17 +21,24 @@ class Mlp(Part):
         self.activation = activation
         self.up, self.down = up, down
 
-    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
-        return self.down(self.backend.activate(self.up(x_TD), self.activation), onto_TD)
+    def forward(
+        self, x_TD: Tensor, norm: Norm | None = None, onto_TD: Tensor | None = None
+    ) -> Tensor:
+        return self.backend.mlp_half(x_TD, norm, self.up, self.activation, self.down, onto_TD)
 
 
 class GatedMlp(Part):
     def __init__(self, gate_up: GatedLinear, down: Linear) -> None:
         super().__init__()
+        self.activation = gate_up.activation
         self.gate_up, self.down = gate_up, down
 
-    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
-        return self.down(self.gate_up(x_TD), onto_TD)
+    def forward(
+        self, x_TD: Tensor, norm: Norm | None = None, onto_TD: Tensor | None = None
+    ) -> Tensor:
+        return self.backend.gated_mlp_half(
+            x_TD, norm, self.gate_up, self.activation, self.down, onto_TD
+        )
 
 
 class Experts(Part):
@@ -49,7 +57,10 @@ class Experts(Part):
         self.num_taken = num_taken
         self.normalize = normalize
 
-    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, norm: Norm | None = None, onto_TD: Tensor | None = None
+    ) -> Tensor:
+        x_TD = x_TD if norm is None else norm(x_TD)
         likings_TE = torch.softmax(self.router(x_TD), -1, dtype=torch.float32)
         weights_TA, taken_TA = likings_TE.topk(self.num_taken, -1)
         if self.normalize:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
-from pipeserve.stages.backends.backend import Rotation
+from pipeserve.stages.backends.backend import Norm, Rotation
 from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.layers.part import Part
@@ -65,30 +65,27 @@ class SelfAttention(Part):
         x_TD: Tensor,
         shared: LayerInputs,
         pool: PoolLayer,
+        norm: Norm | None = None,
         onto_TD: Tensor | None = None,
     ) -> Tensor:
-        """What comes out for the rows that go on, added to `onto_TD`, if given. Writes K and V of
-        the whole microbatch into `pool`; does not modify `x_TD`."""
+        """Of `x_TD`, normed by `norm`, if given. What comes out for the rows that go on, added to
+        `onto_TD`, if given. Writes K and V of the whole microbatch into `pool`; does not modify
+        `x_TD`."""
+        backend, inputs, plan = self.backend, shared.inputs, shared.plan
         rotation = None if self.rope is None else shared.rotations[self.rope]
-        place_all = shared.rows_R is None
-        q_RNH = (self._place if place_all else self._place_apart)(x_TD, shared, rotation, pool)
-        out_RNH = self.backend.attend(q_RNH, pool, shared.plan, self.scoring)
+        if shared.rows_R is None:
+            heads = (self.num_kv_heads, self.norms, rotation, pool, inputs, plan, self.scoring)
+            return backend.attention_half(x_TD, norm, self.qkv, *heads, self.out, onto_TD)
+        x_TD = x_TD if norm is None else norm(x_TD)
+        q_RNH = self._place_apart(x_TD, shared, rotation, pool)
+        out_RNH = backend.attend(q_RNH, pool, plan, self.scoring)
         onto_RD = None if onto_TD is None else shared.kept(onto_TD)
         return self.out(out_RNH.flatten(1), onto_RD)
-
-    def _place(
-        self, x_TD: Tensor, shared: LayerInputs, rotation: Rotation | None, pool: PoolLayer
-    ) -> Tensor:
-        """Writes keys and values; returns the queries of all rows."""
-        heads_TAH = self._heads(self.qkv(x_TD))
-        return self.backend.place_heads(
-            heads_TAH, self.num_kv_heads, self.norms, rotation, pool, shared.inputs
-        )
 
     def _place_apart(
         self, x_TD: Tensor, shared: LayerInputs, rotation: Rotation | None, pool: PoolLayer
     ) -> Tensor:
-        """The same, and the queries of some rows alone."""
+        """Writes keys and values of all rows; returns the queries of some alone."""
         num_q, num_kv = (n * self.head_dim for n in (self.num_heads, 2 * self.num_kv_heads))
         kv_TAH = self._heads(self.qkv.some(x_TD, range(num_q, num_q + num_kv)))
         self.backend.place_heads(

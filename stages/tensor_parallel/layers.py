@@ -169,8 +169,10 @@ class SummedExperts(nn.Module):
         self.own, self.tp_group = own, group
         self.adds = shard.number == 0
 
-    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
-        part_TD = self.own(x_TD, onto_TD if self.adds else None).contiguous()
+    def forward(
+        self, x_TD: Tensor, norm: nn.Module | None = None, onto_TD: Tensor | None = None
+    ) -> Tensor:
+        part_TD = self.own(x_TD, norm, onto_TD if self.adds else None).contiguous()
         self.sums.begin()
         sum_TD = reduce_from_tensor_model_parallel_region(part_TD, group=self.tp_group)
         self.sums.end()

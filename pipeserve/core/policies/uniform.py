@@ -39,6 +39,10 @@ what the forecast cannot know."""
 KNEE = 0.98
 """A microbatch needs no more prefill tokens than it takes to reach this share of the most that any
 size gives a second: larger ones only make turns longer."""
+ENOUGH = 0.9
+"""The same without a limit between tokens, where a turn is as long as its prompts make it: longer
+pieces hold up decodes, and these are left over when no prompt is there any more to share the
+reading of weights with."""
 TOLERANCE = 1.08
 """A microbatch may cost so many times its budget, which is made for a mean number of decodes: else
 one with a few more would not fill its last tile, that costs the same full or not."""
@@ -134,7 +138,7 @@ def _knee(view: View, price: Price, last: int) -> int:
     seconds = {size: _of_tiles(price, size) for size in sizes}
     allowed = max(seconds[sizes[0]], _longest(view))
     rates = {size: size / took for size, took in seconds.items() if took <= allowed}
-    enough = KNEE * max(rates.values())
+    enough = (ENOUGH if view.limits.max_tbt_s is None else KNEE) * max(rates.values())
     return next(
         size for size, rate in rates.items() if rate >= (KNEE * enough if size == last else enough)
     )

@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Collection
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache, PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.backends.cpu.library import kernels
+from pipeserve.stages.backends.cpu.scratch import scratch_of
 from pipeserve.stages.backends.cpu.types import KERNEL_TYPES
 
 _ROWS = 384
@@ -47,7 +49,7 @@ class _Pool(ctypes.Structure):
 
 
 class _Scoring(ctypes.Structure):
-    """As in attention_tile.h."""
+    """As in calls.h."""
 
     _fields_ = (
         ("scale", c_float),
@@ -57,16 +59,32 @@ class _Scoring(ctypes.Structure):
     )
 
 
+class _Batch(ctypes.Structure):
+    """As in halves.c."""
+
+    _fields_ = (
+        ("num_rows", c_int64),
+        ("slots", c_void_p),
+        ("queries", c_void_p),
+        ("tables", c_void_p),
+        ("num_queries", c_int64),
+        ("num_together", c_int64),
+    )
+
+
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     num_tokens: int
     queries_I4: np.ndarray
     """int32: row, number of queries, position, where the block table begins."""
     tables: np.ndarray
     """int32: the block tables one after the other."""
-    num_rows: int
-    """That are worked on together, at most."""
-    scratch: Tensor
+    num_together: int
+    """Rows that are worked on together, at most."""
+    batch: object
+    """All of it, and where keys and values go, as halves of layers are told of it."""
+    slots_T: Tensor
+    """That is why it is kept."""
 
 
 class KernelAttention:
@@ -78,7 +96,7 @@ class KernelAttention:
     multiplied, so blocks need not be cleared before they are used again.
     """
 
-    def prepare(self, inputs: StageInputs, kv: KVCache, windows: Collection[int | None]) -> _Plan:
+    def prepare(self, inputs: StageInputs, kv: KVCache, windows: Collection[int | None]) -> Plan:
         most = max(1, _ROWS // kv.heads_per_kv_head)
         queries, row, table = [], 0, 0
         for query_len, context_len, blocks in zip(
@@ -90,31 +108,34 @@ class KernelAttention:
                 queries.append((row + start, count, position + start, table))
             row += query_len
             table += len(blocks)
-        _, num_kv_heads, _, _, head_size = kv.keys_LKBPH.shape
-        num_rows = max(most, num_kv_heads) * kv.heads_per_kv_head
-        return _Plan(
-            num_tokens=inputs.num_tokens,
-            queries_I4=np.array(queries, np.int32),
-            tables=torch.cat((*inputs.block_tables, _NO_BLOCKS)).to(torch.int32).numpy(),
-            num_rows=num_rows,
-            scratch=torch.empty(kernels().attention_scratch(num_rows, head_size)),
+        queries_I4 = np.array(queries, np.int32)
+        tables = torch.cat((*inputs.block_tables, _NO_BLOCKS)).to(torch.int32).numpy()
+        num_together = max(most, kv.keys_LKBPH.shape[1]) * kv.heads_per_kv_head
+        batch = _Batch(
+            inputs.num_tokens,
+            inputs.slots_T.data_ptr(),
+            queries_I4.ctypes.data,
+            tables.ctypes.data,
+            len(queries_I4),
+            num_together,
+        )
+        return Plan(
+            inputs.num_tokens,
+            queries_I4,
+            tables,
+            num_together,
+            ctypes.byref(batch),
+            inputs.slots_T,
         )
 
-    def __call__(self, q_TNH: Tensor, pool: PoolLayer, plan: _Plan, scoring: Scoring) -> Tensor:
+    def __call__(self, q_TNH: Tensor, pool: PoolLayer, plan: Plan, scoring: Scoring) -> Tensor:
         """Returns float32."""
         q_TNH = _with_whole_rows(q_TNH)
         out_TNH = torch.empty(q_TNH.shape)
         out_TNH[plan.num_tokens :] = 0
-        slopes_N = scoring.slopes_N
-        c_scoring = _Scoring(
-            scoring.scale,
-            scoring.softcap or 0.0,
-            scoring.window or _ALL,
-            None if slopes_N is None else slopes_N.data_ptr(),
-        )
         kernels().attend(
-            ctypes.byref(_pool(pool)),
-            ctypes.byref(c_scoring),
+            pool_of(pool),
+            scoring_of(scoring),
             q_TNH.data_ptr(),
             q_TNH.stride(0),
             out_TNH.data_ptr(),
@@ -123,8 +144,8 @@ class KernelAttention:
             plan.tables.ctypes.data,
             0,
             len(plan.queries_I4),
-            plan.num_rows,
-            plan.scratch.data_ptr(),
+            plan.num_together,
+            scratch_of(kernels().attention_scratch(plan.num_together, q_TNH.shape[2])),
         )
         return out_TNH
 
@@ -139,7 +160,7 @@ def write(k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, slots_T: Tensor) -> Non
         v_TKH.stride(0),
         len(slots_T),
         slots_T.data_ptr(),
-        ctypes.byref(_pool(pool)),
+        pool_of(pool),
     )
 
 
@@ -150,15 +171,32 @@ def _with_whole_rows(x_TAH: Tensor) -> Tensor:
     return x_TAH if x_TAH.stride()[1:] == (head_size, 1) else x_TAH.contiguous()
 
 
-def _pool(pool: PoolLayer) -> _Pool:
-    keys_KBPH, values_KBPH = pool
-    num_kv_heads, _, block_size, head_size = keys_KBPH.shape
-    return _Pool(
-        keys_KBPH.data_ptr(),
-        values_KBPH.data_ptr(),
-        *keys_KBPH.stride(),
-        block_size,
-        num_kv_heads,
-        head_size,
-        KERNEL_TYPES[keys_KBPH.dtype],
+def pool_of(pool: PoolLayer) -> object:
+    """As the kernels are told of it."""
+    if pool.described is None:
+        keys_KBPH, values_KBPH = pool
+        num_kv_heads, _, block_size, head_size = keys_KBPH.shape
+        described = _Pool(
+            keys_KBPH.data_ptr(),
+            values_KBPH.data_ptr(),
+            *keys_KBPH.stride(),
+            block_size,
+            num_kv_heads,
+            head_size,
+            KERNEL_TYPES[keys_KBPH.dtype],
+        )
+        pool.described = ctypes.byref(described)
+    return pool.described
+
+
+@lru_cache(maxsize=1024)
+def scoring_of(scoring: Scoring) -> object:
+    """As the kernels are told of it; there is one for each layer."""
+    slopes_N = scoring.slopes_N
+    described = _Scoring(
+        scoring.scale,
+        scoring.softcap or 0.0,
+        scoring.window or _ALL,
+        None if slopes_N is None else slopes_N.data_ptr(),
     )
+    return ctypes.byref(described)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import PoolLayer
-from pipeserve.stages.backends.backend import Backend, HeadNorms, Rotation
-from pipeserve.stages.backends.cpu import elementwise, large_pages
-from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, write
+from pipeserve.stages.attention.scoring import Scoring
+from pipeserve.stages.backends.backend import Backend, HeadNorms, Norm, Product, Rotation
+from pipeserve.stages.backends.cpu import elementwise, halves, large_pages
+from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, Plan, write
 from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, kernels, name_of
 from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, VocabularyWeight
 
@@ -131,11 +132,67 @@ class KernelBackend(Backend):
             elementwise.rotate(heads_TXH, *rotation)
         return heads_TXH
 
+    def attention_half(
+        self,
+        x_TD: Tensor,
+        norm: Norm | None,
+        qkv: Product,
+        num_kv_heads: int,
+        head_norms: HeadNorms | None,
+        rotation: Rotation | None,
+        pool: PoolLayer,
+        inputs: StageInputs,
+        plan: Plan,
+        scoring: Scoring,
+        out: Product,
+        onto_TD: Tensor | None,
+    ) -> Tensor:
+        if not _are_own(qkv, out):
+            heads = (num_kv_heads, head_norms, rotation, pool, inputs, plan, scoring)
+            return super().attention_half(x_TD, norm, qkv, *heads, out, onto_TD)
+        heads = (head_norms, rotation, pool, plan, scoring)
+        return halves.attention(_rows(x_TD), norm, qkv, *heads, out, _rows(onto_TD))
+
+    def mlp_half(
+        self,
+        x_TD: Tensor,
+        norm: Norm | None,
+        up: Product,
+        activation: str,
+        down: Product,
+        onto_TD: Tensor | None,
+    ) -> Tensor:
+        if not _are_own(up, down):
+            return super().mlp_half(x_TD, norm, up, activation, down, onto_TD)
+        own = (norm, up, activation, down, _rows(onto_TD))
+        return halves.mlp(_rows(x_TD), *own, is_gated=False)
+
+    def gated_mlp_half(
+        self,
+        x_TD: Tensor,
+        norm: Norm | None,
+        gate_up: Product,
+        activation: str,
+        down: Product,
+        onto_TD: Tensor | None,
+    ) -> Tensor:
+        if not _are_own(gate_up, down):
+            return super().gated_mlp_half(x_TD, norm, gate_up, activation, down, onto_TD)
+        own = (norm, gate_up, activation, down, _rows(onto_TD))
+        return halves.mlp(_rows(x_TD), *own, is_gated=True)
+
+
+def _are_own(first: Product, second: Product) -> bool:
+    """Not shared with other ranks."""
+    return isinstance(first.weight, PackedWeight) and isinstance(second.weight, PackedWeight)
+
 
 def _is_paired(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and has_pairs_of_bfloat16()
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor | None) -> Tensor | None:
     """In float32, one behind the other."""
+    if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
+        return x
     return x.float().contiguous()

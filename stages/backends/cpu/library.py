@@ -8,7 +8,7 @@ then do without.
 import ctypes
 import os
 import sys
-from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -56,6 +56,12 @@ _FUNCTIONS = {
     "layer_norm": (None, [*[c_void_p] * 3, c_float, c_int64, c_int64, c_void_p, c_int]),
     "activate": (None, [c_void_p, c_int, c_int, c_int64, c_void_p, c_int]),
     "add_to": (None, [c_void_p, c_void_p, c_int, c_int64]),
+    # halves.c
+    "attention_half": (c_int64, [*[c_void_p] * 9, c_int64, *[c_void_p] * 5, c_int64]),
+    "mlp_half": (
+        c_int64,
+        [c_void_p, c_void_p, c_int, c_bool, c_void_p, c_int64, *[c_void_p] * 4, c_int64],
+    ),
     # weights.c
     "packed_size": (c_int64, [c_int, c_int64, c_int64, c_int]),
     "panel_outputs": (c_int64, []),

@@ -44,16 +44,16 @@ class PackedWeight:
         self._library = found
         self.out_features, self.in_features = weight.shape
         self.dtype = narrowest_exact_dtype(weight, found)
-        self._storage = _PAIRS if rounds_x else KERNEL_TYPES[self.dtype]
+        self.storage = _PAIRS if rounds_x else KERNEL_TYPES[self.dtype]
         if rounds_x:
             assert weight.dtype == torch.bfloat16 and found.multiplies_pairs()
         weight = weight.contiguous()
-        self._packed = _shelf.take(found.packed_size(self._storage, *weight.shape, self._sides))
+        self.packed = _shelf.take(found.packed_size(self.storage, *weight.shape, self._sides))
         self._panel = found.panel_outputs()
-        self._panel_bytes = found.packed_size(self._storage, 1, self.in_features, 1)
+        self._panel_bytes = found.packed_size(self.storage, 1, self.in_features, 1)
         self._norm = found.pack_weight(
-            *(self._storage, weight.data_ptr(), KERNEL_TYPES[weight.dtype]),
-            *(*weight.shape, self._sides, self._packed.data_ptr()),
+            *(self.storage, weight.data_ptr(), KERNEL_TYPES[weight.dtype]),
+            *(*weight.shape, self._sides, self.packed.data_ptr()),
         )
         """Of no output are the weights longer."""
         self._coarse: Tensor | None = None
@@ -61,7 +61,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self._packed.nbytes
+        return self.packed.nbytes
 
     @staticmethod
     def padded(bias: Tensor, library: ctypes.CDLL | None = None) -> Tensor:
@@ -97,11 +97,11 @@ class PackedWeight:
             assert onto_TN.dtype == torch.float32 and onto_TN.stride(1) == 1
             assert onto_TN.shape == y_TN.shape
         self._library.product(
-            self._storage,
+            self.storage,
             x_TD.data_ptr(),
             x_TD.stride(0),
             num_rows,
-            self._packed.data_ptr() + begin // self._panel * self._panel_bytes,
+            self.packed.data_ptr() + begin // self._panel * self._panel_bytes,
             num_outputs,
             self.in_features,
             None if bias is None else bias.data_ptr() + begin * bias.itemsize,
@@ -125,12 +125,12 @@ class PackedWeight:
         num_rows, shape = len(x_TD), (self.out_features, self.in_features)
         highest_T, outputs_T = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
         self._library.likeliest(
-            self._storage,
+            self.storage,
             self.dtype == torch.bfloat16 and self._library.multiplies_pairs(),
             x_TD.data_ptr(),
             x_TD.stride(0),
             num_rows,
-            self._packed.data_ptr(),
+            self.packed.data_ptr(),
             None if self._coarse is None else self._coarse.data_ptr(),
             *shape,
             self._norm,
@@ -201,17 +201,18 @@ class GatedWeight(PackedWeight):
 
     def gated(self, x_TD: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """Float32 [T, in] -> float32 [T, size], with the bits of a product, an activation and a
-        multiplication one after the other."""
+        multiplication one after the other; under `rounds_x` within 2e-4 of their size, because the
+        next product rounds them to bfloat16."""
         assert x_TD.dtype == torch.float32 and x_TD.shape[1] == self.in_features
         assert x_TD.stride(1) == 1
         num_rows = len(x_TD)
         y_TN = torch.empty(num_rows, self.size)
         self._library.gated_product(
-            self._storage,
+            self.storage,
             x_TD.data_ptr(),
             x_TD.stride(0),
             num_rows,
-            self._packed.data_ptr(),
+            self.packed.data_ptr(),
             2 * self.size,
             self.in_features,
             None if bias is None else bias.data_ptr(),

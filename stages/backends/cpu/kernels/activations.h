@@ -18,12 +18,14 @@ INLINE Floats gelu(Floats x) {
     return x * choose(x < 0.0f, tail, 1.0f - tail);
 }
 
-INLINE Floats activated(Floats x, int activation) {
+/* `is_rough`: within 2e-4 of its size, for what is rounded to 8 bits next. */
+INLINE Floats activated(Floats x, int activation, const bool is_rough) {
     if (activation == GELU) return gelu(x);
     if (activation == RELU) return choose(x < 0.0f, (Floats){0}, x);
     /* x times a logistic function: (1 + tanh(y)) / 2 is that of 2 y. */
     Floats y = x;
     if (activation == GELU_TANH)
         y = 1.59576912f * multiply_add_floats(x * x * 0.044715f, x, x);
+    if (is_rough) return x * rough_inverse(1.0f + power_of_two(y * -1.44269504f, true));
     return x / (1.0f + exponential(-y));
 }

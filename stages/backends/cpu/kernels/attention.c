@@ -15,6 +15,7 @@
    batch, nor of how its prompt was cut into chunks. */
 
 #include "attention_rows.h"
+#include "calls.h"
 
 /* ---- items -----------------------------------------------------------------------------------*/
 
@@ -136,8 +137,9 @@ static void finish(const Call *call, const Queries *queries, int64_t head, const
     for (int64_t query = 0; query < queries->num_queries; query++) {
         float *to = call->out + ((queries->row + query) * call->num_heads + head * group) * size;
         for (int64_t i = 0; i < group; i++, to += size, from += round_up(size, LANES)) {
-            const float sum = sum_of(load_floats(sums));
-            for (int64_t h = 0; h < size; h++) to[h] = from[h] / sum;
+            const Floats sum = all_lanes(sum_of(load_floats(sums)));
+            for (int64_t h = 0; h < size; h += LANES)
+                write_some(to + h, load_floats(from + h) / sum, size - h, FLOAT32);
             sums += LANES;
         }
     }

@@ -3,13 +3,6 @@
 #pragma once
 #include "attention_pairs.h"
 
-typedef struct {
-    int32_t row;         /* of the first query */
-    int32_t num_queries; /* one after the other */
-    int32_t position;    /* of the first query, in its request */
-    int32_t table;       /* where its request's blocks begin in the block tables */
-} Queries;
-
 /* What an item works in. M rows: query by query, and of each head by head. */
 typedef struct {
     float *q;      /* [M, head size], scaled */

@@ -1,6 +1,7 @@
 /* What rows of queries make of one tile of their context: scores, weights, weighted values. */
 
 #pragma once
+#include "calls.h"
 #include "numbers.h"
 
 #define UNIT 16  /* positions that lie together, where blocks hold a multiple of it */
@@ -8,13 +9,6 @@
 #define TILE (UNIT * UNITS)
 #define SLACK 12.0f
 #define ROWS 6   /* that are multiplied together: with as many columns, all sums fit in registers */
-
-typedef struct {
-    float scale;         /* of scores, which count in powers of two: weights are 2^score */
-    float softcap;       /* scores become softcap * tanh(score / softcap); 0: they stay */
-    int64_t window;      /* positions that a query sees, its own included */
-    const float *slopes; /* ALiBi, of each query head; or NULL */
-} Scoring;
 
 /* Some positions of a request, and where their keys and values are: in the pool, or copied. */
 typedef struct {
@@ -146,10 +140,10 @@ INLINE float raise_base(const float *scores, int64_t count, float *base) {
     for (int64_t i = 0; i < count; i += LANES)
         highest = larger(load_floats(scores + i), highest);
     if (!any_above(highest, all_lanes(limit))) return 1;
-    const float largest = __builtin_reduce_max(highest), factor =
-        power_of_two(all_lanes(*base - largest), false)[0];
-    *base = largest;
-    return factor;
+    const float before = *base;
+    *base = __builtin_reduce_max(highest);
+    if (before == -__builtin_inff()) return 1; /* it has nothing but zeros, or NaN */
+    return power_of_two(all_lanes(before - *base), false)[0];
 }
 
 /* A row's scores [count] become weights: 2 to the power of how far they are above `base`. `sums`: of

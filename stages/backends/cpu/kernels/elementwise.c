@@ -2,6 +2,7 @@
    type of what comes in and of what goes out. */
 
 #include "activations.h"
+#include "calls.h"
 
 /* ---- norms -----------------------------------------------------------------------------------*/
 
@@ -60,7 +61,7 @@ EXPORT void activate(const void *x, int dtype, int activation, int64_t size, voi
                      int out_dtype) {
     for (int64_t i = 0; i < size; i += LANES) {
         Floats own = read_some((const char *)x + i * size_of(dtype), size - i, dtype);
-        write_some((char *)out + i * size_of(out_dtype), activated(own, activation), size - i,
+        write_some((char *)out + i * size_of(out_dtype), activated(own, activation, false), size - i,
                    out_dtype);
     }
 }

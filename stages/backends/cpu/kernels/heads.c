@@ -1,8 +1,8 @@
 /* What is done to the heads of a fused product before attention: queries and keys are rotated, keys
    and values go into the pool. */
 
+#include "calls.h"
 #include "numbers.h"
-#include "pool.h"
 
 /* In place, the first `num_heads` heads of each row by the row's angle: half-split, of which the
    dimensions behind the first `turned` stay as they are. `cosines`, `sines` are [rows, turned]; the

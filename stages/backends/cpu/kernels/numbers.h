@@ -155,6 +155,15 @@ INLINE Floats power_of_two(Floats x, bool is_rough) {
 #endif
 }
 
+/* 1 / x within 1e-4 of its size; 0 where that is no normal number. */
+INLINE Floats rough_inverse(Floats x) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_rcp14_ps((__m512)x);
+#else
+    return 1.0f / x;
+#endif
+}
+
 /* Within 3e-7 of its size; NaN for NaN. A rational function; source: Eigen, `ptanh_float`. */
 INLINE Floats hyperbolic_tangent(Floats x) {
     Floats bounded = choose(x > 7.9053111f, all_lanes(7.9053111f), x);

@@ -34,6 +34,7 @@ static void end_part_of_row(const struct Product *p, int64_t row, int64_t panel,
     }
 }
 
+/* Under PAIRS the product that comes next rounds it, so roughly will do. */
 static void end_gated(const struct Product *p, int64_t row, int64_t panel, const float *sums) {
     Floats gates = load_floats(sums), own = load_floats(sums + LANES);
     if (p->bias) {
@@ -42,7 +43,9 @@ static void end_gated(const struct Product *p, int64_t row, int64_t panel, const
     }
     const int64_t first = panel * LANES;
     float *y = p->y + row * p->y_stride + first;
-    write_some(y, activated(gates, p->activation) * own, p->num_outputs / 2 - first, FLOAT32);
+    gates = p->storage == PAIRS ? activated(gates, p->activation, true)
+                                : activated(gates, p->activation, false);
+    write_some(y, gates * own, p->num_outputs / 2 - first, FLOAT32);
 }
 
 static void end_highest(const struct Product *p, int64_t row, int64_t panel, const float *sums) {

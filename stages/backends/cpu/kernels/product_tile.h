@@ -9,6 +9,7 @@
 #define STEP 2                                    /* inputs at a time; a whole number of them */
 #define MAX_PANELS 4                              /* side by side, for few rows */
 #define LINE 64                                   /* bytes of a cache line */
+#define LINE_FLOATS (LINE / 4)
 #define AHEAD 12288                               /* bytes from what is read to what is fetched */
 
 /* How a weight's numbers are kept: by their type (numbers.h), bfloat16 with two inputs side by side,
@@ -24,6 +25,11 @@ static inline int inputs_at_once(int storage) {
     return storage == BFLOAT16 || storage == PAIRS ? 2 : 1;
 }
 
+/* Of a row of x that is packed. */
+static inline int inputs_in_line(int storage) {
+    return storage == PAIRS ? 2 * LINE_FLOATS : LINE_FLOATS;
+}
+
 /* Where a tile's sums come from and go to. */
 struct Sums {
     float *partial;    /* [rows][panels * PANEL]: what was added up so far */
@@ -34,11 +40,14 @@ struct Sums {
     int64_t y_stride;  /* floats from one row of y to the next */
     const float *onto; /* what the product is added to, or none */
     int64_t onto_stride;
+    /* Of the first row, where `end_width` floats of it are written in the end; or none. */
+    const float *end;
+    int64_t end_stride, end_width;
 };
 
 /* Weights of LANES outputs and one input: number `input` of a step that begins at `from`. */
 INLINE Floats
-load_weights(const char *from, int input, int reg, const int storage) {
+load_weights(const char *from, int input, int reg, const int storage, const int rows) {
     if (storage == FLOAT32) {
         return load_floats((const float *)from + input * PANEL + reg * LANES);
     }
@@ -46,7 +55,10 @@ load_weights(const char *from, int input, int reg, const int storage) {
         const _Float16 *at = (const _Float16 *)from + input * PANEL + reg * LANES;
         return __builtin_convertvector(*(const Halves *)at, Floats);
     }
-    Ints pairs = *(const Ints *)((const int32_t *)from + reg * LANES);
+    const Ints *at = (const Ints *)((const int32_t *)from + reg * LANES);
+    /* Read anew for each input: to keep it would take a register from the sums. */
+    if (rows == TILE) __asm__ volatile("" : "+r"(at));
+    const Ints pairs = *at;
     return (Floats)(input == 0 ? pairs << 16 : pairs & (int32_t)0xffff0000);
 }
 
@@ -60,10 +72,17 @@ INLINE void fetch(const char *at, const int is_for_few) {
     else __builtin_prefetch(at, 0, 3);
 }
 
+/* `width` floats that are written soon, or read and written: two lines at most. */
+INLINE void fetch_row(const float *at, int64_t width) {
+    __builtin_prefetch(at, 1);
+    __builtin_prefetch(at + width - 1, 1);
+}
+
 /* `depth` inputs of `rows` rows by `panels` panels. `x`: the packed tile; `w`: of each panel, where
    the inputs begin; panels lie `panel_size` bytes apart. Meanwhile `ahead` is fetched into the
    cache, `ahead_size` bytes for each step; with several panels the core does so unasked, and better
-   (one row 20 % faster). */
+   (one row 20 % faster). Where the sums of many rows go is in no near cache any more, and is asked for
+   row by row: for all at once, what is multiplied next would have to wait. */
 INLINE void multiply_tile(
     const int storage, const int rows, const int panels, const float *x, const char *w,
     int64_t panel_size, int64_t depth, const char *ahead, int64_t ahead_size,
@@ -73,50 +92,52 @@ INLINE void multiply_tile(
     const int step = inputs_at_once(storage);
     const int64_t step_size = step * PANEL * size_of(storage);
     const int lines = step_size < LINE ? 1 : step_size / LINE;
-    Floats sums[TILE][2 * MAX_PANELS];
-    /* Where the sums of many rows go is no longer in a near cache. */
-    for (int r = 0; rows > FEW_ROWS && to->is_last && r < rows; r++) {
-        for (int c = 0; c < num_registers; c += LINE / 4 / LANES) {
-            __builtin_prefetch(to->y + r * to->y_stride + c * LANES, 1);
-            if (to->onto) __builtin_prefetch(to->onto + r * to->onto_stride + c * LANES);
-        }
-    }
-    for (int r = 0; r < rows; r++) {
-        for (int c = 0; c < num_registers; c++) {
+    Floats sums[TILE][2 * MAX_PANELS]; /* in registers, if every loop over them is unrolled */
+    const float *end = to->end, *onto = to->onto;
+    UNROLL for (int r = 0; r < rows; r++) {
+        UNROLL for (int c = 0; c < num_registers; c++) {
             const float *at = to->partial + (r * num_registers + c) * LANES;
             sums[r][c] = to->is_first ? (Floats){0} : load_floats(at);
         }
     }
-    for (int64_t k = 0; k < depth; k += step) {
-        for (int l = 0; panels == 1 && l < lines; l++) {
-            fetch(ahead + l * ahead_size / lines, rows <= FEW_ROWS);
+    for (int64_t left = depth; left > 0; left -= inputs_in_line(storage)) {
+        if (rows > FEW_ROWS) { /* also of the tile that comes next, where there is time for it */
+            if (end) fetch_row(end, to->end_width), end += to->end_stride;
+            if (onto) fetch_row(onto, PANEL), onto += to->onto_stride;
         }
-        ahead += ahead_size;
-        for (int input = 0; input < (storage == PAIRS ? 1 : step); input++) {
-            Floats weights[2 * MAX_PANELS];
-            for (int c = 0; c < num_registers; c++) {
-                const char *at = w + (c / 2) * panel_size;
-                weights[c] = storage == PAIRS ? load_floats((const float *)at + c % 2 * LANES)
-                                            : load_weights(at, input, c % 2, storage);
+        const float *own = x;
+        for (int64_t k = 0; k < least(left, inputs_in_line(storage)); k += step) {
+            for (int l = 0; panels == 1 && l < lines; l++) {
+                fetch(ahead + l * ahead_size / lines, rows <= FEW_ROWS);
             }
-            for (int r = 0; r < rows; r++) {
-                Floats row = all_lanes(x[input * rows + r]);
-                for (int c = 0; c < num_registers; c++) {
+            ahead += ahead_size;
+            UNROLL for (int input = 0; input < (storage == PAIRS ? 1 : step); input++, own++) {
+                Floats weights[2 * MAX_PANELS];
+                UNROLL for (int c = 0; c < num_registers; c++) {
+                    const char *at = w + (c / 2) * panel_size;
+                    weights[c] = storage == PAIRS
+                                     ? load_floats((const float *)at + c % 2 * LANES)
+                                     : load_weights(at, input, c % 2, storage, rows);
+                }
+                UNROLL for (int r = 0; r < rows; r++) {
+                    Floats row = all_lanes(own[r * LINE_FLOATS]);
+                    UNROLL for (int c = 0; c < num_registers; c++) {
 #ifdef __AVX512BF16__
-                    if (storage == PAIRS) {
-                        sums[r][c] = add_pairs(sums[r][c], row, weights[c]);
-                        continue;
-                    }
+                        if (storage == PAIRS) {
+                            sums[r][c] = add_pairs(sums[r][c], row, weights[c]);
+                            continue;
+                        }
 #endif
-                    sums[r][c] = multiply_add_floats(weights[c], row, sums[r][c]);
+                        sums[r][c] = multiply_add_floats(weights[c], row, sums[r][c]);
+                    }
                 }
             }
+            w += step_size;
         }
-        x += (storage == PAIRS ? 1 : step) * rows;
-        w += step_size;
+        x += rows * LINE_FLOATS;
     }
-    for (int r = 0; r < rows; r++) {
-        for (int c = 0; c < num_registers; c++) {
+    UNROLL for (int r = 0; r < rows; r++) {
+        UNROLL for (int c = 0; c < num_registers; c++) {
             if (!to->is_last) {
                 store_floats(to->partial + (r * num_registers + c) * LANES, sums[r][c]);
                 continue;

@@ -5,8 +5,8 @@
 
        panel 0: W[0..PANEL, 0], W[0..PANEL, 1], ...    panel 1: W[PANEL..2 PANEL, 0], ...
 
-   The rows of x are packed in the same way, in tiles of up to TILE rows. What is left at the end of
-   a panel or of the inputs is filled up with zeros.
+   The rows of x are packed, too, in tiles of up to TILE rows (product_rows.h). What is left at the end
+   of a panel or of the inputs is filled up with zeros.
 
    The innermost loop (product_tile.h) holds the sums of one tile and one panel in registers: for
    each input it loads PANEL weights and adds their products with one number of each row. Around it,
@@ -15,39 +15,59 @@
    Every sum is added up input by input, in one chain, whatever the number of rows: so a row's
    result does not depend on the rows beside it, bit for bit. */
 
+#include "calls.h"
 #include "coarse.h"
 #include "product_endings.h"
 #include "product_rows.h"
 
 /* How much is done at a time, so that what is used again is still in the second-level cache. The
    sizes change no result. */
-#define MAX_BLOCK_ROWS 96
+#define MAX_BLOCK_TILES (96 / TILE)
 #define MAX_BLOCK_X (384 * 1024) /* bytes: rows by depth */
 #define MAX_DEPTH 2048
-#define GROUP 8                 /* panels */
+#define GROUP 8                  /* panels */
 
-/* Rows [begin, begin + size) of `total` cut into `count` parts of nearly one size: part `i`. */
+/* [0, total) cut into `count` parts of nearly one size: where part `i` begins. */
 static inline int64_t part_begin(int64_t total, int64_t count, int64_t i) {
     return total / count * i + least(i, total % count);
 }
 
-/* Rows [row, row + rows), packed in `x`, by the whole weight. */
+/* Floats of a packed row. */
+static inline int64_t packed_floats(int storage, int64_t in) {
+    return quotient_up(in, inputs_in_line(storage)) * LINE_FLOATS;
+}
+
+/* Rows that are done together: some of the tiles that all rows are cut into. A tile takes time for its begin
+   and end, so there are as few as can be. */
+struct Block {
+    int64_t rows, tiles; /* in all */
+    int64_t first_tile, end_tile;
+};
+
+static inline int64_t tile_begin(const struct Block *block, int64_t tile) {
+    return part_begin(block->rows, block->tiles, tile);
+}
+
+/* The rows of a block, packed in `x`, by the whole weight. */
 static void multiply_block(
-    const struct Product *p, int64_t row, int64_t rows, const float *x, float *partial
+    const struct Product *p, const struct Block *block, const float *x, float *partial
 ) {
-    const int64_t tiles = quotient_up(rows, TILE);
+    const int64_t tiles = block->end_tile - block->first_tile;
+    const int64_t begin_row = tile_begin(block, block->first_tile);
+    const int64_t rows = tile_begin(block, block->end_tile) - begin_row;
     const int64_t number = size_of(p->storage), panel_size = p->in * PANEL * number;
-    const int64_t x_step = p->storage == PAIRS ? 1 : 2; /* floats of a row in each two inputs */
-    const int64_t depth_limit =
-        tiles == 1 ? p->in : least(MAX_DEPTH, MAX_BLOCK_X / (x_step * 2 * rows) / STEP * STEP);
-    const int64_t num_depths = quotient_up(p->in, depth_limit);
+    const int64_t line = inputs_in_line(p->storage), lines = quotient_up(p->in, line);
+    const int64_t lines_limit =
+        tiles == 1 ? lines : least(MAX_DEPTH / line, MAX_BLOCK_X / (LINE * rows));
+    const int64_t num_depths = quotient_up(lines, lines_limit);
     const int64_t num_panels = p->out / PANEL;
-    float aside[TILE * PANEL];
+    float aside[TILE * PANEL] __attribute__((aligned(LINE)));
     for (int64_t group = 0; group < num_panels; group += GROUP) {
         const int64_t group_end = least(group + GROUP, num_panels);
         for (int64_t d = 0; d < num_depths; d++) {
-            const int64_t begin = STEP * part_begin(p->in / STEP, num_depths, d);
-            const int64_t depth = STEP * part_begin(p->in / STEP, num_depths, d + 1) - begin;
+            const int64_t first_line = part_begin(lines, num_depths, d), begin = first_line * line;
+            const int64_t end = least(p->in, part_begin(lines, num_depths, d + 1) * line);
+            const int64_t chunk = (end - begin) * PANEL * number;
             int64_t panels;
             for (int64_t panel = group; panel < group_end; panel += panels) {
                 const char *w = p->w + panel * panel_size + begin * PANEL * number;
@@ -56,18 +76,24 @@ static void multiply_block(
                 const int goes_aside =
                     p->ending != ROWS || (panel + panels) * PANEL > p->num_outputs;
                 for (int64_t tile = 0; tile < tiles; tile++) {
-                    const int64_t first = part_begin(rows, tiles, tile);
-                    const int tile_rows = part_begin(rows, tiles, tile + 1) - first;
+                    const int64_t row = tile_begin(block, block->first_tile + tile);
+                    const int tile_rows = tile_begin(block, block->first_tile + tile + 1) - row;
                     struct Sums to = {
-                        .partial = partial + ((panel - group) * rows + first) * PANEL,
+                        .partial = partial + ((panel - group) * rows + row - begin_row) * PANEL,
                         .is_first = d == 0,
                         .is_last = d == num_depths - 1,
                         .bias = p->bias ? p->bias + panel * PANEL : 0,
-                        .y = p->y + (row + first) * p->y_stride + panel * PANEL,
+                        .y = p->y + row * p->y_stride + panel * PANEL,
                         .y_stride = p->y_stride,
-                        .onto = p->onto ? p->onto + (row + first) * p->onto_stride + panel * PANEL : 0,
+                        .onto = p->onto ? p->onto + row * p->onto_stride + panel * PANEL : 0,
                         .onto_stride = p->onto_stride,
                     };
+                    if (to.is_last && p->ending != HIGHEST) {
+                        to.end_width = p->ending == GATED ? LANES : PANEL;
+                        to.end = p->y + row * p->y_stride + panel * to.end_width;
+                        to.end_stride = p->y_stride;
+                    }
+                    if (!to.is_last) to.onto = 0;
                     if (goes_aside) {
                         to.bias = 0;
                         to.y = aside;
@@ -75,19 +101,18 @@ static void multiply_block(
                         to.onto = 0;
                     }
                     /* Tiles share the work of fetching the next panel. */
-                    const int64_t chunk = depth * PANEL * number;
                     const char *ahead =
                         tiles == 1 ? w + AHEAD : w + panel_size + chunk / tiles * tile;
                     const int64_t ahead_size =
                         inputs_at_once(p->storage) * PANEL * number / (tiles == 1 ? 1 : tiles);
                     multiply(
                         p->storage, tile_rows, panels,
-                        x + (first * p->in + begin * tile_rows) / 2 * x_step, w, panel_size, depth,
-                        ahead, ahead_size, &to
+                        x + ((row - begin_row) * lines + first_line * tile_rows) * LINE_FLOATS, w,
+                        panel_size, end - begin, ahead, ahead_size, &to
                     );
                     for (int64_t r = 0; goes_aside && to.is_last && r < tile_rows; r++) {
                         for (int64_t i = 0; i < panels; i++) {
-                            end_row(p, row + first + r, panel + i, aside + (r * panels + i) * PANEL);
+                            end_row(p, row + r, panel + i, aside + (r * panels + i) * PANEL);
                         }
                     }
                 }
@@ -98,29 +123,30 @@ static void multiply_block(
 
 /* Floats that `product` needs to work in. */
 EXPORT int64_t product_scratch(int64_t rows, int64_t in) {
-    int64_t block_rows = least(rows, MAX_BLOCK_ROWS);
-    return block_rows * quotient_up(in, STEP) * STEP + block_rows * GROUP * PANEL;
+    const int64_t block_rows = least(rows, MAX_BLOCK_TILES * TILE);
+    return block_rows * (packed_floats(FLOAT32, in) + GROUP * PANEL);
 }
 
 static void multiply_rows(
     const struct Product *p, const float *x, int64_t x_stride, int64_t rows, int64_t in,
     float *scratch
 ) {
-    const int64_t blocks = quotient_up(rows, MAX_BLOCK_ROWS);
-    float *partial = scratch + least(rows, MAX_BLOCK_ROWS) * p->in;
-    for (int64_t block = 0; block < blocks; block++) {
-        const int64_t row = part_begin(rows, blocks, block);
-        const int64_t block_rows = part_begin(rows, blocks, block + 1) - row;
-        const int64_t tiles = quotient_up(block_rows, TILE);
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            const int64_t first = part_begin(block_rows, tiles, tile);
+    const int64_t tiles = quotient_up(rows, TILE), blocks = quotient_up(tiles, MAX_BLOCK_TILES);
+    const int64_t size = packed_floats(p->storage, in);
+    float *partial = scratch + least(rows, MAX_BLOCK_TILES * TILE) * size;
+    for (int64_t i = 0; i < blocks; i++) {
+        const struct Block block = {
+            rows, tiles, part_begin(tiles, blocks, i), part_begin(tiles, blocks, i + 1)
+        };
+        const int64_t begin_row = tile_begin(&block, block.first_tile);
+        for (int64_t tile = block.first_tile; tile < block.end_tile; tile++) {
+            const int64_t row = tile_begin(&block, tile);
             pack_tile(
-                p->storage, part_begin(block_rows, tiles, tile + 1) - first,
-                x + (row + first) * x_stride, x_stride, in,
-                scratch + first * (p->storage == PAIRS ? p->in / 2 : p->in)
+                p->storage, tile_begin(&block, tile + 1) - row, x + row * x_stride, x_stride, in,
+                scratch + (row - begin_row) * size
             );
         }
-        multiply_block(p, row, block_rows, scratch, partial);
+        multiply_block(p, &block, scratch, partial);
     }
 }
 

@@ -23,7 +23,7 @@ from pipeserve.core.view import Limits
 from pipeserve.errors import StageError
 from pipeserve.launch.run.collector import no_pauses
 from pipeserve.launch.show.explain import explaining
-from pipeserve.profiling.recording.recording import Recording, Ring, recording_of
+from pipeserve.profiling.recording.recording import Recording, Ring, no_collection, recording_of
 from pipeserve.profiling.recording.summary import busy_shares
 from pipeserve.profiling.recording.writer import RecordingWriter, check_recordable
 
@@ -59,6 +59,7 @@ class RecordedRun:
         return busy_shares(computed, self.num_stages, max(start_s, self.ring.whole_from_s), stop_s)
 
 
+@no_collection()
 def stage_shares(recording: Recording) -> list[dict[str, Any]]:
     """Of each stage `busy` and `idle_by_cause`, which sum to 1: shares of the time from the first
     arrival to the last token (from when every stage had begun, where the beginning was not kept).

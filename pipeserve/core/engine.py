@@ -226,7 +226,7 @@ class Engine:
                 scores = None
                 if state.prompt_logprobs is not None:
                     scores = state.take_prompt_logprobs()
-                begun = state.begun(now) if state.num_outputs == 1 else None
+                begun = state.begun(now) if state.num_known == state.num_prompt + 1 else None
                 outputs.append(
                     _new_output((state.id, token, reason, logprobs, scores, None, begun))
                 )

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
+from operator import attrgetter
 
 from pipeserve.core.forecast import Forecast
 from pipeserve.core.head_share import HeadShare
@@ -26,6 +27,7 @@ from pipeserve.core.window import Window
 
 # What NamedTuple's own constructor does, without a Python call for every token.
 _new_chunk = partial(tuple.__new__, Chunk)
+_is_prefilling = attrgetter("prefilling")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ class Planner:
             states = tuple(map(self._queues.plannable, draft.chunks, draft.chunks.values()))
         except LookupError as error:
             raise self._wrong(str(error)) from None
-        num_decodes = sum([not state.prefilling for state in states])
+        num_decodes = len(states) - sum(map(_is_prefilling, states))
         chunks = tuple(map(self._chunk, states, draft.chunks.values(), repeat(draft.admit)))
         released = self._requests.take_released()
         microbatch = Microbatch(
@@ -190,8 +192,7 @@ class Planner:
             stats.prefix_hits += state.num_slots
         stats.cached_prefix_tokens += state.num_slots
         self._queues.admit(state)
-        num_prompt = len(state.request.prompt)
-        return Admission(request_id, state.tokens[:], num_prompt, tuple(blocks))
+        return Admission(request_id, state.tokens[:], state.num_prompt, tuple(blocks))
 
     def _chunk(
         self, state: RequestState, num_tokens: int, reserved: Mapping[RequestId, int]

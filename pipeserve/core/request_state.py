@@ -43,6 +43,7 @@ class RequestState:
         "num_on_way",
         "num_outstanding",
         "num_planned",
+        "num_prompt",
         "num_slots",
         "number",
         "precedence",
@@ -76,7 +77,7 @@ class RequestState:
         self.num_longest = longest(request, limits)
         self.num_imported = request.num_imported  # until it is preempted
         self.tokens = array("i", request.prompt)  # known ids, prompt and outputs
-        self.num_known = len(self.tokens)
+        self.num_known = self.num_prompt = len(self.tokens)
         self.table = BlockTable(pool)
         self.num_slots = 0
         self.num_cached = 0  # of the prompt, when it was admitted first
@@ -109,7 +110,7 @@ class RequestState:
 
     @property
     def num_outputs(self) -> int:
-        return self.num_known - len(self.request.prompt)
+        return self.num_known - self.num_prompt
 
     @property
     def reads_cache(self) -> bool:
@@ -129,15 +130,15 @@ class RequestState:
         """Prompt tokens whose logprobs are wanted and not known."""
         if self.prompt_logprobs is None:
             return 0
-        return len(self.request.prompt) - 1 - len(self.prompt_logprobs)
+        return self.num_prompt - 1 - len(self.prompt_logprobs)
 
     def num_scored_by(self, start: int, stop: int) -> int:
         """How many of the positions `[start, stop)` score the prompt token that comes next. They
         are the last ones, but for one that samples: a prompt that began to be computed anew after
         a preemption is scored from where it stood."""
-        num_prompt = len(self.request.prompt)
-        first = num_prompt - 1 - self.num_unscored
-        return max(0, min(stop, num_prompt - 1) - max(start, first))
+        last = self.num_prompt - 1
+        first = last - self.num_unscored
+        return max(0, min(stop, last) - max(start, first))
 
     def score(self, logprobs: Iterable[TokenLogprobs]) -> None:
         """The logprobs of its next prompt tokens became known."""

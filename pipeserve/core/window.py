@@ -18,6 +18,7 @@ which looks like a longer way; so it is taken back when the delay grows by it.
 """
 
 from collections import deque
+from functools import partial
 from math import inf
 from typing import NamedTuple
 
@@ -49,6 +50,10 @@ class _Took(NamedTuple):
     ready_s: float
     start_s: float
     end_s: float
+
+
+# What NamedTuple's own constructor does, without a Python call for every span.
+_new_took = partial(tuple.__new__, _Took)
 
 
 class _Microbatch:
@@ -109,7 +114,7 @@ class Window:
         microbatch = self._microbatches.get(index)
         if microbatch is None or not start_s < end_s < inf:
             return
-        microbatch.stages[stage] = _Took(ready_s, start_s, end_s)
+        microbatch.stages[stage] = _new_took((ready_s, start_s, end_s))
         if len(microbatch.stages) == len(self._ways):  # and so of all before it
             del self._microbatches[index]
             self._learn(index, microbatch)

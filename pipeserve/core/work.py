@@ -1,5 +1,6 @@
 """What a microbatch is, as far as its time goes: a few counts; and what it took, part by part."""
 
+from functools import partial
 from typing import NamedTuple
 
 from pipeserve.core.nouns import Microbatch
@@ -16,6 +17,10 @@ class Work(NamedTuple):
     """Chunks of one position."""
     context: int
     """Positions of KV that the decodes read, their own included."""
+
+
+new_work = partial(tuple.__new__, Work)
+"""What its own constructor does, without a Python call: many are made for each microbatch."""
 
 
 class PartSeconds(NamedTuple):

@@ -25,11 +25,12 @@ Computed forwards, a vector for each event. Source: the critical path method (Ke
 
 from bisect import bisect_right
 from collections import deque
+from itertools import compress
 from math import inf, isnan
 from operator import add, itemgetter, sub
 from typing import NamedTuple
 
-from pipeserve.core.nouns import RequestId
+from pipeserve.core.nouns import RequestId, one_each
 from pipeserve.core.records import Headed, Planned, Span
 from pipeserve.core.work import work_of
 from pipeserve.profiling.ledger.bounds import bounds_of, is_whole
@@ -156,7 +157,7 @@ class Walk:
             self._end(span, event)
             self.last_index[stage] = index
         if planned is not None:
-            sampling = [c.request_id for c in planned.chunks if c.samples]
+            sampling = [c.request_id for c in compress(planned.chunks, one_each(planned.chunks))]
             self.sampled_by.update(dict.fromkeys(sampling, index))
 
     def _begins_s(self, index: int) -> float:
@@ -342,6 +343,8 @@ class Walk:
 
     def _lost_since(self, stage: int, index: int) -> float | None:
         """When the stage's wait for this microbatch became one for a stage that was lost."""
+        if not self.outages:
+            return None
         behind = range(self.last_index[stage] + 1, index + 1)
         return min((o.from_s for o in self.outages if o.next_index in behind), default=None)
 

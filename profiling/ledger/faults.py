@@ -72,6 +72,8 @@ def costs_of(
     recording: Recording, outages: Sequence[Outage], model: StepParts, stop_s: float
 ) -> list[FaultCost]:
     """Of each fault, by the run's own measurements of what steps take."""
+    if not outages:
+        return []
     firsts = {outage.next_index: outage for outage in reversed(outages)}
     spans = [{span.index: span for span in spans} for spans in recording.spans]
     heads = {head.index: head for head in recording.headed}

@@ -4,7 +4,7 @@ An idle interval is the difference of two of them, of the path to its end and th
 here such a difference becomes seconds by cause.
 """
 
-from operator import sub
+from operator import itemgetter, sub
 
 from pipeserve.profiling.ledger.causes import CAUSES
 from pipeserve.profiling.ledger.step_parts import (
@@ -45,6 +45,9 @@ _PLACE_OF = {
     FAULT: _PLACE["fault"],
     UNKNOWN: _PLACE["unknown"],
 }
+_COMPONENT_OF = {place: component for component, place in _PLACE_OF.items()}
+_by_place = itemgetter(*[_COMPONENT_OF.get(place, SIZE) for place in range(len(CAUSES))])
+"""Of a vector with one more component, which is 0: what no component is put down to."""
 _FORGETTING = 0.99
 
 
@@ -113,8 +116,6 @@ def carry(wanted: Vector, split: Vector) -> Vector:
 
 
 def by_cause(split: Vector, missing: str) -> tuple[float, ...]:
-    causes = [0.0] * len(CAUSES)
-    causes[_PLACE[missing]] = split[STEPS]
-    for component, place in _PLACE_OF.items():
-        causes[place] += split[component]
+    causes = list(_by_place((*split, 0.0)))
+    causes[_PLACE[missing]] += split[STEPS]
     return tuple(causes)

@@ -66,6 +66,7 @@ class StepParts:
         """Takes what is there; a stage without spans is a mean one."""
         works = {planned.index: work_of(planned) for planned in recording.planned}
         counts = {index: counts_of(work) for index, work in works.items()}
+        sizes = {index: _size_class(work) for index, work in works.items()}
         thetas, ratios = [], {}
         for spans in recording.spans:
             known = [span for span in spans if span.index in counts]
@@ -80,8 +81,8 @@ class StepParts:
             fitted = np.where(fitted > _LEAST_S, fitted, measured)  # counts that no other step had
             over_fitted = np.ones_like(fitted)
             np.divide(measured, fitted, out=over_fitted, where=fitted > _LEAST_S)
-            for span, ratio in zip(known, over_fitted, strict=True):
-                ratios.setdefault(_size_class(works[span.index]), []).append(ratio)
+            for span, ratio in zip(known, over_fitted.tolist(), strict=True):
+                ratios.setdefault(sizes[span.index], []).append(ratio)
         found = [theta for theta in thetas if theta is not None]
         mean = np.mean(found, axis=0) if found else np.zeros(5)
         stages = np.array([mean if theta is None else theta for theta in thetas])

@@ -74,8 +74,8 @@ def recording_of(records: Iterable[Record], num_stages: int, meta: dict[str, Any
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """While millions of tuples are made that all stay: they would be walked again and again, half
-    of the time."""
+    """While millions of tuples are made that all stay, and no cycles: they would be walked again
+    and again, half of the time of reading a recording, a tenth of a simulation's."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -7,6 +7,7 @@ computed is seen at the end of that microbatch, and so it is told here.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from math import inf, nan
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from pipeserve.core.journal import Journal
 from pipeserve.core.nouns import Microbatch, Output, Request
 from pipeserve.core.records import Completed, Headed, Recorder, Span
 from pipeserve.profiling.simulation.stage_times import StageTimes
+
+# What NamedTuple's own constructor does, without a Python call for every span.
+_new_span = partial(tuple.__new__, Span)
 
 
 class Head(NamedTuple):
@@ -124,7 +128,9 @@ class Teller:
             top_s = head_s if is_last else end_s
             times = (plan_s, input_s, start_s, top_s, end_s, end_s, nan, nan)
             summed_s = all_reduce_s[stage] if all_reduce_s else 0.0
-            spans.append(Span(stage, flight.index, flight.num_tokens, *times, 0, summed_s))
+            spans.append(
+                _new_span((stage, flight.index, flight.num_tokens, *times, 0, summed_s, 0.0))
+            )
             busy.append((start_s, end_s))
         self._spans.append(spans)
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import Microbatch, Output, Request, RequestId, StepResult, Wait, one_each
 from pipeserve.core.records import Recorder, ignore
+from pipeserve.profiling.recording.recording import no_collection
 from pipeserve.profiling.recording.summary import RequestRecord
 from pipeserve.profiling.simulation.first_stage_heads import FirstStageHeads
 from pipeserve.profiling.simulation.simulated_records import Flight, Silent, Teller
@@ -145,15 +146,16 @@ class SimulatedPipeline:
         hop_s = self._times.hop_s(microbatch)
         inputs, starts, ends = [self._tokens_there(microbatch)], [], []
         there = max(sent_s + self._times.control_s, inputs[0])
-        self._stage_free[0] = self._heads.before(there, self._stage_free[0])
+        stage_free, link_free = self._stage_free, self._link_free
+        stage_free[0] = self._heads.before(there, stage_free[0])
         for stage, seconds in enumerate(compute_s):
-            start = max(there, self._stage_free[stage])
-            end = self._stage_free[stage] = start + seconds
+            start = max(there, stage_free[stage])
+            end = stage_free[stage] = start + seconds
             starts.append(start)
             ends.append(end)
             if stage < len(hop_s):
-                there = max(end, self._link_free[stage]) + hop_s[stage]
-                self._link_free[stage] = there - self._latency_s[stage]
+                there = max(end, link_free[stage]) + hop_s[stage]
+                link_free[stage] = there - self._latency_s[stage]
                 inputs.append(there)
         summary, counts = self.engine.last, one_each(microbatch.chunks)
         flight = Flight(
@@ -270,6 +272,7 @@ class Simulation:
         self._arrivals = iter(arrivals)
         self._next = next(self._arrivals, None)
 
+    @no_collection()
     def run_until(self, stop_s: float = inf) -> None:
         """Runs on to `stop_s`, or until every request that will come has ended."""
         pipeline = self.pipeline

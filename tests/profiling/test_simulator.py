@@ -1,5 +1,6 @@
 """The simulator against schedules worked out by hand, and against what must hold of any run."""
 
+import gc
 import math
 from itertools import pairwise
 from random import Random
@@ -9,7 +10,7 @@ import pytest
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.policies import get_policy
-from pipeserve.profiling.recording.recording import recording_of
+from pipeserve.profiling.recording.recording import no_collection, recording_of
 from pipeserve.profiling.search.capacity import (
     Trial,
     busy_in,
@@ -72,6 +73,17 @@ def test_a_lone_request_crosses_every_stage_and_hop():
     way = 0.25 + 3 + 1 + 0.25
     assert list(served.token_times_s) == pytest.approx([10 + way, 10 + 2 * way, 10 + 3 * way])
     assert served.started_s == pytest.approx(10.25)
+
+
+@pytest.mark.parametrize("policy", ["uniform", "sarathi_serve"])
+def test_it_makes_no_cycles(policy):
+    """For none are looked for while it runs: its memory would grow with them."""
+    arrivals = [Arrival(0.25 * i, 100, 10) for i in range(40)]
+    gc.collect()
+    with no_collection():  # nor here, or there would be none left to count
+        simulation = run(Times(2, per_token=0.01), arrivals, policy)
+        assert gc.collect() == 0
+    assert len(simulation.pipeline.flights) > 20
 
 
 def test_two_chunks_of_two_requests_overlap_on_two_stages():

@@ -5,6 +5,7 @@ one layer, and the plan how many layers a stage has. docs/cost-model.md has the 
 numbers are from, and how far off they are.
 """
 
+from functools import partial
 from itertools import pairwise
 from math import isfinite
 from typing import NamedTuple
@@ -155,7 +156,7 @@ class PipelineCost:
                 prefix += attention.prefill_s(shard, start, tokens) - alone
         context = attention.decode_s(shard, work.num_decodes, work.context)
         embedding = self._flat_of(work.num_tokens)[2]
-        return _Parts(own, prefix, context, self._head_of(work.num_logits), embedding)
+        return _new_parts((own, prefix, context, self._head_of(work.num_logits), embedding))
 
     def _seconds(self, num_tokens: int, parts: "_Parts") -> tuple[float, ...]:
         """Of each stage; asked many times for each microbatch that is planned."""
@@ -231,6 +232,10 @@ class _Parts(NamedTuple):
     """Decodes."""
     head: float
     embedding: float
+
+
+# What NamedTuple's own constructor does, without a Python call each time.
+_new_parts = partial(tuple.__new__, _Parts)
 
 
 class _Predicted(NamedTuple):

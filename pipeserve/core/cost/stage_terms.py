@@ -8,7 +8,7 @@ prediction, for noise grows with what is timed.
 """
 
 from collections.abc import Sequence
-from operator import mul
+from operator import ge, mul
 
 _TOGETHER, _APART = 0.5, 0.2
 """How far rates may be off before anything was observed, as a share (standard deviation): all of
@@ -76,7 +76,7 @@ class StageTerms:
             return 0.0
         unit = self._level / predicted
         moved, total = self._told([unit * term for term in terms])
-        error, off = ratio - 1, max(ratio, 1 / ratio) - 1
+        error, off = ratio - 1, (ratio if ratio > 1 else 1 / ratio) - 1
         distance = off * off / total
         # What an error and what is left of it have in common is the noise.
         bounded = min(distance, _BOUND * _BOUND)
@@ -102,25 +102,29 @@ class StageTerms:
             r * a + s * b + t * c + u * d + v * e + w * f + x * g
             for r, s, t, u, v, w, x in self._spread
         ]
-        return moved, sum(map(mul, moved, shares)) + self._variance
+        r, s, t, u, v, w, x = moved
+        return moved, r * a + s * b + t * c + u * d + v * e + w * f + x * g + self._variance
 
     def _narrow(self, moved: Sequence[float], total: float) -> None:
         """What was told is known now; and each rate drifts."""
         a, b, c, d, e, f, g = moved
-        gains = [each / total for each in moved]
-        self._spread = [
-            [r - k * a, s - k * b, t - k * c, u - k * d, v - k * e, w - k * f, x - k * g]
-            for k, (r, s, t, u, v, w, x) in zip(gains, self._spread, strict=True)
-        ]
+        spread = []
+        for each, (r, s, t, u, v, w, x) in zip(moved, self._spread, strict=True):
+            k = each / total
+            spread.append(
+                [r - k * a, s - k * b, t - k * c, u - k * d, v - k * e, w - k * f, x - k * g]
+            )
         drift = _DRIFT * self._variance
         for place, deviation in enumerate(self._deviations):
-            self._spread[place][place] += drift * deviation * deviation
+            spread[place][place] += drift * deviation * deviation
+        self._spread = spread
 
     def _move(self, moved: Sequence[float], step: float) -> None:
         self._times = [time + step * each for time, each in zip(self._times, moved, strict=True)]
-        for place, least in enumerate(self._leasts):
-            if self._times[place] < least:
-                self._hold(place)
+        if not all(map(ge, self._times, self._leasts)):
+            for place, least in enumerate(self._leasts):
+                if self._times[place] < least:
+                    self._hold(place)
 
     def _hold(self, place: int) -> None:
         """No rate is less than its least: it is moved there, and others as far as they are tied to

@@ -38,12 +38,16 @@ class TokenCurve:
     def of(self, num_tokens: int) -> tuple[float, float]:
         size, even, stepped = self._found(num_tokens)
         factor = self._factors[size]
+        even, stepped = factor * even, factor * stepped
         least_even, least_stepped = self._floors[size]
-        return max(factor * even, least_even), max(factor * stepped, least_stepped)
+        return (
+            even if even > least_even else least_even,
+            stepped if stepped > least_stepped else least_stepped,
+        )
 
     def learn(self, num_tokens: int, error: float) -> None:
         """`error`: by what share of the whole prediction it was off because of the tokens."""
-        size = _size(num_tokens)
+        size, *_ = self._found(num_tokens)
         self._levels[size] += _WEIGHT * error
         self._factors[size] = exp(self._levels[size])
         self._refloor(size)

@@ -5,7 +5,7 @@ from math import inf
 
 from pipeserve.core.cost.kernels import TILE
 from pipeserve.core.view import RequestView, View
-from pipeserve.core.work import Work
+from pipeserve.core.work import Work, new_work
 
 Prefills = tuple[tuple[int, int], ...]
 """Of each chunk: positions before it, and its own."""
@@ -21,7 +21,7 @@ class Price:
     def of(self, num_decodes: int, context: int, prefills: Prefills = ()) -> Sequence[float]:
         num_tokens = num_decodes + sum([tokens for _, tokens in prefills])
         num_logits = num_decodes + len(prefills)
-        return self._seconds(Work(num_tokens, num_logits, prefills, num_decodes, context))
+        return self._seconds(new_work((num_tokens, num_logits, prefills, num_decodes, context)))
 
     def on_bottleneck(self, num_decodes: int, context: int, num_prefill: int = 0) -> float:
         """Of the slowest stage, with one chunk of `num_prefill` positions."""

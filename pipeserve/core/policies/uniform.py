@@ -40,9 +40,9 @@ KNEE = 0.98
 """A microbatch needs no more prefill tokens than it takes to reach this share of the most that any
 size gives a second: larger ones only make turns longer."""
 ENOUGH = 0.93
-"""Without a limit between tokens, a piece of the prompts needs no more tokens than it takes to reach
-this share: larger ones hold up decodes, which then are left over when no prompt is there any more
-that they could share the reading of weights with."""
+"""Without a limit between tokens, a piece of the prompts needs no more tokens than it takes to
+reach this share: larger ones hold up decodes, which then are left over when no prompt is there any
+more that they could share the reading of weights with."""
 TOLERANCE = 1.08
 """A microbatch may cost so many times its budget, which is made for a mean number of decodes: else
 one with a few more would not fill its last tile, that costs the same full or not."""

@@ -3,7 +3,7 @@
     python bench/schedule_ablation.py --traces DIR --cache FILE.jsonl [--page docs/schedules.md]
                                       [--only WORD] [--cells WORD]
 
-Six loads (`CELLS`), seeds 1 to 3, short trials. Each figure is how much more than with everything
+Seven loads (`CELLS`), seeds 1 to 3, short trials. Each figure is how much more than with everything
 in, as a mean over the seeds; behind it the least and the most, which is what a seed moves it by.
 What lies on both sides of nothing is worth nothing.
 """
@@ -18,6 +18,7 @@ from functools import partial, reduce
 from itertools import product
 from math import inf
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Any
 
@@ -34,9 +35,10 @@ from pipeserve.core.policies import get_policy, uniform
 from pipeserve.core.policies.mix import Mix, Price
 from pipeserve.core.policies.uniform import Uniform
 from pipeserve.core.view import RequestView, View
-from pipeserve.profiling.search.capacity import run_window
-from pipeserve.profiling.simulation.simulator import SimulatedPipeline
+from pipeserve.profiling.search.capacity import Arrival, Window, run_window
+from pipeserve.profiling.simulation.simulator import SimulatedPipeline, Simulation
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
+from pipeserve.profiling.simulation.workloads import DISTRIBUTIONS, draw_lengths
 
 # ---- the loads ----------------------------------------------------------------------------------
 
@@ -56,18 +58,30 @@ def on_a100s(
 def on_cpus(rate: float, _: Path | None, seed: int, **changed: Any) -> Tried:
     """Two CPU stages, whose times have no steps and scatter; without a limit between tokens as
     there by default, which is without a profile."""
+    lifetimes, ramp, requests = QUICK
+    make, lengths = partial(_cpus, seed, changed), cpu().lengths
+    return Tried.of(run_window(make, lengths, rate, requests, seed, lifetimes, ramp))
+
+
+def at_once(_: Path | None, seed: int) -> Tried:
+    """The same: 100 requests of ShareGPT, an eighth as long, that come together."""
+    lengths = draw_lengths(DISTRIBUTIONS["sharegpt"], 100, Random(seed))
+    arrivals = [Arrival(0.0, prompt // 8 + 1, output // 8 + 2) for prompt, output in lengths]
+    pipeline = _cpus(seed, {"max_tbt_s": None, "max_num_seqs": len(arrivals)})
+    simulation = Simulation(pipeline, arrivals)
+    simulation.run_until()
+    stop_s = pipeline.flights[-1].ends_s[-1]
+    return Tried.of(Window(simulation, len(arrivals) / stop_s, stop_s, 0.0, stop_s))
+
+
+def _cpus(seed: int, changed: Mapping[str, Any]) -> SimulatedPipeline:
     cell = cpu()
     limits = replace(cell.limits, **changed)
     where = (cell.profile, cell.shape, cell.plan, cell.size)
-
-    def make() -> SimulatedPipeline:
-        prior = cell.profile if limits.max_tbt_s is not None else ROUGH
-        cost = PipelineCost(prior, *where[1:])
-        engine = Engine(cell.plan, get_policy("uniform"), limits, cost)
-        return SimulatedPipeline(engine, ProfiledTimes(*where, seed))
-
-    lifetimes, ramp, requests = QUICK
-    return Tried.of(run_window(make, cell.lengths, rate, requests, seed, lifetimes, ramp))
+    prior = cell.profile if limits.max_tbt_s is not None else ROUGH
+    cost = PipelineCost(prior, *where[1:])
+    engine = Engine(cell.plan, get_policy("uniform"), limits, cost)
+    return SimulatedPipeline(engine, ProfiledTimes(*where, seed))
 
 
 CELLS: Mapping[str, Callable[[Path | None, int], Tried]] = {
@@ -79,10 +93,11 @@ CELLS: Mapping[str, Callable[[Path | None, int], Tried]] = {
     "PP8, ShareGPT, 0.8, fcfs": partial(on_a100s, "TP1xPP8", "sharegpt", 0.8, order="fcfs"),
     "CPUs, 0.5 s": partial(on_cpus, 1.1),
     "CPUs, 32 seats": partial(on_cpus, 2.5, max_tbt_s=None, max_num_seqs=32),
+    "CPUs, all at once": at_once,
 }
 """In lulls, where what stages compute is the bound, where KV is (a quarter of it: all of it takes
-long to fill), in order of arrival, where the limit between tokens is the bound, and where seats
-are and there is no limit."""
+long to fill), in order of arrival, where the limit between tokens is the bound, where seats are and
+there is no limit, and where there are neither."""
 
 
 # ---- what is taken out --------------------------------------------------------------------------
@@ -116,10 +131,11 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "time: a due time, only the longest microbatch": {"_due_s": lambda *_: inf},
     "decodes: spread over a turn": {"_share": lambda view, price, ready: len(ready)},
     "decodes: spread by context, not by number": {"_tokens_per_position": lambda view, price: 0.0},
-    "prompts: an even share": {"_budget": lambda *given: ("longest", given[-1])},
+    "prompts: an even share": {"Uniform._budget": lambda *given: ("longest", given[-1])},
     "prompts: pieces that all wait least for, but as few as can be": {
         "_pieces": lambda *given: given[-1]
     },
+    "prompts: pieces no longer than enough": {"ENOUGH": uniform.KNEE},
     "prompts: side by side": {"_in_order": _one_after_the_other},
     "prompts: whole tiles": {"_filled": _as_they_come},
     "prompts: a tolerance": {"TOLERANCE": 1.0},

@@ -2,7 +2,8 @@
 what stages stood idle for in the last pair.
 
     python bench/schedule_pairs.py [--model smollm2-135m] [--stages 2] [--pairs 5]
-                                   [--mixes reference,bursty] [--page docs/schedules.md]
+                                   [--mixes reference,bursty] [--rival sarathi_serve=256]
+                                   [--page docs/schedules.md]
 
 Each mix is first run once under every rival and setting (`RIVALS`); the one with the most output
 tokens/s is then run in turn with `uniform`, which has its defaults and no device profile. A ratio
@@ -17,7 +18,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -60,10 +61,12 @@ def mixes_in(folder: Path) -> dict[str, list[str]]:
     return {**mixes, "bursty": BURSTY}
 
 
-def best_rival(folder: Path, flags: Sequence[str]) -> list[str]:
+def best_rival(
+    folder: Path, flags: Sequence[str], rivals: Mapping[str, Sequence[int]]
+) -> list[str]:
     """Flags of the rival and setting with the most output tokens/s."""
     found = {}
-    for policy, sizes in RIVALS.items():
+    for policy, sizes in rivals.items():
         for size in sizes:
             which = ("--policy", policy, "--max-num-batched-tokens", f"{size}")
             run = result(folder / "bench.json", "bench", *flags, *LIMITS, *which)
@@ -101,15 +104,22 @@ def main() -> None:
     parser.add_argument("--stages", default="2")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--mixes", default="reference,decode-heavy,prefill-heavy,bursty")
+    parser.add_argument(
+        "--rival", help="POLICY=TOKENS: the best of an earlier sweep; none is made then"
+    )
     parser.add_argument("--page", type=Path, help="docs/schedules.md: where the tables are put")
     args = parser.parse_args()
+    rivals: Mapping[str, Sequence[int]] = RIVALS
+    if args.rival:
+        policy, size = args.rival.split("=")
+        rivals = {policy: (int(size),)}
     rows, idle = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         mixes = mixes_in(folder)
         for mix in args.mixes.split(","):
             flags = [args.model, "-pp", args.stages, *mixes[mix], *LIMITS]
-            rival = best_rival(folder, flags)
+            rival = best_rival(folder, flags, rivals)
             sides = {"ours": [*flags, "--policy", "uniform"], "theirs": [*flags, *rival]}
             pairs = [pair(folder, sides, bool(n % 2)) for n in range(args.pairs)]
             rows.append([mix, f"`{rival[1]}` ({rival[3]})"])

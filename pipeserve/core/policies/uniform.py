@@ -39,10 +39,10 @@ what the forecast cannot know."""
 KNEE = 0.98
 """A microbatch needs no more prefill tokens than it takes to reach this share of the most that any
 size gives a second: larger ones only make turns longer."""
-ENOUGH = 0.93
-"""Without a limit between tokens, a piece of the prompts needs no more tokens than it takes to
-reach this share: larger ones hold up decodes, which then are left over when no prompt is there any
-more that they could share the reading of weights with."""
+ENOUGH = 0.9
+"""The same without a limit between tokens, where a turn is as long as its prompts make it: longer
+pieces hold up decodes, and these are left over when no prompt is there any more to share the
+reading of weights with."""
 TOLERANCE = 1.08
 """A microbatch may cost so many times its budget, which is made for a mean number of decodes: else
 one with a few more would not fill its last tile, that costs the same full or not."""
@@ -62,7 +62,7 @@ class Uniform:
     )
 
     def __init__(self) -> None:
-        self._enough = self._knee = self._looked_again_at = 0
+        self._knee = self._looked_again_at = 0
         self._share = 0
         """Of the prompts at hand, when last asked; 0 if there were none."""
 
@@ -70,7 +70,7 @@ class Uniform:
         price = Price(view)
         num_planned = view.last.index + 1 if view.last is not None else 0
         if num_planned >= self._looked_again_at:
-            self._enough, self._knee = _enough(view, price), _knee(view, price, self._knee)
+            self._knee = _knee(view, price, self._knee)
             self._looked_again_at = max(8, 2 * num_planned)
         longest: float = view.limits.max_num_batched_tokens
         if price.is_time:
@@ -103,8 +103,8 @@ class Uniform:
         total = num_tokens + flying
         pieces = max(1, min(view.window, total // MIN_PIECE))
         if view.limits.max_tbt_s is None and num_prompts:
-            fewest = max(pieces, -(-total // self._enough))
-            pieces = _pieces(view, price, num_prompts, total, fewest)
+            most = self._knee if price.is_time else view.limits.max_num_batched_tokens
+            pieces = _pieces(view, price, num_prompts, total, max(pieces, -(-total // most)))
         share = -(-total // pieces)
         if view.limits.max_tbt_s is None:
             share = max(share, self._share)
@@ -131,36 +131,29 @@ def _knee(view: View, price: Price, last: int) -> int:
     """Prefill tokens from which on larger microbatches hardly raise throughput, of those within the
     limit between tokens. It is looked for ever less often, and stays the `last` one where that is
     nearly as good: a cost that is learnt would move it, and the length of turns, back and forth.
-    One tile is never enough: the decodes beside it would begin another."""
+    One tile is never enough: the decodes beside it would begin another. Without a limit, where less
+    is enough, a mean share of decodes counts with it: they share weights and tiles."""
     most = view.limits.max_num_batched_tokens
     tiles = [count << power for power in range(7) for count in (2, 3)]
     sizes = [size * TILE for size in tiles if size * TILE < most] + [most]
-    seconds = {size: _of_tiles(price, size) for size in sizes}
+    share, beside, context = KNEE, 0, 0
+    if view.limits.max_tbt_s is None:
+        share = ENOUGH
+        beside, context = view.num_decoding // view.window, view.decoding_context // view.window
+    seconds = {size: _of_tiles(price, size, beside, context) for size in sizes}
     allowed = max(seconds[sizes[0]], _longest(view))
-    rates = {size: size / took for size, took in seconds.items() if took <= allowed}
-    enough = KNEE * max(rates.values())
+    rates = {size: (size + beside) / took for size, took in seconds.items() if took <= allowed}
+    enough = share * max(rates.values())
     return next(
         size for size, rate in rates.items() if rate >= (KNEE * enough if size == last else enough)
     )
 
 
-def _enough(view: View, price: Price) -> int:
-    """Prefill tokens from which on more hardly help, without a limit between tokens."""
-    most = view.limits.max_num_batched_tokens
-    if not price.is_time:
-        return most
-    sizes = [MIN_PIECE * count // 2 << power for power in range(9) for count in (2, 3)]
-    sizes = [size for size in sizes if size < most] + [most]
-    rates = [size / max(price.of(0, 0, ((0, size),))) for size in sizes]
-    enough = ENOUGH * max(rates)
-    return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= enough)
-
-
-def _of_tiles(price: Price, num_tokens: int) -> float:
-    """What so many prefill tokens cost in chunks of one tile each. (One long chunk would cost more,
-    for its positions read each other; but its prompt has to read them anyway.)"""
+def _of_tiles(price: Price, num_tokens: int, beside: int, context: int) -> float:
+    """What so many prefill tokens, `beside` decodes, cost in chunks of a tile each. (One long chunk
+    would cost more, for its positions read each other; but its prompt has to read them anyway.)"""
     whole, rest = divmod(num_tokens, TILE)
-    return max(price.of(0, 0, ((0, TILE),) * whole + ((0, rest),) * (rest > 0)))
+    return max(price.of(beside, context, ((0, TILE),) * whole + ((0, rest),) * (rest > 0)))
 
 
 def _due_s(

@@ -11,10 +11,6 @@ from pipeserve.stages.config.model_config import RopeConfig
 from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
 
 SIZES = [1, 7, 16, 33, 576]
-LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-"""1e-6, or half a unit in the last place."""
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -24,36 +20,27 @@ def each_library(request, monkeypatch):
 
 
 def close(got, expected):
-    limit = LIMITS[got.dtype]
-    torch.testing.assert_close(got.double(), expected, rtol=limit, atol=limit)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("added_dtype", [None, torch.float32, torch.bfloat16])
-def test_rms_norm(size, dtype, added_dtype):
+def test_rms_norm(size):
     x, weight = torch.randn(5, size) * 3, torch.randn(size)
-    added = None if added_dtype is None else torch.randn(5, size).to(added_dtype)
-    total = x if added is None else x + added
-    got = elementwise.rms_norm(x, weight, 1e-5, added_XD=added, dtype=dtype)
-    assert torch.equal(x, total)
-    close(got, F.rms_norm(total.double(), (size,), weight.double(), 1e-5))
+    got = elementwise.rms_norm(x, weight, 1e-5)
+    close(got, F.rms_norm(x.double(), (size,), weight.double(), 1e-5))
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", LIMITS)
-def test_layer_norm(size, dtype):
+def test_layer_norm(size):
     x, (weight, bias) = torch.randn(5, size) * 3 + 1, torch.randn(2, size)
-    got = elementwise.layer_norm(x, weight, bias, 1e-5, dtype=dtype)
+    got = elementwise.layer_norm(x, weight, bias, 1e-5)
     close(got, F.layer_norm(x.double(), (size,), weight.double(), bias.double(), 1e-5))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", LIMITS)
-def test_activations(activation, dtype):
+def test_activations(activation):
     """Over all that matters of a function's range, and far outside it."""
     gate = torch.cat((torch.linspace(-12, 12, 3001), torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4])))
-    gate = gate.to(dtype)
     by_torch = ACTIVATIONS[activation](gate.double())
     close(elementwise.activate(gate, activation), by_torch)
     for bad in (torch.nan, torch.inf):
@@ -74,18 +61,10 @@ def _rope(part):
     return RopeConfig(theta=10000.0, part=part)
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
-def test_sums(dtype):
-    x, added = torch.randn(33), torch.randn(33).to(dtype)
-    expected = x + added
-    elementwise.add_to(x, added)
-    assert torch.equal(x, expected)
-
-
 def test_a_row_does_not_depend_on_its_batch():
     x, gate_up, (weight, bias) = torch.randn(9, 80), torch.randn(9, 80), torch.randn(2, 80)
     for function in (
-        lambda rows: elementwise.rms_norm(x[rows].clone(), weight, 1e-5, added_XD=gate_up[rows]),
+        lambda rows: elementwise.rms_norm(x[rows], weight, 1e-5),
         lambda rows: elementwise.layer_norm(x[rows], weight, bias, 1e-5),
         lambda rows: elementwise.activate(gate_up[rows], "silu"),
     ):

@@ -49,13 +49,9 @@ _FUNCTIONS = {
     "rotate_heads": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p, c_int64]),
     "write_heads": (None, [*[c_void_p, c_int64] * 2, c_int64, c_void_p, c_void_p]),
     # elementwise.c
-    "rms_norm": (
-        None,
-        [c_void_p, c_void_p, c_int, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
-    ),
-    "layer_norm": (None, [*[c_void_p] * 3, c_float, c_int64, c_int64, c_void_p, c_int]),
-    "activate": (None, [c_void_p, c_int, c_int, c_int64, c_void_p, c_int]),
-    "add_to": (None, [c_void_p, c_void_p, c_int, c_int64]),
+    "rms_norm": (None, [*[c_void_p] * 2, c_float, c_int64, c_int64, c_void_p]),
+    "layer_norm": (None, [*[c_void_p] * 3, c_float, c_int64, c_int64, c_void_p]),
+    "activate": (None, [c_void_p, c_int, c_int64, c_void_p]),
     # halves.c
     "attention_half": (c_int64, [*[c_void_p] * 9, c_int64, *[c_void_p] * 5, c_int64]),
     "mlp_half": (

@@ -1,13 +1,13 @@
 """Products of rows of activations with a weight, by the C kernels."""
 
 import ctypes
-import threading
 
 import torch
 from torch import Tensor
 
 from pipeserve.stages.backends.cpu.large_pages import Shelf
 from pipeserve.stages.backends.cpu.library import kernels
+from pipeserve.stages.backends.cpu.scratch import scratch_of
 from pipeserve.stages.backends.cpu.types import KERNEL_ACTIVATIONS, KERNEL_TYPES
 
 _PAIRS = 3
@@ -16,7 +16,6 @@ _MOST_COARSE = 1 << 16
 """Inputs whose sums of a coarse copy fit in 32 bits."""
 _MIXED = 64
 """Inputs that are mixed together at most: `MIX` of coarse.h."""
-_scratch = threading.local()
 _shelf = Shelf()
 
 
@@ -109,7 +108,7 @@ class PackedWeight:
             0 if onto_TN is None else onto_TN.stride(0),
             y_TN.data_ptr(),
             num_outputs,
-            _scratch_of(self._library.product_scratch(num_rows, self.in_features)),
+            scratch_of(self._library.product_scratch(num_rows, self.in_features)),
         )
         return y_TN if outputs is None else y_TN[:, outputs.start - begin :]
 
@@ -136,7 +135,7 @@ class PackedWeight:
             self._norm,
             highest_T.data_ptr(),
             outputs_T.data_ptr(),
-            _scratch_of(self._library.likeliest_scratch(num_rows, *shape)),
+            scratch_of(self._library.likeliest_scratch(num_rows, *shape)),
         )
         return (highest_T, outputs_T) if highest_T.isfinite().all() else None
 
@@ -158,7 +157,7 @@ class VocabularyWeight(PackedWeight):
             return
         weight = weight.contiguous()
         coarse = _shelf.take(size)
-        scratch = _scratch_of(self.in_features + _MIXED)
+        scratch = scratch_of(self.in_features + _MIXED)
         where = (KERNEL_TYPES[weight.dtype], *weight.shape, scratch, coarse.data_ptr())
         if self._library.coarsen_weight(weight.data_ptr(), *where):
             self._coarse = coarse
@@ -218,7 +217,7 @@ class GatedWeight(PackedWeight):
             None if bias is None else bias.data_ptr(),
             KERNEL_ACTIVATIONS[activation],
             y_TN.data_ptr(),
-            _scratch_of(self._library.product_scratch(num_rows, self.in_features)),
+            scratch_of(self._library.product_scratch(num_rows, self.in_features)),
         )
         return y_TN
 
@@ -234,11 +233,3 @@ def narrowest_exact_dtype(weight: Tensor, library: ctypes.CDLL | None = None) ->
     weight = weight.contiguous()
     kind = found.narrowest_exact(weight.data_ptr(), KERNEL_TYPES[weight.dtype], weight.numel())
     return next(dtype for dtype, number in KERNEL_TYPES.items() if number == kind)
-
-
-def _scratch_of(num_floats: int) -> int:
-    """Address of memory to work in, kept for the next product of this thread."""
-    scratch: Tensor | None = getattr(_scratch, "floats", None)
-    if scratch is None or scratch.numel() < num_floats:
-        scratch = _scratch.floats = torch.empty(num_floats)
-    return scratch.data_ptr()

@@ -13,11 +13,11 @@ typedef struct {
     float *values;
 } Scratch;
 
-/* Cuts `memory` up; returns how many floats that takes. */
+/* Cuts `memory` up, where it is no NULL; returns how many floats that takes. */
 static int64_t divide(float *memory, int64_t num_rows, int64_t head_size, Scratch *scratch) {
     const int64_t padded_size = round_up(head_size, LANES);
     int64_t used = 0;
-#define TAKE(size) (used += round_up(size, 16), memory + used - round_up(size, 16))
+#define TAKE(size) (used += round_up(size, 16), memory ? memory + used - round_up(size, 16) : NULL)
     scratch->q = TAKE(num_rows * head_size);
     scratch->out = TAKE(num_rows * padded_size);
     scratch->bases = TAKE(num_rows);

@@ -30,11 +30,11 @@ void rotate_heads(float *rows, int64_t row_step, int64_t num_rows, int64_t num_h
 void write_heads(const float *keys, int64_t key_row_step, const float *values,
                  int64_t value_row_step, int64_t num_rows, const int64_t *slots, const Pool *pool);
 
-void rms_norm(float *x, const void *added, int added_dtype, const float *weight, float eps,
-              int64_t num_rows, int64_t size, void *out, int out_dtype);
+void rms_norm(const float *x, const float *weight, float eps, int64_t num_rows, int64_t size,
+              float *out);
 void layer_norm(const float *x, const float *weight, const float *bias, float eps, int64_t num_rows,
-                int64_t size, void *out, int out_dtype);
-void activate(const void *x, int dtype, int activation, int64_t size, void *out, int out_dtype);
+                int64_t size, float *out);
+void activate(const float *x, int activation, int64_t size, float *out);
 
 int64_t product_scratch(int64_t rows, int64_t in);
 void product(int storage, const float *x, int64_t x_stride, int64_t rows, const void *w, int64_t out,

@@ -44,9 +44,9 @@ static const float *normed(const Norm *norm, const float *x, int64_t num_rows, i
                            float *memory) {
     if (!norm) return x;
     if (norm->bias)
-        layer_norm(x, norm->weight, norm->bias, norm->eps, num_rows, size, memory, FLOAT32);
+        layer_norm(x, norm->weight, norm->bias, norm->eps, num_rows, size, memory);
     else
-        rms_norm((float *)x, NULL, 0, norm->weight, norm->eps, num_rows, size, memory, FLOAT32);
+        rms_norm(x, norm->weight, norm->eps, num_rows, size, memory);
     return memory;
 }
 
@@ -123,7 +123,7 @@ EXPORT int64_t mlp_half(const Norm *norm, const Weight *up, int activation, bool
                           inner, rest);
         } else {
             multiply(up, own, count, NULL, inner, rest);
-            activate(inner, FLOAT32, activation, count * size, inner, FLOAT32);
+            activate(inner, activation, count * size, inner);
         }
         multiply(down, inner, count, onto ? onto + row * out : NULL, to + row * out, rest);
     }

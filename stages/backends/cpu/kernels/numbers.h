@@ -131,9 +131,9 @@ INLINE Floats exponential(Floats x) {
     return y * 2.0f * (Floats)(power + (126 << 23));
 }
 
-/* 2^x within 1e-7 of its size, or 1e-4 for what is rounded to 8 bits next; for x below 127, exactly 1 for
-   0, exactly 0 for -infinity, NaN for NaN. 2^n times a polynomial (least relative error) over half a
-   power to either side. */
+/* 2^x within 1e-7 of its size, or 1e-4 for what is rounded to 8 bits next; for x below 127 (with
+   AVX512 for any: infinity where it is no float), exactly 1 for 0, exactly 0 for -infinity, NaN for NaN.
+   2^n times a polynomial (least relative error) over half a power to either side. */
 INLINE Floats power_of_two(Floats x, bool is_rough) {
 #ifdef __AVX512F__
     Floats rest = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT); /* of infinity 0 */

@@ -117,7 +117,7 @@ def tried(rate: float, queueing_s: float = 0.0, late: float = 0.5) -> Tried:
 def test_one_simulation_for_each_rate_gives_capacity_and_goodput(monkeypatch):
     rates = []
 
-    def at_rate(case, traces, rate, quick):
+    def at_rate(case, traces, rate, quick, seed):
         rates.append(round(rate, 2))
         return tried(rate, 9.0 if rate > 15.1 else 0.0, 2.0 if rate > 7.1 else 0.5)
 

@@ -1,4 +1,4 @@
-/* What is called from another file: by halves.c of the kernels that Python calls, too. */
+/* Functions of one file that another calls: halves.c calls those that Python calls. */
 
 #pragma once
 #include "common.h"

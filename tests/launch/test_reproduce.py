@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,10 +179,14 @@ def test_quick_and_traces_reach_the_parts_that_know_them(tmp_path):
     assert quick["reproduce_sarathi_serve.py"] == ["--traces", str(tmp_path), "--quick"]
 
 
-def test_the_head_names_command_and_versions():
+def test_the_head_names_command_and_versions(monkeypatch):
     import platform
 
+    import reproduce
     from reproduce import head
+
+    used = SimpleNamespace(ru_utime=100.0, ru_stime=20.0)
+    monkeypatch.setattr(reproduce.resource, "getrusage", lambda who: used)
 
     text = head("python bench/reproduce.py --quick")
     assert "`python bench/reproduce.py --quick`" in text

@@ -28,7 +28,7 @@ class Members:
     def machine_of(self, rank: int) -> str:
         """As its keeper says (`KeeperHello.boot_id`), or said: what it told before it was gone may
         be taken up behind that."""
-        return self._last_hellos[rank].boot_id
+        return self.hellos.get(rank, self._last_hellos[rank]).boot_id
 
     def core_share(self, rank: int) -> tuple[int, int]:
         """Its number among the ranks that may use CPUs that it may use, and how many they are. A

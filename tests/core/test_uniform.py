@@ -372,6 +372,21 @@ def test_of_prompts_that_come_at_once_the_first_ones_are_hardly_held_up(first, i
     assert run.p99() < 1.5 * gaps[len(gaps) // 2]
 
 
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_without_a_limit_long_prompts_hold_up_decodes_for_a_turn_and_no_longer(num_stages):
+    """Elsewhere decodes stand still until long prompts are through (sglang#32549, ATOM#1835,
+    FreeToken#483): here one prompt is 2.4 s of a stage, six come, and a turn of pieces is 0.7."""
+    times = Scattered(num_stages, base=0.006, per_token=6e-4)
+    decodes = [Arrival(0.02 * number, 20 + number, 400) for number in range(12)]
+    prompts = [Arrival(1.5 + 0.3 * number, 4000, 4) for number in range(6)]
+    run = Run(times, decodes + prompts, learning(num_stages), max_model_len=8192)
+    gaps = run.gaps()
+    assert gaps[-1] < 0.36 * num_stages
+    later = [each.token_times_s for each in run.served[:12]]
+    held_up = [sum(1.6 < token_s < 8.0 for token_s in tokens) for tokens in later]
+    assert min(held_up) > 10
+
+
 def test_near_a_full_pool_full_and_empty_phases_do_not_alternate(monkeypatch):
     """Without the rule for KV, prompts come in waves."""
 

@@ -56,7 +56,8 @@ def test_halves_are_their_parts_bit_for_bit(tmp_path, name):
 
 
 def test_weights_that_are_set_anew_are_used(tmp_path):
-    """What C is told of a weight is made once, and not of one that is gone."""
+    """What C is told of a weight is made once, and not of one that is gone (as in sglang#14158,
+    sglang#28676, vllm#48312, AiDotNet.Tensors#583)."""
     folder = tiny("qwen2", tmp_path)
     stages = Stages(folder, (4,), backend=KernelBackend())
     prompt, chunk = random_prompts(folder, (20,)), [(0, 20, [0, 1], 20)]

@@ -186,6 +186,29 @@ def test_gated_pairs_are_as_near_as_what_is_rounded_next(kernels, activation, sh
         assert torch.equal(gated.gated(x[:rows], padded, activation), whole[:rows]), rows
 
 
+@pytest.mark.parametrize("up", [1.0, 0.0, -3.0, torch.inf, torch.nan, 1e38])
+@pytest.mark.parametrize("activation", ["silu", "gelu_new", "gelu", "relu"])
+def test_every_gate_that_pairs_can_have(kernels, activation, up, monkeypatch):
+    """All bfloat16 numbers, by the rough gate and the exact one: NaN and infinity at the same
+    places, no sign turned, small negative results not lost (ds4#498, torch-xpu-ops#5230,
+    tiny-llm#164; of results under 1e-30 the last ones are, as in tt-metal#55711)."""
+    if not kernels.multiplies_pairs():
+        pytest.skip("has no pairs")
+    monkeypatch.setattr(elementwise, "kernels", lambda: kernels)
+    gates = (torch.arange(65_536, dtype=torch.int32) << 16).view(torch.float32)
+    weight = torch.cat((gates, torch.full_like(gates, up)))[:, None].bfloat16()
+    one = torch.ones(1, 1)
+    found = GatedWeight(weight, rounds_x=True, library=kernels).gated(one, None, activation)
+    gate_up = PackedWeight(weight, rounds_x=True, library=kernels).product(one)
+    gate, given = gate_up.chunk(2, -1)
+    exact = elementwise.activate(gate.contiguous(), activation) * given
+    assert torch.equal(found.isnan(), exact.isnan())
+    finite = exact.isfinite()
+    assert torch.equal(found.isinf(), exact.isinf())
+    assert torch.equal(found[finite].signbit(), exact[finite].signbit())
+    assert torch.allclose(found[finite], exact[finite], rtol=2e-4, atol=1e-34)
+
+
 both_kinds = pytest.mark.parametrize("kind", [PackedWeight, VocabularyWeight])
 
 

@@ -49,7 +49,7 @@ PARTS = {
     "activate": "activations",
     "pad_rows": "padding",
 }
-HALVES = ("attention_half", "mlp_half", "gated_mlp_half")
+HALVES = ("attention_half", "mlp_half")
 CASES = {
     "16 decodes": (0, 0, 16),
     "32 decodes": (0, 0, 32),

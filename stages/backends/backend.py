@@ -279,21 +279,12 @@ class Backend:
         activation: str,
         down: Product,
         onto_TD: Tensor | None,
+        *,
+        is_gated: bool,
     ) -> Tensor:
-        """What `Mlp` is."""
-        return down(self.activate(up(_normed(x_TD, norm)), activation), onto_TD)
-
-    def gated_mlp_half(
-        self,
-        x_TD: Tensor,
-        norm: Norm | None,
-        gate_up: Product,
-        activation: str,
-        down: Product,
-        onto_TD: Tensor | None,
-    ) -> Tensor:
-        """What `GatedMlp` is. `gate_up` has its activation in it."""
-        return down(gate_up(_normed(x_TD, norm)), onto_TD)
+        """What `Mlp` is, or `GatedMlp`, whose `up` has its activation in it."""
+        inner_TF = up(_normed(x_TD, norm))
+        return down(inner_TF if is_gated else self.activate(inner_TF, activation), onto_TD)
 
 
 def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:

@@ -24,7 +24,8 @@ class Mlp(Part):
     def forward(
         self, x_TD: Tensor, norm: Norm | None = None, onto_TD: Tensor | None = None
     ) -> Tensor:
-        return self.backend.mlp_half(x_TD, norm, self.up, self.activation, self.down, onto_TD)
+        parts = (norm, self.up, self.activation, self.down, onto_TD)
+        return self.backend.mlp_half(x_TD, *parts, is_gated=False)
 
 
 class GatedMlp(Part):
@@ -36,9 +37,8 @@ class GatedMlp(Part):
     def forward(
         self, x_TD: Tensor, norm: Norm | None = None, onto_TD: Tensor | None = None
     ) -> Tensor:
-        return self.backend.gated_mlp_half(
-            x_TD, norm, self.gate_up, self.activation, self.down, onto_TD
-        )
+        parts = (norm, self.gate_up, self.activation, self.down, onto_TD)
+        return self.backend.mlp_half(x_TD, *parts, is_gated=True)
 
 
 class Experts(Part):

@@ -19,7 +19,6 @@ pytestmark = [
 class PartByPart(KernelBackend):
     attention_half = Backend.attention_half
     mlp_half = Backend.mlp_half
-    gated_mlp_half = Backend.gated_mlp_half
 
 
 class Unlike(KernelBackend):
@@ -68,5 +67,5 @@ def test_weights_that_are_set_anew_are_used(tmp_path):
     again = stages.run(chunk, prompt)
     assert not torch.isclose(first, again).all(-1).any()
     stages.stages[0].backend.attention_half = PartByPart().attention_half
-    stages.stages[0].backend.gated_mlp_half = PartByPart().gated_mlp_half
+    stages.stages[0].backend.mlp_half = PartByPart().mlp_half
     assert torch.equal(stages.run(chunk, prompt), again)

@@ -161,25 +161,14 @@ class KernelBackend(Backend):
         activation: str,
         down: Product,
         onto_TD: Tensor | None,
+        *,
+        is_gated: bool,
     ) -> Tensor:
         if not _are_own(up, down):
-            return super().mlp_half(x_TD, norm, up, activation, down, onto_TD)
+            half = super().mlp_half
+            return half(x_TD, norm, up, activation, down, onto_TD, is_gated=is_gated)
         own = (norm, up, activation, down, _rows(onto_TD))
-        return halves.mlp(_rows(x_TD), *own, is_gated=False)
-
-    def gated_mlp_half(
-        self,
-        x_TD: Tensor,
-        norm: Norm | None,
-        gate_up: Product,
-        activation: str,
-        down: Product,
-        onto_TD: Tensor | None,
-    ) -> Tensor:
-        if not _are_own(gate_up, down):
-            return super().gated_mlp_half(x_TD, norm, gate_up, activation, down, onto_TD)
-        own = (norm, gate_up, activation, down, _rows(onto_TD))
-        return halves.mlp(_rows(x_TD), *own, is_gated=True)
+        return halves.mlp(_rows(x_TD), *own, is_gated=is_gated)
 
 
 def _are_own(first: Product, second: Product) -> bool:

@@ -28,9 +28,12 @@ from pipeserve.wire import control
 from pipeserve.wire.connection import Connection
 from pipeserve.wire.control import Connect, Examine, Heartbeat, Renew, ReportMemory, TakeMemory
 from pipeserve.wire.links import send_tokens, unpack_sampled
-from pipeserve.wire.sources import Sources
+from pipeserve.wire.sources import Source, Sources
 from pipeserve.wire.stage_job import StartStage
 from pipeserve.wire.step_messages import HeadTiming, Sampled, Step, Timing
+
+_LULL_MS = 200.0
+"""Without anything to do: longer than it mostly takes until the next microbatch comes."""
 
 
 class StageLoop:
@@ -92,7 +95,7 @@ class StageLoop:
         """Once. Where it may wait, it does so while there is nothing else to do."""
         if self.untold is not None and self.begun:  # the device has its next one
             self._tell_times(self.untold)
-        self._receive(may_wait and self._has_nothing_to_do() and not self.compute.prepare())
+        self._receive(may_wait and self._has_nothing_to_do())
         while self._can_begin():
             self._begin()
         if self.untold is not None:  # not before the next microbatch has begun, if it can
@@ -163,7 +166,7 @@ class StageLoop:
         What came while the stage ended a microbatch, however late it is taken, was not waited for:
         it counts as seen at that end.
         """
-        for source in self.sources.ready(None if may_wait else 0):
+        for source in self._wait() if may_wait else self.sources.ready(0):
             messages = source.receive()
             seen_s = time.monotonic() if self.untold is None else self.untold.end_s
             match source.carries:
@@ -181,6 +184,15 @@ class StageLoop:
             self._look_at_neighbours()
         if self.driver.has_ended:
             sys.exit(1)  # as its keeper would have it
+
+    def _wait(self) -> list[Source]:
+        """For something to come. Once nothing has for a while, what is to be done some time is
+        done meanwhile, a moment's worth at a time. Not between microbatches: the next would often
+        come in such a moment (of memory: up to 5 ms), and wait for its end."""
+        found = self.sources.ready(_LULL_MS)
+        while not found and self.compute.prepare():
+            found = self.sources.ready(0)
+        return found or self.sources.ready(None)
 
     def _obey(self, epoch: int, message: control.ToStage, seen_s: float) -> None:
         if isinstance(message, Renew):

@@ -34,7 +34,7 @@ from pipeserve.wire.step_messages import Sampled, StepChunk
 
 _SCORED_ROWS = 64  # whose logits over the whole vocabulary are held at a time
 _LOADING_REPORT_S = 0.25
-_PREPARING_S = 0.25  # of a start, so that the first requests need not do it
+_PREPARING_S = 0.5  # of a start, so that the first requests need not do it
 
 
 class Stamps(NamedTuple):

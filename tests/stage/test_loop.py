@@ -1,6 +1,7 @@
 """The stage's loop around a device that computes while the loop goes on: here one that is driven by
 hand, with links that bring no messages."""
 
+import threading
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -72,6 +73,7 @@ class Device:
         self.now_s = self.free_s = 0.0
         self.given = []
         self.num_to_prepare = 0
+        self.then = lambda: None
 
     def begin(self, turn):
         self.log.append(f"begin {turn.step.index}")
@@ -85,6 +87,7 @@ class Device:
             return False
         self.log.append("prepare")
         self.num_to_prepare -= 1
+        self.then()
         return True
 
     def left_s(self, computing):
@@ -232,15 +235,23 @@ def events(stage, *kinds):
 # ---- nothing to compute -------------------------------------------------------------------------
 
 
-def test_what_can_be_done_ahead_is_done_in_moments_and_nothing_waits_for_all_of_it(opened):
+def test_what_can_be_done_ahead_is_done_in_a_lull_a_moment_at_a_time(opened):
+    stage = opened(0, 2)
+    stage.device.num_to_prepare, stage.device.then = 3, lambda: stage.plan(prompt(0))
+    stage.loop.go_round()
+    assert events(stage, "prepare", "begin") == ["prepare", "begin 0"], "it waits for no other"
+
+
+def test_between_microbatches_nothing_is_done_ahead(opened):
+    """On a virtual machine whose host had not given it its memory yet, each 2 MiB took 5 ms. They
+    came while a stage waited for its next microbatch, 4 ms away, and it ended 5 % fewer tokens."""
     stage = opened(0, 2)
     stage.device.num_to_prepare = 3
-    stage.loop.go_round()  # returns, though nothing has come
+    soon = threading.Timer(0.02, lambda: stage.plan(prompt(0)))
+    soon.start()
     stage.loop.go_round()
-    stage.plan(prompt(0))
-    stage.loop.go_round()
-    assert events(stage, "prepare", "begin") == ["prepare", "prepare", "prepare", "begin 0"]
-    stage.device.num_to_prepare = 1
+    soon.join()
+    assert events(stage, "prepare", "begin") == ["begin 0"]
     stage.plan(prompt(1), prompt(2))
     stage.loop.go_round()
     assert events(stage, "prepare", "begin")[-1] == "begin 1", "there was something to do"

@@ -73,8 +73,10 @@ class StageLoop:
         """Not ended, each with what the compute keeps of it."""
         self.unheaded: deque[Turn] = deque()
         """On the first stage, those whose rows come back for the head."""
-        self.untold: Span | Headed | None = None
-        """Of what ended last."""
+        self.ended_s: float | None = None
+        """When the last one ended; None where all that came meanwhile is taken."""
+        self.untold: list[Span | Headed] = []
+        """Times that the driver has not been told."""
         self.stands_still = False
         """It has lost a rank that shares the stage, and computes nothing more in this epoch."""
         self.sequences = Sequences()
@@ -93,16 +95,17 @@ class StageLoop:
 
     def go_round(self, may_wait: bool = True) -> None:
         """Once. Where it may wait, it does so while there is nothing else to do."""
-        if self.untold is not None and self.begun:  # the device has its next one
-            self._tell_times(self.untold)
+        if self.begun:  # the device has its next one
+            self._tell_times()
         self._receive(may_wait and self._has_nothing_to_do())
         while self._can_begin():
             self._begin()
-        if self.untold is not None:  # not before the next microbatch has begun, if it can
-            self._tell_times(self.untold)
+        self.ended_s = None
         if self.unheaded and self.neighbours.rows.ready(self.unheaded[0].step.index):
             self._apply_head()
-        elif self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
+            return
+        self._tell_times()  # not before the next microbatch has begun, if it can
+        if self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
             self._end()
 
     def close(self) -> None:
@@ -113,14 +116,17 @@ class StageLoop:
     def tell(self, message: control.ToDriver) -> None:
         self.driver.send(control.encode(message, self.epoch))
 
-    def report(self, message: Sampled | Timing | HeadTiming) -> None:
-        """What the stage did: of its ranks, one tells."""
+    def _report(self, *messages: Sampled | Timing | HeadTiming) -> None:
+        """What the stage did, at once, for each time the driver wakes takes some of the first
+        stage's core where it has none of its own. Of the stage's ranks, one tells."""
         if self._speaks:
-            self.tell(message)
+            self.driver.send(*[control.encode(message, self.epoch) for message in messages])
 
-    def _tell_times(self, did: Span | Headed) -> None:
-        self.report(Timing(did) if isinstance(did, Span) else HeadTiming(did))
-        self.untold = None
+    def _tell_times(self) -> None:
+        self.ended_s = None
+        if self.untold:
+            self._report(*map(_timing, self.untold))
+            self.untold.clear()
 
     def _take_memory(self, num_blocks: int, meet_at: str) -> None:
         """Once; and each time with who shares the stage, if somebody does."""
@@ -154,7 +160,7 @@ class StageLoop:
 
     def _has_nothing_to_do(self) -> bool:
         """Until something comes. Sleeps first while the device needs nothing."""
-        if self.untold is not None:
+        if self.ended_s is not None:
             return False
         if self.begun:
             time.sleep(self.compute.left_s(self.begun[0][1]))
@@ -168,7 +174,7 @@ class StageLoop:
         """
         for source in self._wait() if may_wait else self.sources.ready(0):
             messages = source.receive()
-            seen_s = time.monotonic() if self.untold is None else self.untold.end_s
+            seen_s = time.monotonic() if self.ended_s is None else self.ended_s
             match source.carries:
                 case "stage":  # the driver's words to it
                     for message in messages:
@@ -280,8 +286,7 @@ class StageLoop:
         self.begun.append((turn, self.compute.begin(turn)))
 
     def _end(self) -> None:
-        """The microbatch that was begun first. Its span is told later: its output comes first, and
-        what the next one needs."""
+        """The microbatch that was begun first."""
         turn, computing = self.begun.popleft()
         done = self.compute.end(computing, self._feed_back)
         if done is None:
@@ -289,17 +294,16 @@ class StageLoop:
             return
         if done.rows is not None:
             self.neighbours.rows.send(turn.step.index, done.rows)
-        self._take_sampled(done)
-        span = self.untold = self._span(turn, done)
+        span = self._span(turn, done)
         self.keep(span)
+        self._ended(span, done)
 
     def _apply_head(self) -> None:
         """To the rows that have come back first."""
         turn = self.unheaded.popleft()
         rows, input_s = self.neighbours.rows.take(turn.step.index)
         done = self.compute.apply_head(turn._replace(activations=rows), self._feed_back)
-        self._take_sampled(done)
-        self.untold = Headed(
+        headed = Headed(
             stage=self.job.stage,
             index=turn.step.index,
             input_s=input_s,
@@ -309,16 +313,20 @@ class StageLoop:
             cpu_s=done.cpu_s,
             between_cpu_s=done.between_cpu_s,
         )
+        self._ended(headed, done)
 
-    def _take_sampled(self, done: Done) -> None:
-        """It is told, and kept for what samples next."""
+    def _ended(self, did: Span | Headed, done: Done) -> None:
+        """What it sampled is told, with its times, and kept for what samples next. The times of one
+        that samples nothing are told later: what the next one needs comes first."""
+        self.ended_s = did.end_s
+        self.untold.append(did)
         sampled = done.sampled
-        if sampled is not None:
-            self.report(sampled)
-            if sampled.tokens:
-                self.sequences.take_tokens(
-                    sampled.index, sampled.tokens, sampled.counts, done.sent_s
-                )
+        if sampled is None:
+            return
+        self._report(sampled, *map(_timing, self.untold))
+        self.untold.clear()
+        if sampled.tokens:
+            self.sequences.take_tokens(sampled.index, sampled.tokens, sampled.counts, done.sent_s)
 
     def _stand_still(self) -> None:
         """Until the driver says what comes next: it knows by now, or will soon, who is gone."""
@@ -348,3 +356,7 @@ class StageLoop:
             all_reduce_s=done.all_reduce_s,
             rank_wait_s=done.rank_wait_s,
         )
+
+
+def _timing(did: Span | Headed) -> Timing | HeadTiming:
+    return Timing(did) if isinstance(did, Span) else HeadTiming(did)

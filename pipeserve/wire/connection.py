@@ -135,14 +135,16 @@ class Connection:
 
     # ---- sending --------------------------------------------------------------------------------
 
-    def send(self, message: bytes) -> None:
-        """Returns at once. To a peer that is gone nothing is sent."""
+    def send(self, *messages: bytes) -> None:
+        """At once, so that the peer is woken once. Does not wait. To a peer that is gone nothing is
+        sent."""
         if self.has_ended:
             return
+        framed = _framed(*messages)
         if self._handshake is not None:
-            self._held_back.append(_framed(message))
+            self._held_back.append(framed)
             return
-        self._outgoing.append(_framed(message))
+        self._outgoing.append(framed)
         self._flush()
 
     def send_large(self, *parts: memoryview) -> None:
@@ -321,8 +323,9 @@ class Connection:
                 return
 
 
-def _framed(message: bytes) -> memoryview:
-    return memoryview(_PREFIX.pack(_OURS, len(message)) + message)
+def _framed(*messages: bytes) -> memoryview:
+    prefixed = [_PREFIX.pack(_OURS, len(message)) + message for message in messages]
+    return memoryview(b"".join(prefixed))
 
 
 def _name_of_peer(connected: socket.socket) -> str:

@@ -147,12 +147,12 @@ class Stage:
         """Logs what is sent on it."""
         send, purpose = connection.send, connection.carries
 
-        def logged(message):
-            what = purpose
+        def logged(*messages):
+            what = [purpose]
             if purpose == "stage":
-                what = type(control.decode_from_stage(message)[1]).__name__
-            self.log.append(what)
-            send(message)
+                what = [type(control.decode_from_stage(each)[1]).__name__ for each in messages]
+            self.log.append(" + ".join(what))
+            send(*messages)
 
         connection.send = logged
 
@@ -387,19 +387,28 @@ def test_spans_are_the_device_s_and_do_not_overlap(opened):
 
 
 def test_tokens_go_to_the_first_stage_before_anything_else(opened):
-    """Then to the driver; and times are told when the device has its next microbatch."""
+    """Then to the driver, which is woken once: their times come with them."""
     stage = opened(1, 2)
     stage.connect_to_other_end()
     stage.plan(*map(prompt, range(3)))
     stage.device.links.there = dict.fromkeys(range(3), 0.5)
     stage.rounds(5)
     assert stage.log == [
-        "begin 0", "begin 1", "end 0", "tokens", "Sampled",
-        "Timing", "begin 2", "end 1", "tokens", "Sampled", "Timing",
+        "begin 0", "begin 1", "end 0", "tokens", "Sampled + Timing",
+        "begin 2", "end 1", "tokens", "Sampled + Timing",
     ]  # fmt: skip
     stage.device.now_s = 3 * SECONDS
     stage.rounds(3)
     assert stage.tokens == [(index, [index], b"\1") for index in range(3)]
+
+
+def test_without_tokens_times_are_told_when_the_device_has_its_next_microbatch(opened):
+    stage = opened(0, 2)
+    stage.plan(*map(prompt, range(3)))
+    stage.rounds(5)
+    assert stage.log == [
+        "begin 0", "begin 1", "end 0", "Timing", "begin 2", "end 1", "Timing",
+    ]  # fmt: skip
 
 
 def test_what_came_while_an_end_was_waited_for_counts_as_seen_then(opened):
@@ -483,7 +492,7 @@ def test_rows_that_come_back_go_first_and_the_other_end_hears_of_their_tokens(op
     rounds_until(stage, "head 0 of rows")
     stage.rounds(4)
     place = stage.log.index("head 0 of rows")
-    assert stage.log[place + 1 : place + 4] == ["tokens", "Sampled", "HeadTiming"]
+    assert stage.log[place + 1 : place + 3] == ["tokens", "Sampled + HeadTiming"]
     assert stage.tokens == [(0, [0], b"\1")]
     headed = [message.headed for message in stage.told if isinstance(message, HeadTiming)]
     assert [each.index for each in headed] == [0]

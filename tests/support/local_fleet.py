@@ -60,7 +60,7 @@ class LocalKeeper:
             return
         try:
             self.stage.go_round(may_wait=False)
-            while self.stage.untold is not None:
+            while self.stage.ended_s is not None:
                 self.stage.go_round(may_wait=False)
         except (Dies, SystemExit):
             self._end_stage()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache, PoolLayer
-from pipeserve.stages.attention.scoring import Scoring, alibi_bias
+from pipeserve.stages.attention.scoring import Scoring, alibi_bias, products
 
 _MOST_QUERIES = 256  # of a chunk at a time: bounds the scores, float32 [N, Q, C]
 _MOST_SINGLES = 32  # at a time, and of like contexts: bounds the keys that are gathered
@@ -48,8 +48,8 @@ class GatheredAttention:
     def __call__(
         self, q_TNH: Tensor, pool: PoolLayer, plan: list[_Batch], scoring: Scoring
     ) -> Tensor:
-        q_TNH = (q_TNH * scoring.scale).to(pool[0].dtype)
-        out_TNH = torch.zeros_like(q_TNH)
+        q_TNH = q_TNH.float() * scoring.scale
+        out_TNH = torch.zeros_like(q_TNH, dtype=pool[0].dtype)
         for batch in plan:
             out_TNH[batch.rows_SQ] = _attend(q_TNH[batch.rows_SQ], pool, batch, scoring)
         return out_TNH
@@ -101,7 +101,7 @@ def _attend(q_SQNH: Tensor, pool: PoolLayer, batch: _Batch, scoring: Scoring) ->
 
 def _scores(q_KSGQH: Tensor, k_KSCH: Tensor, scoring: Scoring) -> Tensor:
     """Float32 [K, S, G, Q, C]."""
-    scores = torch.matmul(q_KSGQH.flatten(2, 3), k_KSCH.mT).float()
+    scores = products(q_KSGQH.flatten(2, 3), k_KSCH)
     scores_KSGQC = scores.view(*q_KSGQH.shape[:-1], k_KSCH.shape[2])
     if scoring.softcap is not None:
         scores_KSGQC = (scores_KSGQC / scoring.softcap).tanh_().mul_(scoring.softcap)

@@ -1,6 +1,6 @@
 """How a layer scores its keys, before the softmax.
 
-Suffixes: N query heads, C positions of the context.
+Suffixes: N query heads, C positions of the context, X any axes, Q queries, H head size.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,16 @@ class Scoring:
     slopes_N: Tensor | None = None
     """ALiBi: each head's bias per position of the key, before scaling; rounded to bfloat16, and so
     is the bias, as Falcon was trained."""
+
+
+def products(q_XQH: Tensor, k_XCH: Tensor) -> Tensor:
+    """Float32 [X, Q, C], whatever comes in.
+
+    PyTorch rounds a product of 16-bit numbers to 16 bits. Keys may have a part in common that makes
+    all scores large, as Qwen2's biases do: then the differences, which the softmax sees alone, are
+    lost (transformers#33317: perplexity 8.0 for 7.1), and float16 overflows (Qwen3#910: NaN).
+    """
+    return torch.matmul(q_XQH.float(), k_XCH.float().mT)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

@@ -57,6 +57,18 @@ def test_every_way_to_score(name, heads, kind):
     Case(spans, heads=heads, scoring=scoring).check(name)
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("common", "limit"), [(60.0, 3e-2), (800.0, 1e-1)])
+def test_large_scores_that_differ_by_little(name, dtype, common, limit):
+    """Scores of 450 and of 80,000, as biases of Qwen 2 make them: rounded to 16 bits they are alike
+    (transformers#33317), and the latter are no float16 (Qwen3#910)."""
+    turned = name == "kernels"
+    case = Case([(0, 90), (199, 200)], heads=(4, 2, 64), dtype=dtype, turned=turned, common=common)
+    got, expected = case.run(name).double(), torch.cat(case.expected)
+    torch.testing.assert_close(got, expected, rtol=0, atol=limit)
+
+
 def test_slopes_of_alibi():
     """As its paper gives them for 8 heads, and for 12."""
     assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]

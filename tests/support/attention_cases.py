@@ -30,7 +30,8 @@ HEADS = [(6, 2, 8), (4, 4, 16), (3, 1, 64), (9, 3, 24)]
 
 
 class Case:
-    """Chunks of random q, k and v, with the K and V of what came before them in the pool."""
+    """Chunks of random q, k and v, with the K and V of what came before them in the pool.
+    `common`: what is added to the last number of each query and key."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Case:
         garbage=0.0,
         scoring=None,
         turned=False,
+        common=0.0,
     ):
         self.scoring = scoring or Scoring(heads[2] ** -0.5)
         num_heads, num_kv_heads, head_dim = heads
@@ -67,8 +69,11 @@ class Case:
         torch.manual_seed(0)
         self.q, self.k, self.v, self.expected = [], [], [], []
         for (start, stop), table in zip(spans, tables, strict=True):
-            q = torch.randn(stop - start, num_heads, head_dim).to(dtype)
-            k, v = torch.randn(2, stop, num_kv_heads, head_dim).to(dtype)
+            q = torch.randn(stop - start, num_heads, head_dim)
+            k, v = torch.randn(2, stop, num_kv_heads, head_dim)
+            q[..., -1] += common
+            k[..., -1] += common
+            q, k, v = (each.to(dtype) for each in (q, k, v))
             self._fill(table, block_size, k[:start], v[:start])
             self.q.append(q)
             self.k.append(k[start:])

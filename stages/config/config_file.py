@@ -1,7 +1,7 @@
 """Reading config.json: what families share, and one clear line for what is wrong in it."""
 
 import json
-import math
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,7 @@ class ConfigFile:
         return names[0]
 
     def positive(self, name: str, value: Any) -> float:
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise ConfigError(
                 f"{self.path}: {name} is {value!r}, must be a number over 0; fetch the file again"
             )

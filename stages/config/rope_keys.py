@@ -80,6 +80,11 @@ def rope_from(
             "rope_scaling); fetch the file again"
         )
     longest = file.value("max_position_embeddings", 0)
+    theta = file.positive("rope_theta", rope["rope_theta"])
+    if kind == "yarn" and theta == 1:  # whose logarithm is divided by
+        raise ConfigError(
+            f"{file.path}: rope_theta is 1, must be another number with yarn; fetch the file again"
+        )
     part = _part(file, rope, kind, head_dim, rotates_part)
     fields: Rope = {"part": part}
     if kind in _KNOW_TRAINED:
@@ -94,7 +99,7 @@ def rope_from(
             f"{int(head_dim * part) // 2} pairs of dimensions; fetch the file again"
         )
     return RopeConfig(
-        theta=file.positive("rope_theta", rope["rope_theta"]),
+        theta=theta,
         # Dynamic scaling begins beyond max_position_embeddings, where no request gets.
         kind="default" if kind == "dynamic" else kind,
         **fields,
@@ -184,6 +189,10 @@ def _longrope(file: "ConfigFile", rope: Rope, fields: Rope, longest: int) -> Rop
     factor = file.positive("factor", longest / trained if factor is None else factor)
     attention = rope.get("attention_factor")
     if attention is None:
+        if trained <= 1:  # whose logarithm is divided by
+            raise ConfigError(
+                f"{file.path}: {_TRAINED} is {trained!r}, must be over 1; fetch the file again"
+            )
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
     return {
         "pair_factors": tuple(file.positive("short_factor", each) for each in factors),

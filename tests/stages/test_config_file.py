@@ -10,6 +10,8 @@ from checkpoints import edit_config, tiny
 from pipeserve.errors import ConfigError
 from pipeserve.stages.config.families import read_config
 
+HUGE = 10**400  # a whole number, as JSON may have it, that is no float
+LONGROPE = {"rope_type": "longrope", "short_factor": [1] * 4, "long_factor": [2] * 4, "factor": 2}
 WRONG = {
     "llama": [
         {"architectures": None},
@@ -28,6 +30,12 @@ WRONG = {
         {"rope_parameters": {"rope_type": "linear", "factor": 0}},
         {"rope_parameters": {"rope_type": "linear", "factor": float("nan")}},
         {"rope_parameters": None, "rope_theta": "10000"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": HUGE}},
+        {"rope_parameters": {"rope_type": "linear", "factor": HUGE}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 4}},
+        {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 1}},
+        {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 0.9}},
+        {"rms_norm_eps": HUGE},
     ],
     "mistral": [{"sliding_window": 0}, {"sliding_window": "19"}],
     "qwen2_window": [

@@ -23,6 +23,8 @@ _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".yaml")
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 """Config, tokenizer, chat template, and the index of the weights."""
 
+_WHOLE = "model.safetensors"
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -44,20 +46,27 @@ def fetch(model: str, on_progress: Callable[[str], None]) -> Path:
     folder = _snapshot(repo, revision, _SMALL_FILES, on_progress)
     read_config(folder)
     shards = _shards(folder)
-    if any(not (folder / shard).exists() for shard in shards):
+    if _missing_of(folder, shards):
         # By commit, so that config and weights are of one even if the branch moves meanwhile.
-        _snapshot(repo, folder.name, shards, on_progress)
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+        _snapshot(repo, folder.name, [_WHOLE, *shards], on_progress)
+    missing = _missing_of(folder, shards)
     if missing:
         raise ConfigError(_missing(repo, missing[0]))
     return folder
+
+
+def _missing_of(folder: Path, shards: list[str]) -> list[str]:
+    """One file is enough, whatever an index says that lies beside it (`files_of_tensors`)."""
+    if (folder / _WHOLE).exists():
+        return []
+    return [shard for shard in shards if not (folder / shard).exists()]
 
 
 def _shards(folder: Path) -> list[str]:
     """Names of the files that hold the weights, as the index says, where there is one."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        return ["model.safetensors"]
+        return [_WHOLE]
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

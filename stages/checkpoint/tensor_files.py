@@ -73,19 +73,21 @@ def pieces_of(spans: Sequence[tuple[int, int]], num_bytes: int) -> Iterator[list
 
 
 def files_of_tensors(folder: Path) -> dict[str, Path]:
+    """By name. As in transformers a model.safetensors comes before an index: one that lies beside
+    it is often left from the model that it was made of (mlx-swift-lm#554)."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / shard for name, shard in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is no safetensors index; fetch it again") from None
     if single.exists():
         descriptor = open_file(single)
         try:
             return dict.fromkeys(read_header(descriptor, single), single)
         finally:
             os.close(descriptor)
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / shard for name, shard in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{index} is no safetensors index; fetch it again") from None
     if (folder / "adapter_model.safetensors").exists():
         raise ConfigError(
             f"{folder} holds the weights of an adapter alone; merge it with its base model "

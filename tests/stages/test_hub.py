@@ -97,6 +97,15 @@ def test_a_model_in_one_file(machine, checkpoint):
         assert held(machine.fetch()) == files
 
 
+def test_a_model_in_one_file_beside_an_index_of_another(machine, checkpoint):
+    """Whose shards are not there: that of the model that it was made of (mlx-swift-lm#554)."""
+    index = "model.safetensors.index.json"
+    files = {name: checkpoint[name] for name in ("config.json", index)}
+    files["model.safetensors"] = b"weights"
+    with FakeHub(files).running() as machine.endpoint:
+        assert held(machine.fetch()) == files
+
+
 def test_config_and_weights_are_of_one_commit(machine, checkpoint):
     hub = FakeHub(checkpoint, moves=True)
     with hub.running() as machine.endpoint:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import TINY, edit_config, tiny, tiny_llama
+from checkpoints import TINY, edit_config, expected_logits, tiny, tiny_llama
+from cut_model import Stages, assert_close
 from safetensors.torch import load_file, save_file
 
 from pipeserve.errors import ConfigError
@@ -353,6 +354,18 @@ def test_an_index_that_names_the_wrong_shard(sharded):
 def test_a_corrupt_index(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
     refused(sharded, "model.safetensors.index.json", "fetch")
+
+
+@pytest.mark.parametrize("has_shards", [True, False])
+def test_one_file_beside_an_index(sharded, has_shards, tmp_path_factory):
+    """That of another model: transformers reads the one file."""
+    other = Path(tiny_llama(tmp_path_factory.mktemp("other"), seed=1))
+    if not has_shards:
+        for shard in sharded.glob("model-*.safetensors"):
+            shard.unlink()
+    (other / "model.safetensors").rename(sharded / "model.safetensors")
+    prompt = [5, 6, 7]
+    assert_close(Stages(str(sharded)).logits(prompt, 3), expected_logits(str(sharded), prompt))
 
 
 def test_a_dtype_that_is_not_ours(single):

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from pipeserve.configs import RunConfig
 from pipeserve.core.cost.shape import ModelShape
-from pipeserve.errors import ConfigError
 from pipeserve.launch.inputs.wanted import SimulationGoal
 from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.record import (
@@ -33,6 +32,7 @@ from pipeserve.profiling.search.capacity import (
     MAX_MEDIAN_DELAY_S,
     Trial,
     ceiling_rate,
+    check_has_gaps,
     find_capacity,
     run_trial,
 )
@@ -158,11 +158,7 @@ def search_capacity(setup: SimulatedRun, workload: Workload, slo_tbt_s: float) -
     Returns the object that `--json` writes. Raises as `simulate` does.
     """
     lengths = _checked_lengths(setup, workload)
-    if all(num_output == 1 for _, num_output in lengths):
-        raise ConfigError(
-            f"no request of {workload.name} has two output tokens, so there is no time between "
-            "tokens to go by; give another workload"
-        )
+    check_has_gaps(workload.name, lengths)
     seed = setup.config.seed
 
     def trial(rate: float, min_requests: int = CAPACITY_REQUESTS) -> Trial:

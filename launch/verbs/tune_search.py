@@ -19,7 +19,13 @@ from pipeserve.errors import CapacityError, ConfigError
 from pipeserve.launch.inputs.workload import Workload
 from pipeserve.launch.run.processes import ParallelMap
 from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
-from pipeserve.profiling.search.capacity import Lengths, Trial, find_capacity, run_trial
+from pipeserve.profiling.search.capacity import (
+    Lengths,
+    Trial,
+    check_has_gaps,
+    find_capacity,
+    run_trial,
+)
 from pipeserve.profiling.search.ceiling import ceiling
 from pipeserve.profiling.search.tuning import (
     POLICIES,
@@ -137,11 +143,7 @@ def make_wanted(
             f"no request of {workload.name} fits: the shortest has {min(map(sum, every))} tokens, "
             f"there is room for {longest}; give a larger --scale or another workload"
         )
-    if all(num_output == 1 for _, num_output in lengths):
-        raise ConfigError(
-            f"no request of {workload.name} has two output tokens, so there is no time between "
-            "tokens to go by; give another workload"
-        )
+    check_has_gaps(workload.name, lengths)
     highest = max(_ceiling(each, lengths, config.slo_tbt) for each in setups)
     if not highest:
         raise ConfigError(

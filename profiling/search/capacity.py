@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
+from pipeserve.errors import ConfigError
 from pipeserve.profiling.simulation.simulator import (
     Arrival,
     Served,
@@ -30,6 +31,9 @@ RESOLUTION = 0.025
 MIN_WINDOW_S = 2 * MAX_MEDIAN_DELAY_S / RESOLUTION
 """An overload by `RESOLUTION` lets the queue grow until the median delay is over its limit."""
 _MOST_DOUBLED = 64
+_LEAST_GAPS = 0.01
+"""Times between tokens that a request has, in the mean. A trial runs until it has seen a hundred of
+them: with fewer it would go on and on."""
 
 Lengths = Sequence[tuple[int, int]]
 """(prompt tokens, output tokens)."""
@@ -88,6 +92,16 @@ class Capacity:
         """The trial of the highest rate that is within the limits."""
         good = [trial for trial in self.trials if trial.within(slo_tbt_s)]
         return max(good, key=lambda trial: trial.rate, default=None)
+
+
+def check_has_gaps(workload: str, lengths: Lengths) -> None:
+    """Raises ConfigError where there is too little time between tokens to go by."""
+    if sum(output - 1 for _, output in lengths) < _LEAST_GAPS * len(lengths):
+        num_longer = sum(output > 1 for _, output in lengths)
+        raise ConfigError(
+            f"{num_longer or 'none'} of {len(lengths):,} requests of {workload} has two output "
+            "tokens: too few to go by the time between tokens; give another workload"
+        )
 
 
 def poisson_arrivals(

@@ -177,12 +177,16 @@ def test_what_cannot_be_is_one_line(capsys, arguments, message):
     assert message in failure(capsys, arguments)
 
 
-def test_a_workload_without_a_time_between_tokens_has_no_capacity(capsys, tmp_path):
+@pytest.mark.parametrize(("num_two", "num_one"), [(0, 1), (1, 2999)])
+def test_a_workload_without_times_between_tokens_has_no_capacity(
+    capsys, tmp_path, num_two, num_one
+):
+    """Nor one with so few that each trial would be of 300,000 requests."""
     path = tmp_path / "one.csv"
-    path.write_text("prefill,decode\n100,1\n")
+    path.write_text("prefill,decode\n" + "100,2\n" * num_two + "100,1\n" * num_one)
     search = [*SMALL, "--workload", str(path), "--find-capacity", "--slo-tbt", "1"]
-    assert "no request of" in (line := failure(capsys, search))
-    assert "has two output tokens" in line
+    some = f"{num_two or 'none'} of {num_two + num_one:,} requests of {path} has two output tokens"
+    assert some in failure(capsys, search)
 
 
 @pytest.mark.parametrize("pools", [["--prefill-pool", "1x1", "--decode-pool", "1x1"], []])

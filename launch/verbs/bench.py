@@ -31,7 +31,7 @@ from pipeserve.profiling.recording.summary import (
 )
 from pipeserve.profiling.simulation.workloads import (
     WorkItem,
-    check_within_context,
+    check_within_limits,
     random_items,
 )
 from pipeserve.sampling_params import SamplingParams
@@ -72,14 +72,14 @@ def bench(
 
     Returns the object that `--json` writes (docs/bench.md). `encode` makes ids of text prompts;
     None where there is no tokenizer. Emulated stages have nothing to warm up.
-    Raises ConfigError for a request over the context, CapacityError for one over the KV pool, and
-    StageError.
+    Raises ConfigError for a request over the context or the KV pool, and StageError.
     """
     vocab_size = driver.shape.vocab_size
     workload = workload.tokenized(encode)
     items = workload.with_ids(vocab_size)
     for index, item in enumerate(items):
-        check_within_context(index, len(item.prompt), item.max_tokens, driver.limits.max_model_len)
+        lengths = len(item.prompt), item.max_tokens
+        check_within_limits(index, *lengths, driver.limits, workload.scale)
         if any(not 0 <= token < vocab_size for token in item.prompt):
             raise ConfigError(
                 f"request {index} of the workload has ids outside 0 to {vocab_size - 1}, "

@@ -43,7 +43,7 @@ from pipeserve.profiling.simulation.simulator import (
     Simulation,
     arrivals_in_order,
 )
-from pipeserve.profiling.simulation.workloads import check_within_context
+from pipeserve.profiling.simulation.workloads import check_within_limits
 
 CAPACITY_REQUESTS = 1000
 _LONE_REQUESTS = 50
@@ -59,8 +59,7 @@ def run(
     explained: bool = False,
 ) -> dict[str, Any]:
     """Answers, prints, and returns the object that `--json` writes; a run of the workload is
-    recorded in the folder `record`, and explained on stderr. Raises ConfigError and
-    CapacityError."""
+    recorded in the folder `record`, and explained on stderr. Raises ConfigError."""
     setup, console = simulated_run(config, shape), Console()
     if wanted.find_capacity:
         report = search_capacity(setup, workload, wanted.slo_tbt_s)
@@ -85,7 +84,7 @@ def simulate(
     `record` and, if that is wanted, explains each microbatch on stderr.
 
     Returns the object that `--json` writes (docs/simulate.md).
-    Raises ConfigError for a request over the context, CapacityError for one over the KV pool.
+    Raises ConfigError for a request over the context or the KV pool.
     """
     arrivals = _arrivals(setup, workload)
     engine, ring, meta = setup.make_engine(), Ring(), setup.meta()
@@ -119,11 +118,10 @@ def _arrivals(setup: SimulatedRun, workload: Workload) -> list[Arrival]:
 
 
 def _checked_lengths(setup: SimulatedRun, workload: Workload) -> list[tuple[int, int]]:
+    """Before anything runs: one that does not fit may be the last of many."""
     lengths = workload.token_lengths()
-    for index, (num_prompt, num_output) in enumerate(lengths):
-        check_within_context(
-            index, num_prompt, num_output, setup.limits.max_model_len, workload.scale
-        )
+    for index, pair in enumerate(lengths):
+        check_within_limits(index, *pair, setup.limits, workload.scale)
     return lengths
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
 
+from pipeserve.core.view import Limits
 from pipeserve.errors import ConfigError
 
 
@@ -119,6 +120,21 @@ def check_within_context(
         raise ConfigError(
             f"request {index} of the workload has {num_prompt} + {num_output} tokens, the context "
             f"holds {max_model_len}; use --scale {wanted} or another workload"
+        )
+
+
+def check_within_limits(
+    index: int, num_prompt: int, num_output: int, limits: Limits, scale: float = 1.0
+) -> None:
+    """Likewise, and for one that the KV cache cannot hold. (The last token's KV is never
+    computed.)"""
+    check_within_context(index, num_prompt, num_output, limits.max_model_len, scale)
+    total, num_slots = num_prompt + num_output, limits.num_blocks * limits.block_size
+    if total - 1 > num_slots:
+        raise ConfigError(
+            f"request {index} of the workload has {num_prompt} + {num_output} tokens, the KV cache "
+            f"has room for {num_slots}; use --scale {math.ceil(scale * total / num_slots)} or "
+            "another workload, or give the KV cache more memory"
         )
 
 

@@ -465,6 +465,22 @@ def test_bench_refuses_what_is_over_the_context(driver, capsys, tmp_path):
     assert driver.closed and not driver.added
 
 
+def test_bench_refuses_what_is_over_the_kv_cache_before_anything_runs(driver, capsys, tmp_path):
+    driver.limits = replace(driver.limits, num_blocks=2, block_size=16)
+    items = [{"prompt": "a" * length, "max_tokens": 9} for length in (24, 25)]
+    workload = write_jsonl(tmp_path / "mix.jsonl", *items)
+    error = _error(capsys, ["bench", "m", "--workload", workload], 2)
+    assert "request 1 of the workload has 25 + 9 tokens, the KV cache has room for 32" in error
+    assert driver.closed and not driver.added
+
+
+def test_what_is_too_long_though_divided_wants_more_than_the_same_scale(driver, capsys, tmp_path):
+    workload = tmp_path / "long.csv"
+    workload.write_text("prefill,decode\n120,18\n")
+    error = _error(capsys, ["bench", "m", "--workload", str(workload), "--scale", "2"], 2)
+    assert "60 + 9 tokens" in error and "--scale 3" in error
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

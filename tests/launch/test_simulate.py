@@ -189,6 +189,17 @@ def test_a_workload_without_times_between_tokens_has_no_capacity(
     assert some in failure(capsys, search)
 
 
+@pytest.mark.parametrize("search", [[], ["--find-capacity", "--slo-tbt", "1"]])
+def test_a_request_that_the_pool_cannot_hold_is_named_before_anything_runs(
+    capsys, tmp_path, search
+):
+    path = tmp_path / "late.csv"
+    path.write_text("prefill,decode\n100,40\n100,61\n150,40\n")
+    run = [*SMALL, "--num-gpu-blocks-override", "10", "--block-size", "16"]
+    wanted = "request 2 of the workload has 150 + 40 tokens, the KV cache has room for 160; use"
+    assert f"{wanted} --scale 2" in failure(capsys, [*run, "--workload", str(path), *search])
+
+
 @pytest.mark.parametrize("pools", [["--prefill-pool", "1x1", "--decode-pool", "1x1"], []])
 def test_weights_that_do_not_fit_say_so(capsys, lengths, pools):
     run = ["simulate", "falcon-180b", "--device-profile", "a100-80gb-dgx", "--max-model-len",

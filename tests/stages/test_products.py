@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeserve.stages.backends.cpu import elementwise, library, products
+from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 from pipeserve.stages.backends.cpu.large_pages import Shelf
 from pipeserve.stages.backends.cpu.products import (
     GatedWeight,
@@ -308,13 +309,36 @@ def test_the_likeliest_where_8_bits_hardly_tell(kernels, scale, spread):
     assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
 
 
-def test_outputs_that_8_bits_of_x_would_swap(kernels):
-    """Weights are exact in them, once mixed. Of x 0.6 and 1.4 become 1, for the sake of -127."""
+def hadamard_matrix():
+    """Of 64 rows, as inputs are mixed by it."""
     hadamard = torch.ones(1, 1)
     for _ in range(6):
         hadamard = torch.cat(
             (torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1))
         )
+    return hadamard
+
+
+def test_a_vocabulary_in_bfloat16_does_not_round_x():
+    """8 bits bound the product with x as it is. Here they lose nothing, and bfloat16 does: equal
+    outputs would come apart by more than the bounds allow for."""
+    if library.kernels() is None:
+        pytest.skip("no kernels")
+    hadamard = hadamard_matrix()
+    weight = KernelBackend().place_vocabulary(hadamard.repeat_interleave(32, 0).bfloat16())
+    for seed in range(20):
+        torch.manual_seed(seed)
+        mixed = torch.randint(-100, 100, (1, 64)).float()
+        mixed[0, :8] = 127  # the highest outputs
+        x = mixed @ hadamard / 8
+        highest, outputs = weight.likeliest(x)
+        expected = weight.product(x).max(-1)
+        assert torch.equal(highest, expected.values) and torch.equal(outputs, expected.indices)
+
+
+def test_outputs_that_8_bits_of_x_would_swap(kernels):
+    """Weights are exact in them, once mixed. Of x 0.6 and 1.4 become 1, for the sake of -127."""
+    hadamard = hadamard_matrix()
     weight, x = torch.zeros(70, 64), torch.zeros(1, 64)
     weight[5, :2], weight[60, 2] = 1, 1
     x[0, 0] = x[0, 1] = 0.6

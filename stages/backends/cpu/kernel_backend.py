@@ -48,7 +48,7 @@ class KernelBackend(Backend):
         return PackedWeight(weight_OI, rounds_x=_is_paired(weight_OI))
 
     def place_vocabulary(self, weight_OI: Tensor) -> VocabularyWeight:
-        return VocabularyWeight(weight_OI, rounds_x=_is_paired(weight_OI))
+        return VocabularyWeight(weight_OI)
 
     def bytes_beside_vocabulary(self, num_rows: int, num_columns: int) -> int:
         return VocabularyWeight.coarse_bytes(num_rows, num_columns)

@@ -143,15 +143,11 @@ class PackedWeight:
 class VocabularyWeight(PackedWeight):
     """Of many outputs, of which often the highest alone is asked for: beside it lies a coarse copy,
     where the CPU has a use for it, which tells in few bytes where that may be (kernels/coarse.h).
+    It bounds the product with x as it is, so x is never rounded.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        rounds_x: bool = False,
-        library: ctypes.CDLL | None = None,
-    ) -> None:
-        super().__init__(weight, rounds_x, library)
+    def __init__(self, weight: Tensor, library: ctypes.CDLL | None = None) -> None:
+        super().__init__(weight, library=library)
         size = self.coarse_bytes(*weight.shape, self._library)
         if not size:
             return

@@ -32,8 +32,8 @@ from pipeserve.wire.sources import Source, Sources
 from pipeserve.wire.stage_job import StartStage
 from pipeserve.wire.step_messages import HeadTiming, Sampled, Step, Timing
 
-_LULL_MS = 200.0
-"""Without anything to do: longer than it mostly takes until the next microbatch comes."""
+_LULL_S = 0.2
+"""Without a microbatch: longer than it mostly takes until the next one comes."""
 
 
 class StageLoop:
@@ -77,6 +77,8 @@ class StageLoop:
         """When the last one ended; None where all that came meanwhile is taken."""
         self.untold: list[Span | Headed] = []
         """Times that the driver has not been told."""
+        self._at_work_s = time.monotonic()
+        """When it was last given a plan, or had ended one."""
         self.stands_still = False
         """It has lost a rank that shares the stage, and computes nothing more in this epoch."""
         self.sequences = Sequences()
@@ -192,10 +194,12 @@ class StageLoop:
             sys.exit(1)  # as its keeper would have it
 
     def _wait(self) -> list[Source]:
-        """For something to come. Once nothing has for a while, what is to be done some time is
-        done meanwhile, a moment's worth at a time. Not between microbatches: the next would often
-        come in such a moment (of memory: up to 5 ms), and wait for its end."""
-        found = self.sources.ready(_LULL_MS)
+        """For something to come. Once no microbatch has for a while, what is to be done some time
+        is done meanwhile, a moment's worth at a time. Not between microbatches: the next would
+        often come in such a moment (of memory: up to 5 ms), and wait for its end. Who only asks
+        for a sign of life, however often, does not put it off."""
+        left_s = max(self._at_work_s + _LULL_S - time.monotonic(), 0.0)
+        found = self.sources.ready(1000 * left_s)
         while not found and self.compute.prepare():
             found = self.sources.ready(0)
         return found or self.sources.ready(None)
@@ -208,6 +212,7 @@ class StageLoop:
         match message:
             case Step():
                 self.plans.append((message, seen_s))
+                self._at_work_s = seen_s
             case TakeMemory(num_blocks, meet_at):
                 self._take_memory(num_blocks, meet_at[self.job.stage] if meet_at else "")
             case Connect():
@@ -318,7 +323,7 @@ class StageLoop:
     def _ended(self, did: Span | Headed, done: Done) -> None:
         """What it sampled is told, with its times, and kept for what samples next. The times of one
         that samples nothing are told later: what the next one needs comes first."""
-        self.ended_s = did.end_s
+        self.ended_s, self._at_work_s = did.end_s, time.monotonic()
         self.untold.append(did)
         sampled = done.sampled
         if sampled is None:

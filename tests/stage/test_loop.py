@@ -257,6 +257,20 @@ def test_between_microbatches_nothing_is_done_ahead(opened):
     assert events(stage, "prepare", "begin")[-1] == "begin 1", "there was something to do"
 
 
+def test_who_often_asks_for_a_sign_of_life_does_not_put_off_a_lull(opened):
+    """Idle stages are asked four times in --heartbeat-interval: of 0.8 s or less, more often than a
+    lull takes."""
+    stage = opened(0, 2)
+    stage.device.num_to_prepare = 1
+    for _ in range(8):
+        soon = threading.Timer(0.05, lambda: stage.say(control.Heartbeat(0.0)))
+        soon.start()
+        stage.loop.go_round()
+        soon.join()
+    assert events(stage, "prepare") == ["prepare"]
+    assert len(events(stage, "Heartbeat")) == 8
+
+
 # ---- two halves ---------------------------------------------------------------------------------
 
 

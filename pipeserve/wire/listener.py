@@ -58,7 +58,7 @@ class Listener:
         self.host, self.port = self._tcp.getsockname()[:2]
         self.name = f"{join_address(self.host, self.port)} ({' and '.join(purposes)})"
         self.address = f"{join_address(self.host, self.port)}/{self.local_name}"
-        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self._spare = open(os.devnull, "rb")  # noqa: SIM115
         self.is_closed = False
         for listening in (self._tcp, self._local):
             listening.setblocking(False)
@@ -90,13 +90,13 @@ class Listener:
         who waits. Left there, it would be ready for ever, and this process never sleep."""
         if self._sources.drop_a_stranger("no more files may be opened"):
             return True
-        os.close(self._spare)
+        self._spare.close()
         try:
             listening.accept()[0].close()
         except OSError:
             pass
         finally:
-            self._spare = os.open(os.devnull, os.O_RDONLY)
+            self._spare = open(os.devnull, "rb")  # noqa: SIM115
         self._sources.turned_away.note(self.name, "somebody", "no more files may be opened")
         return False
 
@@ -122,7 +122,7 @@ class Listener:
         for listening in (self._tcp, self._local):
             self._sources.remove(listening.fileno())
             listening.close()
-        os.close(self._spare)
+        self._spare.close()
 
 
 def is_loopback(host: str) -> bool:

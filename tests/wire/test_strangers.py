@@ -1,6 +1,7 @@
 """Strangers at the ports: what they do costs their own connection, and is said once."""
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -244,6 +245,16 @@ def test_no_more_files_is_no_end(monkeypatch):
     third.close()
     assert port.serves()
     port.close()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_port_that_is_dropped_leaves_no_file_open():
+    """As of an `LLM` that nobody closes."""
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
+    Listener("127.0.0.1", Sources(), ("tokens",))
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_link_s_port_is_closed_once_the_neighbour_has_come():

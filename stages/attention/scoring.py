@@ -28,8 +28,11 @@ def products(q_XQH: Tensor, k_XCH: Tensor) -> Tensor:
 
     PyTorch rounds a product of 16-bit numbers to 16 bits. Keys may have a part in common that makes
     all scores large, as Qwen2's biases do: then the differences, which the softmax sees alone, are
-    lost (transformers#33317: perplexity 8.0 for 7.1), and float16 overflows (Qwen3#910: NaN).
+    lost (transformers#33317: perplexity 8.0 for 7.1), and float16 overflows (Qwen3#910: NaN). A GPU
+    multiplies in 16 bits still: its products of float32 would take many times as long.
     """
+    if k_XCH.is_cuda:
+        return torch.matmul(q_XQH.to(k_XCH.dtype), k_XCH.mT).float()
     return torch.matmul(q_XQH.float(), k_XCH.float().mT)
 
 

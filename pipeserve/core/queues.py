@@ -17,11 +17,12 @@ guarantee')."""
 class Queues:
     """Files each request where a policy looks for it, so that `plan` touches no other.
 
-    Whoever waits, runs or prefills stands in order (`order.py`); decodes take turns.
+    Whoever waits or prefills stands in order (`order.py`), and who runs in that of admission or, if
+    the order is binding, in order; decodes take turns.
     """
 
-    def __init__(self, traits: Traits):
-        self._one_in_flight = traits.one_in_flight
+    def __init__(self, traits: Traits, is_binding: bool):
+        self._one_in_flight, self._is_binding = traits.one_in_flight, is_binding
         self._max_on_way = MAX_ON_WAY if traits.plans_ahead else 1
         self._chunks_follow = traits.chunk_pipelining and not traits.one_in_flight
         self._waiting: RequestQueue[RequestState] = RequestQueue()
@@ -71,7 +72,7 @@ class Queues:
     def admit(self, state: RequestState) -> None:
         self._waiting.discard(state.id)
         state.running = True
-        self._running.put(state.id, state, state.precedence)
+        self._running.put(state.id, state, state.precedence if self._is_binding else 0.0)
         self.file(state)
 
     def hold(self, state: RequestState, until: RequestState) -> None:

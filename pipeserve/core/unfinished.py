@@ -31,10 +31,10 @@ class Unfinished:
     def __init__(self, limits: Limits, traits: Traits) -> None:
         self.stats = Stats()
         self.states: dict[RequestId, RequestState] = {}
-        self.queues = Queues(traits)
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
         self._limits = limits
         self._order = Order(limits.order)
+        self.queues = Queues(traits, self._order.is_binding)
         self._released: list[RequestId] = []
         self._num_added = 0
 

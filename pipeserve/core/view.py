@@ -161,11 +161,12 @@ class View:
     """In order: who is to be admitted first comes first. Of the same precedence, those that were
     preempted come before the others, and these by arrival."""
     running: Mapping[RequestId, RequestView]
-    """In order: who is to be preempted first comes last. Of the same precedence, by admission."""
+    """Who is to be preempted first comes last: by admission or, where the order is binding, by
+    precedence, and of the same by admission."""
     decodes: Mapping[RequestId, RequestView]
     """Running requests that may decode now, the one that waited longest first."""
     prefills: Mapping[RequestId, RequestView]
-    """Running requests whose next prefill chunk may be planned now, in order as `running`."""
+    """Running requests whose next prefill chunk may be planned now, in order."""
     num_decoding: int
     """Running requests past their prefill with a decode still to plan, plannable now or not."""
     decoding_context: int

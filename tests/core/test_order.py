@@ -102,6 +102,16 @@ def test_the_highest_number_is_preempted_and_waits_behind_lower_ones(policy):
     assert admitted.index(2) < again
 
 
+@pytest.mark.parametrize("policy", PREEMPTING)
+def test_shorter_prompts_that_come_later_do_not_push_a_long_one_out(policy):
+    """By length, a prompt of 40 that decoded was preempted up to nine times, for others that were
+    admitted behind it, and its user saw no token for many seconds."""
+    engine = make_engine(policy, num_blocks=16, order="sjf")
+    planned = schedule(engine, [(40, 20, 0), *[(4, 12, 0)] * 4])
+    admitted = admissions(planned)
+    assert engine.stats.preemptions >= 1 and admitted.count(0) == 1
+
+
 @EVERY_POLICY
 @pytest.mark.parametrize("num_stages", [1, 3])
 def test_priorities_mean_nothing_first_come_first_served(policy, num_stages):

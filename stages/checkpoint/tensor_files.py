@@ -26,6 +26,7 @@ _CUT = {
     "consolidated.01.pth": "Llama's own code",
 }
 """Files and folders of tensor-parallel checkpoints, and whose they are."""
+_POINTER = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -134,6 +135,8 @@ def read_header(descriptor: int, path: Path) -> dict[str, Entry]:
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if size < 8 or 8 + length > size:
+        if os.pread(descriptor, len(_POINTER), 0) == _POINTER:
+            raise ConfigError(f"{path} is a pointer of Git LFS to the weights; run git lfs pull")
         raise ConfigError(f"{path} is truncated: {size} bytes, no whole header; fetch it again")
     try:
         header = json.loads(os.pread(descriptor, length, 8))

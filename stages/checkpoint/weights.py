@@ -199,7 +199,7 @@ class Checkpoint:
         if entry.dtype not in DTYPES:
             raise ConfigError(
                 f"{path}: {name} has dtype {entry.dtype}, supported: {', '.join(DTYPES)}; "
-                "give a checkpoint that is not quantised"
+                "give a checkpoint in one of these"
             )
         return entry
 

@@ -261,6 +261,14 @@ def test_a_truncated_shard(sharded):
     refused(sharded, victim.name, "truncated", "fetch")
 
 
+def test_a_pointer_in_place_of_the_weights(single):
+    """What a clone without Git LFS has."""
+    (single / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+    refused(single, "model.safetensors", "Git LFS", "git lfs pull")
+
+
 @pytest.mark.parametrize("size", [0, 5, 8, 100])
 def test_a_truncated_header(single, size):
     os.truncate(single / "model.safetensors", size)

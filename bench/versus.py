@@ -11,13 +11,13 @@ each with so many requests at a time as `--running` says, where the workload has
 bfloat16 where this CPU multiplies it natively, else float32. llama.cpp is not among them: its
 Python package is source only.
 
-Each measurement starts an engine, warms it up with 8 short requests, submits the whole workload at
-once and ends the engine, so that the others take neither memory nor time meanwhile. In each round
-every side gets the same requests of random ids, other ones than in the round before, and rounds
-are run forwards and backwards in turn. Offline both sides are asked through their own Python
-interface and tokens are timed where they come out; with --http each runs its own server and
-`pipeserve bench --url` times both. A ratio is ours over the peer's, of medians; beside it the least
-and the greatest of the rounds. Tokens/s are better over 1, times under 1.
+Each measurement starts an engine, warms it up with 8 short requests, lets it rest for a second,
+submits the whole workload at once and ends the engine, so that the others take neither memory nor
+time meanwhile. In each round every side gets the same requests of random ids, other ones than in
+the round before, and rounds are run forwards and backwards in turn. Offline both sides are asked
+through their own Python interface and tokens are timed where they come out; with --http each runs
+its own server and `pipeserve bench --url` times both. A ratio is ours over the peer's, of medians;
+beside it the least and the greatest of the rounds. Tokens/s are better over 1, times under 1.
 
 --imitate-avx2 has all sides do without AVX512, as on the other kind of CPU that people have: oneDNN
 and PyTorch by their variables, which our kernels go by, too, and vLLM by its library for AVX2.

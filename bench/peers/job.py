@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 _WARMUP_REQUESTS = 8
 _WARMUP_TOKENS = 8
-"""As `pipeserve bench` warms up."""
+_REST_S = 1.0
+"""As `pipeserve bench` warms up, and rests."""
 
 
 class Ask(NamedTuple):
@@ -41,6 +42,7 @@ def do_job(start: Start) -> None:
     asks = [Ask(line["prompt_token_ids"], line["max_tokens"]) for line in lines]
     with start(args, asks) as engine:
         engine(_warmup(asks))
+        time.sleep(_REST_S)
         runs = [_run(engine, asks) for _ in range(args.repeat)]
     args.out.write_text(json.dumps({"runs": runs}))
 

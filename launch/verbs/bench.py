@@ -44,6 +44,8 @@ _SUBMITTED_AT_ONCE = 16
 """Requests of a burst, between two looks at what the stages say."""
 _WARMUP_REQUESTS = 8
 _WARMUP_TOKENS = 8
+_REST_S = 1.0
+"""Behind them, as between a server's first requests: stages bring memory of their KV pools then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,7 @@ def bench(
     if driver.setup.kind == "real":
         run_items(driver, _warmup_items(items, vocab_size), "warm-up", ids)
         driver.settle()
+        time.sleep(_REST_S)
     records.start_writing()
     runs = [_run(driver, records, items, f"run {number}", ids) for number in range(repeat)]
     driver.refresh_memory()

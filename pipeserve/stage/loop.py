@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import msgspec
@@ -77,8 +78,8 @@ class StageLoop:
         """When the last one ended; None where all that came meanwhile is taken."""
         self.untold: list[Span | Headed] = []
         """Times that the driver has not been told."""
-        self._at_work_s = time.monotonic()
-        """When it was last given a plan, or had ended one."""
+        self._at_work_s = -inf
+        """When it was last given a plan, or had ended one; before the first, long ago."""
         self.stands_still = False
         """It has lost a rank that shares the stage, and computes nothing more in this epoch."""
         self.sequences = Sequences()

@@ -34,7 +34,6 @@ from pipeserve.wire.step_messages import Sampled, StepChunk
 
 _SCORED_ROWS = 64  # whose logits over the whole vocabulary are held at a time
 _LOADING_REPORT_S = 0.25
-_PREPARING_S = 0.5  # of a start, so that the first requests need not do it
 
 
 class Stamps(NamedTuple):
@@ -123,9 +122,6 @@ class ModelCompute:
             num_blocks=num_blocks, block_size=share.block_size, dtype=self.kv_dtype
         )
         self.kv_bytes = self.kv.num_bytes
-        stop_s = time.monotonic() + _PREPARING_S
-        while time.monotonic() < stop_s and self.prepare():
-            pass
 
     def meet(self, address: str) -> bool:
         """As `Compute`."""

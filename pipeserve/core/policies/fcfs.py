@@ -3,8 +3,8 @@
 Requests are admitted in order (`core/order.py`), and nothing passes the head of the queue. Blocks
 are reserved at admission, for the whole prompt (Sarathi-Serve, OSDI'24, algorithm 3, and its code,
 `sarathi_scheduler.py`; the watermark is vLLM's) or for the longest that the request can reach
-(Orca). Where only the prompt has its blocks, decodes take one on demand, and the last in order is
-preempted first, by recompute.
+(Orca). Where only the prompt has its blocks, decodes take one on demand, and the last of those that
+run (`View.running`) is preempted first, by recompute.
 """
 
 from bisect import bisect_left
@@ -31,7 +31,7 @@ class Room:
 
 
 def make_room(view: View, decodes: Sequence[RequestView]) -> Room:
-    """Preempts the last in order until each remaining decode has a block to write to.
+    """Preempts the last of `running` until each remaining decode has a block to write to.
 
     A request that runs alone always has one (`Engine.add` saw to it), so this ends.
     """
@@ -64,7 +64,7 @@ def reserved_room(view: View, most: int) -> Room:
 
 
 def only_decodes(view: View, wait: str = "token") -> Draft:
-    """All ready decodes and nothing else; the last in order are preempted to make room."""
+    """All ready decodes and nothing else; the last that run are preempted to make room."""
     most = view.limits.max_num_batched_tokens
     room = make_room(view, list(islice(view.decodes.values(), most)))
     return Draft(chunks=room.decodes, preempt=room.preempted, wait=wait)

@@ -16,8 +16,8 @@ pages that running decodes will want (a ratio that adapts, in place of KVthresh)
 is down to what it holds back, stops prefill; the paper's #MinP goes on, and is what is built here.
 Blocks are reserved for a whole prompt at admission, with 1 % kept free, where gLLM takes pages
 chunk by chunk: KVfree falls earlier here. Decodes and prefill tokens share
-`max_num_batched_tokens`; in gLLM #MaxP bounds prefill alone. Who is preempted is the latest
-arrival, as in the other policies.
+`max_num_batched_tokens`; in gLLM #MaxP bounds prefill alone. Who was admitted last is preempted
+first, as in the other policies.
 """
 
 from itertools import islice

@@ -76,8 +76,8 @@ class StageLoop:
         """On the first stage, those whose rows come back for the head."""
         self.ended_s: float | None = None
         """When the last one ended; None where all that came meanwhile is taken."""
-        self.untold: list[Span | Headed] = []
-        """Times that the driver has not been told."""
+        self.untold: Span | None = None
+        """Of what ended last, if it sampled nothing, until the driver is told."""
         self._at_work_s = -inf
         """When it was last given a plan, or had ended one; before the first, long ago."""
         self.stands_still = False
@@ -103,12 +103,10 @@ class StageLoop:
         self._receive(may_wait and self._has_nothing_to_do())
         while self._can_begin():
             self._begin()
-        self.ended_s = None
+        self._tell_times()  # not before the next microbatch has begun, if it can
         if self.unheaded and self.neighbours.rows.ready(self.unheaded[0].step.index):
             self._apply_head()
-            return
-        self._tell_times()  # not before the next microbatch has begun, if it can
-        if self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
+        elif self.begun and (self._is_full() or self.compute.left_s(self.begun[0][1]) <= 0):
             self._end()
 
     def close(self) -> None:
@@ -127,9 +125,9 @@ class StageLoop:
 
     def _tell_times(self) -> None:
         self.ended_s = None
-        if self.untold:
-            self._report(*map(_timing, self.untold))
-            self.untold.clear()
+        if self.untold is not None:
+            self._report(Timing(self.untold))
+            self.untold = None
 
     def _take_memory(self, num_blocks: int, meet_at: str) -> None:
         """Once; and each time with who shares the stage, if somebody does."""
@@ -302,7 +300,9 @@ class StageLoop:
             self.neighbours.rows.send(turn.step.index, done.rows)
         span = self._span(turn, done)
         self.keep(span)
-        self._ended(span, done)
+        if done.sampled is None:  # told later: what the next stage or microbatch needs comes first
+            self.untold = span
+        self._ended(Timing(span), span.end_s, done)
 
     def _apply_head(self) -> None:
         """To the rows that have come back first."""
@@ -319,18 +319,15 @@ class StageLoop:
             cpu_s=done.cpu_s,
             between_cpu_s=done.between_cpu_s,
         )
-        self._ended(headed, done)
+        self._ended(HeadTiming(headed), headed.end_s, done)
 
-    def _ended(self, did: Span | Headed, done: Done) -> None:
-        """What it sampled is told, with its times, and kept for what samples next. The times of one
-        that samples nothing are told later: what the next one needs comes first."""
-        self.ended_s, self._at_work_s = did.end_s, time.monotonic()
-        self.untold.append(did)
+    def _ended(self, timing: Timing | HeadTiming, end_s: float, done: Done) -> None:
+        """What it sampled is told, with its times, and kept for what samples next."""
+        self.ended_s, self._at_work_s = end_s, time.monotonic()
         sampled = done.sampled
         if sampled is None:
             return
-        self._report(sampled, *map(_timing, self.untold))
-        self.untold.clear()
+        self._report(sampled, timing)
         if sampled.tokens:
             self.sequences.take_tokens(sampled.index, sampled.tokens, sampled.counts, done.sent_s)
 
@@ -362,7 +359,3 @@ class StageLoop:
             all_reduce_s=done.all_reduce_s,
             rank_wait_s=done.rank_wait_s,
         )
-
-
-def _timing(did: Span | Headed) -> Timing | HeadTiming:
-    return Timing(did) if isinstance(did, Span) else HeadTiming(did)

@@ -32,7 +32,7 @@ class _Batch:
 
 
 class GatheredAttention:
-    """Both products in the pool's dtype, what is between them in float32."""
+    """Scores and softmax in float32, weighted values in the pool's dtype."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

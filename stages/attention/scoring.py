@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_MOST_NUMBERS = 1 << 22
+"""Of keys that are held in float32, too."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scoring:
@@ -33,7 +36,15 @@ def products(q_XQH: Tensor, k_XCH: Tensor) -> Tensor:
     """
     if k_XCH.is_cuda:
         return torch.matmul(q_XQH.to(k_XCH.dtype), k_XCH.mT).float()
-    return torch.matmul(q_XQH.float(), k_XCH.float().mT)
+    if k_XCH.dtype == torch.float32:
+        return torch.matmul(q_XQH, k_XCH.mT)
+    scores_XQC = q_XQH.new_empty((*q_XQH.shape[:-1], k_XCH.shape[-2]))
+    q, k, scores = (each.flatten(0, -3) for each in (q_XQH, k_XCH, scores_XQC))
+    most = max(1, _MOST_NUMBERS // k[0].numel())
+    for start in range(0, len(k), most):
+        piece = slice(start, start + most)
+        torch.bmm(q[piece], k[piece].float().mT, out=scores[piece])
+    return scores_XQC
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

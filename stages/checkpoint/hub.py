@@ -48,7 +48,9 @@ def fetch(model: str, on_progress: Callable[[str], None]) -> Path:
     shards = _shards(folder)
     if _missing_of(folder, shards):
         # By commit, so that config and weights are of one even if the branch moves meanwhile.
-        _snapshot(repo, folder.name, [_WHOLE, *shards], on_progress)
+        _snapshot(repo, folder.name, [_WHOLE], on_progress)
+        if _missing_of(folder, shards):
+            _snapshot(repo, folder.name, shards, on_progress)
     missing = _missing_of(folder, shards)
     if missing:
         raise ConfigError(_missing(repo, missing[0]))

@@ -542,6 +542,32 @@ def test_rows_that_come_back_go_first_and_the_other_end_hears_of_their_tokens(op
     assert list(stage.device.given[-1].sequences[0].token_ids) == [7, 7, 7, 7, 0]
 
 
+def test_the_times_of_a_microbatch_are_told_before_the_head_that_follows_it(opened):
+    """The driver would think else that the microbatch took no time, and the head all of it, and
+    take a stage that works for one that hangs."""
+    stage = opened(0, 2, most_begun=1, shares_head=True)
+    stage.connect_to_other_end()
+    stage.plan(prompt(0, head_at_first=True))
+    stage.rounds(4)
+    rows = connect(stage.loop.neighbours.rows_at, stage.theirs, "rows")
+    while not rows.is_open:
+        stage.rounds()
+    end = stage.device.end
+
+    def end_late(*how):
+        rows.send_large(memoryview(b"rows"), memoryview(bytes(8)))  # of 0, while 1 is computed
+        time.sleep(0.1)
+        return end(*how)
+
+    stage.device.end = end_late
+    stage.plan(prompt(1))
+    rounds_until(stage, "Sampled + HeadTiming")
+    place = stage.log.index("end 1")
+    assert stage.log[place:] == [
+        "end 1", "Timing", "head 0 of rows", "tokens", "Sampled + HeadTiming",
+    ]  # fmt: skip
+
+
 def test_the_last_stage_sends_rows_back_and_waits_for_what_it_samples_by(opened):
     """Rules go by all tokens of a request, whichever end has sampled them."""
     stage = opened(1, 2, most_begun=1, shares_head=True)

@@ -2,7 +2,7 @@
 
 While the head of the queue fits, a microbatch is whole prompts and nothing else; only when none
 fits is it the ready decodes, and nothing else. A prompt is admitted when its blocks are free and
-1 % of all besides; decodes take a block on demand, and where there is none the latest arrival is
+1 % of all besides; decodes take a block on demand, and where there is none who came last is
 preempted, goes to the front of the queue and is computed again.
 
 Departures. Recompute is the only preemption (vLLM also swaps to host memory), as in the

@@ -97,10 +97,10 @@ class Capacity:
 def check_has_gaps(workload: str, lengths: Lengths) -> None:
     """Raises ConfigError where there is too little time between tokens to go by."""
     if sum(output - 1 for _, output in lengths) < _LEAST_GAPS * len(lengths):
-        num_longer = sum(output > 1 for _, output in lengths)
+        num_one = sum(output == 1 for _, output in lengths)
         raise ConfigError(
-            f"{num_longer or 'none'} of {len(lengths):,} requests of {workload} has two output "
-            "tokens: too few to go by the time between tokens; give another workload"
+            f"{num_one:,} of {len(lengths):,} requests of {workload} have one output token: too "
+            "few times between tokens to go by; give another workload"
         )
 
 

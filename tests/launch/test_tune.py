@@ -174,7 +174,7 @@ def test_other_things_that_cannot_be(error_of, tmp_path):
     assert there.read_text() == "mine\n"
     one = tmp_path / "one.csv"
     one.write_text("prefill,decode\n100,1\n")
-    assert "has two output tokens" in error_of("-pp", "8", "--slo-tbt", "1", "--workload", str(one))
+    assert "have one output token" in error_of("-pp", "8", "--slo-tbt", "1", "--workload", str(one))
 
 
 @pytest.fixture

@@ -71,8 +71,8 @@ static void multiply_block(
             int64_t panels;
             for (int64_t panel = group; panel < group_end; panel += panels) {
                 const char *w = p->w + panel * panel_size + begin * PANEL * number;
-                panels = tiles == 1 ? panels_at_once(rows) : 1;
-                if (panel + panels > group_end) panels = 1;
+                const int is_alone = tiles == 1 && panel + panels_at_once(rows) <= group_end;
+                panels = is_alone ? panels_at_once(rows) : 1;
                 const int goes_aside =
                     p->ending != ROWS || (panel + panels) * PANEL > p->num_outputs;
                 for (int64_t tile = 0; tile < tiles; tile++) {
@@ -106,7 +106,7 @@ static void multiply_block(
                     const int64_t ahead_size =
                         inputs_at_once(p->storage) * PANEL * number / (tiles == 1 ? 1 : tiles);
                     multiply(
-                        p->storage, tile_rows, panels,
+                        p->storage, tile_rows, is_alone,
                         x + ((row - begin_row) * lines + first_line * tile_rows) * LINE_FLOATS, w,
                         panel_size, end - begin, ahead, ahead_size, &to
                     );
@@ -246,7 +246,7 @@ static void take_highest(
     float sums[PANEL];
     struct Sums to = {.is_first = 1, .is_last = 1, .y = sums};
     const int64_t panel_size = depth * PANEL * size_of(storage);
-    multiply(storage, 1, 1, x, w + i * panel_size, panel_size, depth, w + i * panel_size, 0, &to);
+    multiply(storage, 1, 0, x, w + i * panel_size, panel_size, depth, w + i * panel_size, 0, &to);
     for (int64_t c = 0; c < least(PANEL, out - i * PANEL); c++) {
         const int64_t n = i * PANEL + c;
         if (sums[c] > *highest || (sums[c] == *highest && n < *output)) *highest = sums[c], *output = n;

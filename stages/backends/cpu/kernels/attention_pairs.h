@@ -120,13 +120,20 @@ typedef struct {
     float bases[ROWS];                           /* that they are taken against */
     float *sums;                                 /* [rows, LANES], of the weights so far */
     int64_t num_rows;
+    int64_t log_units; /* of the units that any of them sees, rounded up to a power of two */
 } Weighed;
+
+/* Of a tile in which nobody sees anything behind position `to`. */
+static int64_t log_units(int64_t to) { return to <= UNIT ? 0 : to <= 2 * UNIT ? 1 : 2; }
+
+static int64_t num_registers(const Weighed *rows) { return rows->num_rows << rows->log_units; }
 
 /* The register `i` of all rows' scores. */
 INLINE void weigh_pairs(Weighed *rows, int64_t i) {
-    const int64_t row = i / UNITS;
-    Floats weight = power_of_two(load_floats(rows->scores + i * LANES) - rows->bases[row], true);
-    *(Rounded *)(rows->weights + i * LANES / 2) = __builtin_convertvector(weight, Rounded);
+    const int64_t row = i >> rows->log_units;
+    const int64_t at = row * TILE + (i - (row << rows->log_units)) * LANES;
+    Floats weight = power_of_two(load_floats(rows->scores + at) - rows->bases[row], true);
+    *(Rounded *)(rows->weights + at / 2) = __builtin_convertvector(weight, Rounded);
     store_floats(rows->sums + row * LANES, load_floats(rows->sums + row * LANES) + weight);
 }
 
@@ -154,7 +161,7 @@ INLINE void score_pair(int M, int N, const float *q, int64_t pairs, int64_t h, c
    than half of what it takes alone. */
 INLINE void score_pairs(int M, int N, const float *q, int64_t pairs, const Tile *tile,
                         const Tile *next, const PairedTile *copied, bool in_pool, Weighed *rows) {
-    const int64_t num_before = rows->num_rows * UNITS;
+    const int64_t num_before = num_registers(rows);
     Floats sums[ROWS][UNITS];
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
         sums[m][n] = (Floats){0};
@@ -167,8 +174,6 @@ INLINE void score_pairs(int M, int N, const float *q, int64_t pairs, const Tile 
     for (; h < num_before; h++) weigh_pairs(rows, h);
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
         store_floats(rows->scores + m * TILE + n * LANES, sums[m][n]);
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = N; n < UNITS; n++)
-        store_floats(rows->scores + m * TILE + n * LANES, all_lanes(-__builtin_inff()));
 }
 
 /* out [M, size] += weights [M, TILE / 2] * values, of N registers' dimensions

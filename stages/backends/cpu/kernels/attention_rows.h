@@ -142,25 +142,30 @@ INLINE void take_paired_tile(const Call *call, const Queries *queries, int64_t h
     const int64_t group = call->num_heads / call->pool->num_kv_heads;
     const int64_t pairs = pairs_of(call->pool->head_size);
     Weighed weighed;
-    weighed.num_rows = 0;
+    weighed.num_rows = weighed.log_units = 0;
     Rows before;
     for (int64_t row = 0; row < queries->num_queries * group; row += ROWS) {
         const Rows rows = rows_from(call, queries, tile, row);
         if (rows.to <= 0) continue; /* none sees it */
         const float *q = s->q + row * pairs;
+        const int64_t seen = in_pool ? 2 : log_units(rows.to);
 #define SCORE_PAIRS(M, N)                                                                          \
-    if (rows.to > TILE / 2)                                                                        \
-        score_pairs(M, UNITS, q, pairs, tile, next, copied, in_pool, &weighed);                    \
+    if (seen == 0)                                                                                 \
+        score_pairs(M, 1, q, pairs, tile, next, copied, in_pool, &weighed);                        \
+    else if (seen == 1)                                                                            \
+        score_pairs(M, 2, q, pairs, tile, next, copied, in_pool, &weighed);                        \
     else                                                                                           \
-        score_pairs(M, UNITS / 2, q, pairs, tile, next, copied, in_pool, &weighed)
+        score_pairs(M, UNITS, q, pairs, tile, next, copied, in_pool, &weighed)
         FOR_ROWS(rows.count, SCORE_PAIRS)
         if (weighed.num_rows)
             add_paired_rows(call, tile, next, before, copied, s, weighed.weights, in_pool);
-        finish_rows(call, queries, head, tile, &rows, s, weighed.scores, TILE, weighed.bases);
+        finish_rows(call, queries, head, tile, &rows, s, weighed.scores, UNIT << seen,
+                    weighed.bases);
         weighed.sums = s->sums + row * LANES, weighed.num_rows = rows.count;
+        weighed.log_units = seen;
         before = rows;
     }
-    for (int64_t i = 0; i < weighed.num_rows * UNITS; i++) weigh_pairs(&weighed, i);
+    for (int64_t i = 0; i < num_registers(&weighed); i++) weigh_pairs(&weighed, i);
     if (weighed.num_rows)
         add_paired_rows(call, tile, next, before, copied, s, weighed.weights, in_pool);
 }

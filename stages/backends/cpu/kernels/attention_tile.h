@@ -117,8 +117,10 @@ INLINE Floats alibi_bias(float slope, Floats positions) {
 static void finish_scores(float *scores, int64_t count, int64_t first, int64_t seen, int64_t stop,
                           const Scoring *scoring, float slope) {
     const float lowest = seen - first, highest = stop - first;
-    if (lowest <= 0 && highest >= count && scoring->softcap == 0 && slope == 0) return;
-    for (int64_t i = 0; i < count; i += LANES) {
+    /* Most rows are hidden no more than what comes behind them. */
+    const bool is_plain = lowest <= 0 && scoring->softcap == 0 && slope == 0;
+    const int64_t first_changed = is_plain ? most(0, stop - first) / LANES * LANES : 0;
+    for (int64_t i = first_changed; i < count; i += LANES) {
         Floats x = load_floats(scores + i), place = lane_numbers() + (float)i;
         if (scoring->softcap != 0)
             x = scoring->softcap * hyperbolic_tangent(x / scoring->softcap);

@@ -49,7 +49,7 @@ PARTS = {
     "activate": "activations",
     "pad_rows": "padding",
 }
-HALVES = ("attention_half", "mlp_half")
+HALVES = ("attention_half", "mlp_half", "layers_at_once")
 CASES = {
     "16 decodes": (0, 0, 16),
     "32 decodes": (0, 0, 32),
@@ -94,7 +94,7 @@ class Timed:
 
 
 def plain_halves(backend: Backend) -> dict[str, MethodType]:
-    """Methods that do halves of layers part by part."""
+    """Methods that do layers part by part."""
     return {name: MethodType(getattr(Backend, name), backend) for name in HALVES}
 
 

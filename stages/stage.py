@@ -7,20 +7,22 @@ Suffixes: T tokens of the microbatch (inside a stage, with padding rows behind t
 size, R rows whose logits are wanted, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache
-from pipeserve.stages.backends.backend import Backend
+from pipeserve.stages.backends.backend import Backend, TwoHalves
 from pipeserve.stages.config.families import find_family
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families import parts_of
 from pipeserve.stages.layers.leaf import Leaf
 from pipeserve.stages.layers.part import Part
+from pipeserve.stages.layers.pre_norm import two_halves
 from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 from pipeserve.stages.tensor_parallel.cut import config_of_shard, cut
@@ -119,13 +121,32 @@ class Stage(nn.Module):
             },
         )
         num_rows = inputs.num_wanted if self.gives_rows else inputs.num_tokens
-        for number, layer in enumerate(self.layers):
-            if number == len(self.layers) - 1 and num_rows < inputs.num_tokens:
-                shared = self._of_wanted(shared, kv)
-            x_TD = layer(x_TD, shared, kv.layer(number))
+        some_end = num_rows < inputs.num_tokens and len(self.layers) > 0
+        x_TD = self._through(len(self.layers) - some_end, x_TD, shared, kv)
+        if some_end:
+            last = len(self.layers) - 1
+            x_TD = self.layers[last](x_TD, self._of_wanted(shared, kv), kv.layer(last))
         if not self.layers and self.gives_rows:
             x_TD = x_TD[inputs.logit_rows_R]
         return x_TD[:num_rows] if self.head is None else self.head(x_TD[:num_rows])
+
+    def _through(self, count: int, x_TD: Tensor, shared: LayerInputs, kv: KVCache) -> Tensor:
+        """The first `count` layers, of which all rows go on."""
+        if self._two_halves:
+            at_once = (self._two_halves, count, x_TD, shared.rotations, kv, shared.plan)
+            done_TD = self.backend.layers_at_once(*at_once)
+            if done_TD is not None:
+                return done_TD
+        for number in range(count):
+            x_TD = self.layers[number](x_TD, shared, kv.layer(number))
+        return x_TD
+
+    @cached_property
+    def _two_halves(self) -> Sequence[TwoHalves]:
+        """Of every layer, once nobody puts anything around its parts any more; of none, where any
+        layer is another kind."""
+        halves = [two_halves(layer) for layer in self.layers]
+        return () if None in halves else tuple(halves)
 
     def _of_wanted(self, shared: LayerInputs, kv: KVCache) -> LayerInputs:
         """In which the rows alone go on whose logits are wanted."""

@@ -12,8 +12,8 @@ Suffixes: T tokens, X any axes, D a normed axis, I and O features of a product, 
 N query heads, K kv heads, A all heads (queries, then keys, then values), H head size.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache, PoolLayer, clear, write
 from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.backends.activations import ACTIVATIONS
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, signed sin) of each token, float32 [T, 1, H or what is rotated of it]."""
@@ -57,6 +57,22 @@ class Product(Protocol):
 
 HeadNorms = Sequence[Norm]
 """Of the queries and of the keys, over each head."""
+
+
+class TwoHalves(NamedTuple):
+    """A layer whose attention and MLP are both normed before, and added to what they were given."""
+
+    attention_norm: Norm
+    qkv: Product
+    head_norms: HeadNorms | None
+    rope: RopeConfig | None
+    scoring: Scoring
+    out: Product
+    mlp_norm: Norm
+    up: Product
+    activation: str
+    down: Product
+    is_gated: bool
 
 
 class Backend:
@@ -249,7 +265,7 @@ class Backend:
         """[T, N, H]; what comes of rows of padding is of no use. `plan`: `prepare_attention`'s."""
         return self.attention(q_TNH, pool, plan, scoring)
 
-    # ---- halves of a layer ----------------------------------------------------------------------
+    # ---- halves of a layer, and whole layers ----------------------------------------------------
 
     def attention_half(
         self,
@@ -285,6 +301,19 @@ class Backend:
         """What `Mlp` is, or `GatedMlp`, whose `up` has its activation in it."""
         inner_TF = up(_normed(x_TD, norm))
         return down(inner_TF if is_gated else self.activate(inner_TF, activation), onto_TD)
+
+    def layers_at_once(
+        self,
+        layers: Sequence[TwoHalves],
+        count: int,
+        x_TD: Tensor,
+        rotations: Mapping[RopeConfig, Rotation],
+        kv: KVCache,
+        plan: object,
+    ) -> Tensor | None:
+        """What comes of the first `count` of `layers`, all of whose rows go on, where it can
+        be had for less than half by half; else None, and nothing was done."""
+        return None
 
 
 def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:

@@ -3,9 +3,6 @@
 Pre-norm RMSNorm, rotary positions, grouped-query attention, gated MLP or experts.
 """
 
-from torch import Tensor
-
-from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.config.families.llama import LlamaConfig
 from pipeserve.stages.config.model_config import ModelConfig
@@ -15,26 +12,19 @@ from pipeserve.stages.layers.leaf import Rows, whole
 from pipeserve.stages.layers.linear import GatedLinear, Linear
 from pipeserve.stages.layers.mlp import Experts, GatedMlp
 from pipeserve.stages.layers.norms import RMSNorm
-from pipeserve.stages.layers.part import Part
-from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
+from pipeserve.stages.layers.pre_norm import PreNormLayer
+from pipeserve.stages.layers.self_attention import SelfAttention
 
 
-class LlamaLayer(Part):
-    def __init__(self, config: LlamaConfig, number: int, prefix: str) -> None:
-        super().__init__()
-        size, eps = config.hidden_size, config.norm_eps
-        self.attention_norm = RMSNorm(size, eps, f"{prefix}input_layernorm")
-        self.attention = _attention(config, number, f"{prefix}self_attn.")
-        self.mlp_norm = RMSNorm(size, eps, f"{prefix}post_attention_layernorm")
-        self.mlp = (
-            gated_mlp(config, f"{prefix}mlp.")
-            if config.experts is None
-            else _experts(config, prefix)
-        )
-
-    def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
-        x_TD = self.attention(x_TD, shared, pool, self.attention_norm, x_TD)
-        return self.mlp(x_TD, self.mlp_norm, x_TD)
+def _make_layer(config: LlamaConfig, number: int, prefix: str) -> PreNormLayer:
+    size, eps = config.hidden_size, config.norm_eps
+    is_dense = config.experts is None
+    return PreNormLayer(
+        RMSNorm(size, eps, f"{prefix}input_layernorm"),
+        _attention(config, number, f"{prefix}self_attn."),
+        RMSNorm(size, eps, f"{prefix}post_attention_layernorm"),
+        gated_mlp(config, f"{prefix}mlp.") if is_dense else _experts(config, prefix),
+    )
 
 
 def _attention(config: LlamaConfig, number: int, prefix: str) -> SelfAttention:
@@ -99,4 +89,4 @@ def make_head(config: ModelConfig) -> Head:
     return Head(norm, vocabulary(config, config.hidden_size, "model.embed_tokens"))
 
 
-PARTS = Parts(make_embedding, LlamaLayer, make_head)
+PARTS = Parts(make_embedding, _make_layer, make_head)

@@ -16,33 +16,32 @@ from pipeserve.stages.layers.leaf import Embedding
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.layers.mlp import Mlp
 from pipeserve.stages.layers.norms import LayerNorm
-from pipeserve.stages.layers.part import Part
+from pipeserve.stages.layers.pre_norm import PreNormLayer
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 _DECODER = "model.decoder"
 _OFFSET = 2  # rows of the position table before position 0, left over from padding ids
 
 
-class OPTLayer(Part):
-    def __init__(self, config: OPTConfig, number: int, prefix: str) -> None:
-        super().__init__()
-        size, width = config.hidden_size, config.intermediate_size
-        self.is_pre_norm = config.is_pre_norm
-        self.attention_norm = LayerNorm(size, config.norm_eps, f"{prefix}self_attn_layer_norm")
-        self.attention = _attention(config, f"{prefix}self_attn.")
-        self.mlp_norm = LayerNorm(size, config.norm_eps, f"{prefix}final_layer_norm")
-        self.mlp = Mlp(
+class _PostNormLayer(PreNormLayer):
+    def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
+        x_TD = self.attention_norm(self.attention(x_TD, shared, pool, onto_TD=x_TD))
+        return self.mlp_norm(self.mlp(x_TD, onto_TD=x_TD))
+
+
+def _make_layer(config: OPTConfig, number: int, prefix: str) -> PreNormLayer:
+    size, width = config.hidden_size, config.intermediate_size
+    kind = PreNormLayer if config.is_pre_norm else _PostNormLayer
+    return kind(
+        LayerNorm(size, config.norm_eps, f"{prefix}self_attn_layer_norm"),
+        _attention(config, f"{prefix}self_attn."),
+        LayerNorm(size, config.norm_eps, f"{prefix}final_layer_norm"),
+        Mlp(
             config.activation,
             Linear(size, width, f"{prefix}fc1", config.has_bias),
             Linear(width, size, f"{prefix}fc2", config.has_bias),
-        )
-
-    def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
-        if self.is_pre_norm:
-            x_TD = self.attention(x_TD, shared, pool, self.attention_norm, x_TD)
-            return self.mlp(x_TD, self.mlp_norm, x_TD)
-        x_TD = self.attention_norm(self.attention(x_TD, shared, pool, onto_TD=x_TD))
-        return self.mlp_norm(self.mlp(x_TD, onto_TD=x_TD))
+        ),
+    )
 
 
 def _attention(config: OPTConfig, prefix: str) -> SelfAttention:
@@ -82,4 +81,4 @@ def _make_head(config: OPTConfig) -> Head:
     )
 
 
-PARTS = Parts(_make_embedding, OPTLayer, _make_head)
+PARTS = Parts(_make_embedding, _make_layer, _make_head)

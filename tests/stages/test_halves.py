@@ -1,4 +1,4 @@
-"""Halves of a layer by one call of C: the same numbers as part by part, in every family."""
+"""Halves of a layer by one call of C, and layers by one: the same numbers as part by part."""
 
 import pytest
 import torch
@@ -16,13 +16,10 @@ pytestmark = [
 ]
 
 
-class PartByPart(KernelBackend):
-    attention_half = Backend.attention_half
-    mlp_half = Backend.mlp_half
-
-
-class Unlike(KernelBackend):
+class HalfByHalf(KernelBackend):
     """Knows no operation but halves, for layers in which all rows go on."""
+
+    layers_at_once = Backend.layers_at_once
 
     def place_heads(self, *_):
         raise AssertionError
@@ -30,8 +27,33 @@ class Unlike(KernelBackend):
     gated = activate = place_heads
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_halves_are_their_parts_bit_for_bit(tmp_path, name):
+class PartByPart(KernelBackend):
+    layers_at_once = Backend.layers_at_once
+    attention_half = Backend.attention_half
+    mlp_half = Backend.mlp_half
+
+
+class AtOnce(KernelBackend):
+    """Knows no halves either."""
+
+    attention_half = mlp_half = HalfByHalf.place_heads
+
+
+NOT_AT_ONCE = [
+    name
+    for name in TINY
+    if any(kind in name for kind in ("falcon", "gemma", "mixtral", "moe", "post"))
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *[(name, HalfByHalf) for name in TINY],
+        *[(name, AtOnce) for name in TINY if name not in NOT_AT_ONCE],
+    ],
+)
+def test_halves_and_layers_are_their_parts_bit_for_bit(tmp_path, name, backend):
     """Of one row and of several blocks of them, whose last one is short or not."""
     folder = tiny(name, tmp_path)
     prompts = random_prompts(folder, (60, 97, 45))
@@ -39,7 +61,7 @@ def test_halves_are_their_parts_bit_for_bit(tmp_path, name):
     for dtype in (torch.float32, torch.bfloat16):
         own, apart = (
             Stages(folder, (4,), backend=backend, dtype=dtype)
-            for backend in (Unlike(), PartByPart())
+            for backend in (backend(), PartByPart())
         )
         for spans in (
             {0: (0, 1), 1: (0, 90), 2: (0, 5)},
@@ -66,6 +88,6 @@ def test_weights_that_are_set_anew_are_used(tmp_path):
             leaf.set(torch.randn(leaf.shape), torch.randn(leaf.shape[0]) if leaf.has_bias else None)
     again = stages.run(chunk, prompt)
     assert not torch.isclose(first, again).all(-1).any()
-    stages.stages[0].backend.attention_half = PartByPart().attention_half
-    stages.stages[0].backend.mlp_half = PartByPart().mlp_half
+    for method in ("layers_at_once", "attention_half", "mlp_half"):
+        setattr(stages.stages[0].backend, method, getattr(PartByPart(), method))
     assert torch.equal(stages.run(chunk, prompt), again)

@@ -1,22 +1,24 @@
-"""The halves of a decoder layer by one call of C each (kernels/halves.c).
+"""The halves of a decoder layer by one call of C each, and layers by one (kernels/halves.c).
 
 Suffixes: T tokens, D hidden size, F intermediate size.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import addressof, byref, c_bool, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from pipeserve.stages.attention.kv import PoolLayer
+from pipeserve.stages.attention.kv import KVCache, PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
-from pipeserve.stages.backends.backend import Norm, Product, Rotation
+from pipeserve.stages.backends.backend import Norm, Product, Rotation, TwoHalves
 from pipeserve.stages.backends.cpu.kernel_attention import Plan, pool_of, scoring_of
 from pipeserve.stages.backends.cpu.library import kernels
+from pipeserve.stages.backends.cpu.products import PackedWeight
 from pipeserve.stages.backends.cpu.scratch import scratch
 from pipeserve.stages.backends.cpu.types import KERNEL_ACTIVATIONS
+from pipeserve.stages.config.model_config import RopeConfig
 
 
 class _Weight(ctypes.Structure):
@@ -37,6 +39,77 @@ class _Norm(ctypes.Structure):
     _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float))
 
 
+class _Layer(ctypes.Structure):
+    """As in halves.c."""
+
+    _fields_ = (
+        ("pool", c_void_p),
+        ("scoring", c_void_p),
+        ("attention_norm", c_void_p),
+        ("qkv", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("out", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("up", c_void_p),
+        ("down", c_void_p),
+        ("activation", c_int32),
+        ("is_gated", c_bool),
+    )
+
+
+class Stack:
+    """Layers as C is told of them, made once for all microbatches."""
+
+    def __init__(self, layers: Sequence[TwoHalves], kv: KVCache) -> None:
+        self._of = layers, kv
+        products = [
+            each for layer in layers for each in (layer.qkv, layer.out, layer.up, layer.down)
+        ]
+        self._rope = layers[0].rope
+        self._can_run = are_own(*products) and all(layer.rope == self._rope for layer in layers)
+        if not self._can_run:
+            return
+        norms = [each for layer in layers for each in (layer.attention_norm, layer.mlp_norm)]
+        head_norms = [norm for layer in layers for norm in layer.head_norms or ()]
+        described = [_layer_of(layer, kv.layer(i)) for i, layer in enumerate(layers)]
+        self._layers = (_Layer * len(layers))(*described)
+        self._parts = [*products, *norms, *head_norms]
+        self._told = [part.described for part in self._parts]
+        self._scorings = [scoring_of(layer.scoring) for layer in layers]
+        """As what was told of the parts, it is kept because C's layers point to it."""
+
+    def is_of(self, layers: Sequence[TwoHalves], kv: KVCache) -> bool:
+        """Whether these are the layers, and have the weights that they had."""
+        if self._of[0] is not layers or self._of[1] is not kv:
+            return False
+        return not self._can_run or [part.described for part in self._parts] == self._told
+
+    def run(
+        self,
+        count: int,
+        x_TD: Tensor,
+        rotations: Mapping[RopeConfig, Rotation],
+        plan: Plan,
+    ) -> Tensor | None:
+        """Of the first `count` layers. `x_TD`: float32, contiguous."""
+        if not self._can_run or not count:
+            return None
+        assert x_TD.shape == (plan.num_tokens, self._parts[0].weight.in_features)
+        to_TD = torch.empty(x_TD.shape)
+        rotation = None if self._rope is None else rotations[self._rope]
+        _run(
+            kernels().run_layers,
+            self._layers,
+            count,
+            plan.batch,
+            *_turns_of(rotation),
+            x_TD.data_ptr(),
+            to_TD.data_ptr(),
+        )
+        return to_TD
+
+
 def attention(
     x_TD: Tensor,
     norm: Norm | None,
@@ -53,20 +126,17 @@ def attention(
     assert x_TD.shape == (plan.num_tokens, qkv.weight.in_features)
     to_TD = torch.empty(plan.num_tokens, out.weight.out_features)
     q_norm, k_norm = head_norms or (None, None)
-    cos_T1R, signed_sin_T1R = rotation or (None, None)
     _run(
         kernels().attention_half,
         plan.batch,
-        pool_of(pool),
-        scoring_of(scoring),
-        _norm_of(norm),
-        _weight_of(qkv),
-        _norm_of(q_norm),
-        _norm_of(k_norm),
-        None if cos_T1R is None else cos_T1R.data_ptr(),
-        None if signed_sin_T1R is None else signed_sin_T1R.data_ptr(),
-        0 if cos_T1R is None else cos_T1R.shape[-1],
-        _weight_of(out),
+        byref(pool_of(pool)),
+        byref(scoring_of(scoring)),
+        _reference(_norm_of(norm)),
+        byref(_weight_of(qkv)),
+        _reference(_norm_of(q_norm)),
+        _reference(_norm_of(k_norm)),
+        *_turns_of(rotation),
+        byref(_weight_of(out)),
         x_TD.data_ptr(),
         None if onto_TD is None else onto_TD.data_ptr(),
         to_TD.data_ptr(),
@@ -90,11 +160,11 @@ def mlp(
     to_TD = torch.empty(num_rows, down.weight.out_features)
     _run(
         kernels().mlp_half,
-        _norm_of(norm),
-        _weight_of(up),
+        _reference(_norm_of(norm)),
+        byref(_weight_of(up)),
         KERNEL_ACTIVATIONS[activation],
         is_gated,
-        _weight_of(down),
+        byref(_weight_of(down)),
         num_rows,
         x_TD.data_ptr(),
         None if onto_TD is None else onto_TD.data_ptr(),
@@ -103,27 +173,59 @@ def mlp(
     return to_TD
 
 
-def _weight_of(product: Product) -> object:
+def are_own(*products: Product) -> bool:
+    """Not shared with other ranks."""
+    return all(isinstance(product.weight, PackedWeight) for product in products)
+
+
+def _layer_of(layer: TwoHalves, pool: PoolLayer) -> _Layer:
+    q_norm, k_norm = layer.head_norms or (None, None)
+    described = (
+        pool_of(pool),
+        scoring_of(layer.scoring),
+        _norm_of(layer.attention_norm),
+        _weight_of(layer.qkv),
+        _norm_of(q_norm),
+        _norm_of(k_norm),
+        _weight_of(layer.out),
+        _norm_of(layer.mlp_norm),
+        _weight_of(layer.up),
+        _weight_of(layer.down),
+    )
+    addresses = (None if each is None else addressof(each) for each in described)
+    return _Layer(*addresses, KERNEL_ACTIVATIONS[layer.activation], layer.is_gated)
+
+
+def _turns_of(rotation: Rotation | None) -> tuple[int | None, int | None, int]:
+    if rotation is None:
+        return None, None, 0
+    cos_T1R, signed_sin_T1R = rotation
+    return cos_T1R.data_ptr(), signed_sin_T1R.data_ptr(), cos_T1R.shape[-1]
+
+
+def _weight_of(product: Product) -> _Weight:
     """Weight and bias, as the kernels are told of them."""
     if product.described is None:
         weight = product.weight
-        described = _Weight(
+        product.described = _Weight(
             weight.packed.data_ptr(),
             _address(product.bias),
             weight.out_features,
             weight.in_features,
             weight.storage,
         )
-        product.described = ctypes.byref(described)
     return product.described
 
 
-def _norm_of(norm: Norm | None) -> object:
+def _norm_of(norm: Norm | None) -> _Norm | None:
     """The same of a norm."""
     if norm is not None and norm.described is None:
-        described = _Norm(norm.weight.data_ptr(), _address(norm.bias), norm.eps)
-        norm.described = ctypes.byref(described)
+        norm.described = _Norm(norm.weight.data_ptr(), _address(norm.bias), norm.eps)
     return None if norm is None else norm.described
+
+
+def _reference(described: ctypes.Structure | None) -> object:
+    return None if described is None else byref(described)
 
 
 def _address(tensor: Tensor | None) -> int | None:

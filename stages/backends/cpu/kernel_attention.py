@@ -6,7 +6,7 @@ size, P positions in a block, I items' queries.
 
 import ctypes
 from collections.abc import Collection
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -124,7 +124,7 @@ class KernelAttention:
             queries_I4,
             tables,
             num_together,
-            ctypes.byref(batch),
+            byref(batch),
             inputs.slots_T,
         )
 
@@ -134,8 +134,8 @@ class KernelAttention:
         out_TNH = torch.empty(q_TNH.shape)
         out_TNH[plan.num_tokens :] = 0
         kernels().attend(
-            pool_of(pool),
-            scoring_of(scoring),
+            byref(pool_of(pool)),
+            byref(scoring_of(scoring)),
             q_TNH.data_ptr(),
             q_TNH.stride(0),
             out_TNH.data_ptr(),
@@ -160,7 +160,7 @@ def write(k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, slots_T: Tensor) -> Non
         v_TKH.stride(0),
         len(slots_T),
         slots_T.data_ptr(),
-        pool_of(pool),
+        byref(pool_of(pool)),
     )
 
 
@@ -171,7 +171,7 @@ def _with_whole_rows(x_TAH: Tensor) -> Tensor:
     return x_TAH if x_TAH.stride()[1:] == (head_size, 1) else x_TAH.contiguous()
 
 
-def pool_of(pool: PoolLayer) -> object:
+def pool_of(pool: PoolLayer) -> ctypes.Structure:
     """As the kernels are told of it."""
     if pool.described is None:
         keys_KBPH, values_KBPH = pool
@@ -185,18 +185,17 @@ def pool_of(pool: PoolLayer) -> object:
             head_size,
             KERNEL_TYPES[keys_KBPH.dtype],
         )
-        pool.described = ctypes.byref(described)
+        pool.described = described
     return pool.described
 
 
 @lru_cache(maxsize=1024)
-def scoring_of(scoring: Scoring) -> object:
+def scoring_of(scoring: Scoring) -> ctypes.Structure:
     """As the kernels are told of it; there is one for each layer."""
     slopes_N = scoring.slopes_N
-    described = _Scoring(
+    return _Scoring(
         scoring.scale,
         scoring.softcap or 0.0,
         scoring.window or _ALL,
         None if slopes_N is None else slopes_N.data_ptr(),
     )
-    return ctypes.byref(described)

@@ -1,18 +1,26 @@
 """The CPU's backend where there are C kernels for it (library.py)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pipeserve.stages.attention.inputs import StageInputs
-from pipeserve.stages.attention.kv import PoolLayer
+from pipeserve.stages.attention.kv import KVCache, PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
-from pipeserve.stages.backends.backend import Backend, HeadNorms, Norm, Product, Rotation
+from pipeserve.stages.backends.backend import (
+    Backend,
+    HeadNorms,
+    Norm,
+    Product,
+    Rotation,
+    TwoHalves,
+)
 from pipeserve.stages.backends.cpu import elementwise, halves, large_pages
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, Plan, write
 from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, kernels, name_of
 from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, VocabularyWeight
+from pipeserve.stages.config.model_config import RopeConfig
 
 
 class KernelBackend(Backend):
@@ -27,6 +35,8 @@ class KernelBackend(Backend):
     def __init__(self) -> None:
         super().__init__("cpu", KernelAttention())
         self._zeros = large_pages.Zeros()
+        self._stack: halves.Stack | None = None
+        """The layers that ran at once last."""
 
     @property
     def name(self) -> str:
@@ -147,7 +157,7 @@ class KernelBackend(Backend):
         out: Product,
         onto_TD: Tensor | None,
     ) -> Tensor:
-        if not _are_own(qkv, out):
+        if not halves.are_own(qkv, out):
             heads = (num_kv_heads, head_norms, rotation, pool, inputs, plan, scoring)
             return super().attention_half(x_TD, norm, qkv, *heads, out, onto_TD)
         heads = (head_norms, rotation, pool, plan, scoring)
@@ -164,16 +174,24 @@ class KernelBackend(Backend):
         *,
         is_gated: bool,
     ) -> Tensor:
-        if not _are_own(up, down):
+        if not halves.are_own(up, down):
             half = super().mlp_half
             return half(x_TD, norm, up, activation, down, onto_TD, is_gated=is_gated)
         own = (norm, up, activation, down, _rows(onto_TD))
         return halves.mlp(_rows(x_TD), *own, is_gated=is_gated)
 
-
-def _are_own(first: Product, second: Product) -> bool:
-    """Not shared with other ranks."""
-    return isinstance(first.weight, PackedWeight) and isinstance(second.weight, PackedWeight)
+    def layers_at_once(
+        self,
+        layers: Sequence[TwoHalves],
+        count: int,
+        x_TD: Tensor,
+        rotations: Mapping[RopeConfig, Rotation],
+        kv: KVCache,
+        plan: Plan,
+    ) -> Tensor | None:
+        if self._stack is None or not self._stack.is_of(layers, kv):
+            self._stack = halves.Stack(layers, kv)
+        return self._stack.run(count, _rows(x_TD), rotations, plan)
 
 
 def _is_paired(weight: Tensor) -> bool:

@@ -58,6 +58,10 @@ _FUNCTIONS = {
         c_int64,
         [c_void_p, c_void_p, c_int, c_bool, c_void_p, c_int64, *[c_void_p] * 4, c_int64],
     ),
+    "run_layers": (
+        c_int64,
+        [c_void_p, c_int64, *[c_void_p] * 3, c_int64, *[c_void_p] * 3, c_int64],
+    ),
     # weights.c
     "packed_size": (c_int64, [c_int, c_int64, c_int64, c_int]),
     "panel_outputs": (c_int64, []),

@@ -1,9 +1,9 @@
-/* The halves of a decoder layer, each in one call: with few rows, Python takes as long from one kernel to
-   the next as many a kernel takes. The kernels are those that Python calls one by one where this will not
-   do, in the same order, so rows have the same bits either way. Many rows go a block at a time, which what
-   comes next finds in the second-level cache.
+/* The halves of a decoder layer, each in one call, and whole layers in one: with few rows, Python takes as
+   long from one kernel to the next as many a kernel takes. The kernels are those that Python calls one by
+   one where this will not do, in the same order, so rows have the same bits either way. Many rows go a
+   block at a time, which what comes next finds in the second-level cache.
 
-   Rows lie one behind the other. Each half returns how many floats of memory it wants to work in, where
+   Rows lie one behind the other. Each call returns how many floats of memory it wants to work in, where
    there are fewer: then nothing was done; else 0. */
 
 #include "calls.h"
@@ -127,5 +127,49 @@ EXPORT int64_t mlp_half(const Norm *norm, const Weight *up, int activation, bool
         }
         multiply(down, inner, count, onto ? onto + row * out : NULL, to + row * out, rest);
     }
+    return 0;
+}
+
+/* ---- layers ----------------------------------------------------------------------------------*/
+
+/* What both halves are told of one; each is normed before, and added to what it was given. */
+typedef struct {
+    const Pool *pool;
+    const Scoring *scoring;
+    const Norm *attention_norm;
+    const Weight *qkv;
+    const Norm *q_norm, *k_norm;
+    const Weight *out;
+    const Norm *mlp_norm;
+    const Weight *up, *down;
+    int32_t activation;
+    bool is_gated;
+} Layer;
+
+static int64_t run_layer(const Layer *layer, const Batch *batch, const float *cosines,
+                         const float *sines, int64_t turned, const float *x, float *between,
+                         float *to, float *memory, int64_t memory_size) {
+    const int64_t of_attention = attention_half(
+        batch, layer->pool, layer->scoring, layer->attention_norm, layer->qkv, layer->q_norm,
+        layer->k_norm, cosines, sines, turned, layer->out, x, x, between, memory, memory_size
+    );
+    const int64_t of_mlp = mlp_half(
+        layer->mlp_norm, layer->up, layer->activation, layer->is_gated, layer->down,
+        batch->num_rows, between, between, to, memory, memory_size
+    );
+    return most(of_attention, of_mlp);
+}
+
+/* `x` [rows, size] through `count` layers, one at least, `to` [rows, size]. */
+EXPORT int64_t run_layers(const Layer *layers, int64_t count, const Batch *batch,
+                          const float *cosines, const float *sines, int64_t turned, const float *x,
+                          float *to, float *memory, int64_t memory_size) {
+    const int64_t size = batch->num_rows * layers->out->out;
+    int64_t wanted = 0;
+    for (int64_t i = 0; i < count; i++)
+        wanted = most(wanted, run_layer(layers + i, batch, 0, 0, 0, 0, 0, 0, 0, 0));
+    if (size + wanted > memory_size) return size + wanted;
+    for (int64_t i = 0; i < count; i++, x = to)
+        run_layer(layers + i, batch, cosines, sines, turned, x, memory, to, memory + size, wanted);
     return 0;
 }

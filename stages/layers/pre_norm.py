@@ -1,0 +1,46 @@
+"""A decoder layer of most families: attention and MLP, each normed before and added to its input.
+
+Suffixes: T tokens, D hidden size.
+"""
+
+from torch import Tensor, nn
+
+from pipeserve.stages.attention.kv import PoolLayer
+from pipeserve.stages.backends.backend import TwoHalves
+from pipeserve.stages.layers.mlp import GatedMlp, Mlp
+from pipeserve.stages.layers.part import Part
+from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
+
+
+class PreNormLayer(Part):
+    def __init__(
+        self, attention_norm: nn.Module, attention: SelfAttention, mlp_norm: nn.Module, mlp: Part
+    ) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+
+    def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
+        x_TD = self.attention(x_TD, shared, pool, self.attention_norm, x_TD)
+        return self.mlp(x_TD, self.mlp_norm, x_TD)
+
+
+def two_halves(layer: nn.Module) -> TwoHalves | None:
+    """What a backend needs to run such layers in one go; None of others, as with experts."""
+    if type(layer) is not PreNormLayer or not isinstance(layer.mlp, Mlp | GatedMlp):
+        return None
+    attention, mlp = layer.attention, layer.mlp
+    is_gated = isinstance(mlp, GatedMlp)
+    return TwoHalves(
+        layer.attention_norm,
+        attention.qkv,
+        attention.norms,
+        attention.rope,
+        attention.scoring,
+        attention.out,
+        layer.mlp_norm,
+        mlp.gate_up if is_gated else mlp.up,
+        mlp.activation,
+        mlp.down,
+        is_gated,
+    )

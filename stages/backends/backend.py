@@ -134,6 +134,9 @@ class Backend:
     def place_gated_bias(self, bias_O: Tensor) -> Tensor:
         return self.place_bias(bias_O)
 
+    def weight_was_set(self) -> None:
+        """One of the stage's is another now."""
+
     def make_kv(
         self,
         config: ModelConfig,

@@ -59,14 +59,14 @@ class _Layer(ctypes.Structure):
 
 
 class Stack:
-    """Layers as C is told of them, made once for all microbatches."""
+    """Layers as C is told of them, made once for all microbatches until a weight is set anew."""
 
     def __init__(self, layers: Sequence[TwoHalves], kv: KVCache) -> None:
         self._of = layers, kv
         products = [
             each for layer in layers for each in (layer.qkv, layer.out, layer.up, layer.down)
         ]
-        self._rope = layers[0].rope
+        self._rope, self._size = layers[0].rope, layers[0].qkv.weight.in_features
         self._can_run = are_own(*products) and all(layer.rope == self._rope for layer in layers)
         if not self._can_run:
             return
@@ -74,16 +74,12 @@ class Stack:
         head_norms = [norm for layer in layers for norm in layer.head_norms or ()]
         described = [_layer_of(layer, kv.layer(i)) for i, layer in enumerate(layers)]
         self._layers = (_Layer * len(layers))(*described)
-        self._parts = [*products, *norms, *head_norms]
-        self._told = [part.described for part in self._parts]
-        self._scorings = [scoring_of(layer.scoring) for layer in layers]
-        """As what was told of the parts, it is kept because C's layers point to it."""
+        told_of = [part.described for part in (*products, *norms, *head_norms)]
+        self._kept = *told_of, *(scoring_of(layer.scoring) for layer in layers)
+        """C's layers point there."""
 
     def is_of(self, layers: Sequence[TwoHalves], kv: KVCache) -> bool:
-        """Whether these are the layers, and have the weights that they had."""
-        if self._of[0] is not layers or self._of[1] is not kv:
-            return False
-        return not self._can_run or [part.described for part in self._parts] == self._told
+        return self._of[0] is layers and self._of[1] is kv
 
     def run(
         self,
@@ -95,7 +91,7 @@ class Stack:
         """Of the first `count` layers. `x_TD`: float32, contiguous."""
         if not self._can_run or not count:
             return None
-        assert x_TD.shape == (plan.num_tokens, self._parts[0].weight.in_features)
+        assert x_TD.shape == (plan.num_tokens, self._size)
         to_TD = torch.empty(x_TD.shape)
         rotation = None if self._rope is None else rotations[self._rope]
         _run(

@@ -73,6 +73,9 @@ class KernelBackend(Backend):
         """With zeros behind it in memory, up to a whole panel of outputs."""
         return PackedWeight.padded(bias_O)
 
+    def weight_was_set(self) -> None:
+        self._stack = None
+
     def linear(
         self,
         x_XI: Tensor,

@@ -150,7 +150,7 @@ class Watched:
         account, compute = self.account, worker.compute
         account.wrap(worker, "go_round", "loop: rest", place)
         account.wrap(worker, "_receive", "messages")
-        account.wrap(worker, "report", "messages")
+        account.wrap(worker, "_report", "messages")
         account.wrap(worker, "_feed_back", "messages")
         account.wrap(worker.sequences, "apply", "requests")
         account.wrap(worker.sequences, "take_tokens", "requests")

@@ -7,7 +7,7 @@ Suffixes: T tokens of the microbatch (inside a stage, with padding rows behind t
 size, R rows whose logits are wanted, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache
-from pipeserve.stages.backends.backend import Backend, TwoHalves
+from pipeserve.stages.backends.backend import Backend, Layers
 from pipeserve.stages.config.families import find_family
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families import parts_of
+from pipeserve.stages.layers.decoder_layer import two_halves
 from pipeserve.stages.layers.leaf import Leaf
 from pipeserve.stages.layers.part import Part
-from pipeserve.stages.layers.pre_norm import two_halves
 from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 from pipeserve.stages.tensor_parallel.cut import config_of_shard, cut
@@ -132,7 +132,7 @@ class Stage(nn.Module):
 
     def _through(self, count: int, x_TD: Tensor, shared: LayerInputs, kv: KVCache) -> Tensor:
         """The first `count` layers, of which all rows go on."""
-        if self._two_halves:
+        if count and self._two_halves is not None:
             at_once = (self._two_halves, count, x_TD, shared.rotations, kv, shared.plan)
             done_TD = self.backend.layers_at_once(*at_once)
             if done_TD is not None:
@@ -142,11 +142,11 @@ class Stage(nn.Module):
         return x_TD
 
     @cached_property
-    def _two_halves(self) -> Sequence[TwoHalves]:
-        """Of every layer, once nobody puts anything around its parts any more; of none, where any
-        layer is another kind."""
-        halves = [two_halves(layer) for layer in self.layers]
-        return () if None in halves else tuple(halves)
+    def _two_halves(self) -> Layers | None:
+        """The layers; None where any is of another kind. What is put around their parts (`wrap` of
+        tensor_parallel/layers.py) has to be there before the first microbatch."""
+        halves = [half for layer in self.layers if (half := two_halves(layer)) is not None]
+        return Layers(halves) if len(halves) == len(self.layers) else None
 
     def _of_wanted(self, shared: LayerInputs, kv: KVCache) -> LayerInputs:
         """In which the rows alone go on whose logits are wanted."""

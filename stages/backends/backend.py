@@ -13,6 +13,7 @@ N query heads, K kv heads, A all heads (queries, then keys, then values), H head
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +30,7 @@ from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, signed sin) of each token, float32 [T, 1, H or what is rotated of it]."""
+Rotations = Mapping[RopeConfig, Rotation]
 
 
 class Norm(Protocol):
@@ -75,6 +77,15 @@ class TwoHalves(NamedTuple):
     is_gated: bool
 
 
+@dataclass(eq=False)
+class Layers:
+    """Of a stage, from its first one on."""
+
+    halves: Sequence[TwoHalves]
+    described: object = None
+    """As a backend's kernels are told of them: theirs, made once for a KV pool and its weights."""
+
+
 class Backend:
     """Of one stage, on one device. Keeps nothing of a microbatch."""
 
@@ -86,6 +97,8 @@ class Backend:
     ) -> None:
         self.device = torch.device(device)
         self.attention = attention or GatheredAttention(self.device)
+        self.num_set = 0
+        """Weights that were set so far: what was made of the ones before the latest may be void."""
 
     @property
     def name(self) -> str:
@@ -133,9 +146,6 @@ class Backend:
 
     def place_gated_bias(self, bias_O: Tensor) -> Tensor:
         return self.place_bias(bias_O)
-
-    def weight_was_set(self) -> None:
-        """One of the stage's is another now."""
 
     def make_kv(
         self,
@@ -307,15 +317,15 @@ class Backend:
 
     def layers_at_once(
         self,
-        layers: Sequence[TwoHalves],
+        layers: Layers,
         count: int,
         x_TD: Tensor,
-        rotations: Mapping[RopeConfig, Rotation],
+        rotations: Rotations,
         kv: KVCache,
         plan: object,
     ) -> Tensor | None:
-        """What comes of the first `count` of `layers`, all of whose rows go on, where it can
-        be had for less than half by half; else None, and nothing was done."""
+        """What comes of the first `count` of `layers`, one at least, all of whose rows go on, where
+        it can be had for less than half by half; else None, and nothing was done."""
         return None
 
 

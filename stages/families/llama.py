@@ -7,12 +7,12 @@ from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.config.families.llama import LlamaConfig
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families.parts import Parts
+from pipeserve.stages.layers.decoder_layer import PreNormLayer
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.layers.leaf import Rows, whole
 from pipeserve.stages.layers.linear import GatedLinear, Linear
 from pipeserve.stages.layers.mlp import Experts, GatedMlp
 from pipeserve.stages.layers.norms import RMSNorm
-from pipeserve.stages.layers.pre_norm import PreNormLayer
 from pipeserve.stages.layers.self_attention import SelfAttention
 
 

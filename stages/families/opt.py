@@ -11,25 +11,25 @@ from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.config.families.opt import OPTConfig
 from pipeserve.stages.families.llama import qkv_rows, qkv_width
 from pipeserve.stages.families.parts import Parts
+from pipeserve.stages.layers.decoder_layer import DecoderLayer, PreNormLayer
 from pipeserve.stages.layers.ends import Head, TokenEmbedding, token_table, vocabulary
 from pipeserve.stages.layers.leaf import Embedding
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.layers.mlp import Mlp
 from pipeserve.stages.layers.norms import LayerNorm
-from pipeserve.stages.layers.pre_norm import PreNormLayer
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 _DECODER = "model.decoder"
 _OFFSET = 2  # rows of the position table before position 0, left over from padding ids
 
 
-class _PostNormLayer(PreNormLayer):
+class _PostNormLayer(DecoderLayer):
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
         x_TD = self.attention_norm(self.attention(x_TD, shared, pool, onto_TD=x_TD))
         return self.mlp_norm(self.mlp(x_TD, onto_TD=x_TD))
 
 
-def _make_layer(config: OPTConfig, number: int, prefix: str) -> PreNormLayer:
+def _make_layer(config: OPTConfig, number: int, prefix: str) -> DecoderLayer:
     size, width = config.hidden_size, config.intermediate_size
     kind = PreNormLayer if config.is_pre_norm else _PostNormLayer
     return kind(

@@ -100,7 +100,7 @@ class Leaf(Part):
         self.weight = self._placed(weight)
         self.bias = None if bias is None else self._placed_bias(bias)
         self.described = None
-        self.backend.weight_was_set()
+        self.backend.num_set += 1
 
     def _placed(self, weight: Tensor) -> Tensor:
         return self.backend.place(weight)

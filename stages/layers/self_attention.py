@@ -4,7 +4,6 @@ Suffixes: T tokens, R rows that go on, D hidden size, N query heads, A all heads
 values), H head size, X any axes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
-from pipeserve.stages.backends.backend import Norm, Rotation
+from pipeserve.stages.backends.backend import Norm, Rotation, Rotations
 from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.layers.part import Part
@@ -26,7 +25,7 @@ class LayerInputs:
     inputs: StageInputs
     plan: object
     """Of `Backend.prepare_attention`, for the rows that go on."""
-    rotations: Mapping[RopeConfig, Rotation]
+    rotations: Rotations
     rows_R: Tensor | None = None
     """Those that go on behind keys and values, perhaps with padding; None: all of them."""
 

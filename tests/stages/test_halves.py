@@ -1,5 +1,8 @@
 """Halves of a layer by one call of C, and layers by one: the same numbers as part by part."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from checkpoints import TINY, random_prompts, tiny
@@ -74,6 +77,57 @@ def test_halves_and_layers_are_their_parts_bit_for_bit(tmp_path, name, backend):
         (a,), (b,) = own.pools, apart.pools
         assert torch.equal(a.keys_LKBPH.nan_to_num(7), b.keys_LKBPH.nan_to_num(7))
         assert torch.equal(a.values_LKBPH.nan_to_num(7), b.values_LKBPH.nan_to_num(7))
+
+
+class Around(torch.nn.Module):
+    """A product as ranks that share a stage have it: its weight is no backend's."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own, self.bias, self.described = own, None, None
+        self.weight = torch.empty(own.shape, device="meta")
+
+    def forward(self, x_TI, onto_TO=None):
+        return self.own(x_TI) if onto_TO is None else onto_TO + self.own(x_TI)
+
+
+def test_layers_with_products_of_others_run_half_by_half(tmp_path):
+    folder, prompt = tiny("llama", tmp_path), [list(range(20))]
+    chunk = [(0, 20, [0, 1], 20)]
+    stages = Stages(folder, (4,), backend=KernelBackend())
+    around = Stages(folder, (4,), backend=KernelBackend())
+    for layer in around.stages[0].layers:
+        layer.attention.qkv, layer.mlp.down = Around(layer.attention.qkv), Around(layer.mlp.down)
+    assert torch.allclose(around.run(chunk, prompt), stages.run(chunk, prompt), atol=1e-5)
+
+
+def test_layers_run_on_the_pool_that_is_given(tmp_path):
+    folder, prompt = tiny("llama", tmp_path), [list(range(30))]
+    one, other = (Stages(folder, (4,), backend=KernelBackend()) for _ in range(2))
+    other.stages = one.stages  # with a pool of its own
+    table = [3, 1]
+    expected = one.run([(0, 20, table, 20)], prompt), one.run([(20, 30, table, 10)], prompt)
+    one.pools[0].keys_LKBPH.fill_(torch.nan)
+    for (start, stop), known in zip(((0, 20), (20, 30)), expected, strict=True):
+        chunk = [(start, stop, table, stop - start)]
+        assert torch.equal(other.run(chunk, prompt), known)
+        assert torch.equal(one.run(chunk, prompt), known)
+
+
+def test_what_c_is_told_of_keeps_nothing_alive(tmp_path):
+    """No weight, and no pool that another has taken the place of."""
+    stages = Stages(tiny("llama", tmp_path), (4,), backend=KernelBackend())
+    gc.collect()
+    gc.disable()
+    try:
+        stages.run([(0, 20, [0, 1], 20)], [list(range(20))])
+        pool = weakref.ref(stages.pools.pop())
+        assert pool() is None
+        weight = weakref.ref(stages.stages[0].layers[0].attention.qkv.weight)
+        del stages
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_weights_that_are_set_anew_are_used(tmp_path):

@@ -4,7 +4,8 @@ Suffixes: T tokens, D hidden size, F intermediate size.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from ctypes import addressof, byref, c_bool, c_float, c_int32, c_int64, c_void_p
 
 import torch
@@ -12,13 +13,12 @@ from torch import Tensor
 
 from pipeserve.stages.attention.kv import KVCache, PoolLayer
 from pipeserve.stages.attention.scoring import Scoring
-from pipeserve.stages.backends.backend import Norm, Product, Rotation, TwoHalves
+from pipeserve.stages.backends.backend import Norm, Product, Rotation, Rotations, TwoHalves
 from pipeserve.stages.backends.cpu.kernel_attention import Plan, pool_of, scoring_of
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.backends.cpu.products import PackedWeight
 from pipeserve.stages.backends.cpu.scratch import scratch
 from pipeserve.stages.backends.cpu.types import KERNEL_ACTIVATIONS
-from pipeserve.stages.config.model_config import RopeConfig
 
 
 class _Weight(ctypes.Structure):
@@ -59,37 +59,45 @@ class _Layer(ctypes.Structure):
 
 
 class Stack:
-    """Layers as C is told of them, made once for all microbatches until a weight is set anew."""
+    """Layers as C is told of them, made once for all microbatches."""
 
-    def __init__(self, layers: Sequence[TwoHalves], kv: KVCache) -> None:
-        self._of = layers, kv
-        products = [
-            each for layer in layers for each in (layer.qkv, layer.out, layer.up, layer.down)
-        ]
-        self._rope, self._size = layers[0].rope, layers[0].qkv.weight.in_features
-        self._can_run = are_own(*products) and all(layer.rope == self._rope for layer in layers)
+    def __init__(self, layers: Sequence[TwoHalves], kv: KVCache, num_set: int) -> None:
+        """`num_set`: weights that were set by now."""
+        self._kv, self._num_set = weakref.ref(kv), num_set
+        self._rope = layers[0].rope
+        self._can_run = all(
+            are_own(layer.qkv, layer.out, layer.up, layer.down) and layer.rope == self._rope
+            for layer in layers
+        )
         if not self._can_run:
             return
-        norms = [each for layer in layers for each in (layer.attention_norm, layer.mlp_norm)]
-        head_norms = [norm for layer in layers for norm in layer.head_norms or ()]
-        described = [_layer_of(layer, kv.layer(i)) for i, layer in enumerate(layers)]
-        self._layers = (_Layer * len(layers))(*described)
-        told_of = [part.described for part in (*products, *norms, *head_norms)]
-        self._kept = *told_of, *(scoring_of(layer.scoring) for layer in layers)
-        """C's layers point there."""
+        self._size = layers[0].qkv.weight.in_features
+        self._parts = [_parts_of(layer, kv.layer(i)) for i, layer in enumerate(layers)]
+        """They are kept, for C's layers point to them."""
+        self._layers = (_Layer * len(layers))(
+            *(
+                _Layer(
+                    *(None if part is None else addressof(part) for part in parts),
+                    KERNEL_ACTIVATIONS[layer.activation],
+                    layer.is_gated,
+                )
+                for layer, parts in zip(layers, self._parts, strict=True)
+            )
+        )
 
-    def is_of(self, layers: Sequence[TwoHalves], kv: KVCache) -> bool:
-        return self._of[0] is layers and self._of[1] is kv
+    def is_of(self, kv: KVCache, num_set: int) -> bool:
+        """Whether nothing has changed that it was made of."""
+        return self._kv() is kv and self._num_set == num_set
 
     def run(
         self,
         count: int,
         x_TD: Tensor,
-        rotations: Mapping[RopeConfig, Rotation],
+        rotations: Rotations,
         plan: Plan,
     ) -> Tensor | None:
-        """Of the first `count` layers. `x_TD`: float32, contiguous."""
-        if not self._can_run or not count:
+        """Of the first `count` layers, one at least. `x_TD`: float32, contiguous."""
+        if not self._can_run:
             return None
         assert x_TD.shape == (plan.num_tokens, self._size)
         to_TD = torch.empty(x_TD.shape)
@@ -174,9 +182,10 @@ def are_own(*products: Product) -> bool:
     return all(isinstance(product.weight, PackedWeight) for product in products)
 
 
-def _layer_of(layer: TwoHalves, pool: PoolLayer) -> _Layer:
+def _parts_of(layer: TwoHalves, pool: PoolLayer) -> tuple[ctypes.Structure | None, ...]:
+    """As the first fields of `_Layer` point to them."""
     q_norm, k_norm = layer.head_norms or (None, None)
-    described = (
+    return (
         pool_of(pool),
         scoring_of(layer.scoring),
         _norm_of(layer.attention_norm),
@@ -188,8 +197,6 @@ def _layer_of(layer: TwoHalves, pool: PoolLayer) -> _Layer:
         _weight_of(layer.up),
         _weight_of(layer.down),
     )
-    addresses = (None if each is None else addressof(each) for each in described)
-    return _Layer(*addresses, KERNEL_ACTIVATIONS[layer.activation], layer.is_gated)
 
 
 def _turns_of(rotation: Rotation | None) -> tuple[int | None, int | None, int]:

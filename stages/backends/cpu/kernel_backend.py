@@ -1,6 +1,6 @@
 """The CPU's backend where there are C kernels for it (library.py)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,16 +11,16 @@ from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.backends.backend import (
     Backend,
     HeadNorms,
+    Layers,
     Norm,
     Product,
     Rotation,
-    TwoHalves,
+    Rotations,
 )
 from pipeserve.stages.backends.cpu import elementwise, halves, large_pages
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, Plan, write
 from pipeserve.stages.backends.cpu.library import has_pairs_of_bfloat16, kernels, name_of
 from pipeserve.stages.backends.cpu.products import GatedWeight, PackedWeight, VocabularyWeight
-from pipeserve.stages.config.model_config import RopeConfig
 
 
 class KernelBackend(Backend):
@@ -35,8 +35,6 @@ class KernelBackend(Backend):
     def __init__(self) -> None:
         super().__init__("cpu", KernelAttention())
         self._zeros = large_pages.Zeros()
-        self._stack: halves.Stack | None = None
-        """The layers that ran at once last."""
 
     @property
     def name(self) -> str:
@@ -72,9 +70,6 @@ class KernelBackend(Backend):
     def place_bias(self, bias_O: Tensor) -> Tensor:
         """With zeros behind it in memory, up to a whole panel of outputs."""
         return PackedWeight.padded(bias_O)
-
-    def weight_was_set(self) -> None:
-        self._stack = None
 
     def linear(
         self,
@@ -185,16 +180,17 @@ class KernelBackend(Backend):
 
     def layers_at_once(
         self,
-        layers: Sequence[TwoHalves],
+        layers: Layers,
         count: int,
         x_TD: Tensor,
-        rotations: Mapping[RopeConfig, Rotation],
+        rotations: Rotations,
         kv: KVCache,
         plan: Plan,
     ) -> Tensor | None:
-        if self._stack is None or not self._stack.is_of(layers, kv):
-            self._stack = halves.Stack(layers, kv)
-        return self._stack.run(count, _rows(x_TD), rotations, plan)
+        stack = layers.described
+        if not isinstance(stack, halves.Stack) or not stack.is_of(kv, self.num_set):
+            stack = layers.described = halves.Stack(layers.halves, kv, self.num_set)
+        return stack.run(count, _rows(x_TD), rotations, plan)
 
 
 def _is_paired(weight: Tensor) -> bool:

@@ -80,10 +80,11 @@ INLINE void fetch_row(const float *at, int64_t width) {
 }
 
 /* `depth` inputs of `rows` rows by `panels` panels. `x`: the packed tile; `w`: of each panel, where
-   the inputs begin; panels lie `panel_size` bytes apart. `is_alone`: there are no other rows.
-   Meanwhile `ahead` is fetched into the cache, `ahead_size` bytes for each step; with several panels the core does so unasked, and better
-   (one row 20 % faster). Where the sums of many rows go is in no near cache any more, and is asked for
-   row by row: for all at once, what is multiplied next would have to wait. */
+   the inputs begin; panels lie `panel_size` bytes apart. `is_alone`: no other rows are multiplied by
+   these panels. Meanwhile `ahead` is fetched into the cache, `ahead_size` bytes for each step; with
+   several panels the core does so unasked, and better (one row 20 % faster). Where the sums of many rows
+   go is in no near cache any more, and is asked for row by row: for all at once, what is multiplied next
+   would have to wait. */
 INLINE void multiply_tile(
     const int storage, const int rows, const int panels, const int is_alone, const float *x,
     const char *w, int64_t panel_size, int64_t depth, const char *ahead, int64_t ahead_size,

@@ -1,4 +1,4 @@
-"""A decoder layer of most families: attention and MLP, each normed before and added to its input.
+"""A decoder layer of attention and MLP, each with a norm and added to its input.
 
 Suffixes: T tokens, D hidden size.
 """
@@ -12,13 +12,19 @@ from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 
 
-class PreNormLayer(Part):
+class DecoderLayer(Part):
+    """What it is made of; what is done with that differs."""
+
     def __init__(
         self, attention_norm: nn.Module, attention: SelfAttention, mlp_norm: nn.Module, mlp: Part
     ) -> None:
         super().__init__()
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
+
+
+class PreNormLayer(DecoderLayer):
+    """That of most families: what is normed goes into attention, and into the MLP."""
 
     def forward(self, x_TD: Tensor, shared: LayerInputs, pool: PoolLayer) -> Tensor:
         x_TD = self.attention(x_TD, shared, pool, self.attention_norm, x_TD)
@@ -27,7 +33,7 @@ class PreNormLayer(Part):
 
 def two_halves(layer: nn.Module) -> TwoHalves | None:
     """What a backend needs to run such layers in one go; None of others, as with experts."""
-    if type(layer) is not PreNormLayer or not isinstance(layer.mlp, Mlp | GatedMlp):
+    if not isinstance(layer, PreNormLayer) or not isinstance(layer.mlp, Mlp | GatedMlp):
         return None
     attention, mlp = layer.attention, layer.mlp
     is_gated = isinstance(mlp, GatedMlp)

@@ -170,9 +170,10 @@ def test_what_comes_before_it_is_clean(start, length, monkeypatch):
     """A prompt that begins alike shares those blocks, whatever became of the one that failed: here
     nobody waited to hear of it."""
     prompt = [length, *range(100, 99 + length)]
-    without_cache = start(max_num_batched_tokens=128, enable_prefix_caching=False)
+    whole = {"policy": "sarathi_serve", "max_num_batched_tokens": 128}  # cuts by no times
+    without_cache = start(enable_prefix_caching=False, **whole)
     alone = tokens(ask(without_cache, [[*prompt, 5]], temperature=0)[0])
-    driver = start(max_num_batched_tokens=128)
+    driver = start(**whole)
     failing = Request(
         id=next(IDS),
         prompt=(*prompt, BAD, 6),

@@ -53,8 +53,8 @@ def folder(tmp_path_factory):
 
 
 def serve(driver, prompts):
-    """Half of the requests at once, the others later, of which one is aborted; and one alone. Tokens
-    of each."""
+    """Half of the requests at once, others later, of which one is aborted; and one alone. Tokens of
+    each."""
     due = list(enumerate(prompts))
     tokens = {number: [] for number, _ in due}
     for wave in (due[:5], due[5:8], due[8:]):

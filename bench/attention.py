@@ -80,9 +80,8 @@ class TorchAttention:
     def __call__(self, q_TNH, pool, plan, scoring):
         out_TNH = torch.empty_like(q_TNH)
         row = 0
-        for queries, context, blocks in zip(
-            plan.query_lens, plan.context_lens, plan.block_tables, strict=True
-        ):
+        for start, context, blocks, _ in plan.chunks:
+            queries = context - start
             k, v = (side[:, blocks].flatten(1, 2)[:, :context] for side in pool)
             q = q_TNH[row : row + queries].transpose(0, 1).to(k.dtype)
             seen = torch.ones(queries, context, dtype=torch.bool).tril_(context - queries)

@@ -215,10 +215,10 @@ def floors(
         products += 2 * num_ended * kv_parameters / multiply
     flops, positions = 0, 0
     for each in seen:
-        for query_len, context_len in zip(each.query_lens, each.context_lens, strict=True):
-            pairs = query_len * context_len - query_len * (query_len - 1) // 2
+        for chunk in each.chunks:
+            pairs = (chunk.start + 1 + chunk.stop) * chunk.num_tokens // 2
             flops += 4 * pairs * config.num_heads * config.head_dim
-            positions += context_len
+            positions += chunk.stop
     size = kv.num_bytes / kv.keys_LKBPH[..., 0].numel() * config.num_kv_heads
     attention = max(flops / multiply, positions * size / read)
     return {"products": products, "attention": attention, "all": products + attention}

@@ -16,20 +16,21 @@ from torch import Tensor, nn
 
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache
+from pipeserve.stages.attention.rotation import Rotation
 from pipeserve.stages.backends.backend import Backend, Layers
 from pipeserve.stages.config.families import find_family
-from pipeserve.stages.config.model_config import ModelConfig
+from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 from pipeserve.stages.families import parts_of
 from pipeserve.stages.layers.decoder_layer import two_halves
 from pipeserve.stages.layers.leaf import Leaf
 from pipeserve.stages.layers.part import Part
-from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
+from pipeserve.stages.layers.rotary import RotationTable, rope_frequencies
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 from pipeserve.stages.tensor_parallel.cut import config_of_shard, cut
 from pipeserve.stages.tensor_parallel.shard import WHOLE, Shard
 
 
-class Stage(nn.Module):
+class Stage(Part):
     """Layers `[first_layer, stop_layer)`, with the embedding before or the head behind them.
 
     Holds no weights until they are set (`load_weights`). All of it lies on the device of `backend`,
@@ -73,8 +74,11 @@ class Stage(nn.Module):
         attentions = [module for module in self.modules() if isinstance(module, SelfAttention)]
         self.windows = {attention.scoring.window for attention in attentions}
         ropes = {attention.rope for attention in attentions} - {None}
-        self.frequencies = {
-            rope: self.backend.place(rope_frequencies(rope, config.head_dim)) for rope in ropes
+        self.rotation_tables = {
+            rope: RotationTable(
+                self.backend.place(rope_frequencies(rope, config.head_dim)), rope.attention_factor
+            )
+            for rope in ropes
         }
 
     def make_kv(self, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
@@ -107,36 +111,31 @@ class Stage(nn.Module):
         the microbatch's K and V into `kv`; does not modify `x`.
         """
         backend, inputs = self.backend, inputs.to(self.backend.device)
-        positions_T = backend.pad_rows(inputs.positions_T)
-        x_TD = backend.pad_rows(backend.place(x))
+        x_TD = backend.place(x)
         if self.embedding is not None:
-            x_TD = self.embedding(x_TD, positions_T)
-        x_TD = x_TD.float()
-        shared = LayerInputs(
-            inputs=inputs,
-            plan=backend.prepare_attention(inputs, kv, self.windows),
-            rotations={
-                rope: make_rotation(positions_T, frequencies_h, rope.attention_factor)
-                for rope, frequencies_h in self.frequencies.items()
-            },
-        )
+            x_TD = self.embedding(x_TD, inputs)
+        x_TD = backend.pad_rows(x_TD.float())
+        plan = backend.prepare_attention(inputs, kv, self.windows)
         num_rows = inputs.num_wanted if self.gives_rows else inputs.num_tokens
-        some_end = num_rows < inputs.num_tokens and len(self.layers) > 0
-        x_TD = self._through(len(self.layers) - some_end, x_TD, shared, kv)
+        num_layers = len(self.layers)
+        some_end = num_rows < inputs.num_tokens and num_layers > 0
+        x_TD = self._through(num_layers - some_end, x_TD, inputs, kv, plan)
         if some_end:
-            last = len(self.layers) - 1
-            x_TD = self.layers[last](x_TD, self._of_wanted(shared, kv), kv.layer(last))
-        if not self.layers and self.gives_rows:
+            x_TD = self._through_last(x_TD, inputs, kv, plan)
+        if num_layers == 0 and self.gives_rows:
             x_TD = x_TD[inputs.logit_rows_R]
         return x_TD[:num_rows] if self.head is None else self.head(x_TD[:num_rows])
 
-    def _through(self, count: int, x_TD: Tensor, shared: LayerInputs, kv: KVCache) -> Tensor:
+    def _through(
+        self, count: int, x_TD: Tensor, inputs: StageInputs, kv: KVCache, plan: object
+    ) -> Tensor:
         """The first `count` layers, of which all rows go on."""
         if count and self._two_halves is not None:
-            at_once = (self._two_halves, count, x_TD, shared.rotations, kv, shared.plan)
-            done_TD = self.backend.layers_at_once(*at_once)
+            turns = self._turns(inputs)
+            done_TD = self.backend.layers_at_once(self._two_halves, count, x_TD, turns, kv, plan)
             if done_TD is not None:
                 return done_TD
+        shared = self._shared(inputs, plan)
         for number in range(count):
             x_TD = self.layers[number](x_TD, shared, kv.layer(number))
         return x_TD
@@ -148,13 +147,27 @@ class Stage(nn.Module):
         halves = [half for layer in self.layers if (half := two_halves(layer)) is not None]
         return Layers(halves) if len(halves) == len(self.layers) else None
 
-    def _of_wanted(self, shared: LayerInputs, kv: KVCache) -> LayerInputs:
-        """In which the rows alone go on whose logits are wanted."""
-        return replace(
-            shared,
-            plan=self.backend.prepare_attention(shared.inputs.of_wanted(), kv, self.windows),
-            rows_R=self.backend.pad_rows(shared.inputs.logit_rows_R),
+    def _through_last(self, x_TD: Tensor, inputs: StageInputs, kv: KVCache, plan: object) -> Tensor:
+        """The last layer, of which the rows alone go on whose logits are wanted."""
+        last = len(self.layers) - 1
+        wanted = replace(
+            self._shared(inputs, plan),
+            plan=self.backend.prepare_attention(inputs.of_wanted(), kv, self.windows),
+            rows_R=self.backend.pad_rows(inputs.logit_rows_R),
         )
+        return self.layers[last](x_TD, wanted, kv.layer(last))
+
+    def _shared(self, inputs: StageInputs, plan: object) -> LayerInputs:
+        positions_T = self.backend.pad_rows(inputs.positions_T)
+        rotations = {
+            rope: Rotation(turns_PD, positions_T) for rope, turns_PD in self._turns(inputs).items()
+        }
+        return LayerInputs(inputs=inputs, plan=plan, rotations=rotations)
+
+    def _turns(self, inputs: StageInputs) -> dict[RopeConfig, Tensor]:
+        """Of all positions that tokens have here."""
+        longest = max([chunk.stop for chunk in inputs.chunks])
+        return {rope: table.until(longest) for rope, table in self.rotation_tables.items()}
 
     @property
     def num_parameters(self) -> int:

@@ -220,10 +220,9 @@ class _Maker:
         embedding = self._filled(self._make(0, 0, has_embedding=True)).embedding
         probes = []
         for inputs in self._inputs:
-            positions_T = self._backend.place(inputs.positions_T)
             num_rows = embedding.tokens.shape[0]
-            ids_T = self._backend.place(torch.arange(len(positions_T)) % num_rows)
-            probes.append(partial(embedding, ids_T, positions_T))
+            ids_T = self._backend.place(torch.arange(inputs.num_tokens) % num_rows)
+            probes.append(partial(embedding, ids_T, inputs.to(self._backend.device)))
         return probes
 
     def head(self) -> list[Callable[[], object]]:
@@ -234,7 +233,7 @@ class _Maker:
         def answer(hidden_RD: Tensor) -> object:
             return draw(head, hidden_RD, [likeliest] * len(hidden_RD))
 
-        numbers = [len(inputs.logit_rows_R) for inputs in self._inputs]
+        numbers = [inputs.num_wanted for inputs in self._inputs]
         hidden = [torch.randn(num, self._config.hidden_size) for num in numbers]
         return [partial(answer, self._backend.place(hidden_RD)) for hidden_RD in hidden]
 

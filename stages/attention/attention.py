@@ -43,11 +43,11 @@ class ReferenceAttention:
         out_TNH = torch.zeros_like(q_TNH)
         group = q_TNH.shape[1] // len(pool[0])
         row = 0
-        for query_len, context_len, blocks in zip(
-            plan.query_lens, plan.context_lens, plan.block_tables, strict=True
-        ):
-            k_CKH, v_CKH = (side[:, blocks].flatten(1, 2).transpose(0, 1).float() for side in pool)
-            for stop in range(context_len - query_len + 1, context_len + 1):
+        for chunk in plan.chunks:
+            k_CKH, v_CKH = (
+                side[:, chunk.blocks].flatten(1, 2).transpose(0, 1).float() for side in pool
+            )
+            for stop in range(chunk.start + 1, chunk.stop + 1):
                 seen = slice(0 if scoring.window is None else max(0, stop - scoring.window), stop)
                 for head in range(q_TNH.shape[1]):
                     keys, values = k_CKH[seen, head // group], v_CKH[seen, head // group]

@@ -61,18 +61,15 @@ def _batches(
     """Fields of a `_Batch` each, in plain numbers: they are made on the host."""
     singles: list[tuple[int, int, list[int]]] = []
     row = 0
-    for query_len, context_len, blocks in zip(
-        inputs.query_lens, inputs.context_lens, inputs.block_tables, strict=True
-    ):
-        table, first = blocks.tolist(), context_len - query_len
-        if query_len == 1:
+    for first, end, table, _ in inputs.chunks:
+        if end - first == 1:
             singles.append((first, row, table))
         else:
-            for start in range(0, query_len, _MOST_QUERIES):
-                stop = min(start + _MOST_QUERIES, query_len)
-                seen = table[: -(-(first + stop) // block_size)]
-                yield [range(row + start, row + stop)], [range(first + start, first + stop)], [seen]
-        row += query_len
+            for start in range(first, end, _MOST_QUERIES):
+                stop = min(start + _MOST_QUERIES, end)
+                rows = range(row + start - first, row + stop - first)
+                yield [rows], [range(start, stop)], [table[: -(-stop // block_size)]]
+        row += end - first
     singles.sort()
     for start in range(0, len(singles), _MOST_SINGLES):
         lasts, rows, tables = zip(*singles[start : start + _MOST_SINGLES], strict=True)

@@ -47,6 +47,7 @@ class KVCache:
         """`turned`: in memory keys are [L, B, K, H, P], values [L, B, K, P, H]. `zeros`: called as
         torch.zeros is, for the memory of either."""
         self.block_size = block_size
+        self.num_kv_heads = config.num_kv_heads
         self.heads_per_kv_head = config.num_heads // config.num_kv_heads
         shape = _shape(config, num_layers, num_blocks, block_size)
         if turned:

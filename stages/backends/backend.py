@@ -24,13 +24,13 @@ from pipeserve.stages.attention.attention import Attention
 from pipeserve.stages.attention.gathered_attention import GatheredAttention
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache, PoolLayer, clear, write
+from pipeserve.stages.attention.rotation import Rotation, rotate
 from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.backends.activations import ACTIVATIONS
 from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 
-Rotation = tuple[Tensor, Tensor]
-"""(cos, signed sin) of each token, float32 [T, 1, H or what is rotated of it]."""
-Rotations = Mapping[RopeConfig, Rotation]
+Turns = Mapping[RopeConfig, Tensor]
+"""`Rotation.turns_PD` of each kind that the layers have."""
 
 
 class Norm(Protocol):
@@ -320,24 +320,13 @@ class Backend:
         layers: Layers,
         count: int,
         x_TD: Tensor,
-        rotations: Rotations,
+        turns: Turns,
         kv: KVCache,
         plan: object,
     ) -> Tensor | None:
         """What comes of the first `count` of `layers`, one at least, all of whose rows go on, where
         it can be had for less than half by half; else None, and nothing was done."""
         return None
-
-
-def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:
-    """In float32. Dimensions behind those of `rotation` stay as they are."""
-    cos_T1H, signed_sin_T1H = rotation
-    heads_TXH = heads_TXH.float()
-    size = cos_T1H.shape[-1]
-    if size < heads_TXH.shape[-1]:
-        return torch.cat((rotate(heads_TXH[..., :size], rotation), heads_TXH[..., size:]), -1)
-    swapped_TXH = heads_TXH.roll(size // 2, -1)
-    return (heads_TXH * cos_T1H).addcmul_(swapped_TXH, signed_sin_T1H)
 
 
 def _added(x: Tensor, onto: Tensor | None) -> Tensor:

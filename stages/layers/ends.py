@@ -6,6 +6,7 @@ Suffixes: T tokens, D hidden size, R rows whose logits are wanted, V vocabulary.
 import torch
 from torch import Tensor, nn
 
+from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.layers.leaf import Embedding, Leaf, whole
 from pipeserve.stages.layers.linear import Linear, Vocabulary
@@ -14,7 +15,7 @@ from pipeserve.stages.layers.part import Part
 _HEAD = "lm_head"
 
 
-class TokenEmbedding(nn.Module):
+class TokenEmbedding(Part):
     """`projection`: where the table is narrower than D. `positions`: a learned row for each
     position, of which the first stands `offset` rows down."""
 
@@ -30,12 +31,13 @@ class TokenEmbedding(nn.Module):
         self.tokens, self.projection = tokens, projection
         self.positions, self.offset = positions, offset
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor) -> Tensor:
+    def forward(self, ids_T: Tensor, inputs: StageInputs) -> Tensor:
+        """Of the tokens of `inputs`."""
         x_TD = self.tokens(ids_T)
         if self.projection is not None:
             x_TD = self.projection(x_TD)
         if self.positions is not None:
-            x_TD = x_TD + self.positions(positions_T + self.offset)
+            x_TD = x_TD + self.positions(inputs.positions_T + self.offset)
         return x_TD
 
 

@@ -1,6 +1,6 @@
-"""Rotary positions, in the half-split layout of Hugging Face's checkpoints.
+"""Rotary positions: how fast each pair of dimensions turns, and the angles of all positions.
 
-Suffixes: T tokens, h half of a head's size.
+Suffixes: P positions, h half of what is turned of a head.
 """
 
 import math
@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from pipeserve.stages.backends.backend import Rotation
 from pipeserve.stages.config.model_config import RopeConfig
+
+_FIRST_POSITIONS = 1024
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -66,11 +67,19 @@ def _ramp(low: float, high: float, length: int) -> Tensor:
     return ((torch.arange(length, dtype=torch.float32) - low) / rise).clamp(0, 1)
 
 
-def make_rotation(positions_T: Tensor, frequencies_h: Tensor, factor: float = 1.0) -> Rotation:
-    """`factor` multiplies what is rotated."""
-    angles_Th = positions_T[:, None].float() * frequencies_h
-    cos_Th, sin_Th = angles_Th.cos().mul_(factor), angles_Th.sin().mul_(factor)
-    return (
-        torch.cat((cos_Th, cos_Th), -1)[:, None],
-        torch.cat((-sin_Th, sin_Th), -1)[:, None],
-    )
+class RotationTable:
+    """The turns of every position so far, made once for all microbatches."""
+
+    def __init__(self, frequencies_h: Tensor, factor: float = 1.0) -> None:
+        """`factor` multiplies what is rotated."""
+        self.frequencies_h, self.factor = frequencies_h, factor
+        self._turns_PD = frequencies_h.new_empty(0, 2 * len(frequencies_h))
+
+    def until(self, stop: int) -> Tensor:
+        """`Rotation.turns_PD` of positions [0, `stop`) at least."""
+        if stop > len(self._turns_PD):
+            most = max(stop, 2 * len(self._turns_PD), _FIRST_POSITIONS)
+            positions_P = torch.arange(most, device=self.frequencies_h.device)
+            angles_Ph = positions_P[:, None].float() * self.frequencies_h
+            self._turns_PD = torch.cat((angles_Ph.cos(), angles_Ph.sin()), -1).mul_(self.factor)
+        return self._turns_PD

@@ -4,14 +4,16 @@ Suffixes: T tokens, R rows that go on, D hidden size, N query heads, A all heads
 values), H head size, X any axes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import PoolLayer
+from pipeserve.stages.attention.rotation import Rotation
 from pipeserve.stages.attention.scoring import Scoring
-from pipeserve.stages.backends.backend import Norm, Rotation, Rotations
+from pipeserve.stages.backends.backend import Norm
 from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
 from pipeserve.stages.layers.linear import Linear
 from pipeserve.stages.layers.part import Part
@@ -25,7 +27,7 @@ class LayerInputs:
     inputs: StageInputs
     plan: object
     """Of `Backend.prepare_attention`, for the rows that go on."""
-    rotations: Rotations
+    rotations: Mapping[RopeConfig, Rotation]
     rows_R: Tensor | None = None
     """Those that go on behind keys and values, perhaps with padding; None: all of them."""
 
@@ -92,8 +94,7 @@ class SelfAttention(Part):
         )
         q_RNH = self._heads(self.qkv.some(shared.kept(x_TD), range(num_q)))
         if rotation is not None:
-            cos_T1H, signed_sin_T1H = rotation
-            rotation = shared.kept(cos_T1H), shared.kept(signed_sin_T1H)
+            rotation = rotation.of(shared.rows_R)
         norm = None if self.norms is None else self.norms[0]
         return self.backend.turn_heads(q_RNH, norm, rotation)
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeserve.stages.attention.rotation import Rotation
+from pipeserve.stages.attention.rotation import rotate as rotate_by_torch
 from pipeserve.stages.backends.activations import ACTIVATIONS
-from pipeserve.stages.backends.backend import rotate as rotate_by_torch
 from pipeserve.stages.backends.cpu import elementwise, library
 from pipeserve.stages.config.model_config import RopeConfig
-from pipeserve.stages.layers.rotary import make_rotation, rope_frequencies
+from pipeserve.stages.layers.rotary import RotationTable, rope_frequencies
 
 SIZES = [1, 7, 16, 33, 576]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,9 +52,11 @@ def test_activations(activation):
 def test_rotation(part):
     """Of the queries and keys of a fused product, in place."""
     heads = torch.randn(9, 8, 32)
-    rotation = make_rotation(torch.arange(9) * 100, rope_frequencies(_rope(part), 32))
+    positions = torch.arange(9) * 100
+    table = RotationTable(rope_frequencies(_rope(part), 32))
+    rotation = Rotation(table.until(801), positions)
     expected = torch.cat((rotate_by_torch(heads[:, :6].double(), rotation), heads[:, 6:]), 1)
-    elementwise.rotate(heads[:, :6], *rotation)
+    elementwise.rotate(heads[:, :6], rotation)
     torch.testing.assert_close(heads, expected.float(), rtol=1e-6, atol=1e-6)
 
 

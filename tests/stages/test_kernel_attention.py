@@ -57,7 +57,7 @@ def test_kernels_for_every_size_of_head(each_library, heads, dtype):
 def parts_of(case, cuts):
     """The case's only chunk as several microbatches, over what they leave in the pool."""
     (q,), (k,), (v,) = case.q, case.k, case.v
-    table = case.inputs.block_tables[0].tolist()
+    table = case.inputs.chunks[0].blocks
     out = []
     for start, stop in pairwise(cuts):
         chunk = (start, stop, table[: -(-stop // case.kv.block_size)], 0)
@@ -85,7 +85,7 @@ def test_kernels_give_a_row_the_same_bits_in_any_batch(each_library):
     together = case.run("kernels").split([len(q) for q in case.q])
     for i, span in enumerate(spans):
         alone = Case(spans, heads=(8, 2, 64), turned=True)
-        chunk = (*span, case.inputs.block_tables[i].tolist(), 0)
+        chunk = (*span, case.inputs.chunks[i].blocks, 0)
         alone.inputs = build_inputs([chunk], case.kv.block_size, None)
         alone.q, alone.k, alone.v = [case.q[i]], [case.k[i]], [case.v[i]]
         assert torch.equal(alone.run("kernels"), together[i])

@@ -6,7 +6,7 @@ P positions in a block.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -107,20 +107,15 @@ class BlockedAttention:
         return out_TKGH.view(num_tokens, num_heads, head_dim)
 
 
-def _chunks_of(inputs: StageInputs) -> Iterator[tuple[int, int, Tensor]]:
-    """(queries, context, blocks) of each chunk."""
-    return zip(inputs.query_lens, inputs.context_lens, inputs.block_tables, strict=True)
-
-
 def _view(inputs: StageInputs, kv: KVCache, window: int | None) -> _View:
     singles, prefills = [], []
     row = 0
-    for query_len, context_len, blocks in _chunks_of(inputs):
-        first_seen = 0 if window is None else max(0, context_len - query_len + 1 - window)
+    for start, stop, blocks, _ in inputs.chunks:
+        query_len = stop - start
+        first_seen = 0 if window is None else max(0, start + 1 - window)
         unseen_blocks = first_seen // kv.block_size
-        chunk = _Chunk(
-            row, query_len, context_len - unseen_blocks * kv.block_size, blocks[unseen_blocks:]
-        )
+        seen_blocks = torch.tensor(blocks[unseen_blocks:])
+        chunk = _Chunk(row, query_len, stop - unseen_blocks * kv.block_size, seen_blocks)
         if query_len == 1:
             singles.append(chunk)
         else:

@@ -1,13 +1,13 @@
 """What layers do between their products, by the C kernels (kernels/elementwise.c, kernels/heads.c).
 
 All is float32. A row's result does not depend on the rows beside it. Tensors are contiguous unless
-said otherwise. Suffixes: X any axes, D the normed axis, T tokens, A any heads, H head size, R the
-rotated part of it.
+said otherwise. Suffixes: X any axes, D the normed axis, T tokens, A any heads, H head size.
 """
 
 import torch
 from torch import Tensor
 
+from pipeserve.stages.attention.rotation import Rotation
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.backends.cpu.types import KERNEL_ACTIVATIONS
 
@@ -43,9 +43,8 @@ def activate(x_X: Tensor, activation: str) -> Tensor:
     return out_X
 
 
-def rotate(heads_TAH: Tensor, cos_T1R: Tensor, signed_sin_T1R: Tensor) -> None:
-    """In place; rows may lie apart, so a part of a fused product's heads will do.
-    Dimensions behind R stay as they are."""
+def rotate(heads_TAH: Tensor, rotation: Rotation) -> None:
+    """In place; rows may lie apart, so a part of a fused product's heads will do."""
     num_rows, num_heads, head_size = heads_TAH.shape
     kernels().rotate_heads(
         heads_TAH.data_ptr(),
@@ -53,7 +52,7 @@ def rotate(heads_TAH: Tensor, cos_T1R: Tensor, signed_sin_T1R: Tensor) -> None:
         num_rows,
         num_heads,
         head_size,
-        cos_T1R.data_ptr(),
-        signed_sin_T1R.data_ptr(),
-        cos_T1R.shape[-1],
+        rotation.turns_PD.data_ptr(),
+        rotation.positions_T.data_ptr(),
+        rotation.turns_PD.shape[1],
     )

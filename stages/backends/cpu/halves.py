@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeserve.stages.attention.kv import KVCache, PoolLayer
+from pipeserve.stages.attention.rotation import Rotation
 from pipeserve.stages.attention.scoring import Scoring
-from pipeserve.stages.backends.backend import Norm, Product, Rotation, Rotations, TwoHalves
+from pipeserve.stages.backends.backend import Norm, Product, Turns, TwoHalves
 from pipeserve.stages.backends.cpu.kernel_attention import Plan, pool_of, scoring_of
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.backends.cpu.products import PackedWeight
@@ -93,21 +94,21 @@ class Stack:
         self,
         count: int,
         x_TD: Tensor,
-        rotations: Rotations,
+        turns: Turns,
         plan: Plan,
     ) -> Tensor | None:
         """Of the first `count` layers, one at least. `x_TD`: float32, contiguous."""
         if not self._can_run:
             return None
-        assert x_TD.shape == (plan.num_tokens, self._size)
+        assert x_TD.shape == (plan.inputs.num_tokens, self._size)
         to_TD = torch.empty(x_TD.shape)
-        rotation = None if self._rope is None else rotations[self._rope]
+        turns_PD = None if self._rope is None else turns[self._rope]
         _run(
             kernels().run_layers,
             self._layers,
             count,
             plan.batch,
-            *_turns_of(rotation),
+            *_described(turns_PD),
             x_TD.data_ptr(),
             to_TD.data_ptr(),
         )
@@ -127,8 +128,8 @@ def attention(
     onto_TD: Tensor | None,
 ) -> Tensor:
     """Of all rows of `plan`. `x_TD` and `onto_TD`: float32, contiguous."""
-    assert x_TD.shape == (plan.num_tokens, qkv.weight.in_features)
-    to_TD = torch.empty(plan.num_tokens, out.weight.out_features)
+    assert x_TD.shape == (plan.inputs.num_tokens, qkv.weight.in_features)
+    to_TD = torch.empty(plan.inputs.num_tokens, out.weight.out_features)
     q_norm, k_norm = head_norms or (None, None)
     _run(
         kernels().attention_half,
@@ -139,7 +140,7 @@ def attention(
         byref(_weight_of(qkv)),
         _reference(_norm_of(q_norm)),
         _reference(_norm_of(k_norm)),
-        *_turns_of(rotation),
+        *_described(None if rotation is None else rotation.turns_PD),
         byref(_weight_of(out)),
         x_TD.data_ptr(),
         None if onto_TD is None else onto_TD.data_ptr(),
@@ -199,11 +200,8 @@ def _parts_of(layer: TwoHalves, pool: PoolLayer) -> tuple[ctypes.Structure | Non
     )
 
 
-def _turns_of(rotation: Rotation | None) -> tuple[int | None, int | None, int]:
-    if rotation is None:
-        return None, None, 0
-    cos_T1R, signed_sin_T1R = rotation
-    return cos_T1R.data_ptr(), signed_sin_T1R.data_ptr(), cos_T1R.shape[-1]
+def _described(turns_PD: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if turns_PD is None else (turns_PD.data_ptr(), turns_PD.shape[1])
 
 
 def _weight_of(product: Product) -> _Weight:

@@ -5,12 +5,12 @@ size, P positions in a block, I items' queries.
 """
 
 import ctypes
+from array import array
 from collections.abc import Collection
 from ctypes import byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +27,6 @@ once, so many that copying keys for them costs little, few enough to stay in the
 cache."""
 _ALL = 1 << 60
 """The window of layers that have none."""
-_NO_BLOCKS = torch.empty(0, dtype=torch.int64)
-"""Those of no chunk at all."""
 
 
 class _Pool(ctypes.Structure):
@@ -64,6 +62,7 @@ class _Batch(ctypes.Structure):
 
     _fields_ = (
         ("num_rows", c_int64),
+        ("positions", c_void_p),
         ("slots", c_void_p),
         ("queries", c_void_p),
         ("tables", c_void_p),
@@ -74,17 +73,17 @@ class _Batch(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    num_tokens: int
-    queries_I4: np.ndarray
-    """int32: row, number of queries, position, where the block table begins."""
-    tables: np.ndarray
+    inputs: StageInputs
+    """Of which it is; their numbers are read where they lie."""
+    queries: array
+    """int32, of each piece of a chunk: row, number of queries, position, where the block table
+    begins."""
+    tables: array
     """int32: the block tables one after the other."""
     num_together: int
     """Rows that are worked on together, at most."""
     batch: object
-    """All of it, and where keys and values go, as halves of layers are told of it."""
-    slots_T: Tensor
-    """That is why it is kept."""
+    """All of it, as halves of layers are told of it."""
 
 
 class KernelAttention:
@@ -98,41 +97,30 @@ class KernelAttention:
 
     def prepare(self, inputs: StageInputs, kv: KVCache, windows: Collection[int | None]) -> Plan:
         most = max(1, _ROWS // kv.heads_per_kv_head)
-        queries, row, table = [], 0, 0
-        for query_len, context_len, blocks in zip(
-            inputs.query_lens, inputs.context_lens, inputs.block_tables, strict=True
-        ):
-            position = context_len - query_len
-            for start in range(0, query_len, most):
-                count = min(most, query_len - start)
-                queries.append((row + start, count, position + start, table))
-            row += query_len
-            table += len(blocks)
-        queries_I4 = np.array(queries, np.int32)
-        tables = torch.cat((*inputs.block_tables, _NO_BLOCKS)).to(torch.int32).numpy()
-        num_together = max(most, kv.keys_LKBPH.shape[1]) * kv.heads_per_kv_head
+        num_together = max(most, kv.num_kv_heads) * kv.heads_per_kv_head
+        queries, tables, row = array("i"), array("i"), 0
+        for start, stop, blocks, _ in inputs.chunks:
+            for first in range(start, stop, most):
+                of_piece = row + first - start, min(most, stop - first), first, len(tables)
+                queries.extend(of_piece)
+            row += stop - start
+            tables.extend(blocks)
         batch = _Batch(
-            inputs.num_tokens,
-            inputs.slots_T.data_ptr(),
-            queries_I4.ctypes.data,
-            tables.ctypes.data,
-            len(queries_I4),
+            row,
+            _address(inputs.positions),
+            _address(inputs.slots),
+            _address(queries),
+            _address(tables),
+            len(queries) // 4,
             num_together,
         )
-        return Plan(
-            inputs.num_tokens,
-            queries_I4,
-            tables,
-            num_together,
-            byref(batch),
-            inputs.slots_T,
-        )
+        return Plan(inputs, queries, tables, num_together, byref(batch))
 
     def __call__(self, q_TNH: Tensor, pool: PoolLayer, plan: Plan, scoring: Scoring) -> Tensor:
         """Returns float32."""
         q_TNH = _with_whole_rows(q_TNH)
         out_TNH = torch.empty(q_TNH.shape)
-        out_TNH[plan.num_tokens :] = 0
+        out_TNH[plan.inputs.num_tokens :] = 0
         kernels().attend(
             byref(pool_of(pool)),
             byref(scoring_of(scoring)),
@@ -140,10 +128,10 @@ class KernelAttention:
             q_TNH.stride(0),
             out_TNH.data_ptr(),
             q_TNH.shape[1],
-            plan.queries_I4.ctypes.data,
-            plan.tables.ctypes.data,
+            _address(plan.queries),
+            _address(plan.tables),
             0,
-            len(plan.queries_I4),
+            len(plan.queries) // 4,
             plan.num_together,
             scratch_of(kernels().attention_scratch(plan.num_together, q_TNH.shape[2])),
         )
@@ -162,6 +150,10 @@ def write(k_TKH: Tensor, v_TKH: Tensor, pool: PoolLayer, slots_T: Tensor) -> Non
         slots_T.data_ptr(),
         byref(pool_of(pool)),
     )
+
+
+def _address(numbers: array) -> int:
+    return numbers.buffer_info()[0]
 
 
 def _with_whole_rows(x_TAH: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache, PoolLayer
+from pipeserve.stages.attention.rotation import Rotation
 from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.backends.backend import (
     Backend,
@@ -14,8 +15,7 @@ from pipeserve.stages.backends.backend import (
     Layers,
     Norm,
     Product,
-    Rotation,
-    Rotations,
+    Turns,
 )
 from pipeserve.stages.backends.cpu import elementwise, halves, large_pages
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, Plan, write
@@ -137,7 +137,7 @@ class KernelBackend(Backend):
         if norm is not None:
             heads_TXH.copy_(norm(heads_TXH))
         if rotation is not None:
-            elementwise.rotate(heads_TXH, *rotation)
+            elementwise.rotate(heads_TXH, rotation)
         return heads_TXH
 
     def attention_half(
@@ -183,14 +183,14 @@ class KernelBackend(Backend):
         layers: Layers,
         count: int,
         x_TD: Tensor,
-        rotations: Rotations,
+        turns: Turns,
         kv: KVCache,
         plan: Plan,
     ) -> Tensor | None:
         stack = layers.described
         if not isinstance(stack, halves.Stack) or not stack.is_of(kv, self.num_set):
             stack = layers.described = halves.Stack(layers.halves, kv, self.num_set)
-        return stack.run(count, _rows(x_TD), rotations, plan)
+        return stack.run(count, _rows(x_TD), turns, plan)
 
 
 def _is_paired(weight: Tensor) -> bool:

@@ -53,14 +53,14 @@ _FUNCTIONS = {
     "layer_norm": (None, [*[c_void_p] * 3, c_float, c_int64, c_int64, c_void_p]),
     "activate": (None, [c_void_p, c_int, c_int64, c_void_p]),
     # halves.c
-    "attention_half": (c_int64, [*[c_void_p] * 9, c_int64, *[c_void_p] * 5, c_int64]),
+    "attention_half": (c_int64, [*[c_void_p] * 8, c_int64, *[c_void_p] * 5, c_int64]),
     "mlp_half": (
         c_int64,
         [c_void_p, c_void_p, c_int, c_bool, c_void_p, c_int64, *[c_void_p] * 4, c_int64],
     ),
     "run_layers": (
         c_int64,
-        [c_void_p, c_int64, *[c_void_p] * 3, c_int64, *[c_void_p] * 3, c_int64],
+        [c_void_p, c_int64, *[c_void_p] * 2, c_int64, *[c_void_p] * 3, c_int64],
     ),
     # weights.c
     "packed_size": (c_int64, [c_int, c_int64, c_int64, c_int]),

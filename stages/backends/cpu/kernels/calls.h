@@ -26,7 +26,7 @@ void attend(const Pool *pool, const Scoring *scoring, const float *q, int64_t q_
             int64_t stop, int64_t num_rows, float *scratch_memory);
 
 void rotate_heads(float *rows, int64_t row_step, int64_t num_rows, int64_t num_heads,
-                  int64_t head_size, const float *cosines, const float *sines, int64_t turned);
+                  int64_t head_size, const float *turns, const int64_t *positions, int64_t turned);
 void write_heads(const float *keys, int64_t key_row_step, const float *values,
                  int64_t value_row_step, int64_t num_rows, const int64_t *slots, const Pool *pool);
 

@@ -55,11 +55,12 @@ static const float *normed(const Norm *norm, const float *x, int64_t num_rows, i
 /* What a microbatch has all layers of one window do. */
 typedef struct {
     int64_t num_rows;
-    const int64_t *slots;   /* of the pool, where each row's keys and values go */
-    const Queries *queries; /* all rows'; block tables one after the other */
+    const int64_t *positions; /* of each row in its request */
+    const int64_t *slots;     /* of the pool, where each row's keys and values go */
+    const Queries *queries;   /* all rows'; block tables one after the other */
     const int32_t *tables;
     int64_t num_queries;
-    int64_t num_together;   /* rows that attention works on together, at most */
+    int64_t num_together;     /* rows that attention works on together, at most */
 } Batch;
 
 static void norm_heads(const Norm *norm, float *heads, int64_t step, int64_t num_rows,
@@ -69,12 +70,12 @@ static void norm_heads(const Norm *norm, float *heads, int64_t step, int64_t num
 }
 
 /* `norm`: of x, before `qkv`; or NULL. `q_norm`, `k_norm`: over each head of queries and of keys; or NULL.
-   `cosines`, `sines`: [rows, turned], what turns the first dimensions of these heads; or NULL. */
+   `turns`: what turns the first dimensions of these heads, `turned` floats for each position; or NULL. */
 EXPORT int64_t attention_half(const Batch *batch, const Pool *pool, const Scoring *scoring,
                               const Norm *norm, const Weight *qkv, const Norm *q_norm,
-                              const Norm *k_norm, const float *cosines, const float *sines,
-                              int64_t turned, const Weight *out, const float *x, const float *onto,
-                              float *to, float *memory, int64_t memory_size) {
+                              const Norm *k_norm, const float *turns, int64_t turned,
+                              const Weight *out, const float *x, const float *onto, float *to,
+                              float *memory, int64_t memory_size) {
     const int64_t size = pool->head_size, num_rows = batch->num_rows, step = qkv->out;
     const int64_t q_size = out->in, kv_size = pool->num_kv_heads * size;
     const int64_t num_heads = q_size / size, num_turned = num_heads + pool->num_kv_heads;
@@ -92,9 +93,8 @@ EXPORT int64_t attention_half(const Batch *batch, const Pool *pool, const Scorin
         multiply(qkv, normed(norm, x + row * qkv->in, count, qkv->in, block), count, NULL, q, rest);
         norm_heads(q_norm, q, step, count, num_heads, size);
         norm_heads(k_norm, k, step, count, pool->num_kv_heads, size);
-        if (cosines)
-            rotate_heads(q, step, count, num_turned, size, cosines + row * turned,
-                         sines + row * turned, turned);
+        if (turns)
+            rotate_heads(q, step, count, num_turned, size, turns, batch->positions + row, turned);
         write_heads(k, step, v, step, count, batch->slots + row, pool);
     }
     attend(pool, scoring, heads, step, attended, num_heads, batch->queries, batch->tables, 0,
@@ -146,12 +146,12 @@ typedef struct {
     bool is_gated;
 } Layer;
 
-static int64_t run_layer(const Layer *layer, const Batch *batch, const float *cosines,
-                         const float *sines, int64_t turned, const float *x, float *between,
-                         float *to, float *memory, int64_t memory_size) {
+static int64_t run_layer(const Layer *layer, const Batch *batch, const float *turns, int64_t turned,
+                         const float *x, float *between, float *to, float *memory,
+                         int64_t memory_size) {
     const int64_t of_attention = attention_half(
         batch, layer->pool, layer->scoring, layer->attention_norm, layer->qkv, layer->q_norm,
-        layer->k_norm, cosines, sines, turned, layer->out, x, x, between, memory, memory_size
+        layer->k_norm, turns, turned, layer->out, x, x, between, memory, memory_size
     );
     const int64_t of_mlp = mlp_half(
         layer->mlp_norm, layer->up, layer->activation, layer->is_gated, layer->down,
@@ -162,14 +162,14 @@ static int64_t run_layer(const Layer *layer, const Batch *batch, const float *co
 
 /* `x` [rows, size] through `count` layers, one at least, `to` [rows, size]. */
 EXPORT int64_t run_layers(const Layer *layers, int64_t count, const Batch *batch,
-                          const float *cosines, const float *sines, int64_t turned, const float *x,
-                          float *to, float *memory, int64_t memory_size) {
+                          const float *turns, int64_t turned, const float *x, float *to,
+                          float *memory, int64_t memory_size) {
     const int64_t size = batch->num_rows * layers->out->out;
     int64_t wanted = 0;
     for (int64_t i = 0; i < count; i++)
-        wanted = most(wanted, run_layer(layers + i, batch, 0, 0, 0, 0, 0, 0, 0, 0));
+        wanted = most(wanted, run_layer(layers + i, batch, 0, 0, 0, 0, 0, 0, 0));
     if (size + wanted > memory_size) return size + wanted;
     for (int64_t i = 0; i < count; i++, x = to)
-        run_layer(layers + i, batch, cosines, sines, turned, x, memory, to, memory + size, wanted);
+        run_layer(layers + i, batch, turns, turned, x, memory, to, memory + size, wanted);
     return 0;
 }

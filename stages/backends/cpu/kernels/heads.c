@@ -4,22 +4,23 @@
 #include "calls.h"
 #include "numbers.h"
 
-/* In place, the first `num_heads` heads of each row by the row's angle: half-split, of which the
-   dimensions behind the first `turned` stay as they are. `cosines`, `sines` are [rows, turned]; the
-   first half of a row of `sines` is negated. */
+/* In place, the first `num_heads` heads of each row by the turns of the row's position: half-split, of which
+   the dimensions behind the first `turned` stay as they are. `turns`: of each position the cosines of
+   `turned` / 2 pairs, then their sines. */
 EXPORT void rotate_heads(float *rows, int64_t row_step, int64_t num_rows, int64_t num_heads,
-                         int64_t head_size, const float *cosines, const float *sines,
+                         int64_t head_size, const float *turns, const int64_t *positions,
                          int64_t turned) {
     const int64_t half = turned / 2;
-    for (int64_t row = 0; row < num_rows; row++, cosines += turned, sines += turned) {
+    for (int64_t row = 0; row < num_rows; row++) {
+        const float *cosines = turns + positions[row] * turned, *sines = cosines + half;
         for (int64_t head = 0; head < num_heads; head++) {
             float *left = rows + row * row_step + head * head_size, *right = left + half;
             for (int64_t i = 0; i < half; i += LANES) {
                 const int64_t count = half - i;
 #define SOME(from) read_some((from) + i, count, FLOAT32)
                 const Floats x = SOME(left), y = SOME(right);
-                const Floats first = x * SOME(cosines) + y * SOME(sines);
-                const Floats second = y * SOME(cosines + half) + x * SOME(sines + half);
+                const Floats first = x * SOME(cosines) - y * SOME(sines);
+                const Floats second = y * SOME(cosines) + x * SOME(sines);
 #undef SOME
                 write_some(left + i, first, count, FLOAT32);
                 write_some(right + i, second, count, FLOAT32);

@@ -1,0 +1,41 @@
+"""How heads are turned by their tokens' positions (rotary embedding), in the half-split layout of
+Hugging Face's checkpoints.
+
+Suffixes: P positions, T tokens, R rows that go on, X any heads, H head size, D what is turned of it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Of each token of a microbatch."""
+
+    turns_PD: Tensor
+    """Float32: of each position the cosines of its pairs of dimensions, then their sines."""
+    positions_T: Tensor
+    """int64."""
+
+    @cached_property
+    def cos_and_signed_sin(self) -> tuple[Tensor, Tensor]:
+        """Of each token, [T, 1, D] both."""
+        cos_T1h, sin_T1h = self.turns_PD[self.positions_T][:, None].chunk(2, -1)
+        return torch.cat((cos_T1h, cos_T1h), -1), torch.cat((-sin_T1h, sin_T1h), -1)
+
+    def of(self, rows_R: Tensor) -> "Rotation":
+        """Of some of the tokens."""
+        return Rotation(self.turns_PD, self.positions_T[rows_R])
+
+
+def rotate(heads_TXH: Tensor, rotation: Rotation) -> Tensor:
+    """In float32. Dimensions behind D stay as they are."""
+    cos_T1D, signed_sin_T1D = rotation.cos_and_signed_sin
+    size = cos_T1D.shape[-1]
+    heads_TXD, others = heads_TXH.float().split((size, heads_TXH.shape[-1] - size), -1)
+    swapped_TXD = heads_TXD.roll(size // 2, -1)
+    turned_TXD = (heads_TXD * cos_T1D).addcmul_(swapped_TXD, signed_sin_T1D)
+    return torch.cat((turned_TXD, others), -1) if others.shape[-1] else turned_TXD

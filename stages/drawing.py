@@ -81,4 +81,4 @@ def _takes_logits_as_they_are(row: SampleRow) -> bool:
 
 
 def _rows(hidden_RD: Tensor, numbers: list[int]) -> Tensor:
-    return hidden_RD if len(numbers) == len(hidden_RD) else hidden_RD[numbers]
+    return hidden_RD if len(numbers) == hidden_RD.shape[0] else hidden_RD[numbers]

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache
-from pipeserve.stages.attention.rotation import Rotation
+from pipeserve.stages.attention.rotation import Rotation, RotationTable
 from pipeserve.stages.backends.backend import Backend, Layers
 from pipeserve.stages.config.families import find_family
-from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
+from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.families import parts_of
 from pipeserve.stages.layers.decoder_layer import two_halves
 from pipeserve.stages.layers.leaf import Leaf
 from pipeserve.stages.layers.part import Part
-from pipeserve.stages.layers.rotary import RotationTable, rope_frequencies
+from pipeserve.stages.layers.rotary import rope_frequencies
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
 from pipeserve.stages.tensor_parallel.cut import config_of_shard, cut
 from pipeserve.stages.tensor_parallel.shard import WHOLE, Shard
@@ -124,15 +124,16 @@ class Stage(Part):
             x_TD = self._through_last(x_TD, inputs, kv, plan)
         if num_layers == 0 and self.gives_rows:
             x_TD = x_TD[inputs.logit_rows_R]
-        return x_TD[:num_rows] if self.head is None else self.head(x_TD[:num_rows])
+        if x_TD.shape[0] > num_rows:
+            x_TD = x_TD[:num_rows]
+        return x_TD if self.head is None else self.head(x_TD)
 
     def _through(
         self, count: int, x_TD: Tensor, inputs: StageInputs, kv: KVCache, plan: object
     ) -> Tensor:
         """The first `count` layers, of which all rows go on."""
         if count and self._two_halves is not None:
-            turns = self._turns(inputs)
-            done_TD = self.backend.layers_at_once(self._two_halves, count, x_TD, turns, kv, plan)
+            done_TD = self.backend.layers_at_once(self._two_halves, count, x_TD, kv, plan)
             if done_TD is not None:
                 return done_TD
         shared = self._shared(inputs, plan)
@@ -144,8 +145,8 @@ class Stage(Part):
     def _two_halves(self) -> Layers | None:
         """The layers; None where any is of another kind. What is put around their parts (`wrap` of
         tensor_parallel/layers.py) has to be there before the first microbatch."""
-        halves = [half for layer in self.layers if (half := two_halves(layer)) is not None]
-        return Layers(halves) if len(halves) == len(self.layers) else None
+        halves = [two_halves(layer, self.rotation_tables) for layer in self.layers]
+        return None if None in halves else Layers(halves)
 
     def _through_last(self, x_TD: Tensor, inputs: StageInputs, kv: KVCache, plan: object) -> Tensor:
         """The last layer, of which the rows alone go on whose logits are wanted."""
@@ -160,14 +161,10 @@ class Stage(Part):
     def _shared(self, inputs: StageInputs, plan: object) -> LayerInputs:
         positions_T = self.backend.pad_rows(inputs.positions_T)
         rotations = {
-            rope: Rotation(turns_PD, positions_T) for rope, turns_PD in self._turns(inputs).items()
+            rope: Rotation(table.until(inputs.num_positions), positions_T)
+            for rope, table in self.rotation_tables.items()
         }
         return LayerInputs(inputs=inputs, plan=plan, rotations=rotations)
-
-    def _turns(self, inputs: StageInputs) -> dict[RopeConfig, Tensor]:
-        """Of all positions that tokens have here."""
-        longest = max([chunk.stop for chunk in inputs.chunks])
-        return {rope: table.until(longest) for rope, table in self.rotation_tables.items()}
 
     @property
     def num_parameters(self) -> int:

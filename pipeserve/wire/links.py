@@ -94,7 +94,7 @@ class TensorLinks(ActivationLinks):
         way. Do not write to it after."""
         import torch
 
-        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        flat = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
         self._next_stage.send_large(memoryview(flat), memoryview(_INDEX.pack(index)))
         return flat.nbytes + _INDEX.size
 

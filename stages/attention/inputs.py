@@ -53,6 +53,11 @@ class StageInputs:
         self.num_tokens = sum([stop - start for start, stop, _, _ in chunks])
         self.num_wanted = sum([chunk.num_wanted for chunk in chunks])
 
+    @cached_property
+    def num_positions(self) -> int:
+        """Those that a token of it may have are [0, num_positions)."""
+        return max([chunk.stop for chunk in self.chunks])
+
     @property
     def token_ids_T(self) -> Tensor | None:
         return None if self._token_ids is None else self._placed(self._token_ids)

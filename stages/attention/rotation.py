@@ -1,7 +1,8 @@
 """How heads are turned by their tokens' positions (rotary embedding), in the half-split layout of
 Hugging Face's checkpoints.
 
-Suffixes: P positions, T tokens, R rows that go on, X any heads, H head size, D what is turned of it.
+Suffixes: P positions, T tokens, R rows that go on, X any heads, H head size, D the part of it that
+turns, h half of that.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,27 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+_FIRST_POSITIONS = 1024
+
+
+class RotationTable:
+    """How far heads are turned at every position so far, made once for all microbatches."""
+
+    def __init__(self, frequencies_h: Tensor, factor: float = 1.0) -> None:
+        """`frequencies_h`: radians per position of each pair of dimensions. `factor` multiplies
+        what is turned."""
+        self.frequencies_h, self.factor = frequencies_h, factor
+        self.num_positions = 0
+
+    def until(self, stop: int) -> Tensor:
+        """`Rotation.turns_PD` of positions [0, `stop`) at least."""
+        if stop > self.num_positions:
+            self.num_positions = max(stop, 2 * self.num_positions, _FIRST_POSITIONS)
+            positions_P = torch.arange(self.num_positions, device=self.frequencies_h.device)
+            angles_Ph = positions_P[:, None].float() * self.frequencies_h
+            self._turns_PD = torch.cat((angles_Ph.cos(), angles_Ph.sin()), -1).mul_(self.factor)
+        return self._turns_PD
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ Suffixes: T tokens, X any axes, D a normed axis, I and O features of a product, 
 N query heads, K kv heads, A all heads (queries, then keys, then values), H head size.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -24,13 +24,10 @@ from pipeserve.stages.attention.attention import Attention
 from pipeserve.stages.attention.gathered_attention import GatheredAttention
 from pipeserve.stages.attention.inputs import StageInputs
 from pipeserve.stages.attention.kv import KVCache, PoolLayer, clear, write
-from pipeserve.stages.attention.rotation import Rotation, rotate
+from pipeserve.stages.attention.rotation import Rotation, RotationTable, rotate
 from pipeserve.stages.attention.scoring import Scoring
 from pipeserve.stages.backends.activations import ACTIVATIONS
-from pipeserve.stages.config.model_config import ModelConfig, RopeConfig
-
-Turns = Mapping[RopeConfig, Tensor]
-"""`Rotation.turns_PD` of each kind that the layers have."""
+from pipeserve.stages.config.model_config import ModelConfig
 
 
 class Norm(Protocol):
@@ -67,7 +64,7 @@ class TwoHalves(NamedTuple):
     attention_norm: Norm
     qkv: Product
     head_norms: HeadNorms | None
-    rope: RopeConfig | None
+    rotation: RotationTable | None
     scoring: Scoring
     out: Product
     mlp_norm: Norm
@@ -320,7 +317,6 @@ class Backend:
         layers: Layers,
         count: int,
         x_TD: Tensor,
-        turns: Turns,
         kv: KVCache,
         plan: object,
     ) -> Tensor | None:

@@ -3,10 +3,14 @@
 Suffixes: T tokens, D hidden size.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from pipeserve.stages.attention.kv import PoolLayer
+from pipeserve.stages.attention.rotation import RotationTable
 from pipeserve.stages.backends.backend import TwoHalves
+from pipeserve.stages.config.model_config import RopeConfig
 from pipeserve.stages.layers.mlp import GatedMlp, Mlp
 from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import LayerInputs, SelfAttention
@@ -31,7 +35,7 @@ class PreNormLayer(DecoderLayer):
         return self.mlp(x_TD, self.mlp_norm, x_TD)
 
 
-def two_halves(layer: nn.Module) -> TwoHalves | None:
+def two_halves(layer: nn.Module, tables: Mapping[RopeConfig, RotationTable]) -> TwoHalves | None:
     """What a backend needs to run such layers in one go; None of others, as with experts."""
     if not isinstance(layer, PreNormLayer) or not isinstance(layer.mlp, Mlp | GatedMlp):
         return None
@@ -41,7 +45,7 @@ def two_halves(layer: nn.Module) -> TwoHalves | None:
         layer.attention_norm,
         attention.qkv,
         attention.norms,
-        attention.rope,
+        None if attention.rope is None else tables[attention.rope],
         attention.scoring,
         attention.out,
         layer.mlp_norm,

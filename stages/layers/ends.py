@@ -105,8 +105,10 @@ class Head(Part):
         )
         if found is None:
             return tuple(self(x_RD).max(-1))
-        highest_R, tokens_R = found
-        return highest_R[: len(x_RD)], tokens_R[: len(x_RD)]
+        num_rows, (highest_R, tokens_R) = x_RD.shape[0], found
+        if highest_R.shape[0] == num_rows:
+            return found
+        return highest_R[:num_rows], tokens_R[:num_rows]
 
     def highest(self, x_RD: Tensor, num: int) -> tuple[Tensor, Tensor] | None:
         """Of each row the `num` highest logits at least, and their tokens, in the order of tokens,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeserve.stages.layers.part import Part
@@ -131,7 +130,7 @@ class Embedding(Leaf):
         self.scale = scale
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        return self.scaled(F.embedding(ids_T, self.weight))
+        return self.scaled(self.weight.index_select(0, ids_T))
 
     def scaled(self, rows_TD: Tensor) -> Tensor:
         """Rows of the table as they are looked up."""

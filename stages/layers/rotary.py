@@ -1,6 +1,7 @@
-"""Rotary positions: how fast each pair of dimensions turns, and the angles of all positions.
+"""Rotary positions: how fast each pair of dimensions turns, in the half-split layout of Hugging
+Face's checkpoints.
 
-Suffixes: P positions, h half of what is turned of a head.
+Suffixes: h half of what turns of a head.
 """
 
 import math
@@ -9,8 +10,6 @@ import torch
 from torch import Tensor
 
 from pipeserve.stages.config.model_config import RopeConfig
-
-_FIRST_POSITIONS = 1024
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -65,21 +64,3 @@ def _ramp(low: float, high: float, length: int) -> Tensor:
     """0 up to `low`, 1 from `high` on."""
     rise = high - low or 0.001
     return ((torch.arange(length, dtype=torch.float32) - low) / rise).clamp(0, 1)
-
-
-class RotationTable:
-    """The turns of every position so far, made once for all microbatches."""
-
-    def __init__(self, frequencies_h: Tensor, factor: float = 1.0) -> None:
-        """`factor` multiplies what is rotated."""
-        self.frequencies_h, self.factor = frequencies_h, factor
-        self._turns_PD = frequencies_h.new_empty(0, 2 * len(frequencies_h))
-
-    def until(self, stop: int) -> Tensor:
-        """`Rotation.turns_PD` of positions [0, `stop`) at least."""
-        if stop > len(self._turns_PD):
-            most = max(stop, 2 * len(self._turns_PD), _FIRST_POSITIONS)
-            positions_P = torch.arange(most, device=self.frequencies_h.device)
-            angles_Ph = positions_P[:, None].float() * self.frequencies_h
-            self._turns_PD = torch.cat((angles_Ph.cos(), angles_Ph.sin()), -1).mul_(self.factor)
-        return self._turns_PD

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeserve.stages.attention.rotation import Rotation
+from pipeserve.stages.attention.rotation import Rotation, RotationTable
 from pipeserve.stages.attention.rotation import rotate as rotate_by_torch
 from pipeserve.stages.backends.activations import ACTIVATIONS
 from pipeserve.stages.backends.cpu import elementwise, library
 from pipeserve.stages.config.model_config import RopeConfig
-from pipeserve.stages.layers.rotary import RotationTable, rope_frequencies
+from pipeserve.stages.layers.rotary import rope_frequencies
 
 SIZES = [1, 7, 16, 33, 576]
 pytestmark = pytest.mark.usefixtures("one_thread")

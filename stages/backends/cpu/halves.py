@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeserve.stages.attention.kv import KVCache, PoolLayer
 from pipeserve.stages.attention.rotation import Rotation
 from pipeserve.stages.attention.scoring import Scoring
-from pipeserve.stages.backends.backend import Norm, Product, Turns, TwoHalves
+from pipeserve.stages.backends.backend import Norm, Product, TwoHalves
 from pipeserve.stages.backends.cpu.kernel_attention import Plan, pool_of, scoring_of
 from pipeserve.stages.backends.cpu.library import kernels
 from pipeserve.stages.backends.cpu.products import PackedWeight
@@ -65,9 +65,9 @@ class Stack:
     def __init__(self, layers: Sequence[TwoHalves], kv: KVCache, num_set: int) -> None:
         """`num_set`: weights that were set by now."""
         self._kv, self._num_set = weakref.ref(kv), num_set
-        self._rope = layers[0].rope
+        self._rotation = layers[0].rotation
         self._can_run = all(
-            are_own(layer.qkv, layer.out, layer.up, layer.down) and layer.rope == self._rope
+            are_own(layer.qkv, layer.out, layer.up, layer.down) and layer.rotation is self._rotation
             for layer in layers
         )
         if not self._can_run:
@@ -94,7 +94,6 @@ class Stack:
         self,
         count: int,
         x_TD: Tensor,
-        turns: Turns,
         plan: Plan,
     ) -> Tensor | None:
         """Of the first `count` layers, one at least. `x_TD`: float32, contiguous."""
@@ -102,7 +101,9 @@ class Stack:
             return None
         assert x_TD.shape == (plan.inputs.num_tokens, self._size)
         to_TD = torch.empty(x_TD.shape)
-        turns_PD = None if self._rope is None else turns[self._rope]
+        turns_PD = None
+        if self._rotation is not None:
+            turns_PD = self._rotation.until(plan.inputs.num_positions)
         _run(
             kernels().run_layers,
             self._layers,

@@ -15,7 +15,6 @@ from pipeserve.stages.backends.backend import (
     Layers,
     Norm,
     Product,
-    Turns,
 )
 from pipeserve.stages.backends.cpu import elementwise, halves, large_pages
 from pipeserve.stages.backends.cpu.kernel_attention import KernelAttention, Plan, write
@@ -183,14 +182,13 @@ class KernelBackend(Backend):
         layers: Layers,
         count: int,
         x_TD: Tensor,
-        turns: Turns,
         kv: KVCache,
         plan: Plan,
     ) -> Tensor | None:
         stack = layers.described
         if not isinstance(stack, halves.Stack) or not stack.is_of(kv, self.num_set):
             stack = layers.described = halves.Stack(layers.halves, kv, self.num_set)
-        return stack.run(count, _rows(x_TD), turns, plan)
+        return stack.run(count, _rows(x_TD), plan)
 
 
 def _is_paired(weight: Tensor) -> bool:

@@ -87,7 +87,7 @@ _FUNCTIONS = {
     ),
     "likeliest_scratch": (c_int64, [c_int64, c_int64, c_int64]),
     "likeliest": (
-        None,
+        c_bool,
         [
             *(c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
             *(c_int64, c_int64, c_float, c_void_p, c_void_p, c_void_p),

@@ -121,9 +121,9 @@ class PackedWeight:
         `VocabularyWeight` twice as fast again.
         """
         assert x_TD.dtype == torch.float32 and x_TD.stride(1) == 1
-        num_rows, shape = len(x_TD), (self.out_features, self.in_features)
+        num_rows, shape = x_TD.shape[0], (self.out_features, self.in_features)
         highest_T, outputs_T = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
-        self._library.likeliest(
+        are_finite = self._library.likeliest(
             self.storage,
             self.dtype == torch.bfloat16 and self._library.multiplies_pairs(),
             x_TD.data_ptr(),
@@ -137,7 +137,7 @@ class PackedWeight:
             outputs_T.data_ptr(),
             scratch_of(self._library.likeliest_scratch(num_rows, *shape)),
         )
-        return (highest_T, outputs_T) if highest_T.isfinite().all() else None
+        return (highest_T, outputs_T) if are_finite else None
 
 
 class VocabularyWeight(PackedWeight):

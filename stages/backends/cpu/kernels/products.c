@@ -254,18 +254,20 @@ static void take_highest(
 }
 
 /* Of each row the highest output of x W^T and the first output that has it: those of `product`, bit for
-   bit, and no output is written. NaN in place of it where any output may not be finite.
+   bit, and no output is written. Returns whether all are finite: where an output of a row may not be, its
+   highest is NaN.
 
    First bounds say how high a panel's outputs may be: by W's copy `coarse` (or NULL), else by pairs,
    where it can be, each twice as fast as the next. The few panels that may have the highest are then
    multiplied as `product` does, the one with the highest bound first: it leaves fewest to the others. */
-EXPORT void likeliest(
+EXPORT bool likeliest(
     int storage, int by_pairs, const float *x, int64_t x_stride, int64_t rows, const void *w,
     const void *coarse, int64_t out, int64_t in, float norm, float *highest, int64_t *outputs,
     float *scratch
 ) {
     const int64_t panels = quotient_up(out, PANEL), depth = quotient_up(in, STEP) * STEP;
     float *above = scratch, *below = above + rows * panels, *rest = below + rows;
+    bool are_finite = true;
 #ifdef __AVX512VNNI__
     if (coarse) bound_outputs(x, x_stride, rows, coarse, out, in, above, below, rest);
     else
@@ -274,7 +276,10 @@ EXPORT void likeliest(
     for (int64_t row = 0; row < rows; row++, x += x_stride, above += panels) {
         highest[row] = below[row] == below[row] ? -__builtin_inff() : below[row];
         outputs[row] = 0;
-        if (below[row] != below[row]) continue;
+        if (below[row] != below[row]) {
+            are_finite = false;
+            continue;
+        }
         pack_tile(storage, 1, x, x_stride, in, rest);
         int64_t first = 0;
         for (int64_t i = 1; i < panels; i++) first = above[i] > above[first] ? i : first;
@@ -283,5 +288,7 @@ EXPORT void likeliest(
             if (i == first || above[i] < below[row] || above[i] < highest[row]) continue;
             take_highest(storage, rest, w, out, depth, i, highest + row, outputs + row);
         }
+        if (!__builtin_isfinite(highest[row])) are_finite = false;
     }
+    return are_finite;
 }

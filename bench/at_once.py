@@ -20,7 +20,7 @@ from report import plain_table
 from pipeserve.core.cost.kernels import Tables
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import ROUGH_CPU
 from pipeserve.core.engine import Engine
 from pipeserve.core.policies import get_policy
 from pipeserve.profiling.search.capacity import Arrival, Lengths
@@ -83,7 +83,7 @@ def met(num_stages: int, seats: int, lengths: Lengths, seed: int) -> tuple[float
         num_blocks=20_000,
     )
     plan = split_layers(cell.shape.num_layers, num_stages)
-    cost = PipelineCost(ROUGH, cell.shape, plan, 1)
+    cost = PipelineCost(ROUGH_CPU, cell.shape, plan, 1)
     engine = Engine(plan, get_policy("uniform"), limits, cost)
     pipeline = SimulatedPipeline(engine, ProfiledTimes(LINE, cell.shape, plan, 1, seed))
     arrivals = [Arrival(GAP_S * max(0, n - 7), *each) for n, each in enumerate(lengths)]

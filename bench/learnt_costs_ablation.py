@@ -24,7 +24,7 @@ from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost import pipeline_cost, stage_terms, token_curve
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import ROUGH_CPU
 from pipeserve.core.cost.stage_terms import StageTerms
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
@@ -119,7 +119,7 @@ def errors(scene: Scene, seed: int) -> list[float]:
     profile, *rest = DEVICES[scene.device]
     times = partial(ProfiledTimes, slowdown=None, seed=seed)
     usual, dearer = times(profile, *rest), times(replace(profile, attention=DEARER), *rest)
-    cost = PipelineCost(profile if scene.has_profile else ROUGH, *rest)
+    cost = PipelineCost(profile if scene.has_profile else ROUGH_CPU, *rest)
     rng, off = Random(seed), []
     for each in load(scene.device, scene.alone, seed)[: scene.measured.stop]:
         seconds = (dearer if each.index >= scene.dearer_from else usual).compute_s(each)

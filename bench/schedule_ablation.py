@@ -29,7 +29,7 @@ from schedule_goodput import Tried, good_shares
 from schedule_search import QUICK, SEEDS, at_rate, ceiling_of, lengths_of
 
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import ROUGH_CPU
 from pipeserve.core.engine import Engine
 from pipeserve.core.policies import get_policy, uniform
 from pipeserve.core.policies.mix import Mix, Price
@@ -78,7 +78,7 @@ def _cpus(seed: int, changed: Mapping[str, Any]) -> SimulatedPipeline:
     cell = cpu()
     limits = replace(cell.limits, **changed)
     where = (cell.profile, cell.shape, cell.plan, cell.size)
-    prior = cell.profile if limits.max_tbt_s is not None else ROUGH
+    prior = cell.profile if limits.max_tbt_s is not None else ROUGH_CPU
     cost = PipelineCost(prior, *where[1:])
     engine = Engine(cell.plan, get_policy("uniform"), limits, cost)
     return SimulatedPipeline(engine, ProfiledTimes(*where, seed))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeserve.configs import load_recipe, make_config
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import ROUGH_GPU
 from pipeserve.core.engine import Engine
 from pipeserve.core.policies import get_policy
 from pipeserve.launch.run.simulated import SimulatedRun, simulated_run
@@ -119,7 +119,7 @@ def make_pipeline(case: Case, setup: SimulatedRun) -> SimulatedPipeline:
         profile = setup.profile
         if case.wrong:
             no_profile = case.wrong == NO_PROFILE
-            profile = ROUGH if no_profile else WrongProfile(profile, *case.wrong)
+            profile = ROUGH_GPU if no_profile else WrongProfile(profile, *case.wrong)
         size = setup.config.tensor_parallel_size
         cost = PipelineCost(profile, setup.shape, setup.plan, size)
     return SimulatedPipeline(Engine(setup.plan, policy, setup.limits, cost), setup.times)

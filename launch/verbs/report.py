@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeserve.configs.device_profiles import load_profile
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import rough_profile
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.errors import ConfigError
@@ -134,6 +134,7 @@ def cost_maker(meta: Mapping[str, Any]) -> Callable[[PipelinePlan], PipelineCost
     if "shape" not in meta:
         return None
     name, shape = meta.get("device_profile"), ModelShape(**meta["shape"])
-    profile = ROUGH if name is None else load_profile(name)
-    size = meta["config"]["tensor_parallel_size"]
+    config = meta["config"]
+    profile = rough_profile(config["device"]) if name is None else load_profile(name)
+    size = config["tensor_parallel_size"]
     return lambda plan: PipelineCost(profile, shape, plan, size)

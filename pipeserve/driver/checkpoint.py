@@ -12,7 +12,7 @@ from pipeserve.core.cost.cut import StageParts
 from pipeserve.core.cost.device import DeviceProfile, check_profile
 from pipeserve.core.cost.partition import parts_by_operations, parts_by_profile
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import rough_profile
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.nouns import PipelinePlan
 from pipeserve.core.policies import get_policy
@@ -133,7 +133,9 @@ def _cost(
     ask, for learning takes CPU time."""
     if profile is None and not get_policy(config.policy).traits.reads_cost:
         return None
-    return PipelineCost(profile or ROUGH, shape, plan, config.tensor_parallel_size)
+    return PipelineCost(
+        profile or rough_profile(config.device), shape, plan, config.tensor_parallel_size
+    )
 
 
 def _choice(

@@ -19,7 +19,7 @@ from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.partition import split_explicitly, split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import ROUGH_GPU
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.work import Work, work_of
 
@@ -109,7 +109,7 @@ def test_a_term_that_a_profile_has_wrong_is_learnt(term):
 @pytest.mark.parametrize("seed", range(3))
 def test_without_a_profile_all_of_it_is_learnt(times, seed):
     """Without a limit of its own on how long a microbatch takes, from the first one on."""
-    cost = truth(ROUGH)
+    cost = truth(ROUGH_GPU)
     off = run(cost, truth(), load(150, seed), (times, 3 * times))
     assert median(off[20:50]) < 0.1
     assert median(off[50:]) < 0.03
@@ -121,7 +121,7 @@ def test_without_a_profile_steps_of_tiles_are_found_where_there_are_any():
     gpu = PipelineCost(*GPUS)
     steps = {}
     for name, true in {"tiles": gpu, "none": truth()}.items():
-        cost = PipelineCost(ROUGH, *GPUS[1:]) if true is gpu else truth(ROUGH)
+        cost = PipelineCost(ROUGH_GPU, *GPUS[1:]) if true is gpu else truth(ROUGH_GPU)
         run(cost, true, load(300))
         at = [max(cost.seconds(Work(n, 1, ((0, n),), 0, 0))) for n in (256, 257, 384)]
         steps[name] = (at[1] - at[0]) / (at[2] - at[0])
@@ -248,7 +248,7 @@ def test_a_hiccup_moves_nothing(times):
 
 def test_one_in_ten_taking_twenty_times_as_long_does_not_matter():
     """A stage whose core is taken away now and then."""
-    cost, rng, off = truth(ROUGH), Random(0), []
+    cost, rng, off = truth(ROUGH_GPU), Random(0), []
     for each in load(400):
         factors = [20.0 if rng.random() < 0.1 else 1.0 for _ in range(NUM_STAGES)]
         seconds = truth_of(each)
@@ -270,7 +270,7 @@ def test_without_a_profile_a_slow_first_microbatch_is_soon_made_up_for():
     """It may have loaded what the others find there: 7,234 ms where 221 are usual, in
     sgl-project/sglang#17198, which spoils all that is fitted to it. A prompt, of which there was
     none, is thought of as it would have been."""
-    cost, usual = truth(ROUGH), truth(ROUGH)
+    cost, usual = truth(ROUGH_GPU), truth(ROUGH_GPU)
     big = Work(400, 1, ((0, 400),), 0, 0)
     for index in range(30):
         for each, first in ((cost, 20.0), (usual, 1.0)):
@@ -305,7 +305,7 @@ def test_what_cannot_be_used_changes_nothing():
 
 
 @pytest.mark.parametrize("nonsense", [(1.7e308,), (1e300,), (5e-324,), (1.7e308, 5e-324)], ids=str)
-@pytest.mark.parametrize("profile", [TRUE, ROUGH], ids=["profile", "none"])
+@pytest.mark.parametrize("profile", [TRUE, ROUGH_GPU], ids=["profile", "none"])
 def test_nonsense_is_survived_and_what_is_right_is_learnt_after_it(nonsense, profile):
     """A stage whose clock jumps."""
     cost = truth(profile)
@@ -350,7 +350,7 @@ def test_a_stage_without_layers_is_learnt_too():
 # ---- more work never costs less -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", [TRUE, ROUGH], ids=["profile", "none"])
+@pytest.mark.parametrize("profile", [TRUE, ROUGH_GPU], ids=["profile", "none"])
 def test_prefixes_and_prompts_have_a_price_before_any_was_seen(profile):
     """Of decodes alone it learns nothing of them (inference-sim/inference-sim#489: 1 and 2,048
     tokens of a prompt at the same price; sgl-project/sglang#34298: a prefix at none)."""
@@ -396,7 +396,7 @@ def work(num_decodes: int, context: int, prefills) -> Work:
 def costs(kind: str) -> PipelineCost:
     if kind == "tiles":
         return PipelineCost(*GPUS)
-    return truth(ROUGH if kind == "none" else TRUE)
+    return truth(ROUGH_GPU if kind == "none" else TRUE)
 
 
 @pytest.mark.parametrize("kind", ["tiles", "tables", "none"])

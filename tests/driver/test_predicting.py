@@ -5,7 +5,7 @@ from checkpoints import tiny_llama
 
 from pipeserve.configs import RunConfig
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import ROUGH_CPU
 from pipeserve.core.policies import POLICIES
 from pipeserve.driver.checkpoint import checkpoint_setup
 
@@ -22,6 +22,6 @@ def test_costs_are_learnt_for_who_asks_for_them(tmp_path, policy, width):
     )
     cost = checkpoint_setup(config).cost
     if POLICIES[policy].traits.reads_cost:
-        assert isinstance(cost, PipelineCost) and cost.profile is ROUGH
+        assert isinstance(cost, PipelineCost) and cost.profile is ROUGH_CPU
     else:
         assert cost is None

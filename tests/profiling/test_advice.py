@@ -16,7 +16,7 @@ from rich.console import Console
 from pipeserve.configs.device_profiles import load_profile, save_profile
 from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.partition import split_explicitly, split_layers
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import ROUGH_CPU
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import Microbatch
 from pipeserve.core.policies import get_policy
@@ -576,10 +576,15 @@ def test_a_replayed_policy_predicts_with_the_run_s_profile(tmp_path):
 
 def test_a_replayed_policy_learns_what_the_run_learnt():
     """Real stages without a profile."""
+    config = {"device": "cpu", "tensor_parallel_size": 1}
     shape = asdict(load_shape("smollm2-135m"))
-    meta = {"device_profile": None, "shape": shape, "config": {"tensor_parallel_size": 1}}
+    meta = {
+        "device_profile": None,
+        "shape": shape,
+        "config": config,
+    }
     cost = cost_maker(meta)(split_layers(30, 2))
-    assert cost.profile is ROUGH
+    assert cost.profile is ROUGH_CPU
 
 
 def test_a_profile_that_is_not_there_any_more_is_said(tmp_path):

@@ -16,7 +16,7 @@ from pipeserve.core.cost.shape import ModelShape
 from pipeserve.errors import ConfigError
 
 TILE = 128
-"""Rows of a matrix product's tile; of half as many where the product has no more than that."""
+"""Rows and columns of a matrix product's tile on a GPU."""
 
 _OF_EXPERTS = ("mlp_up", "mlp_down")
 """Products of the MLP: by each expert that the tokens take."""
@@ -44,6 +44,9 @@ class Gemm:
     ramp: float
     """What a tile costs before it multiplies, in values of the inner dimension."""
     num_processors: int
+    tile_rows: int = TILE
+    """Rows of a tile; of half as many where the product has no more than that. 1: no row is
+    multiplied for nothing."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.norm <= 100:
@@ -57,7 +60,8 @@ class Gemm:
         """[rows, inner] times [inner, columns]; or, in one kernel, an equal share of the rows times
         each of `groups` such matrices."""
         own_rows = rows / groups
-        tile_rows = TILE // 2 + TILE // 2 * (own_rows > TILE // 2)
+        half = max(1, self.tile_rows // 2)
+        tile_rows = half + (self.tile_rows - half) * (own_rows > half)
         tiles = groups * -(-own_rows // tile_rows) * -(-columns // TILE)
         whole_waves = -(-tiles // self.num_processors) * self.num_processors
         tiles = (1 - self.wave_share) * tiles + self.wave_share * whole_waves

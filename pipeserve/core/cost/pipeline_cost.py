@@ -11,7 +11,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from pipeserve.core.cost.device import DeviceProfile, check_profile
-from pipeserve.core.cost.rough import ROUGH
+from pipeserve.core.cost.rough import is_rough
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.cost.stage_terms import StageTerms
 from pipeserve.core.cost.token_curve import TokenCurve
@@ -48,7 +48,8 @@ class PipelineCost:
         plan: PipelinePlan,
         tensor_parallel_size: int = 1,
     ):
-        """`ROUGH` as the profile: how long each stage takes is not known before it is observed."""
+        """With a rough `profile` (rough.py) nobody knows how long a stage takes before it is
+        observed."""
         check_profile(profile, model=shape.name, tensor_parallel_size=tensor_parallel_size)
         self.profile = profile
         self._shard = shape.shard(tensor_parallel_size)
@@ -191,7 +192,7 @@ class PipelineCost:
         weights_s = self._weights_s(num_layers)
         others = (num_layers, num_layers, num_layers, num_layers, 1.0)
         rates, sizes = (weights_s, 0.0, *others), (weights_s, num_layers, *others)
-        return StageTerms(rates, sizes, is_guess=self.profile is ROUGH)
+        return StageTerms(rates, sizes, is_guess=is_rough(self.profile))
 
     def _weights_s(self, num_layers: float) -> float:
         return num_layers * self._tokens.weights_s + self.profile.host_s

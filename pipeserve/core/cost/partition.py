@@ -130,19 +130,17 @@ def _layer_work(shape: ModelShape, num_tokens: int) -> float:
     return attention + rows * shape.num_mlp_parameters
 
 
-def split_layers(
-    num_layers: int, num_stages: int, embedding_cost: float = 0.0, head_cost: float = 0.0
-) -> PipelinePlan:
-    """Of equal layers and stages, with costs in layers. Raises ConfigError when there are more
-    stages than layers."""
-    return split_by_time(end_parts(num_layers * (1.0,), num_stages, embedding_cost, head_cost))
+def split_layers(num_layers: int, num_stages: int) -> PipelinePlan:
+    """As evenly as can be: equal layers, equal stages, and ends that cost nothing. Raises
+    ConfigError as `split_by_time` does."""
+    return split_by_time([StageParts(num_layers * (1.0,))] * num_stages)
 
 
 def split_by_time(parts: Sequence[StageParts]) -> PipelinePlan:
     """The contiguous split whose slowest stage is fastest, by what each stage would take; every
     stage gets a layer at least.
 
-    Raises ConfigError when there are more stages than layers, and where no split fits `rooms`.
+    Raises ConfigError for no stage, and when there are more stages than layers.
     """
     _check_stages(len(parts))
     num_layers = len(parts[0].layer_s)

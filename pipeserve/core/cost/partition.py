@@ -77,10 +77,10 @@ def parts_by_profile(
 ) -> tuple[StageParts, ...]:
     """In seconds, of stages of `size` such devices each."""
     one_layer = split_explicitly(1, 1, [1])
-    (terms,) = PipelineCost(profile, shape, one_layer, size).terms(work)
-    layer_s = terms.linear + terms.attention_prefill + terms.attention_decode + terms.all_reduce
+    (took,) = PipelineCost(profile, shape, one_layer, size).breakdown(work)
+    layer_s = took.linear + took.attention_prefill + took.attention_decode + took.all_reduce
     layers = shape.num_layers * (layer_s,)
-    return end_parts(layers, num_stages, terms.embedding, terms.head, terms.host, shares_head)
+    return end_parts(layers, num_stages, took.embedding, took.head, took.host, shares_head)
 
 
 def end_parts(

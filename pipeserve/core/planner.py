@@ -53,7 +53,7 @@ class Planner:
         window: Window,
         forecast: Forecast,
         cost: CostModel | None,
-        head_share: HeadShare | None = None,
+        head_share: HeadShare | None,
     ) -> None:
         """`head_share`: where both ends have the head."""
         self.last: Outstanding | None = None

@@ -186,7 +186,7 @@ def falcon_table() -> str:
     ]
     rows = []
     for name, work in works.items():
-        parts = [(cost.seconds(work)[0] * 1e3, cost.terms(work)[0]) for cost in costs]
+        parts = [(cost.seconds(work)[0] * 1e3, cost.breakdown(work)[0]) for cost in costs]
         cells = [
             f"{ms:.1f} ({(t.attention_prefill + t.attention_decode) * 1e3:.1f})" for ms, t in parts
         ]

@@ -105,8 +105,7 @@ there is no limit, and where there are neither."""
 
 def _as_they_come(view: View, price: Price, num_prefill: int) -> float:
     """In place of `_filled`."""
-    num_decodes, context = view.num_decoding // view.window, view.decoding_context // view.window
-    return price.on_bottleneck(num_decodes, context, num_prefill)
+    return price.on_bottleneck(*uniform._mean_decodes(view), num_prefill)
 
 
 def _only_where_none_runs(view: View, mix: Mix, start: int, left: int, *_: float) -> int:
@@ -129,7 +128,7 @@ WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "time: a knee": {"_knee": lambda *_: 2 * UNIFORM_TOKENS},
     "time: a margin below the limit": {"MARGIN": 1.0},
     "time: a due time, only the longest microbatch": {"_due_s": lambda *_: inf},
-    "decodes: spread over a turn": {"_share": lambda view, price, ready: len(ready)},
+    "decodes: spread over a turn": {"_num_decodes": lambda view, price, ready: len(ready)},
     "decodes: spread by context, not by number": {"_tokens_per_position": lambda view, price: 0.0},
     "prompts: an even share": {"Uniform._budget": lambda *given: ("longest", given[-1])},
     "prompts: pieces that all wait least for, but as few as can be": {

@@ -1,4 +1,4 @@
-"""Device profiles: YAML files whose keys are `core.device.DeviceProfile`'s fields.
+"""Device profiles: YAML files whose keys are `core.cost.device.DeviceProfile`'s fields.
 
 The shipped ones stand in `configs/devices/`; `bench/fit_device.py` made them. One that
 `pipeserve calibrate` makes for a model on the machine at hand has `tables` in place of `kernels`:
@@ -15,7 +15,7 @@ The shipped ones stand in `configs/devices/`; `bench/fit_device.py` made them. O
       layer: [[1, 0.0004], [128, 0.003], ...]      # [tokens, seconds] of one layer, no attention
       head: [[1, 0.002], [64, 0.009], ...]         # [rows, seconds] of norm, head and sampling
       embedding: [[1, 0.00001], ...]               # [tokens, seconds]
-    attention: {prefill_overhead_s: ..., ...}      # core.kernels.Attention, of one layer
+    attention: {prefill_overhead_s: ..., ...}      # core.cost.kernels.AttentionCost, of one layer
     all_reduce: [{group: 2, nodes: 1, points: ...}]  # [bytes, seconds]; where ranks share a stage
     intra_node: {alpha_s: ..., bytes_per_s: ...}   # one hop
     inter_node: {alpha_s: ..., bytes_per_s: ...}

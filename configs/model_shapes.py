@@ -1,6 +1,6 @@
 """Shapes of known models, for simulation: YAML files in `configs/models/`.
 
-Keys are the fields of `core.shape.ModelShape`; each file says where its values are from.
+Keys are the fields of `core.cost.shape.ModelShape`; each file says where its values are from.
 """
 
 from pathlib import Path

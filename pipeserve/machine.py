@@ -81,10 +81,10 @@ def fingerprint(local_rank: int, local_world_size: int) -> str:
     return ", ".join(filter(None, [device_name(), cpus, place, *_gpu_names(), *switches]))
 
 
-def _gpu_names(root: Path = Path("/")) -> list[str]:
+def _gpu_names() -> list[str]:
     """Of NVIDIA's, by the driver's files: keepers load no torch."""
     names = []
-    for path in sorted(root.glob("proc/driver/nvidia/gpus/*/information")):
+    for path in sorted(Path("/").glob("proc/driver/nvidia/gpus/*/information")):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model")]
     return names

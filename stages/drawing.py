@@ -1,4 +1,5 @@
-"""From hidden states to tokens, on the last stage; logits are made for rows alone that need them.
+"""From hidden states to tokens, on a stage that has the head; logits are made for rows alone that
+need them.
 
 Suffixes: R rows, D hidden size.
 """

@@ -1,4 +1,4 @@
-"""From logits to tokens, on the last stage. A row's token depends on that row alone.
+"""From logits to tokens, on a stage that has the head. A row's token depends on that row alone.
 
 Nothing here keeps generator state: the draw for output token i of a request is a pure function of
 (seed, i), and what rules read of earlier tokens comes with the row. So the same token comes out

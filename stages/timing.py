@@ -19,16 +19,13 @@ from pipeserve.sampling_params import DrawParams
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
 from pipeserve.stages.attention.kv import KVCache
 from pipeserve.stages.backends.backend import Backend
-from pipeserve.stages.config.families import find_family
 from pipeserve.stages.config.model_config import ModelConfig
 from pipeserve.stages.drawing import draw
 from pipeserve.stages.families import parts_of
 from pipeserve.stages.layers.leaf import Leaf
-from pipeserve.stages.layers.part import Part
 from pipeserve.stages.layers.self_attention import SelfAttention
 from pipeserve.stages.sampling import SampleRow
 from pipeserve.stages.stage import Stage
-from pipeserve.stages.tensor_parallel.cut import cut
 from pipeserve.stages.tensor_parallel.shard import WHOLE, Shard
 
 _COPIES = 8
@@ -62,10 +59,8 @@ def part_bytes(
     """In a run of `dtype`, of a rank that has that part of each."""
 
     def num_bytes(first: int, stop: int, **which: bool) -> int:
-        ends = {"has_embedding": False, "has_head": False, **which}
         where = {"backend": backend, "shard": shard}
-        stage = Stage(config, first_layer=first, stop_layer=stop, **where, **ends)
-        return stage.bytes_in(dtype)
+        return Stage(config, first_layer=first, stop_layer=stop, **where, **which).bytes_in(dtype)
 
     kinds = layer_kinds(config)
     of_kind = [num_bytes(kinds.index(kind), kinds.index(kind) + 1) for kind in range(len({*kinds}))]
@@ -238,27 +233,19 @@ class _Maker:
         return [partial(answer, self._backend.place(hidden_RD)) for hidden_RD in hidden]
 
     def _stage(self, number: int, copies: int) -> Stage:
-        stage = self._make(number, number + 1)
-        parts, prefix = parts_of(self._config), find_family(self._config.architecture).layers
-        for _ in range(copies - 1):
-            layer = parts.make_layer(self._config, number, f"{prefix}.{number}.")
-            if self._shard.of > 1:
-                cut(layer, self._config, self._shard)
-            for module in layer.modules():
-                if isinstance(module, Part):
-                    module.backend = self._backend
-            stage.layers.append(layer)
+        stage, *others = [self._make(number, number + 1) for _ in range(copies)]
+        for other in others:
+            stage.layers.extend(other.layers)
         return stage
 
     def _make(self, first: int, stop: int, **which: bool) -> Stage:
-        ends = {"has_embedding": False, "has_head": False, **which}
         return Stage(
             self._config,
             first_layer=first,
             stop_layer=stop,
             backend=self._backend,
             shard=self._shard,
-            **ends,
+            **which,
         )
 
     def _filled(self, stage: Stage) -> Stage:

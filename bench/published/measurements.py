@@ -42,9 +42,9 @@ class LayerTimes:
     tensor_parallel_size: Array
     num_tokens: Array
     products: dict[str, Array]
-    """Seconds by the names of `core.kernels.products`."""
+    """Seconds by the names of `core.cost.kernels.products`."""
     elementwise: dict[str, Array]
-    """Seconds by the names of `core.kernels.elementwise_bytes`."""
+    """Seconds by the names of `core.cost.kernels.elementwise_bytes`."""
     jitter: float
     """Standard deviation over mean of the repeats of one product, median over all."""
 

@@ -50,7 +50,7 @@ _LOOK_S = 100e-6
 
 
 class EmulatedWork(msgspec.Struct, frozen=True):
-    """What `profiling.stage_times.ProfiledTimes` is made of."""
+    """What `profiling.simulation.stage_times.ProfiledTimes` is made of."""
 
     profile: DeviceProfile
     shape: ModelShape

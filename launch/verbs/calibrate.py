@@ -41,7 +41,6 @@ _BATCH_TOKENS = 16
 _MIXED_REQUESTS = 32
 _MIXED_SCALE = 8
 _PROBES = 8
-_PROBE_TOKENS = 8
 _FAST = 1e11
 """Bytes a second where a large message took no longer than a small one."""
 

@@ -26,12 +26,12 @@ from pipeserve.core.nouns import (
     Wait,
 )
 from pipeserve.core.planner import InFlight, Planner
-from pipeserve.core.unfinished import Stats, Unfinished
+from pipeserve.core.unfinished import Unfinished
 from pipeserve.core.view import CostModel, Limits, Outstanding, Policy, Why
 from pipeserve.core.window import Window
 from pipeserve.errors import ConfigError
 
-__all__ = ["Engine", "Limits", "Stats"]
+__all__ = ["Engine", "Limits", "check_suits"]
 
 
 # What NamedTuple's own constructor does, without a Python call for every token.

@@ -23,21 +23,24 @@ class Forecast:
     def num_stages(self) -> int:
         return len(self._free_s)
 
-    def through_s(self, seconds: Sequence[float], now: float) -> float:
-        """When a microbatch of so many seconds on each stage, planned now, leaves the last one."""
+    def through_s(self, seconds: Sequence[float], ready_s: float) -> float:
+        """When a microbatch of so many seconds on each stage, all of which is there at `ready_s`,
+        leaves the last one."""
+        at_s = ready_s
         for free_s, stage_s in zip(self._free_s, seconds, strict=True):
-            now = (free_s if free_s > now else now) + stage_s
-        return now
+            at_s = (free_s if free_s > at_s else at_s) + stage_s
+        return at_s
 
     def known_s(self, index: int) -> float:
         """When the tokens of an outstanding microbatch will be known."""
         return self._through_s[index]
 
-    def planned(self, index: int, seconds: Sequence[float], now: float) -> None:
-        free_s = self._free_s
+    def planned(self, index: int, seconds: Sequence[float], ready_s: float) -> None:
+        """One is outstanding now; as `through_s`."""
+        at_s, free_s = ready_s, self._free_s
         for stage, stage_s in enumerate(seconds):
-            now = free_s[stage] = max(free_s[stage], now) + stage_s
-        self._through_s[index] = now
+            at_s = free_s[stage] = max(free_s[stage], at_s) + stage_s
+        self._through_s[index] = at_s
 
     def completed(self, index: int, now: float, is_of_first: bool = False) -> None:
         """What is behind it in the pipeline comes as much earlier or later as it did itself; but

@@ -225,7 +225,3 @@ class StageCost:
     """Predicted seconds of one microbatch on each stage, in stage order."""
 
     seconds: tuple[float, ...]
-
-    @property
-    def bottleneck(self) -> float:
-        return max(self.seconds)

@@ -53,7 +53,7 @@ class Planner:
         window: Window,
         forecast: Forecast,
         cost: CostModel | None,
-        head_share: HeadShare | None = None,
+        head_share: HeadShare | None,
     ) -> None:
         """`head_share`: where both ends have the head."""
         self.last: Outstanding | None = None
@@ -174,8 +174,8 @@ class Planner:
         return samples and self._head_share.at_first()
 
     def _admit(self, request_id: RequestId, draft: Draft, now: float) -> Admission:
-        view = self._queues.waiting.get(request_id)
-        if view is None or view.num_outstanding:
+        waiting = self._queues.waiting.get(request_id)
+        if waiting is None or waiting.num_outstanding:
             raise self._wrong(
                 f"admits request {request_id}, which is not waiting or still runs out"
             )

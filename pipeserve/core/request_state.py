@@ -94,12 +94,10 @@ class RequestState:
         self.is_decoding = False  # as `Queues` last counted it
         self.backlog = 0  # likewise
         self.context = 0  # likewise
-        self.held: tuple[
-            RequestState, ...
-        ] = ()  # wait until this one's prompt is planned, to share it
-        self.prompt_logprobs: list[TokenLogprobs] | None = (
-            None  # of its tokens from 1; None: unasked
-        )
+        self.held: tuple[RequestState, ...] = ()
+        """They wait until the prompt of this one is planned, to share it."""
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        """Of its tokens from the second on; None where nobody asked for them."""
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = []
         self.update_keys()

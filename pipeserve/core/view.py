@@ -215,7 +215,8 @@ class Draft:
 
 
 class Policy(Protocol):
-    """Decides what runs next. Keeps no state that the view does not give it."""
+    """Decides what runs next. Made for one engine: it may remember what it found out, such as how
+    large a microbatch is worth its time; of requests and blocks it knows what the view says."""
 
     name: str
     traits: Traits

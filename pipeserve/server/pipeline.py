@@ -25,8 +25,6 @@ from pipeserve.wire.connection import Connection
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
 
-_CALL_S = 60.0
-"""From the start of the driver's process until it calls."""
 _END_S = 10.0
 _SWEEP_S = 1.0
 

@@ -49,7 +49,6 @@ class KVCache:
         self.block_size = block_size
         self.num_kv_heads = config.num_kv_heads
         self.heads_per_kv_head = config.num_heads // config.num_kv_heads
-        shape = _shape(config, num_layers, num_blocks, block_size)
         if turned:
             order = (num_layers, num_blocks, config.num_kv_heads)
             keys_LBKHP = zeros((*order, config.head_dim, block_size), dtype=dtype, device=device)
@@ -57,6 +56,7 @@ class KVCache:
             self.keys_LKBPH = keys_LBKHP.transpose(1, 2).transpose(-1, -2)
             self.values_LKBPH = values_LBKPH.transpose(1, 2)
         else:
+            shape = _shape(config, num_layers, num_blocks, block_size)
             self.keys_LKBPH = zeros(shape, dtype=dtype, device=device)
             self.values_LKBPH = zeros(shape, dtype=dtype, device=device)
         layers = zip(self.keys_LKBPH, self.values_LKBPH, strict=True)

@@ -42,15 +42,15 @@ def two_halves(layer: nn.Module, tables: Mapping[RopeConfig, RotationTable]) -> 
     attention, mlp = layer.attention, layer.mlp
     is_gated = isinstance(mlp, GatedMlp)
     return TwoHalves(
-        layer.attention_norm,
-        attention.qkv,
-        attention.norms,
-        None if attention.rope is None else tables[attention.rope],
-        attention.scoring,
-        attention.out,
-        layer.mlp_norm,
-        mlp.gate_up if is_gated else mlp.up,
-        mlp.activation,
-        mlp.down,
-        is_gated,
+        attention_norm=layer.attention_norm,
+        qkv=attention.qkv,
+        head_norms=attention.norms,
+        rotation=None if attention.rope is None else tables[attention.rope],
+        scoring=attention.scoring,
+        out=attention.out,
+        mlp_norm=layer.mlp_norm,
+        up=mlp.gate_up if is_gated else mlp.up,
+        activation=mlp.activation,
+        down=mlp.down,
+        is_gated=is_gated,
     )

@@ -67,6 +67,9 @@ class Head(Part):
     of bf16 on CPU that leaves in float32.
     """
 
+    decides = True
+    """Whether what this rank draws is what counts."""
+
     def __init__(
         self,
         norm: nn.Module | None,
@@ -82,9 +85,6 @@ class Head(Part):
         for module in self.modules():
             if isinstance(module, Leaf):
                 module.is_float32 = True
-
-    decides = True
-    """Whether what this rank draws is what counts."""
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """[R, D] -> [R, V] float32."""

@@ -225,7 +225,7 @@ def test_terms_add_up(profile):
     mixed = microbatch(3, prefills=[(0, 200)], decodes=[100, 300])
     for seconds in (None, 1.0, 2.0):
         predicted = cost.predict(mixed).seconds
-        terms = cost.terms(work_of(mixed))
+        terms = cost.breakdown(work_of(mixed))
         assert [sum(stage) for stage in terms] == pytest.approx(predicted)
         assert cost.seconds(work_of(mixed)) == predicted
         if seconds is not None:
@@ -238,7 +238,7 @@ def test_more_work_takes_longer():
     cost = PipelineCost(PROFILE, SHAPE, split_layers(4, 2))
 
     def slowest(**work):
-        return cost.predict(microbatch(**work)).bottleneck
+        return max(cost.predict(microbatch(**work)).seconds)
 
     assert slowest(decodes=[10]) < slowest(decodes=[10, 10]) < slowest(decodes=[10, 500])
     assert slowest(prefills=[(0, 64)]) < slowest(prefills=[(0, 200)]) < slowest(prefills=[(0, 600)])
@@ -248,10 +248,10 @@ def test_more_work_takes_longer():
 def test_a_group_wider_than_a_node_takes_the_all_reduce_of_two():
     """8 devices, 4 a node. Two all-reduces a layer, one where attention and MLP are parallel."""
     work = Work(4, 1, ((0, 4),), 0, 0)  # 4 tokens * 256 * 2 bytes = 2048
-    two = PipelineCost(PROFILE, SHAPE, split_layers(4, 1), 8).terms(work)[0]
+    two = PipelineCost(PROFILE, SHAPE, split_layers(4, 1), 8).breakdown(work)[0]
     assert two.all_reduce == pytest.approx(4 * 2 * 2e-3)
     parallel = replace(SHAPE, parallel_attention=True)
-    one = PipelineCost(PROFILE, parallel, split_layers(4, 1), 8).terms(work)[0]
+    one = PipelineCost(PROFILE, parallel, split_layers(4, 1), 8).breakdown(work)[0]
     assert one.all_reduce == pytest.approx(4 * 2e-3)
     with pytest.raises(
         ConfigError, match="no all-reduce of 3 devices over 1 nodes; measured are 2"

@@ -22,6 +22,11 @@ def counts(plan):
     return [stage.num_layers for stage in plan.stages]
 
 
+def split_with_ends(num_layers, num_stages, embedding_cost, head_cost):
+    """With costs in layers."""
+    return split_by_time(end_parts((1.0,) * num_layers, num_stages, embedding_cost, head_cost))
+
+
 def bottleneck(split, embedding_cost, head_cost):
     loads = list(split)
     loads[0] += embedding_cost
@@ -42,7 +47,7 @@ def test_no_split_has_a_faster_slowest_stage(num_layers, num_stages, embedding, 
         )
         for cut in every_cut
     )
-    split = counts(split_layers(num_layers, num_stages, embedding, head))
+    split = counts(split_with_ends(num_layers, num_stages, embedding, head))
     assert bottleneck(split, embedding, head) == pytest.approx(best)
     assert min(split) >= 1
 
@@ -59,7 +64,7 @@ def test_no_split_has_a_faster_slowest_stage(num_layers, num_stages, embedding, 
     ],
 )
 def test_known_splits(num_layers, num_stages, head_cost, expected):
-    assert counts(split_layers(num_layers, num_stages, head_cost=head_cost)) == expected
+    assert counts(split_with_ends(num_layers, num_stages, 0.0, head_cost)) == expected
 
 
 def test_the_last_layer_counts_as_what_goes_on_in_it():
@@ -73,7 +78,7 @@ def test_the_last_layer_counts_as_what_goes_on_in_it():
     assert set(others) == {1.0} and len(others) == 29
     assert last == pytest.approx((93 * layer + 427 * keys_and_values) / (520 * layer))
     assert counts(plan_pipeline(shape, 2, None, 512)) == [15, 15]
-    assert counts(split_by_time(end_parts((1.0,) * 30, 2, 0.0, 1.44))) == [16, 14]
+    assert counts(split_with_ends(30, 2, 0.0, 1.44)) == [16, 14]
 
 
 def test_the_window_is_one_microbatch_a_stage_unless_asked_for():

@@ -117,7 +117,7 @@ def test_sums_of_ranks_that_share_a_stage_come_back_apart_from_the_rest():
     samples, spans = [], []
     for index in range(600):
         work = draw_work(rng)
-        for stage, terms in enumerate(cost.terms(work)):
+        for stage, terms in enumerate(cost.breakdown(work)):
             samples.append(Sample(stage, work, sum(terms), index))
             times = dict.fromkeys(Span._fields, 0)
             times |= {"stage": stage, "index": index, "num_tokens": work.num_tokens}
@@ -141,7 +141,7 @@ def test_sums_of_ranks_that_share_a_stage_come_back_apart_from_the_rest():
     again = PipelineCost(profile, SHAPE, PLAN, 3)
     for _ in range(100):
         work = draw_work(rng)
-        for one, other in zip(again.terms(work), cost.terms(work), strict=True):
+        for one, other in zip(again.breakdown(work), cost.breakdown(work), strict=True):
             assert one.all_reduce == pytest.approx(other.all_reduce, rel=0.15)
             assert sum(one) == pytest.approx(sum(other), rel=0.05)
     with pytest.raises(ConfigError, match="is for tensor_parallel_size 3, not 1"):

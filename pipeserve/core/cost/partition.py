@@ -15,6 +15,12 @@ from pipeserve.errors import ConfigError
 
 _CONTEXT = 512
 """Positions of KV that a decode reads in a usual microbatch, where requests may be that long."""
+_PER_DECODE = 6
+"""Of so many tokens one is a decode: ShareGPT's share, prompts of 2340 tokens and outputs of 439 on
+average."""
+_ROWS_OF_READING = 8
+"""Rows that cost a product as much as reading its weights does (measured with bf16 on one core;
+bench/linears.py)."""
 
 
 def plan_pipeline(
@@ -43,9 +49,8 @@ def plan_pipeline(
 
 
 def usual_work(num_tokens: int, max_model_len: int) -> Work:
-    """A microbatch that stands for what serving does: chunks of prompts, and decodes for every
-    sixth token. That is ShareGPT's share: prompts of 2340 tokens and outputs of 439 on average."""
-    num_prompt = num_tokens - max(num_tokens // 6, 1)
+    """A microbatch that stands for what serving does: chunks of prompts, and decodes."""
+    num_prompt = num_tokens - max(num_tokens // _PER_DECODE, 1)
     sizes = [min(num_prompt - at, max_model_len) for at in range(0, num_prompt, max_model_len)]
     prefills = tuple((0, size) for size in sizes if size > 1)  # what has one position is a decode
     beside = decodes(num_tokens - sum(size for _, size in prefills), max_model_len)
@@ -77,10 +82,10 @@ def parts_by_profile(
 ) -> tuple[StageParts, ...]:
     """In seconds, of stages of `size` such devices each."""
     one_layer = split_explicitly(1, 1, [1])
-    (terms,) = PipelineCost(profile, shape, one_layer, size).terms(work)
-    layer_s = terms.linear + terms.attention_prefill + terms.attention_decode + terms.all_reduce
+    (took,) = PipelineCost(profile, shape, one_layer, size).breakdown(work)
+    layer_s = took.linear + took.attention_prefill + took.attention_decode + took.all_reduce
     layers = shape.num_layers * (layer_s,)
-    return end_parts(layers, num_stages, terms.embedding, terms.head, terms.host, shares_head)
+    return end_parts(layers, num_stages, took.embedding, took.head, took.host, shares_head)
 
 
 def end_parts(
@@ -108,41 +113,38 @@ def head_shares(num_stages: int, is_shared: bool) -> list[float]:
 
 
 def _head_cost(shape: ModelShape, num_tokens: int) -> float:
-    """The head's work, in layers, in a microbatch of which every sixth token samples, as in
-    `usual_work`."""
-    head = (num_tokens / 6 + 8) * shape.num_head_parameters
+    """The head's work, in layers, in a microbatch whose decodes sample, as in `usual_work`."""
+    head = (num_tokens / _PER_DECODE + _ROWS_OF_READING) * shape.num_head_parameters
     return head / _layer_work(shape, num_tokens)
 
 
 def _last_layer_cost(shape: ModelShape, num_tokens: int) -> float:
     """The same of the layer before the head, where keys and values alone are made of all tokens."""
-    num_sampling = num_tokens // 6
+    num_sampling = num_tokens // _PER_DECODE
     keys_and_values = 2 * shape.num_kv_heads * shape.head_dim * shape.hidden_size
     work = _layer_work(shape, num_sampling) + (num_tokens - num_sampling) * keys_and_values
     return work / _layer_work(shape, num_tokens)
 
 
 def _layer_work(shape: ModelShape, num_tokens: int) -> float:
-    """Of matrix products, as the head is: about (rows + 8) x parameters, where 8 rows cost as much
-    as reading the weights does (measured with bf16 on one core; bench/linears.py)."""
-    attention = (num_tokens + 8) * shape.num_attention_parameters
-    rows = shape.experts_per_token * num_tokens + 8 * shape.experts_touched(num_tokens)
+    """Of matrix products, as the head is: (rows, and those that reading counts as) x parameters."""
+    attention = (num_tokens + _ROWS_OF_READING) * shape.num_attention_parameters
+    read = _ROWS_OF_READING * shape.experts_touched(num_tokens)
+    rows = shape.experts_per_token * num_tokens + read
     return attention + rows * shape.num_mlp_parameters
 
 
-def split_layers(
-    num_layers: int, num_stages: int, embedding_cost: float = 0.0, head_cost: float = 0.0
-) -> PipelinePlan:
-    """Of equal layers and stages, with costs in layers. Raises ConfigError when there are more
-    stages than layers."""
-    return split_by_time(end_parts(num_layers * (1.0,), num_stages, embedding_cost, head_cost))
+def split_layers(num_layers: int, num_stages: int) -> PipelinePlan:
+    """As evenly as can be: equal layers, equal stages, and ends that cost nothing. Raises
+    ConfigError as `split_by_time` does."""
+    return split_by_time([StageParts(num_layers * (1.0,))] * num_stages)
 
 
 def split_by_time(parts: Sequence[StageParts]) -> PipelinePlan:
     """The contiguous split whose slowest stage is fastest, by what each stage would take; every
     stage gets a layer at least.
 
-    Raises ConfigError when there are more stages than layers, and where no split fits `rooms`.
+    Raises ConfigError for no stage, and when there are more stages than layers.
     """
     _check_stages(len(parts))
     num_layers = len(parts[0].layer_s)

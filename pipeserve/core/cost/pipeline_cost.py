@@ -22,7 +22,7 @@ _REMEMBERED = 1024
 """Predictions kept until they are observed: more than are ever outstanding."""
 
 
-class Terms(NamedTuple):
+class Breakdown(NamedTuple):
     """The seconds of a microbatch on one stage, by what they are spent on."""
 
     linear: float
@@ -118,7 +118,7 @@ class PipelineCost:
             del self._predicted[index]
         return found
 
-    def terms(self, work: Work) -> tuple[Terms, ...]:
+    def breakdown(self, work: Work) -> tuple[Breakdown, ...]:
         """What `seconds` is the sum of, stage by stage."""
         linear, all_reduce, embedding = self._flat_of(work.num_tokens)
         alone = linear / (linear + all_reduce or 1.0)
@@ -130,7 +130,7 @@ class PipelineCost:
             host = weights * self.profile.host_s / (self._weights_s(stage.num_layers) or 1.0)
             flat = weights - host + of_even * even + of_steps * stepped
             found.append(
-                Terms(
+                Breakdown(
                     alone * flat,
                     of_own * own + of_prefix * prefix,
                     of_context * context,

@@ -51,8 +51,8 @@ class StageTerms:
     )
 
     def __init__(self, rates: Sequence[float], sizes: Sequence[float], is_guess: bool) -> None:
-        """`rates`: what is thought of the seven of them; of a guess, how they stand to each other.
-        `sizes`: as large as each may well be."""
+        """`rates`: what is thought of the seven of them (`PipelineCost._first` lists them); of a
+        guess, how they stand to each other. `sizes`: as large as each may well be."""
         self.rates = tuple(rates)
         self._is_guess = is_guess
         apart = _APART_IN_A_GUESS if is_guess else _APART

@@ -40,7 +40,7 @@ class Mix:
         self._price = price
         self._forecast = view.forecast
         self._most_tokens = view.limits.max_num_batched_tokens
-        self._prefills: tuple[tuple[int, int], ...] = ()
+        self._prefills: Prefills = ()
         self.num_decodes = self.num_tokens = len(decodes)
         self.context = sum([decode.num_planned + 1 for decode in decodes])
         """Positions that the decodes read."""

@@ -62,21 +62,16 @@ class Uniform:
     )
 
     def __init__(self) -> None:
-        self._knee = self._looked_again_at = 0
-        self._share = 0
-        """Of the prompts at hand, when last asked; 0 if there were none."""
+        self._knee = self._look_again_at = 0
+        """The latter counts microbatches that were planned."""
+        self._prompt_share = 0
+        """Tokens of the largest share of prompts since there were none at hand."""
 
     def compose(self, view: View, now: float) -> Draft:
         price = Price(view)
-        num_planned = view.last.index + 1 if view.last is not None else 0
-        if num_planned >= self._looked_again_at:
-            self._knee = _knee(view, price, self._knee)
-            self._looked_again_at = max(8, 2 * num_planned)
-        longest: float = view.limits.max_num_batched_tokens
-        if price.is_time:
-            longest = min(TOLERANCE * price.on_bottleneck(0, 0, self._knee), _longest(view))
+        longest = self._longest(view, price)
         ready = _ready(view)
-        room = make_room(view, ready[: _share(view, price, ready)])
+        room = make_room(view, ready[: _num_decodes(view, price, ready)])
         if room.preempted:
             return Draft(chunks=room.decodes, preempt=room.preempted)
         decodes, left = ready[: len(room.decodes)], ready[len(room.decodes) :]
@@ -90,6 +85,16 @@ class Uniform:
             wait="kv" if prompts.out_of_blocks else "token",
             why=Why(bound, limit, due_s),
         )
+
+    def _longest(self, view: View, price: Price) -> float:
+        """What no microbatch takes longer than. The knee is looked for ever less often."""
+        num_planned = view.last.index + 1 if view.last is not None else 0
+        if num_planned >= self._look_again_at:
+            self._knee = _knee(view, price, self._knee)
+            self._look_again_at = max(8, 2 * num_planned)
+        if not price.is_time:
+            return view.limits.max_num_batched_tokens
+        return min(TOLERANCE * price.on_bottleneck(0, 0, self._knee), _longest_in_a_turn(view))
 
     def _budget(self, view: View, price: Price, longest: float) -> tuple[str, float]:
         """What bounds the next microbatch, and how long it may take: its even share of the prompts
@@ -107,8 +112,8 @@ class Uniform:
             pieces = _pieces(view, price, num_prompts, total, max(pieces, -(-total // most)))
         share = -(-total // pieces)
         if view.limits.max_tbt_s is None:
-            share = max(share, self._share)
-            self._share = share if num_prompts else 0
+            share = max(share, self._prompt_share)
+            self._prompt_share = share if num_prompts else 0
         bounds = {"share": share, "kv": _room_in_kv(view, flying)}
         bound = min(bounds, key=bounds.__getitem__)
         seconds = _filled(view, price, bounds[bound])
@@ -118,7 +123,7 @@ class Uniform:
 # ---- time: how long a microbatch may take -------------------------------------------------------
 
 
-def _longest(view: View) -> float:
+def _longest_in_a_turn(view: View) -> float:
     """How long a microbatch may take so that a turn is within the limit between tokens. A turn is
     one for each that may be outstanding, and at least one for each stage, which each has to cross.
     """
@@ -139,9 +144,9 @@ def _knee(view: View, price: Price, last: int) -> int:
     share, beside, context = KNEE, 0, 0
     if view.limits.max_tbt_s is None:
         share = ENOUGH
-        beside, context = view.num_decoding // view.window, view.decoding_context // view.window
+        beside, context = _mean_decodes(view)
     seconds = {size: _of_tiles(price, size, beside, context) for size in sizes}
-    allowed = max(seconds[sizes[0]], _longest(view))
+    allowed = max(seconds[sizes[0]], _longest_in_a_turn(view))
     rates = {size: (size + beside) / took for size, took in seconds.items() if took <= allowed}
     enough = share * max(rates.values())
     return next(
@@ -203,7 +208,7 @@ def _ready(view: View) -> list[RequestView]:
     return decodes
 
 
-def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
+def _num_decodes(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
     """How many of `decodes`, from the first, make up one microbatch's even share of the work of all
     decodes in a turn. One that does not divide is rounded up, or one of them would miss its turn;
     what contexts differ by from group to group is not worth another."""
@@ -215,6 +220,11 @@ def _share(view: View, price: Price, decodes: Sequence[RequestView]) -> int:
             return place
         share -= cost
     return len(decodes)
+
+
+def _mean_decodes(view: View) -> tuple[int, int]:
+    """How many decodes a microbatch of this turn has on average, and their context in all."""
+    return view.num_decoding // view.window, view.decoding_context // view.window
 
 
 def _tokens_per_position(view: View, price: Price) -> float:
@@ -253,8 +263,8 @@ def _pieces(view: View, price: Price, num_prompts: int, total: int, fewest: int)
     anyone. (The costs that are learnt by then are too rough to tell how few are few enough.)"""
     if num_prompts > view.num_decoding + 1:
         return fewest
-    num_decodes, context = view.num_decoding // view.window, view.decoding_context // view.window
-    weights = 0 if price.is_time else MIN_PIECE
+    num_decodes, context = _mean_decodes(view)
+    weights = 0 if price.is_time else MIN_PIECE  # reading them counts as so many tokens
     alone = weights + price.on_bottleneck(num_decodes, context)
 
     def wait(pieces: int) -> float:
@@ -269,7 +279,7 @@ def _pieces(view: View, price: Price, num_prompts: int, total: int, fewest: int)
 def _filled(view: View, price: Price, num_prefill: int) -> float:
     """How long so many prefill tokens take beside a mean share of decodes; with a limit between
     tokens, or as many as make whole tiles, where each costs less then."""
-    num_decodes, context = view.num_decoding // view.window, view.decoding_context // view.window
+    num_decodes, context = _mean_decodes(view)
     num_tokens = num_decodes + num_prefill
     if not price.is_time:
         return num_tokens

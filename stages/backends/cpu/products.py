@@ -30,6 +30,8 @@ class PackedWeight:
 
     _sides = 1
     """Kinds of outputs that lie in turn (weights.c)."""
+    _coarse: Tensor | None = None
+    """The copy that a `VocabularyWeight` may have beside it."""
 
     def __init__(
         self,
@@ -38,9 +40,7 @@ class PackedWeight:
         library: ctypes.CDLL | None = None,
     ) -> None:
         """`weight` [out, in]; `library`: instead of the process's own."""
-        found = library or kernels()
-        assert found is not None, "no kernels here"
-        self._library = found
+        self._library = found = _own_or(library)
         self.out_features, self.in_features = weight.shape
         self.dtype = narrowest_exact_dtype(weight, found)
         self.storage = _PAIRS if rounds_x else KERNEL_TYPES[self.dtype]
@@ -55,8 +55,6 @@ class PackedWeight:
             *(*weight.shape, self._sides, self.packed.data_ptr()),
         )
         """Of no output are the weights longer."""
-        self._coarse: Tensor | None = None
-        """`VocabularyWeight`'s."""
 
     @property
     def nbytes(self) -> int:
@@ -65,9 +63,7 @@ class PackedWeight:
     @staticmethod
     def padded(bias: Tensor, library: ctypes.CDLL | None = None) -> Tensor:
         """`bias` [out] in float32 as `product` takes it: the first part of a longer tensor."""
-        found = library or kernels()
-        assert found is not None, "no kernels here"
-        panel = found.panel_outputs()
+        panel = _own_or(library).panel_outputs()
         whole = torch.zeros(-(-len(bias) // panel) * panel)
         whole[: len(bias)] = bias
         return whole[: len(bias)]
@@ -163,9 +159,9 @@ class VocabularyWeight(PackedWeight):
         out_features: int, in_features: int, library: ctypes.CDLL | None = None
     ) -> int:
         """What that copy takes; 0: there is none."""
-        found = library or kernels()
-        assert found is not None, "no kernels here"
-        return 0 if in_features > _MOST_COARSE else found.coarse_size(out_features, in_features)
+        if in_features > _MOST_COARSE:
+            return 0
+        return _own_or(library).coarse_size(out_features, in_features)
 
     @property
     def nbytes(self) -> int:
@@ -187,9 +183,7 @@ class GatedWeight(PackedWeight):
     @staticmethod
     def padded(bias: Tensor, library: ctypes.CDLL | None = None) -> Tensor:
         """`bias` [gates and others] in float32 as `gated` takes it: in turn, as in the weight."""
-        found = library or kernels()
-        assert found is not None, "no kernels here"
-        half = found.panel_outputs() // 2
+        half = _own_or(library).panel_outputs() // 2
         sides = bias.float().unflatten(0, (2, -1))
         sides = torch.cat((sides, sides.new_zeros(2, -sides.shape[1] % half)), 1)
         return sides.unflatten(1, (-1, half)).transpose(0, 1).flatten()
@@ -218,14 +212,19 @@ class GatedWeight(PackedWeight):
         return y_TN
 
 
-def narrowest_exact_dtype(weight: Tensor, library: ctypes.CDLL | None = None) -> torch.dtype:
+def narrowest_exact_dtype(weight: Tensor, library: ctypes.CDLL) -> torch.dtype:
     """Of bfloat16, float16 and float32 the first that holds every number of `weight` as it is.
 
     bfloat16 comes first because it becomes float32 by a shift, so products are 2 to 8 % faster than
     with float16 (bench/linears.py).
     """
+    weight = weight.contiguous()
+    kind = library.narrowest_exact(weight.data_ptr(), KERNEL_TYPES[weight.dtype], weight.numel())
+    return next(dtype for dtype, number in KERNEL_TYPES.items() if number == kind)
+
+
+def _own_or(library: ctypes.CDLL | None) -> ctypes.CDLL:
+    """`library`, or the one that this process uses."""
     found = library or kernels()
     assert found is not None, "no kernels here"
-    weight = weight.contiguous()
-    kind = found.narrowest_exact(weight.data_ptr(), KERNEL_TYPES[weight.dtype], weight.numel())
-    return next(dtype for dtype, number in KERNEL_TYPES.items() if number == kind)
+    return found

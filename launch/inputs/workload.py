@@ -57,6 +57,11 @@ class Workload:
     notes: tuple[str, ...] = ()
     """What a reader of the result has to know."""
 
+    @property
+    def length_scale(self) -> float | None:
+        """What lengths are divided by; None: it holds prompts, which are as long as they are."""
+        return self.scale if self.lengths else None
+
     def tokenized(self, encode: Callable[[str], Sequence[int]] | None) -> "Workload":
         """With ids in place of text. Raises ConfigError: text, and no tokenizer to `encode` it; no
         conversation within the limits."""

@@ -461,7 +461,7 @@ def test_a_built_in_workload_is_the_same_for_the_same_seed(driver):
 def test_bench_refuses_what_is_over_the_context(driver, capsys, tmp_path):
     workload = write_jsonl(tmp_path / "mix.jsonl", {"prompt": "a" * 60, "max_tokens": 9})
     error = _error(capsys, ["bench", "m", "--workload", workload], 2)
-    assert "60 + 9 tokens" in error and "--scale 2" in error
+    assert "60 + 9 tokens" in error and "shorten it, or use another workload" in error
     assert driver.closed and not driver.added
 
 

@@ -200,6 +200,23 @@ def test_a_request_that_the_pool_cannot_hold_is_named_before_anything_runs(
     assert f"{wanted} --scale 2" in failure(capsys, [*run, "--workload", str(path), *search])
 
 
+@pytest.mark.parametrize("scale", ["1", "3", "3.7", "4"])
+def test_the_scale_that_is_proposed_suits_all_requests(capsys, tmp_path, scale):
+    """Not the first alone that is too long (vllm#36197: a remedy that is none)."""
+    path = tmp_path / "long.csv"
+    path.write_text("prefill,decode,arrival_s\n4001,4,0\n9999,15,1\n2999,999,2\n")
+    run = [*SMALL, "--max-model-len", "500", "--workload", str(path), "--scale"]
+    proposed = failure(capsys, [*run, scale]).partition("use --scale ")[2].split()[0]
+    assert cli.main([*run, proposed]) == 0
+
+
+def test_no_scale_is_proposed_for_prompts(capsys, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"prompt_token_ids": [1, 2, 3], "max_tokens": 500}\n')
+    said = failure(capsys, [*SMALL, "--max-model-len", "500", "--workload", str(path)])
+    assert "3 + 500 tokens, the context holds 500; shorten it, or use another workload" in said
+
+
 @pytest.mark.parametrize("pools", [["--prefill-pool", "1x1", "--decode-pool", "1x1"], []])
 def test_weights_that_do_not_fit_say_so(capsys, lengths, pools):
     run = ["simulate", "falcon-180b", "--device-profile", "a100-80gb-dgx", "--max-model-len",

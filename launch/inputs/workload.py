@@ -30,6 +30,9 @@ from pipeserve.profiling.simulation.workloads import (
 _LEAST = 1e-9
 """Of a rate or a scale: what is smaller can only be meant as 0."""
 
+_MOST_REQUESTS = 10_000_000
+"""They are all made before the first runs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -151,8 +154,8 @@ def read_workload(
     where there are fewer, they begin again, and a note says so. Raises ConfigError: unknown name,
     unreadable file, the place of a bad row, a number out of range.
     """
-    if num_prompts is not None and num_prompts < 1:
-        raise ConfigError(f"--num-prompts is {num_prompts}, must be at least 1")
+    if num_prompts is not None and not 1 <= num_prompts <= _MOST_REQUESTS:
+        raise ConfigError(f"--num-prompts is {num_prompts}, must be 1 to {_MOST_REQUESTS:,}")
     if not _LEAST < scale < float("inf"):
         raise ConfigError(f"--scale is {scale}, must be over {_LEAST:g} and finite")
     if rate is not None and not rate > _LEAST:

@@ -140,6 +140,9 @@ def test_every_simulated_recipe_runs(simulate, name):
         ([*SMALL, "--device-profile", "a100-80gb"], "a100-80gb-dgx"),
         (["simulate", "falcon-180", "--device-profile", "a100-80gb-dgx"], "falcon-180b"),
         ([*SMALL, "--rate", "0"], "--rate is 0"),
+        ([*SMALL, "--num-prompts", "10000001"], "is 10000001, must be 1 to 10,000,000"),
+        ([*SMALL, "--max-num-seqs", str(2**70)], f"must be at most {2**31 - 1}"),  # vllm#43496
+        ([*SMALL, "--kv-cache-memory-bytes", str(2**60)], "it must be at most 134217728; give"),
         ([*SMALL, "--rate", "-1"], "--rate is -1"),
         ([*SMALL, *SLO, "--place", "1x2", "--rate", "inf"], "--place is for so many requests"),
         ([*SMALL, "--find-capacity"], "give --slo-tbt SECONDS"),

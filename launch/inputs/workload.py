@@ -30,6 +30,8 @@ from pipeserve.profiling.simulation.workloads import (
 _LEAST = 1e-9
 """Of a rate or a scale: what is smaller can only be meant as 0."""
 
+_MOST_ARRIVAL_S = 1e9
+"""What is larger can only be meant as seconds since 1970, and be waited for in vain."""
 _MOST_REQUESTS = 10_000_000
 """They are all made before the first runs."""
 
@@ -269,8 +271,11 @@ def _parse_item(line: dict[str, Any]) -> WorkItem:
     max_tokens, arrival_s = line.get("max_tokens"), line.get("arrival_s", 0.0)
     if type(max_tokens) is not int or max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens!r}, must be a whole number of 1 or more")
-    if type(arrival_s) not in (int, float) or not 0 <= arrival_s < float("inf"):
-        raise ConfigError(f"arrival_s is {arrival_s!r}, must be seconds of 0 or more")
+    if type(arrival_s) not in (int, float) or not 0 <= arrival_s < _MOST_ARRIVAL_S:
+        raise ConfigError(
+            f"arrival_s is {arrival_s!r}, must be seconds after the run's start, of 0 or more and "
+            f"under {_MOST_ARRIVAL_S:,.0f}; take the first one's off each where they are dates"
+        )
     return WorkItem(
         prompt=prompt if is_text else tuple(ids),
         max_tokens=max_tokens,

@@ -489,6 +489,8 @@ def test_what_is_too_long_though_divided_wants_more_than_the_same_scale(driver, 
         ({"max_tokens": 1}, "one of prompt and prompt_token_ids"),
         ({"prompt": 3, "max_tokens": 1}, "prompt must be text"),
         ({"prompt": "a", "max_tokens": 1, "arrival_s": -1}, "arrival_s is -1"),
+        # inference-sim#1606: times since 1970, for which a run would wait 56 years
+        ({"prompt": "a", "max_tokens": 1, "arrival_s": 1.787e9}, "after the run's start"),
         ({"prompt": "a", "max_token": 1}, "did you mean 'max_tokens'"),
     ],
 )

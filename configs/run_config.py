@@ -21,6 +21,11 @@ from pipeserve.errors import ConfigError
 _DEFAULT_BUDGET = 512
 
 
+_MOST = 2**31 - 1
+"""Of a whole number that is not said to go further: what arrays and messages carry."""
+_MOST_WIDE = 2**63 - 1
+
+
 def _option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
@@ -120,6 +125,7 @@ class RunConfig:
         "Bytes of the KV pool of each stage, and of each rank that shares it; by default 1 GiB, or "
         "less where less memory is free.",
         least=1,
+        most=_MOST_WIDE,
     )
     num_gpu_blocks_override: int | None = _option(
         None, "Exact number of KV blocks, instead of a number of bytes.", least=1
@@ -141,7 +147,10 @@ class RunConfig:
         "generation_config.json, vllm is vLLM's defaults, else a folder with such a file.",
     )
     seed: int = _option(
-        0, "From which requests that name no seed of their own get theirs.", least=0
+        0,
+        "From which requests that name no seed of their own get theirs.",
+        least=0,
+        most=_MOST_WIDE,
     )
     launcher: str = _option(
         "auto",
@@ -275,6 +284,8 @@ def _check_field(name: str, value: Any, hint: Any, metadata: Any) -> None:
     if least is not None and value < least:
         raise ConfigError(f"{name} is {value}, must be at least {least}")
     over, most = metadata.get("over"), metadata.get("most")
+    if least is not None and value > (_MOST if most is None else most):
+        raise ConfigError(f"{name} is {value}, must be at most {most or _MOST}")
     if over is not None and not over < value <= (sys.float_info.max if most is None else most):
         limit = "finite" if most is None else f"at most {most}"
         raise ConfigError(f"{name} is {value}, must be over {over} and {limit}")

@@ -141,9 +141,14 @@ def _length(row: Row, column: str) -> int:
 def _priority(row: Row, column: str) -> int:
     value = row.values.get(column)
     number = _number(value)
-    if number is None or not number.is_integer():
-        raise ConfigError(f"{row.place}: {column} is {_shown(value)}, must be a whole number")
-    return int(number)
+    if number is None or not number.is_integer() or not -(2.0**63) <= number < 2.0**63:
+        raise ConfigError(
+            f"{row.place}: {column} is {_shown(value)}, must be a whole number of 64 bits"
+        )
+    try:
+        return int(value)  # a float would round what is over 53 bits
+    except ValueError:  # such as 1.0 in a table
+        return int(number)
 
 
 def _moment(row: Row, column: str, *, is_first: bool, of: Columns) -> _Moment:

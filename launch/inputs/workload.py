@@ -30,6 +30,11 @@ from pipeserve.profiling.simulation.workloads import (
 _LEAST = 1e-9
 """Of a rate or a scale: what is smaller can only be meant as 0."""
 
+_MOST_ARRIVAL_S = 1e9
+"""What is larger can only be meant as seconds since 1970, and be waited for in vain."""
+_MOST_REQUESTS = 10_000_000
+"""They are all made before the first runs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -56,6 +61,11 @@ class Workload:
     seed: int = 0
     notes: tuple[str, ...] = ()
     """What a reader of the result has to know."""
+
+    @property
+    def length_scale(self) -> float | None:
+        """What lengths are divided by; None: it holds prompts, which are as long as they are."""
+        return self.scale if self.lengths else None
 
     def tokenized(self, encode: Callable[[str], Sequence[int]] | None) -> "Workload":
         """With ids in place of text. Raises ConfigError: text, and no tokenizer to `encode` it; no
@@ -146,8 +156,8 @@ def read_workload(
     where there are fewer, they begin again, and a note says so. Raises ConfigError: unknown name,
     unreadable file, the place of a bad row, a number out of range.
     """
-    if num_prompts is not None and num_prompts < 1:
-        raise ConfigError(f"--num-prompts is {num_prompts}, must be at least 1")
+    if num_prompts is not None and not 1 <= num_prompts <= _MOST_REQUESTS:
+        raise ConfigError(f"--num-prompts is {num_prompts}, must be 1 to {_MOST_REQUESTS:,}")
     if not _LEAST < scale < float("inf"):
         raise ConfigError(f"--scale is {scale}, must be over {_LEAST:g} and finite")
     if rate is not None and not rate > _LEAST:
@@ -261,8 +271,11 @@ def _parse_item(line: dict[str, Any]) -> WorkItem:
     max_tokens, arrival_s = line.get("max_tokens"), line.get("arrival_s", 0.0)
     if type(max_tokens) is not int or max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens!r}, must be a whole number of 1 or more")
-    if type(arrival_s) not in (int, float) or not 0 <= arrival_s < float("inf"):
-        raise ConfigError(f"arrival_s is {arrival_s!r}, must be seconds of 0 or more")
+    if type(arrival_s) not in (int, float) or not 0 <= arrival_s < _MOST_ARRIVAL_S:
+        raise ConfigError(
+            f"arrival_s is {arrival_s!r}, must be seconds after the run's start, of 0 or more and "
+            f"under {_MOST_ARRIVAL_S:,.0f}; take the first one's off each where they are dates"
+        )
     return WorkItem(
         prompt=prompt if is_text else tuple(ids),
         max_tokens=max_tokens,

@@ -79,9 +79,9 @@ def bench(
     vocab_size = driver.shape.vocab_size
     workload = workload.tokenized(encode)
     items = workload.with_ids(vocab_size)
+    lengths = [(len(item.prompt), item.max_tokens) for item in items]
+    check_within_limits(lengths, driver.limits, workload.length_scale)
     for index, item in enumerate(items):
-        lengths = len(item.prompt), item.max_tokens
-        check_within_limits(index, *lengths, driver.limits, workload.scale)
         if any(not 0 <= token < vocab_size for token in item.prompt):
             raise ConfigError(
                 f"request {index} of the workload has ids outside 0 to {vocab_size - 1}, "

@@ -85,8 +85,7 @@ def make_service(
     check_made_for(profile, shape, config)
     max_model_len = config.max_model_len or shape.max_position_embeddings
     lengths = workload.token_lengths()
-    for index, pair in enumerate(lengths):
-        check_within_context(index, *pair, max_model_len, workload.scale)
+    check_within_context(lengths, max_model_len, workload.length_scale)
 
     if wanted.pools is not None:
         inside_node = wanted.pools.num_gpus <= profile.devices_per_node

@@ -120,8 +120,7 @@ def _arrivals(setup: SimulatedRun, workload: Workload) -> list[Arrival]:
 def _checked_lengths(setup: SimulatedRun, workload: Workload) -> list[tuple[int, int]]:
     """Before anything runs: one that does not fit may be the last of many."""
     lengths = workload.token_lengths()
-    for index, pair in enumerate(lengths):
-        check_within_limits(index, *pair, setup.limits, workload.scale)
+    check_within_limits(lengths, setup.limits, workload.length_scale)
     return lengths
 
 

@@ -15,6 +15,9 @@ from pipeserve.core.order import ORDERS
 from pipeserve.core.work import Work
 from pipeserve.errors import ConfigError
 
+_MOST_BLOCKS = 1 << 27
+"""The engine keeps 33 bytes of each, used or not: 4.4 GB."""
+
 
 class PolicyError(RuntimeError):
     """A policy drafted what may not be: a bug in the policy, not a mistake of the user."""
@@ -44,6 +47,11 @@ class Limits:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.num_blocks > _MOST_BLOCKS:
+            raise ConfigError(
+                f"num_blocks is {self.num_blocks}: it must be at most {_MOST_BLOCKS}; give the KV "
+                "cache less memory, or a larger block_size"
+            )
         if self.max_model_len < 2:
             raise ConfigError(
                 f"max_model_len is {self.max_model_len}: it must be at least 2, "

@@ -62,10 +62,11 @@ def _in_our_words(name: str, value: Any) -> Any:
 
 
 def check_priority(priority: Any, order: str | None = None) -> int:
-    """A request's priority. Raises ConfigError for what is no whole number, and for one that the
-    order of the run, where it is known, would pass over in silence."""
-    if type(priority) is not int:
-        raise ConfigError(f"priority is {priority!r}, must be a whole number")
+    """A request's priority. Raises ConfigError for what is no whole number of 64 bits, the most
+    that messages carry (vllm#37127), and for one that the order of the run, where it is known,
+    would pass over in silence."""
+    if type(priority) is not int or not -(2**63) <= priority < 2**63:
+        raise ConfigError(f"priority is {priority!r}, must be a whole number of 64 bits")
     if priority and order not in (None, "priority"):
         raise ConfigError(
             f"priority is {priority}, and the order is {order}: start with --order priority "

@@ -110,32 +110,50 @@ def poisson_times(num_requests: int, rate: float, rng: Random, burst: int = 1) -
 
 
 def check_within_context(
-    index: int, num_prompt: int, num_output: int, max_model_len: int, scale: float = 1.0
+    lengths: Sequence[tuple[int, int]], max_model_len: int, scale: float | None
 ) -> None:
-    """Raise ConfigError for a request that is longer than the context. Lengths in tokens, divided
-    by `scale` already."""
-    total = num_prompt + num_output
-    if total > max_model_len:
-        wanted = math.ceil(scale * total / max_model_len)
-        raise ConfigError(
-            f"request {index} of the workload has {num_prompt} + {num_output} tokens, the context "
-            f"holds {max_model_len}; use --scale {wanted} or another workload"
-        )
+    """Raise ConfigError for the first request without a prompt or longer than the context.
+
+    `lengths`: prompt and output tokens of all, divided by `scale` already; None: they are prompts,
+    which are as long as they are.
+    """
+    for index, (num_prompt, _) in enumerate(lengths):
+        if num_prompt == 0:
+            raise ConfigError(
+                f"request {index} of the workload has an empty prompt; give it a token"
+            )
+    _check_room(lengths, max_model_len, f"the context holds {max_model_len}", scale)
 
 
 def check_within_limits(
-    index: int, num_prompt: int, num_output: int, limits: Limits, scale: float = 1.0
+    lengths: Sequence[tuple[int, int]], limits: Limits, scale: float | None
 ) -> None:
     """Likewise, and for one that the KV cache cannot hold. (The last token's KV is never
     computed.)"""
-    check_within_context(index, num_prompt, num_output, limits.max_model_len, scale)
-    total, num_slots = num_prompt + num_output, limits.num_blocks * limits.block_size
-    if total - 1 > num_slots:
-        raise ConfigError(
-            f"request {index} of the workload has {num_prompt} + {num_output} tokens, the KV cache "
-            f"has room for {num_slots}; use --scale {math.ceil(scale * total / num_slots)} or "
-            "another workload, or give the KV cache more memory"
-        )
+    check_within_context(lengths, limits.max_model_len, scale)
+    num_slots = limits.num_blocks * limits.block_size
+    room = f"the KV cache has room for {num_slots}"
+    _check_room(lengths, num_slots + 1, room, scale, ", or give the KV cache more memory")
+
+
+def _check_room(
+    lengths: Sequence[tuple[int, int]], most: int, room: str, scale: float | None, more: str = ""
+) -> None:
+    """What it proposes suits all requests, not only the first that is too long."""
+    over = [index for index, pair in enumerate(lengths) if sum(pair) > most]
+    if not over:
+        return
+    num_prompt, num_output = lengths[over[0]]
+    remedy = "shorten it, or use"
+    if scale is not None:
+        longest = max(map(sum, lengths))
+        # Dividing has cut off less than a token of each of the two.
+        wanted = scale * (longest if scale == 1 else longest + 2) / most
+        remedy = f"use --scale {math.ceil(wanted)} or"
+    raise ConfigError(
+        f"request {over[0]} of the workload has {num_prompt} + {num_output} tokens, {room}; "
+        f"{remedy} another workload{more}"
+    )
 
 
 def _at(quantiles: Sequence[int], share: float) -> int:

@@ -142,6 +142,12 @@ def test_impossible_limits_are_refused(name):
         make_limits(**{name: 0})
 
 
+def test_more_blocks_than_can_be_kept_account_of_are_refused():
+    with pytest.raises(ConfigError, match="num_blocks is 134217729: it must be at most"):
+        make_limits(num_blocks=(1 << 27) + 1)
+    make_limits(num_blocks=1 << 27)
+
+
 # ---- ending -------------------------------------------------------------------------------------
 
 

@@ -269,6 +269,8 @@ def test_a_request_has_its_priority_and_so_have_its_samples(folder):
         ("fcfs", 1, "the order is fcfs: start with --order priority"),
         ("priority", [1, 2], "2 priorities for 1 prompts"),
         ("priority", 1.5, "must be a whole number"),
+        ("priority", 2**63, "must be a whole number of 64 bits"),  # vllm#37127
+        ("priority", -(2**63) - 1, "must be a whole number of 64 bits"),
     ],
 )
 def test_a_priority_that_cannot_be_kept_to_is_refused(folder, order, priority, message):

@@ -461,7 +461,7 @@ def test_a_built_in_workload_is_the_same_for_the_same_seed(driver):
 def test_bench_refuses_what_is_over_the_context(driver, capsys, tmp_path):
     workload = write_jsonl(tmp_path / "mix.jsonl", {"prompt": "a" * 60, "max_tokens": 9})
     error = _error(capsys, ["bench", "m", "--workload", workload], 2)
-    assert "60 + 9 tokens" in error and "--scale 2" in error
+    assert "60 + 9 tokens" in error and "shorten it, or use another workload" in error
     assert driver.closed and not driver.added
 
 
@@ -489,6 +489,8 @@ def test_what_is_too_long_though_divided_wants_more_than_the_same_scale(driver, 
         ({"max_tokens": 1}, "one of prompt and prompt_token_ids"),
         ({"prompt": 3, "max_tokens": 1}, "prompt must be text"),
         ({"prompt": "a", "max_tokens": 1, "arrival_s": -1}, "arrival_s is -1"),
+        # inference-sim#1606: times since 1970, for which a run would wait 56 years
+        ({"prompt": "a", "max_tokens": 1, "arrival_s": 1.787e9}, "after the run's start"),
         ({"prompt": "a", "max_token": 1}, "did you mean 'max_tokens'"),
     ],
 )

@@ -140,6 +140,9 @@ def test_every_simulated_recipe_runs(simulate, name):
         ([*SMALL, "--device-profile", "a100-80gb"], "a100-80gb-dgx"),
         (["simulate", "falcon-180", "--device-profile", "a100-80gb-dgx"], "falcon-180b"),
         ([*SMALL, "--rate", "0"], "--rate is 0"),
+        ([*SMALL, "--num-prompts", "10000001"], "is 10000001, must be 1 to 10,000,000"),
+        ([*SMALL, "--max-num-seqs", str(2**70)], f"must be at most {2**31 - 1}"),  # vllm#43496
+        ([*SMALL, "--kv-cache-memory-bytes", str(2**60)], "it must be at most 134217728; give"),
         ([*SMALL, "--rate", "-1"], "--rate is -1"),
         ([*SMALL, *SLO, "--place", "1x2", "--rate", "inf"], "--place is for so many requests"),
         ([*SMALL, "--find-capacity"], "give --slo-tbt SECONDS"),
@@ -198,6 +201,23 @@ def test_a_request_that_the_pool_cannot_hold_is_named_before_anything_runs(
     run = [*SMALL, "--num-gpu-blocks-override", "10", "--block-size", "16"]
     wanted = "request 2 of the workload has 150 + 40 tokens, the KV cache has room for 160; use"
     assert f"{wanted} --scale 2" in failure(capsys, [*run, "--workload", str(path), *search])
+
+
+@pytest.mark.parametrize("scale", ["1", "3", "3.7", "4"])
+def test_the_scale_that_is_proposed_suits_all_requests(capsys, tmp_path, scale):
+    """Not the first alone that is too long (vllm#36197: a remedy that is none)."""
+    path = tmp_path / "long.csv"
+    path.write_text("prefill,decode,arrival_s\n4001,4,0\n9999,15,1\n2999,999,2\n")
+    run = [*SMALL, "--max-model-len", "500", "--workload", str(path), "--scale"]
+    proposed = failure(capsys, [*run, scale]).partition("use --scale ")[2].split()[0]
+    assert cli.main([*run, proposed]) == 0
+
+
+def test_no_scale_is_proposed_for_prompts(capsys, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"prompt_token_ids": [1, 2, 3], "max_tokens": 500}\n')
+    said = failure(capsys, [*SMALL, "--max-model-len", "500", "--workload", str(path)])
+    assert "3 + 500 tokens, the context holds 500; shorten it, or use another workload" in said
 
 
 @pytest.mark.parametrize("pools", [["--prefill-pool", "1x1", "--decode-pool", "1x1"], []])

@@ -470,11 +470,23 @@ def test_a_request_keeps_its_priority(write):
     [
         ("prefill,decode,priority\n1,1,high\n", "w.csv"),
         ('{"prompt_token_ids": [1], "max_tokens": 1, "priority": 0.5}\n', "w.jsonl"),
+        (f"prefill,decode,priority\n1,1,{2**63}\n", "w.csv"),
+        (f'{{"prefill": 1, "decode": 1, "priority": {-(2**64)}}}\n', "w.jsonl"),
+        (f'{{"prompt_token_ids": [1], "max_tokens": 1, "priority": {2**63}}}\n', "w.jsonl"),
     ],
 )
 def test_a_priority_is_a_whole_number(write, text, name):
+    """Of 64 bits, for larger ones are no part of a message or recording: vllm#37127."""
     with pytest.raises(ConfigError, match=r"w\.\w+:\d: priority is .*must be a whole number"):
         read_workload(str(write(text, name)), None, 1.0, None, seed=0)
+
+
+def test_large_priorities_are_not_rounded(write):
+    """Such as times since 1970 in nanoseconds, of which a float tells 256 alike."""
+    first = 1_787_000_000_000_000_001
+    rows = "".join(f"1,1,{number}\n" for number in (first + 1, first, "-2.0"))
+    trace = read_workload(str(write("prefill,decode,priority\n" + rows)), 3, 1.0, None, seed=0)
+    assert sorted(trace.request_priorities()) == [-2, first, first + 1]
 
 
 def test_notes_on_times_are_for_who_uses_them(write):

@@ -50,6 +50,8 @@ def row(name: str, kind: str, mistake: Sequence[str], common: Sequence[str], tim
         before = [bench(path, *common, *mistake, "--record", str(path / "record"))]
         advice = advise(read_recording(path / "record"))
         print_advice(name, advice)
+        if not advice.suggestions:
+            return [name, "", f"{advice.tokens_error:+.1%}", "", "", "", "none"]
         first = advice.suggestions[0]
         fix = shlex.split(first.change.how)
         if not fix[0].startswith("--"):

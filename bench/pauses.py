@@ -101,7 +101,7 @@ class Watch:
         return time.perf_counter(), time.thread_time()
 
     def _looking(self, driver: Driver, ready: Callable) -> Callable:
-        def look(timeout_ms: int | None) -> list:
+        def look(*how_long: Any) -> list:
             (wall_s, cpu_s), (left_s, left_cpu_s) = self._now(), self._left
             planned_s, planned_cpu_s = self._planned
             if self._has_begun and driver.engine.num_unfinished:
@@ -110,7 +110,7 @@ class Watch:
                 self.num_results.append(self._num_results)
             self._has_begun = bool(self.planning.cpu_s)
             self._planned, self._num_results = (0.0, 0.0), 0
-            found = ready(timeout_ms)
+            found = ready(*how_long)
             self._left = self._now()
             return found
 

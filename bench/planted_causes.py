@@ -38,6 +38,8 @@ from planted_real import (
 )
 
 Added = dict[str, float]
+PATIENT = {"hang_timeout": 5.0, "heartbeat_interval": 20.0}
+"""A stage that hangs is killed before it is missed."""
 
 
 def shared(plants: dict, model: str, limits: dict, repeat: int) -> Iterator[tuple[str, str, Added]]:
@@ -49,7 +51,7 @@ def shared(plants: dict, model: str, limits: dict, repeat: int) -> Iterator[tupl
                 if plant.planted.killed is None:
                     yield name, plant.cause, added(before, stages.record(plant.planted))
                     continue
-                with Stages(model, 2, **limits) as killed:
+                with Stages(model, 2, **limits, restart=False, **PATIENT) as killed:
                     yield name, plant.cause, added(before, killed.record(plant.planted))
 
 

@@ -163,7 +163,7 @@ def trial(row: str, cell: str, seed: int, traces: Path | None) -> list[float]:
         assert hasattr(owner, last), name
         setattr(owner, last, value)
     tried = CELLS[cell](traces, seed)
-    return [figure(tried) for figure in FIGURES.values()]
+    return [float(figure(tried)) for figure in FIGURES.values()]
 
 
 def table(found: Mapping[tuple[str, str], Sequence[Sequence[float]]]) -> str:

@@ -89,7 +89,7 @@ def losses() -> int:
             print(
                 f"rank {rank}, {number.name}: named after {named_s:.2f} s, tokens again after "
                 f"{again_s:.2f} s, {', '.join(f'{each:.1f}' for each in cpu_s)} s of CPU of each "
-                f"rank (importing megatron-core takes {import_s:.1f} s); {why}"
+                f"rank (importing megatron-core takes {import_s:.2f} s); {why}"
             )
     return 0
 

@@ -129,8 +129,16 @@ LAUNCHERS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("launchers", nargs="*", help=f"of {', '.join(LAUNCHERS)}; by default all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "launchers",
+        nargs="*",
+        choices=LAUNCHERS,
+        metavar="LAUNCHER",
+        help=f"of {', '.join(LAUNCHERS)}; by default all",
+    )
     parser.add_argument("--ending", nargs="*", choices=ENDINGS, default=ENDINGS)
     parser.add_argument("--model", default="smollm2-135m")
     arguments = parser.parse_args()

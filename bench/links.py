@@ -23,6 +23,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from commands import some_of
 
 from pipeserve.wire.connecting import connected
 from pipeserve.wire.links import TensorLinks, unpack_tensor
@@ -298,18 +299,13 @@ def in_pair(target, make_link, spawn, rounds, num_results):
 LINKS = {each.__name__: each for each in (Link, TcpLink, ZmqLink, PlainSocket, Gloo)}
 
 
-def links_of(text):
-    """`--links`; argparse says what a KeyError does not."""
-    if unknown := set(text.split(",")) - LINKS.keys():
-        raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; choose of {', '.join(LINKS)}")
-    return [LINKS[name] for name in text.split(",")]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--repeat", type=int, default=1, help="of the tensors, in turn")
-    parser.add_argument("--links", type=links_of, default=[*LINKS.values()], help=",".join(LINKS))
+    parser.add_argument("--links", type=some_of(LINKS), default=[*LINKS])
     arguments = parser.parse_args()
     if zmq is None:
         parser.error("ZeroMQ is not installed; pip install .[bench]")
@@ -322,7 +318,7 @@ def main() -> None:
         print(f"{deciles[0] * 1e6:18.0f}{deciles[4] * 1e6:11.0f}{deciles[8] * 1e6:15.0f}")
     print()
     print(f"{'link':<12}{'KiB':>8}{'min us':>10}{'median us':>11}{'send keeps us':>15}")
-    links = arguments.links
+    links = [LINKS[name] for name in arguments.links]
     for make_link in links * arguments.repeat:
         for rows, least, median, keeps in in_pair(run, make_link, spawn, rounds, len(ROWS)):
             print(

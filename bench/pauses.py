@@ -27,6 +27,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
+from commands import script
 from report import plain_table
 
 from pipeserve.configs import load_recipe, make_config
@@ -173,7 +174,9 @@ def rows(name: str, clock: Clock) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--microbatches", type=int, default=25_000)
     parser.add_argument("--seqs", type=int, default=336, help="requests that run at a time")
     parser.add_argument("--policy", default="uniform")
@@ -230,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -37,6 +37,8 @@ from planted_real import (
     added,
 )
 
+UNEVEN, LARGE = "uneven layers", "a large vocabulary"
+NAMES = [*WAITS, *WORK, UNEVEN, LARGE]
 Added = dict[str, float]
 PATIENT = {"hang_timeout": 5.0, "heartbeat_interval": 20.0}
 """A stage that hangs is killed before it is missed."""
@@ -85,11 +87,11 @@ def all_of(folder: Path, wanted: list[str], repeat: int) -> Iterator[tuple[str, 
     def vocabulary(model: str) -> Stages:
         return Stages(model, 2, **SMALL_LIMITS, pipeline_layers=(2, 2))
 
-    name = "uneven layers"
+    name = UNEVEN
     if not wanted or name in wanted:
         stages = (lambda: split("even")), (lambda: split("uneven"))
         yield from of_two(name, "stage_imbalance", PROMPTS, stages, repeat)
-    name = "a large vocabulary"
+    name = LARGE
     if not wanted or name in wanted:
         stages = (lambda: vocabulary(small)), (lambda: vocabulary(large))
         yield from of_two(name, "head_and_sampling", ROWS, stages, repeat)
@@ -111,8 +113,12 @@ def row(name: str, cause: str, runs: list[Added]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of plants; all by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", choices=NAMES, metavar="NAME", help="of plants; all by default"
+    )
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
     found: dict[tuple[str, str], list[Added]] = {}

@@ -22,6 +22,7 @@ from random import Random
 from types import SimpleNamespace
 
 import msgspec
+from commands import script
 
 from pipeserve.configs import make_config
 from pipeserve.core.journal import Journal
@@ -171,7 +172,9 @@ def stage_cost_s() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--stages", type=int, default=2)
@@ -191,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -15,8 +15,16 @@ Play = Callable[[str, Hosts, str, Path], list[str]]
 
 def main(description: str, scenes: Collection[str], play: Play) -> int:
     """Plays those that the command line names; 1 if there was something wrong with one."""
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("scenes", nargs="*", help=f"of {', '.join(scenes)}; by default all")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "scenes",
+        nargs="*",
+        choices=scenes,
+        metavar="SCENE",
+        help=f"of {', '.join(scenes)}; by default all",
+    )
     parser.add_argument("--model", default="smollm2-135m")
     arguments = parser.parse_args()
     if reason := why_not():

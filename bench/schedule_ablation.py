@@ -185,7 +185,7 @@ def table(found: Mapping[tuple[str, str], Sequence[Sequence[float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--cache", type=Path, required=True, help="what was found, a line each")

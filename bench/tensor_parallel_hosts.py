@@ -117,8 +117,16 @@ def tried(scene: Scene, model: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("scenes", nargs="*", help=f"of {', '.join(SCENES)}; by default all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "scenes",
+        nargs="*",
+        choices=SCENES,
+        metavar="SCENE",
+        help=f"of {', '.join(SCENES)}; by default all",
+    )
     arguments = parser.parse_args()
     if reason := why_not():
         print(f"not run: {reason}")

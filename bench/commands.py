@@ -21,16 +21,22 @@ def script(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(f"error: {error}")
 
 
+def one_of(known: Collection[str]) -> Callable[[str], str]:
+    """The type of an argument: a name of these. (`choices` would refuse none where any number is
+    asked for.)"""
+
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"no {text}; choose of {', '.join(known)}")
+        return text
+
+    return name
+
+
 def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
     """The type of a flag: names of these, with commas."""
-
-    def names(text: str) -> list[str]:
-        found = text.split(",")
-        if unknown := ", ".join(name for name in found if name not in known):
-            raise argparse.ArgumentTypeError(f"no {unknown}; choose of {', '.join(known)}")
-        return found
-
-    return names
+    name = one_of(known)
+    return lambda text: [name(part) for part in text.split(",")]
 
 
 def pipeserve(*arguments: str) -> None:

@@ -26,6 +26,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from commands import one_of
 from hosts import Host, Hosts, why_not
 from services import Service, no_service, slurm_over, ssh_between, wait_for
 
@@ -135,7 +136,7 @@ def main() -> int:
     parser.add_argument(
         "launchers",
         nargs="*",
-        choices=LAUNCHERS,
+        type=one_of(LAUNCHERS),
         metavar="LAUNCHER",
         help=f"of {', '.join(LAUNCHERS)}; by default all",
     )

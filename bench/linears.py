@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from commands import one_of
 
 from pipeserve.stage.memory import resident_bytes
 from pipeserve.stages.backends.cpu.backend import CpuBackend
@@ -207,7 +208,9 @@ def main() -> None:
     )
     shapes = SHAPES | LARGE_SHAPES
     parser.add_argument("what", nargs="?", choices=["rates"])
-    parser.add_argument("shapes", nargs="*", choices=shapes, metavar="SHAPE", help="by default all")
+    parser.add_argument(
+        "shapes", nargs="*", type=one_of(shapes), metavar="SHAPE", help="by default all"
+    )
     args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
+from commands import one_of
 from report import plain_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
@@ -117,7 +118,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "names", nargs="*", choices=NAMES, metavar="NAME", help="of plants; all by default"
+        "names", nargs="*", type=one_of(NAMES), metavar="NAME", help="of plants; all by default"
     )
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()

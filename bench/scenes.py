@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from commands import one_of
 from hosts import Hosts, why_not
 from launchers import told
 
@@ -21,7 +22,7 @@ def main(description: str, scenes: Collection[str], play: Play) -> int:
     parser.add_argument(
         "scenes",
         nargs="*",
-        choices=scenes,
+        type=one_of(scenes),
         metavar="SCENE",
         help=f"of {', '.join(scenes)}; by default all",
     )

@@ -23,6 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from commands import one_of
 from hosts import Host, Hosts, why_not
 from launchers import by_hand, secret_in, start, tokens_in, told
 from services import wait_for
@@ -123,7 +124,7 @@ def main() -> int:
     parser.add_argument(
         "scenes",
         nargs="*",
-        choices=SCENES,
+        type=one_of(SCENES),
         metavar="SCENE",
         help=f"of {', '.join(SCENES)}; by default all",
     )

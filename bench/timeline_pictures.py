@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from checkpoints import tiny_llama
 from chromium import PATH, Page
+from commands import one_of
 from planted_real import (
     FEW,
     LARGE_VOCABULARY,
@@ -257,7 +258,7 @@ def main() -> None:
     parser.add_argument(
         "causes",
         nargs="*",
-        choices=[each.cause for each in PICTURES],
+        type=one_of([each.cause for each in PICTURES]),
         metavar="CAUSE",
         help="all by default",
     )

@@ -116,7 +116,9 @@ def main() -> None:
     args = parser.parse_args()
     rivals: Mapping[str, Sequence[int]] = RIVALS
     if args.rival:
-        policy, size = args.rival.split("=")
+        policy, _, size = args.rival.partition("=")
+        if not size.isdigit():
+            parser.error(f"--rival {args.rival}: give POLICY=TOKENS")
         rivals = {policy: (int(size),)}
     rows, idle = [], []
     with tempfile.TemporaryDirectory() as name:

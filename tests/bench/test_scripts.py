@@ -178,7 +178,7 @@ def test_pauses(model):
         items = random_items([(8, 8)] * 4, 1, 1000, Random(0))
         run_items(driver, items, "", map(RequestId, count()))
     assert len(watch.between.cpu_s) > 8 and len(watch.planning.cpu_s) > 8
-    assert watch.num_results[-1] > 0
+    assert sum(watch.num_results) > 8
 
 
 def test_metrics_cost(model, monkeypatch):

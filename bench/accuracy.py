@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from commands import script
 from report import plain_table
 from transformers import AutoTokenizer
 
@@ -24,7 +25,9 @@ from half_precision import Errors, hidden_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=4)
@@ -74,4 +77,4 @@ def num_tied(logits: torch.Tensor) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

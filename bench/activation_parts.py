@@ -32,7 +32,9 @@ PORT = 7000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rate", default="1gbit", help="as tc writes it, or none")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512])

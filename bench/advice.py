@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from commands import LIMITS, result
+from commands import LIMITS, result, some_of
 from report import plain_table
 
 from pipeserve.profiling.advice.advice import Advice, advise
@@ -50,6 +50,8 @@ def row(name: str, kind: str, mistake: Sequence[str], common: Sequence[str], tim
         before = [bench(path, *common, *mistake, "--record", str(path / "record"))]
         advice = advise(read_recording(path / "record"))
         print_advice(name, advice)
+        if not advice.suggestions:
+            return [name, "", f"{advice.tokens_error:+.1%}", "", "", "", "none"]
         first = advice.suggestions[0]
         fix = shlex.split(first.change.how)
         if not fix[0].startswith("--"):
@@ -78,16 +80,18 @@ def print_advice(name: str, advice: Advice) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--stages", default="2")
     parser.add_argument("--prompts", default="32")
-    parser.add_argument("--mistakes", default=",".join(MISTAKES))
+    parser.add_argument("--mistakes", type=some_of(MISTAKES), default=[*MISTAKES])
     parser.add_argument("--times", type=int, default=1)
     args = parser.parse_args()
     workload = ["--workload", "sharegpt", "--scale", "8", "--num-prompts", args.prompts]
     common = [args.model, "-pp", args.stages, *workload, *LIMITS]
-    rows = [row(name, *MISTAKES[name], common, args.times) for name in args.mistakes.split(",")]
+    rows = [row(name, *MISTAKES[name], common, args.times) for name in args.mistakes]
     names = ["mistake", "first advice", "replay off by", "predicted", "came", "apart", "the fix?"]
     print(plain_table(names, rows))
 

@@ -14,6 +14,7 @@ from random import Random
 from statistics import fmean
 
 import numpy as np
+from commands import script
 from learnt_cost_cases import CPU, cpu
 from report import plain_table
 
@@ -103,7 +104,7 @@ def met(num_stages: int, seats: int, lengths: Lengths, seed: int) -> tuple[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stages", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--only", default="", help="loads that have this in their names")
@@ -125,4 +126,4 @@ def _shown(seeds: tuple[float, ...]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

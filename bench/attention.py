@@ -29,6 +29,8 @@ from pipeserve.stages.config.model_config import ModelConfig
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 9, 3, 64
 BLOCK_SIZE = 16
+DTYPES = ("float32", "float16", "bfloat16")
+WAYS = ("kernels", "cpu", "torch")
 NUM_LAYERS = 15
 SCORING = Scoring(HEAD_DIM**-0.5)
 DECODES = {
@@ -124,11 +126,13 @@ def least_seconds(ways: dict, turns: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "bfloat16"])
-    parser.add_argument("--only", default="")
-    parser.add_argument("--ways", nargs="+", default=["kernels", "cpu", "torch"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--only", default="", help="cases that have this in their names")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
@@ -156,13 +160,12 @@ def main() -> None:
                 ways = {way: partial(cases[way].run, attentions[way]) for way in arguments.ways}
                 ways["read"] = lambda: kernels.read_all(memory.data_ptr(), memory.nbytes)
                 least = least_seconds(ways, arguments.turns)
+            own_s = least[arguments.ways[0]]  # of which the rates are
             bandwidth = memory.nbytes / least["read"]
-            times = "".join(
-                f"{least.get(way, 0) * 1e3:>10.1f}" for way in ("kernels", "cpu", "torch")
-            )
+            times = "".join(f"{least.get(way, 0) * 1e3:>10.1f}" for way in WAYS)
             pairs = sum(sum(range(start + 1, stop + 1)) for start, stop in spans)
-            rate = 4 * NUM_LAYERS * NUM_HEADS * HEAD_DIM * pairs / least["kernels"] / 1e9
-            share = case.read_bytes / least["kernels"] / bandwidth
+            rate = 4 * NUM_LAYERS * NUM_HEADS * HEAD_DIM * pairs / own_s / 1e9
+            share = case.read_bytes / own_s / bandwidth
             print(f"  {name:<30}{times}{share:>7.0%}{bandwidth / 1e9:>7.1f}{rate:>9.0f}")
 
 

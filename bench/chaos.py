@@ -30,6 +30,7 @@ from typing import IO
 
 import chaos_load
 import hosts
+from commands import script
 
 from pipeserve.configs import RunConfig, make_config
 from pipeserve.core.nouns import RequestId
@@ -238,7 +239,9 @@ def run_poison(options: argparse.Namespace, config: RunConfig) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -256,4 +259,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from commands import script
 from cost_model_plots import plot_attention, plot_prefill, plot_tiles
 from published.fit import fit_gemm
 from published.measurements import (
@@ -37,7 +38,9 @@ NUM_PROCESSORS = 108
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     args = parser.parse_args()
     layers, iterations = read_layers(args.data), known(read_iterations(args.data))
@@ -250,4 +253,4 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> s
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

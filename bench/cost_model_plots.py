@@ -1,12 +1,10 @@
 """The plots of docs/cost-model.md; `bench/cost_model.py` runs them."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from published.fit import fit_attention, smaller_sizes
 from published.measurements import AttentionTimes, Iteration, LayerTimes
@@ -90,12 +88,25 @@ def plot_prefill(iterations: Sequence[Iteration], predicted_s: Sequence[float]) 
     save(figure, "prefill.png")
 
 
+def pyplot():
+    """Only a script that draws has it."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        sys.exit("error: plots take matplotlib, which is not installed; pip install .[bench]")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def subplots(rows: int, columns: int, inches: tuple[float, float]):
+    plt = pyplot()
     with plt.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.25}):
         return plt.subplots(rows, columns, figsize=inches, layout="constrained")
 
 
-def save(figure: plt.Figure, name: str) -> None:
+def save(figure: Any, name: str) -> None:
     PLOTS.mkdir(exist_ok=True)
     figure.savefig(PLOTS / name, dpi=100)
-    plt.close(figure)
+    pyplot().close(figure)

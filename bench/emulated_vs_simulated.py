@@ -23,6 +23,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
+from commands import script
 from report import plain_table
 
 from pipeserve.configs import RunConfig, load_recipe, make_config
@@ -241,17 +242,22 @@ def own_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", default="", help="parts of names, with commas; all by default")
     parser.add_argument("--policies", default="sarathi_serve,uniform")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     wanted = arguments.cases.split(",")
+    cases = [case for case in CASES if any(part in case.name for part in wanted)]
+    if not cases:
+        names = "; ".join(case.name for case in CASES)
+        parser.error(f"no case has {arguments.cases} in its name; there are {names}")
     results = [
         run(case, policy, arguments.repeat)
-        for case in CASES
-        if any(part in case.name for part in wanted)
+        for case in cases
         for policy in arguments.policies.split(",")
     ]
     print(figures_table(results))
@@ -262,4 +268,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from commands import script
 from published.fit import (
     fit_attention,
     fit_elementwise,
@@ -109,7 +110,9 @@ def spread(errors: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("configs/devices"))
     args = parser.parse_args()
@@ -195,4 +198,4 @@ def nc96ads(dgx: DeviceProfile, tables: tuple[AllReduce, ...], errors: np.ndarra
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

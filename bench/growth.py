@@ -23,6 +23,7 @@ from itertools import count
 from math import log10
 from pathlib import Path
 
+from commands import script
 from plain_svg import picture, text
 from report import plain_table, show
 
@@ -255,7 +256,7 @@ def _panel(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plot", type=Path, default=PLOT)
     parser.add_argument("--page", type=Path, help="docs/schedules.md: where the table is put")
@@ -268,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -31,6 +31,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from commands import script
 from report import plain_table
 from server_streams import address, descendants
 
@@ -360,4 +361,4 @@ def _arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     programs = {"--as-driver": as_driver, "--as-server": as_server}
-    sys.exit(programs.get(sys.argv[1] if len(sys.argv) > 1 else "", main)())
+    script(programs.get(sys.argv[1] if len(sys.argv) > 1 else "", main))

@@ -4,11 +4,11 @@ so many seconds later. What `tc netem` would do, for kernels that have none. Tak
     python bench/late_network.py left0 right0 0.005
 """
 
+import argparse
 import contextlib
 import heapq
 import select
 import socket
-import sys
 import time
 
 _ALL_PROTOCOLS = 3  # linux/if_ether.h
@@ -25,8 +25,13 @@ def end_at(interface: str) -> socket.socket:
 
 
 def main() -> None:
-    one, other = map(end_at, sys.argv[1:3])
-    delay_s = float(sys.argv[3])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("interfaces", nargs=2, metavar="INTERFACE")
+    parser.add_argument("delay_s", type=float, metavar="SECONDS")
+    args = parser.parse_args()
+    one, other = map(end_at, args.interfaces)
     opposite = {one: other, other: one}
     on_their_way: list[tuple[float, int, socket.socket, bytes]] = []
     number = 0
@@ -36,7 +41,7 @@ def main() -> None:
         ready, _, _ = select.select([one, other], [], [], wait_s)
         for here in ready:
             number += 1
-            due_s = time.monotonic() + delay_s
+            due_s = time.monotonic() + args.delay_s
             heapq.heappush(on_their_way, (due_s, number, opposite[here], here.recv(_MOST_BYTES)))
         while on_their_way and on_their_way[0][0] <= time.monotonic():
             _, _, there, packet = heapq.heappop(on_their_way)

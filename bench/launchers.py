@@ -26,6 +26,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from commands import one_of
 from hosts import Host, Hosts, why_not
 from services import Service, no_service, slurm_over, ssh_between, wait_for
 
@@ -129,8 +130,16 @@ LAUNCHERS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("launchers", nargs="*", help=f"of {', '.join(LAUNCHERS)}; by default all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "launchers",
+        nargs="*",
+        type=one_of(LAUNCHERS),
+        metavar="LAUNCHER",
+        help=f"of {', '.join(LAUNCHERS)}; by default all",
+    )
     parser.add_argument("--ending", nargs="*", choices=ENDINGS, default=ENDINGS)
     parser.add_argument("--model", default="smollm2-135m")
     arguments = parser.parse_args()

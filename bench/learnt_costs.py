@@ -25,6 +25,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from commands import script
 from learnt_cost_cases import CELLS, FAULTS, Changing, WrongProfile
 from report import plain_table
 
@@ -137,7 +138,7 @@ def replay(folder: Path) -> list[list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cells", default="", help="those that have one of these words")
     parser.add_argument("--only", default="", help="faults that have one of these words")
@@ -181,4 +182,4 @@ def _cells(values: np.ndarray, place: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

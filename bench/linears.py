@@ -14,13 +14,14 @@ each is. Third: what a number of rows that was not met before costs, because one
 kernel for it.
 """
 
+import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from commands import one_of
 
 from pipeserve.stage.memory import resident_bytes
 from pipeserve.stages.backends.cpu.backend import CpuBackend
@@ -202,12 +203,20 @@ def least_of(function: Callable[[], object], seconds: float = 0.5) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shapes = SHAPES | LARGE_SHAPES
+    parser.add_argument("what", nargs="?", choices=["rates"])
+    parser.add_argument(
+        "shapes", nargs="*", type=one_of(shapes), metavar="SHAPE", help="by default all"
+    )
+    args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with torch.inference_mode():
-        if sys.argv[1:2] == ["rates"]:
-            shapes = SHAPES | LARGE_SHAPES
-            compare_rates({name: shapes[name] for name in sys.argv[2:] or shapes})
+        if args.what is not None:
+            compare_rates({name: shapes[name] for name in args.shapes or shapes})
             return
         for dtype in (torch.bfloat16, torch.float32):
             compare_packing(dtype)

@@ -23,12 +23,17 @@ import time
 
 import torch
 import torch.distributed as dist
-import zmq
+from commands import some_of
 
 from pipeserve.wire.connecting import connected
 from pipeserve.wire.links import TensorLinks, unpack_tensor
 from pipeserve.wire.listener import Listener
 from pipeserve.wire.sources import Sources
+
+try:
+    import zmq
+except ModuleNotFoundError:
+    zmq = None
 
 HIDDEN = 576
 ROWS = (1, 16, 128, 512, 2048)
@@ -291,12 +296,19 @@ def in_pair(target, make_link, spawn, rounds, num_results):
     return found
 
 
+LINKS = {each.__name__: each for each in (Link, TcpLink, ZmqLink, PlainSocket, Gloo)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--repeat", type=int, default=1, help="of the tensors, in turn")
-    parser.add_argument("--links", default="Link,TcpLink,ZmqLink,PlainSocket,Gloo")
+    parser.add_argument("--links", type=some_of(LINKS), default=[*LINKS])
     arguments = parser.parse_args()
+    if zmq is None:
+        parser.error("ZeroMQ is not installed; pip install .[bench]")
     rounds = arguments.rounds
     spawn = multiprocessing.get_context("spawn")
     print(f"{'16 bytes':<12}{'p10 us':>18}{'median us':>11}{'p90 us':>15}")
@@ -306,7 +318,7 @@ def main() -> None:
         print(f"{deciles[0] * 1e6:18.0f}{deciles[4] * 1e6:11.0f}{deciles[8] * 1e6:15.0f}")
     print()
     print(f"{'link':<12}{'KiB':>8}{'min us':>10}{'median us':>11}{'send keeps us':>15}")
-    links = [globals()[name] for name in arguments.links.split(",")]
+    links = [LINKS[name] for name in arguments.links]
     for make_link in links * arguments.repeat:
         for rows, least, median, keeps in in_pair(run, make_link, spawn, rounds, len(ROWS)):
             print(

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bounded import started
+from commands import script
 from server_streams import address
 
 from pipeserve.stages.checkpoint.sources import resolve
@@ -170,4 +171,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

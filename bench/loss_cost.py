@@ -122,9 +122,17 @@ def normal_s(later: Sequence[tuple[float, float]], fault_s: float) -> float:
     return inf
 
 
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loads", default="0.5,0.9")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--loads", type=numbers, default=[0.5, 0.9], help="shares of capacity: 0.5,0.9"
+    )
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--kill-after", type=float, default=40.0)
     parser.add_argument("--load-s", type=float, default=0.0)
@@ -134,7 +142,7 @@ def main() -> int:
     capacity = capacity_of(config)
     print(f"all at once: {capacity:.2f} requests/s", flush=True)
     found = {}
-    for load in map(float, options.loads.split(",")):
+    for load in options.loads:
         rate = load * capacity
         workload = Workload(
             name=f"{load:.0%}",

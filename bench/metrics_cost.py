@@ -147,7 +147,9 @@ def resident_mib(pid: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--seqs", type=int, default=320, help="requests that run at a time")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each part of a pair")

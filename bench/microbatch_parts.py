@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests/support"))
 
+from commands import script
 from local_fleet import LocalFleet
 from report import plain_table
 from stage_parts import PARTS, floors, multiply_rate, plain_halves, read_rate
@@ -288,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -1,8 +1,9 @@
 """Writes the table of model families into docs/models.md, from the registry and the tests' list.
 
-python bench/models_table.py            (--check: change nothing, exit 1 if it is out of date)
+python bench/models_table.py        (--check: change nothing, exit 1 if it is out of date)
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -40,8 +41,13 @@ def with_table(page: str) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    is_check = parser.parse_args().check
     page = PAGE.read_text("utf-8")
-    if "--check" in sys.argv[1:]:
+    if is_check:
         return int(page != with_table(page))
     PAGE.write_text(with_table(page), "utf-8")
     return 0

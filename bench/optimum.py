@@ -243,7 +243,7 @@ def instances(num_stages: int, seed: int, limits: Limits = LIMITS) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tries", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)

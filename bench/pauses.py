@@ -27,6 +27,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
+from commands import script
 from report import plain_table
 
 from pipeserve.configs import load_recipe, make_config
@@ -101,7 +102,7 @@ class Watch:
         return time.perf_counter(), time.thread_time()
 
     def _looking(self, driver: Driver, ready: Callable) -> Callable:
-        def look(timeout_ms: int | None) -> list:
+        def look(*how_long: Any) -> list:
             (wall_s, cpu_s), (left_s, left_cpu_s) = self._now(), self._left
             planned_s, planned_cpu_s = self._planned
             if self._has_begun and driver.engine.num_unfinished:
@@ -110,7 +111,7 @@ class Watch:
                 self.num_results.append(self._num_results)
             self._has_begun = bool(self.planning.cpu_s)
             self._planned, self._num_results = (0.0, 0.0), 0
-            found = ready(timeout_ms)
+            found = ready(*how_long)
             self._left = self._now()
             return found
 
@@ -173,7 +174,9 @@ def rows(name: str, clock: Clock) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--microbatches", type=int, default=25_000)
     parser.add_argument("--seqs", type=int, default=336, help="requests that run at a time")
     parser.add_argument("--policy", default="uniform")
@@ -230,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -167,7 +167,9 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--policy", choices=sorted(POLICIES), default="uniform")
     parser.add_argument("--microbatches", type=int, default=200)
     parser.add_argument("--running", type=int, nargs="*", help="requests; all sizes by default")

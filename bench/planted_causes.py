@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
+from commands import one_of
 from report import plain_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
@@ -37,7 +38,11 @@ from planted_real import (
     added,
 )
 
+UNEVEN, LARGE = "uneven layers", "a large vocabulary"
+NAMES = [*WAITS, *WORK, UNEVEN, LARGE]
 Added = dict[str, float]
+PATIENT = {"hang_timeout": 5.0, "heartbeat_interval": 20.0}
+"""A stage that hangs is killed before it is missed."""
 
 
 def shared(plants: dict, model: str, limits: dict, repeat: int) -> Iterator[tuple[str, str, Added]]:
@@ -49,7 +54,7 @@ def shared(plants: dict, model: str, limits: dict, repeat: int) -> Iterator[tupl
                 if plant.planted.killed is None:
                     yield name, plant.cause, added(before, stages.record(plant.planted))
                     continue
-                with Stages(model, 2, **limits) as killed:
+                with Stages(model, 2, **limits, restart=False, **PATIENT) as killed:
                     yield name, plant.cause, added(before, killed.record(plant.planted))
 
 
@@ -83,11 +88,11 @@ def all_of(folder: Path, wanted: list[str], repeat: int) -> Iterator[tuple[str, 
     def vocabulary(model: str) -> Stages:
         return Stages(model, 2, **SMALL_LIMITS, pipeline_layers=(2, 2))
 
-    name = "uneven layers"
+    name = UNEVEN
     if not wanted or name in wanted:
         stages = (lambda: split("even")), (lambda: split("uneven"))
         yield from of_two(name, "stage_imbalance", PROMPTS, stages, repeat)
-    name = "a large vocabulary"
+    name = LARGE
     if not wanted or name in wanted:
         stages = (lambda: vocabulary(small)), (lambda: vocabulary(large))
         yield from of_two(name, "head_and_sampling", ROWS, stages, repeat)
@@ -109,8 +114,12 @@ def row(name: str, cause: str, runs: list[Added]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of plants; all by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", type=one_of(NAMES), metavar="NAME", help="of plants; all by default"
+    )
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
     found: dict[tuple[str, str], list[Added]] = {}

@@ -23,7 +23,9 @@ from pipeserve.core.policies import POLICIES
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--loads", type=int, default=10_000)
     parser.add_argument("--policy", choices=list(POLICIES), help="its loads alone")

@@ -70,7 +70,9 @@ def head(command: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=OUTPUT)

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
+from commands import script
 from published.distserve_latency import FITS, PublishedTimes, published_times
 from published.distserve_lengths import Lengths, finite_arrivals, sharegpt_lengths, trace_lengths
 from report import plain_table
@@ -363,7 +364,9 @@ def fitted(lengths: Lengths) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--trace", type=Path, action="append", default=[])
     parser.add_argument("--published", type=Path)
@@ -386,4 +389,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -263,7 +263,9 @@ def section(num_requests: int = NUM_REQUESTS) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=NUM_REQUESTS)
     print(section(parser.parse_args().requests))
 

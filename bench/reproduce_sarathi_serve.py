@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from commands import script
 from report import Row, plain_table, table
 from reproduce_sarathi import host_per_layer_s, on_profile
 
@@ -421,7 +422,9 @@ def section(traces: Path | None, quick: bool = False) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
@@ -429,4 +432,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

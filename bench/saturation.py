@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from math import inf, isnan
 from pathlib import Path
 
-from commands import pipeserve
+from commands import pipeserve, script
 from report import plain_table
 
 from pipeserve.core.records import Completed, Headed, Planned, Span
@@ -231,4 +231,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    script(lambda: main(sys.argv[1:]))

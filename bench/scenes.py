@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from commands import one_of
 from hosts import Hosts, why_not
 from launchers import told
 
@@ -15,8 +16,16 @@ Play = Callable[[str, Hosts, str, Path], list[str]]
 
 def main(description: str, scenes: Collection[str], play: Play) -> int:
     """Plays those that the command line names; 1 if there was something wrong with one."""
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("scenes", nargs="*", help=f"of {', '.join(scenes)}; by default all")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "scenes",
+        nargs="*",
+        type=one_of(scenes),
+        metavar="SCENE",
+        help=f"of {', '.join(scenes)}; by default all",
+    )
     parser.add_argument("--model", default="smollm2-135m")
     arguments = parser.parse_args()
     if reason := why_not():

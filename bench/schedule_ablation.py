@@ -63,9 +63,9 @@ def on_cpus(rate: float, _: Path | None, seed: int, **changed: Any) -> Tried:
     return Tried.of(run_window(make, lengths, rate, requests, seed, lifetimes, ramp))
 
 
-def at_once(_: Path | None, seed: int) -> Tried:
-    """The same: 100 requests of ShareGPT, an eighth as long, that come together."""
-    lengths = draw_lengths(DISTRIBUTIONS["sharegpt"], 100, Random(seed))
+def at_once(_: Path | None, seed: int, number: int = 100) -> Tried:
+    """The same: requests of ShareGPT, an eighth as long, that come together."""
+    lengths = draw_lengths(DISTRIBUTIONS["sharegpt"], number, Random(seed))
     arrivals = [Arrival(0.0, prompt // 8 + 1, output // 8 + 2) for prompt, output in lengths]
     pipeline = _cpus(seed, {"max_tbt_s": None, "max_num_seqs": len(arrivals)})
     simulation = Simulation(pipeline, arrivals)
@@ -162,7 +162,7 @@ def trial(row: str, cell: str, seed: int, traces: Path | None) -> list[float]:
         assert hasattr(owner, last), name
         setattr(owner, last, value)
     tried = CELLS[cell](traces, seed)
-    return [figure(tried) for figure in FIGURES.values()]
+    return [float(figure(tried)) for figure in FIGURES.values()]
 
 
 def table(found: Mapping[tuple[str, str], Sequence[Sequence[float]]]) -> str:
@@ -184,7 +184,7 @@ def table(found: Mapping[tuple[str, str], Sequence[Sequence[float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--cache", type=Path, required=True, help="what was found, a line each")

@@ -54,6 +54,9 @@ def _best(cache: Cache, wanted: Case) -> Case:
         if entry["case"]["policy"] == wanted.policy
         and is_of(entry, wanted.layout, wanted.workload, SLOS["strict"], wanted.order)
     ]
+    if not entries:
+        what = f"`{wanted.policy}` under {wanted.order} at {wanted.layout}, {wanted.workload}"
+        raise SystemExit(f"error: the cache has no search of {what}; make it by schedules.py")
     return case_of(max(entries, key=lambda entry: entry["capacity"][slo_s]))
 
 
@@ -103,7 +106,7 @@ def _stroke(path: str, policy: str, order: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--cache", type=Path, required=True)
@@ -117,6 +120,10 @@ def main() -> None:
     for layout, workload in [cell for cell in cells if cell[1] in given.workloads]:
         rate, lines = of_cell(cache, layout, workload, given.traces, given.quick)
         panels.append((f"{layout}, {workload}, {rate:.2f} requests/s: P90 of TTFT", lines))
+    if not panels:
+        parser.error(
+            f"{given.cache} has no {' or '.join(given.workloads)}; make it by schedules.py"
+        )
     given.plot.write_text(svg(panels))
 
 

@@ -24,7 +24,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
-from commands import LIMITS, result
+from commands import LIMITS, result, some_of
 from report import plain_table, show
 
 SHAREGPT = ["--workload", "sharegpt", "--scale", "8", "--num-prompts", "64"]
@@ -45,6 +45,9 @@ FIGURES = {
 }
 LEAST = 0.0005
 """Of the wall time, mean over stages: causes below are not shown."""
+
+
+MIXES = ("reference", *HEAVY, "bursty")
 
 
 def mixes_in(folder: Path) -> dict[str, list[str]]:
@@ -99,11 +102,13 @@ def idle_row(mix: str, policy: str, bench: dict[str, Any], report: dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--stages", default="2")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--mixes", default="reference,decode-heavy,prefill-heavy,bursty")
+    parser.add_argument("--mixes", type=some_of(MIXES), default=[*MIXES])
     parser.add_argument(
         "--rival", help="POLICY=TOKENS: the best of an earlier sweep; none is made then"
     )
@@ -111,13 +116,15 @@ def main() -> None:
     args = parser.parse_args()
     rivals: Mapping[str, Sequence[int]] = RIVALS
     if args.rival:
-        policy, size = args.rival.split("=")
+        policy, _, size = args.rival.partition("=")
+        if not size.isdigit():
+            parser.error(f"--rival {args.rival}: give POLICY=TOKENS")
         rivals = {policy: (int(size),)}
     rows, idle = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         mixes = mixes_in(folder)
-        for mix in args.mixes.split(","):
+        for mix in args.mixes:
             flags = [args.model, "-pp", args.stages, *mixes[mix], *LIMITS]
             rival = best_rival(folder, flags, rivals)
             sides = {"ours": [*flags, "--policy", "uniform"], "theirs": [*flags, *rival]}

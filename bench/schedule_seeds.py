@@ -66,7 +66,7 @@ def _listed(rates: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--near", type=Path, required=True)
@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--page", type=Path, help="docs/schedules.md: where the table is put")
     given = parser.parse_args()
+    if not given.near.exists():
+        parser.error(f"--near {given.near} is not there; make it by schedules.py")
     near = Cache(given.near)
     found: dict[tuple[str, int], Any] = {(key, SEED): e for key, e in near.found.items()}
     if given.cache.exists():

@@ -115,7 +115,7 @@ def tables(cache: Cache, layouts: Sequence[str], workloads: Sequence[str], trace
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--cache", type=Path, required=True)

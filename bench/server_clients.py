@@ -39,13 +39,18 @@ except litellm.ContextWindowExceededError:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("url")
     parser.add_argument("--bin", type=Path, required=True, help="where their commands are")
     args = parser.parse_args()
     url = args.url.rstrip("/").removesuffix("/v1")
-    with urllib.request.urlopen(f"{url}/v1/models") as answer:
-        model = json.load(answer)["data"][0]["id"]
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models") as answer:
+            model = json.load(answer)["data"][0]["id"]
+    except (ValueError, OSError) as error:  # no URL, nobody there, or somebody else
+        parser.error(f"{args.url} is no server that says its models: {error}")
     worst = 0
     with tempfile.TemporaryDirectory(prefix="clients-") as name:
         for client, commands in _commands(args.bin, url, model, Path(name)).items():

@@ -169,7 +169,9 @@ def rows(prometheus: str) -> Iterator[tuple[bool, list[str]]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seconds", type=float, default=60.0, help="of load")
     parser.add_argument("--prometheus", default=shutil.which("prometheus"))

@@ -37,7 +37,9 @@ _GOOD = {"prompt": "abc", "max_tokens": 40, "temperature": 0}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz the HTTP server.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -39,7 +39,9 @@ _FLAT = 0.02
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=300.0)

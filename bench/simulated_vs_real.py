@@ -40,7 +40,7 @@ def compare(policy: str, real: dict, simulated: dict) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = stage_flags(__doc__.splitlines()[0], POLICIES)
+    parser = stage_flags(__doc__, POLICIES)
     parser.add_argument("--rate", help="requests a second; by default all at once")
     parser.add_argument("--repeat", default="1")
     parser.add_argument("--page", type=Path, help="put the table there")

@@ -22,6 +22,7 @@ from report import plain_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
+from commands import script
 from late_links import LateLinks, through
 from other_engine import go_on_under
 
@@ -38,7 +39,9 @@ KINDS = ("at once, fixed", "at once, following", "late, fixed", "late, following
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("-pp", type=int, default=2)
     parser.add_argument("--late-ms", type=float, default=5.0)
@@ -136,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

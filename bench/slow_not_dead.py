@@ -20,6 +20,7 @@ from pathlib import Path
 
 from chaos import FLAGS
 from chaos_load import Load
+from commands import script
 
 from pipeserve.configs import make_config
 from pipeserve.driver.checkpoint import checkpoint_setup
@@ -91,7 +92,9 @@ def is_named(load: Load) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--seconds", type=float, default=10.0)
     options = parser.parse_args()
@@ -120,4 +123,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

@@ -1,6 +1,6 @@
 """How long one stage takes for a microbatch, and how much of that its matrix products alone take.
 
-    python bench/stage.py MODEL_FOLDER --layers 0:15 --dtype bfloat16 --prefill 480 --decodes 16
+    python bench/stage.py MODEL --layers 0:15 --dtype bfloat16 --prefill 480 --decodes 16
 
 Pinned to one core (or --threads of them). "products" times the stage's linear layers by themselves
 on the same rows: the floor that no attention or element-wise work could take away.
@@ -12,8 +12,10 @@ import random
 import time
 
 import torch
+from commands import script
 
 from pipeserve.stages.attention.inputs import build_inputs
+from pipeserve.stages.checkpoint.sources import resolve
 from pipeserve.stages.checkpoint.weights import load_weights
 from pipeserve.stages.config.families import read_config
 from pipeserve.stages.devices import make_backend
@@ -35,8 +37,10 @@ def best_ms(function, seconds: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder of a checkpoint, or an alias")
     parser.add_argument("--layers", default="0:15", metavar="FIRST:STOP")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--attention", default="auto")
@@ -49,7 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args.threads :])
     torch.set_num_threads(args.threads)
-    config = read_config(args.model)
+    folder = str(resolve(args.model))
+    config = read_config(folder)
     first, stop = map(int, args.layers.split(":"))
     has_head = stop == config.num_layers
     dtype = getattr(torch, args.dtype)
@@ -61,7 +66,7 @@ def main() -> None:
         has_head=has_head,
         backend=make_backend("cpu", args.attention),
     )
-    load_weights(stage, args.model, dtype)
+    load_weights(stage, folder, dtype)
     rng = random.Random(0)
     contexts = [max(1, int(args.context * rng.uniform(0.5, 1.5))) for _ in range(args.decodes)]
     lengths = [args.prefix + args.prefill] * bool(args.prefill) + contexts
@@ -100,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

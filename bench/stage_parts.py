@@ -1,6 +1,6 @@
 """Where a microbatch's time goes in a stage, with the C kernels and without them, and the floor.
 
-    python bench/stage_parts.py MODEL_FOLDER [--dtype float32]
+    python bench/stage_parts.py MODEL [--dtype float32]
 
 One core, its own (CPU) time, the two backends in turn, the least of their turns. All
 rows are greedy. Parts are the methods of the stage's backend, which are called one by one for it;
@@ -22,12 +22,14 @@ from math import inf
 from types import MethodType
 
 import torch
+from commands import script
 
 from pipeserve.stages.attention.inputs import StageInputs, build_inputs
 from pipeserve.stages.backends.backend import Backend
 from pipeserve.stages.backends.cpu.backend import CpuBackend
 from pipeserve.stages.backends.cpu.kernel_backend import KernelBackend
 from pipeserve.stages.backends.cpu.library import kernels
+from pipeserve.stages.checkpoint.sources import resolve
 from pipeserve.stages.checkpoint.weights import load_weights
 from pipeserve.stages.config.families import read_config
 from pipeserve.stages.layers.ends import Head
@@ -99,8 +101,10 @@ def plain_halves(backend: Backend) -> dict[str, MethodType]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder of a checkpoint, or an alias")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument(
@@ -116,7 +120,8 @@ def main() -> None:
     if args.pair_rate and dtype == torch.bfloat16:
         multiply = args.pair_rate * 1e9
     print(f"one core: {multiply / 1e9:.0f} GFLOP/s, reads {read / 1e9:.1f} GB/s")
-    config = read_config(args.model)
+    folder = str(resolve(args.model))
+    config = read_config(folder)
     stages = []
     for make in (CpuBackend, KernelBackend):
         timed = Timed(make())
@@ -128,7 +133,7 @@ def main() -> None:
             has_head=True,
             backend=timed.backend,
         )
-        load_weights(stage, args.model, dtype)
+        load_weights(stage, folder, dtype)
         timed.head, stage.head = stage.head, None  # as a stage's process has it
         kv = stage.make_kv(num_blocks=1500, block_size=BLOCK_SIZE, dtype=dtype)
         stages.append((stage, kv, timed))
@@ -245,4 +250,4 @@ def read_rate() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

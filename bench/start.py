@@ -16,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+from commands import script
+
 from pipeserve.stages.checkpoint.sources import resolve
 
 TARGET = 1.5
@@ -23,7 +25,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("-pp", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -96,4 +100,4 @@ def least(num_stages: int, weights: list[Path]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

@@ -222,7 +222,9 @@ def attacked(num: int, at_once: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num", type=int, default=100_000)
     parser.add_argument("--at-once", type=int, default=500)
     parser.add_argument("--json", action="store_true")

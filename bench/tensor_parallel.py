@@ -8,6 +8,7 @@
 logits under 1e-4 are told, and counted at the end. A few minutes of two cores.
 """
 
+import argparse
 import os
 import re
 import signal
@@ -89,7 +90,7 @@ def losses() -> int:
             print(
                 f"rank {rank}, {number.name}: named after {named_s:.2f} s, tokens again after "
                 f"{again_s:.2f} s, {', '.join(f'{each:.1f}' for each in cpu_s)} s of CPU of each "
-                f"rank (importing megatron-core takes {import_s:.1f} s); {why}"
+                f"rank (importing megatron-core takes {import_s:.2f} s); {why}"
             )
     return 0
 
@@ -122,5 +123,14 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = {"tokens": tokens, "smollm2": smollm2, "losses": losses}
+    parser.add_argument("what", choices=kinds)
+    return kinds[parser.parse_args().what]()
+
+
 if __name__ == "__main__":
-    sys.exit({"tokens": tokens, "smollm2": smollm2, "losses": losses}[sys.argv[1]]())
+    sys.exit(main())

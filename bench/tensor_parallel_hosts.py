@@ -23,6 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from commands import one_of
 from hosts import Host, Hosts, why_not
 from launchers import by_hand, secret_in, start, tokens_in, told
 from services import wait_for
@@ -117,8 +118,16 @@ def tried(scene: Scene, model: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("scenes", nargs="*", help=f"of {', '.join(SCENES)}; by default all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "scenes",
+        nargs="*",
+        type=one_of(SCENES),
+        metavar="SCENE",
+        help=f"of {', '.join(SCENES)}; by default all",
+    )
     arguments = parser.parse_args()
     if reason := why_not():
         print(f"not run: {reason}")

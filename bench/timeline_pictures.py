@@ -22,7 +22,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from checkpoints import tiny_llama
-from chromium import Page
+from chromium import PATH, Page
+from commands import one_of
 from planted_real import (
     FEW,
     LARGE_VOCABULARY,
@@ -251,9 +252,20 @@ def draw_all(wanted: list[str]) -> Iterator[tuple[str, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("causes", nargs="*", metavar="CAUSE", help="all by default")
-    for cause, num_bytes in draw_all(parser.parse_args().causes):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "causes",
+        nargs="*",
+        type=one_of([each.cause for each in PICTURES]),
+        metavar="CAUSE",
+        help="all by default",
+    )
+    arguments = parser.parse_args()
+    if PATH is None:
+        parser.error("there is no chromium, which draws them; install one")
+    for cause, num_bytes in draw_all(arguments.causes):
         print(f"{cause}.png: {num_bytes / 1000:.1f} kB")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeserve.core.cost.shape import ModelShape
+from pipeserve.errors import ConfigError
 
 Array = np.ndarray
 
@@ -126,7 +127,13 @@ def _layer_times(path: Path) -> LayerTimes:
 
 def read_attention(folder: Path) -> AttentionTimes:
     """`vidur_a100_compute/attention.*.csv.gz`: 64 query heads, 8 KV heads, head_dim 128, TP2."""
-    rows = _rows(next((folder / "vidur_a100_compute").glob("attention.*.csv.gz")))
+    path = next((folder / "vidur_a100_compute").glob("attention.*.csv.gz"), None)
+    if path is None:
+        raise ConfigError(
+            f"{folder} has no vidur_a100_compute/attention.*.csv.gz; give the folder of the "
+            "measurements that bench/fit_device.py names"
+        )
+    rows = _rows(path)
     prefill = [row for row in rows if row["is_prefill"] == "True"]
     decode = [row for row in rows if row["is_prefill"] != "True"]
     batch = _column(decode, "batch_size").astype(int)

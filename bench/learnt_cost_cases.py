@@ -13,6 +13,7 @@ from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.device import DeviceProfile, Residuals
 from pipeserve.core.cost.kernels import AttentionCost, Tables
 from pipeserve.core.cost.partition import split_layers
+from pipeserve.core.cost.rough import ROUGH_CPU, ROUGH_GPU
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.engine import Limits
 from pipeserve.core.nouns import Microbatch, PipelinePlan
@@ -67,6 +68,11 @@ CPU = replace(
     residuals=Residuals(jitter=0.03),
 )
 """About a core of a server with SmolLM2-135M in bf16: no steps, and times that scatter."""
+
+
+def guess_of(profile: DeviceProfile) -> DeviceProfile:
+    """What a run on such devices starts from without their profile."""
+    return ROUGH_CPU if profile is CPU else ROUGH_GPU
 
 
 def cpu() -> Cell:

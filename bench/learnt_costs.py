@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 from commands import script
-from learnt_cost_cases import CELLS, FAULTS, Changing, WrongProfile
+from learnt_cost_cases import CELLS, FAULTS, Changing, WrongProfile, guess_of
 from report import plain_table
 
 from pipeserve.core.cost.partition import split_explicitly
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH_GPU
+from pipeserve.core.cost.rough import rough_profile
 from pipeserve.core.cost.shape import ModelShape
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import Microbatch
@@ -56,7 +56,8 @@ def run(cell_name: str, fault_name: str, seed: int, minutes: int) -> list[list[f
     num_stages = len(cell.plan.stages)
     truth = ProfiledTimes(cell.profile, cell.shape, cell.plan, cell.size, seed)
     times = Changing(truth, num_stages)
-    profile: Any = ROUGH_GPU if fault.wrong is None else WrongProfile(cell.profile, fault.wrong)
+    guess = guess_of(cell.profile)
+    profile: Any = guess if fault.wrong is None else WrongProfile(cell.profile, fault.wrong)
     cost = PipelineCost(profile, cell.shape, cell.plan, cell.size)
     engine = Engine(cell.plan, get_policy("uniform"), cell.limits, cost)
     predicted: list[Sequence[float]] = []
@@ -119,7 +120,9 @@ def replay(folder: Path) -> list[list[float]]:
     stages = recording.meta["plan"]["stages"]
     counts = [stage["stop_layer"] - stage["first_layer"] for stage in stages]
     plan = split_explicitly(shape.num_layers, len(counts), counts)
-    cost = PipelineCost(ROUGH_GPU, shape, plan, recording.meta["config"]["tensor_parallel_size"])
+    config = recording.meta["config"]
+    guess = rough_profile(config["device"])
+    cost = PipelineCost(guess, shape, plan, config["tensor_parallel_size"])
     spans = [(span.end_s, span) for spans in recording.spans for span in spans]
     plans = [(planned.sent_s, planned) for planned in recording.planned]
     start_s, predicted = recording.planned[0].sent_s, {}

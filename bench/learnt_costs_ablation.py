@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-from learnt_cost_cases import CPU
+from learnt_cost_cases import CPU, guess_of
 from report import plain_table
 
 from pipeserve.configs.device_profiles import load_profile
@@ -24,7 +24,6 @@ from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost import pipeline_cost, stage_terms, token_curve
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH_CPU
 from pipeserve.core.cost.stage_terms import StageTerms
 from pipeserve.core.nouns import Chunk, Microbatch, RequestId
 from pipeserve.profiling.simulation.stage_times import ProfiledTimes
@@ -119,7 +118,7 @@ def errors(scene: Scene, seed: int) -> list[float]:
     profile, *rest = DEVICES[scene.device]
     times = partial(ProfiledTimes, slowdown=None, seed=seed)
     usual, dearer = times(profile, *rest), times(replace(profile, attention=DEARER), *rest)
-    cost = PipelineCost(profile if scene.has_profile else ROUGH_CPU, *rest)
+    cost = PipelineCost(profile if scene.has_profile else guess_of(profile), *rest)
     rng, off = Random(seed), []
     for each in load(scene.device, scene.alone, seed)[: scene.measured.stop]:
         seconds = (dearer if each.index >= scene.dearer_from else usual).compute_s(each)

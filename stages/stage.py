@@ -111,10 +111,10 @@ class Stage(Part):
         the microbatch's K and V into `kv`; does not modify `x`.
         """
         backend, inputs = self.backend, inputs.to(self.backend.device)
-        x_TD = backend.place(x)
+        x_TD = backend.pad_rows(backend.place(x))
         if self.embedding is not None:
             x_TD = self.embedding(x_TD, inputs)
-        x_TD = backend.pad_rows(x_TD.float())
+        x_TD = x_TD.float()
         plan = backend.prepare_attention(inputs, kv, self.windows)
         num_rows = inputs.num_wanted if self.gives_rows else inputs.num_tokens
         num_layers = len(self.layers)

@@ -217,6 +217,7 @@ class _Maker:
         for inputs in self._inputs:
             num_rows = embedding.tokens.shape[0]
             ids_T = self._backend.place(torch.arange(inputs.num_tokens) % num_rows)
+            ids_T = self._backend.pad_rows(ids_T)
             probes.append(partial(embedding, ids_T, inputs.to(self._backend.device)))
         return probes
 

@@ -74,10 +74,11 @@ class StageInputs:
 
     @cached_property
     def slots(self) -> array:
-        """int64: where in the KV pool each token's K and V go, block * block_size + offset."""
+        """int64: where in the KV pool each token's K and V go, block * block_size + offset. Raises
+        IndexError where a token has no block: kernels take it that there are as many slots."""
         size, slots = self.block_size, array("q")
         for start, stop, blocks, _ in self.chunks:
-            for number in range(start // size, len(blocks)):
+            for number in range(start // size, -(-stop // size)):
                 first = blocks[number] * size - number * size
                 begin, end = max(start, number * size), min(stop, (number + 1) * size)
                 slots.extend(range(first + begin, first + end))

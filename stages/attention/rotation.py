@@ -21,13 +21,15 @@ class RotationTable:
         """`frequencies_h`: radians per position of each pair of dimensions. `factor` multiplies
         what is turned."""
         self.frequencies_h, self.factor = frequencies_h, factor
-        self.num_positions = 0
+        self._turns_PD = frequencies_h.new_empty(0, 2 * len(frequencies_h))
 
     def until(self, stop: int) -> Tensor:
-        """`Rotation.turns_PD` of positions [0, `stop`) at least."""
-        if stop > self.num_positions:
-            self.num_positions = max(stop, 2 * self.num_positions, _FIRST_POSITIONS)
-            positions_P = torch.arange(self.num_positions, device=self.frequencies_h.device)
+        """`Rotation.turns_PD` of positions [0, `stop`) at least. What it gave before stays as it
+        is."""
+        num_positions = self._turns_PD.shape[0]
+        if stop > num_positions:
+            num_positions = max(stop, 2 * num_positions, _FIRST_POSITIONS)
+            positions_P = torch.arange(num_positions, device=self.frequencies_h.device)
             angles_Ph = positions_P[:, None].float() * self.frequencies_h
             self._turns_PD = torch.cat((angles_Ph.cos(), angles_Ph.sin()), -1).mul_(self.factor)
         return self._turns_PD

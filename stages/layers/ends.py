@@ -32,12 +32,13 @@ class TokenEmbedding(Part):
         self.positions, self.offset = positions, offset
 
     def forward(self, ids_T: Tensor, inputs: StageInputs) -> Tensor:
-        """Of the tokens of `inputs`."""
+        """Of the tokens of `inputs`, perhaps with padding."""
         x_TD = self.tokens(ids_T)
         if self.projection is not None:
             x_TD = self.projection(x_TD)
         if self.positions is not None:
-            x_TD = x_TD + self.positions(inputs.positions_T + self.offset)
+            positions_T = self.backend.pad_rows(inputs.positions_T)
+            x_TD = x_TD + self.positions(positions_T + self.offset)
         return x_TD
 
 

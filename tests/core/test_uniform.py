@@ -12,7 +12,7 @@ from linear_times import LinearCost, LinearTimes
 from pipeserve.configs.model_shapes import load_shape
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH_GPU
+from pipeserve.core.cost.rough import ROUGH_CPU
 from pipeserve.core.engine import Engine, Limits
 from pipeserve.core.nouns import (
     Microbatch,
@@ -88,7 +88,7 @@ class Scattered(LinearTimes):
 def learning(num_stages) -> PipelineCost:
     """Without a profile."""
     shape = load_shape("smollm2-135m")
-    return PipelineCost(ROUGH_GPU, shape, split_layers(shape.num_layers, num_stages))
+    return PipelineCost(ROUGH_CPU, shape, split_layers(shape.num_layers, num_stages))
 
 
 def poisson(rate, count, prompts, outputs, seed=0) -> list[Arrival]:

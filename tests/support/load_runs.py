@@ -21,7 +21,7 @@ from pipeserve.core.cost.device import DeviceProfile
 from pipeserve.core.cost.kernels import TILE
 from pipeserve.core.cost.partition import split_layers
 from pipeserve.core.cost.pipeline_cost import PipelineCost
-from pipeserve.core.cost.rough import ROUGH_GPU
+from pipeserve.core.cost.rough import ROUGH_CPU
 from pipeserve.core.engine import Engine
 from pipeserve.core.nouns import (
     Microbatch,
@@ -356,7 +356,7 @@ def _costs(load: Load, plan: PipelinePlan) -> tuple[CostModel | None, StageTimes
         factors[load.seed % num_stages] *= 3
     if load.cost == "gpu":
         return PipelineCost(*GPU, plan), Scaled(PipelineCost(*GPU, plan), factors)
-    profile = ROUGH_GPU if load.cost == "rough" else wrong_by(wrong)
+    profile = ROUGH_CPU if load.cost == "rough" else wrong_by(wrong)
     cost = PipelineCost(profile, SHAPE, plan)
     return cost, Scaled(PipelineCost(TRUE, SHAPE, plan), factors)
 

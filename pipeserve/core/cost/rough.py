@@ -58,10 +58,12 @@ def _rough(name: str, flops_per_byte: float, tile_rows: int) -> DeviceProfile:
 
 ROUGH_GPU = _rough("rough GPU", flops_per_byte=100, tile_rows=TILE)
 """20 to 300 operations a byte on the GPUs that serve language models."""
-ROUGH_CPU = _rough("rough CPU", flops_per_byte=10, tile_rows=1)
+ROUGH_CPU = _rough("rough CPU", flops_per_byte=20, tile_rows=1)
 """4 to 10 on a core (bench/stage_parts.py), whose kernels multiply each row for itself. Guessed as
 a GPU, whose first pieces of prompts are twice as long, four stages of CPU cores took 2 to 4 %
-longer for loads that come at once (bench/at_once.py)."""
+longer for loads that come at once (bench/at_once.py); 10, 20 and 30 a byte are as good there. It is
+rather too high: where prompts are thought four times as dear as they are, what they take is held
+for hiccups, and while decodes come between them it is not learnt for dozens of microbatches."""
 
 
 def rough_profile(device: str) -> DeviceProfile:

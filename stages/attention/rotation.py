@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _FIRST_POSITIONS = 1024
+"""Made at once, so that no table grows again and again while it is short."""
 
 
 class RotationTable:

@@ -141,7 +141,7 @@ def test_a_dropped_llm_leaves_nothing_behind(model):
 def test_a_kv_pool_over_the_machine_s_memory_is_refused_before_it_is_filled(model):
     folder, _, _ = model
     with pytest.raises(ConfigError, match="--kv-cache-memory-bytes"):
-        pipeserve.LLM(folder, num_gpu_blocks_override=10**11)
+        pipeserve.LLM(folder, num_gpu_blocks_override=100_000_000)
 
 
 def test_a_killed_driver_leaves_nothing_behind(model):

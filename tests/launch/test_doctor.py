@@ -147,7 +147,7 @@ def test_a_run_that_is_well_and_one_that_does_not_fit(tmp_path, monkeypatch, cap
         port = str(taken.getsockname()[1])
         code = cli.main([*doctor, "--pipeline-layers", "auto", "--port", "0"])
         well = capsys.readouterr()
-        ill_code = cli.main([*doctor, "--num-gpu-blocks-override", "9" * 10, "--port", port])
+        ill_code = cli.main([*doctor, "--num-gpu-blocks-override", "9" * 8, "--port", port])
         ill = capsys.readouterr()
     assert code == 0, well.err
     assert "all checks pass" in well.out and "pipelining is " in well.out

@@ -1,7 +1,7 @@
 """Attention by the C kernels (kernels/attention.c), which read the pool where it lies.
 
 Suffixes: T rows (the microbatch's tokens, then rows of padding), N query heads, K kv heads, H head
-size, P positions in a block, I items' queries.
+size, P positions in a block.
 """
 
 import ctypes
